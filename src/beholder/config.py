@@ -1,0 +1,418 @@
+"""The one config schema: every setting of every stage, its type, default, unit and meaning.
+
+Only the schema lives here; `configfile` reads YAML into it and turns violations into ``file:line:col`` errors.
+The field docstrings become the JSON schema's descriptions (``beholder schema``), so an editor shows them.
+Paths are relative to the working directory, as on a command line.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Cadence = Literal["epoch", "end", "never"]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A group of settings: unknown keys are errors, values are not coerced, instances are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# model
+
+
+class LlmConfig(Section):
+    name_or_path: str
+    """Hub name, local folder, or a ``.gguf`` file of a causal language model."""
+    revision: str | None = None
+    """Hub commit or tag."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
+    """Attention kernel. Packing is proven for sdpa and eager on CPU; each kernel is checked again at start-up."""
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    """Storage and compute type of the frozen weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    use_cache: Literal[False] = False
+    """Key/value cache while training; generation always uses one."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint. Off unless you say so."""
+
+
+class VisionConfig(Section):
+    name_or_path: str
+    """Hub name or local folder of a Hugging Face vision tower, or ``timm/<name>``."""
+    revision: str | None = None
+    """Hub commit or tag."""
+    weights: str | None = None
+    """``timm/…`` only: a local ``.safetensors`` file to load strictly, instead of timm's own download."""
+    freeze: Literal[True] = True
+    """The tower stays bit-identical."""
+    feature_layer: int = -1
+    """Hidden layer whose patch tokens are used: -1 is the tower's final output, -2 the layer before."""
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    """Compute type of the tower."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint. Off unless you say so."""
+
+
+class ResamplerConfig(Section):
+    kind: Literal["perceiver", "mean_pool", "grid", "pixel_shuffle", "none"] = "perceiver"
+    """perceiver: learned latents attend to the patches. mean_pool: one token. grid: average-pooled square.
+    pixel_shuffle: neighbouring patches stacked into channels. none: every patch is a token."""
+    num_latents: Positive | None = None
+    """Visual tokens per image; must equal ``connector.num_visual_tokens`` when both are given."""
+    depth: Positive = 2
+    """perceiver: number of cross-attention blocks."""
+    num_heads: Positive = 8
+    """perceiver: attention heads."""
+    dim: Positive | None = None
+    """perceiver: width Dr; default the tower's width."""
+    latent_std: Annotated[float, Field(gt=0)] = 1.0
+    """perceiver: standard deviation the latents are drawn with. See `model.connector.Perceiver` for why it is 1."""
+
+
+class ProjectorConfig(Section):
+    kind: Literal["mlp", "linear"] = "mlp"
+    """mlp: Linear, GELU, Linear. linear: one matrix."""
+    hidden: Positive | None = None
+    """mlp: hidden width; default the language model's width."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """mlp: dropout after the activation; 0 to 0.1 is usual."""
+
+
+class ConnectorConfig(Section):
+    load_checkpoint: str | None = None
+    """A run folder or a checkpoint folder whose connector this run starts from."""
+    trainable: bool = True
+    num_visual_tokens: Positive | None = None
+    """N, the language-model positions one image takes. Default 64 for the perceiver; fixed by the other kinds."""
+    vision_ln: bool = False
+    """LayerNorm on the patch features. Must match the checkpoint that is loaded."""
+    resampler: ResamplerConfig = ResamplerConfig()
+    projector: ProjectorConfig = ProjectorConfig()
+    output_norm: Literal["rms", "none"] = "rms"
+    """rms: visual tokens start at the RMS of the language model's embedding table, with a learned gain."""
+
+    @model_validator(mode="after")
+    def _one_token_count(self) -> ConnectorConfig:
+        r = self.resampler
+        if r.num_latents and self.num_visual_tokens and r.num_latents != self.num_visual_tokens:
+            raise ValueError(
+                f"num_visual_tokens is {self.num_visual_tokens} but resampler.num_latents is {r.num_latents}; "
+                "they are the same number, give one of them or make them equal"
+            )
+        if r.kind == "mean_pool" and (self.num_visual_tokens or 1) != 1:
+            raise ValueError("resampler.kind mean_pool gives 1 visual token; remove num_visual_tokens or set it to 1")
+        return self
+
+    @property
+    def tokens_asked(self) -> int | None:
+        """N as the user asked for it, or None when the resampler kind decides."""
+        n = self.num_visual_tokens or self.resampler.num_latents
+        return n if n or self.resampler.kind != "perceiver" else 64
+
+
+class LoraConfig(Section):
+    enable: bool = False
+    """Train low-rank adapters on the language model (stage 2)."""
+    r: Positive = 16
+    alpha: Positive = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    bias: Literal["none"] = "none"
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class ModelConfig(Section):
+    llm: LlmConfig
+    vision: VisionConfig
+    connector: ConnectorConfig = ConnectorConfig()
+    lora: LoraConfig = LoraConfig()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# data
+
+DatasetKind = Literal["jsonl", "llava_pretrain", "llava_instruct", "webdataset", "parquet"]
+"""jsonl: ``{"id","images":[…],"caption","source"}`` a line. llava_pretrain: one JSON array of conversations.
+llava_instruct: the same shape, multi-turn (stage 2). webdataset: tar shards. parquet: rows with image bytes."""
+
+
+class SourceConfig(Section):
+    dataset: DatasetKind = "jsonl"
+    json_path: str
+    """The record file; for webdataset and parquet a file, a folder or a glob."""
+    image_root: str | None = None
+    """Folder that image paths are relative to and may not leave. Not used by webdataset and parquet."""
+    name: str | None = None
+    """Source name in counts and caps; default the record's own ``source``, else the file's stem."""
+    cap: Positive | None = None
+    """At most this many accepted samples from this source."""
+
+
+class HygieneConfig(Section):
+    min_tokens: Annotated[int, Field(ge=0)] = 5
+    """Captions with fewer target tokens are rejected."""
+    max_tokens: Positive = 60
+    """Captions with more target tokens are rejected."""
+    spam: tuple[str, ...] = (
+        "watermark", "stock photo", "stock image", "royalty free", "download", "click here", "click to",
+    )  # fmt: skip
+    """Captions that contain one of these phrases (case-insensitive, whole words) are rejected."""
+    duplicates: Literal["report", "reject_exact", "reject_near"] = "report"
+    """Captions that repeat an earlier one. near: same words up to case, punctuation and small edits."""
+    near_threshold: Fraction = 0.9
+    """Estimated Jaccard similarity of word sets from which two captions count as near-duplicates."""
+    source_cap: Positive | None = None
+    """At most this many accepted samples per value of the record's ``source``."""
+
+
+class DataConfig(Section):
+    dataset: DatasetKind = "jsonl"
+    """Kind of ``json_path``; see also ``sources`` for several."""
+    json_path: str | None = None
+    """Training records. Give this or ``sources``."""
+    image_root: str | None = None
+    """Folder that image paths are relative to and may not leave."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several record files instead of ``json_path``."""
+    eval_sources: tuple[SourceConfig, ...] = ()
+    """Held-out records of their own. When given, ``split_mode`` must be ``none``: nothing is split off."""
+    split_mode: Literal["ratio", "stratified_len", "none"] | None = None
+    """How held-out samples are taken from the training records. Default ratio, or none with ``eval_sources``."""
+    eval_ratio: Fraction | None = None
+    """ratio: share of the records held out (default 0.02). Give this or ``eval_size``."""
+    eval_size: Positive | None = None
+    """Held-out samples."""
+    len_buckets: tuple[int, ...] = (0, 10, 20, 9999)
+    """Upper bounds of the target-length buckets in tokens: ``[0, 10, 20, 9999]`` means <=10, 11-20, >=21."""
+    max_samples: Positive | None = None
+    """Use only this many records (train + eval), drawn by the seed."""
+    multi_image_fraction: Fraction = 0.0
+    """Share of training samples that join two captioned images under template B (at most 2 images a sample)."""
+    augment: Literal["none", "random_crop"] = "none"
+    """random_crop: 80-100 % of the area, seeded by (seed, epoch, sample). Switches the feature store off."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """A missing or undecodable image: stop, or reject the sample, count it and name it."""
+    verify_images: Literal["none", "exists", "decode"] = "exists"
+    """What is checked of every image before training starts."""
+    max_megapixels: Annotated[float, Field(gt=0)] = 50.0
+    """Larger images are refused before they are decoded."""
+    hygiene: HygieneConfig = HygieneConfig()
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that decode and encode ahead of training, per rank. 0: in the training process."""
+    prefetch_factor: Positive = 2
+    """Micro-batches each worker keeps ready."""
+    pin_memory: bool = False
+    """Page-locked host memory for faster copies to a GPU."""
+    persistent_workers: bool = True
+    """Keep workers alive between epochs."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> DataConfig:
+        if bool(self.json_path) == bool(self.sources):
+            raise ValueError("give exactly one of json_path and sources")
+        if self.sources and self.image_root:
+            raise ValueError("image_root belongs to json_path; with sources, give image_root in each source")
+        if self.eval_sources and self.split_mode not in (None, "none"):
+            raise ValueError(f"split_mode is {self.split_mode} but eval_sources are given; set split_mode: none")
+        if self.eval_ratio is not None and self.eval_size is not None:
+            raise ValueError("give eval_ratio or eval_size, not both")
+        if self.split_mode == "stratified_len" and self.eval_size is None:
+            raise ValueError("split_mode stratified_len needs eval_size")
+        if list(self.len_buckets) != sorted(set(self.len_buckets)) or len(self.len_buckets) < 2:
+            raise ValueError("len_buckets must be at least two increasing numbers, such as [0, 10, 20, 9999]")
+        return self
+
+    @property
+    def train_sources(self) -> tuple[SourceConfig, ...]:
+        if self.sources:
+            return self.sources
+        assert self.json_path is not None
+        return (SourceConfig(dataset=self.dataset, json_path=self.json_path, image_root=self.image_root),)
+
+    @property
+    def split(self) -> Literal["ratio", "stratified_len", "none"]:
+        return self.split_mode or ("none" if self.eval_sources else "ratio")
+
+
+class FeaturesConfig(Section):
+    enabled: bool = True
+    """Compute frozen-tower features once and keep them on disk."""
+    dir: str | None = None
+    """Folder of the store, shared by all runs. Default ``$BEHOLDER_CACHE/features``, else ``~/.cache/beholder/features``."""
+    max_gb: Annotated[float, Field(gt=0)] = 20.0
+    """Size cap in GB (1e9 bytes). Images that do not fit go through the tower at every step."""
+
+
+class PromptingConfig(Section):
+    image_token: str = "<image>"
+    """Marker of an image in the user turns of record files."""
+    max_images_per_sample: Positive = 2
+    """Samples with more images are rejected."""
+    max_seq_len: Positive = 1536
+    """Longest sample in tokens, image positions included. Longer captions are cut and counted."""
+    template: Literal["caption", "conversation", "chat"] | None = None
+    """caption: templates A and B. conversation: the records' own user text, no chat template. chat: the tokenizer's
+    chat template (stage 2). Default by stage."""
+    instruction: str = "Describe the image in one sentence."
+    """Template A's text after the image."""
+    instruction_multi: str = "Describe each image in order, one sentence per image."
+    """Template B's text after the images."""
+    im_start: str = "auto"
+    """Text whose existing tokens open an image; auto: the tokenizer's own vision token, else ``[``."""
+    im_end: str = "auto"
+    """Text whose existing tokens close an image; auto: the tokenizer's own vision token, else ``]``."""
+    pad_to_multiple_of: Positive = 8
+    """Row lengths are rounded up to this."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# train, eval
+
+
+class PerGroup(Section):
+    connector: Annotated[float, Field(ge=0)]
+    lora: Annotated[float, Field(ge=0)] = 0.0
+
+
+class LearningRates(PerGroup):
+    connector: Annotated[float, Field(ge=0)] = 1e-4
+    """Peak learning rate of the connector."""
+    lora: Annotated[float, Field(ge=0)] = 5e-5
+    """Peak learning rate of the adapters (stage 2)."""
+
+
+class WeightDecays(PerGroup):
+    connector: Annotated[float, Field(ge=0)] = 0.01
+    """On the connector's matrices; norms, biases and latents always get 0."""
+    lora: Annotated[float, Field(ge=0)] = 0.0
+
+
+class TrainConfig(Section):
+    num_epochs: Annotated[float, Field(gt=0)] = 1
+    """Passes over the training samples. Ignored when ``train_steps`` is given."""
+    train_steps: Positive | None = None
+    """Optimizer steps."""
+    micro_batch_size: Positive = 8
+    """Samples in one forward and backward pass."""
+    gradient_accum: Positive = 1
+    """micro_batch_size x gradient_accum samples make one optimizer step, however many processes share them."""
+    packing: bool = True
+    """Lay several samples into one row, with restarting positions and block-diagonal attention."""
+    pack_len: Positive | None = None
+    """Longest packed row in tokens; default max_seq_len."""
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    """Compute type; trainable weights and optimizer state are always fp32."""
+    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest global gradient norm."""
+    lr: LearningRates = LearningRates()
+    weight_decay: WeightDecays = WeightDecays()
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    warmup_ratio: Fraction = 0.03
+    """Share of the steps with a linearly rising learning rate."""
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    min_lr_ratio: Fraction = 0.1
+    """Share of the peak the schedule ends at."""
+    save_every: Positive = 1000
+    """Steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 3
+    """Checkpoints kept; never fewer than two."""
+    log_every: Positive = 20
+    """Steps between log lines; metrics.jsonl gets every step."""
+    full_eval_every: Cadence | Positive = "epoch"
+    """When the whole held-out set is evaluated."""
+    quick_eval_size: Annotated[int, Field(ge=0)] = 0
+    """Held-out samples of a quick evaluation."""
+    quick_eval_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps between quick evaluations; 0: none."""
+    tqdm_disable: bool = False
+    """No live progress bar, even on a terminal."""
+    progress_percent: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Share of an epoch between ``[progress]`` lines."""
+    num_threads: Positive | None = None
+    """CPU threads of a process; default torch's."""
+
+
+class GenerateConfig(Section):
+    temperature: Annotated[float, Field(ge=0)] = 0.2
+    """0: greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    max_new_tokens: Positive = 64
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+
+
+class EvalConfig(Section):
+    batch_size: Positive = 16
+    """Samples a forward pass; the numbers do not depend on it."""
+    golden_set_path: str | None = None
+    """File of the fixed set; made on first use. Default inside the run folder."""
+    golden_size: Annotated[int, Field(ge=0)] = 32
+    """Samples of the fixed set that is captioned during training."""
+    golden_seed: int = 123
+    run_golden_every: Literal["save", "epoch", "end", "never"] | Positive = "save"
+    golden_batch_size: Positive = 8
+    golden_generate: GenerateConfig = GenerateConfig()
+    caption_samples: Annotated[int, Field(ge=0)] = 256
+    """Held-out samples captioned at the end (greedily) for exact match, BLEU, ROUGE-L and CIDEr-D; 0: none."""
+
+
+class AblationConfig(Section):
+    run_every: Cadence | Positive = "end"
+    """When the loss with a shuffled and with a zero image is measured besides the end."""
+    num_samples: Positive = 256
+
+
+class RunConfig(Section):
+    """One run: a stage, its parts, its data, its training and its evidence."""
+
+    run_name: str
+    """Name of the run."""
+    seed: int = 42
+    """Decides order, split, initial weights and dropout."""
+    stage: Literal["align", "instruct"] | None = None
+    """Default: instruct when ``model.lora.enable`` is set, else align."""
+    output_dir: str | None = None
+    """Run folder; default ``outputs/<run_name>``."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the model runs."""
+    model: ModelConfig
+    data: DataConfig
+    features: FeaturesConfig = FeaturesConfig()
+    prompting: PromptingConfig = PromptingConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    ablation: AblationConfig = AblationConfig()
+
+    @property
+    def stage_name(self) -> Literal["align", "instruct"]:
+        return self.stage or ("instruct" if self.model.lora.enable else "align")
+
+    @property
+    def run_dir(self) -> str:
+        return self.output_dir or f"outputs/{self.run_name}"
+
+    @property
+    def template(self) -> Literal["caption", "conversation", "chat"]:
+        return self.prompting.template or ("chat" if self.stage_name == "instruct" else "caption")
+
+    @property
+    def effective_batch(self) -> int:
+        """Samples of one optimizer step, over all processes."""
+        return self.train.micro_batch_size * self.train.gradient_accum
+
+    @model_validator(mode="after")
+    def _combinations(self) -> RunConfig:
+        if self.stage == "instruct" and not self.model.lora.enable and not self.model.connector.trainable:
+            raise ValueError("nothing would be trained: model.lora.enable and model.connector.trainable are false")
+        if self.stage_name == "align" and not self.model.connector.trainable:
+            raise ValueError("stage align trains the connector, but model.connector.trainable is false")
+        if self.prompting.max_images_per_sample < 2 and self.data.multi_image_fraction > 0:
+            raise ValueError("data.multi_image_fraction needs prompting.max_images_per_sample of at least 2")
+        if self.data.hygiene.min_tokens > self.data.hygiene.max_tokens:
+            raise ValueError("data.hygiene.min_tokens is larger than max_tokens")
+        return self

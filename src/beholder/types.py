@@ -1,0 +1,262 @@
+"""The nouns every room shares: examples, encoded samples, batches, losses.
+
+Only plain records live here; no I/O, no model code, no settings. A record crosses rooms, so each field states
+its shape and unit. Letters: B rows, T positions, K supervised tokens, M images, N visual tokens per image,
+P patches per image, Dv tower width, Dh language-model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+IGNORE_INDEX = -100
+"""Label of a position that is not supervised (the PyTorch cross-entropy convention)."""
+
+
+class UserError(ValueError):
+    """The user's input is wrong. The message says what was wrong, what was expected, and what to do.
+
+    The command line prints it without a traceback; a notebook sees an ordinary ``ValueError``.
+    """
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data: what a source yields
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """Where the bytes of one image are. Opening it is `data.images`' business and nobody else's."""
+
+    root: str
+    """Folder the image must lie in after every symlink is resolved; or a shard / parquet file."""
+    path: str
+    """Path below ``root`` as the record spells it; or the member name inside a shard, or the row's label."""
+    kind: Literal["file", "tar", "parquet"] = "file"
+    offset: int = 0
+    """tar: byte offset of the member's data. parquet: row number. file: unused."""
+    size: int = 0
+    """tar: bytes. Otherwise unused."""
+    item: int = 0
+    """parquet: index inside the row's list of images."""
+
+    def __str__(self) -> str:
+        return f"{self.root}/{self.path}" if self.kind == "file" else f"{self.root}!{self.path}"
+
+
+class ImageSlot(NamedTuple):
+    """The place in a conversation where image number ``index`` (0-based) of the example goes."""
+
+    index: int
+
+
+Part = str | ImageSlot
+"""One piece of a turn: literal text (never interpreted) or an image slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message. Text parts are literal: a ``<image>`` typed inside one stays text (S1-3)."""
+
+    role: Literal["system", "user", "assistant"]
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """The turn as a person reads it, slots shown as ``<image>``."""
+        return "".join(p if isinstance(p, str) else "<image>" for p in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training or evaluation sample, before any tokenizer has seen it."""
+
+    id: str
+    images: tuple[ImageRef, ...]
+    turns: tuple[Turn, ...]
+    source: str = ""
+    file: str = ""
+    """File the record came from, for error messages."""
+    row: int = 0
+    """0-based record number in ``file``."""
+
+    @property
+    def target_text(self) -> str:
+        """What the assistant says, all turns joined by newlines: the reference of caption metrics."""
+        return "\n".join(t.text for t in self.turns if t.role == "assistant")
+
+    @property
+    def where(self) -> str:
+        """``file:record N (id …)``, the way every data error names a sample."""
+        return f"{self.file}: record {self.row} (id {self.id!r})"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Encoding: what the one encoder yields
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A conversation as token ids with the supervision mask and image spans that were built with them."""
+
+    ids: np.ndarray
+    """int64 [T]"""
+    supervise: np.ndarray
+    """bool [T]: True where the token itself is a target."""
+    image_spans: tuple[tuple[int, int], ...]
+    """``[start, stop)`` of the N reserved positions of image k, in image order."""
+    truncated: bool = False
+
+    @property
+    def num_targets(self) -> int:
+        return int(self.supervise.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class ImageGeometry:
+    """What the tower wants to see and what it gives back: all that `data` may know of `model`."""
+
+    height: int
+    width: int
+    num_patches: int
+    d_vision: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resize: Literal["stretch", "shortest_edge"] = "stretch"
+    """stretch: straight to height x width. shortest_edge: resize the short side to ``resize_to``, then centre crop."""
+    resize_to: int = 0
+    """Short side in pixels before the crop (``shortest_edge`` only)."""
+    resample: Literal["bilinear", "bicubic", "lanczos", "nearest"] = "bicubic"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInput:
+    """One image as the loader hands it over: stored tower features, or pixels for the tower."""
+
+    features: torch.Tensor | None = None
+    """bf16 [P, Dv] from the feature store, or None."""
+    pixels: torch.Tensor | None = None
+    """uint8 [3, H, W], resized and cropped but not yet normalised, or None."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """Samples laid out in rows. A padded batch is a packed batch with one sample per row: the same fields.
+
+    Every sample's ``position_ids`` start at 0, padding forms a sample of its own with ``sample_index`` -1, and no
+    attention mask is needed: attention never crosses a restart of the positions (`model.language`).
+    """
+
+    input_ids: torch.Tensor
+    """int64 [B, T]"""
+    position_ids: torch.Tensor
+    """int64 [B, T], restarting at 0 at each sample and at the padding."""
+    supervise: torch.Tensor
+    """bool [B, T]"""
+    sample_index: torch.Tensor
+    """int64 [B, T]: index into ``ids``, -1 at padding."""
+    image_positions: torch.Tensor
+    """int64 [M, N]: flat position ``row * T + t`` of each reserved slot of each image."""
+    image_sample: torch.Tensor
+    """int64 [M]: index into ``ids`` of the sample that owns the image."""
+    images: list[ImageInput]
+    """M inputs, in the order of ``image_positions``."""
+    ids: list[str]
+    """Sample ids."""
+    truncated: int = 0
+    """How many of the samples were cut to the maximum length."""
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    """(sample id, reason) of samples that were asked for and could not be had, policy ``skip``."""
+    load_s: float = 0.0
+    """Seconds of a worker's time spent on building this batch."""
+
+    @property
+    def num_targets(self) -> int:
+        """Supervised tokens: what the loss sum is divided by, once, over the whole effective batch."""
+        return int(self.supervise.sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that belong to a sample (padding excluded)."""
+        return int((self.sample_index >= 0).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on ``device``; copies are asynchronous where the memory is pinned."""
+        if device.type == "cpu":
+            return self
+
+        def move(t: torch.Tensor | None) -> torch.Tensor | None:
+            return None if t is None else t.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            input_ids=move(self.input_ids), position_ids=move(self.position_ids), supervise=move(self.supervise),
+            sample_index=move(self.sample_index), image_positions=move(self.image_positions),
+            image_sample=move(self.image_sample),
+            images=[ImageInput(move(i.features), move(i.pixels)) for i in self.images],
+        )  # fmt: skip
+
+    def pin_memory(self) -> Batch:
+        """Called by ``DataLoader(pin_memory=True)``."""
+
+        def pin(t: torch.Tensor | None) -> torch.Tensor | None:
+            return None if t is None else t.pin_memory()
+
+        return replace(
+            self,
+            input_ids=pin(self.input_ids), position_ids=pin(self.position_ids), supervise=pin(self.supervise),
+            sample_index=pin(self.sample_index), image_positions=pin(self.image_positions),
+            image_sample=pin(self.image_sample),
+            images=[ImageInput(pin(i.features), pin(i.pixels)) for i in self.images],
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Losses: sums and counts, never means
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerms:
+    """A loss as a sum and what it is to be divided by, so that whoever knows the whole batch divides once."""
+
+    total: torch.Tensor
+    """Scalar, fp32, nats summed over supervised tokens; carries the graph."""
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLosses:
+    """Negative log-likelihood of every supervised token of a batch."""
+
+    nll: torch.Tensor
+    """fp32 [K], nats."""
+    sample: torch.Tensor
+    """int64 [K]: index into ``Batch.ids``."""
+    correct: torch.Tensor
+    """bool [K]: the token was the arg-max (no graph)."""
+
+
+class FeatureReader(Protocol):
+    """Looks up stored tower features. Implemented by `features.FeatureStore`; `data` only sees this."""
+
+    def read(self, ref: ImageRef) -> torch.Tensor | None:
+        """bf16 [P, Dv], or None when the image is not stored."""
+        ...
+
+
+class ExampleSet(Protocol):
+    """Random access to examples without loading any image. Implemented in `data.sources`."""
+
+    fingerprint: str
+    """sha256 over what the examples are; changes when a record does."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Example: ...
+    def target_texts(self, indices: Sequence[int] | None = None) -> list[str]:
+        """`Example.target_text` of many records at once, quicker than one by one."""
+        ...
