@@ -1,0 +1,258 @@
+"""From record files to batches, in five steps. This is the only overview; each step has a file of its own.
+
+1. `sources`   record files -> `Example`s with image references; structurally bad records -> named rejects
+2. `hygiene`   every caption and image vetted -> accepted indices, rejects with reasons, target lengths
+3. `splits`    accepted indices -> train and held-out (persisted); `mixture` orders train: position -> `Example`
+4. `chat`      `Example` -> `Encoded`: ids + supervision mask + image spans, appended together
+5. `collate`   `Encoded` + images (stored features, or pixels by `images`) -> `Batch` rows, padded or packed
+
+`build_data` runs steps 1-3 and hands over the tools for 4 and 5. Nothing here imports `model`: what the data must
+know of it is an `ImageGeometry`, a tokenizer and a number of visual tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beholder.config import HygieneConfig, RunConfig, SourceConfig
+from beholder.data.chat import ChatEncoder
+from beholder.data.collate import Layout, SampleBuilder, TrainStream, eval_batches
+from beholder.data.hygiene import HygieneReport, apply_hygiene
+from beholder.data.images import ImagePipeline
+from beholder.data.mixture import Mixture
+from beholder.data.sources import Records, Reject, open_sources
+from beholder.data.splits import Split, load_split, make_split, save_split
+from beholder.types import Batch, Example, FeatureReader, ImageGeometry, ImageRef, UserError
+
+__all__ = ["Data", "build_data", "build_encoder", "open_records"]
+
+
+@dataclass
+class Data:
+    """Everything a stage needs of its data."""
+
+    records: Records
+    hygiene: HygieneReport
+    split: Split
+    train: Mixture
+    eval_examples: list[Example]
+    """Templated, in a fixed order."""
+    eval_buckets: list[str]
+    """Length bucket of each held-out sample."""
+    eval_label_len: list[int]
+    """Target tokens of each held-out sample."""
+    encoder: ChatEncoder
+    pipeline: ImagePipeline
+    """Without augmentation: evaluation, feature store, reports."""
+    train_pipeline: ImagePipeline
+    layout: Layout
+    rejects: list[Reject] = field(default_factory=list)
+    """Structural rejects, then hygiene's, of train and held-out records."""
+    counts: dict[str, Any] = field(default_factory=dict)
+    """What the report prints: records, accepted, train, eval, rejects by reason, target-length histogram …"""
+
+    def train_refs(self, start: int, stop: int) -> Iterator[ImageRef]:
+        """Images of the training positions ``[start, stop)``, each once, in order of first use."""
+        seen: set[ImageRef] = set()
+        for position in range(start, stop):
+            for ref in self.train.example_at(position).images:
+                if ref not in seen:
+                    seen.add(ref)
+                    yield ref
+
+    def eval_refs(self) -> Iterator[ImageRef]:
+        """Images of the held-out samples."""
+        for example in self.eval_examples:
+            yield from example.images
+
+    def builder(self, features: FeatureReader | None, *, train: bool, cfg: RunConfig) -> SampleBuilder:
+        """Turns examples into encoded samples with images; augments only for training."""
+        augment = train and cfg.data.augment != "none"
+        return SampleBuilder(
+            self.encoder,
+            self.train_pipeline if train else self.pipeline,
+            None if augment else features,
+            on_bad_image=cfg.data.on_bad_image,
+            augment_seed=cfg.seed if augment else None,
+        )
+
+    def stream(self, features: FeatureReader | None, cfg: RunConfig, *, rank: int, world_size: int) -> TrainStream:
+        """Micro-batches of every optimizer step for one rank."""
+        return TrainStream(
+            self.train,
+            self.builder(features, train=True, cfg=cfg),
+            self.layout,
+            micro_batch_size=cfg.train.micro_batch_size,
+            gradient_accum=cfg.train.gradient_accum,
+            rank=rank,
+            world_size=world_size,
+            num_workers=cfg.data.num_workers,
+            prefetch_factor=cfg.data.prefetch_factor,
+            pin_memory=cfg.data.pin_memory,
+            persistent_workers=cfg.data.persistent_workers,
+        )
+
+    def total_steps(self, cfg: RunConfig) -> int:
+        """Optimizer steps of the run."""
+        return cfg.train.train_steps or self.stream(None, cfg, rank=0, world_size=1).steps_for(cfg.train.num_epochs)
+
+    def eval_batches(
+        self, examples: Sequence[Example], features: FeatureReader | None, cfg: RunConfig, batch_size: int | None = None
+    ) -> Iterator[Batch]:
+        """Held-out batches in the given order, without augmentation."""
+        return eval_batches(
+            examples, self.builder(features, train=False, cfg=cfg), self.layout, batch_size or cfg.eval.batch_size
+        )
+
+
+def build_encoder(cfg: RunConfig, tokenizer: Any, num_visual_tokens: int) -> ChatEncoder:
+    """The encoder of a run: for training, evaluation, preview and generation alike."""
+    p = cfg.prompting
+    return ChatEncoder(
+        tokenizer,
+        num_visual_tokens=num_visual_tokens,
+        max_seq_len=p.max_seq_len,
+        template=cfg.template,
+        instruction=p.instruction,
+        instruction_multi=p.instruction_multi,
+        im_start=p.im_start,
+        im_end=p.im_end,
+    )
+
+
+def open_records(cfg: RunConfig, sources: Sequence[SourceConfig]) -> Records:
+    """Records of ``sources`` with the run's marker and image limit; bad records become named rejects."""
+    return open_sources(
+        sources,
+        image_token=cfg.prompting.image_token,
+        max_images=cfg.prompting.max_images_per_sample,
+        on_reject="collect",
+    )
+
+
+def build_data(
+    cfg: RunConfig,
+    tokenizer: Any,
+    geometry: ImageGeometry,
+    num_visual_tokens: int,
+    *,
+    split_file: Path | None = None,
+    write_split: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Data:
+    """Steps 1-3 of the module's overview.
+
+    ``split_file``: the persisted split; read when it exists (and must match the data), written otherwise. Raises
+    `UserError` when nothing is left to train on or to evaluate on.
+    """
+    d = cfg.data
+    encoder = build_encoder(cfg, tokenizer, num_visual_tokens)
+    records = open_records(cfg, d.train_sources)
+    hygiene = _vet(records, tokenizer, d.hygiene, cfg, progress)
+    rejects = [*records.rejects, *hygiene.rejects]
+    if not len(hygiene.accepted):
+        raise UserError(f"no training sample is left of {len(records)} records: {_reasons(rejects)}")
+
+    if split_file is not None and split_file.exists():
+        split = load_split(split_file, records)
+    else:
+        split = make_split(
+            records,
+            hygiene.accepted,
+            hygiene.target_tokens,
+            mode=d.split,
+            eval_size=d.eval_size,
+            eval_ratio=d.eval_ratio,
+            len_buckets=d.len_buckets,
+            max_samples=d.max_samples,
+            seed=cfg.seed,
+        )
+        if split_file is not None and write_split:
+            save_split(split_file, split, records)
+
+    held, held_indices, eval_count = records, split.eval, len(split.eval)
+    bucket_of, label_len = split.bucket, hygiene.target_tokens
+    if d.eval_sources:
+        held = open_records(cfg, d.eval_sources)
+        # Held-out records are measured as they are: a caption that training would reject as too short or as a
+        # duplicate is still a question the model must answer. Only what cannot be used at all is left out.
+        lenient = HygieneConfig(min_tokens=1, max_tokens=10**9, spam=(), duplicates="report")
+        held_hygiene = _vet(held, tokenizer, lenient, cfg, progress)
+        rejects += [*held.rejects, *held_hygiene.rejects]
+        held_split = make_split(
+            held, held_hygiene.accepted, held_hygiene.target_tokens, mode="none", eval_size=None, eval_ratio=None,
+            len_buckets=d.len_buckets, max_samples=d.eval_size, seed=cfg.seed,
+        )  # fmt: skip
+        held_indices, eval_count = held_split.train, len(held)
+        bucket_of, label_len = held_split.bucket, held_hygiene.target_tokens
+    eval_examples = [encoder.apply_template(held[int(i)]) for i in held_indices]
+    eval_buckets = [bucket_of[int(i)] for i in held_indices]
+    if not eval_examples:
+        raise UserError(
+            "no held-out sample is left, so nothing could be measured: set data.eval_size, data.eval_ratio or "
+            f"data.eval_sources ({_reasons(rejects)})"
+        )
+
+    tokens = hygiene.target_tokens[split.train]
+    counts = {
+        "records": len(records) + len(records.rejects),
+        "eval_records": eval_count,
+        "train": len(split.train),
+        "eval": len(eval_examples),
+        "eval_buckets": dict(Counter(eval_buckets)),
+        "rejects": dict(Counter(r.reason for r in rejects)),
+        "duplicates": dict(hygiene.duplicates),
+        "target_tokens": {
+            "mean": float(tokens.mean()), "min": int(tokens.min()), "max": int(tokens.max()),
+            "histogram": np.bincount(np.minimum(tokens, 100)).tolist(),
+        },
+        "fingerprint": records.fingerprint,
+        "encoder": encoder.fingerprint,
+    }  # fmt: skip
+    t = cfg.train
+    return Data(
+        records=records,
+        hygiene=hygiene,
+        split=split,
+        train=Mixture(
+            records, split.train, seed=cfg.seed, multi_image_fraction=d.multi_image_fraction
+        ),
+        eval_examples=eval_examples,
+        eval_buckets=eval_buckets,
+        eval_label_len=[int(label_len[int(i)]) for i in held_indices],
+        encoder=encoder,
+        pipeline=ImagePipeline(geometry, d.max_megapixels),
+        train_pipeline=ImagePipeline(geometry, d.max_megapixels, d.augment),
+        layout=Layout(t.packing, t.pack_len or cfg.prompting.max_seq_len, cfg.prompting.pad_to_multiple_of),
+        rejects=rejects,
+        counts=counts,
+    )  # fmt: skip
+
+
+def _vet(
+    records: Records,
+    tokenizer: Any,
+    hygiene: HygieneConfig,
+    cfg: RunConfig,
+    progress: Callable[[str, int, int], None] | None,
+) -> HygieneReport:
+    return apply_hygiene(
+        records,
+        tokenizer,
+        hygiene,
+        verify_images=cfg.data.verify_images,
+        max_megapixels=cfg.data.max_megapixels,
+        on_bad_image=cfg.data.on_bad_image,
+        progress=progress,
+    )
+
+
+def _reasons(rejects: Sequence[Reject]) -> str:
+    counts = Counter(r.reason for r in rejects)
+    return ", ".join(f"{n} {reason}" for reason, n in counts.most_common()) or "the files hold no records"

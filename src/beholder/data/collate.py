@@ -1,0 +1,396 @@
+"""Encoded samples with their images → `Batch` rows, padded or packed; and the two streams of batches.
+
+Step s of training is a pure function of s: which samples, how they are split over ranks and micro-batches, and how
+they are laid out. Ids and templates are `chat`'s business, the order of samples is `mixture`'s.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from beholder.data.chat import ChatEncoder
+from beholder.data.images import ImageError
+from beholder.data.mixture import Mixture
+from beholder.types import Batch, Encoded, Example, FeatureReader, ImageInput, ImageRef, UserError
+
+Sample = tuple[str, Encoded, list[ImageInput]]
+"""Sample id, tokens, one input per image."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How samples become rows."""
+
+    packing: bool
+    """Several samples a row; else one."""
+    pack_len: int
+    """Longest packed row in tokens."""
+    pad_to_multiple_of: int
+    """Row lengths are rounded up to this."""
+
+
+def collate(samples: Sequence[Sample], layout: Layout) -> Batch:
+    """Lays samples out in rows; every sample in one piece, positions restarting at each.
+
+    Padded: one sample a row, in order. Packed: first-fit-decreasing decides how many rows of at most ``pack_len`` are
+    needed, then the rows are balanced where that makes the longest one shorter, because every row is padded to the
+    longest. Both depend on the lengths alone, ties broken by order. No samples: one row of padding, so that every
+    process can still take part in the step. Raises `UserError` naming a sample longer than ``pack_len``.
+    """
+    lengths = [len(encoded.ids) for _, encoded, _ in samples]
+    if layout.packing:
+        for (sample_id, _, _), length in zip(samples, lengths, strict=True):
+            if length > layout.pack_len:
+                raise UserError(
+                    f"sample {sample_id!r} has {length} tokens, but train.pack_len is {layout.pack_len}; "
+                    "raise pack_len, or lower prompting.max_seq_len to cut long targets"
+                )
+        rows = pack(lengths, layout.pack_len)
+    else:
+        rows = [[i] for i in range(len(samples))]
+    rows = rows or [[]]
+    width = max(1, *(sum(lengths[i] for i in row) for row in rows)) if samples else 1
+    width = -(-width // layout.pad_to_multiple_of) * layout.pad_to_multiple_of
+
+    shape = (len(rows), width)
+    ids = np.zeros(shape, dtype=np.int64)  # any id will do at padding: nothing attends to it, nothing is read from it
+    positions = np.zeros(shape, dtype=np.int64)
+    supervise = np.zeros(shape, dtype=bool)
+    sample_index = np.full(shape, -1, dtype=np.int64)
+    start_of: dict[int, int] = {}
+    for r, row in enumerate(rows):
+        t = 0
+        for i in row:
+            here = slice(t, t + lengths[i])
+            ids[r, here] = samples[i][1].ids
+            positions[r, here] = np.arange(lengths[i])
+            supervise[r, here] = samples[i][1].supervise
+            sample_index[r, here] = i
+            start_of[i] = r * width + t
+            t += lengths[i]
+        positions[r, t:] = np.arange(width - t)
+
+    images: list[ImageInput] = []
+    image_positions: list[np.ndarray] = []
+    image_sample: list[int] = []
+    for i, (sample_id, encoded, inputs) in enumerate(samples):
+        assert len(inputs) == len(encoded.image_spans), (sample_id, len(inputs), encoded.image_spans)
+        for (start, stop), image in zip(encoded.image_spans, inputs, strict=True):
+            images.append(image)
+            image_positions.append(start_of[i] + np.arange(start, stop, dtype=np.int64))
+            image_sample.append(i)
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(positions),
+        supervise=torch.from_numpy(supervise),
+        sample_index=torch.from_numpy(sample_index),
+        image_positions=torch.from_numpy(np.stack(image_positions) if images else np.zeros((0, 0), dtype=np.int64)),
+        image_sample=torch.tensor(image_sample, dtype=torch.int64),
+        images=images,
+        ids=[sample_id for sample_id, _, _ in samples],
+        truncated=sum(encoded.truncated for _, encoded, _ in samples),
+    )
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows of sample numbers, each row at most ``capacity`` tokens; see `collate` for the rule."""
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    rows: list[list[int]] = []
+    used: list[int] = []
+    for i in longest_first:
+        r = next((r for r, u in enumerate(used) if u + lengths[i] <= capacity), None)
+        if r is None:
+            r = len(rows)
+            rows.append([])
+            used.append(0)
+        rows[r].append(i)
+        used[r] += lengths[i]
+
+    balanced: list[list[int]] = [[] for _ in rows]
+    load = [0] * len(rows)
+    for i in longest_first:
+        r = min(range(len(load)), key=lambda r: (load[r], r))
+        balanced[r].append(i)
+        load[r] += lengths[i]
+    return balanced if rows and max(load) < max(used) else rows
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Examples → samples
+
+
+class SampleBuilder:
+    """Encodes an example and gets its images, from the feature store where they are stored, else as pixels.
+
+    Picklable, for loader processes. ``augment_seed``: seeds augmentation together with epoch and sample; None: none.
+    ``on_bad_image`` skip: a sample with an unusable image becomes an entry of `Batch.rejected`; nothing takes its
+    place.
+    """
+
+    def __init__(
+        self,
+        encoder: ChatEncoder,
+        pipeline: Callable[[ImageRef, str | None], torch.Tensor],
+        features: FeatureReader | None,
+        *,
+        on_bad_image: Literal["error", "skip"],
+        augment_seed: int | None = None,
+    ) -> None:
+        assert features is None or augment_seed is None, "stored features know nothing of augmentation"
+        self.encoder = encoder
+        self.pipeline = pipeline
+        self.features = features
+        self.on_bad_image = on_bad_image
+        self.augment_seed = augment_seed
+
+    def build(self, example: Example, epoch: int = 0) -> Sample:
+        """One sample. Raises `UserError` (`ImageError` for an image) whose message names the record."""
+        encoded = self.encoder.encode(example)
+        return example.id, encoded, self.images(example, epoch)
+
+    def images(self, example: Example, epoch: int = 0) -> list[ImageInput]:
+        """The inputs of all images of an example, in order. Raises as `build`."""
+        out: list[ImageInput] = []
+        for k, ref in enumerate(example.images):
+            stored = self.features.read(ref) if self.features is not None else None
+            if stored is not None:
+                out.append(ImageInput(features=stored))
+                continue
+            key = None if self.augment_seed is None else f"{self.augment_seed}/{epoch}/{example.id}/{k}"
+            try:
+                out.append(ImageInput(pixels=self.pipeline(ref, key)))
+            except ImageError as e:
+                raise ImageError(e.ref, e.reason, f"{e.detail}; needed by {example.where}") from e
+            except UserError as e:
+                raise UserError(f"{example.where}: {e}") from e
+        return out
+
+    def batch(self, examples: Sequence[Example], layout: Layout, epoch: int | Sequence[int] = 0) -> Batch:
+        """The batch of ``examples``. ``epoch``: one for all, or one per example."""
+        began = time.perf_counter()
+        epochs = [epoch] * len(examples) if isinstance(epoch, int) else list(epoch)
+        samples: list[Sample] = []
+        rejected: list[tuple[str, str]] = []
+        for example, e in zip(examples, epochs, strict=True):
+            try:
+                samples.append(self.build(example, e))
+            except ImageError as error:
+                if self.on_bad_image == "error":
+                    raise
+                rejected.append((example.id, str(error)))
+        batch = collate(samples, layout)
+        return replace(batch, rejected=rejected, load_s=time.perf_counter() - began)
+
+
+def eval_batches(
+    examples: Sequence[Example], builder: SampleBuilder, layout: Layout, batch_size: int
+) -> Iterator[Batch]:
+    """Examples in the given order, ``batch_size`` at a time."""
+    assert batch_size > 0, batch_size
+    for start in range(0, len(examples), batch_size):
+        yield builder.batch(examples[start : start + batch_size], layout)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training stream
+
+
+class TrainStream:
+    """Micro-batches of every optimizer step, for one rank.
+
+    Step s covers positions [s·E, (s+1)·E) of the mixture, E = ``micro_batch_size`` x ``gradient_accum`` samples however
+    many processes share them. Rank r takes the r-th of ``world_size`` nearly equal slices. Every rank gets the same
+    number of micro-batches, because data-parallel processes must run backward equally often. So what is in a step
+    depends on neither the worker count nor the world size, and a resume is ``steps(start, …)``.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        builder: SampleBuilder,
+        layout: Layout,
+        *,
+        micro_batch_size: int,
+        gradient_accum: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        prefetch_factor: int = 2,
+        pin_memory: bool = False,
+        persistent_workers: bool = True,
+    ) -> None:
+        assert 0 <= rank < world_size, (rank, world_size)
+        self.samples_per_step = micro_batch_size * gradient_accum
+        if self.samples_per_step < world_size:
+            raise UserError(
+                f"train.micro_batch_size x train.gradient_accum is {self.samples_per_step} samples a step, fewer than "
+                f"the {world_size} processes that share them; raise one of the two or start fewer processes"
+            )
+        self.mixture = mixture
+        self.builder = builder
+        self.layout = layout
+        self.micro_batch_size = micro_batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.micro_batches_per_step = math.ceil(math.ceil(self.samples_per_step / world_size) / micro_batch_size)
+        self.num_workers = num_workers
+        self.prefetch_factor = prefetch_factor
+        self.pin_memory = pin_memory
+        self.persistent_workers = persistent_workers
+
+    def steps_for(self, num_epochs: float) -> int:
+        """Steps in which every sample is seen ``num_epochs`` times; the last one may reach into the next epoch."""
+        # The small difference keeps 0.1 * 30 samples from costing a step for the sake of 3.0000000000000004.
+        return max(1, math.ceil(num_epochs * len(self.mixture) / self.samples_per_step - 1e-9))
+
+    def positions(self, step: int, micro: int) -> np.ndarray:
+        """int64: mixture positions of one micro-batch of this rank."""
+        start = step * self.samples_per_step
+        mine = np.array_split(np.arange(start, start + self.samples_per_step), self.world_size)[self.rank]
+        return np.array_split(mine, self.micro_batches_per_step)[micro]
+
+    def load(self, step: int, micro: int) -> Batch:
+        """One micro-batch, built in this process."""
+        positions = self.positions(step, micro).tolist()
+        examples = [self.mixture.example_at(p) for p in positions]
+        return self.builder.batch(examples, self.layout, [self.mixture.epoch_of(p) for p in positions])
+
+    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """The micro-batches of steps ``start``, …, ``stop - 1``, a list per step.
+
+        Raises what a worker raised: a `UserError` with its own message, anything else with the worker's traceback.
+        """
+        if self.persistent_workers or not self.num_workers:
+            segments = [(start, stop)]
+        else:  # fresh processes at each epoch: what a library leaked in them is given back
+            per_epoch = max(1, len(self.mixture) // self.samples_per_step)
+            cuts = [start, *range((start // per_epoch + 1) * per_epoch, stop, per_epoch), stop]
+            segments = list(itertools.pairwise(cuts))
+        for first, last in segments:
+            yield from self._segment(first, last)
+
+    def _segment(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        n = self.micro_batches_per_step
+        loader = DataLoader(
+            _MicroBatches(self, start, stop),
+            batch_size=None,  # an item is a whole micro-batch
+            shuffle=False,
+            num_workers=self.num_workers,
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,
+            pin_memory=self.pin_memory,
+            collate_fn=_as_it_is,
+            worker_init_fn=_start_worker,
+        )
+        with _no_tokenizer_threads(self.num_workers > 0):
+            items = iter(loader)
+        step: list[Batch] = []
+        for item in items:
+            if isinstance(item, _Failure):
+                raise UserError(item.message)
+            step.append(item.unpack() if isinstance(item, _Parcel) else item)
+            if len(step) == n:
+                yield step
+                step = []
+
+
+class _MicroBatches(Dataset[Any]):
+    """Item j is micro-batch j % n of step start + j // n."""
+
+    def __init__(self, stream: TrainStream, start: int, stop: int) -> None:
+        self.stream = stream
+        self.start = start
+        self.count = max(0, stop - start) * stream.micro_batches_per_step
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, j: int) -> Any:
+        step, micro = divmod(j, self.stream.micro_batches_per_step)
+        if not self.stream.num_workers:
+            return self.stream.load(self.start + step, micro)
+        try:
+            return _Parcel.of(self.stream.load(self.start + step, micro))
+        except UserError as e:
+            # As a value: the loader would bury the message in a traceback and rebuild the exception by guesswork.
+            return _Failure(str(e))
+
+
+@dataclass
+class _Failure:
+    message: str
+
+
+@dataclass
+class _Parcel:
+    """A batch on its way between processes, its images stacked: each tensor sent costs an open file descriptor."""
+
+    batch: Batch
+    features: torch.Tensor | None
+    pixels: torch.Tensor | None
+    is_stored: list[bool]
+
+    @classmethod
+    def of(cls, batch: Batch) -> _Parcel:
+        features = [i.features for i in batch.images if i.features is not None]
+        pixels = [i.pixels for i in batch.images if i.pixels is not None]
+        return cls(
+            replace(batch, images=[]),
+            torch.stack(features) if features else None,
+            torch.stack(pixels) if pixels else None,
+            [i.features is not None for i in batch.images],
+        )
+
+    def unpack(self) -> Batch:
+        features = iter(self.features if self.features is not None else ())
+        pixels = iter(self.pixels if self.pixels is not None else ())
+        images = [ImageInput(features=next(features)) if s else ImageInput(pixels=next(pixels)) for s in self.is_stored]
+        return replace(self.batch, images=images)
+
+    def pin_memory(self) -> _Parcel:
+        """Called by ``DataLoader(pin_memory=True)``."""
+
+        def pin(t: torch.Tensor | None) -> torch.Tensor | None:
+            return None if t is None else t.pin_memory()
+
+        return replace(self, batch=self.batch.pin_memory(), features=pin(self.features), pixels=pin(self.pixels))
+
+
+def _start_worker(_: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process of the group, but whether to stop is the trainer's decision.
+
+    A loader that exits with 0 leaves the trainer undisturbed while it finishes its step and saves; one that dies of the
+    signal makes torch raise in the middle of that.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+
+def _as_it_is(item: Any) -> Any:
+    """torch's default would look inside dataclasses and named tuples."""
+    return item
+
+
+@contextmanager
+def _no_tokenizer_threads(workers: bool) -> Iterator[None]:
+    """While processes are started, says so to `tokenizers`, which otherwise warns in every one of them."""
+    name = "TOKENIZERS_PARALLELISM"
+    if not workers or name in os.environ:
+        yield
+        return
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[name]

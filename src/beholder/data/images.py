@@ -1,0 +1,497 @@
+"""The one image decoder, for training and serving: `ImageRef` → bytes, decoded safely, resized to uint8 [3, H, W].
+
+Everything hostile or odd about an image is met here: paths that leave their root, FIFOs, decompression bombs, truncated
+files, EXIF orientation, alpha, 16-bit, CMYK, palettes, animations. Normalisation (mean, std) is not done here: the
+vision tower does it, so that a feature store and a live tower see the same integers.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import os
+import stat
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image, ImageFile
+
+from beholder.types import ImageGeometry, ImageRef, UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""The only decoders that are ever tried. None that needs an interpreter or another program (EPS, PDF, …)."""
+
+MAX_FILE_BYTES = 256 * 1000 * 1000
+_PIXEL_VERSION = 1
+"""Raise when the same bytes and geometry start to give other pixels: stored features are keyed by it."""
+
+_RESAMPLE = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation → the operation that undoes it."""
+
+
+class ImageError(UserError):
+    """One image cannot be used. ``reason`` is a short stable slug (a reject log counts by it), ``detail`` a sentence.
+
+    Reasons: missing_image, outside_root, not_a_file, unreadable, empty_image, file_too_large, not_an_image,
+    too_many_pixels, truncated_image, unsupported_pixels, undecodable.
+    """
+
+    def __init__(self, ref: ImageRef | str, reason: str = "undecodable", detail: str = "") -> None:
+        super().__init__(ref, reason, detail)  # the arguments, so that the error survives pickling between processes
+        self.ref = ref
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"image {self.ref}: {self.detail} [{self.reason}]" if self.detail else str(self.ref)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bytes
+
+
+def read_bytes(ref: ImageRef, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """The encoded bytes of one image. Opens nothing outside ``ref.root`` and nothing but regular files.
+
+    Raises `ImageError` for a path that leaves its root (by ``..``, as an absolute path or through a symlink), for a
+    missing, empty, oversized or unreadable file, and for directories, FIFOs, sockets and devices.
+    """
+    match ref.kind:
+        case "file":
+            return _read_regular_file(ref, _contained_path(ref), max_bytes)
+        case "tar":
+            if ref.size > max_bytes:
+                raise ImageError(ref, "file_too_large", f"{ref.size:,} bytes, the limit is {max_bytes:,}")
+            return _non_empty(ref, _read_range(ref, ref.offset, ref.size))
+        case "parquet":
+            data = _parquet_item(ref)
+            if len(data) > max_bytes:
+                raise ImageError(ref, "file_too_large", f"{len(data):,} bytes, the limit is {max_bytes:,}")
+            return _non_empty(ref, data)
+
+
+def content_hash(ref: ImageRef) -> str:
+    """sha256 (hex) of the encoded bytes: what the feature store and the duplicate check call "the same image"."""
+    return hashlib.sha256(read_bytes(ref)).hexdigest()
+
+
+def _contained_path(ref: ImageRef) -> str:
+    """Absolute path with every symlink resolved; raises when that is not below the root."""
+    if not ref.path or "\0" in ref.path:
+        raise ImageError(ref, "missing_image", f"{ref.path!r} is not a file name")
+    root = os.path.realpath(ref.root)
+    real = os.path.realpath(os.path.join(root, ref.path))
+    if not real.startswith(root.rstrip(os.sep) + os.sep):
+        raise ImageError(
+            ref, "outside_root", f"resolves to {real}, which is not below the image root {root}; "
+            "move the file below the root or set image_root to a folder that holds it",
+        )  # fmt: skip
+    return real
+
+
+def _open_regular(ref: ImageRef, real: str) -> tuple[int, int]:
+    """(file descriptor, size in bytes). Non-blocking, so that a FIFO cannot hang the run; refused right after."""
+    flags = os.O_RDONLY
+    for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):
+        flags |= getattr(os, name, 0)  # real has no symlink left: O_NOFOLLOW catches one that was put there since
+    try:
+        fd = os.open(real, flags)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ImageError(ref, "missing_image", "no such file") from None
+    except OSError as e:
+        special = os.path.exists(real) and not os.path.isfile(real)  # a socket cannot even be opened
+        raise ImageError(ref, "not_a_file" if special else "unreadable", e.strerror or str(e)) from None
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        os.close(fd)
+        kind = "a folder" if stat.S_ISDIR(info.st_mode) else "a FIFO, socket or device"
+        raise ImageError(ref, "not_a_file", f"is {kind}, expected a regular file")
+    return fd, info.st_size
+
+
+def _read_regular_file(ref: ImageRef, real: str, max_bytes: int) -> bytes:
+    fd, size = _open_regular(ref, real)
+    with os.fdopen(fd, "rb") as file:
+        if size > max_bytes:
+            raise ImageError(ref, "file_too_large", f"{size:,} bytes, the limit is {max_bytes:,}")
+        try:
+            return _non_empty(ref, file.read(max_bytes))
+        except OSError as e:
+            raise ImageError(ref, "unreadable", e.strerror or str(e)) from None
+
+
+def _read_range(ref: ImageRef, offset: int, size: int) -> bytes:
+    """``size`` bytes of a shard: members are read in place and never extracted."""
+    fd, shard_size = _open_regular(ref, os.path.realpath(ref.root))
+    with os.fdopen(fd, "rb") as file:
+        if offset < 0 or size < 0 or offset + size > shard_size:
+            detail = f"the shard has {shard_size:,} bytes, the member ends at {offset + size:,}"
+            raise ImageError(ref, "truncated_image", detail)
+        file.seek(offset)
+        return file.read(size)
+
+
+def _non_empty(ref: ImageRef, data: bytes) -> bytes:
+    if not data:
+        raise ImageError(ref, "empty_image", "has 0 bytes")
+    return data
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parquet cells
+
+PARQUET_IMAGE_COLUMNS = ("images", "image")
+
+
+def parquet_image_column(schema: pyarrow.Schema, where: str) -> str:
+    """Name of the column that holds image bytes: binary, ``{bytes, path}`` structs, or lists of either."""
+    import pyarrow.types as pt
+
+    for name in PARQUET_IMAGE_COLUMNS:
+        if name not in schema.names:
+            continue
+        cell = schema.field(name).type
+        if pt.is_list(cell) or pt.is_large_list(cell):
+            cell = cell.value_type
+        if pt.is_struct(cell) and any(cell.field(i).name == "bytes" for i in range(cell.num_fields)):
+            cell = cell.field("bytes").type
+        if pt.is_binary(cell) or pt.is_large_binary(cell):
+            return name
+        raise UserError(f"{where}: column {name!r} is {schema.field(name).type}, expected image bytes (binary, a "
+                        "struct with a binary field 'bytes', or a list of one of them)")  # fmt: skip
+    raise UserError(f"{where}: no column 'image' or 'images'; the columns are {', '.join(schema.names)}")
+
+
+def parquet_cells(value: object) -> list[object]:
+    """The images of one cell, whatever its shape: a list of bytes, ``{bytes, path}`` dictionaries or nulls."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+@functools.lru_cache(maxsize=2)
+def _parquet_row_group(path: str, group: int, mtime_ns: int, pid: int) -> list[object]:
+    """All image cells of one row group. Parquet has no smaller unit of access, so the last two are kept.
+
+    ``pid`` is part of the key because pyarrow's files must not be shared over a fork.
+    """
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        column = parquet_image_column(file.schema_arrow, path)
+        return file.read_row_group(group, columns=[column], use_threads=False).column(0).to_pylist()
+
+
+@functools.lru_cache(maxsize=256)
+def _parquet_group_ends(path: str, mtime_ns: int) -> np.ndarray:
+    import pyarrow.parquet as pq
+
+    meta = pq.read_metadata(path)
+    return np.cumsum([meta.row_group(g).num_rows for g in range(meta.num_row_groups)], dtype=np.int64)
+
+
+def _parquet_item(ref: ImageRef) -> bytes:
+    import pyarrow as pa
+
+    try:
+        mtime_ns = os.stat(ref.root).st_mtime_ns
+        ends = _parquet_group_ends(ref.root, mtime_ns)
+        group = int(np.searchsorted(ends, ref.offset, side="right"))
+        start = int(ends[group - 1]) if group else 0
+        cells = parquet_cells(_parquet_row_group(ref.root, group, mtime_ns, os.getpid())[ref.offset - start])
+    except (OSError, pa.ArrowException, IndexError) as e:
+        raise ImageError(ref, "unreadable", f"row {ref.offset}: {e}") from None
+    if ref.item >= len(cells):
+        raise ImageError(ref, "missing_image", f"row {ref.offset} has {len(cells)} images, asked for number {ref.item}")
+    cell = cells[ref.item]
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if data is None:
+        raise ImageError(ref, "missing_image", f"row {ref.offset} has no image bytes; nothing outside the file is read")
+    assert isinstance(data, bytes)
+    return data
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Existence of many images
+
+
+def check_exists(refs: Iterable[ImageRef]) -> Iterator[ImageError | None]:
+    """For each image None, or why it could not be read: missing, empty, not regular, outside its root.
+
+    Lists each folder once instead of resolving each path (558,000 images in seconds); whatever is not plainly a regular
+    file below the root takes `read_bytes`' own checks. Tar members were checked while indexing; parquet cells are only
+    known when they are read.
+    """
+    folders: dict[tuple[str, str], dict[str, int]] = {}
+    for ref in refs:
+        if ref.kind != "file":
+            yield ImageError(ref, "empty_image", "has 0 bytes") if ref.kind == "tar" and ref.size == 0 else None
+            continue
+        folder, name = os.path.split(ref.path)
+        sizes = folders.get((ref.root, folder))
+        if sizes is None:
+            sizes = folders[ref.root, folder] = _regular_files(ref.root, folder)
+        if sizes.get(name, 0) > 0:
+            yield None
+            continue
+        try:
+            fd, size = _open_regular(ref, _contained_path(ref))
+            os.close(fd)
+            yield None if size else ImageError(ref, "empty_image", "has 0 bytes")
+        except ImageError as e:
+            yield e
+
+
+def _regular_files(root: str, folder: str) -> dict[str, int]:
+    """Name → size of the regular files (no symlinks) of a folder that itself lies below the root; else empty."""
+    real_root = os.path.realpath(root)
+    if "\0" in folder:
+        return {}
+    real = os.path.realpath(os.path.join(real_root, folder))
+    if real != real_root and not real.startswith(real_root.rstrip(os.sep) + os.sep):
+        return {}
+    try:
+        with os.scandir(real) as entries:
+            return {e.name: e.stat(follow_symlinks=False).st_size for e in entries if e.is_file(follow_symlinks=False)}
+    except OSError:
+        return {}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pixels
+
+
+def decode(data: bytes, name: ImageRef | str, max_megapixels: float, at_least: int | None = None) -> Image.Image:
+    """The image as upright 8-bit RGB, alpha on white, first frame of an animation.
+
+    ``max_megapixels`` (1e6 pixels) is compared with the header before any pixel is decoded: an 81-megapixel PNG can be
+    236 kB. ``at_least``: a JPEG may be decoded at a half, quarter or eighth as long as both sides stay at least this
+    many pixels (libjpeg's scaled decoding: 3 times faster at 12 megapixels, mean difference after resizing < 1/255).
+
+    Raises `ImageError`. Not found: corruption inside a JPEG's entropy-coded data, which libjpeg decodes with a warning
+    that Pillow does not pass on.
+    """
+    with _quiet(), _open_checked(data, name, max_megapixels) as image:
+        _draft(image, at_least)
+        return _upright_rgb(image, name)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What decoding one image told."""
+
+    ref: ImageRef
+    width: int
+    """Pixels as stored, before EXIF turns the image."""
+    height: int
+    format: str
+    sha256: bytes
+    """Digest of the encoded bytes."""
+
+
+def inspect(ref: ImageRef, max_megapixels: float) -> ImageFacts:
+    """Read and decode one image for its facts. Raises `ImageError` exactly when `decode` would."""
+    data = read_bytes(ref)
+    with _quiet(), _open_checked(data, ref, max_megapixels) as image:
+        width, height = image.size
+        _draft(image, 1)  # scaled JPEG decoding still reads every bit of the file
+        _upright_rgb(image, ref)
+        return ImageFacts(ref, width, height, image.format or "?", hashlib.sha256(data).digest())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Pillow's warnings (size above 89 megapixels, damaged EXIF) neither print nor decide, whatever the filters are.
+
+    Filters are per process, not per thread: the worst that threads can do to each other here is to leave Pillow quiet.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\b")
+        yield
+
+
+def _open_checked(data: bytes, name: ImageRef | str, max_megapixels: float) -> Image.Image:
+    """The image with its header read and its size accepted, no pixel decoded."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as e:
+        raise ImageError(name, "too_many_pixels", str(e)) from None
+    except MemoryError:
+        raise
+    except PIL.UnidentifiedImageError:
+        raise ImageError(name, "not_an_image", f"is not one of {', '.join(FORMATS)}") from None
+    except Exception as e:
+        raise ImageError(name, "undecodable", f"{type(e).__name__}: {e}") from None
+    _check_megapixels(image, name, max_megapixels)
+    return image
+
+
+def _draft(image: Image.Image, at_least: int | None) -> None:
+    if at_least and image.format in ("JPEG", "MPO"):
+        image.draft(None, (at_least, at_least))  # pyright: ignore[reportArgumentType]
+
+
+def _check_megapixels(image: Image.Image, name: ImageRef | str, max_megapixels: float) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(name, "undecodable", f"has {width} x {height} pixels")
+    if width * height > max_megapixels * 1e6:
+        raise ImageError(
+            name, "too_many_pixels", f"has {width} x {height} = {width * height / 1e6:.1f} megapixels, the limit "
+            f"data.max_megapixels is {max_megapixels:g}; raise it or shrink the image",
+        )  # fmt: skip
+
+
+def _upright_rgb(image: Image.Image, name: ImageRef | str) -> Image.Image:
+    """Load, turn upright, and bring any mode to RGB."""
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise UserError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, so images that are cut off would come out half "
+                        "grey without notice; set it to False")  # fmt: skip
+    try:
+        image.load()
+        turn = _UPRIGHT.get(_orientation(image))
+        image = _to_rgb(image, name)
+    except (ImageError, MemoryError):
+        raise
+    except Exception as e:
+        # Pillow reports damage as OSError, SyntaxError, struct.error, zlib.error, … depending on the plugin.
+        text = str(e)
+        cut = any(word in text.lower() for word in ("truncat", "unexpected end", "incomplete", "not enough", "eof"))
+        raise ImageError(name, "truncated_image" if cut else "undecodable", f"{type(e).__name__}: {text}") from None
+    return image.transpose(turn) if turn is not None else image
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1-8, read after loading (TIFF turns itself upright then). A broken block says nothing."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # a damaged EXIF block is common on the web and tells nothing about the pixels
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _to_rgb(image: Image.Image, name: ImageRef | str) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        # convert("RGB") clips at 255, so a 16-bit image would come out almost white.
+        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        detail = f"has 32-bit pixels (mode {image.mode}) whose white point is unknown; convert it to 8 or 16 bits"
+        raise ImageError(name, "unsupported_pixels", detail)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Geometry
+
+
+class ImagePipeline:
+    """`ImageRef` → uint8 [3, H, W] as the tower wants it. Picklable; the same for training, evaluation and serving.
+
+    ``augment`` random_crop takes 80-100 % of the area, same aspect ratio; where is a pure function of ``key``.
+    """
+
+    def __init__(
+        self, geometry: ImageGeometry, max_megapixels: float, augment: Literal["none", "random_crop"] = "none"
+    ) -> None:
+        g = geometry
+        if g.resize == "shortest_edge" and g.resize_to < max(g.height, g.width):
+            raise UserError(f"the vision tower resizes the short side to {g.resize_to} and then crops {g.height} x "
+                            f"{g.width}: the crop is larger than the image")  # fmt: skip
+        self.geometry = geometry
+        self.max_megapixels = max_megapixels
+        self.augment = augment
+        self._at_least = 2 * max(g.height, g.width, g.resize_to)
+        pixels = asdict(geometry)
+        for belongs_to_tower in ("mean", "std", "num_patches", "d_vision"):
+            del pixels[belongs_to_tower]
+        facts = {**pixels, "augment": augment, "version": _PIXEL_VERSION, "pillow": PIL.__version__}
+        self.fingerprint: str = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        """sha256 over everything that decides which pixels the same bytes give (not the tower's mean and std)."""
+
+    def __call__(self, ref: ImageRef, key: str | None = None) -> torch.Tensor:
+        """uint8 [3, H, W]. ``key`` (seed, epoch and sample as a string) seeds the augmentation; None: none."""
+        return self._fit(decode(read_bytes(ref), ref, self.max_megapixels, self._at_least), key)
+
+    def open(self, ref: ImageRef) -> Image.Image:
+        """The decoded image at full size, for reports."""
+        return decode(read_bytes(ref), ref, self.max_megapixels)
+
+    def from_pil(self, image: Image.Image) -> torch.Tensor:
+        """uint8 [3, H, W] of an image that is already open; orientation, alpha and depth are treated as for a file."""
+        _check_megapixels(image, "<PIL image>", self.max_megapixels)
+        with _quiet():
+            return self._fit(_upright_rgb(image, "<PIL image>"), None)
+
+    def from_file(self, path: str) -> torch.Tensor:
+        """uint8 [3, H, W] of a path that the user typed: the path itself is the permission to open it."""
+        real = os.path.realpath(path)
+        return self(ImageRef(root=os.path.dirname(real), path=os.path.basename(real)))
+
+    def _fit(self, image: Image.Image, key: str | None) -> torch.Tensor:
+        box = (0.0, 0.0, float(image.width), float(image.height))
+        if self.augment == "random_crop" and key is not None:
+            box = random_crop_box(image.width, image.height, key)
+        resized = image.resize(
+            (self.geometry.width, self.geometry.height), _RESAMPLE[self.geometry.resample], box=self._crop_box(box)
+        )
+        return torch.from_numpy(np.array(resized, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+    def _crop_box(self, box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+        """The part of ``box`` that fills the output.
+
+        For shortest_edge, resizing this part is resizing everything and cropping the centre, without ever holding the
+        resized whole: a 1 x 1,000,000 image would otherwise blow up to 224 x 224,000,000.
+        """
+        g = self.geometry
+        if g.resize == "stretch":
+            return box
+        left, top, right, bottom = box
+        width, height = right - left, bottom - top
+        # The integer rounding of Hugging Face image processors, so that both see the same crop.
+        if width <= height:
+            whole_w, whole_h = g.resize_to, int(g.resize_to * height / width)
+        else:
+            whole_w, whole_h = int(g.resize_to * width / height), g.resize_to
+        x, y = (whole_w - g.width) // 2, (whole_h - g.height) // 2
+        sx, sy = width / whole_w, height / whole_h
+        return (
+            left + x * sx, top + y * sy, min(left + (x + g.width) * sx, right), min(top + (y + g.height) * sy, bottom)
+        )  # fmt: skip
+
+
+def random_crop_box(width: int, height: int, key: str) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of a crop with 80-100 % of the area, drawn from sha256(key) alone."""
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "big"))
+    side = float(rng.uniform(0.8, 1.0)) ** 0.5
+    left, top = float(rng.random()) * (1 - side) * width, float(rng.random()) * (1 - side) * height
+    return left, top, min(left + side * width, width), min(top + side * height, height)

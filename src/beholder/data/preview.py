@@ -1,0 +1,123 @@
+"""Samples exactly as the model will get them, for a person to look at: the first thing to open when a loss looks odd.
+
+Prints them with supervised tokens coloured and writes the images, as the tower sees them, beside an HTML page. Uses the
+encoder and the image pipeline of training; nothing is laid out a second time here.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.text import Text
+
+from beholder.data.chat import Segment
+from beholder.data.collate import SampleBuilder
+from beholder.runs import atomic_write
+from beholder.types import Example
+
+
+@dataclass(frozen=True)
+class PreviewItem:
+    """One previewed sample."""
+
+    id: str
+    where: str
+    """File and record."""
+    images: tuple[Path, ...]
+    """PNG files written, image k of the sample at place k."""
+    num_tokens: int
+    num_targets: int
+    truncated: bool
+    segments: tuple[Segment, ...]
+
+
+def preview(
+    examples: Sequence[Example], builder: SampleBuilder, folder: Path, console: Console | None = None
+) -> list[PreviewItem]:
+    """Prints each example (to ``console``, if given) and writes ``index.html`` and its images into ``folder``.
+
+    Images go through the pipeline of ``builder``, with the augmentation of epoch 0 where it has one, also when the
+    feature store holds them. Raises what building the sample for training would raise.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels_only = SampleBuilder(
+        builder.encoder, builder.pipeline, None, on_bad_image="error", augment_seed=builder.augment_seed
+    )
+    items: list[PreviewItem] = []
+    for number, example in enumerate(examples):
+        _, encoded, inputs = pixels_only.build(example)
+        paths: list[Path] = []
+        for k, image in enumerate(inputs):
+            assert image.pixels is not None
+            # Never the record's own names: they may be paths.
+            path = folder / f"sample_{number}_image_{k + 1}.png"
+            _write_png(path, image.pixels)
+            paths.append(path)
+        item = PreviewItem(
+            id=example.id, where=example.where, images=tuple(paths), num_tokens=len(encoded.ids),
+            num_targets=encoded.num_targets, truncated=encoded.truncated,
+            segments=tuple(builder.encoder.segments(encoded)),
+        )  # fmt: skip
+        items.append(item)
+        if console is not None:
+            console.rule(Text(f"{number + 1} · {example.where}"))
+            console.print(builder.encoder.show(encoded))
+            console.print(Text(_facts(item), style="dim"))
+            for path in paths:
+                console.print(Text(f"  {path}", style="dim"))
+    atomic_write(folder / "index.html", _page(items))
+    if console is not None:
+        console.print(Text("green: supervised, the loss counts these tokens only · ⏎ a newline token", style="dim"))
+        console.print(Text(f"page: {folder / 'index.html'}"))
+    return items
+
+
+def _facts(item: PreviewItem) -> str:
+    cut = ", cut to max_seq_len" if item.truncated else ""
+    images = f"{len(item.images)} image{'' if len(item.images) == 1 else 's'}"
+    return f"{item.num_tokens} tokens, {item.num_targets} supervised, {images}{cut}"
+
+
+def _write_png(path: Path, pixels: torch.Tensor) -> None:
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(path)
+
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --target: #14803c; --tint: #14803c1c; }
+@media (prefers-color-scheme: dark) { :root { --target: #5fd38a; --tint: #5fd38a22; } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+article { border-top: 1px solid var(--line); padding: 1rem 0; }
+h2 { font-size: 1rem; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .9rem; }
+.target { color: var(--target); background: var(--tint); font-weight: 600; }
+.image { border: 1px solid var(--line); border-radius: .3rem; padding: 0 .3rem; }
+img { image-rendering: pixelated; min-width: 8rem; margin-right: .5rem; border: 1px solid var(--line); }
+.facts { opacity: .7; }
+"""
+
+
+def _page(items: Sequence[PreviewItem]) -> str:
+    """A page without scripts; text from the records is escaped."""
+    articles = []
+    for number, item in enumerate(items):
+        text = "".join(f'<span class="{s.kind}">{html.escape(s.text)}</span>' for s in item.segments)
+        images = "".join(
+            f'<img src="{html.escape(path.name)}" alt="image {k + 1}">' for k, path in enumerate(item.images)
+        )
+        articles.append(
+            f"<article><h2>{number + 1} · {html.escape(item.where)}</h2><p>{images}</p><pre>{text}</pre>"
+            f'<p class="facts">{html.escape(_facts(item))}</p></article>'
+        )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Beholder preview</title>'
+        f"<style>{_STYLE}</style></head><body><h1>Samples as the model gets them</h1>"
+        "<p>Images as the vision tower sees them. "
+        '<span class="target">Green text</span> is supervised: only these tokens count in the loss.</p>'
+        f"{''.join(articles)}</body></html>\n"
+    )

@@ -1,0 +1,484 @@
+"""Record files of every kind → `Example`s, parsed when they are asked for; structurally bad records → named rejects.
+
+Where records lie in a file is `index`' business, what is inside an image `images`', whether a good record is wanted
+`hygiene`'s. A record is checked once, when its file is indexed; after that only byte offsets are held.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import orjson
+
+from beholder.config import DatasetKind, SourceConfig
+from beholder.data import index
+from beholder.data.index import RecordError
+from beholder.runs import sha256_file
+from beholder.types import Example, ImageRef, ImageSlot, Part, Turn, UserError
+
+__all__ = ["RecordError", "Records", "Reject", "guess_source", "open_sources"]
+
+_INDEX_VERSION = 1
+_ROLES: dict[str, Literal["system", "user", "assistant"]] = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A record that is not used, and why. ``reason`` is a short stable slug that counts go by."""
+
+    id: str
+    row: int
+    """0-based record number in ``file``."""
+    file: str
+    reason: str
+    detail: str
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One record
+
+
+class _Bad(Exception):
+    def __init__(self, reason: str, detail: str, id: str = "") -> None:
+        super().__init__(detail)
+        self.reason, self.detail, self.id = reason, detail, id
+
+
+class _Parsed(NamedTuple):
+    id: str | None
+    source: str
+    images: list[Any]
+    """Paths; for tar and parquet ``[label, offset or row, bytes or item]``."""
+    messages: list[tuple[Literal["system", "user", "assistant"], str]]
+    interpreted: bool
+    """User turns hold image markers (conversations); a caption record has no user turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """How the records of one file are read."""
+
+    dataset: DatasetKind
+    image_token: str
+    max_images: int
+
+    @property
+    def stored_images(self) -> bool:
+        return self.dataset in ("webdataset", "parquet")
+
+    def parse(self, raw: bytes) -> _Parsed:
+        """Raises `_Bad` with a reason and a sentence naming the field, what was got and what was expected."""
+        try:
+            record = orjson.loads(raw)
+        except orjson.JSONDecodeError as e:
+            raise _Bad("bad_json", f"malformed JSON at character {e.pos} of the record: {e.msg}") from None
+        if not isinstance(record, dict):
+            raise _Bad("wrong_type", f"the record is {_kind(record)}, expected an object")
+        id = record.get("id")
+        if isinstance(id, int) and not isinstance(id, bool):
+            id = str(id)
+        elif not isinstance(id, str | None):
+            raise _Bad("wrong_type", f"id is {_kind(id)}, expected a string or an integer")
+        try:
+            return self._parse(record, id)
+        except _Bad as e:
+            raise _Bad(e.reason, e.detail, id or "") from None
+
+    def _parse(self, record: dict[str, Any], id: str | None) -> _Parsed:
+        if self.stored_images and "!" in record:
+            raise _Bad("bad_member", record["!"])
+        source = record.get("source")
+        if not isinstance(source, str | None):
+            raise _Bad("wrong_type", f"source is {_kind(source)}, expected a string")
+        images = record["images"] if self.stored_images else _image_paths(record)
+        messages, interpreted = _messages(record, self.dataset)
+        num_markers = sum(t.count(self.image_token) for r, t in messages if r == "user") if interpreted else len(images)
+        if num_markers != len(images):
+            raise _Bad("image_count", f"{len(images)} images but {num_markers} {self.image_token} markers in the user "
+                       "turns; the k-th marker takes images[k], so the numbers must agree")  # fmt: skip
+        if not images and not (interpreted and self.dataset in ("jsonl", "llava_instruct")):
+            raise _Bad("no_image", "has no image")
+        if len(images) > self.max_images:
+            raise _Bad("too_many_images", f"{len(images)} images, prompting.max_images_per_sample is {self.max_images}")
+        return _Parsed(id, source or "", images, messages, interpreted)
+
+    def turns(self, parsed: _Parsed) -> tuple[Turn, ...]:
+        turns, next_image = [], 0
+        for role, text in parsed.messages:
+            parts: list[Part] = [text]
+            if role == "user":  # only here: a marker in an answer or in a system text is literal text
+                pieces = text.split(self.image_token)
+                parts = [pieces[0]]
+                for piece in pieces[1:]:
+                    parts += [ImageSlot(next_image), piece]
+                    next_image += 1
+                parts = [p for p in parts if p != ""]
+            turns.append(Turn(role, tuple(parts)))
+        return tuple(turns)
+
+
+def _image_paths(record: dict[str, Any]) -> list[str]:
+    given = [(name, record[name]) for name in ("images", "image") if record.get(name) is not None]
+    if not given:
+        return []
+    if len(given) > 1:
+        raise _Bad("wrong_type", "has both image and images, expected one of them")
+    name, value = given[0]
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list):
+        raise _Bad("wrong_type", f"{name} is {_kind(value)}, expected a path or a list of paths")
+    for k, path in enumerate(paths):
+        if not isinstance(path, str) or not path:
+            raise _Bad("wrong_type", f"{name}[{k}] is {_kind(path)}, expected a non-empty path")
+    return paths
+
+
+def _messages(
+    record: dict[str, Any], dataset: DatasetKind
+) -> tuple[list[tuple[Literal["system", "user", "assistant"], str]], bool]:
+    """(turns as role and text, whether markers in user turns are image slots)."""
+    allowed = ("conversations",) if dataset.startswith("llava") else ("caption", "conversations", "messages")
+    given = [name for name in allowed if name in record]
+    if len(given) != 1:
+        got = f"has {' and '.join(given)}" if given else f"has none of the fields {', '.join(allowed)}"
+        raise _Bad("wrong_type" if given else "missing_field", f"{got}, expected exactly one")
+    name = given[0]
+    value = record[name]
+    if name == "caption":
+        if not isinstance(value, str):
+            raise _Bad("wrong_type", f"caption is {_kind(value)}, expected a string")
+        return [("assistant", value)], False
+    if not isinstance(value, list):
+        raise _Bad("wrong_type", f"{name} is {_kind(value)}, expected a list of turns")
+    messages = []
+    for k, turn in enumerate(value):
+        if not isinstance(turn, dict):
+            raise _Bad("wrong_type", f"{name}[{k}] is {_kind(turn)}, expected an object with from and value")
+        role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
+        role, text = turn.get(role_key), turn.get(text_key)
+        if not isinstance(role, str) or role not in _ROLES:
+            raise _Bad("wrong_type", f"{name}[{k}].{role_key} is {_kind(role)}, expected one of {', '.join(_ROLES)}")
+        if not isinstance(text, str):
+            raise _Bad("wrong_type", f"{name}[{k}].{text_key} is {_kind(text)}, expected a string")
+        messages.append((_ROLES[role], text))
+    if not any(role == "assistant" for role, _ in messages):
+        raise _Bad("no_target", f"{name} has no turn of the assistant (gpt), so there is nothing to learn")
+    return messages, True
+
+
+def _kind(value: object) -> str:
+    """A JSON value as a message shows it."""
+    match value:
+        case None:
+            return "null or absent"
+        case bool():
+            return f"the boolean {str(value).lower()}"
+        case int() | float():
+            return f"the number {value}"
+        case str():
+            return f"the string {value[:40]!r}"
+        case list():
+            return "a list"
+        case _:
+            return "an object"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One file
+
+
+@dataclass
+class _File:
+    """Offsets of the good records of one file."""
+
+    path: str
+    image_root: str
+    rules: _Rules
+    stem: str
+    starts: np.ndarray
+    """int64 [n]: first byte of record i, in the file or in ``blob``"""
+    stops: np.ndarray
+    """int64 [n]"""
+    rows: np.ndarray
+    """int64 [n]: record number in the file, bad ones counted"""
+    source_ids: np.ndarray
+    """int32 [n] into ``source_names``"""
+    source_names: list[str]
+    rejects: list[Reject]
+    digest: str
+    """sha256 of the file (JSON), of all record texts and image places (tar, parquet)"""
+    num_images: int
+    blob: bytes | None
+    """Record texts of tar and parquet files; None: they are read from the file."""
+    stat: tuple[int, int]
+    """(bytes, modification time in ns) at indexing"""
+    _fd: int | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def raw(self, i: int) -> bytes:
+        start, stop = int(self.starts[i]), int(self.stops[i])
+        if self.blob is not None:
+            return self.blob[start:stop]
+        # pread and not mmap: a file that is cut while in use then gives an error and not a bus error.
+        return os.pread(self._fd if self._fd is not None else self._open(), stop - start, start)
+
+    def _open(self) -> int:
+        with _OPENING:
+            if self._fd is None:
+                fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                info = os.fstat(fd)
+                if (info.st_size, info.st_mtime_ns) != self.stat:
+                    os.close(fd)
+                    raise RecordError(f"{self.path}: changed since it was indexed; start again")
+                self._fd = fd
+        return self._fd
+
+    def parse(self, i: int) -> _Parsed:
+        try:
+            return self.rules.parse(self.raw(i))
+        except _Bad as e:
+            raise RecordError(f"{self.path}: record {self.rows[i]} changed since it was indexed: {e.detail}") from None
+
+    def example(self, i: int, source: str) -> Example:
+        parsed, row = self.parse(i), int(self.rows[i])
+        return Example(
+            id=parsed.id or f"{self.stem}:{row}",
+            images=self.refs(parsed),
+            turns=self.rules.turns(parsed),
+            source=source,
+            file=self.path,
+            row=row,
+        )
+
+    def refs(self, parsed: _Parsed) -> tuple[ImageRef, ...]:
+        match self.rules.dataset:
+            case "webdataset":
+                return tuple(ImageRef(self.path, name, "tar", at, size) for name, at, size in parsed.images)
+            case "parquet":
+                return tuple(ImageRef(self.path, name, "parquet", row, 0, item) for name, row, item in parsed.images)
+            case _:
+                return tuple(ImageRef(self.image_root, path) for path in parsed.images)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fd": None}
+
+    def __del__(self) -> None:
+        if (fd := getattr(self, "_fd", None)) is not None:  # __init__ may have failed before
+            os.close(fd)
+
+
+_OPENING = threading.Lock()
+
+
+def _index_file(path: str, source: SourceConfig, rules: _Rules) -> _File:
+    info = index.require_regular(path)
+    stem = Path(path).name.split(".")[0]
+    if source.image_root is not None and not rules.stored_images and not os.path.isdir(source.image_root):
+        raise UserError(f"image_root {source.image_root}: is not a folder; image paths of {path} are relative to it")
+    image_root = source.image_root or os.path.dirname(os.path.abspath(path))
+    content = index.stat_facts(path) if rules.stored_images else sha256_file(path)
+    key = index.cache_key("index", _INDEX_VERSION, rules.dataset, rules.image_token, rules.max_images, content)
+    cached = index.cache_load(key)
+    if cached is None:
+        cached = _scan(path, rules, content if isinstance(content, str) else None)
+        index.cache_save(key, *cached)
+    arrays, meta = cached
+    return _File(
+        path=path, image_root=image_root, rules=rules, stem=stem,
+        starts=arrays["starts"], stops=arrays["stops"], rows=arrays["rows"], source_ids=arrays["source_ids"],
+        source_names=[source.name or name or stem for name in meta["source_names"]],
+        rejects=[Reject(id or f"{stem}:{row}", row, path, why, detail) for id, row, why, detail in meta["rejects"]],
+        digest=meta["digest"], num_images=meta["num_images"],
+        blob=arrays["blob"].tobytes() if rules.stored_images else None,
+        stat=(info.st_size, info.st_mtime_ns),
+    )  # fmt: skip
+
+
+def _scan(path: str, rules: _Rules, digest: str | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Parse every record once; keep places, sources and rejects."""
+    match rules.dataset:
+        case "jsonl":
+            found = index.json_lines(path)
+        case "llava_pretrain" | "llava_instruct":
+            found = index.json_array(path)
+        case "webdataset":
+            found = index.tar_records(path)
+        case "parquet":
+            found = index.parquet_records(path)
+    starts, stops, rows, source_ids = [], [], [], []
+    names: dict[str, int] = {}
+    rejects: list[tuple[str, int, str, str]] = []
+    blob = bytearray()
+    row, num_images = -1, 0
+    for row, (start, raw, where) in enumerate(found):
+        try:
+            parsed = rules.parse(raw)
+        except _Bad as e:
+            rejects.append((e.id, row, e.reason, f"{where}: {e.detail}"))
+            continue
+        if rules.stored_images:
+            start = len(blob)
+            blob += raw
+        starts.append(start)
+        stops.append(start + len(raw))
+        rows.append(row)
+        source_ids.append(names.setdefault(parsed.source, len(names)))
+        num_images += len(parsed.images)
+    if row < 0:
+        raise RecordError(f"{path}: holds no records")
+    arrays = {
+        "starts": np.array(starts, np.int64), "stops": np.array(stops, np.int64), "rows": np.array(rows, np.int64),
+        "source_ids": np.array(source_ids, np.int32), "blob": np.frombuffer(blob, np.uint8),
+    }  # fmt: skip
+    return arrays, {
+        "source_names": list(names), "rejects": rejects, "num_images": num_images,
+        "digest": digest or hashlib.sha256(blob).hexdigest(),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# All files
+
+
+def open_sources(
+    sources: Sequence[SourceConfig], *, image_token: str, max_images: int, on_reject: Literal["error", "collect"]
+) -> Records:
+    """Index every file of ``sources`` in order. No image is opened.
+
+    ``on_reject`` error: raise `RecordError` for the first bad record and say how many there are; collect: they are in
+    ``Records.rejects``. A JSON array that is malformed, a damaged tar and a file without records always raise.
+    """
+    files, origins = [], []
+    for origin, source in enumerate(sources):
+        rules = _Rules(source.dataset, image_token, max_images)
+        match source.dataset:
+            case "webdataset":
+                paths = index.expand(source.json_path, (".tar",))
+            case "parquet":
+                paths = index.expand(source.json_path, (".parquet",))
+            case _:
+                paths = [source.json_path]
+        for path in paths:
+            files.append(_index_file(path, source, rules))
+            origins.append(origin)
+    records = Records(files, origins, sources)
+    if on_reject == "error" and records.rejects:
+        first, more = records.rejects[0], len(records.rejects) - 1
+        also = f" ({more} more bad records)" if more else ""
+        raise RecordError(f"{first.file}: record {first.row} (id {first.id!r}): {first.detail} [{first.reason}]{also}")
+    return records
+
+
+class Records:
+    """Random access to the structurally good records of several files (an `ExampleSet`). Picklable."""
+
+    def __init__(self, files: Sequence[_File], origins: Sequence[int], sources: Sequence[SourceConfig]) -> None:
+        self._files = list(files)
+        self._ends = list(accumulate(len(f) for f in files))
+        self.files: list[str] = [f.path for f in files]
+        self.sources = tuple(sources)
+        self.rejects: list[Reject] = [r for f in files for r in f.rejects]
+        """Structurally bad records, in file order."""
+        self.source_names: list[str] = list(dict.fromkeys(n for f in files for n in f.source_names))
+        self.num_images = sum(f.num_images for f in files)
+        """Image references of all records, repeated ones counted again."""
+        number = {name: i for i, name in enumerate(self.source_names)}
+        empty = np.zeros(0, np.int32)
+        local = [np.array([number[n] for n in f.source_names], np.int32) for f in files]
+        ids = [numbers[f.source_ids] for numbers, f in zip(local, files, strict=True)]
+        self.source_ids: np.ndarray = np.concatenate(ids or [empty])
+        """int32 [len]: index into ``source_names``"""
+        self.origins: np.ndarray = np.repeat(np.array(origins, np.int32), [len(f) for f in files])
+        """int32 [len]: index into ``sources``, the config entry the record came from"""
+        self.fingerprint: str = index.cache_key(
+            "records", _INDEX_VERSION,
+            [[*astuple(f.rules), f.digest, f.stem, f.source_names] for f in files],
+        )  # fmt: skip
+        """sha256 over record contents and how they are read, not over paths: a data set may move."""
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def _locate(self, i: int) -> tuple[_File, int]:
+        i = int(i)
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)}")
+        k = bisect_right(self._ends, i)
+        return self._files[k], i - (self._ends[k - 1] if k else 0)
+
+    def __getitem__(self, index: int) -> Example:
+        file, i = self._locate(index)
+        return file.example(i, self.source_of(index))
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+    def source_of(self, index: int) -> str:
+        """Source name of a record: the config's ``name``, else the record's ``source``, else the file's stem."""
+        return self.source_names[int(self.source_ids[index])]
+
+    def target_texts(self, indices: Sequence[int] | None = None) -> list[str]:
+        """`Example.target_text` of many records, without building examples."""
+        return ["\n".join(t for role, t in p.messages if role == "assistant") for _, p in self._parsed(indices)]
+
+    def ids(self) -> list[str]:
+        """`Example.id` of every record."""
+        return [
+            file.parse(i).id or f"{file.stem}:{int(file.rows[i])}" for file in self._files for i in range(len(file))
+        ]
+
+    def image_refs(self, indices: Sequence[int] | None = None) -> Iterator[ImageRef]:
+        """Every image of the records, in order, repeated ones again."""
+        for _, refs in self.images_of(indices):
+            yield from refs
+
+    def images_of(self, indices: Sequence[int] | None = None) -> Iterator[tuple[int, tuple[ImageRef, ...]]]:
+        """(record, its images) of many records, without building examples."""
+        chosen = range(len(self)) if indices is None else indices
+        for i, (file, parsed) in zip(chosen, self._parsed(indices), strict=True):
+            yield int(i), file.refs(parsed)
+
+    def _parsed(self, indices: Sequence[int] | None) -> Iterator[tuple[_File, _Parsed]]:
+        if indices is None:
+            for file in self._files:
+                for i in range(len(file)):
+                    yield file, file.parse(i)
+            return
+        for chosen in indices:
+            file, i = self._locate(chosen)
+            yield file, file.parse(i)
+
+
+def guess_source(path: str, *, dataset: DatasetKind | None = None, image_root: str | None = None) -> SourceConfig:
+    """The source a bare path stands for: the kind is told by suffix and first character unless ``dataset`` is given."""
+    if dataset is None:
+        first = index.expand(path, (".tar", ".parquet"))[0]
+        if first.endswith(".tar"):
+            dataset = "webdataset"
+        elif first.endswith(".parquet"):
+            dataset = "parquet"
+        else:
+            match index.first_character(first):
+                case "[":
+                    dataset = "llava_pretrain"
+                case "{":
+                    dataset = "jsonl"
+                case other:
+                    raise UserError(
+                        f"{path}: begins with {other!r}, so its kind cannot be told; expected a .tar or .parquet file, "
+                        "a JSON array ('[') or a record a line ('{'), or say --dataset"
+                    )
+    return SourceConfig(dataset=dataset, json_path=path, image_root=image_root)
