@@ -1,0 +1,6 @@
+"""The model: a frozen vision tower, a trained connector, a frozen language model, and what joins them.
+
+``vision`` and ``language`` are the two doors to outside libraries; ``connector`` is plain torch; ``fusion`` and
+``losses`` are pure functions; ``plan`` says what learns; ``vlm`` puts the parts together. Nothing here reads data files
+or knows the training loop.
+"""

@@ -1,0 +1,318 @@
+"""The door to outside language models: any Hugging Face causal LM, from a hub name, a folder, or a GGUF file.
+
+Splits a causal LM into embed, decoder and head, so that the head runs on supervised positions only, and proves at load
+time that the split computes what the model itself computes. Templates and token ids are `data.chat`'s business.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from beholder.config import LlmConfig
+from beholder.model import attention
+from beholder.model.weights import DTYPES, check_finite, check_loading_info, freeze, quiet_transformers
+from beholder.types import UserError
+
+
+class LanguageModel(nn.Module):
+    """A frozen causal LM, used from embeddings. Runs in its storage precision; autocast is never needed nor applied.
+
+    ``d_text`` is the width of its embeddings, ``vocab`` the rows of its table, ``embed_rms`` the RMS of the table.
+    """
+
+    def __init__(self, model: nn.Module, name: str, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.name = name
+        self.config = self.model.config.get_text_config()
+        self.decoder_checkpointing = gradient_checkpointing
+        freeze(self)
+        if gradient_checkpointing:
+            self._enable_checkpointing()
+        table = self.model.get_input_embeddings()
+        self.vocab, self.d_text = table.weight.shape
+        self.embed_rms = self._embed_rms()
+        self.packing_error: str | None = None
+        self.segmented = self.model.config._attn_implementation == attention.NAME
+
+    # Held outside of the module tree so that the parts are not registered twice.
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model.get_decoder()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def attention(self) -> str:
+        """Attention in use, as transformers names it, or our own."""
+        return self.model.config._attn_implementation
+
+    def train(self, mode: bool = True) -> "LanguageModel":
+        """Stays in eval mode: dropout in a frozen model is noise. With gradient checkpointing, the checkpointing
+        wrappers (and nothing inside them) are told that training goes on, which is what they look at."""
+        super().train(False)
+        if self.decoder_checkpointing:
+            for layer in self._checkpointed_layers():
+                layer.training = mode
+        return self
+
+    def _checkpointed_layers(self) -> list[nn.Module]:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+    def _enable_checkpointing(self) -> None:
+        layers = self._checkpointed_layers()
+        if not layers:
+            raise UserError(
+                f"model.llm.gradient_checkpointing: {self.name} ({type(self.model).__name__}) does not support it"
+            )
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for layer in layers:
+            for knob in ("dropout", "activation_dropout", "resid_dropout"):
+                if isinstance(getattr(layer, knob, None), float):
+                    setattr(layer, knob, 0.0)
+
+    @torch.no_grad()
+    def _embed_rms(self, rows: int = 8192) -> float:
+        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        for start in range(0, self.vocab, rows):
+            ids = torch.arange(start, min(start + rows, self.vocab), device=self.device)
+            total += self.embed(ids[None]).float().square().sum(dtype=torch.float64)
+            count += ids.numel() * self.d_text
+        return float((total / count).sqrt())
+
+    @torch.no_grad()
+    def embed(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t dh"]:
+        """Rows of the frozen table (scaled where the family scales them inside its embedding module)."""
+        return self.model.get_input_embeddings()(ids)
+
+    def hidden(
+        self, inputs_embeds: Float[Tensor, "b t dh"], position_ids: Int[Tensor, "b t"]
+    ) -> Float[Tensor, "b t dh"]:
+        """Final hidden states, causal within each run of positions that starts at 0, blind across runs.
+
+        No attention mask is passed: transformers builds the block-diagonal one from the restarts.
+        """
+        extra = {"segments": attention.find_segments(position_ids)} if self.segmented else {}
+        with torch.autocast(inputs_embeds.device.type, enabled=False):
+            out = self.decoder(
+                inputs_embeds=inputs_embeds.to(self.dtype), position_ids=position_ids, attention_mask=None,
+                use_cache=False, **extra,
+            )  # fmt: skip
+        return out.last_hidden_state
+
+    def head(self, hidden: Float[Tensor, "k dh"]) -> Float[Tensor, "k v"]:
+        """Logits, with the scaling or soft cap that the family applies after its output matrix."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = self.model.get_output_embeddings()(hidden.to(self.dtype))
+        if (divisor := getattr(self.config, "logits_scaling", None)) is not None:
+            logits = logits / divisor
+        if (factor := getattr(self.config, "logit_scale", None)) is not None:
+            logits = logits * factor
+        if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[Tensor],
+        *,
+        eos_ids: list[int],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        repetition_penalty: float,
+        seed: int,
+    ) -> list[list[int]]:
+        """New token ids for each prompt given as embeddings ``[T_i, Dh]``, up to and with the end token.
+
+        One left-padded batch. ``temperature`` 0 is greedy, and then (in fp32) independent of what else is in the batch.
+        Sampling depends on ``seed`` and the batch, and leaves the global random state alone.
+        """
+        from transformers import GenerationConfig
+
+        longest = max(p.shape[0] for p in prompts)
+        embeds = prompts[0].new_zeros(len(prompts), longest, self.d_text, dtype=self.dtype)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.int64, device=embeds.device)
+        for row, prompt in enumerate(prompts):
+            embeds[row, longest - prompt.shape[0] :] = prompt.to(self.dtype)
+            mask[row, longest - prompt.shape[0] :] = 1
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {
+            "do_sample": False, "top_k": None, "top_p": None, "temperature": None
+        }  # fmt: skip
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, eos_token_id=eos_ids,
+            pad_token_id=eos_ids[0], use_cache=True, num_beams=1, **sampling,
+        )  # fmt: skip
+        devices = [embeds.device] if embeds.device.type == "cuda" else []
+        was_training = [m for m in self._checkpointed_layers() if m.training] if self.decoder_checkpointing else []
+        for layer in was_training:  # a checkpointing layer in training mode drops the key/value cache
+            layer.training = False
+        with torch.random.fork_rng(devices=devices), torch.autocast(embeds.device.type, enabled=False):
+            torch.manual_seed(seed)
+            new = self.model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=settings)
+        for layer in was_training:
+            layer.training = True
+        ends = set(eos_ids)
+        out: list[list[int]] = []
+        for row in new.tolist():
+            stop = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+            out.append(row[:stop])
+        return out
+
+    @torch.no_grad()
+    def check_head(self) -> None:
+        """Refuse a family whose logits are not ``head(hidden(embed(ids)))``: its loss would be another model's."""
+        ids = self._probe_ids(12)
+        positions = torch.arange(12, device=self.device)[None]
+        segmented, self.segmented = self.segmented, False  # the same attention on both sides: this is about the split
+        ours = self.head(self.hidden(self.embed(ids), positions)[0]).float()
+        self.segmented = segmented
+        theirs = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        # Same operations in the same order: equal up to kernel choice. bf16 keeps 8 bits. A missing soft cap, scale or
+        # norm is off by the order of 1 wherever it matters.
+        tolerance = 1e-5 if self.dtype == torch.float32 else 1e-2
+        error = float(torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs).clamp_min(1e-6))
+        if not error <= tolerance:
+            raise UserError(
+                f"{self.name} ({type(self.model).__name__}): logits from the split model differ from its own by "
+                f"{error:.1e} of their size (allowed {tolerance:.0e}); the family does something after its decoder or "
+                "head that is not supported"
+            )
+
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """Find out whether restarting positions keep packed samples apart, for the attention in use.
+
+        Sets ``packing_error`` (None when they do). The second sample of a packed row must not change when the first one
+        is swapped, and must be what it is alone.
+        """
+        a, a2, b = (self._probe_ids(7, seed=s) for s in (1, 2, 3))
+        positions = torch.arange(7, device=self.device)[None]
+        packed = torch.cat([positions, positions], 1)
+        after_a = self.hidden(self.embed(torch.cat([a, b], 1)), packed)[0, 7:].float()
+        after_a2 = self.hidden(self.embed(torch.cat([a2, b], 1)), packed)[0, 7:].float()
+        alone = self.hidden(self.embed(b), positions)[0].float()
+        size = alone.square().mean().sqrt()
+        leak = float((after_a - after_a2).square().mean().sqrt() / size)
+        drift = float((after_a - alone).square().mean().sqrt() / size)
+        # Without a leak the first number is 0 up to kernel order; the second sees other shapes, hence other rounding.
+        allowed = 1e-4 if self.dtype == torch.float32 else 5e-2
+        if not (leak <= min(allowed, 1e-3) and drift <= allowed):
+            self.packing_error = (
+                f"{self.name} with attention {self.attention}: packed samples are not "
+                f"independent (swapping the first changes the second by {leak:.1e}, packing by {drift:.1e} of its "
+                "size). Set train.packing: false, or another model.llm.attn_implementation."
+            )
+
+    def _probe_ids(self, length: int, seed: int = 0) -> Tensor:
+        draw = torch.Generator().manual_seed(seed)
+        return torch.randint(0, self.vocab, (1, length), generator=draw).to(self.device)
+
+
+def _source(cfg: LlmConfig) -> tuple[str, dict[str, Any]]:
+    """(name, keyword arguments) for ``from_pretrained``; a .gguf file is named through its folder."""
+    where: dict[str, Any] = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code}
+    if not cfg.name_or_path.endswith(".gguf"):
+        return cfg.name_or_path, where
+    path = Path(cfg.name_or_path)
+    if not path.is_file():
+        raise UserError(f"model.llm.name_or_path: no file {cfg.name_or_path!r}")
+    return str(path.parent), {**where, "gguf_file": path.name}
+
+
+def load_tokenizer(cfg: LlmConfig) -> Any:
+    """The model's own tokenizer. Raises `UserError` when there is none."""
+    from transformers import AutoTokenizer
+
+    name, where = _source(cfg)
+    try:
+        return AutoTokenizer.from_pretrained(name, **where)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(
+            f"model.llm.name_or_path {cfg.name_or_path!r}: no tokenizer could be loaded: "
+            f"{str(e).strip().splitlines()[0]}"
+        ) from e
+
+
+def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, Any]:
+    """The language model and its tokenizer: strictly loaded, frozen, in eval mode, on ``device``.
+
+    Raises `UserError` for files that do not fit, NaN weights, a tokenizer larger than the embedding table, and families
+    whose logits the split model does not reproduce.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    name, where = _source(cfg)
+    dtype = DTYPES[cfg.precision]
+    if "gguf_file" in where:
+        where |= _dequantize()
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, attn_implementation=cfg.attn_implementation, output_loading_info=True, **where
+            )
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        raise UserError(
+            f"model.llm.name_or_path {cfg.name_or_path!r} cannot be loaded: {str(e).strip().splitlines()[0]} Give a "
+            "Hugging Face causal language model (hub name or folder), or a .gguf file."
+        ) from e
+    model, info = loaded
+    check_loading_info(info, model, cfg.name_or_path)
+    check_finite(model, cfg.name_or_path)
+    if "gguf_file" in where:
+        _forget_quantizer(model)
+    model = model.to(device=device, dtype=dtype)
+    # The checkpoint's own sampling defaults (top_k, temperature, …) would silently fill what a caller leaves unset.
+    model.generation_config = GenerationConfig()
+    if (
+        device.type == "cpu"
+        and model.config._attn_implementation == "sdpa"
+        and type(model).__module__.startswith("transformers.")
+    ):
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
+    language = LanguageModel(model, cfg.name_or_path, cfg.gradient_checkpointing)
+    tokenizer = load_tokenizer(cfg)
+    if len(tokenizer) > language.vocab:
+        raise UserError(
+            f"{cfg.name_or_path}: the tokenizer has {len(tokenizer)} tokens but the embedding table {language.vocab} "
+            "rows; they do not belong together (the table never grows)"
+        )
+    language.check_head()
+    language.check_packing()
+    return language, tokenizer
+
+
+def _dequantize() -> dict[str, Any]:
+    """Ask for plain dense weights where this transformers would otherwise keep the file's blocks (5.20 and later)."""
+    try:
+        from transformers.utils.quantization_config import GgufConfig  # pyright: ignore[reportAttributeAccessIssue]
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _forget_quantizer(model: Any) -> None:
+    """A dequantised model is an ordinary one: without this, `save_pretrained` and ``.to`` refuse."""
+    for holder, mark in (
+        (model.config, "quantization_config"),
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+    ):
+        if hasattr(holder, mark):
+            delattr(holder, mark)
+    for mark in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if getattr(model, mark, False):
+            setattr(model, mark, False)

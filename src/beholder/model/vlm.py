@@ -1,0 +1,196 @@
+"""The whole model: images through tower and connector into the language model's embeddings, loss and captions out.
+
+`build_vlm` is the one place where model settings become parts. Losses come back per token, so that training, evaluation
+and the ablation share this forward. No loop, no optimizer and no data file is known here.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from beholder.config import ModelConfig
+from beholder.model.connector import Connector, build_connector
+from beholder.model.fusion import check_images, scatter_images, spans_to_positions, supervised_positions
+from beholder.model.language import LanguageModel, load_language
+from beholder.model.losses import head_nll
+from beholder.model.vision import VisionTower, load_vision
+from beholder.model.weights import DTYPES, sketch_module
+from beholder.types import Batch, Encoded, ImageInput, TokenLosses, UserError
+
+
+class VisionLanguageModel(nn.Module):
+    """Tower, connector and language model. ``vision`` becomes None after `drop_vision`; features then come stored.
+
+    The connector keeps fp32 weights and is computed under autocast in ``compute_precision``; the frozen parts compute
+    in the precision they are stored in, so no weight of theirs is ever cast.
+    """
+
+    def __init__(
+        self, vision: VisionTower, connector: Connector, language: LanguageModel, compute_dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.vision: VisionTower | None = vision
+        self.connector, self.language = connector, language
+        self.geometry, self.compute_dtype = vision.geometry, compute_dtype
+        self._info = {
+            **connector.info(),
+            "vision": {"name": vision.name, "fingerprint": sketch_module(vision.backbone)},
+            "language": {"name": language.name, "fingerprint": sketch_module(language.model)},
+        }
+        self.train(False)
+
+    @property
+    def num_visual_tokens(self) -> int:
+        return self.connector.num_tokens
+
+    @property
+    def device(self) -> torch.device:
+        return self.language.device
+
+    def train(self, mode: bool = True) -> "VisionLanguageModel":
+        """Only parts that learn change mode; frozen ones stay in eval (they see to it themselves)."""
+        super().train(mode)
+        self.connector.train(mode and any(p.requires_grad for p in self.connector.parameters()))
+        return self
+
+    def drop_vision(self) -> None:
+        """Free the tower's memory when every image comes with stored features."""
+        self.vision = None
+
+    def connector_info(self) -> dict[str, Any]:
+        """What a checkpoint of the connector must say about itself to be refused for the right reason."""
+        return dict(self._info)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def patches(self, images: Sequence[ImageInput]) -> Float[Tensor, "m p dv"]:
+        """Tower features of each image: the stored ones where given, else from pixels, in the order of ``images``."""
+        g = self.geometry
+        if not images:
+            return torch.zeros(0, g.num_patches, g.d_vision, dtype=torch.bfloat16, device=self.device)
+        raw = [i for i, image in enumerate(images) if image.features is None]
+        rows: list[Tensor | None] = [image.features for image in images]
+        if raw:
+            if self.vision is None:
+                raise UserError(
+                    f"{len(raw)} of {len(images)} images have no stored features and the vision tower was released"
+                )
+            pixels = [images[i].pixels for i in raw]
+            assert all(p is not None for p in pixels), "an image has neither features nor pixels"
+            fresh = self.vision(torch.stack([p for p in pixels if p is not None]).to(self.device))
+            if len(raw) == len(images):
+                return fresh
+            for i, feature in zip(raw, fresh, strict=True):
+                rows[i] = feature
+        stored = [r.to(self.device, non_blocking=True) for r in rows if r is not None]
+        wrong = next((r for r in stored if r.shape != (g.num_patches, g.d_vision)), None)
+        if wrong is not None:
+            raise UserError(
+                f"stored features have shape {list(wrong.shape)}, the tower gives [{g.num_patches}, {g.d_vision}]: the "
+                "feature store belongs to another tower"
+            )
+        common = stored[0].dtype if len({r.dtype for r in stored}) == 1 else torch.float32
+        return torch.stack([r.to(common) for r in stored])
+
+    def visual_tokens(self, images: Sequence[ImageInput]) -> Float[Tensor, "m n dh"]:
+        """What the language model is given for each image: ``[M, N, Dh]``, carrying the connector's graph."""
+        patches = self.patches(images)
+        with self._autocast():
+            return self.connector(patches)
+
+    def embed(self, batch: Batch) -> Float[Tensor, "b t dh"]:
+        """Text embeddings with every reserved image position overwritten: the k-th run of a sample by its k-th
+        image."""
+        check_images(batch, self.num_visual_tokens)
+        text = self.language.embed(batch.input_ids)
+        return scatter_images(text, batch.image_positions, self.visual_tokens(batch.images))
+
+    def forward(self, batch: Batch) -> TokenLosses:
+        """Loss of every supervised token. The token at position t is predicted from t - 1 of the same sample.
+
+        The language-model head runs on those positions alone. Raises `UserError` for packed rows when the language
+        model was found not to keep packed samples apart.
+        """
+        if self.language.packing_error and batch.input_ids.shape[0] < len(batch.ids):
+            raise UserError(self.language.packing_error)
+        # Found where the batch lies: on a GPU these index searches would wait for the device.
+        where, before = supervised_positions(batch.supervise, batch.position_ids)
+        targets, owner = batch.input_ids.reshape(-1)[where], batch.sample_index.reshape(-1)[where]
+        here = self.device
+        batch = batch.to(here)
+        hidden = self.language.hidden(self.embed(batch), batch.position_ids)
+        picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, before.to(here, non_blocking=True))
+        nll, correct = head_nll(self.language.head, picked, targets.to(here, non_blocking=True), self.language.vocab)
+        return TokenLosses(nll, owner.to(here, non_blocking=True), correct)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Encoded],
+        images: Sequence[Sequence[ImageInput]],
+        *,
+        eos_ids: list[int],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """New token ids for each prompt with its images, up to and with the end token; the prompt is not repeated.
+
+        One batch. Raises `UserError` when a prompt has another number of image places than images.
+        """
+        assert len(prompts) == len(images)
+        if not prompts:
+            return []
+        for i, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
+            if len(prompt.image_spans) != len(own):
+                raise UserError(f"prompt {i + 1} has {len(prompt.image_spans)} image places but {len(own)} images")
+        tokens = self.visual_tokens([image for own in images for image in own])
+        embeds, used = [], 0
+        for i, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
+            ids = torch.from_numpy(prompt.ids).to(self.device)[None]
+            places = spans_to_positions(list(prompt.image_spans), self.num_visual_tokens, f"prompt {i + 1}")
+            mine = tokens[used : used + len(own)]
+            used += len(own)
+            embeds.append(scatter_images(self.language.embed(ids), places.to(self.device), mine)[0])
+        return self.language.generate(
+            embeds, eos_ids=eos_ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+            repetition_penalty=repetition_penalty, seed=seed,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def text_logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
+        """Logits of plain text through the same frozen path, for the proof that the language model is untouched."""
+        ids = ids.to(self.device)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        hidden = self.language.hidden(self.language.embed(ids), positions)
+        return self.language.head(hidden.reshape(-1, hidden.shape[-1])).view(*ids.shape, -1)
+
+
+def build_vlm(
+    cfg: ModelConfig, *, compute_precision: str, device: torch.device, seed: int
+) -> tuple[VisionLanguageModel, Any]:
+    """(model, tokenizer) from the settings: tower and language model strictly loaded and frozen, a fresh connector.
+
+    The connector's weights come from ``seed`` alone, so every rank starts from the same ones. Raises `UserError` for
+    whatever does not fit together. A checkpoint named in ``connector.load_checkpoint`` is loaded by the caller.
+    """
+    if cfg.lora.enable:
+        raise UserError("model.lora.enable: adapters on the language model come with stage 2")
+    vision = load_vision(cfg.vision, device)
+    language, tokenizer = load_language(cfg.llm, device)
+    g = vision.geometry
+    connector = build_connector(
+        cfg.connector, num_patches=g.num_patches, d_vision=g.d_vision, d_text=language.d_text,
+        embed_rms=language.embed_rms, seed=seed,
+    ).to(device)  # fmt: skip
+    connector.requires_grad_(cfg.connector.trainable)
+    return VisionLanguageModel(vision, connector, language, DTYPES[compute_precision]), tokenizer

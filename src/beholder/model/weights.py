@@ -1,0 +1,146 @@
+"""Strict loading checks and hashing of weights, shared by `vision`, `language` and `plan`.
+
+``from_pretrained`` keeps quiet about missing, extra and NaN weights, so the refusals live here. No loading happens
+here.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beholder.types import UserError
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no loading report from transformers; what matters in the report becomes an error here."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """``a, b, c and 12 more``: enough names to see the pattern, never thousands."""
+    names = sorted(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def check_loading_info(
+    info: Mapping[str, Any], model: nn.Module, source: str, other_parts: tuple[str, ...] | None = ()
+) -> None:
+    """Refuse a checkpoint that does not fit ``model`` key by key.
+
+    ``info`` is what ``from_pretrained(output_loading_info=True)`` returned. ``other_parts`` are key prefixes of the
+    checkpoint that belong to something this model is not part of (a classifier, a text tower); None means every key
+    that does not start with ``vision`` does.
+    """
+    present = set(model.state_dict())
+    missing = [k for k in info["missing_keys"] if k in present]
+    mismatched = [f"{k[0]} (file {list(k[1])}, model {list(k[2])})" for k in info["mismatched_keys"] if k[0] in present]
+    if other_parts is None:
+        unexpected = [k for k in info["unexpected_keys"] if k.startswith(("vision_model.", "vision_tower."))]
+    else:
+        unexpected = (
+            [k for k in info["unexpected_keys"] if not k.startswith(other_parts)]
+            if other_parts
+            else list(info["unexpected_keys"])
+        )
+    problems = [
+        f"{what}: {listed(keys)}"
+        for what, keys in (
+            ("weights the model needs and the files lack", missing),
+            ("weights the files hold and the model has no place for", unexpected),
+            ("weights of another shape", mismatched),
+            ("errors while reading", [str(m) for m in info.get("error_msgs", ())]),
+        )
+        if keys
+    ]
+    if problems:
+        raise UserError(
+            f"{source} does not fit {type(model).__name__}: " + "; ".join(problems) + ". The files and config.json "
+            "must belong together; download them again, or give the matching config."
+        )
+
+
+def check_finite(model: nn.Module, source: str) -> None:
+    """Refuse NaN and infinite weights: they load without a word and make every later number NaN."""
+    bad = [
+        name for name, t in model.state_dict().items() if t.is_floating_point() and not bool(torch.isfinite(t).all())
+    ]
+    if bad:
+        raise UserError(
+            f"{source} has NaN or infinite weights in {listed(bad)}. The file is damaged, or was written by a run that "
+            "diverged; get it again."
+        )
+
+
+def freeze(module: nn.Module) -> None:
+    """No gradients, eval mode."""
+    module.requires_grad_(False)
+    module.eval()
+
+
+def _hash_one(tensor: Tensor) -> bytes:
+    digest = hashlib.sha256()
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    if flat.numel():
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def hash_tensors(tensors: Mapping[str, Tensor], header: str = "") -> str:
+    """sha256 over names, dtypes, shapes and bytes; the order of the mapping and the device do not matter.
+
+    Tensors are hashed by several threads (hashlib lets go of the interpreter lock), 1.5 GB/s a core.
+    """
+    names = sorted(tensors)
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(_hash_one, [tensors[n] for n in names]))
+    total = hashlib.sha256(header.encode())
+    for name, digest in zip(names, digests, strict=True):
+        t = tensors[name]
+        total.update(f"{name}|{t.dtype}|{tuple(t.shape)}|".encode() + digest)
+    return total.hexdigest()
+
+
+def hash_module(module: nn.Module, header: str = "") -> str:
+    """`hash_tensors` over everything a checkpoint of ``module`` would hold; tied weights are read once."""
+    seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, t in module.state_dict().items():
+        key = (t.data_ptr(), tuple(t.shape), tuple(t.stride()))
+        if t.numel() and key in seen:
+            continue
+        seen[key] = name
+        tensors[name] = t
+    return hash_tensors(tensors, header)
+
+
+def sketch_module(module: nn.Module, per_tensor: int = 4096) -> str:
+    """sha256 over evenly spaced weights rounded to bf16: tells models apart in a second, at any size and precision.
+
+    For "was this connector trained on these parts?"; `hash_module` is the one that proves bit-identity.
+    """
+    tensors = {}
+    for name, t in module.state_dict().items():
+        if t.is_floating_point() and t.numel():
+            flat = t.reshape(-1)
+            tensors[name] = flat[:: max(1, flat.numel() // per_tensor)].to(torch.bfloat16)
+    return hash_tensors(tensors)
