@@ -1,0 +1,404 @@
+"""The run folder: its paths, its lock, its metrics log, and the record of where a run came from.
+
+Everything written here survives a SIGKILL at any instant: whole files appear by rename, log lines by one append.
+What is in a checkpoint is `train.checkpoint`'s business; what a result means is `evidence`'s.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args
+
+import filelock
+import psutil
+
+from beholder.types import UserError
+
+RunStatus = Literal["running", "succeeded", "failed", "stopped_by_guardrail", "cancelled"]
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ORPHAN_WAIT_S = 15.0
+"""How long a lock whose holder is dead may still be held by the holder's loader processes, which notice within 5 s."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files that are there whole or not at all
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Create (or truncate) ``path`` with ``data`` and flush it to the device. Not atomic: see `atomic_write`.
+
+    Raises `UserError` naming the file when the disk is full.
+    """
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o644)
+        try:
+            _write_all(fd, data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as e:
+        _reraise(e, path)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view[: 1 << 26]) :]  # one write() moves at most 2 GB
+
+
+def _reraise(error: OSError, path: Path) -> NoReturn:
+    """`UserError` when the disk, the quota or the file size limit is exhausted; otherwise the error itself."""
+    if error.errno not in _DISK_FULL:
+        raise error
+    free = ""
+    with suppress(OSError):
+        free = f"; {psutil.disk_usage(str(path.parent)).free / 1e6:,.0f} MB are free there"
+    raise UserError(
+        f"cannot write {path}: {os.strerror(error.errno or 0)}{free}. Nothing that was saved before is touched. "
+        "Free some space (or set output_dir to another disk) and start again with --resume auto."
+    ) from error
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the entries of a folder durable: a rename is only safe from power loss after this."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as e:  # some network file systems cannot fsync a folder; nothing more can be done there
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Write a file so that any reader, and any crash, sees the old content or the new one, never a part.
+
+    Raises `UserError` when the disk is full; the old content stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_durably(temporary, data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    fsync_dir(path.parent)
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Strict JSON (RFC 8259): NaN and infinities, which JSON does not know, become the strings "nan", "inf", "-inf"."""
+    try:
+        return json.dumps(value, allow_nan=False, ensure_ascii=False, indent=indent, default=_plain)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False, indent=indent, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    for convert in ("tolist", "model_dump"):  # numpy and torch scalars and arrays; pydantic records
+        if hasattr(value, convert):
+            return getattr(value, convert)()
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, str | int | bool) or value is None:
+        return value
+    return _finite(_plain(value))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run folder
+
+
+class RunDir:
+    """``outputs/<run_name>/``: where everything one run leaves behind lives.
+
+    The object holds paths only and may be made anywhere; `lock` is what makes a process the folder's single writer.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_path = self.path / "config.yaml"
+        self.run_path = self.path / "run.json"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.splits = self.path / "splits"
+        self.qual = self.path / "qual"
+
+    def __repr__(self) -> str:
+        return f"RunDir({str(self.path)!r})"
+
+    def create(self) -> RunDir:
+        """Make the folder and its subfolders; what is there already stays."""
+        for folder in (self.path, self.checkpoints, self.splits, self.qual):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as e:
+                raise UserError(
+                    f"the run folder {self.path} cannot be made: {e.filename} is a file, not a folder. "
+                    "Set output_dir or run_name to something else."
+                ) from e
+            except OSError as e:
+                _reraise(e, folder)
+        return self
+
+    @contextmanager
+    def lock(self) -> Iterator[RunDir]:
+        """Hold the folder for this process; a second one gets a `UserError` that names the holder.
+
+        The lock is the operating system's, so it is gone the moment its holder is, also after SIGKILL: there is
+        no stale lock file to remove by hand.
+        """
+        self.create()
+        lock = filelock.FileLock(self.path / ".lock")
+        info_path = self.path / ".lock.json"
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            holder = self._holder(info_path)
+            here = holder.get("host") in (None, platform.node())
+            try:
+                # Loader processes of a killed run may have inherited the lock; they end within seconds.
+                lock.acquire(timeout=_ORPHAN_WAIT_S if here and not _is_alive(holder) else 0)
+            except filelock.Timeout:
+                raise UserError(
+                    f"the run folder {self.path} is in use by {_describe(holder)}. Two runs cannot share a folder: "
+                    "wait for it, stop it (kill -TERM lets it save), or set another run_name or output_dir."
+                ) from None
+        try:
+            me = psutil.Process()
+            atomic_write(
+                info_path,
+                to_json({"pid": me.pid, "host": platform.node(), "started": me.create_time(), "command": sys.argv}),
+            )
+            yield self
+        finally:
+            with suppress(OSError):
+                info_path.unlink()
+            lock.release()
+
+    @staticmethod
+    def _holder(info_path: Path) -> dict[str, Any]:
+        with suppress(OSError, ValueError):
+            info = json.loads(info_path.read_text())
+            if isinstance(info, dict):
+                return info
+        return {}
+
+    # -- metrics.jsonl
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``: one write, so that readers and crashes see whole lines."""
+        try:
+            fd = os.open(self.metrics_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+            try:
+                _write_all(fd, (to_json(dict(record)) + "\n").encode())
+            finally:
+                os.close(fd)
+        except OSError as e:
+            _reraise(e, self.metrics_path)
+
+    def sync_metrics(self) -> None:
+        """Flush ``metrics.jsonl`` to the device, so that no checkpoint outlives the lines that led to it."""
+        if self.metrics_path.exists():
+            fd = os.open(self.metrics_path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The whole lines of ``metrics.jsonl``. A torn last line (a crash) is left out; any other is an error."""
+        if not self.metrics_path.exists():
+            return []
+        lines = self.metrics_path.read_bytes().split(b"\n")
+        records = []
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                records.append(json.loads(line))
+            except ValueError as e:
+                if number == len(lines):
+                    continue
+                raise UserError(f"{self.metrics_path}:{number}: not a JSON line ({e}); repair or remove it") from e
+        return records
+
+    def trim_metrics(self, step: int) -> int:
+        """Drop the lines of steps after ``step`` and a torn last line; gives how many lines were dropped.
+
+        Called on resume: the steps between the checkpoint and the crash are going to be made again.
+        Lines without a ``step`` stay.
+        """
+        if not self.metrics_path.exists():
+            return 0
+        kept = [r for r in self.metrics() if not isinstance(r.get("step"), int) or r["step"] <= step]
+        before = self.metrics_path.read_bytes()
+        after = "".join(to_json(r) + "\n" for r in kept).encode()
+        if after != before:
+            atomic_write(self.metrics_path, after)
+        return before.count(b"\n") + (not before.endswith(b"\n") and bool(before)) - len(kept)
+
+    # -- JSON beside it
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write ``<run>/<name>`` atomically as indented strict JSON."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, to_json(value, indent=2) + "\n")
+        return path
+
+    def read_json(self, name: str) -> Any:
+        """Read ``<run>/<name>``; a `UserError` when it is missing or not JSON."""
+        path = self.path / name
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist; is {self.path} a run folder?") from None
+        except ValueError as e:
+            raise UserError(f"{path} is not JSON: {e}") from e
+
+    def set_status(self, status: RunStatus, **facts: Any) -> None:
+        """Merge ``status`` and ``facts`` into ``run.json``. A fact given before and not now stays."""
+        status = str.__str__(status)  # type: ignore[assignment]  # a StrEnum member is written as its value
+        assert status in get_args(RunStatus), status
+        record = self.read_json("run.json") if self.run_path.exists() else {"created": now()}
+        self.write_json("run.json", {**record, **facts, "status": status, "updated": now()})
+
+
+def now() -> str:
+    """UTC, ISO 8601, whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _is_alive(holder: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote the lock's info still runs (same pid and same start time)."""
+    try:
+        return abs(psutil.Process(int(holder["pid"])).create_time() - float(holder["started"])) < 2
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return False
+
+
+def _describe(holder: Mapping[str, Any]) -> str:
+    if not holder:
+        return "another process"
+    since = ""
+    with suppress(KeyError, TypeError, ValueError):
+        minutes = (time.time() - float(holder["started"])) / 60
+        since = f", running for {minutes:.0f} min"
+    return f"process {holder.get('pid')} on {holder.get('host')}{since}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Where a run came from
+
+_PACKAGES = ("torch", "transformers", "timm", "tokenizers", "safetensors", "numpy", "pillow")
+
+
+def provenance(*, seed: int | None = None, device: str | None = None, **facts: Any) -> dict[str, Any]:
+    """What convicts a run later: code, versions, arguments, seeds, hardware; plus the caller's ``facts``.
+
+    The host's name is left out on purpose: run folders are shared. ``git`` is None outside a checkout.
+    """
+    return {
+        "created": now(),
+        "beholder": _version("beholder"),
+        "git": _git(Path(__file__).resolve().parent),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "argv": list(sys.argv),
+        "seed": seed,
+        "device": device,
+        "hardware": hardware(),
+        **facts,
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """CPU model, cores this process may use, RAM in GB (1e9 bytes), GPU names and memory."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus = []
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            gpus.append({"name": properties.name, "memory_gb": round(properties.total_memory / 1e9, 1)})
+    return {
+        "cpu": _cpu_model(),
+        "cores": cores,
+        "ram_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "gpus": gpus,
+    }
+
+
+def _cpu_model() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path) -> dict[str, Any] | None:
+    """Commit and dirty flag of the checkout this package is imported from, or None."""
+
+    def run(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        run("ls-files", "--error-unmatch", Path(__file__).name)  # an installed copy inside someone else's checkout
+        return {"commit": run("rev-parse", "HEAD"), "dirty": bool(run("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def warn_to_stderr(message: str) -> None:
+    """The default way of this layer to tell a person something without stopping."""
+    print(f"[warning] {message}", file=sys.stderr, flush=True)
+
+
+Warn = Callable[[str], None]

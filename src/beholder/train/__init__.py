@@ -1,0 +1,5 @@
+"""Training: one loop for every stage, its optimizer, its checkpoints, and its processes.
+
+`engine` runs the steps, `objectives` says what is minimised, `optim` how, `checkpoint` keeps it, `distributed`
+makes several processes one, `guardrails` stops what has gone wrong, `reporter` shows it. Nothing here evaluates.
+"""
