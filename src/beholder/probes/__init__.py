@@ -1,0 +1,74 @@
+"""Measurements of a model: each probe takes a model, functions and samples, and knows nothing about the loop.
+
+Here live only what all probes share: intervals, and the context in which a model is measured. Baseline and result
+always come from the same function on the same samples, and a probe that cannot measure raises instead of guessing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+import torch
+
+Z95 = 1.959963984540054
+"""Two-sided 95 % quantile of the normal distribution."""
+
+NUM_RESAMPLES = 1000
+
+
+class Measurable(Protocol):
+    """What every probe needs of a model."""
+
+    training: bool
+
+    def train(self, mode: bool = True) -> object: ...
+
+
+@contextmanager
+def measuring(model: Measurable) -> Iterator[None]:
+    """Eval mode (no connector dropout) and no graph inside; the model's mode is put back afterwards."""
+    was_training = model.training
+    model.train(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray], n: int, seed: int = 0, resamples: int = NUM_RESAMPLES
+) -> tuple[float, float] | None:
+    """Percentile bootstrap interval (Efron 1979) over samples.
+
+    ``statistic`` takes int64 [R, n] sample indices and gives R values; paired quantities stay paired because one
+    index row picks the same samples for all of them. None when n < 2, or when more than 5 % of the resamples give
+    no finite value: then an interval would be a guess.
+    """
+    if n < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    chunk = max(1, min(resamples, 4_000_000 // n))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        values = np.concatenate(
+            [statistic(rng.integers(n, size=(min(chunk, resamples - k), n))) for k in range(0, resamples, chunk)]
+        )
+    finite = values[np.isfinite(values)]
+    if len(finite) < 0.95 * resamples:
+        return None
+    low, high = np.quantile(finite, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Wilson score interval of a share (Wilson 1927): sensible at 0 %, at 100 % and for small n."""
+    assert 0 <= successes <= n and n > 0
+    p, z2 = successes / n, Z95 * Z95
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    # At p = 0 and p = 1 the exact ends are 0 and 1; rounding would leave 1e-17 past them.
+    return (0.0 if successes == 0 else max(0.0, centre - half), 1.0 if successes == n else min(1.0, centre + half))

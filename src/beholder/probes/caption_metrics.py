@@ -1,0 +1,196 @@
+"""Caption metrics as the COCO caption evaluation defines them (Chen et al. 2015): pure functions on token lists.
+
+Exact match, BLEU-1…4, ROUGE-L and CIDEr-D live here; which texts are compared, and with what interval, is
+`probes.captions`' business. Every metric gives per-sample numbers (or sums) from which the corpus number is made, so
+that a bootstrap can resample them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+MAX_N = 4
+
+_CONTRACTION = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))\b")
+_TOKEN = re.compile(
+    r"""n't|'(?:s|m|d|re|ve|ll)\b        # a contraction, split off its word
+    |\d+(?:[.,:]\d+)*(?!\w)             # 1,000  3.5  10:30
+    |\w+(?:[-'.&/]\w+)*                 # words, with what joins them inside: t-shirt, u.s, black/white
+    |[^\w\s]                            # any other character on its own""",
+    re.VERBOSE,
+)
+_DROPPED = frozenset("'`\"“”‘’().?!,:-–—…;[]{}")
+
+
+def tokenize(text: str) -> list[str]:
+    """Words of a caption: lower-cased Penn-Treebank-like tokens without punctuation.
+
+    COCO runs Stanford's PTBTokenizer (Java) and drops quotes, brackets, dashes and ``. ? ! , : ... ;``. This is the
+    same for the ordinary English of captions: contractions are split (``don't`` to ``do n't``, ``dog's`` to
+    ``dog 's``), hyphenated words and numbers stay whole, every symbol that is not in the list is a token. It differs
+    in rare cases (abbreviations such as ``u.s.`` lose their last dot; brackets really are dropped, while COCO's
+    lower-casing keeps ``-lrb-``), so scores are for comparison within Beholder. Scripts without spaces come out as
+    one token a run.
+    """
+    text = unicodedata.normalize("NFC", text).lower().replace("\u2019", "'")
+    return [token for token in _TOKEN.findall(_CONTRACTION.sub(r" \1", text)) if token not in _DROPPED]
+
+
+def normalize(text: str) -> str:
+    """What "exactly the same caption" means: case, runs of white space, and closing ``. ! ? …`` do not count."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split()).rstrip(".!?… ")
+
+
+def exact_match(prediction: str, reference: str) -> bool:
+    """Same text after `normalize`."""
+    return normalize(prediction) == normalize(reference)
+
+
+def ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    """How often each run of n tokens occurs."""
+    return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# BLEU
+
+
+@dataclass(frozen=True, slots=True)
+class BleuSums:
+    """What corpus BLEU is made of, by sample: summing rows and calling `bleu_score` gives the corpus number."""
+
+    correct: np.ndarray
+    """int64 [S, 4]: n-grams of the prediction that a reference has, clipped."""
+    guess: np.ndarray
+    """int64 [S, 4]: n-grams of the prediction."""
+    length: np.ndarray
+    """int64 [S]: tokens of the prediction."""
+    reference_length: np.ndarray
+    """int64 [S]: tokens of the reference nearest in length (the shorter one on a tie)."""
+
+
+def bleu_sums(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> BleuSums:
+    """Per-sample BLEU sums (Papineni et al. 2002); ``references[k]`` are the token lists of sample k."""
+    _same_length(predictions, references)
+    correct = np.zeros((len(predictions), MAX_N), dtype=np.int64)
+    guess, length, ref_length = np.zeros_like(correct), *np.zeros((2, len(predictions)), dtype=np.int64)
+    for k, (prediction, refs) in enumerate(zip(predictions, references, strict=True)):
+        length[k] = len(prediction)
+        ref_length[k] = min((abs(len(r) - len(prediction)), len(r)) for r in refs)[1]
+        for n in range(1, MAX_N + 1):
+            allowed: Counter[tuple[str, ...]] = Counter()
+            for r in refs:
+                allowed |= ngrams(r, n)
+            found = ngrams(prediction, n)
+            guess[k, n - 1] = sum(found.values())
+            correct[k, n - 1] = sum((found & allowed).values())
+    return BleuSums(correct, guess, length, ref_length)
+
+
+def bleu_score(correct: np.ndarray, guess: np.ndarray, length: np.ndarray, reference_length: np.ndarray) -> np.ndarray:
+    """BLEU-1…4 in [0, 1] of summed sums: [..., 4], [..., 4], [...], [...] -> [..., 4].
+
+    No smoothing: 0 when no n-gram of some order matches, as COCO's ``1e-15/1e-9`` amounts to.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision = np.where(guess > 0, correct / np.maximum(guess, 1), 0.0)
+        log_mean = np.cumsum(np.log(precision), axis=-1) / np.arange(1, MAX_N + 1)
+        ratio = np.where(reference_length > 0, length / np.maximum(reference_length, 1), 1.0)
+        brevity = np.where(ratio < 1, np.exp(1 - 1 / ratio), 1.0)
+    return np.exp(log_mean) * brevity[..., None]
+
+
+def bleu(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[float]:
+    """Corpus BLEU-1, -2, -3, -4 in [0, 1], without smoothing."""
+    s = bleu_sums(predictions, references)
+    return bleu_score(s.correct.sum(0), s.guess.sum(0), s.length.sum(0), s.reference_length.sum(0)).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# ROUGE-L
+
+
+def lcs_length(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        diagonal = 0
+        for j, y in enumerate(b, start=1):
+            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def rouge_l(
+    predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]], beta: float = 1.2
+) -> list[float]:
+    """ROUGE-L F-score of every sample in [0, 1] (Lin 2004), with COCO's beta of 1.2, which favours recall.
+
+    Precision and recall are each the best over the references, as in the COCO code. The corpus number is the mean.
+    An empty prediction scores 0.
+    """
+    _same_length(predictions, references)
+    scores: list[float] = []
+    for prediction, refs in zip(predictions, references, strict=True):
+        common = [lcs_length(prediction, r) for r in refs]
+        precision = max(common) / max(len(prediction), 1)
+        recall = max(c / max(len(r), 1) for c, r in zip(common, refs, strict=True))
+        both = recall + beta**2 * precision
+        scores.append((1 + beta**2) * precision * recall / both if both else 0.0)
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# CIDEr-D
+
+
+def cider_d(
+    predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]], sigma: float = 6.0
+) -> list[float]:
+    """CIDEr-D of every sample, 0 to 10 (Vedantam et al. 2015, the clipped variant of the COCO code).
+
+    Cosine similarity of tf-idf n-gram vectors with the prediction's weights clipped to the reference's, damped by a
+    Gaussian of the length difference (sigma 6 n-grams of order 2, as in the code), averaged over n = 1…4 and over the
+    references, times 10. Document frequencies come from the references given: **the score depends on the whole set**,
+    is 0 for a single sample (every idf is 0), and an n-gram order a caption is too short for counts as 0.
+    """
+    _same_length(predictions, references)
+    log_samples = math.log(len(references)) if references else 0.0
+    frequency: Counter[tuple[str, ...]] = Counter()
+    for refs in references:
+        frequency.update({gram for r in refs for n in range(1, MAX_N + 1) for gram in ngrams(r, n)})
+
+    def vectors(tokens: Sequence[str]) -> list[dict[tuple[str, ...], float]]:
+        return [
+            {g: count * (log_samples - math.log(max(1, frequency[g]))) for g, count in ngrams(tokens, n).items()}
+            for n in range(1, MAX_N + 1)
+        ]
+
+    def norm(vector: dict[tuple[str, ...], float]) -> float:
+        return math.sqrt(sum(w * w for w in vector.values()))
+
+    scores: list[float] = []
+    for prediction, refs in zip(predictions, references, strict=True):
+        hypothesis = vectors(prediction)
+        total = 0.0
+        for r in refs:
+            # The COCO code measures length in bigrams; an empty and a one-word caption are both 0 long.
+            delta = max(len(prediction) - 1, 0) - max(len(r) - 1, 0)
+            penalty = math.exp(-(delta**2) / (2 * sigma**2))
+            for h, v in zip(hypothesis, vectors(r), strict=True):
+                scale = norm(h) * norm(v)
+                if scale > 0:
+                    total += penalty * sum(min(w, v.get(g, 0.0)) * v.get(g, 0.0) for g, w in h.items()) / scale
+        scores.append(10.0 * total / MAX_N / len(refs))
+    return scores
+
+
+def _same_length(predictions: Sequence[object], references: Sequence[Sequence[object]]) -> None:
+    assert len(predictions) == len(references), f"{len(predictions)} predictions for {len(references)} references"
+    assert all(references), "every sample needs at least one reference"

@@ -1,0 +1,275 @@
+"""Captions that the model writes for held-out images, and how they are scored.
+
+Generation goes through the one encoder and the one loader, so a prompt here is a prefix of a training sample. The
+metric definitions are in `probes.caption_metrics`; the fixed set that is captioned during training in `probes.golden`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from beholder.config import GenerateConfig
+from beholder.data.images import ImageError
+from beholder.evidence import Condition, Histogram, Measurement, Prediction
+from beholder.probes import bootstrap, measuring, wilson
+from beholder.probes.caption_metrics import (
+    MAX_N,
+    bleu_score,
+    bleu_sums,
+    cider_d,
+    exact_match,
+    normalize,
+    rouge_l,
+    tokenize,
+)
+from beholder.probes.loss import SightedModel, shuffle_images, zero_image
+from beholder.types import Encoded, Example, ImageInput, ImageRef, UserError
+
+GREEDY = GenerateConfig(temperature=0.0, top_p=1.0)
+"""Deterministic decoding, 64 new tokens: what the scores are measured with."""
+
+
+class CaptionModel(SightedModel, Protocol):
+    def generate(
+        self,
+        prompts: list[Encoded],
+        images: list[list[ImageInput]],
+        *,
+        eos_ids: list[int],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        repetition_penalty: float,
+        seed: int,
+    ) -> list[list[int]]: ...
+
+
+class PromptEncoder(Protocol):
+    """The part of `data.chat.ChatEncoder` that is needed here."""
+
+    eos_ids: list[int]
+
+    def encode_prompt(self, example: Example) -> Encoded: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class ImageLoader(Protocol):
+    """The part of `data.collate.SampleBuilder` that is needed here."""
+
+    @property
+    def on_bad_image(self) -> str:
+        """``error`` or ``skip``."""
+        ...
+
+    def images(self, example: Example) -> list[ImageInput]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionRecord:
+    """One generated caption beside its reference."""
+
+    id: str
+    reference: str
+    prediction: str
+    condition: Condition
+    tokens_len: int
+    """Generated tokens, the end token not counted."""
+    finished: bool = True
+    """False when ``max_new_tokens`` cut the caption off."""
+
+
+def caption(
+    model: CaptionModel,
+    encoder: PromptEncoder,
+    builder: ImageLoader,
+    examples: Sequence[Example],
+    settings: GenerateConfig = GREEDY,
+    condition: Condition = "correct",
+    *,
+    batch_size: int = 16,
+    content_key: Callable[[ImageRef], str] | None = None,
+    blank: ImageInput | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[CaptionRecord]:
+    """Let the model caption each example, shown the image of ``condition``.
+
+    Greedy captions do not depend on the batch size. ``content_key`` (`data.images.content_hash`) is needed for
+    ``shuffled``; ``blank`` is `zero_image` of the model, for one whose tower has been released. ``progress(done,
+    total)`` is called after each batch. Raises UserError for a prompt that does not fit and for an image that cannot
+    be had, naming the sample; under the builder's policy ``skip`` such a sample is left out, as it is in the losses.
+    """
+    shown = list(examples)
+    if condition == "shuffled":
+        if content_key is None:
+            raise UserError("captions under 'shuffled' need content_key to tell images apart by their bytes")
+        shown = shuffle_images(examples, content_key, seed)
+    shown_blank = (blank or zero_image(model)) if condition == "zero" else None
+    eos = set(encoder.eos_ids)
+    records: list[CaptionRecord] = []
+    with measuring(model):
+        for start in range(0, len(shown), batch_size):
+            chunk: list[Example] = []
+            images: list[list[ImageInput]] = []
+            for example in shown[start : start + batch_size]:
+                try:
+                    own = builder.images(example) if shown_blank is None else [shown_blank] * len(example.images)
+                except ImageError:
+                    if builder.on_bad_image == "error":
+                        raise
+                    continue
+                chunk.append(example)
+                images.append(own)
+            prompts = [encoder.encode_prompt(example) for example in chunk]
+            outputs = model.generate(
+                prompts, images, eos_ids=encoder.eos_ids, max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature, top_p=settings.top_p,
+                repetition_penalty=settings.repetition_penalty, seed=seed + start,
+            )  # fmt: skip
+            for example, ids in zip(chunk, outputs, strict=True):
+                length = next((k for k, token in enumerate(ids) if token in eos), len(ids))
+                finished = length < settings.max_new_tokens
+                records.append(
+                    CaptionRecord(
+                        id=example.id, reference=example.target_text,
+                        prediction=encoder.decode(ids), condition=condition, tokens_len=length,
+                        finished=finished,
+                    )
+                )  # fmt: skip
+            if progress is not None:
+                progress(min(start + batch_size, len(shown)), len(shown))
+    return records
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def score(records: Sequence[CaptionRecord], name: str = "caption", seed: int = 0) -> list[Measurement]:
+    """Every caption metric, ``<name>.<metric>.<condition>``, for each condition among the records.
+
+    Exact match and the empty share carry Wilson intervals, corpus BLEU and the means (ROUGE-L, CIDEr-D, length)
+    bootstrap intervals. BLEU-n is absent when no reference has n words. ``<name>.exact_match.chance`` is what always
+    writing the most frequent reference scores: the level of a model that does not look.
+    """
+    if not records:
+        raise UserError(f"{name}: there are no captions to score; were all samples rejected?")
+    out: list[Measurement] = []
+    for condition in _conditions(records):
+        out += _score_condition([r for r in records if r.condition == condition], name, condition, seed)
+    return [*out, chance(records, name)]
+
+
+def chance(records: Sequence[CaptionRecord], name: str = "caption") -> Measurement:
+    """Exact match of always answering the most frequent reference (ties do not matter, only its count does)."""
+    first = records[0].condition
+    references = Counter(normalize(r.reference) for r in records if r.condition == first)
+    n = references.total()
+    most = max(references.values())
+    return Measurement(
+        name=f"{name}.exact_match.chance", value=most / n, unit="share", better="none", n=n, ci95=wilson(most, n),
+        caveat="always writing the most frequent reference; a model that does not look can reach this",
+    )  # fmt: skip
+
+
+def length_histogram(records: Sequence[CaptionRecord], name: str = "caption.length") -> Histogram:
+    """Caption lengths in words: references beside the predictions of each condition."""
+    conditions = _conditions(records)
+    lengths: dict[str, list[int]] = {
+        "reference": [len(tokenize(r.reference)) for r in records if r.condition == conditions[0]]
+    }
+    for condition in conditions:
+        lengths[condition] = [len(tokenize(r.prediction)) for r in records if r.condition == condition]
+    top = max(max(values) for values in lengths.values())
+    width = max(1, -(-(top + 1) // 24))  # at most 24 bins
+    bins = [str(k) if width == 1 else f"{k}-{k + width - 1}" for k in range(0, top + 1, width)]
+    series = {key: np.bincount(np.array(v) // width, minlength=len(bins)).tolist() for key, v in lengths.items()}
+    return Histogram(name=name, unit="words", bins=bins, series=series)
+
+
+def as_prediction(record: CaptionRecord, step: int) -> Prediction:
+    """The caption as an entry of the report's sample grid."""
+    return Prediction(
+        step=step, text=record.prediction, condition=record.condition,
+        exact=exact_match(record.prediction, record.reference),
+    )  # fmt: skip
+
+
+def _conditions(records: Sequence[CaptionRecord]) -> list[Condition]:
+    """Those among the records, in the order they come."""
+    seen: list[Condition] = []
+    for r in records:
+        if r.condition not in seen:
+            seen.append(r.condition)
+    return seen
+
+
+def matches(records: Sequence[CaptionRecord]) -> Mapping[str, bool]:
+    """Exact match by sample id."""
+    return {r.id: exact_match(r.prediction, r.reference) for r in records}
+
+
+def _score_condition(records: Sequence[CaptionRecord], name: str, condition: Condition, seed: int) -> list[Measurement]:
+    n = len(records)
+    predictions = [tokenize(r.prediction) for r in records]
+    references = [[tokenize(r.reference)] for r in records]
+    # What is good with the own image says nothing good or bad with another one; lower is then merely "more sighted".
+    better = "higher" if condition == "correct" else "none"
+    out: list[Measurement] = []
+
+    def add(metric: str, value: float, unit: str, ci: tuple[float, float] | None, **more: str) -> None:
+        fields = {"better": better, **more}
+        out.append(
+            Measurement.model_validate(
+                {"name": f"{name}.{metric}.{condition}", "value": value, "unit": unit, "n": n, "ci95": ci, **fields}
+            )
+        )
+
+    def mean(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+        array = np.array(values, dtype=np.float64)
+        return float(array.mean()), bootstrap(lambda k: array[k].mean(1), n, seed)
+
+    hits = sum(exact_match(r.prediction, r.reference) for r in records)
+    add("exact_match", hits / n, "share", wilson(hits, n), caveat="case, spacing and closing punctuation ignored")
+
+    sums = bleu_sums(predictions, references)
+    whole = bleu_score(sums.correct.sum(0), sums.guess.sum(0), sums.length.sum(0), sums.reference_length.sum(0))
+    longest = max(len(refs[0]) for refs in references)
+    for order in range(1, min(MAX_N, longest) + 1):
+        ci = bootstrap(
+            lambda k, order=order: bleu_score(
+                sums.correct[k].sum(1), sums.guess[k].sum(1), sums.length[k].sum(1), sums.reference_length[k].sum(1)
+            )[:, order - 1],
+            n, seed, resamples=200 if n > 2000 else 1000,
+        )  # fmt: skip
+        add(f"bleu{order}", float(whole[order - 1]), "score 0-1", ci)
+
+    add("rouge_l", *_between(mean(rouge_l(predictions, references)), "score 0-1"))
+    short = sum(len(refs[0]) < MAX_N for refs in references)
+    note = "document frequencies from this set; compare only on the same set"
+    if short:
+        note += f"; {short} of {n} references have fewer than {MAX_N} words, which caps their score below 10"
+    if n > 1:  # one sample has no document frequencies
+        add("cider_d", *_between(mean(cider_d(predictions, references)), "score 0-10"), caveat=note)
+
+    add("length", *_between(mean([len(p) for p in predictions]), "words"), better="none")
+    different = len({normalize(r.prediction) for r in records})
+    wanted = len({normalize(r.reference) for r in records})
+    add("distinct", different / n, "share", None, better="none",
+        caveat=f"{different} different captions; the references have {wanted}")  # fmt: skip
+    empty = sum(not p for p in predictions)
+    add("empty", empty / n, "share", wilson(empty, n), better="lower")
+    cut = sum(not r.finished for r in records)
+    add("unfinished", cut / n, "share", wilson(cut, n), better="lower", caveat="cut off by max_new_tokens")
+    return out
+
+
+def _between(
+    pair: tuple[float, tuple[float, float] | None], unit: str
+) -> tuple[float, str, tuple[float, float] | None]:
+    return pair[0], unit, pair[1]

@@ -1,0 +1,163 @@
+"""Figures of the report as inline SVG: curves over steps and histograms.
+
+Drawing only; what is drawn is decided in `report.render`. Colours are CSS variables of the page, so that one drawing
+serves the light and the dark theme, and text is text in the page's own font.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from beholder.evidence import Curve, Histogram
+from beholder.report.words import visible
+
+# Matplotlib wants hex colours; each of these stands for a CSS variable and is replaced in the SVG text.
+_INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
+_SERIES = ("#0a0001", "#0a0002", "#0a0003", "#0a0004")
+_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--line"} | {c: f"--s{k}" for k, c in enumerate(_SERIES, 1)}
+
+LOG_FROM = 20.0
+"""A positive curve whose largest value is this many times its smallest is drawn on a logarithmic axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A drawing and the legend that the page writes above it."""
+
+    svg: Markup
+    legend: list[tuple[str, str]]
+    """(CSS class of the key: ``s1`` … ``s4``, label)."""
+    note: str = ""
+
+
+def curves(lines: Sequence[tuple[str, Curve]], *, title: str, width: float = 13.6, height: float = 3.9) -> Plot:
+    """Up to four labelled curves over optimizer steps; ``title`` is read out by screen readers.
+
+    A curve with more than 40 points is drawn faint, with its running mean on top (time constant: a thirtieth of the
+    points); a shorter one gets dots, because its points are measurements of their own.
+    """
+    assert 0 < len(lines) <= len(_SERIES)
+    values = [y for _, curve in lines for y in curve.y]
+    log = bool(values) and min(values) > 0 and max(values) / min(values) >= LOG_FROM
+    from matplotlib.ticker import LogLocator
+
+    with _figure(width, height) as (figure, axes):
+        for color, (_, curve) in zip(_SERIES, lines, strict=False):
+            if len(curve.x) > 40:
+                axes.plot(curve.x, curve.y, color=color, linewidth=0.7, alpha=0.28)
+                axes.plot(curve.x, _smooth(curve.y, log), color=color, linewidth=1.8)
+            else:
+                axes.plot(curve.x, curve.y, color=color, linewidth=1.8, marker="o", markersize=4.2)
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if height > 2.5 else (1,)))
+            axes.yaxis.set_minor_locator(LogLocator(subs=()))
+            axes.yaxis.set_major_formatter(_plain)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(visible(lines[0][1].unit))
+        axes.margins(x=0.01)
+        svg = _svg(figure, title)
+    legend = [(f"s{k}", label) for k, (label, _) in enumerate(lines, 1)]
+    return Plot(svg, legend, "logarithmic axis" if log else "")
+
+
+def histogram(
+    data: Histogram, *, title: str, labels: Mapping[str, str], width: float = 13.6, height: float = 2.7
+) -> Plot:
+    """Up to four series of counts side by side over the same bins, named by ``labels`` where it has them."""
+    names = list(data.series)[: len(_SERIES)]
+    assert names
+    # The conditions keep the colours they have elsewhere on the page.
+    fixed = {"reference": 0, "correct": 1, "shuffled": 2, "zero": 3}
+    slots = [fixed[n] for n in names] if set(names) <= set(fixed) else list(range(len(names)))
+    slot = 0.84 / len(names)
+    with _figure(width, height) as (figure, axes):
+        for k, name in enumerate(names):
+            places = [i - 0.42 + slot * (k + 0.5) for i in range(len(data.bins))]
+            axes.bar(places, data.series[name], width=slot * 0.94, color=_SERIES[slots[k]], linewidth=0)
+        axes.set_xticks(range(len(data.bins)), [visible(b) for b in data.bins])
+        axes.set_xlabel(visible(data.unit))
+        axes.set_ylabel("samples")
+        svg = _svg(figure, title)
+    return Plot(svg, [(f"s{s + 1}", labels.get(n, n)) for s, n in zip(slots, names, strict=True)])
+
+
+def _smooth(values: Sequence[float], log: bool) -> list[float]:
+    """The running mean of what is drawn: of the logarithms on a logarithmic axis, where a mean of values would lag."""
+    time_constant = len(values) / 30
+    if not log:
+        return running_mean(values, time_constant)
+    return [math.exp(v) for v in running_mean([math.log(v) for v in values], time_constant)]
+
+
+def running_mean(values: Sequence[float], time_constant: float) -> list[float]:
+    """Exponential running mean, corrected for its start (the first value is not overweighted)."""
+    keep = 1 - 1 / max(time_constant, 1.0)
+    total = weight = 0.0
+    out: list[float] = []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        out.append(total / weight)
+    return out
+
+
+def _plain(value: float, _: object) -> str:
+    return f"{value:g}"
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[tuple[Any, Any]]:
+    # Imported here: a training process that never renders does not pay for matplotlib. No pyplot, so no global figure
+    # list and no display.
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none", "text.parse_math": False, "font.size": 12, "axes.linewidth": 0.8,
+        "axes.edgecolor": _GRID, "axes.labelcolor": _MUTED, "xtick.color": _MUTED, "ytick.color": _MUTED,
+        "xtick.major.size": 0, "ytick.major.size": 0, "ytick.minor.size": 0, "axes.grid": True, "axes.grid.axis": "y",
+        "grid.color": _GRID, "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.spines.top": False,
+        "axes.spines.right": False, "axes.spines.left": False, "lines.solid_capstyle": "round",
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.patch.set_visible(False)
+        figure.patch.set_visible(False)
+        yield figure, axes
+
+
+def _svg(figure: Any, title: str) -> Markup:
+    """The figure as an inline ``<svg>``: CSS colours, the page's font, no ids but those that are referred to."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "beholder"}), warnings.catch_warnings():
+        # Only widths are measured here; the browser draws the text and has fonts for every script.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    salt = "p" + hashlib.sha256((title + text).encode()).hexdigest()[:8]  # keeps the ids of several figures apart
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
+    used = set(re.findall(r"(?:url\(#|href=\"#)([^\")]+)", text))
+    text = re.sub(r' id="([^"]+)"', lambda m: f' id="{salt}{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{salt}", text)
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)  # the page's font
+    text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, f"var({variable})")
+    view = re.search(r'viewBox="([^"]+)"', text)
+    assert view is not None
+    head = f'<svg viewBox="{view[1]}" role="img" aria-label="{escape(visible(title))}">'
+    return Markup(head + text[text.index(">") + 1 :].strip())
