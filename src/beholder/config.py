@@ -7,7 +7,7 @@ Paths are relative to the working directory, as on a command line.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -20,6 +20,16 @@ class Section(BaseModel):
     """A group of settings: unknown keys are errors, values are not coerced, instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+    def impossible(self) -> list[str]:
+        """Combinations of this section's settings that cannot be, one message each, naming the settings."""
+        return []
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if wrong := self.impossible():
+            raise ValueError("\n".join(wrong))
+        return self
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -98,17 +108,17 @@ class ConnectorConfig(Section):
     output_norm: Literal["rms", "none"] = "rms"
     """rms: visual tokens start at the RMS of the language model's embedding table, with a learned gain."""
 
-    @model_validator(mode="after")
-    def _one_token_count(self) -> ConnectorConfig:
+    def impossible(self) -> list[str]:
         r = self.resampler
+        wrong: list[str] = []
         if r.num_latents and self.num_visual_tokens and r.num_latents != self.num_visual_tokens:
-            raise ValueError(
+            wrong.append(
                 f"num_visual_tokens is {self.num_visual_tokens} but resampler.num_latents is {r.num_latents}; "
                 "they are the same number, give one of them or make them equal"
             )
-        if r.kind == "mean_pool" and (self.num_visual_tokens or 1) != 1:
-            raise ValueError("resampler.kind mean_pool gives 1 visual token; remove num_visual_tokens or set it to 1")
-        return self
+        if r.kind == "mean_pool" and (self.num_visual_tokens or r.num_latents or 1) != 1:
+            wrong.append("resampler.kind mean_pool gives 1 visual token; remove num_visual_tokens or set it to 1")
+        return wrong
 
     @property
     def tokens_asked(self) -> int | None:
@@ -187,7 +197,7 @@ class DataConfig(Section):
     eval_ratio: Fraction | None = None
     """ratio: share of the records held out (default 0.02). Give this or ``eval_size``."""
     eval_size: Positive | None = None
-    """Held-out samples."""
+    """Held-out samples; with ``eval_sources`` at most this many of theirs."""
     len_buckets: tuple[int, ...] = (0, 10, 20, 9999)
     """Upper bounds of the target-length buckets in tokens: ``[0, 10, 20, 9999]`` means <=10, 11-20, >=21."""
     max_samples: Positive | None = None
@@ -212,21 +222,25 @@ class DataConfig(Section):
     persistent_workers: bool = True
     """Keep workers alive between epochs."""
 
-    @model_validator(mode="after")
-    def _combinations(self) -> DataConfig:
+    def impossible(self) -> list[str]:
+        wrong: list[str] = []
         if bool(self.json_path) == bool(self.sources):
-            raise ValueError("give exactly one of json_path and sources")
+            wrong.append("give exactly one of json_path and sources")
         if self.sources and self.image_root:
-            raise ValueError("image_root belongs to json_path; with sources, give image_root in each source")
+            wrong.append("image_root belongs to json_path; with sources, give image_root in each source")
         if self.eval_sources and self.split_mode not in (None, "none"):
-            raise ValueError(f"split_mode is {self.split_mode} but eval_sources are given; set split_mode: none")
+            wrong.append(f"split_mode is {self.split_mode} but eval_sources are given; set split_mode: none")
         if self.eval_ratio is not None and self.eval_size is not None:
-            raise ValueError("give eval_ratio or eval_size, not both")
+            wrong.append("give eval_ratio or eval_size, not both")
         if self.split_mode == "stratified_len" and self.eval_size is None:
-            raise ValueError("split_mode stratified_len needs eval_size")
+            wrong.append("split_mode stratified_len needs eval_size")
         if list(self.len_buckets) != sorted(set(self.len_buckets)) or len(self.len_buckets) < 2:
-            raise ValueError("len_buckets must be at least two increasing numbers, such as [0, 10, 20, 9999]")
-        return self
+            wrong.append("len_buckets must be at least two increasing numbers, such as [0, 10, 20, 9999]")
+        if self.hygiene.min_tokens > self.hygiene.max_tokens:
+            wrong.append(
+                f"hygiene.min_tokens is {self.hygiene.min_tokens}, larger than max_tokens {self.hygiene.max_tokens}"
+            )
+        return wrong
 
     @property
     def train_sources(self) -> tuple[SourceConfig, ...]:
@@ -244,7 +258,8 @@ class FeaturesConfig(Section):
     enabled: bool = True
     """Compute frozen-tower features once and keep them on disk."""
     dir: str | None = None
-    """Folder of the store, shared by all runs. Default ``$BEHOLDER_CACHE/features``, else ``~/.cache/beholder/features``."""
+    """Folder of the store, shared by all runs. Default ``$BEHOLDER_CACHE/features``, else
+    ``~/.cache/beholder/features``."""
     max_gb: Annotated[float, Field(gt=0)] = 20.0
     """Size cap in GB (1e9 bytes). Images that do not fit go through the tower at every step."""
 
@@ -370,8 +385,8 @@ class AblationConfig(Section):
 class RunConfig(Section):
     """One run: a stage, its parts, its data, its training and its evidence."""
 
-    run_name: str
-    """Name of the run."""
+    run_name: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$")]
+    """Name of the run; part of a path, so without slashes and not starting with a dot."""
     seed: int = 42
     """Decides order, split, initial weights and dropout."""
     stage: Literal["align", "instruct"] | None = None
@@ -405,14 +420,12 @@ class RunConfig(Section):
         """Samples of one optimizer step, over all processes."""
         return self.train.micro_batch_size * self.train.gradient_accum
 
-    @model_validator(mode="after")
-    def _combinations(self) -> RunConfig:
-        if self.stage == "instruct" and not self.model.lora.enable and not self.model.connector.trainable:
-            raise ValueError("nothing would be trained: model.lora.enable and model.connector.trainable are false")
+    def impossible(self) -> list[str]:
+        wrong: list[str] = []
+        if self.stage_name == "instruct" and not self.model.lora.enable and not self.model.connector.trainable:
+            wrong.append("nothing would be trained: model.lora.enable and model.connector.trainable are false")
         if self.stage_name == "align" and not self.model.connector.trainable:
-            raise ValueError("stage align trains the connector, but model.connector.trainable is false")
+            wrong.append("stage align trains the connector, but model.connector.trainable is false")
         if self.prompting.max_images_per_sample < 2 and self.data.multi_image_fraction > 0:
-            raise ValueError("data.multi_image_fraction needs prompting.max_images_per_sample of at least 2")
-        if self.data.hygiene.min_tokens > self.data.hygiene.max_tokens:
-            raise ValueError("data.hygiene.min_tokens is larger than max_tokens")
-        return self
+            wrong.append("data.multi_image_fraction needs prompting.max_images_per_sample of at least 2")
+        return wrong

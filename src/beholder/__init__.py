@@ -1,0 +1,36 @@
+"""Beholder grows eyes on a language model, one proven stage at a time.
+
+>>> from beholder import load
+>>> load("outputs/quickstart").generate("cat.jpg", "Describe the image in one sentence.")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["RunConfig", "UserError", "__version__", "load", "load_config", "run_stage"]
+
+if TYPE_CHECKING:
+    from beholder.config import RunConfig
+    from beholder.configfile import load_config
+    from beholder.inference import load
+    from beholder.stages import run_stage
+    from beholder.types import UserError
+
+_HOME = {
+    "RunConfig": "beholder.config",
+    "UserError": "beholder.types",
+    "load": "beholder.inference",
+    "load_config": "beholder.configfile",
+    "run_stage": "beholder.stages",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: ``import beholder`` stays quick, torch comes when it is needed."""
+    if name in _HOME:
+        from importlib import import_module
+
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'beholder' has no attribute {name!r}")

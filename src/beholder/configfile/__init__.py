@@ -1,0 +1,150 @@
+"""Reads YAML into `config.RunConfig` and says everything that is wrong at once, each as ``file:line:col``.
+
+Also: command-line overrides, the dump that loads back to an equal config, the hash, the difference of two configs, and
+the JSON schema for editors. The settings themselves are in `config`.
+
+    tree      YAML text and overrides -> plain data with the place of every setting
+    validate  plain data -> `RunConfig`, or all complaints
+    words     what a setting takes, and which name was meant
+    inert     settings that have no effect beside others
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from beholder.config import RunConfig, Section
+from beholder.configfile.inert import drop, inert_settings, without_inert
+from beholder.configfile.tree import MAX_BYTES, ConfigError, Loader, Problem, Tree, compose, override, read_node, show
+from beholder.configfile.validate import validate
+from beholder.types import UserError
+
+__all__ = [
+    "ConfigError", "Problem", "config_hash", "diff_configs", "dump_config", "json_schema", "load_config",
+    "parse_config", "without_inert",
+]  # fmt: skip
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run config in a YAML file, with ``a.b.c=value`` overrides.
+
+    Raises `ConfigError` with everything that is wrong: unknown keys, wrong types, impossible combinations, and settings
+    that have no effect. A setting of the file that loses its effect through an override is not an error.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > 4 * MAX_BYTES:
+            raise UserError(f"{path}: {size:,} bytes is too large for a config; is this the file you mean?")
+        raw = path.read_bytes() if path.is_file() else None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror or e}). Give the path of a YAML config file.") from e
+    if raw is None:
+        raise UserError(f"{path}: not a file. Give the path of a YAML config file.")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = raw[: e.start].count(b"\n") + 1
+        column = e.start - raw.rfind(b"\n", 0, e.start)
+        problem = Problem(str(path), line, column, "", f"byte {raw[e.start]:#04x} is not UTF-8; save the file as UTF-8")
+        raise ConfigError([problem]) from e
+    return parse_config(text, str(path), overrides)
+
+
+def parse_config(text: str, name: str = "<config>", overrides: Sequence[str] = ()) -> RunConfig:
+    """As `load_config`, for YAML text; ``name`` stands for the file in errors."""
+    root = compose(text, name)
+    tree = Tree(name)
+    if root is not None:
+        found = read_node(tree, root, (), None)
+        if isinstance(found, dict):
+            tree.data = found
+        elif found is not None:
+            line, column = root.start_mark.line + 1, root.start_mark.column + 1
+            text_ = f"got {show(found)}; expected settings such as 'run_name: my_run'"
+            raise ConfigError([*tree.problems, Problem(name, line, column, "", text_)])
+    for assignment in overrides:
+        override(tree, assignment)
+    # Values that could not be read are None in the data: right where null is, and otherwise reported already.
+    before = {p.path for p in tree.problems}
+    cfg = validate(tree)
+    if tree.problems:
+        problems = tree.problems
+        raise ConfigError([p for i, p in enumerate(problems) if not (p.path in before and "got null" in p.text)])
+    assert cfg is not None
+    return without_inert(cfg)
+
+
+def dump_config(cfg: RunConfig) -> str:
+    """The complete resolved config as YAML; `parse_config` reads it back to an equal config.
+
+    Settings that have no effect in this run are left out, as they would be refused.
+    """
+    raw = without_inert(cfg).model_dump(mode="json")
+    for inert in inert_settings(cfg):
+        drop(raw, inert.path)
+    _drop_empty(raw)
+    return yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _drop_empty(data: dict[str, Any]) -> None:
+    for key in list(data):
+        if isinstance(data[key], dict):
+            _drop_empty(data[key])
+            if not data[key]:
+                del data[key]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that YAML 1.2 would read as something else, and writes lists of plain values on one line."""
+
+    yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _list(dumper: yaml.SafeDumper, data: Sequence[Any]) -> yaml.Node:
+    flow = all(not isinstance(v, dict | list) for v in data)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
+
+
+def _float(dumper: yaml.SafeDumper, data: float) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:float", repr(data))
+
+
+_Dumper.add_representer(list, _list)
+_Dumper.add_representer(float, _float)
+
+
+def config_hash(cfg: RunConfig) -> str:
+    """sha256 over the settings that have an effect, whatever order or file they came from."""
+    raw = without_inert(cfg).model_dump(mode="json")
+    return hashlib.sha256(json.dumps(raw, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def diff_configs(a: RunConfig, b: RunConfig) -> list[tuple[str, object, object]]:
+    """Settings that differ: (dotted path, value in ``a``, value in ``b``), lists compared whole."""
+    left, right = dict(_leaves(a)), dict(_leaves(b))
+    return [(p, left.get(p), right.get(p)) for p in dict.fromkeys((*left, *right)) if left.get(p) != right.get(p)]
+
+
+def _leaves(value: Mapping[str, Any] | Section, prefix: str = "") -> Iterator[tuple[str, object]]:
+    items = value.model_dump(mode="json") if isinstance(value, Section) else value
+    for name, item in items.items():
+        if isinstance(item, dict):
+            yield from _leaves(item, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", item
+
+
+def json_schema() -> dict[str, Any]:
+    """The schema of a config file for editors: JSON Schema draft 2020-12, with the settings' descriptions."""
+    schema = RunConfig.model_json_schema(mode="validation")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Beholder run config", **schema}

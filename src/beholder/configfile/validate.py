@@ -1,0 +1,167 @@
+"""Plain data against the schema: the config, or everything that is wrong with it, each at the place it was written."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from beholder.config import RunConfig, Section
+from beholder.configfile.inert import inert_settings
+from beholder.configfile.tree import MAX_DEPTH, SettingPath, Tree, dotted, get_at, show
+from beholder.configfile.words import annotation_at, expected, items_of, nearest, options_of, section_of
+
+
+def validate(tree: Tree) -> RunConfig | None:
+    """The config, or None with everything wrong in ``tree.problems``.
+
+    A wrong value hides what pydantic would have said about combinations with it, and about whole sections above it. So
+    whatever is wrong is taken out (required settings get a stand-in), and the rest is validated again.
+    """
+    data = json.loads(json.dumps(tree.data))
+    removed: set[str] = set()
+    said: set[SettingPath] = set()
+    for _ in range(MAX_DEPTH):
+        cfg, errors = _try(data)
+        if cfg is not None:
+            # Wrong values are out of `data`, so what is left and does nothing can be told, too.
+            _complain_inert(tree, cfg)
+            return None if tree.problems else cfg
+        if all(e["type"] == "value_error" for e in errors):
+            # pydantic asks no section that has a wrong one inside, so every section is asked here.
+            made = _construct(RunConfig, data)
+            _complain_combinations(tree, made, removed)
+            if not tree.problems:
+                _complain_combinations(tree, made, set())
+            _complain_inert(tree, made)
+            return None
+        for error in errors:
+            if error["type"] == "value_error":
+                continue
+            path = _written(error["loc"], data)
+            if path not in said:  # a union gives one error for each of its options
+                said.add(path)
+                _complain_value(tree, error, path)
+            removed.update([str(p) for p in path if isinstance(p, str)][-1:])
+            _repair(data, path)
+    raise AssertionError("validation does not settle")
+
+
+def _try(data: Any) -> tuple[RunConfig | None, list[Any]]:
+    try:
+        # Strict, and as JSON: "32" is no number and 1 no boolean, but a list may become a tuple.
+        return RunConfig.model_validate_json(json.dumps(data), strict=True), []
+    except ValidationError as e:
+        return None, e.errors(include_url=False, include_context=False)
+
+
+def _written(loc: tuple[str | int, ...], data: Any) -> SettingPath:
+    """The part of pydantic's location that names settings: a union adds the option it tried, which names none."""
+    path: SettingPath = ()
+    for step in loc:
+        if annotation_at((*path, step)) is None and not (isinstance(data, dict) and step in data):
+            break
+        path = (*path, step)
+        data = get_at(data, (step,))
+    return path
+
+
+def _complain_value(tree: Tree, error: Any, path: SettingPath) -> None:
+    if error["type"] == "missing" and isinstance(path[-1], int):
+        error, path = {**error, "type": "too_short"}, path[:-1]  # a list of fixed length
+    annotation = annotation_at(path)
+    if error["type"] == "extra_forbidden":
+        section = section_of(annotation_at(path[:-1]))
+        name = "the config" if len(path) == 1 else dotted(path[:-1])
+        assert section is not None
+        tree.complain(path, f"no such setting in {name}; {nearest(path)}")
+    elif error["type"] == "missing":
+        # Reported at the section that lacks it; one that is not there either is at the section around it.
+        tree.complain(path, f"missing; expected {expected(annotation)}", at=path[:-1])
+    else:
+        got = get_at(tree.data, path)
+        near = ""
+        if isinstance(got, str):
+            choices = [v for o in options_of(annotation) if get_origin(o) is Literal for v in get_args(o)]
+            close = difflib.get_close_matches(got, [v for v in choices if isinstance(v, str)], n=1, cutoff=0.5)
+            near = f"; nearest: {close[0]}" if close else ""
+            if not close and re.fullmatch(r"[-+]?[0-9][0-9_,]*(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?", got.strip(), re.I):
+                bare = got.strip().replace("_", "").replace(",", "")
+                wants_number = any(o in (int, float) for o in options_of(annotation))
+                near = f"; write {bare} without quotes or separators" if wants_number else ""
+        elif isinstance(got, float) and got.is_integer() and int in options_of(annotation):
+            near = f"; write {int(got)}"
+        elif isinstance(got, int | float) and not isinstance(got, bool) and options_of(annotation) == (str,):
+            near = f"; write '\"{tree.mark(path).text}\"' in quotes"
+        if error["type"] == "string_pattern_mismatch":
+            tree.complain(path, f"got {show(got)}; expected a plain name without slashes", value=True)
+            return
+        tree.complain(path, f"got {show(got)}; expected {expected(annotation)}{near}", value=True)
+
+
+def _complain_combinations(tree: Tree, section: Section, removed: set[str], path: SettingPath = ()) -> None:
+    """What each section says cannot be, at the first setting it names that was written."""
+    for line in section.impossible():
+        named = re.findall(r"[a-z][a-z0-9_.]*[a-z0-9]", line)
+        if any(n.rsplit(".", 1)[-1] in removed for n in named):
+            continue  # a consequence of another mistake, not one more
+        places = [place for n in named if (place := (*path, *n.split("."))) in tree.marks]
+        tree.complain(path, line, at=places[0] if places else path)
+    for name in type(section).model_fields:
+        inner = getattr(section, name)
+        if isinstance(inner, Section):
+            _complain_combinations(tree, inner, removed, (*path, name))
+
+
+def _complain_inert(tree: Tree, cfg: RunConfig) -> None:
+    for inert in inert_settings(cfg):
+        mark = tree.marks.get(inert.path)
+        if mark is None or get_at(tree.data, inert.path) is None:
+            continue
+        if not mark.overridden and any(
+            m.overridden for b in inert.because for p, m in tree.marks.items() if dotted(p) == b
+        ):
+            continue  # switched off from the command line; the file need not be edited for that
+        if inert.path == ("model", "lora", "enable") and not cfg.model.lora.enable:
+            continue  # says what is the case anyway
+        if any((p.name, p.line, p.column) == (mark.name, mark.line, mark.column) for p in tree.problems):
+            continue  # one complaint a setting
+        tree.complain(inert.path, f"has no effect here: {inert.why}. Remove it")
+
+
+def _repair(data: Any, path: SettingPath) -> None:
+    """Take the wrong value out; put a stand-in where a required one is missing."""
+    parent = get_at(data, path[:-1])
+    annotation = annotation_at(path)
+    section = section_of(annotation)
+    required = False
+    owner = section_of(annotation_at(path[:-1]))
+    if owner is not None and isinstance(path[-1], str) and path[-1] in owner.model_fields:
+        required = owner.model_fields[path[-1]].is_required()
+    if isinstance(parent, list) and isinstance(path[-1], int):
+        _repair(data, path[:-1])
+    elif isinstance(parent, dict):
+        parent.pop(path[-1], None)
+        if required:
+            parent[path[-1]] = {} if section is not None else "x" if str in options_of(annotation) else 1
+
+
+def _construct(model: type[BaseModel], data: Any) -> Any:
+    """An instance with defaults filled in and nothing checked, to ask the rules of `INERT` about a config in error."""
+    values: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        if not isinstance(data, dict) or name not in data:
+            values[name] = info.get_default(call_default_factory=True)
+            continue
+        section, items = section_of(info.annotation), items_of(info.annotation)
+        inner = section_of(items) if items is not None else None
+        if inner is not None and isinstance(data[name], list):
+            values[name] = tuple(_construct(inner, item) for item in data[name])
+        elif section is not None and items is None:
+            values[name] = _construct(section, data[name])
+        else:
+            values[name] = data[name]
+    return model.model_construct(**values)

@@ -1,0 +1,122 @@
+"""The schema read back in words: what a setting takes, and which name was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import types as pytypes
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+
+from beholder.config import RunConfig
+from beholder.configfile.tree import SettingPath
+
+
+def _plain(annotation: Any) -> Any:
+    """The annotation without ``Annotated``."""
+    while get_origin(annotation) is typing.Annotated:
+        annotation = get_args(annotation)[0]
+    return annotation
+
+
+def options_of(annotation: Any) -> tuple[Any, ...]:
+    annotation = _plain(annotation)
+    if get_origin(annotation) in (typing.Union, pytypes.UnionType):
+        return tuple(o for arg in get_args(annotation) for o in options_of(arg))
+    return (annotation,)
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    return next((o for o in options_of(annotation) if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def items_of(annotation: Any) -> Any | None:
+    """Annotation of the items of a list-like option."""
+    for option in options_of(annotation):
+        if get_origin(option) in (tuple, list):
+            return get_args(option)[0]
+    return None
+
+
+def annotation_at(path: SettingPath) -> Any | None:
+    """The annotation of the setting at ``path``, None when the schema has no such setting."""
+    annotation: Any = RunConfig
+    for step in path:
+        section = section_of(annotation)
+        if isinstance(step, int):
+            annotation = items_of(annotation)
+        elif section is not None and step in section.model_fields:
+            info = section.model_fields[step]
+            annotation = typing.Annotated[info.annotation, info] if info.metadata else info.annotation
+        else:
+            return None
+        if annotation is None:
+            return None
+    return annotation
+
+
+def expected(annotation: Any) -> str:
+    """The values an annotation takes, in words."""
+    words: list[str] = []
+    for option in _described(annotation):
+        if option not in words:
+            words.append(option)
+    return " or ".join(words)
+
+
+def _described(annotation: Any, bounds: str = "") -> Iterator[str]:
+    if get_origin(annotation) is typing.Annotated:
+        inner, *extras = get_args(annotation)
+        found = [b for extra in extras for b in _bounds(extra)]
+        yield from _described(inner, " and ".join(found) or bounds)
+        return
+    if get_origin(annotation) in (typing.Union, pytypes.UnionType):
+        for arg in get_args(annotation):
+            yield from _described(arg, bounds)
+        return
+    suffix = f" {bounds}" if bounds else ""
+    if get_origin(annotation) is Literal:
+        yield from ("true" if v is True else "false" if v is False else str(v) for v in get_args(annotation))
+    elif get_origin(annotation) in (tuple, list):
+        args = get_args(annotation)
+        each = " or ".join(_described(args[0]))
+        yield f"a list of {len(args)} values, each {each}" if args[-1] is not ... else f"a list, each {each}"
+    elif annotation is type(None):
+        yield "null"
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield f"a section with {', '.join(annotation.model_fields)}"
+    else:
+        yield {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[annotation] + suffix
+
+
+def _bounds(extra: Any) -> Iterator[str]:
+    for item in (extra, *getattr(extra, "metadata", ())):
+        for attribute, words in (("gt", "above"), ("ge", "of at least"), ("lt", "below"), ("le", "of at most")):
+            if (limit := getattr(item, attribute, None)) is not None:
+                yield f"{words} {limit:g}"
+
+
+def _all_paths(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        section = section_of(info.annotation)
+        if section is not None:
+            yield from _all_paths(section, f"{prefix}{name}.")
+
+
+def nearest(path: SettingPath) -> str:
+    """Advice for a key that does not exist: the nearest name here, or the place where that name does exist."""
+    section = section_of(annotation_at(path[:-1]))
+    key = str(path[-1])
+    names = list(section.model_fields) if section is not None else []
+    elsewhere = [p for p in _all_paths() if p.rsplit(".", 1)[-1] == key]
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
+    # "batch_size" for "micro_batch_size", "lr_schedule" for "lr_scheduler".
+    near = near or [n for n in names if len(key) >= 3 and (key in n or n in key)][:1]
+    near = near or difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    advice = f"nearest: {near[0]}" if near else ""
+    if elsewhere:
+        advice += ("; or " if advice else "") + f"{key} exists as {', '.join(elsewhere[:3])}"
+    return advice or f"valid here: {', '.join(names)}"

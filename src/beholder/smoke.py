@@ -1,0 +1,448 @@
+"""Tiny random parts and a tiny picture set, so that any recipe runs end to end on a CPU in seconds.
+
+The parts are the real classes (Qwen3, Llama, SigLIP, CLIP, DINOv2, RepViT) with small numbers, saved to disk the way
+real checkpoints are, and loaded through the same doors. The pictures show one coloured shape each, and only the picture
+says which: a model that does not look cannot get the caption right. No training code lives here.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from beholder.config import DatasetKind, RunConfig, SourceConfig
+from beholder.configfile import without_inert
+
+LlmFamily = Literal["qwen3", "llama", "smollm2"]
+VisionFamily = Literal["siglip", "clip", "dinov2", "repvit"]
+
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VISION_CONTROL = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 30, 30), "green": (30, 160, 50), "blue": (30, 60, 220), "yellow": (240, 220, 40),
+    "pink": (250, 120, 190), "brown": (120, 70, 30), "cyan": (60, 210, 220), "violet": (130, 50, 180),
+}  # fmt: skip
+SHAPES = {"square": "box", "disc": "dot", "triangle": "tri"}
+"""Name of each shape, and the short one that short captions use."""
+GROUNDS: dict[str, tuple[int, int, int]] = {"white": (255, 255, 255), "grey": (128, 128, 128), "black": (0, 0, 0)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def tiny_tokenizer(folder: Path | str, family: LlmFamily = "qwen3") -> Any:
+    """A byte vocabulary with ChatML control tokens, saved in ``folder``: byte-level BPE without merges, so any text
+    round-trips and one ASCII character is one token.
+
+    qwen3 also has the native vision tokens; llama puts ``<s>`` before every text, as the Llama tokenizers do; smollm2
+    has neither. Returns the `PreTrainedTokenizerFast`.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    control = (*CONTROL, *(VISION_CONTROL if family == "qwen3" else ()), *(("<s>",) if family == "llama" else ()))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(list(control))
+    special: dict[str, str] = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    if family == "qwen3":  # the base models end at <|endoftext|>
+        special["eos_token"] = "<|endoftext|>"
+    if family == "llama":
+        bos = inner.token_to_id("<s>")
+        inner.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", bos)]
+        )
+        special["bos_token"] = "<s>"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, clean_up_tokenization_spaces=False, additional_special_tokens=list(control), **special
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(str(folder))
+    return tokenizer
+
+
+def tiny_llm(folder: Path | str, family: LlmFamily = "qwen3", *, seed: int = 0, **overrides: Any) -> Path:
+    """A random causal language model with its tokenizer in ``folder``: width 64, 2 layers, 4 heads on 2 key heads.
+
+    The head is tied for smollm2; qwen3 and llama have one of their own, and qwen3 more rows than its tokenizer has
+    tokens. ``overrides`` are fields of the transformers config. Weights depend on ``seed`` and the config alone.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    folder = Path(folder)
+    tokenizer = tiny_tokenizer(folder, family)
+    settings: dict[str, Any] = {
+        "vocab_size": 320 if family == "qwen3" else len(tokenizer), "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "max_position_embeddings": 4096, "tie_word_embeddings": family == "smollm2",
+        # Trained models have matrices of about this scale for width 64; at the default 0.02 a random model's layers do
+        # next to nothing and its text never depends on what it attends to.
+        "initializer_range": 0.12,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    } | overrides  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if family == "qwen3":
+            model = Qwen3ForCausalLM(Qwen3Config(**settings))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**settings))
+    _save(model, folder)
+    return folder
+
+
+def tiny_vision(
+    folder: Path | str, family: VisionFamily = "siglip", *, seed: int = 0, **overrides: Any
+) -> tuple[str, str | None]:
+    """A random vision tower saved in ``folder``; ``(name_or_path, weights)`` as `VisionConfig` takes them.
+
+    siglip: a whole SigLIP checkpoint (text half too, as on the hub), 32 x 32 pixels, 16 patches. clip: the same with a
+    class token. dinov2: trained at 42 but used at 28 pixels after a centre crop, 4 patches. repvit:
+    ``timm/repvit_m0_9`` and its safetensors file, 224 x 224 pixels, 49 positions of a feature map. ``overrides`` are
+    fields of the vision config.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if family == "repvit":
+            return _tiny_repvit(folder, overrides)
+        _save(_tiny_hf_vision(family, overrides), folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(_PREPROCESSORS[family], indent=2))
+    return str(folder), None
+
+
+def _save(model: Any, folder: Path) -> None:
+    """``save_pretrained`` without its progress bar, which would take as long to read as the file to write."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _tiny_repvit(folder: Path, overrides: dict[str, Any]) -> tuple[str, str]:
+    import timm
+    from safetensors.torch import save_file
+
+    model = timm.create_model("repvit_m0_9", pretrained=False, num_classes=0, **overrides)
+    path = folder / "model.safetensors"
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    return "timm/repvit_m0_9", str(path)
+
+
+def _tiny_hf_vision(family: VisionFamily, overrides: dict[str, Any]) -> Any:
+    from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, SiglipConfig, SiglipModel
+
+    size: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text: dict[str, Any] = {
+        **size, "intermediate_size": 96, "vocab_size": 64, "max_position_embeddings": 16, "projection_size": 48,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    if family == "dinov2":
+        own: dict[str, Any] = {"mlp_ratio": 2, "image_size": 42, "patch_size": 14, "initializer_range": 0.1}
+        return Dinov2Model(Dinov2Config(**(size | own | overrides)))
+    own = {"intermediate_size": 96, "image_size": 32, "patch_size": 8}
+    vision = size | own | overrides
+    if family == "clip":
+        return CLIPModel(CLIPConfig(text_config=text, vision_config=vision | {"projection_dim": 48}, projection_dim=48))
+    return SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+
+
+_PREPROCESSORS: dict[str, dict[str, Any]] = {
+    "siglip": {
+        "image_processor_type": "SiglipImageProcessor", "processor_class": "SiglipProcessor",
+        "do_resize": True, "size": {"height": 32, "width": 32}, "resample": 3,
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    },
+    "clip": {
+        "image_processor_type": "CLIPImageProcessor", "feature_extractor_type": "CLIPFeatureExtractor",
+        "do_resize": True, "size": {"shortest_edge": 32}, "resample": 3,
+        "do_center_crop": True, "crop_size": {"height": 32, "width": 32}, "do_convert_rgb": True,
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+    },
+    "dinov2": {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True, "size": {"shortest_edge": 32}, "resample": 3,
+        "do_center_crop": True, "crop_size": {"height": 28, "width": 28}, "do_convert_rgb": True,
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
+    },
+}  # fmt: skip
+"""The preprocessor files of the real checkpoints with small sizes; written as they are, since transformers' own image
+processor classes differ with torchvision present or absent."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def colour_set(
+    folder: Path | str,
+    num: int,
+    *,
+    seed: int = 0,
+    captions: Literal["caption", "varied", "conversations"] = "caption",
+    num_images: int = 1,
+) -> tuple[Path, Path]:
+    """``num`` records about pictures of one shape in one of 8 colours; ``(records.jsonl, image_root)``.
+
+    caption: "a red square on white" (always white). varied: the ground is white, grey or black, and the caption is
+    short, medium or long accordingly, so that length buckets fill. conversations: as caption, in LLaVA's two-turn form.
+    With ``num_images`` above 1 the caption reads "Image 1: red disc. Image 2: …". All 24 combinations appear equally
+    often; place and size of the shape vary, so no two pictures are equal. Captions have at most 60 bytes.
+    """
+    folder = Path(folder)
+    root = folder / "images"
+    root.mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+    for record in _records(num, seed, varied=captions == "varied", num_images=num_images):
+        for name, image in zip(record["images"], record["pictures"], strict=True):
+            image.save(root / name)
+        lines.append(json.dumps(_as_json(record, "conversations" if captions == "conversations" else "jsonl")))
+    path = folder / "records.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path, root
+
+
+def colour_source(
+    folder: Path | str, kind: DatasetKind, num: int, *, seed: int = 0, name: str | None = None
+) -> SourceConfig:
+    """The varied colour set on disk as the given kind of data set, and the source setting that reads it."""
+    folder = Path(folder)
+    if kind == "jsonl":
+        path, root = colour_set(folder, num, seed=seed, captions="varied")
+        return SourceConfig(dataset=kind, json_path=str(path), image_root=str(root), name=name)
+    folder.mkdir(parents=True, exist_ok=True)
+    records = _records(num, seed, varied=True, num_images=1)
+    if kind in ("llava_pretrain", "llava_instruct"):
+        root = folder / "images"
+        root.mkdir(exist_ok=True)
+        for record in records:
+            record["pictures"][0].save(root / record["images"][0])
+        path = folder / "records.json"
+        path.write_text(json.dumps([_as_json(r, "conversations") for r in records]), encoding="utf-8")
+        return SourceConfig(dataset=kind, json_path=str(path), image_root=str(root), name=name)
+    if kind == "webdataset":
+        for shard, half in enumerate((records[::2], records[1::2])):
+            with tarfile.open(folder / f"shard-{shard:06d}.tar", "w") as tar:
+                for record in half:
+                    _add_member(tar, f"{record['id']}.png", _png(record["pictures"][0]))
+                    _add_member(tar, f"{record['id']}.txt", record["caption"].encode())
+        return SourceConfig(dataset=kind, json_path=str(folder / "shard-*.tar"), name=name)
+    assert kind == "parquet", kind
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({
+        "id": [r["id"] for r in records],
+        "image": [{"bytes": _png(r["pictures"][0]), "path": r["images"][0]} for r in records],
+        "caption": [r["caption"] for r in records],
+    })  # fmt: skip
+    pq.write_table(table, folder / "records.parquet")
+    return SourceConfig(dataset=kind, json_path=str(folder / "records.parquet"), name=name)
+
+
+def _records(num: int, seed: int, *, varied: bool, num_images: int) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    # Whole rounds of all kinds, each in a random order: every prefix is as balanced as it can be.
+    rounds = -(-num * num_images // len(kinds))
+    order = iter([kinds[i] for _ in range(rounds) for i in rng.permutation(len(kinds))])
+    records: list[dict[str, Any]] = []
+    for i in range(num):
+        shown = [next(order) for _ in range(num_images)]
+        ground = list(GROUNDS)[int(rng.integers(3))] if varied else "white"
+        if num_images > 1:
+            caption = " ".join(f"Image {k + 1}: {colour} {shape}." for k, (colour, shape) in enumerate(shown))
+        else:
+            caption = _caption(shown[0], ground, varied)
+        records.append({
+            "id": f"colour-{seed}-{i:05d}", "caption": caption,
+            "images": [f"{seed}-{i:05d}-{k}.png" for k in range(num_images)],
+            "pictures": [_picture(colour, shape, ground, rng) for colour, shape in shown],
+        })  # fmt: skip
+    return records
+
+
+def _caption(shown: tuple[str, str], ground: str, varied: bool) -> str:
+    colour, shape = shown
+    if not varied:
+        return f"a {colour} {shape} on {ground}"
+    # At most 10, 11 to 20, and more bytes: the seed's len_buckets.
+    return {
+        "white": f"{colour} {SHAPES[shape]}",
+        "grey": f"the {colour} {shape}",
+        "black": f"a picture of a {colour} {shape} on a black wall",
+    }[ground]
+
+
+def _picture(colour: str, shape: str, ground: str, rng: np.random.Generator, side: int = 40) -> Image.Image:
+    image = Image.new("RGB", (side, side), GROUNDS[ground])
+    size = int(rng.integers(16, 29))
+    x, y = (int(v) for v in rng.integers(2, side - size - 1, size=2))
+    box = (x, y, x + size, y + size)
+    draw = ImageDraw.Draw(image)
+    match shape:
+        case "square":
+            draw.rectangle(box, fill=COLOURS[colour])
+        case "disc":
+            draw.ellipse(box, fill=COLOURS[colour])
+        case _:
+            draw.polygon([(x, y + size), (x + size, y + size), (x + size // 2, y)], fill=COLOURS[colour])
+    # A barely visible speck makes every picture's bytes its own.
+    speck = tuple(int(v) for v in rng.integers(0, 256, size=3))
+    image.putpixel((int(rng.integers(side)), 0), (speck[0], speck[1], speck[2]))
+    return image
+
+
+def _as_json(record: dict[str, Any], form: Literal["jsonl", "conversations"]) -> dict[str, Any]:
+    if form == "jsonl":
+        return {"id": record["id"], "images": record["images"], "caption": record["caption"], "source": "colours"}
+    images = record["images"]
+    human = "<image>\n" * len(images) + "Provide a brief description of the given image."
+    return {
+        "id": record["id"],
+        "image": images[0] if len(images) == 1 else images,
+        "conversations": [{"from": "human", "value": human}, {"from": "gpt", "value": record["caption"]}],
+    }
+
+
+def _png(image: Image.Image) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format="PNG")
+    return out.getvalue()
+
+
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Any recipe, tiny
+
+
+def smoke_config(cfg: RunConfig, folder: Path | str, *, num_records: int = 64, steps: int = 4) -> RunConfig:
+    """The recipe ``cfg`` on tiny parts and data made in ``folder``: same stage, kinds and switches, a few CPU steps.
+
+    What changes: the parts' names, sizes and counts (records, steps, batches, evaluation and golden samples, new
+    tokens), kernels and workers that a CPU run of seconds cannot use. The run folder is ``folder/run``.
+    """
+    folder = Path(folder)
+    llm = tiny_llm(folder / "llm", _llm_family(cfg.model.llm.name_or_path))
+    vision, weights = tiny_vision(folder / "vision", _vision_family(cfg.model.vision.name_or_path))
+    resampler = cfg.model.connector.resampler
+    smaller: dict[str, Any] = {"num_heads": 4, "dim": 64} if resampler.kind == "perceiver" else {}
+    tokens = cfg.model.connector.tokens_asked if resampler.kind == "perceiver" else None
+    if tokens is not None and tokens > 8:
+        tokens = 8
+    model = cfg.model.model_copy(update={
+        "llm": cfg.model.llm.model_copy(update={
+            "name_or_path": str(llm), "revision": None, "attn_implementation": "sdpa", "trust_remote_code": False,
+        }),
+        "vision": cfg.model.vision.model_copy(update={
+            "name_or_path": vision, "revision": None, "weights": weights, "trust_remote_code": False,
+        }),
+        "connector": cfg.model.connector.model_copy(update={
+            "load_checkpoint": None, "num_visual_tokens": tokens,
+            "resampler": resampler.model_copy(update={"num_latents": None, **smaller}),
+            "projector": cfg.model.connector.projector.model_copy(update={"hidden": None}),
+        }),
+    })  # fmt: skip
+    train, ev = cfg.train, cfg.eval
+    small = RunConfig.model_copy(cfg, update={
+        "model": model,
+        "data": _smoke_data(cfg, folder / "data", num_records),
+        "device": "cpu",
+        "output_dir": str(folder / "run"),
+        "features": cfg.features.model_copy(update={"dir": str(folder / "features"), "max_gb": 0.1}),
+        "train": train.model_copy(update={
+            "train_steps": min(steps, train.train_steps or steps),
+            "micro_batch_size": min(train.micro_batch_size, 4), "gradient_accum": min(train.gradient_accum, 2),
+            "save_every": min(train.save_every, max(1, steps // 2)), "log_every": 1,
+            "full_eval_every": train.full_eval_every if isinstance(train.full_eval_every, str) else max(1, steps // 2),
+            "quick_eval_size": min(train.quick_eval_size, 4), "quick_eval_steps": min(train.quick_eval_steps, 2),
+            "num_threads": 1,
+        }),
+        "eval": ev.model_copy(update={
+            "batch_size": min(ev.batch_size, 8), "golden_size": min(ev.golden_size, 3),
+            "golden_set_path": str(folder / "golden.jsonl") if ev.golden_set_path and ev.golden_size else None,
+            "run_golden_every": ev.run_golden_every if isinstance(ev.run_golden_every, str) else max(1, steps // 2),
+            "golden_generate": ev.golden_generate.model_copy(update={"max_new_tokens": 6}),
+            "caption_samples": min(ev.caption_samples, 4),
+        }),
+        "ablation": cfg.ablation.model_copy(update={
+            "run_every": cfg.ablation.run_every if isinstance(cfg.ablation.run_every, str) else max(1, steps // 2),
+            "num_samples": min(cfg.ablation.num_samples, 8),
+        }),
+    })  # fmt: skip
+    # Once more through the schema: model_copy does not validate.
+    return without_inert(RunConfig.model_validate(small.model_dump()))
+
+
+def _smoke_data(cfg: RunConfig, folder: Path, num_records: int) -> Any:
+    data = cfg.data
+
+    def shrink(sources: Sequence[SourceConfig], group: str) -> tuple[SourceConfig, ...]:
+        made = []
+        for i, source in enumerate(sources):
+            own = colour_source(folder / f"{group}{i}", source.dataset, num_records, seed=len(group) * 100 + i)
+            made.append(own.model_copy(update={"name": source.name, "cap": source.cap}))
+        return tuple(made)
+
+    update: dict[str, Any] = {"eval_sources": shrink(data.eval_sources, "eval")}
+    if data.sources:
+        update["sources"] = shrink(data.sources, "train")
+    else:
+        one = shrink(data.train_sources, "train")[0]
+        update |= {"json_path": one.json_path, "image_root": one.image_root}
+    update |= {
+        "max_samples": num_records if data.max_samples else None,
+        "eval_size": min(data.eval_size, num_records // 4) if data.eval_size else None,
+        # The recipe's share of so few records may be none at all.
+        "eval_ratio": None if data.eval_size or data.split == "none" else max(data.eval_ratio or 0.0, 0.2),
+        "num_workers": 0, "pin_memory": False,
+        "hygiene": data.hygiene.model_copy(update={
+            # Byte tokens: a caption has 8 to 60 of them, whatever the recipe's words-as-tokens bounds are.
+            "min_tokens": min(data.hygiene.min_tokens, 5), "max_tokens": max(data.hygiene.max_tokens, 60),
+            # The same 72 captions come back every 72 pictures, by design.
+            "duplicates": "report",
+        }),
+    }  # fmt: skip
+    return data.model_copy(update=update)
+
+
+def _llm_family(name: str) -> LlmFamily:
+    low = name.lower()
+    return "qwen3" if "qwen" in low else "smollm2" if "smollm" in low else "llama"
+
+
+def _vision_family(name: str) -> VisionFamily:
+    low = name.lower()
+    if low.startswith("timm/"):
+        return "repvit"
+    return "dinov2" if "dino" in low else "clip" if "clip" in low and "siglip" not in low else "siglip"

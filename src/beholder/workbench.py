@@ -1,0 +1,296 @@
+"""A run's loaded parts on one bench: model, data, feature store, and the probes that measure them together.
+
+Here the rooms meet: probes get models and batches, shared among the processes of a job. What happens in which order
+is `stages`' business; nothing here trains.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from beholder.config import GenerateConfig, RunConfig
+from beholder.data import Data, build_data
+from beholder.data.images import content_hash
+from beholder.evidence import Condition, Measurement
+from beholder.features import FeatureStore, FillReport, store_dir
+from beholder.model.plan import frozen_fingerprint
+from beholder.model.vlm import VisionLanguageModel, build_vlm
+from beholder.probes import captions, golden, loss
+from beholder.runs import RunDir
+from beholder.train.distributed import Dist
+from beholder.train.reporter import Reporter, duration
+from beholder.types import Batch, Example, ImageRef, UserError
+
+T = TypeVar("T")
+
+
+@dataclass
+class Workbench:
+    """Everything a stage works with. Probe methods give the same result on every process."""
+
+    cfg: RunConfig
+    run: RunDir
+    dist: Dist
+    model: VisionLanguageModel
+    tokenizer: Any
+    data: Data
+    reporter: Reporter
+    frozen: dict[str, str]
+    """sha256 of each frozen part, as loaded."""
+    store: FeatureStore | None = None
+    fill: FillReport | None = None
+    phases_s: dict[str, float] = field(default_factory=dict)
+    gaps: list[str] = field(default_factory=list)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What must not have changed when a run is resumed."""
+        return {
+            **{part: digest for part, digest in self.frozen.items()},
+            "data": self.data.train.fingerprint,
+            "encoder": self.data.encoder.fingerprint,
+        }
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the seconds spent inside to ``phases_s[name]``."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases_s[name] = self.phases_s.get(name, 0.0) + time.perf_counter() - started
+
+    # -- features
+
+    def fill_features(self, start: int, stop: int) -> None:
+        """Puts the tower's features of every image that training positions ``[start, stop)`` and evaluation need on disk.
+
+        Switched off, with a line that says so, under augmentation: stored features would undo it.
+        """
+        cfg, g = self.cfg, self.model.geometry
+        if not cfg.features.enabled:
+            return
+        if cfg.data.augment != "none":
+            self.reporter.line("features", f"off: data.augment is {cfg.data.augment}, every pass needs fresh features")
+            self.gaps.append("Feature store: switched off, because data.augment changes every image at every pass.")
+            return
+        vision = self.model.vision
+        assert vision is not None
+        store = FeatureStore(
+            store_dir(cfg.features),
+            tower_fingerprint=vision.fingerprint(),
+            pipeline_fingerprint=self.data.pipeline.fingerprint,
+            num_patches=g.num_patches,
+            d_vision=g.d_vision,
+            max_bytes=int(cfg.features.max_gb * 1e9),
+        )
+        refs = dict.fromkeys([*self.data.train_refs(start, min(stop, start + len(self.data.train))), *self.data.eval_refs()])
+        with self.phase("features"), progress(self.reporter, "features") as tick:
+            report = store.fill(
+                refs,
+                vision,
+                self.data.pipeline,
+                batch_size=32,
+                progress=tick,
+                on_bad_image=cfg.data.on_bad_image,
+                rank=self.dist.rank,
+                world_size=self.dist.world_size,
+            )
+            self.dist.barrier()
+        self.reporter.line("features", report.summary)
+        self.store, self.fill = store, report
+        over = int(self.dist.all_reduce_sum([float(report.over_cap)])[0])
+        if over:
+            self.gaps.append(
+                f"Feature store: {over} images did not fit into features.max_gb = {cfg.features.max_gb:g} GB; "
+                "the tower saw them at every pass."
+            )
+
+    # -- probes, shared among processes
+
+    def _mine(self, items: Sequence[T]) -> Sequence[T]:
+        return items[self.dist.rank :: self.dist.world_size]
+
+    def _gather(self, mine: Sequence[Any], kind: Callable[..., T]) -> list[T]:
+        """Every process's records in the order of the items they were strided from."""
+        parts = self.dist.gather_objects([asdict(m) for m in mine])
+        total = sum(len(p) for p in parts)
+        rows = [parts[i % len(parts)][i // len(parts)] for i in range(total)] if _strided(parts) else sum(parts, [])
+        return [kind(**row) for row in rows]
+
+    def batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
+        """This process's share of the examples as held-out batches."""
+        return self.data.eval_batches(self._mine(examples), self.store, self.cfg)
+
+    def losses(self, examples: Sequence[Example]) -> list[loss.SampleLoss]:
+        """Loss of every sample, whichever process measured it."""
+        mine = loss.sample_losses(self.model, self.batches(examples))
+        return self._gather(mine, loss.SampleLoss)
+
+    def eval_loss(self, examples: Sequence[Example], buckets: Sequence[str], name: str = "eval") -> list[Measurement]:
+        """Token-weighted loss, perplexity and accuracy, overall and by length bucket."""
+        stratum_of = {e.id: b for e, b in zip(examples, buckets, strict=True)}
+        return loss.summarize_strata(self.losses(examples), name, stratum_of, seed=self.cfg.seed)
+
+    def ablation_losses(self, examples: Sequence[Example]) -> dict[Condition, list[loss.SampleLoss]]:
+        """Losses with the correct, a shuffled and the zero image."""
+        mine = loss.ablation_losses(
+            self.model, examples, self.batches, content_key=self.content_key, seed=self.cfg.seed
+        )  # fmt: skip
+        return {condition: self._gather(losses, loss.SampleLoss) for condition, losses in mine.items()}
+
+    def captions(
+        self, examples: Sequence[Example], settings: GenerateConfig, condition: Condition, batch_size: int
+    ) -> list[captions.CaptionRecord]:
+        """What the model writes for each example under ``condition``."""
+        shown = list(examples)
+        if condition == "shuffled":
+            shown = loss.shuffle_images(examples, self.content_key, self.cfg.seed)
+        builder = self.data.builder(self.store, train=False, cfg=self.cfg)
+        with progress(self.reporter, f"captions ({condition} image)") as tick:
+            mine = captions.caption(
+                self.model,
+                self.data.encoder,
+                builder,
+                self._mine(shown),
+                settings,
+                "zero" if condition == "zero" else "correct",
+                batch_size=batch_size,
+                seed=self.cfg.seed,
+                progress=tick,
+            )
+        return self._gather([replace(r, condition=condition) for r in mine], captions.CaptionRecord)
+
+    def content_key(self, ref: ImageRef) -> str:
+        """Tells images apart by their bytes."""
+        return content_hash(ref)
+
+    def golden_items(self) -> list[tuple[int, golden.GoldenItem]]:
+        """The fixed set as (index into ``eval_examples``, item); made and stored on first use."""
+        e = self.cfg.eval
+        if not e.golden_size or e.run_golden_every == "never":
+            return []
+        path = self.run.path / "golden.jsonl" if e.golden_set_path is None else Path(e.golden_set_path)
+
+        def make() -> list[int]:
+            chosen = golden.golden_set(
+                path,
+                _ExampleList(self.data.eval_examples),
+                candidates=range(len(self.data.eval_examples)),
+                bucket_of=dict(enumerate(self.data.eval_buckets)),
+                label_len=self.data.eval_label_len,
+                size=e.golden_size,
+                seed=e.golden_seed,
+            )
+            return [index for index, _ in chosen]
+
+        indices: list[int] = self.dist.on_main(make)
+        return list(zip(indices, golden.load(path), strict=True))
+
+
+class _ExampleList:
+    """A list of examples as the `types.ExampleSet` the golden set wants."""
+
+    fingerprint = ""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+    def target_texts(self, indices: Sequence[int] | None = None) -> list[str]:
+        return [self.examples[i].target_text for i in (range(len(self)) if indices is None else indices)]
+
+
+def _strided(parts: Sequence[Sequence[Any]]) -> bool:
+    """Whether the parts are what striding one list gives: lengths non-increasing and at most one apart."""
+    lengths = [len(p) for p in parts]
+    return lengths == sorted(lengths, reverse=True) and lengths[0] - lengths[-1] <= 1
+
+
+def open_bench(cfg: RunConfig, run: RunDir, dist: Dist, *, split_file: Path) -> Workbench:
+    """Loads the parts and opens the data. Nothing is trained or measured yet."""
+    if cfg.stage_name != "align":
+        raise UserError(
+            "this config asks for stage instruct (model.lora.enable), which comes with stage 2; it loads, but it cannot "
+            "be run yet. To train the connector alone, set model.lora.enable: false"
+        )
+    if cfg.train.num_threads:
+        torch.set_num_threads(cfg.train.num_threads)
+    started = time.perf_counter()
+    model, tokenizer = build_vlm(cfg.model, compute_precision=cfg.train.precision, device=dist.device, seed=cfg.seed)
+    frozen = frozen_fingerprint(model)
+    loaded = time.perf_counter()
+    early = Reporter(
+        total_steps=1, steps_per_epoch=1, samples_per_step=1, live=False if cfg.train.tqdm_disable else None,
+        enabled=dist.is_main,
+    )  # fmt: skip
+
+    def open_data() -> Data:
+        return build_data(
+            cfg, tokenizer, model.geometry, model.num_visual_tokens, split_file=split_file, write_split=dist.is_main
+        )
+
+    # The main process writes the split; the others read it.
+    data = open_data() if dist.is_main else None
+    dist.barrier()
+    data = data or open_data()
+    dist.same_on_all_ranks("the training data", data.train.fingerprint)
+    reporter = Reporter(
+        total_steps=data.total_steps(cfg),
+        steps_per_epoch=len(data.train) / cfg.effective_batch,
+        samples_per_step=cfg.effective_batch,
+        full_train_samples=max(len(data.train), len(data.hygiene.accepted) - len(data.split.eval)),
+        log_every=cfg.train.log_every,
+        progress_percent=cfg.train.progress_percent,
+        live=early.live,
+        enabled=dist.is_main,
+    )
+    reporter.data(
+        full_len=data.counts["records"],
+        subset_train=len(data.train),
+        subset_eval=len(data.eval_examples),
+        full_train=len(data.hygiene.accepted) - len(data.split.eval),
+    )
+    rejects = data.counts["rejects"]
+    if rejects:
+        reporter.line("data", "rejected " + " ".join(f"{reason}={n}" for reason, n in sorted(rejects.items())))
+    bench = Workbench(cfg, run, dist, model, tokenizer, data, reporter, frozen)
+    bench.phases_s |= {"load": loaded - started, "data": time.perf_counter() - loaded}
+    return bench
+
+
+@contextmanager
+def progress(reporter: Reporter, label: str) -> Iterator[Callable[[int, int], None]]:
+    """A ``tick(done, total)`` for long work: a bar with ETA on a terminal, a line every tenth otherwise."""
+    if reporter.live:
+        bar = Progress(
+            TextColumn(f"[bold]{label}"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
+            console=reporter.console, transient=True,
+        )  # fmt: skip
+        with bar:
+            task = bar.add_task(label, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    started, last = time.perf_counter(), [0]
+
+    def tick(done: int, total: int) -> None:
+        tenth = 10 * done // max(total, 1)
+        if tenth != last[0] and time.perf_counter() - started > 2:
+            last[0] = tenth
+            eta = (time.perf_counter() - started) * (total - done) / max(done, 1)
+            reporter.line("progress", f"{label} {done}/{total} ({100 * done // max(total, 1)}%) ETA {duration(eta)}")
+
+    yield tick
