@@ -1,0 +1,609 @@
+"""Record files: every record is found where it is, every bad one is named, and nothing else is opened."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from beholder.config import DatasetKind, SourceConfig
+from beholder.data import index, sources
+from beholder.data.images import read_bytes
+from beholder.data.sources import RecordError, Records, guess_source, open_sources
+from beholder.types import ImageSlot, UserError
+
+
+def open_one(
+    path: Path, dataset: DatasetKind = "jsonl", *, on_reject: Any = "collect", image_token: str = "<image>",
+    max_images: int = 2, **source: Any,
+) -> Records:  # fmt: skip
+    return open_sources(
+        [SourceConfig(dataset=dataset, json_path=str(path), **source)],
+        image_token=image_token, max_images=max_images, on_reject=on_reject,
+    )  # fmt: skip
+
+
+def write_lines(path: Path, *records: Any) -> Path:
+    path.write_bytes(b"".join((r if isinstance(r, bytes) else orjson.dumps(r)) + b"\n" for r in records))
+    return path
+
+
+def write_array(path: Path, *records: Any) -> Path:
+    path.write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
+    return path
+
+
+def caption(**fields: Any) -> dict[str, Any]:
+    return {"id": "a", "images": ["a.png"], "caption": "a red square", "source": "set", **fields}
+
+
+def llava(human: str = "Describe.\n<image>", gpt: str = "a red square", **fields: Any) -> dict[str, Any]:
+    turns = [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
+    return {"id": "a", "image": "a.png", "conversations": turns, **fields}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BEHOLDER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "index"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What records become
+
+
+def test_a_caption_record_is_one_assistant_turn_with_the_caption_as_literal_text(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", caption(caption=" <image> 猫 <|im_end|> ", images=["x/1.png", "2.png"]))
+
+    (example,) = open_one(path, image_root=str(tmp_path))
+
+    assert [(t.role, t.parts) for t in example.turns] == [("assistant", (" <image> 猫 <|im_end|> ",))]
+    assert [(r.root, r.path) for r in example.images] == [(str(tmp_path), "x/1.png"), (str(tmp_path), "2.png")]
+    assert (example.id, example.source, example.file, example.row) == ("a", "set", str(path), 0)
+
+
+def test_image_may_be_a_string_or_a_list_and_ids_may_be_numbers_or_missing(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "a.jsonl",
+        {"id": 7, "image": "a.png", "caption": "x"},
+        {"image": ["a.png"], "caption": "x", "images": None},
+    )
+
+    records = open_one(path)
+
+    assert [e.id for e in records] == records.ids() == ["7", "a:1"]
+    assert [len(e.images) for e in records] == [1, 1]
+    assert records[0].images[0].root == str(tmp_path)  # without image_root: the record file's folder
+
+
+def test_the_kth_marker_of_the_user_turns_is_image_k(tmp_path: Path) -> None:
+    turns = [
+        {"from": "system", "value": "An <image> here is text."},
+        {"from": "human", "value": "<image>and<image>"},
+        {"from": "gpt", "value": "I see <image>."},
+        {"from": "human", "value": "\n<image>?"},
+        {"from": "gpt", "value": "yes"},
+    ]
+    path = write_array(tmp_path / "a.json", {"id": "a", "image": ["0", "1", "2"], "conversations": turns})
+
+    (example,) = open_one(path, "llava_instruct", max_images=3)
+
+    assert [t.parts for t in example.turns] == [
+        ("An <image> here is text.",),
+        (ImageSlot(0), "and", ImageSlot(1)),
+        ("I see <image>.",),
+        ("\n", ImageSlot(2), "?"),
+        ("yes",),
+    ]
+    assert [t.role for t in example.turns] == ["system", "user", "assistant", "user", "assistant"]
+    assert [r.path for r in example.images] == ["0", "1", "2"]
+
+
+def test_openai_style_messages_and_another_marker_are_read(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "[IMG] <image>"}, {"role": "assistant", "content": "ok"}]
+    path = write_lines(tmp_path / "a.jsonl", {"id": "a", "images": ["x"], "messages": messages})
+
+    (example,) = open_one(path, image_token="[IMG]")
+
+    assert example.turns[0].parts == (ImageSlot(0), " <image>")
+
+
+def test_target_texts_and_image_refs_are_those_of_the_examples(tmp_path: Path) -> None:
+    path = write_array(tmp_path / "a.json", *(llava(gpt=f"caption {i}", id=str(i), image=f"{i}.png") for i in range(20)))
+    records = open_one(path, "llava_pretrain")
+
+    assert records.target_texts() == [e.target_text for e in records]
+    assert records.target_texts([7, 3]) == ["caption 7", "caption 3"]
+    assert list(records.image_refs([7, 3])) == [*records[7].images, *records[3].images]
+    assert list(records.images_of()) == [(i, e.images) for i, e in enumerate(records)]
+    with pytest.raises(IndexError):
+        records[20]
+
+
+def test_source_names_come_from_the_config_then_the_record_then_the_file(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.b.jsonl", caption(), {**caption(), "source": None})
+    given = SourceConfig(json_path=str(path), name="mine")
+    plain = SourceConfig(json_path=str(path))
+
+    records = open_sources([given, plain], image_token="<image>", max_images=2, on_reject="error")
+
+    assert [records.source_of(i) for i in range(4)] == ["mine", "mine", "set", "a"]
+    assert [e.source for e in records] == ["mine", "mine", "set", "a"]
+    assert records.origins.tolist() == [0, 0, 1, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bad records
+
+BAD: list[tuple[Any, str, str]] = [
+    (b'{"id": "a", "caption": ', "bad_json", "malformed JSON"),
+    (b'{"id": "a", "caption": "\xff"}', "bad_json", "malformed JSON"),
+    (b'{"id": "a", "caption": "\\ud800"}', "bad_json", "malformed JSON"),
+    (b"[" * 5000 + b"]" * 5000, "bad_json", "malformed JSON"),
+    ([1, 2], "wrong_type", "the record is a list, expected an object"),
+    (7, "wrong_type", "the record is the number 7"),
+    (caption(id=["x"]), "wrong_type", "id is a list"),
+    (caption(id=True), "wrong_type", "id is the boolean true"),
+    (caption(source=3), "wrong_type", "source is the number 3"),
+    (caption(images="a.png", image="b.png"), "wrong_type", "both image and images"),
+    (caption(images={"a": 1}), "wrong_type", "images is an object"),
+    (caption(images=["a.png", 3]), "wrong_type", "images[1] is the number 3"),
+    (caption(images=[""]), "wrong_type", "images[0] is the string ''"),
+    (caption(images=[]), "no_image", "no image"),
+    (caption(images=["a", "b", "c"]), "too_many_images", "3 images, prompting.max_images_per_sample is 2"),
+    (caption(caption=None), "wrong_type", "caption is null"),
+    (caption(caption=["x"]), "wrong_type", "caption is a list"),
+    ({"id": "a", "images": ["a"]}, "missing_field", "caption, conversations, messages"),
+    ({**llava(), "caption": "x"}, "wrong_type", "caption and conversations"),
+    (llava(conversations="x"), "wrong_type", "conversations is the string 'x'"),
+    (llava(conversations=["x"]), "wrong_type", "conversations[0] is the string 'x'"),
+    (llava(conversations=[{"from": "bot", "value": "x"}]), "wrong_type", "conversations[0].from is the string 'bot'"),
+    (llava(conversations=[{"from": "gpt", "value": 3}]), "wrong_type", "conversations[0].value is the number 3"),
+    (llava(conversations=[{"from": "human", "value": "<image>"}]), "no_target", "no turn of the assistant"),
+    (llava("no marker"), "image_count", "1 images but 0 <image> markers"),
+    (llava("<image><image>"), "image_count", "1 images but 2 <image> markers"),
+    (llava(image=["a", "b"]), "image_count", "2 images but 1 <image> markers"),
+    (llava(image=None), "image_count", "0 images but 1 <image> markers"),
+]
+
+
+@pytest.mark.parametrize(("record", "reason", "detail"), BAD, ids=[f"{r}-{d[:30]}" for _, r, d in BAD])
+def test_a_bad_record_is_a_named_reject_and_its_neighbours_are_kept(
+    tmp_path: Path, record: Any, reason: str, detail: str
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", caption(id="before"), record, caption(id="after"))
+
+    records = open_one(path)
+
+    assert [(e.id, e.row) for e in records] == [("before", 0), ("after", 2)]
+    (reject,) = records.rejects
+    assert (reject.row, reject.file, reject.reason) == (1, str(path), reason)
+    assert detail in reject.detail and "line 2" in reject.detail
+
+
+def test_policy_error_names_file_record_line_field_and_the_number_of_others(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", caption(), caption(id="x", images=3), caption(caption=1))
+
+    with pytest.raises(RecordError) as caught:
+        open_one(path, on_reject="error")
+
+    message = str(caught.value)
+    for part in (str(path), "record 1", "line 2", "id 'x'", "images is the number 3", "expected a path", "1 more bad"):
+        assert part in message
+
+
+def test_in_an_array_a_bad_element_is_a_reject_too(tmp_path: Path) -> None:
+    path = write_array(tmp_path / "a.json", llava(id="0"), "text", llava("none", id="2"), llava(id="3"))
+
+    records = open_one(path, "llava_pretrain")
+
+    assert [e.row for e in records] == [0, 3]
+    assert [(r.id, r.row, r.reason) for r in records.rejects] == [("a:1", 1, "wrong_type"), ("2", 2, "image_count")]
+
+
+def test_stage_1_data_needs_an_image_and_instruction_data_does_not(tmp_path: Path) -> None:
+    path = write_array(tmp_path / "a.json", llava("no picture here", image=None))
+
+    assert [r.reason for r in open_one(path, "llava_pretrain").rejects] == ["no_image"]
+    assert open_one(path, "llava_instruct")[0].images == ()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bad files
+
+MALFORMED = [
+    ('[{"id": 1}, {"id": 2]', "record 1, line 1, byte 20"),
+    ('[\n{"id": 1},\n{"id" 2}\n]', "record 1, line 3, byte 18"),
+    ('[{"id": 1} {"id": 2}]', "record 1, line 1, byte 11: expected ',' or ']'"),
+    ('[{"id": 1},]', "record 1, line 1, byte 11: expected a value"),
+    ('[{"id": 1}, {"id": "unfinis', "record 1, line 1"),
+    ('[{"id": 1}', "end of the file"),
+    ('[{"id": 1},', "record 1"),
+    ("[", "record 0"),
+    ('[{"id": 1}] trailing', "closed, but 't' follows"),
+    ("[" + "[" * 100_000, "nested too deeply"),
+]
+
+
+@pytest.mark.parametrize(("text", "where"), MALFORMED, ids=[w for _, w in MALFORMED])
+@pytest.mark.parametrize("chunk", [5, 8 << 20])
+def test_a_malformed_array_is_an_error_with_record_line_and_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, where: str, chunk: int
+) -> None:
+    monkeypatch.setattr(index, "CHUNK_BYTES", chunk)
+    path = tmp_path / "a.json"
+    path.write_text(text)
+
+    with pytest.raises(RecordError) as caught:
+        open_one(path, "llava_pretrain")
+
+    assert str(path) in str(caught.value) and where in str(caught.value)
+
+
+def test_the_wrong_dataset_kind_is_named(tmp_path: Path) -> None:
+    lines, array = write_lines(tmp_path / "a.jsonl", caption()), write_array(tmp_path / "a.json", llava())
+
+    with pytest.raises(RecordError, match="set dataset: jsonl"):
+        open_one(lines, "llava_pretrain")
+    with pytest.raises(RecordError, match="set dataset: llava_pretrain"):
+        open_one(array, "jsonl")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("dataset", ["jsonl", "llava_pretrain", "webdataset", "parquet"])
+def test_missing_empty_and_special_record_files_are_errors(tmp_path: Path, dataset: DatasetKind) -> None:
+    (tmp_path / "empty").write_bytes(b"")
+    os.mkfifo(tmp_path / "fifo")
+
+    for name, what in (("gone", "[Nn]o such file"), ("empty", "is empty"), ("fifo", "is a FIFO")):
+        with pytest.raises(UserError, match=rf"{name}.*{what}"):
+            open_one(tmp_path / name, dataset)
+
+
+def test_a_folder_instead_of_a_file_and_a_missing_image_root_are_errors(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", caption())
+
+    with pytest.raises(UserError, match="is a folder"):
+        open_one(tmp_path)
+    with pytest.raises(UserError, match="image_root .*gone: is not a folder"):
+        open_one(path, image_root=str(tmp_path / "gone"))
+
+
+@pytest.mark.parametrize(("text", "dataset"), [("\n \n", "jsonl"), ("[ ]", "llava_pretrain")])
+def test_a_file_without_records_is_an_error(tmp_path: Path, text: str, dataset: DatasetKind) -> None:
+    (tmp_path / "a").write_text(text)
+
+    with pytest.raises(RecordError, match="no records"):
+        open_one(tmp_path / "a", dataset)
+
+
+def test_byte_order_marks_blank_lines_and_windows_line_ends_are_understood(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(orjson.dumps(caption(id=i)) for i in "xyz"))
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + orjson.dumps([llava()]))
+    (tmp_path / "b.json").write_bytes("[{}]".encode("utf-16"))
+
+    assert open_one(tmp_path / "a.jsonl").ids() == ["x", "y", "z"]
+    assert len(open_one(tmp_path / "a.json", "llava_pretrain")) == 1
+    with pytest.raises(RecordError, match="UTF-16"):
+        open_one(tmp_path / "b.json", "llava_pretrain")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The index
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.lists(json_values, max_size=6), st.sampled_from([None, 0, 3]), st.booleans(), st.integers(1, 40))
+def test_array_elements_are_found_where_they_are_for_any_layout_and_chunk_size(
+    tmp_path_factory: pytest.TempPathFactory, values: list[Any], indent: int | None, ascii: bool, chunk: int
+) -> None:
+    path = tmp_path_factory.mktemp("a") / "a.json"
+    data = json.dumps(values, indent=indent, ensure_ascii=ascii).encode("utf-8", "surrogatepass")
+    path.write_bytes(data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "CHUNK_BYTES", chunk)
+        found = list(index.json_array(str(path)))
+
+    assert [json.loads(f.raw.decode("utf-8", "surrogatepass")) for f in found] == values
+    for f in found:
+        assert data[f.start : f.start + len(f.raw)] == f.raw
+        line = data.count(b"\n", 0, f.start) + 1
+        assert f.where == f"line {line}, byte {f.start:,}"
+
+
+def test_records_far_apart_and_longer_than_a_chunk_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "CHUNK_BYTES", 64)
+    path = write_array(tmp_path / "a.json", *(llava(id=str(i), gpt="é" * (i * 37 % 500)) for i in range(60)))
+
+    records = open_one(path, "llava_pretrain")
+
+    assert [len(t) for t in records.target_texts()] == [i * 37 % 500 for i in range(60)]
+
+
+def test_a_second_opening_reads_the_cached_index_and_gives_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", caption(id="1"), {"id": "bad"}, caption(id="2"))
+    first = open_one(path)
+    monkeypatch.setattr(sources, "_scan", lambda *_: pytest.fail("scanned again"))
+
+    second = open_one(path)
+
+    assert list(second) == list(first)
+    assert second.rejects == first.rejects and second.fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:200] + b"\xff\xff" + b[202:]])
+def test_a_damaged_cache_is_built_again(tmp_path: Path, own_cache: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = write_lines(tmp_path / "a.jsonl", caption(id="1"), caption(id="2"))
+    expected = list(open_one(path))
+    (cached,) = own_cache.iterdir()
+    cached.write_bytes(damage(cached.read_bytes()))
+
+    assert list(open_one(path)) == expected
+
+
+def test_a_changed_file_is_indexed_again_even_with_its_old_time_and_size(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", caption(caption="old"))
+    stat = path.stat()
+    before = open_one(path)
+    write_lines(path, caption(caption="new"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    after = open_one(path)
+
+    assert after.target_texts() == ["new"]
+    assert after.fingerprint != before.fingerprint
+
+
+def test_an_unwritable_cache_costs_time_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BEHOLDER_CACHE", str(tmp_path / "file"))
+
+    assert len(open_one(write_lines(tmp_path / "a.jsonl", caption()))) == 1
+
+
+def test_the_fingerprint_follows_contents_and_reading_rules_and_not_the_place(tmp_path: Path) -> None:
+    (tmp_path / "moved").mkdir()
+    base = open_one(write_lines(tmp_path / "a.jsonl", caption(), caption(id="b"))).fingerprint
+
+    assert open_one(write_lines(tmp_path / "moved" / "a.jsonl", caption(), caption(id="b"))).fingerprint == base
+    others = [
+        open_one(write_lines(tmp_path / "a.jsonl", caption(id="b"), caption())),
+        open_one(write_lines(tmp_path / "a.jsonl", caption(), caption(id="b"), {"id": "bad"})),
+        open_one(write_lines(tmp_path / "a.jsonl", caption(), caption(id="b")), image_token="<img>"),
+        open_one(write_lines(tmp_path / "a.jsonl", caption(), caption(id="b")), max_images=1),
+    ]
+    assert len({base, *(r.fingerprint for r in others)}) == 5
+
+
+def _ids_in_child(records: Records, queue: Any) -> None:
+    queue.put([records[i].id for i in range(len(records))])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_records_work_in_other_processes(tmp_path: Path, method: str) -> None:
+    records = open_one(write_lines(tmp_path / "a.jsonl", *(caption(id=str(i)) for i in range(50))))
+    assert records[49].id == "49"  # the file is open before the child starts
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+
+    if method == "fork":
+        child = context.Process(target=_ids_in_child, args=(records, queue))
+        child.start()
+        assert queue.get(timeout=30) == [str(i) for i in range(50)]
+        child.join()
+    else:  # starting an interpreter takes seconds; what spawn does is to pickle
+        copy = pickle.loads(pickle.dumps(records))
+        assert list(copy) == list(records) and copy.fingerprint == records.fingerprint
+
+
+def test_a_file_that_changed_after_indexing_is_an_error_and_not_another_record(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", caption(id="1"), caption(id="2"))
+    records = open_one(path)
+    write_lines(path, caption(id="10"), caption(id="20"))
+
+    with pytest.raises(RecordError, match=r"changed since it was indexed"):
+        records[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tar shards
+
+
+def png(value: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("L", (4, 4), value).save(out, "PNG")
+    return out.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_shards_give_examples_whose_images_are_read_in_place(tmp_path: Path) -> None:
+    write_tar(
+        tmp_path / "s-1.tar",
+        [("b/002.two.png", png(2)), ("b/002.one.png", png(1)), ("b/002.json", orjson.dumps(caption(id="two", image="x")))],
+    )
+    write_tar(tmp_path / "s-0.tar", [("001.png", png(7)), ("001.txt", "eine Katze 猫".encode()), ("001.cls", b"3")])
+    before = sorted(tmp_path.iterdir())
+
+    for place in (tmp_path, tmp_path / "s-*.tar"):
+        one, two = open_one(place, "webdataset")
+
+        assert (one.id, one.target_text, one.source) == ("001", "eine Katze 猫", "s-0")
+        assert [read_bytes(r) for r in one.images] == [png(7)]
+        assert (two.id, two.source, [r.path for r in two.images]) == ("two", "set", ["b/002.two.png", "b/002.one.png"])
+        assert [read_bytes(r) for r in two.images] == [png(2), png(1)]
+    assert [p for p in sorted(tmp_path.iterdir()) if p.name != "cache"] == before  # nothing was extracted
+
+
+def test_conversations_in_shards_map_markers_to_members(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", [("1.json", orjson.dumps(llava("<image> what?"))), ("1.jpg", b"x")])
+
+    (example,) = open_one(path, "webdataset")
+
+    assert example.turns[0].parts == (ImageSlot(0), " what?")
+    assert [r.path for r in example.images] == ["1.jpg"]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_those_that_tarfile_finds(tmp_path: Path, format: int) -> None:
+    long = "d" * 90 + "/" + "f" * 70
+    unicode = "ü" if format == tarfile.USTAR_FORMAT else "ü" * 120
+    names = ["a.png", f"{long}.png", f"{unicode}.txt", "d/x.json", "after.png"]
+    path = write_tar(tmp_path / "s.tar", [(n, n.encode() * 300) for n in names], format)
+    with tarfile.open(path, "a", format=format) as tar:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE):
+            info = tarfile.TarInfo("link.png")
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        tar.addfile(tarfile.TarInfo("last.png"))
+
+    with tarfile.open(path) as tar:
+        expected = [(m.name, m.offset_data, m.size) for m in tar.getmembers() if m.isreg()]
+
+    assert [tuple(m) for m in index.tar_members(str(path))] == expected
+    assert len(expected) == len(names) + 1
+
+
+def test_incomplete_samples_of_a_shard_are_named_rejects(tmp_path: Path) -> None:
+    path = write_tar(
+        tmp_path / "s.tar",
+        [
+            ("alone.png", png(1)),
+            ("text.txt", b"no image"),
+            ("bad.json", b"{"), ("bad.png", png(1)),
+            ("list.json", b"[]"), ("list.png", png(1)),
+            ("latin.txt", b"\xff"), ("latin.png", png(1)),
+            ("twice.txt", b"1"), ("twice.x.txt", b"2"), ("twice.png", png(1)),
+            ("good.txt", b"fine"), ("good.png", png(1)),
+        ],
+    )  # fmt: skip
+
+    records = open_one(path, "webdataset")
+
+    assert records.ids() == ["good"]
+    assert {r.id: r.reason for r in records.rejects} == {
+        "alone": "missing_field", "text": "no_image", "bad": "bad_member", "list": "bad_member", "latin": "bad_member",
+        "twice": "bad_member",
+    }  # fmt: skip
+
+
+def test_a_tar_damaged_in_the_middle_or_cut_off_or_compressed_is_an_error(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", [(f"{i}.txt", b"x" * 2000) for i in range(5)])
+    data = bytearray(path.read_bytes())
+    second = 512 + 2048
+    damaged, cut, packed = tmp_path / "d.tar", tmp_path / "c.tar", tmp_path / "z.tar"
+    damaged.write_bytes(data[: second + 10] + b"\xff" + data[second + 11 :])
+    cut.write_bytes(data[: second + 700])
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.add(path)
+
+    with pytest.raises(RecordError, match=r"d\.tar: not a tar header at byte 2,560"):
+        open_one(damaged, "webdataset")
+    with pytest.raises(RecordError, match=r"c\.tar: member '1\.txt' .* cut off"):
+        open_one(cut, "webdataset")
+    with pytest.raises(RecordError, match="unpack them to .tar"):
+        open_one(packed, "webdataset")
+
+
+def test_an_empty_folder_or_glob_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no file that ends in \.tar"):
+        open_one(tmp_path, "webdataset")
+    with pytest.raises(UserError, match="no such file, folder or glob"):
+        open_one(tmp_path / "*.parquet", "parquet")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parquet
+
+
+def test_parquet_rows_give_examples(tmp_path: Path) -> None:
+    table = pa.table({"id": [5, 6], "image": [png(1), png(2)], "text": ["one", "two"], "source": ["x", None]})
+    pq.write_table(table, tmp_path / "p.parquet", row_group_size=1)
+
+    records = open_one(tmp_path, "parquet")
+
+    assert [(e.id, e.target_text, e.source) for e in records] == [("5", "one", "x"), ("6", "two", "p")]
+    assert [read_bytes(e.images[0]) for e in records] == [png(1), png(2)]
+
+
+def test_parquet_lists_of_images_with_conversations(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "ok"}]
+    cells = [[{"bytes": png(1), "path": "a"}, {"bytes": png(2), "path": "b"}], [{"bytes": png(3), "path": "c"}]]
+    pq.write_table(pa.table({"images": cells, "conversations": [turns, turns]}), tmp_path / "p.parquet")
+
+    records = open_one(tmp_path / "p.parquet", "parquet")
+
+    (example,) = records
+    assert [read_bytes(r) for r in example.images] == [png(1), png(2)]
+    assert [(r.row, r.reason) for r in records.rejects] == [(1, "image_count")]
+    assert "1 images but 2 <image> markers" in records.rejects[0].detail
+
+
+@pytest.mark.parametrize(
+    ("columns", "what"),
+    [
+        ({"caption": ["x"]}, "no column 'image'"),
+        ({"image": [b"x"]}, "no column caption"),
+        ({"image": ["a/path.png"], "caption": ["x"]}, "expected image bytes"),
+    ],
+)
+def test_parquet_without_the_needed_columns_is_an_error(tmp_path: Path, columns: dict[str, Any], what: str) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "p.parquet")
+
+    with pytest.raises(UserError, match=what):
+        open_one(tmp_path / "p.parquet", "parquet")
+
+
+def test_a_file_that_is_not_parquet_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "p.parquet").write_bytes(b"PAR1 not really PAR1")
+
+    with pytest.raises(RecordError, match="cannot be read as parquet"):
+        open_one(tmp_path / "p.parquet", "parquet")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_kind_of_a_bare_path_is_guessed_from_its_shape(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a", caption())
+    write_array(tmp_path / "b", llava())
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards" / "s.tar", [("1.txt", b"x")])
+    (tmp_path / "c").write_text("id,caption\n")
+
+    kinds = [guess_source(str(tmp_path / name)).dataset for name in ("a", "b", "shards")]
+
+    assert kinds == ["jsonl", "llava_pretrain", "webdataset"]
+    assert guess_source(str(tmp_path / "c"), dataset="parquet").dataset == "parquet"
+    with pytest.raises(UserError, match="its kind cannot be told"):
+        guess_source(str(tmp_path / "c"))

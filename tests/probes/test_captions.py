@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beholder.config import GenerateConfig
+from beholder.data.collate import SampleBuilder
+from beholder.data.images import ImageError, content_hash
+from beholder.evidence import Measurement
+from beholder.model.vlm import VisionLanguageModel
+from beholder.probes import captions
+from beholder.probes.captions import CaptionRecord
+from beholder.types import UserError
+
+
+def record(reference: str, prediction: str, condition: Any = "correct", id: str = "x", **more: Any) -> CaptionRecord:
+    return CaptionRecord(id, reference, prediction, condition, tokens_len=len(prediction), **more)
+
+
+def named(measurements: list[Measurement]) -> dict[str, Measurement]:
+    return {m.name: m for m in measurements}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+def test_greedy_captions_do_not_depend_on_the_batch_size(bench: Any, sighted: VisionLanguageModel):
+    one, five, all_ = (
+        captions.caption(sighted, bench.encoder, bench.builder, bench.held_out[:11], batch_size=size)
+        for size in (1, 5, 11)
+    )
+
+    assert one == five == all_
+    assert [r.id for r in one] == [e.id for e in bench.held_out[:11]]
+
+
+def test_a_model_that_looks_captions_well_only_with_its_own_image(bench: Any, sighted: VisionLanguageModel):
+    records = [
+        r
+        for condition in ("correct", "shuffled", "zero")
+        for r in captions.caption(
+            sighted, bench.encoder, bench.builder, bench.held_out, condition=condition, content_key=content_hash
+        )
+    ]
+    m = named(captions.score(records))
+
+    own, shuffled, blind = (m[f"caption.exact_match.{c}"] for c in ("correct", "shuffled", "zero"))
+    assert own.ci95 is not None and shuffled.ci95 is not None and blind.ci95 is not None
+    assert own.ci95[0] > max(shuffled.ci95[1], blind.ci95[1])
+    # Without an image it writes one and the same caption, which is right as often as that caption is the reference.
+    assert len({r.prediction for r in records if r.condition == "zero"}) == 1
+    chance = m["caption.exact_match.chance"]
+    assert blind.value <= chance.value
+    assert m["caption.cider_d.correct"].value > m["caption.cider_d.shuffled"].value
+
+
+def test_end_of_text_is_reported_and_length_counts_tokens_before_it(bench: Any, sighted: VisionLanguageModel):
+    [whole] = captions.caption(sighted, bench.encoder, bench.builder, bench.held_out[:1])
+    [cut] = captions.caption(
+        sighted, bench.encoder, bench.builder, bench.held_out[:1], GenerateConfig(temperature=0, max_new_tokens=5)
+    )
+
+    assert whole.finished and whole.tokens_len == len(whole.prediction.encode())  # one byte is one token here
+    assert not cut.finished and cut.tokens_len == 5
+    assert whole.prediction.startswith(cut.prediction)
+
+
+def test_sampling_is_a_function_of_the_seed(bench: Any):
+    settings = GenerateConfig(temperature=1.0, top_p=0.95, max_new_tokens=12)
+
+    a, again, b = (
+        captions.caption(bench.model, bench.encoder, bench.builder, bench.held_out[:4], settings, seed=s)
+        for s in (1, 1, 2)
+    )
+
+    assert a == again
+    assert [r.prediction for r in a] != [r.prediction for r in b]
+
+
+def test_an_unusable_image_stops_the_probe_or_leaves_the_sample_out(bench: Any, tmp_path: Path):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    bad = replace(
+        bench.held_out[0],
+        id="bad",
+        images=(replace(bench.held_out[0].images[0], root=str(tmp_path), path="broken.png"),),
+    )
+    examples = [bad, bench.held_out[1]]
+    lenient = SampleBuilder(bench.encoder, bench.builder.pipeline, None, on_bad_image="skip")
+
+    with pytest.raises(ImageError, match=r"broken\.png.*'bad'"):
+        captions.caption(bench.model, bench.encoder, bench.builder, examples)
+    kept = captions.caption(bench.model, bench.encoder, lenient, examples, batch_size=1)
+
+    assert [r.id for r in kept] == [bench.held_out[1].id]
+
+
+def test_shuffled_captions_need_a_way_to_tell_images_apart(bench: Any):
+    with pytest.raises(UserError, match="content_key"):
+        captions.caption(bench.model, bench.encoder, bench.builder, bench.held_out[:2], condition="shuffled")
+
+
+def test_progress_reaches_the_total(bench: Any):
+    seen: list[tuple[int, int]] = []
+
+    captions.caption(
+        bench.model, bench.encoder, bench.builder, bench.held_out[:5], GenerateConfig(max_new_tokens=1),
+        batch_size=2, progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def test_perfect_captions_score_perfectly():
+    texts = ["A red square on white.", "two blue discs on black", "a small green triangle"]
+    m = named(captions.score([record(t, t.lower()) for t in texts]))
+
+    assert m["caption.exact_match.correct"].value == 1
+    assert m["caption.exact_match.correct"].ci95 == pytest.approx((0.4385, 1.0), abs=1e-4)  # Wilson, 3 of 3
+    assert [m[f"caption.bleu{n}.correct"].value for n in range(1, 5)] == pytest.approx([1.0] * 4)
+    assert m["caption.rouge_l.correct"].value == pytest.approx(1.0)
+    assert m["caption.cider_d.correct"].value == pytest.approx(10.0)
+    assert m["caption.distinct.correct"].value == 1
+
+
+def test_a_collapsed_model_shows_in_the_distinct_share_and_in_the_chance_level():
+    references = ["a red disc"] * 5 + ["a blue disc"] * 3 + ["a green disc"] * 2
+    m = named(captions.score([record(r, "a red disc.") for r in references]))
+
+    assert m["caption.exact_match.correct"].value == m["caption.exact_match.chance"].value == 0.5
+    assert m["caption.distinct.correct"].value == 0.1
+    assert m["caption.distinct.correct"].caveat is not None and "3" in m["caption.distinct.correct"].caveat
+
+
+def test_empty_and_cut_captions_are_counted():
+    records = [record("a b", ""), record("a b", " . "), record("a b", "a b"), record("a b", "a b a", finished=False)]
+    m = named(captions.score(records))
+
+    assert m["caption.empty.correct"].value == 0.5
+    assert m["caption.unfinished.correct"].value == 0.25
+
+
+def test_bleu_orders_that_no_reference_reaches_are_absent_and_cider_says_so():
+    m = named(captions.score([record("a blue square", "a blue square"), record("a red disc", "a red disc")]))
+
+    assert m["caption.bleu3.correct"].value == pytest.approx(1.0)
+    assert "caption.bleu4.correct" not in m
+    caveat = m["caption.cider_d.correct"].caveat
+    assert caveat is not None and "2 of 2 references have fewer than 4 words" in caveat
+
+
+def test_corpus_bleu_lies_in_its_interval():
+    records = [
+        record(f"a {c} disc on white", f"a {p} disc on white") for c, p in zip("rgbyk" * 6, "rgbrr" * 6, strict=True)
+    ]
+    m = named(captions.score(records))
+
+    for name in ("bleu1", "bleu4", "rouge_l", "cider_d", "length"):
+        ci = m[f"caption.{name}.correct"].ci95
+        assert ci is not None and ci[0] <= m[f"caption.{name}.correct"].value <= ci[1], name
+
+
+def test_only_the_own_image_has_a_direction():
+    m = named(captions.score([record("a", "a"), record("a", "b", "zero")]))
+
+    assert m["caption.exact_match.correct"].better == "higher"
+    assert m["caption.exact_match.zero"].better == "none"
+
+
+def test_nothing_to_score_is_an_error():
+    with pytest.raises(UserError, match="no captions"):
+        captions.score([])
+
+
+def test_length_histogram_counts_every_sample_once_and_has_few_bins():
+    records = [record("a b c", "a " * n) for n in (0, 3, 3, 90)]
+    h = captions.length_histogram(records)
+
+    assert len(h.bins) <= 24
+    assert sum(h.series["reference"]) == sum(h.series["correct"]) == 4
+    assert h.bins[0].startswith("0") and h.series["correct"][0] == 3 and h.series["correct"][-1] == 1
+
+
+def test_a_record_becomes_an_entry_of_the_sample_grid():
+    p = captions.as_prediction(record("A red disc.", "a red disc", "zero"), step=40)
+
+    assert (p.step, p.text, p.condition, p.exact) == (40, "a red disc", "zero", True)

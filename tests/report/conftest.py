@@ -1,0 +1,138 @@
+"""A complete evidence record as a quickstart-like run would leave it, for the report's tests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw
+
+from beholder.evidence import (
+    Cost,
+    Curve,
+    DataFacts,
+    Evidence,
+    Histogram,
+    Measurement,
+    Prediction,
+    Sample,
+    Status,
+    TextOnly,
+    TrainableRow,
+    thumbnail,
+)
+
+COLOURS = {"red": (214, 45, 45), "blue": (52, 92, 214), "green": (38, 150, 75), "yellow": (240, 200, 50)}
+
+
+def picture(colour: str, shape: str) -> str:
+    image = Image.new("RGB", (64, 64), (244, 244, 240))
+    draw, box = ImageDraw.Draw(image), (16, 16, 48, 48)
+    match shape:
+        case "circle":
+            draw.ellipse(box, fill=COLOURS[colour])
+        case "triangle":
+            draw.polygon([(32, 14), (50, 48), (14, 48)], fill=COLOURS[colour])
+        case _:
+            draw.rectangle(box, fill=COLOURS[colour])
+    return thumbnail(image)
+
+
+def measurement(name: str, value: float, unit: str = "share", half: float = 0.0, **more: Any) -> Measurement:
+    fields: dict[str, Any] = {"better": "none", "n": 400, "ci95": (value - half, value + half) if half else None}
+    return Measurement(name=name, value=value, unit=unit, **(fields | more))
+
+
+@pytest.fixture
+def make_evidence() -> Callable[..., Evidence]:
+    """``make_evidence(field=value, …)``: the example with some fields replaced."""
+
+    def make(**changes: Any) -> Evidence:
+        samples = []
+        for k in range(12):
+            colour, shape = list(COLOURS)[k % 4], ["circle", "triangle", "rectangle"][k % 3]
+            reference = f"A {colour} {shape}."
+            wrong = k == 6
+            samples.append(
+                Sample(
+                    id=f"test/{k}", images=[picture(colour, shape)], reference=reference, bucket="short",
+                    predictions=[
+                        Prediction(step=40, text=f"A {colour} shape shape", exact=False),
+                        Prediction(step=240, text="A teal circle." if wrong else reference, exact=not wrong),
+                        Prediction(step=240, text="A black circle.", condition="zero", exact=False),
+                        Prediction(step=240, text="A gray triangle.", condition="shuffled", exact=False),
+                    ],
+                )
+            )  # fmt: skip
+        steps = list(range(1, 241))
+        loss = [0.03 + 4.6 * math.exp(-s / 22) * (1 + 0.3 * math.sin(s * 12.9898)) for s in steps]
+        fields: dict[str, Any] = {
+            "run_name": "quickstart", "stage": "align", "status": Status.SUCCEEDED, "created": "2026-11-21T10:15:00Z",
+            "summary": {"language model": "SmolLM2-135M-Instruct", "tower": "efficientnet_lite0",
+                        "connector": "perceiver, 16 tokens"},
+            "trainable": [
+                TrainableRow(part="vision", params=3_400_000, trainable=0, dtype="bfloat16",
+                             sha256_before="ab" * 32, sha256_after="ab" * 32),
+                TrainableRow(part="connector", params=21_300_000, trainable=21_300_000, dtype="float32"),
+                TrainableRow(part="language", params=134_515_008, trainable=0, dtype="bfloat16",
+                             sha256_before="cd" * 32, sha256_after="cd" * 32),
+            ],
+            "data": DataFacts(
+                records=4_000, train=3_980, eval=1_000, sources={"easy-vqa train": 3_980},
+                rejects={"too_short": 12, "undecodable": 8}, duplicates={"exact": 3_967},
+                train_buckets={"short": 3_980}, eval_buckets={"short": 1_000}, truncated_pct=0.0, label_zero_pct=0.0,
+                eval_origin="Official test images, used for evaluation only.", fingerprint="0123456789abcdef" * 4,
+            ),
+            "baseline": [
+                measurement("eval.loss", 4.71, "nats/token", 0.05, better="lower", n=1000),
+                measurement("eval.perplexity", 111.05, "perplexity", 5.5, better="lower", n=1000),
+                measurement("eval.token_accuracy", 0.31, "share", 0.012, better="higher", n=1000),
+            ],
+            "measurements": [
+                measurement("eval.loss", 0.0312, "nats/token", 0.004, better="lower", n=1000),
+                measurement("eval.perplexity", 1.0317, "perplexity", 0.004, better="lower", n=1000),
+                measurement("eval.token_accuracy", 0.991, "share", 0.003, better="higher", n=1000),
+                measurement("ablation.loss.correct", 0.0324, "nats/token", 0.007, n=256),
+                measurement("ablation.loss.shuffled", 1.84, "nats/token", 0.11, n=256),
+                measurement("ablation.loss.zero", 2.31, "nats/token", 0.09, n=256),
+                measurement("ablation.delta.shuffled", 1.8076, "nats/token", 0.12, better="higher", n=256),
+                measurement("ablation.ratio.shuffled", 56.8, "ratio", 9.5, better="higher", n=256),
+                measurement("ablation.delta.zero", 2.2776, "nats/token", 0.1, better="higher", n=256),
+                measurement("ablation.ratio.zero", 71.3, "ratio", 12.0, better="higher", n=256),
+                measurement("caption.exact_match.correct", 0.98, "share", 0.012, better="higher",
+                            caveat="case, spacing and closing punctuation ignored"),
+                measurement("caption.bleu1.correct", 0.991, "score 0-1", 0.006),
+                measurement("caption.cider_d.correct", 7.38, "score 0-10", 0.1,
+                            caveat="document frequencies from this set; compare only on the same set"),
+                measurement("caption.length.correct", 3.0, "words"),
+                measurement("caption.exact_match.shuffled", 0.07, "share", 0.025),
+                measurement("caption.exact_match.zero", 0.055, "share", 0.022),
+                measurement("caption.exact_match.chance", 0.0625, "share", 0.024),
+            ],
+            "curves": [
+                Curve(name="train.loss", unit="nats/token", x=steps, y=loss),
+                Curve(name="eval.loss", unit="nats/token", x=[60, 120, 180, 240], y=[0.36, 0.08, 0.044, 0.0312]),
+                Curve(name="lr.connector", unit="learning rate", x=steps,
+                      y=[3e-4 * min(1, s / 8) * (0.55 + 0.45 * math.cos(math.pi * s / 240)) for s in steps]),
+                Curve(name="grad_norm", unit="gradient norm", x=steps, y=[0.2 + 3 * math.exp(-s / 30) for s in steps]),
+                Curve(name="samples_per_s", unit="samples/s", x=steps, y=[11.5 + math.sin(s) for s in steps]),
+            ],
+            "histograms": [Histogram(name="caption length", unit="words", bins=["2", "3", "4", "5"],
+                                     series={"reference": [0, 400, 0, 0], "correct": [1, 398, 1, 0],
+                                             "zero": [12, 371, 14, 3]})],
+            "samples": samples,
+            "text_only": TextOnly(prompts=8, logits=4_816_896, equal=True, sha256_before="ef" * 32,
+                                  sha256_after="ef" * 32, max_abs_difference=0.0),
+            "cost": Cost(steps=240, epochs=0.96, samples=3_840, images=3_840, tokens=92_160, wall_s=431.2,
+                         train_s=312.9, phases_s={"features": 31.0, "evaluation": 54.2}, step_s=1.3,
+                         samples_per_s=12.3, data_wait_share=0.004, peak_memory_mb=2210, device="cpu, 2 cores"),
+            "provenance": {"git": {"commit": "4f2c1d9", "dirty": False}, "versions": {"torch": "2.15.0"},
+                           "argv": ["beholder", "quickstart"], "seed": 42},
+            "config_yaml": "run_name: quickstart\nseed: 42\n",
+            "gaps": ["CLIPScore was not measured: no CLIP model was given."],
+        }  # fmt: skip
+        return Evidence(**(fields | changes))
+
+    return make

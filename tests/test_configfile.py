@@ -1,0 +1,534 @@
+"""The config reader: what loads, what is refused, where each complaint points, and that everything is said at once."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beholder.config import RunConfig
+from beholder.configfile import (
+    ConfigError,
+    config_hash,
+    diff_configs,
+    dump_config,
+    json_schema,
+    load_config,
+    parse_config,
+    without_inert,
+)
+from beholder.configfile.inert import INERT, inert_settings
+from beholder.configfile.tree import MAX_NODES
+from beholder.types import UserError
+
+SEED_STAGE2 = Path(__file__).parent / "data" / "stage2_sft_single.yaml"
+"""The YAML block of the stage-2 seed document, section 8, as it stands there."""
+
+MINIMAL = """\
+run_name: r
+model:
+  llm: {name_or_path: a/b}
+  vision: {name_or_path: c/d}
+data:
+  json_path: x.jsonl
+"""
+
+
+def problems(text: str, overrides: tuple[str, ...] = ()) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "c.yaml", overrides)
+    return str(caught.value).splitlines()
+
+
+def one(text: str, *overrides: str) -> str:
+    found = problems(text, overrides)
+    assert len(found) == 1, found
+    return found[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What loads
+
+
+def test_the_seeds_stage_2_block_loads_unchanged() -> None:
+    cfg = load_config(SEED_STAGE2)
+
+    assert cfg.stage_name == "instruct"
+    assert cfg.model.llm.attn_implementation == "flash_attention_2"
+    assert cfg.model.connector.load_checkpoint == "outputs/stage1_align_p11/checkpoint_16000.pt"
+    assert cfg.model.lora.target_modules[-1] == "down_proj" and cfg.model.lora.alpha == 32
+    assert cfg.data.len_buckets == (0, 64, 128, 999999) and cfg.data.max_samples is None
+    assert cfg.train.lr.connector == 1e-4 and cfg.train.lr.lora == 5e-5 and cfg.train.train_steps is None
+    assert cfg.train.full_eval_every == "epoch" and cfg.ablation.num_samples == 256
+    assert cfg.eval.golden_generate.temperature == 0.0
+
+
+def test_a_minimal_config_has_every_default() -> None:
+    cfg = parse_config(MINIMAL)
+
+    assert cfg == RunConfig.model_validate(yaml.safe_load(MINIMAL))
+    assert cfg.run_dir == "outputs/r" and cfg.stage_name == "align" and cfg.template == "caption"
+
+
+@pytest.mark.parametrize(
+    ("spelling", "value"),
+    [("1e-4", 1e-4), ("1.0e-4", 1e-4), ("1E-4", 1e-4), ("+1e-04", 1e-4), (".5", 0.5), ("1", 1.0), ("0x10", 16.0)],
+)
+def test_numbers_are_read_as_yaml_1_2_writes_them(spelling: str, value: float) -> None:
+    assert parse_config(f"{MINIMAL}train: {{lr: {{connector: {spelling}}}}}").train.lr.connector == value
+
+
+@pytest.mark.parametrize("text", ["no", "off", "Yes", "12:30", "2024-01-01", "1_000", "y", "0o9", "1e", "<<"])
+def test_yaml_1_1_surprises_stay_text(text: str) -> None:
+    assert parse_config(MINIMAL.replace("run_name: r", f"run_name: {text}")).run_name == text
+
+
+def test_anchors_stand_for_what_they_name() -> None:
+    text = MINIMAL.replace("json_path: x.jsonl", "sources: [&s {json_path: x.jsonl}]\n  eval_sources: [*s]")
+
+    cfg = parse_config(text)
+
+    assert cfg.data.sources == cfg.data.eval_sources
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_harmless(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + MINIMAL.replace("\n", "\r\n").encode())
+
+    assert load_config(path) == parse_config(MINIMAL)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is refused, and where the complaint points
+
+
+def test_every_mistake_of_a_file_is_told_at_once_with_its_place() -> None:
+    text = SEED_STAGE2.read_text()
+    for right, wrong in {
+        "r: 16": "r: '16'",
+        "train_steps: null": "train_stpes: null",
+        "bf16\n  grad_clip: 1.0": "bf17\n  grad_clip: abc",
+        "max_seq_len: 2048": "max_seq_len: 2048\n  max_seq_len: 3",
+        'full_eval_every: "epoch"': "full_eval_every: epohc",
+        "  lr:\n    connector: 1.0e-4\n    lora: 5.0e-5": "  lr: 1e-4\n  batch_size: 4",
+        "num_latents: 64": "num_latents: 32",
+        "name_or_path: google": "name: google",
+        "pin_memory: true": "pin_memory: off",
+        "eval_size: 2000": "eval_size: 2e3",
+    }.items():
+        assert right in text
+        text = text.replace(right, wrong)
+    lines = text.splitlines()
+
+    found = problems(text)
+
+    expected = {
+        "model.vision.name_or_path": "missing; expected text",
+        "model.vision.name": "no such setting in model.vision; nearest: name_or_path",
+        "model.connector": "num_visual_tokens is 64 but resampler.num_latents is 32",
+        "model.lora.r": "got the text '16'; expected a whole number above 0; write 16 without quotes",
+        "data.eval_size": "got the number 2000.0; expected a whole number above 0 or null; write 2000",
+        "data.pin_memory": "got the text 'off'; expected true or false",
+        "prompting.max_seq_len": "given twice; first in line",
+        "train.train_stpes": "no such setting in train; nearest: train_steps",
+        "train.precision": "got the text 'bf17'; expected bf16 or fp32 or fp16; nearest: bf16",
+        "train.grad_clip": "got the text 'abc'; expected a number above 0 or null",
+        "train.lr": "got the number 0.0001; expected a section with connector, lora",
+        "train.batch_size": "nearest: micro_batch_size; or batch_size exists as eval.batch_size",
+        "train.full_eval_every": "expected epoch or end or never or a whole number above 0; nearest: epoch",
+    }
+    assert len(found) == len(expected), found
+    for line in found:
+        match = re.fullmatch(r"c\.yaml:(\d+):(\d+): ([\w.]+): (.*)", line)
+        assert match, line
+        row, column, path, said = int(match[1]), int(match[2]), match[3], match[4]
+        assert expected[path] in said
+        at = lines[row - 1][column - 1 :]
+        key = path.rsplit(".", 1)[-1]
+        if path == "model.vision.name_or_path":
+            assert at.startswith("vision:")
+        elif path == "model.connector":
+            assert at.startswith("num_visual_tokens: 64")
+        elif path in ("model.vision.name", "train.train_stpes", "train.batch_size", "prompting.max_seq_len"):
+            assert at.startswith(f"{key}:")
+        else:  # a wrong value: the place is the value's own
+            assert lines[row - 1].strip().startswith(f"{key}:") and not at.startswith(key)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("seed: '32'", "got the text '32'; expected a whole number; write 32 without quotes"),
+        ("seed: 1_000", "write 1000 without quotes or separators"),
+        ("seed: 1.5", "got the number 1.5; expected a whole number"),
+        ("seed: true", "got true; expected a whole number"),
+        ("seed: null", "got null; expected a whole number"),
+        ("seed: [1]", "got a list of 1; expected a whole number"),
+        ("device: cuda:0", "expected auto or cpu or cuda or mps; nearest: cuda"),
+        ("train: {packing: 1}", "got 1; expected true or false"),
+        ("train: {packing: yes}", "got the text 'yes'; expected true or false"),
+        ("train: {micro_batch_size: 0}", "got 0; expected a whole number above 0"),
+        ("train: {warmup_ratio: 1.5}", "expected a number of at least 0 and of at most 1"),
+        ("train: {warmup_ratio: .inf}", ".inf is not a finite number"),
+        ("train: {warmup_ratio: .nan}", ".nan is not a finite number"),
+        ("train: {warmup_ratio: 1e999}", "1e999 is not a finite number"),
+        ("train: {betas: [0.9]}", "got a list of 1; expected a list of 2 values"),
+        ("train: {betas: [0.9, 0.99, 0.999]}", "got a list of 3; expected a list of 2 values"),
+        ("train: {betas: 0.9}", "got the number 0.9; expected a list of 2 values"),
+        ("train:", "got null; expected a section with num_epochs,"),
+        ("train: [1]", "got a list of 1; expected a section with"),
+        ("optimizer: adam", "no such setting in the config; valid here: run_name, seed,"),
+        ("num_latents: 4", "num_latents exists as model.connector.resampler.num_latents"),
+        ("? [a]\n: 1", "a key must be a name"),
+        ("~: 1", "a key must be a name"),
+        ("seed: !!python/object/apply:os.system ['true']", "the tag 'tag:yaml.org,2002:python/object/apply:os.system'"),
+        ("seed: !!int abc", "'abc' cannot be read as"),
+        ("run_names: a\nseed: !mine 3", "the tag '!mine'"),
+        ("output_dir: '\\ud800'".replace("'", '"'), "cannot be read as !!str"),
+        ('"\\ud800": 1', "a key must be a name"),
+    ],
+)
+def test_a_wrong_value_says_what_was_got_and_what_is_expected(line: str, said: str) -> None:
+    found = problems(MINIMAL + line)
+
+    assert any(said in problem for problem in found), found
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "a\\b", "''"])
+def test_a_run_name_cannot_leave_the_outputs_folder(name: str) -> None:
+    assert "run_name" in one(MINIMAL.replace("run_name: r", f"run_name: {name}"))
+
+
+def test_all_impossible_combinations_are_told_at_once() -> None:
+    text = MINIMAL.replace(
+        "json_path: x.jsonl",
+        "split_mode: stratified_len\n  len_buckets: [3, 1]\n  eval_sources: [{json_path: e}]\n"
+        "  multi_image_fraction: 0.5\n",
+    )
+
+    found = problems(text + "prompting: {max_images_per_sample: 1}\nmodel.x: 1\n")
+
+    assert [re.sub(r"^c.yaml:(\d+):\d+: ", r"\1: ", f)[:60] for f in found] == [
+        "5: data: give exactly one of json_path and sources",
+        "6: data: split_mode is stratified_len but eval_sources are g",
+        "6: data: split_mode stratified_len needs eval_size",
+        "7: data: len_buckets must be at least two increasing numbers",
+        "9: data.multi_image_fraction needs prompting.max_images_per_",
+        "12: model.x: no such setting in the config; nearest: model",
+    ]
+
+
+def test_a_wrong_value_does_not_start_a_chain_of_consequences() -> None:
+    text = MINIMAL + "  split_mode: stratified_len\n  eval_size: '5'\n"
+
+    assert "eval_size: got the text '5'" in one(text)
+
+
+def test_a_wrong_value_does_not_hide_an_impossible_combination_elsewhere() -> None:
+    found = problems(MINIMAL + "  eval_size: 3\n  eval_ratio: 0.1\nseed: x\n")
+
+    assert len(found) == 2 and "eval_ratio or eval_size, not both" in found[0] and "seed" in found[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "missing; expected"),
+        ("[1, 2]", "got a list of 2; expected settings"),
+        ("hello", "got the text 'hello'; expected settings"),
+        ("a: [1", "not valid YAML"),
+        ("a: \t1\n\tb: 2", "not valid YAML"),
+        ("a: 1\n---\nb: 2", "expected a single document"),
+        ("a: *nope", "undefined alias"),
+        ("a: \x01", "not valid YAML: special characters are not allowed"),
+        ("[" * 5000, "nested more than 40 levels deep"),
+        ("&a [*a]", "an alias that contains itself"),
+        ("x" * 2_000_000, "a config has at most"),
+    ],
+)
+def test_text_that_is_no_config_is_refused_with_its_place(text: str, said: str) -> None:
+    assert any((said in line and line.startswith("c.yaml:1:")) or said in line for line in problems(text))
+
+
+def test_an_alias_bomb_is_refused_before_it_unfolds() -> None:
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+    )
+
+    assert f"aliases expand to more than {MAX_NODES:,} values" in one(bomb)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda p: None, "No such file"),
+        (lambda p: p.mkdir(), "not a file"),
+        (lambda p: p.write_bytes(b"run_name: \xff\xfe"), "byte 0xff is not UTF-8"),
+        (lambda p: p.write_bytes(b"x" * 5_000_000), "too large for a config"),
+    ],
+)
+def test_an_unreadable_file_is_named(tmp_path: Path, make: Any, said: str) -> None:
+    path = tmp_path / "c.yaml"
+    make(path)
+
+    with pytest.raises(UserError, match=said) as caught:
+        load_config(path)
+
+    assert str(path) in str(caught.value)
+
+
+_yaml = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(replacement=_yaml, seed=st.integers(0, 10_000), twice=st.booleans())
+def test_whatever_stands_anywhere_the_answer_is_a_config_or_a_complaint(
+    replacement: Any, seed: int, twice: bool
+) -> None:
+    data = yaml.safe_load(SEED_STAGE2.read_text())
+    pick = random.Random(seed)
+    for _ in range(1 + twice):
+        here: Any = data
+        while True:
+            key = pick.choice(list(here) if isinstance(here, dict) else range(len(here)))
+            if not isinstance(here[key], dict | list) or not here[key] or pick.random() < 0.3:
+                break
+            here = here[key]
+        if isinstance(here, dict) and pick.random() < 0.3:
+            here[f"{key}_x"] = here.pop(key)
+            continue
+        here[key] = replacement
+    text = yaml.safe_dump(data)
+
+    try:
+        cfg = parse_config(text)
+    except ConfigError as e:
+        assert e.problems and all(p.text and p.line >= 1 for p in e.problems)
+    else:
+        assert parse_config(dump_config(cfg)) == cfg
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60))
+def test_any_text_is_answered_with_a_complaint(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_config(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# --set
+
+
+def test_overrides_reach_every_kind_of_setting() -> None:
+    cfg = parse_config(MINIMAL, overrides=[
+        "train.lr.connector=2e-4", "data.json_path=null", "run_name=other",
+        "data.sources=[{json_path: a, cap: 5}, {json_path: b}]", "data.sources.1.cap=7",
+        "data.hygiene.spam=[]", "model.connector={num_visual_tokens: 16}", "prompting.instruction=What is it?",
+    ])  # fmt: skip
+
+    assert cfg.train.lr.connector == 2e-4 and cfg.run_name == "other"
+    assert [s.cap for s in cfg.data.sources] == [5, 7] and cfg.data.json_path is None
+    assert cfg.data.hygiene.spam == () and cfg.model.connector.num_visual_tokens == 16
+    assert cfg.prompting.instruction == "What is it?"
+
+
+def test_a_later_override_wins_and_an_override_replaces_a_wrong_value_of_the_file() -> None:
+    cfg = parse_config(MINIMAL + "seed: wrong\n", overrides=["seed=1", "seed=2"])
+
+    assert cfg.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.lr.conector=1", "--set train.lr.conector: no such setting in train.lr; nearest: connector"),
+        ("train.micro_batch_size='8'", "--set train.micro_batch_size: got the text '8'; expected a whole number"),
+        ("train.micro_batch_size=", "--set train.micro_batch_size: got null; expected a whole number"),
+        ("seed=[1", "--set seed: '[1': not valid YAML"),
+        ("seed", "--set seed: 'seed' is not KEY=VALUE"),
+        ("a..b=1", "--set a..b: 'a..b=1' is not KEY=VALUE"),
+        ("=1", "is not KEY=VALUE"),
+        ("run_name.x=1", "--set run_name.x: run_name is not a section (it is the text 'r')"),
+        ("train.betas.5=1", "--set train.betas.5"),
+        ("run_name=1e5", """--set run_name: got the number 100000.0; expected text; write '"1e5"' in quotes"""),
+        ("data.eval_sources=[{}]", "--set data.eval_sources: data.eval_sources.0.json_path: missing"),
+        ("data.len_buckets=[0, x]", "--set data.len_buckets: data.len_buckets.1: got the text 'x'"),
+    ],
+)
+def test_an_override_is_checked_like_the_file_and_named(override: str, said: str) -> None:
+    assert said in one(MINIMAL, override)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings without effect
+
+_NO_EFFECT = [
+    ("train: {lr: {lora: 5.0e-5}}", "train.lr.lora"),
+    ("train: {weight_decay: {lora: 0.0}}", "train.weight_decay.lora"),
+    ("train: {quick_eval_size: 5}", "train.quick_eval_size"),
+    ("train: {quick_eval_steps: 5}", "train.quick_eval_steps"),
+    ("train: {packing: false, pack_len: 64}", "train.pack_len"),
+    ("train: {num_epochs: 1, train_steps: 5}", "train.num_epochs"),
+    ("train: {lr_scheduler: constant, min_lr_ratio: 0.5}", "train.min_lr_ratio"),
+    ("eval: {golden_size: 0, golden_seed: 3}", "eval.golden_seed"),
+    ("eval: {golden_size: 0, golden_set_path: a}", "eval.golden_set_path"),
+    ("eval: {golden_size: 0, run_golden_every: save}", "eval.run_golden_every"),
+    ("eval: {golden_size: 5, run_golden_every: never}", "eval.golden_size"),
+    ("eval: {golden_generate: {temperature: 0, top_p: 0.5}}", "eval.golden_generate.top_p"),
+    ("features: {enabled: false, max_gb: 1}", "features.max_gb"),
+    ("prompting: {max_images_per_sample: 1, instruction_multi: x}", "prompting.instruction_multi"),
+]
+_NO_EFFECT_DATA = [
+    ("num_workers: 0\n  prefetch_factor: 2", "data.prefetch_factor"),
+    ("persistent_workers: true", "data.persistent_workers"),
+    ("split_mode: none\n  eval_size: 5", "data.eval_size"),
+    ("split_mode: none\n  eval_ratio: 0.5", "data.eval_ratio"),
+    ("dataset: parquet\n  image_root: x", "data.image_root"),
+    ("eval_sources: [{dataset: parquet, json_path: p, image_root: x}]", "data.eval_sources.0.image_root"),
+]
+_NO_EFFECT_MODEL = [
+    ("lora: {r: 8}", "model.lora.r"),
+    ("lora: {enable: false, target_modules: [q_proj]}", "model.lora.target_modules"),
+    ("connector: {resampler: {kind: grid, depth: 2}}", "model.connector.resampler.depth"),
+    ("connector: {resampler: {kind: none, latent_std: 1.0}}", "model.connector.resampler.latent_std"),
+    ("connector: {projector: {kind: linear, hidden: 8}}", "model.connector.projector.hidden"),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [(MINIMAL + line, path) for line, path in _NO_EFFECT]
+    + [(f"{MINIMAL}  {line}\n", path) for line, path in _NO_EFFECT_DATA]
+    + [(MINIMAL.replace("data:", f"  {line}\ndata:"), path) for line, path in _NO_EFFECT_MODEL]
+    + [
+        (MINIMAL.replace("c/d}", "c/d, weights: w.safetensors}"), "model.vision.weights"),
+        (MINIMAL.replace("run_name", "stage: align\nrun_name").replace("data:", "  lora: {enable: true}\ndata:"),
+         "model.lora.enable"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_does_nothing_here_is_an_error(text: str, path: str) -> None:
+    found = one(text)
+
+    assert f": {path}: has no effect here: " in found
+    row, column = (int(n) for n in found.split(":")[1:3])
+    assert text.splitlines()[row - 1][column - 1 :].startswith(path.rsplit(".", 1)[-1])
+
+
+def test_every_rule_names_settings_that_exist() -> None:
+    known = {p for p, _ in _flat(RunConfig.model_json_schema())}
+
+    for rule in INERT:
+        assert {*rule.settings.split(), *rule.because.split()} <= known
+
+
+def test_saying_what_is_the_case_anyway_is_no_error() -> None:
+    text = MINIMAL.replace("data:", "  lora: {enable: false}\ndata:") + "train: {pack_len: null, train_steps: null}\n"
+
+    assert parse_config(text) == parse_config(MINIMAL)
+
+
+def test_a_switch_on_the_command_line_may_idle_settings_of_the_file() -> None:
+    text = MINIMAL + "  num_workers: 8\n  prefetch_factor: 4\ntrain: {num_epochs: 3}\n"
+
+    cfg = parse_config(text, overrides=["data.num_workers=0", "train.train_steps=5"])
+
+    assert cfg.data.num_workers == 0 and cfg.data.prefetch_factor == 2 and cfg.train.num_epochs == 1
+    assert parse_config(dump_config(cfg)) == cfg
+    assert "--set data.prefetch_factor: has no effect here" in one(text, "data.num_workers=0", "data.prefetch_factor=3")
+
+
+def test_a_setting_without_effect_is_told_beside_other_mistakes() -> None:
+    found = problems(MINIMAL + "train: {packing: false, pack_len: 64, sed: 3}\nseed: x\n")
+
+    assert len(found) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Dump, hash, difference, schema
+
+
+def test_a_dump_says_everything_that_counts_and_loads_back_equal() -> None:
+    cfg = load_config(SEED_STAGE2)
+
+    text = dump_config(cfg)
+
+    assert parse_config(text) == cfg
+    written = {p for p, _ in _leaves(yaml.safe_load(text))}
+    idle = {".".join(map(str, i.path)) for i in inert_settings(cfg)}
+    every = {p for p, _ in _leaves(cfg.model_dump(mode="json"))}
+    assert written == every - idle
+
+
+@pytest.mark.parametrize(
+    "awkward",
+    ["null", "true", "1e5", "1e-4", "0x1f", "012", "~", "", "a: b", "# x", "é\n\u2028", "'", " lead", "*a", "no"],
+)
+def test_awkward_texts_survive_a_dump(awkward: str) -> None:
+    base = parse_config(MINIMAL)
+    cfg = base.model_copy(update={"prompting": base.prompting.model_copy(update={"instruction": awkward})})
+
+    assert parse_config(dump_config(cfg)).prompting.instruction == awkward
+
+
+def test_the_hash_is_the_settings_and_nothing_else() -> None:
+    cfg = parse_config(MINIMAL)
+    lines = MINIMAL.splitlines(keepends=True)
+    reordered = "# comment\n" + "".join(lines[4:] + lines[:4])
+
+    assert config_hash(parse_config(reordered)) == config_hash(cfg) == config_hash(parse_config(dump_config(cfg)))
+    assert re.fullmatch("[0-9a-f]{64}", config_hash(cfg))
+    assert config_hash(parse_config(MINIMAL, overrides=["seed=43"])) != config_hash(cfg)
+    # An idle setting, set from Python where nothing stops it, does not make another run.
+    idle = cfg.model_copy(update={"train": cfg.train.model_copy(update={"packing": False, "pack_len": 9})})
+    plain = cfg.model_copy(update={"train": cfg.train.model_copy(update={"packing": False})})
+    assert config_hash(idle) == config_hash(plain) and without_inert(idle) == plain
+
+
+def test_a_difference_names_the_setting_and_both_values() -> None:
+    a = parse_config(MINIMAL)
+    b = parse_config(MINIMAL, overrides=["train.lr.connector=2e-4", "data.len_buckets=[0, 5, 9]", "output_dir=o"])
+
+    assert diff_configs(a, a) == []
+    assert diff_configs(a, b) == [
+        ("output_dir", None, "o"),
+        ("data.len_buckets", [0, 10, 20, 9999], [0, 5, 9]),
+        ("train.lr.connector", 1e-4, 2e-4),
+    ]
+
+
+def test_the_json_schema_describes_every_setting() -> None:
+    schema = json_schema()
+
+    assert schema["$schema"].endswith("2020-12/schema")
+    json.dumps(schema)
+    described = dict(_flat(schema))
+    assert "Peak learning rate of the connector." in described["train.lr.connector"]
+    assert "llm" in schema["$defs"]["ModelConfig"]["required"]
+
+
+def _leaves(data: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    out: list[tuple[str, Any]] = []
+    for key, value in data.items():
+        out += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return out
+
+
+def _flat(schema: dict[str, Any], node: dict[str, Any] | None = None, prefix: str = "") -> list[tuple[str, str]]:
+    node = schema if node is None else node
+    out: list[tuple[str, str]] = []
+    for name, value in node.get("properties", {}).items():
+        out.append((prefix + name, value.get("description", "")))
+        if "$ref" in value:
+            out += _flat(schema, schema["$defs"][value["$ref"].rsplit("/", 1)[-1]], f"{prefix}{name}.")
+    return out

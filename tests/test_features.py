@@ -1,0 +1,556 @@
+"""The feature store returns what the tower would give, or nothing; whatever happens to the process or the files."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import sqlite3
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from beholder import features as features_module
+from beholder.config import FeaturesConfig
+from beholder.data.images import ImagePipeline
+from beholder.features import FeatureStore, FillReport, estimate_bytes, store_dir
+from beholder.types import ImageGeometry, ImageRef, UserError
+
+PATCHES, WIDTH, SIDE = 4, 24, 4
+ROW = PATCHES * WIDTH * 2
+GEOMETRY = ImageGeometry(SIDE, SIDE, PATCHES, WIDTH, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+PIPELINE = ImagePipeline(GEOMETRY, max_megapixels=1)
+fork = multiprocessing.get_context("fork")
+
+
+def encode(pixels: torch.Tensor) -> torch.Tensor:
+    """A tower of one fixed matrix: different images give different features, batches give what singles give."""
+    weights = torch.randn(3 * SIDE * SIDE, PATCHES * WIDTH, generator=torch.Generator().manual_seed(0))
+    flat = pixels.flatten(1).float() / 255
+    return torch.stack([row @ weights for row in flat]).view(-1, PATCHES, WIDTH)
+
+
+def expected(ref: ImageRef) -> torch.Tensor:
+    return encode(PIPELINE(ref)[None])[0].bfloat16()
+
+
+def make_images(root: Path, num: int, first: int = 0) -> list[ImageRef]:
+    root.mkdir(parents=True, exist_ok=True)
+    for i in range(first, first + num):
+        pixels = np.random.default_rng(i).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{i}.png")
+    return [ImageRef(str(root), f"{i}.png") for i in range(first, first + num)]
+
+
+def open_store(folder: Path, tower: str = "tower", pipeline: str = "pipeline", max_bytes: int = 10**8) -> FeatureStore:
+    return FeatureStore(
+        folder, tower_fingerprint=tower, pipeline_fingerprint=pipeline, num_patches=PATCHES, d_vision=WIDTH,
+        max_bytes=max_bytes,
+    )  # fmt: skip
+
+
+def fill(store: FeatureStore, refs: list[ImageRef], encode: Callable = encode, **kwargs: Any) -> FillReport:
+    options: dict[str, Any] = {"batch_size": 3, "num_threads": 1} | kwargs
+    return store.fill(refs, encode, PIPELINE, **options)
+
+
+def right_or_absent(store: FeatureStore, refs: list[ImageRef]) -> int:
+    """Number of stored images; fails when one of them is not exactly what the tower gives."""
+    stored = 0
+    for ref in refs:
+        features = store.read(ref)
+        if features is not None:
+            assert torch.equal(features, expected(ref))
+            stored += 1
+    return stored
+
+
+def shard_files(store: FeatureStore) -> list[Path]:
+    return sorted(store.folder.glob("shard-*.bin"))
+
+
+def run_forked(work: Callable[[], object]) -> ForkProcess:
+    def quiet() -> None:
+        work()
+        os._exit(0)  # not pytest's own exit handlers
+
+    process = fork.Process(target=quiet)
+    process.start()
+    return process
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # forked children cannot use the parent's thread pool
+    yield
+    torch.set_num_threads(before)
+
+
+# -- what is stored is what the tower gives
+
+
+def test_read_gives_the_towers_features_in_bf16_and_a_second_fill_computes_nothing(tmp_path):
+    refs = make_images(tmp_path / "images", 8)
+    store = open_store(tmp_path / "store")
+    calls: list[tuple[int, int]] = []
+
+    first = fill(store, refs, progress=lambda done, total: calls.append((done, total)))
+    second = fill(open_store(tmp_path / "store"), refs, encode=lambda pixels: pytest.fail("computed again"))
+
+    assert (first.computed, first.reused, first.over_cap, first.rejects) == (8, 0, 0, [])
+    assert (second.computed, second.reused) == (0, 8)
+    assert right_or_absent(store, refs) == 8
+    features = store.read(refs[0])
+    assert features is not None and features.dtype == torch.bfloat16 and features.shape == (PATCHES, WIDTH)
+    assert calls[-1] == (8, 8) and [c[0] for c in calls] == sorted(c[0] for c in calls)
+    assert store.bytes_used == first.bytes_used == 8 * ROW == sum(f.stat().st_size for f in shard_files(store))
+    assert estimate_bytes(8, GEOMETRY) == 8 * ROW
+
+
+def test_what_read_returns_belongs_to_the_caller(tmp_path):
+    refs = make_images(tmp_path / "images", 1)
+    store = open_store(tmp_path / "store")
+    fill(store, refs)
+
+    features = store.read(refs[0])
+    assert features is not None
+    features.zero_()
+
+    assert right_or_absent(store, refs) == 1
+
+
+def test_other_weights_other_preprocessing_and_other_content_each_miss(tmp_path):
+    refs = make_images(tmp_path / "images", 2)
+    fill(open_store(tmp_path / "store"), refs)
+
+    assert open_store(tmp_path / "store").read(refs[0]) is not None
+    assert open_store(tmp_path / "store", tower="other").read(refs[0]) is None
+    assert open_store(tmp_path / "store", pipeline="other").read(refs[0]) is None
+    assert open_store(tmp_path / "store").read(make_images(tmp_path / "images", 1, first=50)[0]) is None
+
+
+def test_the_same_bytes_under_another_name_hit_and_are_stored_once(tmp_path):
+    refs = make_images(tmp_path / "images", 2)
+    copies = [ImageRef(str(tmp_path / "moved"), "deep/" + ref.path) for ref in refs]
+    (tmp_path / "moved").mkdir()
+    shutil.copytree(tmp_path / "images", tmp_path / "moved" / "deep")
+    store = open_store(tmp_path / "store")
+
+    report = fill(store, [refs[0], copies[0], refs[1], refs[1]])
+
+    assert (report.computed, report.reused, len(store)) == (2, 2, 2)
+    assert right_or_absent(store, copies) == 2
+
+
+def test_a_rewritten_file_misses_even_with_its_old_size_and_modification_time(tmp_path):
+    (ref,) = make_images(tmp_path / "images", 1)
+    path = tmp_path / "images" / ref.path
+    Image.new("RGB", (SIDE, SIDE), "red").save(path, format="BMP")
+    before = path.stat()
+    store = open_store(tmp_path / "store")
+    fill(store, [ref])
+    assert right_or_absent(store, [ref]) == 1
+
+    Image.new("RGB", (SIDE, SIDE), "blue").save(path, format="BMP")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    assert path.stat().st_size == before.st_size and path.stat().st_mtime_ns == before.st_mtime_ns
+    assert store.read(ref) is None and open_store(tmp_path / "store").read(ref) is None
+    assert fill(store, [ref]).computed == 1
+    assert right_or_absent(store, [ref]) == 1
+
+
+def test_unchanged_files_are_not_read_again_once_their_hash_is_known(tmp_path, monkeypatch):
+    refs = make_images(tmp_path / "images", 3)
+    monkeypatch.setattr(features_module, "_RACY_NS", 0)  # these files are younger than the caution allows
+    fill(open_store(tmp_path / "store"), refs)
+    monkeypatch.setattr(features_module, "content_hash", lambda ref: pytest.fail(f"{ref} was hashed again"))
+
+    other_tower = open_store(tmp_path / "store", tower="other")
+    assert fill(open_store(tmp_path / "store"), refs).reused == 3
+    assert fill(other_tower, refs).computed == 3
+    assert right_or_absent(open_store(tmp_path / "store"), refs) == 3
+
+
+def test_a_file_hashed_right_after_a_change_is_hashed_again(tmp_path, monkeypatch):
+    refs = make_images(tmp_path / "images", 1)
+    fill(open_store(tmp_path / "store"), refs)
+    hashed: list[ImageRef] = []
+    real = features_module.content_hash
+    monkeypatch.setattr(features_module, "content_hash", lambda ref: hashed.append(ref) or real(ref))
+
+    assert open_store(tmp_path / "store").read(refs[0]) is not None
+    assert hashed == refs
+
+
+def test_a_path_that_leaves_its_root_is_not_answered_from_the_store(tmp_path):
+    refs = make_images(tmp_path / "images", 1)
+    (tmp_path / "narrow").mkdir()
+    outside = ImageRef(str(tmp_path / "narrow"), f"../images/{refs[0].path}")
+    store = open_store(tmp_path / "store")
+    fill(store, refs)
+
+    assert store.read(refs[0]) is not None
+    assert store.read(outside) is None
+    with pytest.raises(UserError, match="outside_root"):
+        fill(store, [outside])
+
+
+# -- bad input
+
+
+def test_bad_images_stop_the_fill_or_are_named_and_counted(tmp_path):
+    refs = make_images(tmp_path / "images", 4)
+    (tmp_path / "images" / refs[1].path).write_bytes(b"")
+    (tmp_path / "images" / refs[2].path).unlink()
+
+    with pytest.raises(UserError, match=r"1\.png"):
+        fill(open_store(tmp_path / "one"), refs)
+    report = fill(open_store(tmp_path / "two"), refs, on_bad_image="skip")
+
+    assert report.computed == 2
+    assert [(Path(name).name, why.split("[")[-1]) for name, why in report.rejects] == [
+        ("1.png", "empty_image]"), ("2.png", "missing_image]"),
+    ]  # fmt: skip
+    assert open_store(tmp_path / "two").read(refs[2]) is None
+
+
+def test_features_that_are_not_finite_are_refused_by_name(tmp_path):
+    refs = make_images(tmp_path / "images", 3)
+
+    def overflowing(pixels: torch.Tensor) -> torch.Tensor:
+        features = encode(pixels)
+        features[1, 0, 0] = float("inf")
+        return features
+
+    store = open_store(tmp_path / "store")
+    with pytest.raises(UserError, match=r"1\.png: the vision tower gave values that are not finite"):
+        fill(store, refs, encode=overflowing)
+    assert len(store) == 0
+
+
+def test_an_unusable_folder_says_what_to_set(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"features\.dir"):
+        open_store(tmp_path / "file" / "store")
+
+
+def test_a_damaged_index_is_named_and_not_overwritten(tmp_path):
+    store = open_store(tmp_path / "store")
+    index = store.folder / "index.sqlite"
+    store.close()
+    index.write_bytes(b"not a database at all" * 100)
+
+    with pytest.raises(UserError, match="delete that folder"):
+        open_store(tmp_path / "store")
+    assert index.read_bytes().startswith(b"not a database")
+
+
+def test_a_full_disk_is_an_error_that_keeps_what_was_stored(tmp_path, monkeypatch):
+    refs = make_images(tmp_path / "images", 40)
+    monkeypatch.setattr(features_module, "_STEP_BYTES", 4 * ROW)
+    store = open_store(tmp_path / "store")
+    fill(store, refs[:4])
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        # The index must still fit: only the shard grows past this.
+        limit = max(f.stat().st_size for f in store.folder.iterdir()) + 200 * 1024
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        big = FeatureStore(
+            tmp_path / "store", tower_fingerprint="t", pipeline_fingerprint="p", num_patches=512, d_vision=1024,
+            max_bytes=10**9,
+        )  # fmt: skip
+        try:
+            big.fill(refs, lambda pixels: torch.zeros(len(pixels), 512, 1024), PIPELINE, batch_size=3)
+        except UserError as e:
+            assert "no room on the disk" in str(e) and "features.max_gb" in str(e)
+            assert len(big) == 0
+            os._exit(7)
+
+    process = run_forked(limited)
+    process.join(60)
+
+    assert process.exitcode == 7
+    assert right_or_absent(store, refs) == 4
+    assert fill(store, refs).computed == 36
+
+
+# -- the cap
+
+
+def test_the_cap_is_kept_and_what_does_not_fit_is_counted(tmp_path):
+    refs = make_images(tmp_path / "images", 10)
+    store = open_store(tmp_path / "store", max_bytes=6 * ROW + ROW // 2)
+
+    report = fill(store, refs, batch_size=4)
+    again = fill(store, refs, encode=lambda pixels: pytest.fail("there is no room for it"))
+    wider = fill(open_store(tmp_path / "store"), refs)
+
+    assert (report.computed, report.over_cap, report.reused) == (6, 4, 0)
+    assert "do not fit" in report.summary
+    assert (again.computed, again.over_cap, again.reused) == (0, 4, 6)
+    assert sum(f.stat().st_size for f in shard_files(store)) == 10 * ROW and wider.computed == 4
+    assert right_or_absent(store, refs) == 10
+
+
+def test_several_writers_together_stay_under_the_cap(tmp_path, monkeypatch):
+    monkeypatch.setattr(features_module, "_STEP_BYTES", 3 * ROW)
+    monkeypatch.setattr(features_module, "_SHARD_BYTES", 5 * ROW)
+    refs = make_images(tmp_path / "images", 40)
+    cap = 17 * ROW
+    open_store(tmp_path / "store")
+
+    processes = [
+        run_forked(lambda part=refs[i::3]: fill(open_store(tmp_path / "store", max_bytes=cap), part))
+        for i in range(3)
+    ]
+    for process in processes:
+        process.join(60)
+
+    store = open_store(tmp_path / "store", max_bytes=cap)
+    assert [p.exitcode for p in processes] == [0, 0, 0]
+    assert store.bytes_used <= cap and sum(f.stat().st_size for f in shard_files(store)) <= cap
+    fill(store, refs)  # whatever one writer had reserved and given back is used now
+    assert right_or_absent(store, refs) == 17
+
+
+# -- crashes, damage, other processes
+
+
+def test_a_killed_fill_leaves_nothing_wrong_and_the_next_one_completes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(features_module, "_STEP_BYTES", 4 * ROW)
+    monkeypatch.setattr(features_module, "_SHARD_BYTES", 16 * ROW)
+    refs = make_images(tmp_path / "images", 120)
+    rng = random.Random(0)
+    store = open_store(tmp_path / "store", max_bytes=120 * ROW)
+    amounts = [0]
+
+    def unhurried(pixels: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.002)
+        return encode(pixels)
+
+    for _ in range(10):
+        process = run_forked(lambda: fill(open_store(tmp_path / "store", max_bytes=120 * ROW), refs, unhurried))
+        deadline = time.monotonic() + 30
+        target = min(110, amounts[-1] + rng.randint(1, 8))
+        while len(store) < target and time.monotonic() < deadline:
+            pass
+        time.sleep(rng.uniform(0, 0.005))  # random phase: in the tower, in a write, in a transaction
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        amounts.append(right_or_absent(open_store(tmp_path / "store"), refs))
+        assert amounts[-1] >= amounts[-2]
+
+    assert 0 < amounts[5] < 120, "the kills were meant to fall into the middle"
+    report = fill(store, refs)
+    assert report.computed == 120 - amounts[-1] and report.reused == amounts[-1]
+    assert right_or_absent(store, refs) == 120
+    assert store.bytes_used <= 120 * ROW  # a dead writer's reservation is taken over: none of the cap is lost
+
+
+@pytest.mark.parametrize("at", ["pwrite", "fsync", "posix_fallocate", "ftruncate"])
+def test_a_kill_between_any_two_steps_of_a_write_is_survived(tmp_path, monkeypatch, at):
+    """Not by chance: dies right before and right after each system call of the protocol, at each of its uses."""
+    refs = make_images(tmp_path / "images", 7)
+
+    def die_at(call: int, after: bool) -> None:
+        real, count = getattr(os, at), [0]
+
+        def deadly(*args):
+            count[0] += 1
+            if count[0] == call and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if count[0] == call and at == "pwrite":  # half a row: the tear itself
+                real(args[0], args[1][: len(args[1]) // 2], args[2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = real(*args)
+            if count[0] == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(os, at, deadly)
+        fill(open_store(tmp_path / "store"), refs)
+
+    killed = 0
+    for call in (1, 2, 3):
+        for after in (False, True):
+            process = run_forked(lambda call=call, after=after: die_at(call, after))
+            process.join(60)
+            killed += process.exitcode == -signal.SIGKILL
+            right_or_absent(open_store(tmp_path / "store"), refs)
+    store = open_store(tmp_path / "store")
+    fill(store, refs)
+
+    assert killed >= 1
+    assert right_or_absent(store, refs) == 7
+    assert store.bytes_used == 7 * ROW and sum(f.stat().st_size for f in shard_files(store)) == 7 * ROW
+
+
+def test_processes_that_fill_the_same_images_at_once_store_each_exactly_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(features_module, "_SHARD_BYTES", 8 * ROW)
+    refs = make_images(tmp_path / "images", 60)
+
+    def work(seed: int) -> None:
+        mine = refs[:]
+        random.Random(seed).shuffle(mine)
+        fill(open_store(tmp_path / "store"), mine)
+
+    processes = [run_forked(lambda seed=seed: work(seed)) for seed in range(4)]
+    for process in processes:
+        process.join(60)
+
+    store = open_store(tmp_path / "store")
+    assert [p.exitcode for p in processes] == [0, 0, 0, 0]
+    assert len(store) == 60 and right_or_absent(store, refs) == 60
+    assert fill(store, refs).reused == 60
+
+
+def test_ranks_share_the_work_without_overlap(tmp_path):
+    refs = make_images(tmp_path / "images", 11)
+    store = open_store(tmp_path / "store")
+
+    reports = [fill(store, refs, rank=rank, world_size=3) for rank in range(3)]
+
+    assert [r.computed for r in reports] == [4, 4, 3] and sum(r.reused for r in reports) == 0
+    assert right_or_absent(store, refs) == 11
+
+
+class _Reads(torch.utils.data.Dataset):
+    def __init__(self, store: FeatureStore, refs: list[ImageRef]) -> None:
+        self.store, self.refs = store, refs
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        features = self.store.read(self.refs[i])
+        assert features is not None
+        return features
+
+
+def test_loader_workers_read_while_the_parent_goes_on_reading(tmp_path):
+    refs = make_images(tmp_path / "images", 12)
+    store = open_store(tmp_path / "store")
+    fill(store, refs)
+    assert right_or_absent(store, refs) == 12  # the parent's files are open when the workers are forked
+
+    loader = torch.utils.data.DataLoader(_Reads(store, refs), 2, num_workers=2, multiprocessing_context="fork")
+    for i, batch in enumerate(loader):
+        assert torch.equal(batch, torch.stack([expected(r) for r in refs[2 * i : 2 * i + 2]]))
+        assert right_or_absent(store, refs[i : i + 1]) == 1
+
+    copy = pickle.loads(pickle.dumps(store))  # how a spawned worker gets it
+    assert right_or_absent(copy, refs) == 12
+
+
+def test_a_flipped_byte_is_never_returned_and_the_next_fill_repairs_it(tmp_path):
+    refs = make_images(tmp_path / "images", 5)
+    store = open_store(tmp_path / "store")
+    fill(store, refs)
+    (shard,) = shard_files(store)
+    data = bytearray(shard.read_bytes())
+    data[2 * ROW + 17] ^= 0x10
+    shard.write_bytes(data)
+
+    assert right_or_absent(store, refs) == 4
+    assert store.corrupt_rows == 1
+    report = fill(store, refs)
+    assert (report.computed, report.reused) == (1, 4)
+    assert right_or_absent(store, refs) == 5 and store.bytes_used == 5 * ROW
+
+
+def test_rows_that_were_swapped_are_never_returned(tmp_path):
+    refs = make_images(tmp_path / "images", 2)
+    store = open_store(tmp_path / "store")
+    fill(store, refs)
+    with sqlite3.connect(store.folder / "index.sqlite") as db:  # an index that points to the other image's row
+        db.execute("UPDATE rows SET row = row + 10")
+        db.execute("UPDATE rows SET row = 11 - row")
+
+    assert right_or_absent(store, refs) == 0 and store.corrupt_rows == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "deleted"])
+def test_a_shard_cut_short_or_deleted_is_computed_again(tmp_path, damage):
+    refs = make_images(tmp_path / "images", 5)
+    store = open_store(tmp_path / "store")
+    fill(store, refs)
+    assert right_or_absent(store, refs) == 5  # mapped: reading behind the new end would be a bus error
+    (shard,) = shard_files(store)
+    if damage == "cut":
+        os.truncate(shard, 2 * ROW + 5)
+    else:
+        shard.unlink()
+        store = open_store(tmp_path / "store")
+
+    assert right_or_absent(store, refs) == (2 if damage == "cut" else 0)
+    fill(store, refs)
+    assert right_or_absent(open_store(tmp_path / "store"), refs) == 5
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("fill"), st.integers(0, 9), st.integers(1, 10)),
+            st.tuples(st.just("flip"), st.integers(0, 10**6), st.integers(0, 7)),
+            st.tuples(st.just("cut"), st.integers(0, 10**6), st.just(0)),
+            st.tuples(st.just("rewrite"), st.integers(0, 9), st.integers(0, 10**6)),
+        ),
+        max_size=6,
+    )
+)
+def test_whatever_happens_to_its_files_a_store_answers_right_or_not_at_all(tmp_path_factory, steps):
+    folder = tmp_path_factory.mktemp("property")
+    refs = make_images(folder / "images", 10)
+    store = open_store(folder / "store")
+    for what, a, b in steps:
+        shards = [f for f in shard_files(store) if f.stat().st_size]
+        if what == "fill":
+            fill(store, refs[a : a + b])
+        elif what == "rewrite":
+            make_images(folder / "other", 1, first=b + 100)
+            shutil.copy(folder / "other" / f"{b + 100}.png", folder / "images" / refs[a].path)
+        elif shards:
+            shard = shards[a % len(shards)]
+            at = a % shard.stat().st_size
+            if what == "cut":
+                os.truncate(shard, at)
+            else:
+                data = bytearray(shard.read_bytes())
+                data[at] ^= 1 << b
+                shard.write_bytes(data)
+        right_or_absent(store, refs)
+    right_or_absent(store, refs)  # meets every damaged row, so that the fill computes it again
+    fill(store, refs)
+
+    assert right_or_absent(store, refs) == 10
+
+
+# -- where it lies
+
+
+def test_store_dir_follows_the_config_then_the_environment_then_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("BEHOLDER_CACHE", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+    assert store_dir(FeaturesConfig(dir="~/mine")) == tmp_path / "home" / "mine"
+    assert store_dir(FeaturesConfig()) == tmp_path / "features"
+    monkeypatch.delenv("BEHOLDER_CACHE")
+    assert store_dir(FeaturesConfig()) == tmp_path / "home" / ".cache" / "beholder" / "features"
