@@ -1,0 +1,96 @@
+# From a fresh clone, only make and a Python >= 3.11 are needed:  make quickstart
+# Everything is installed into .venv from hash-locked requirements; nothing outside this folder is changed.
+# (The quickstart's downloads and features go to $BEHOLDER_CACHE, else ~/.cache/beholder.)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+VENV := .venv
+BIN := $(VENV)/bin
+# Which Python makes the environment, e.g.  make test PYTHON=python3.12
+PYTHON ?=
+CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python)
+# Extra arguments, e.g.  make quickstart ARGS="--out outputs/mine"   make test ARGS="-k packing"
+ARGS ?=
+UV_PIP := VIRTUAL_ENV="$(CURDIR)/$(VENV)" UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip
+COMPILE := $(UV_PIP) compile --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --quiet $(UPGRADE)
+UPGRADE ?=
+
+.PHONY: help
+help: ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+.PHONY: quickstart
+quickstart: $(VENV)/.run ## Train a connector between a real LLM and a real vision tower, and show the evidence (minutes)
+	$(BIN)/beholder quickstart $(ARGS)
+
+.PHONY: test
+test: $(VENV)/.dev ## The tests that need neither a GPU nor much time
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+.PHONY: test-slow
+test-slow: $(VENV)/.dev ## The long tests (crash and resume at random instants, real downloads, …)
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+.PHONY: test-gpu
+test-gpu: $(VENV)/.dev ## The tests that need a GPU
+	$(BIN)/python -m pytest -m "gpu" $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.dev ## ruff, pyright, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+.PHONY: check
+check: lint test ## Everything a change must pass: lint and test
+
+.PHONY: format
+format: $(VENV)/.dev ## Sort imports and format
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+.PHONY: lock
+lock: $(VENV)/.build ## Write the requirements*.lock files from pyproject.toml (make lock UPGRADE=--upgrade for newer versions)
+	$(COMPILE) --group dev pyproject.toml -o requirements-dev.lock
+	$(COMPILE) pyproject.toml -c requirements-dev.lock -o requirements.lock
+	$(COMPILE) --group build -c requirements-dev.lock -o requirements-build.lock
+	@! grep -nE '://|--(index|extra|find)' requirements*.lock || { echo "a lock file names a registry" >&2; exit 1; }
+
+.PHONY: clean
+clean: ## Remove the environment and build leftovers (runs in outputs/ and the cache stay)
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# ---------------------------------------------------------------------------------------------------------------
+# The environment. Each stamp is younger than what it was made from, so a second call does nothing.
+
+# uv installs the locked requirements in seconds where pip takes minutes; pip only fetches uv and the build backend.
+$(VENV)/.build: requirements-build.lock
+	@py=""; for p in $(CANDIDATES); do \
+	  if "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then py="$$p"; break; fi; \
+	done; \
+	if [ -z "$$py" ]; then \
+	  echo "Beholder needs Python 3.11 or newer with the venv module; found no such thing among: $(CANDIDATES)" >&2; \
+	  echo "Install one (Debian/Ubuntu: apt install python3.11 python3.11-venv), or name it: make quickstart PYTHON=/path/to/python3.12" >&2; \
+	  exit 1; \
+	fi; \
+	if [ ! -x $(BIN)/python ]; then echo "[install] $$($$py --version) -> $(VENV)"; "$$py" -m venv $(VENV); fi
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-build.lock
+	@touch $@
+
+define install
+@echo "[install] $(1)"
+@$(UV_PIP) install --quiet --require-hashes -r $(1) || { \
+  echo "[install] uv could not install $(1); trying pip, which takes some minutes" >&2; \
+  $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(1); }
+@$(UV_PIP) install --quiet --no-deps --no-build-isolation -e .
+endef
+
+$(VENV)/.run: $(VENV)/.build requirements.lock pyproject.toml
+	$(call install,requirements.lock)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.build requirements-dev.lock pyproject.toml
+	$(call install,requirements-dev.lock)
+	@touch $(VENV)/.run $@
