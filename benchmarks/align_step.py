@@ -5,7 +5,7 @@
     python benchmarks/align_step.py --shape qwen3-8b --batch 4          # Qwen3-8B + SigLIP so400m/384 on a GPU
 
 The reference is written below in plain torch: every step sends every image through the tower, pads the batch to its
-longest sample, and computes logits over the whole vocabulary at every position. Its pixels are decoded for free; our
+longest sample, and computes logits over the whole vocabulary at every position, with transformers' own attention (sdpa). Its pixels are decoded for free; our
 step pays for reading the feature store and for laying out the batch. Measures are switched on one after another, so
 their factors multiply to the whole; each variant trains a connector of its own from the same start, and all losses must
 agree at every step. Peak memory comes from one fresh process per variant. Weights are random unless given.
@@ -42,6 +42,7 @@ from beholder.data.collate import Layout, collate
 from beholder.data.images import ImagePipeline
 from beholder.estimate import LanguageShape, VisionShape, connector_shape, matmul_rate
 from beholder.features import FeatureStore
+from beholder.model import attention
 from beholder.model.connector import Connector, build_connector
 from beholder.model.language import LanguageModel, load_language
 from beholder.model.vision import VisionTower
@@ -137,10 +138,11 @@ def make_tower(shape: Shape, dtype: torch.dtype, device: torch.device) -> Vision
 
     config = SiglipVisionConfig(**shape.vision, vision_use_head=False)
     with device:
-        backbone = SiglipVisionModel(config).to(dtype)
-    side = config.image_size // config.patch_size
-    half = (0.5, 0.5, 0.5)
-    geometry = ImageGeometry(config.image_size, config.image_size, side * side, config.hidden_size, half, half)
+        backbone: Any = SiglipVisionModel(config)
+    backbone = backbone.to(dtype)
+    size, half = shape.vision["image_size"], (0.5, 0.5, 0.5)
+    side = size // shape.vision["patch_size"]
+    geometry = ImageGeometry(size, size, side * side, config.hidden_size, half, half)
 
     def features(backbone: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         return backbone(pixel_values=pixels).last_hidden_state
@@ -261,7 +263,12 @@ class Runner:
 
     def __init__(self, variant: Variant, parts: Parts, store: FeatureStore, pipeline: ImagePipeline, pack_len: int):
         self.variant, self.store, self.pipeline = variant, store, pipeline
-        self.language = parts.languages[variant.precision]
+        language = parts.languages[variant.precision]
+        # What `load_language` chooses on a CPU belongs to packing: attention inside each sample of a row.
+        segments = variant.packing and language.device.type == "cpu"
+        self.attention = attention.NAME if segments else "sdpa"
+        language.model.set_attn_implementation(self.attention)
+        self.language = LanguageModel(language.model, language.name)
         self.tower = None if variant.store else parts.towers[variant.precision]
         self.connector = copy.deepcopy(parts.connector).train()
         self.optimizer = torch.optim.AdamW(self.connector.parameters(), lr=1e-4)
@@ -279,6 +286,7 @@ class Runner:
     def step(self, samples: list[Sample], pixels: torch.Tensor | None) -> tuple[float, float]:
         """One optimizer step; the mean loss in nats per supervised token, and the connector's gradient norm."""
         v = self.variant
+        self.language.model.set_attn_implementation(self.attention)  # variants share the weights
         features: list[torch.Tensor] = []
         if v.store:
             for _, _, ref in samples:
@@ -409,7 +417,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="samples a step; default 16, for qwen3-8b 4")
     parser.add_argument("--rounds", type=int, default=4, help="timed steps of every variant")
     parser.add_argument("--visual-tokens", type=int, default=64)
-    parser.add_argument("--pack-len", type=int, default=256)
+    parser.add_argument("--pack-len", type=int, default=1536)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precisions", default=None, help="fp32,bf16 (default on a CPU) or bf16 (default on a GPU)")
     parser.add_argument("--threads", type=int)
@@ -423,10 +431,11 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
+    attention.register()
     if args.memory_of:
         memory_of(args, device)
         return
-    precisions = (args.precisions or ("bf16" if device.type == "cuda" else "fp32,bf16")).split(",")
+    precisions: list[str] = str(args.precisions or ("bf16" if device.type == "cuda" else "fp32,bf16")).split(",")
     console = Console(width=120)
     started = time.perf_counter()
     parts = make_parts(args, precisions, device)
@@ -511,8 +520,15 @@ def report(
         middle = float(np.median(seconds[v.name]))
         measure = "" if v == plan[0] or not v.store else f"x {ratio(previous, v.name):.2f}"
         speed, whole = args.batch / middle, ratio(first, v.name)
-        rows[v.name] = {"s": middle, "samples_per_s": speed, "ratio": whole, "loss_off": away[0],
-                        "gradient_off": away[1], "loss_off_store": off(v.name, "+ store")[0], "losses": losses[v.name]}
+        rows[v.name] = {
+            "s": middle,
+            "samples_per_s": speed,
+            "ratio": whole,
+            "loss_off": away[0],
+            "gradient_off": away[1],
+            "loss_off_store": off(v.name, "+ store")[0],
+            "losses": losses[v.name],
+        }
         table.add_row(
             v.name, f"{middle:.3f}", f"{speed:.2f}", measure, f"x {whole:.2f}",
             f"{away[0]:.1e}", f"{away[1]:.1e}" + ("" if ok else " TOO FAR"),

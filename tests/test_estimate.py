@@ -16,7 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from beholder import estimate
 from beholder.config import ConnectorConfig, LlmConfig, RunConfig, VisionConfig
 from beholder.data import build_data
-from beholder.estimate import LanguageShape, VisionShape, connector_shape, language_shape, matmul_rate, plan, vision_shape
+from beholder.estimate import (
+    LanguageShape,
+    VisionShape,
+    connector_shape,
+    language_shape,
+    matmul_rate,
+    plan,
+    vision_shape,
+)
 from beholder.features import estimate_bytes
 from beholder.model.connector import build_connector
 from beholder.model.language import load_language
@@ -98,9 +106,10 @@ def test_the_reference_pair_is_planned_offline_from_its_config_files(tmp_path, t
         "model.connector.num_visual_tokens": 64, "model.connector.resampler.num_heads": 8,
     })  # fmt: skip
 
-    found = plan(
-        cfg, llm_config=tmp_path / "qwen" / "config.json", vision_config=tmp_path / "siglip" / "config.json", measure=False
-    )
+    files = {
+        f"{part}_config": tmp_path / name / "config.json" for part, name in (("llm", "qwen"), ("vision", "siglip"))
+    }
+    found = plan(cfg, **files, measure=False)
 
     assert found.language and found.vision
     assert found.language.params == 8_190_735_360  # Qwen3-8B's published 8.2 B
@@ -150,9 +159,9 @@ def test_bytes_kept_for_backward_are_what_autograd_keeps(tmp_path, family, preci
 
     measured, _ = saved_bytes(lambda: language.hidden(embeds, positions), storages(language))
 
-    # Measured 0.87 to 1.06 of the estimate: what varies is which rotary intermediates a version keeps.
-    estimated = shape.activation_bytes(rows * length, 4 if precision == "fp32" else 2)
-    assert measured == pytest.approx(estimated, rel=0.2)
+    # Measured 1.04 for all of them; the rest are small intermediates, which versions may keep differently.
+    estimated = shape.activation_bytes(rows * length, 4 if precision == "fp32" else 2, length)
+    assert measured == pytest.approx(estimated, rel=0.1)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -187,7 +196,7 @@ def test_connector_bytes_and_flops_are_those_of_the_real_one(kind):
         real(torch.randn(images, 16, 32)).sum().backward()
 
     assert shape.params == sum(p.numel() for p in real.parameters())
-    # The CPU's fused attention keeps log-sum-exps instead of probabilities, so the meta device's answer is an upper bound.
+    # Which attention kernel runs, and so what it keeps, differs between the CPU and the meta device.
     assert measured / images == pytest.approx(shape.activation_bytes_per_image, rel=0.25)
     assert counter.get_total_flops() / images == pytest.approx(shape.flops_per_image, rel=0.1)
 
@@ -195,7 +204,7 @@ def test_connector_bytes_and_flops_are_those_of_the_real_one(kind):
 def test_checkpointing_trades_memory_for_one_more_forward():
     shape = LanguageShape(30, 576, 9, 3, 64, 1536, 49152, 134_515_008, 106_000_000, False)
 
-    assert shape.activation_bytes(1000, 2, checkpointing=True) < shape.activation_bytes(1000, 2) / 5
+    assert shape.activation_bytes(1000, 2, 100, checkpointing=True) < shape.activation_bytes(1000, 2, 100) / 5
     assert shape.flops(1000, 100, checkpointing=True) / shape.flops(1000, 100) == pytest.approx(1.5, abs=0.05)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -132,9 +133,53 @@ def check(
 
     Python: beholder.data.check.check_data.
     """
-    from beholder.stages import check_command
+    from beholder.config import HygieneConfig, LlmConfig
+    from beholder.data.check import check_data, resolve_data
+    from beholder.model.language import load_tokenizer
+    from beholder.runs import to_json
 
-    check_command(data, dataset, image_root, tokenizer, decode, rejects, json, sets or [], _console())
+    sources, cfg = resolve_data(
+        str(data), dataset=dataset, image_root=None if image_root is None else str(image_root), overrides=sets or []
+    )
+    llm = LlmConfig(name_or_path=tokenizer) if tokenizer else cfg.model.llm if cfg else None
+    result = check_data(
+        sources,
+        load_tokenizer(llm) if llm else None,
+        hygiene=cfg.data.hygiene if cfg else HygieneConfig(),
+        image_token=cfg.prompting.image_token if cfg else "<image>",
+        max_images=cfg.prompting.max_images_per_sample if cfg else 2,
+        verify_images="decode" if decode else "exists",
+        max_megapixels=cfg.data.max_megapixels if cfg else 50.0,
+        progress=_progress_line(),
+    )
+    if json:
+        typer.echo(to_json(result.to_json(), indent=2))
+    else:
+        result.print(_console())
+    if rejects is not None:
+        result.write_rejects(rejects)
+        typer.echo(f"rejects written to {rejects}", err=True)
+
+
+def _progress_line() -> Callable[[str, int, int], None]:
+    """Long checks say where they are, on standard error: a line that overwrites itself, or one every tenth."""
+    started: dict[str, float] = {}
+    last: dict[str, int] = {}
+    terminal = sys.stderr.isatty()
+
+    def tick(what: str, done: int, total: int) -> None:
+        import time
+
+        began = started.setdefault(what, time.perf_counter())
+        elapsed, tenth = time.perf_counter() - began, 10 * done // max(total, 1)
+        if elapsed < 2 or (not terminal and tenth == last.get(what)):
+            return
+        last[what] = tenth
+        eta = elapsed * (total - done) / max(done, 1)
+        end = "\r" if terminal and done < total else "\n"
+        print(f"[progress] {what} {done:,}/{total:,} ETA {eta:.0f} s ", end=end, file=sys.stderr, flush=True)
+
+    return tick
 
 
 @app.command(epilog=_example("beholder preview configs/stage1_align.yaml --num 3 --out preview"))

@@ -7,14 +7,15 @@ of the records, and the speed from a matrix product measured on the device. What
 The formulae, per sample of T positions with K supervised tokens and I images, for a frozen language model of L layers,
 width h, q query heads, k key/value heads of size d, MLP width m, vocabulary V, and B weights in its layers:
 
-- language model, FLOPs: forward 2·B·T + 4·L·q·d·T·R, backward to its inputs the same product plus 2.5 times the
-  attention; R is the row length, since attention inside a row is computed densely. No weight gradients: it is frozen.
-  One more forward with gradient checkpointing.
+- language model, FLOPs: forward 2·B·T + 4·L·q·d·T·R, backward to its inputs the same product plus 2 times the
+  attention; R is the length attention is computed over: the sample's on a CPU (`model.attention`), the row's elsewhere.
+  No weight gradients: it is frozen. One more forward with gradient checkpointing.
 - head: 4·h·V·K, forward and backward, on the supervised positions only.
 - connector: counted by running it forward and backward on the meta device.
 - tower: counted the same way, forward; once per image with the feature store, at every step without.
-- bytes kept for the backward pass, per position and layer: two fp32 inputs of norms (8·h), queries, keys, values and
-  output of attention with repeated heads (4·s·q·d), three MLP tensors (3·s·m), with s bytes a number; families that
+- bytes kept for the backward pass, per position and layer, with s bytes a number: two fp32 inputs of norms (8·h),
+  three MLP tensors (3·s·m), and of attention either queries, keys, values and the softmax over R positions in fp32 and
+  in s bytes (s·(q+2k)·d + q·R·(4+s), CPU) or what a fused kernel keeps with repeated heads (4·s·q·d). Families that
   normalise queries and keys keep them in fp32 too (4·(q+k)·d). With checkpointing: one layer's, plus s·h a layer.
 - logits: at most `model.losses.MAX_LOGITS` at once, as computed, in fp32, and as gradient.
 - connector, gradients and AdamW moments: 16 bytes a weight, plus a copy in the compute type under autocast.
@@ -72,19 +73,26 @@ class LanguageShape:
     """Weights inside the decoder layers: neither embeddings nor head."""
     qk_norm: bool
 
-    def flops(self, tokens: float, row_length: float, checkpointing: bool = False) -> float:
-        """Forward and backward to the inputs, see the module's formulae."""
+    def flops(self, tokens: float, attended: float, checkpointing: bool = False) -> float:
+        """Forward and backward to the inputs; ``attended`` is R of the module's formulae."""
         product = 2.0 * self.layer_params * tokens
-        attention = 4.0 * self.layers * self.heads * self.head_dim * tokens * row_length
-        return product * (3 if checkpointing else 2) + attention * (4.5 if checkpointing else 3.5)
+        attention = 4.0 * self.layers * self.heads * self.head_dim * tokens * attended
+        return product * (3 if checkpointing else 2) + attention * (4 if checkpointing else 3)
 
     def head_flops(self, targets: float) -> float:
         return 4.0 * self.hidden * self.vocab * targets
 
-    def activation_bytes(self, tokens: float, bytes_per_number: int, checkpointing: bool = False) -> float:
-        """Kept for the backward pass, see the module's formulae."""
+    def activation_bytes(
+        self, tokens: float, bytes_per_number: int, attended: float | None, checkpointing: bool = False
+    ) -> float:
+        """Kept for the backward pass, see the module's formulae; ``attended`` None: a fused kernel keeps no softmax."""
         s, width = bytes_per_number, self.heads * self.head_dim
-        layer = 8 * self.hidden + 4 * s * width + 3 * s * self.intermediate
+        layer = 8.0 * self.hidden + 3 * s * self.intermediate
+        if attended is None:
+            layer += 4 * s * width
+        else:
+            layer += s * (width + 2 * self.kv_heads * self.head_dim)
+            layer += self.heads * attended * (4 if s == 4 else 4 + s)
         if self.qk_norm:
             layer += 4 * (self.heads + self.kv_heads) * self.head_dim
         if checkpointing:
@@ -398,7 +406,7 @@ def _sample_records(cfg: RunConfig, result: Plan, num: int = 1000) -> list[Examp
     paths = [s.json_path for s in cfg.data.train_sources]
     missing = [p for p in paths if not any(c in p for c in "*?[") and not Path(p).exists()]
     if missing:
-        result.gaps.append(f"number and length of the records, and what follows from them: no file {', '.join(missing)}")
+        result.gaps.append(f"number and length of the records, hence steps: no file {', '.join(missing)}")
         return []
     records = _try(result.gaps, lambda: open_records(cfg, cfg.data.train_sources))
     if records is None or not len(records):
@@ -463,7 +471,9 @@ def _plan_memory(
         "language_model_weights": language.params * s,
         "vision_tower_weights": vision.params * BYTES[cfg.model.vision.precision],
         "connector_gradients_and_AdamW": connector.params * (16 + autocast),
-        "language_model_activations": language.activation_bytes(positions, s, cfg.model.llm.gradient_checkpointing),
+        "language_model_activations": language.activation_bytes(
+            positions, s, seq["tokens_mean"] if result.device == "cpu" else None, cfg.model.llm.gradient_checkpointing
+        ),
         "connector_activations": images * connector.activation_bytes_per_image,
         "logits": logits * (s + 4 + 4),
         "runtime": RUNTIME_BYTES,
@@ -491,7 +501,11 @@ def _plan_time(
         stored = result.store_bytes / (result.data["images"] * vision.num_patches * vision.d_vision * 2)
     positions = seq["rows_of_a_micro_batch"] * seq["row_length"] * cfg.train.gradient_accum
     result.flops_per_step = {
-        "language_model": language.flops(positions, seq["row_length"], cfg.model.llm.gradient_checkpointing),
+        "language_model": language.flops(
+            positions,
+            seq["tokens_mean" if result.device == "cpu" else "row_length"],
+            cfg.model.llm.gradient_checkpointing,
+        ),
         "head": language.head_flops(samples * (seq["target_tokens_mean"] + 1)),
         "connector": images * connector.flops_per_image,
         "vision_tower": images * vision.flops_per_image * (1 - stored),

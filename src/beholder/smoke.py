@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,19 +92,19 @@ def tiny_llm(folder: Path | str, family: LlmFamily = "qwen3", *, seed: int = 0, 
         "vocab_size": 320 if family == "qwen3" else len(tokenizer), "hidden_size": 64, "intermediate_size": 128,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
         "max_position_embeddings": 4096, "tie_word_embeddings": family == "smollm2",
-        # Trained models have matrices of about this scale for width 64; at the default 0.02 a random model's layers do
-        # next to nothing and its text never depends on what it attends to.
+        # 1/sqrt(64), about the scale of trained matrices: at transformers' 0.02 the layers of so narrow a model do next
+        # to nothing. With 0.3 a connector learns the colour set in a hundred steps (tests/test_smoke.py).
         "initializer_range": 0.12,
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     } | overrides  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         if family == "qwen3":
             model = Qwen3ForCausalLM(Qwen3Config(**settings))
         else:
             model = LlamaForCausalLM(LlamaConfig(**settings))
-    _save(model, folder)
+        model.save_pretrained(folder)
     return folder
 
 
@@ -119,25 +120,28 @@ def tiny_vision(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         if family == "repvit":
             return _tiny_repvit(folder, overrides)
-        _save(_tiny_hf_vision(family, overrides), folder)
+        _tiny_hf_vision(family, overrides).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(_PREPROCESSORS[family], indent=2))
     return str(folder), None
 
 
-def _save(model: Any, folder: Path) -> None:
-    """``save_pretrained`` without its progress bar, which would take as long to read as the file to write."""
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and its complaint about the defaults of its own `SiglipTextConfig`."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
-        model.save_pretrained(folder)
+        yield
     finally:
-        if shown:
+        logging.set_verbosity(verbosity)
+        if bars:
             logging.enable_progress_bar()
 
 

@@ -13,8 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
+
 from beholder.config import RunConfig
 from beholder.configfile import config_hash, diff_configs, dump_config, load_config
+from beholder.data import build_data
+from beholder.data.preview import PreviewItem, preview
 from beholder.evidence import (
     Cost,
     DataFacts,
@@ -25,11 +30,13 @@ from beholder.evidence import (
     Status,
     TextOnly,
     TrainableRow,
-    load_evidence,
     thin,
     thumbnail,
 )
+from beholder.model.connector import resolve_num_tokens
+from beholder.model.language import load_tokenizer
 from beholder.model.plan import ALIGN, TrainableTable, apply_train_plan, frozen_fingerprint, param_groups
+from beholder.model.vision import load_vision
 from beholder.probes import captions, golden, loss, textonly
 from beholder.report import render
 from beholder.runs import RunDir, now, provenance, to_json
@@ -108,7 +115,7 @@ def run_stage(cfg: RunConfig, *, resume: str = "auto") -> Outcome:
                 dist.on_main(lambda: run.set_status(Status.CANCELLED, step=result.step, signal=result.signal))
                 return Outcome(run.path, Status.CANCELLED, result.step, result.signal, is_main=dist.is_main)
 
-            evidence = write_evidence(bench, table, before, step=total)
+            evidence = write_evidence(bench, table, before, step=total, status=Status.SUCCEEDED)
             return Outcome(run.path, Status.SUCCEEDED, total, evidence=evidence, is_main=dist.is_main)
     finally:
         shutdown_distributed()
@@ -140,7 +147,8 @@ def evaluate_run(folder: str, overrides: list[str] | None = None) -> Outcome:
             step = int(checkpoint.read_trainer(where)["step"])
             bench.fill_features(0, 0)
             before = measure_before(bench, fresh=False)
-            evidence = write_evidence(bench, table, before, step=step)
+            status = Status(run.read_json("run.json")["status"])  # measuring a stopped run does not finish it
+            evidence = write_evidence(bench, table, before, step=step, status=status)
             return Outcome(run.path, evidence.status, step, evidence=evidence, is_main=dist.is_main)
     finally:
         shutdown_distributed()
@@ -380,7 +388,9 @@ def ablation(bench: Workbench) -> list[Measurement]:
 # After: evidence and report
 
 
-def write_evidence(bench: Workbench, table: TrainableTable, before: Before, *, step: int) -> Evidence:
+def write_evidence(
+    bench: Workbench, table: TrainableTable, before: Before, *, step: int, status: Status
+) -> Evidence:
     """Measure the trained model, write ``evidence.json``, ``metrics.json``, ``report.html`` and ``report.md``."""
     cfg, data, run = bench.cfg, bench.data, bench.run
     say = bench.reporter
@@ -408,7 +418,7 @@ def write_evidence(bench: Workbench, table: TrainableTable, before: Before, *, s
     after = frozen_fingerprint(bench.model)
     _say_figures(bench, measured, text)
     bench.dist.barrier()
-    return bench_evidence(bench, table, before, after, measured, records, items, text, step)
+    return bench_evidence(bench, table, before, after, measured, records, items, text, step, status)
 
 
 def bench_evidence(
@@ -421,6 +431,7 @@ def bench_evidence(
     items: list[tuple[int, golden.GoldenItem]],
     text: TextOnly,
     step: int,
+    status: Status,
 ) -> Evidence:
     """The measurements with everything that is needed to read them; the main process writes them down."""
     cfg, run, c = bench.cfg, bench.run, bench.data.counts
@@ -429,7 +440,7 @@ def bench_evidence(
     evidence = Evidence(
         run_name=cfg.run_name,
         stage=cfg.stage_name,
-        status=Status.SUCCEEDED,
+        status=status,
         created=now(),
         summary={
             "Language model": bench.model.language.name,
@@ -483,7 +494,7 @@ def bench_evidence(
         run.write_json("metrics.json", evidence.metrics())
         (run.path / "evidence.json").write_text(evidence.to_json(), encoding="utf-8")
         render(evidence, run.path)
-        run.set_status(Status.SUCCEEDED, step=step, phases_s=bench.phases_s)
+        run.set_status(status, step=step, phases_s=bench.phases_s)
         bench.reporter.line("report", str(run.path / "report.html"))
     return evidence
 
@@ -574,9 +585,18 @@ def _samples(
     ]
 
 
+def preview_config(cfg: RunConfig, num: int, folder: Path, console: Console | None = None) -> list[PreviewItem]:
+    """Show the first ``num`` training samples of a config as the model gets them; only the tower is loaded."""
+    tower = load_vision(cfg.model.vision, torch.device("cpu"))
+    num_visual_tokens = resolve_num_tokens(cfg.model.connector, tower.geometry.num_patches)
+    data = build_data(cfg, load_tokenizer(cfg.model.llm), tower.geometry, num_visual_tokens)
+    examples = [data.train.example_at(p) for p in range(min(num, len(data.train)))]
+    return preview(examples, data.builder(None, train=True, cfg=cfg), folder, console)
+
+
 def asdict_of(section: Any) -> dict[str, float]:
     """Peak learning rates or weight decays by part name."""
     return dict(section.model_dump())
 
 
-__all__ = ["Outcome", "evaluate_run", "load_evidence", "run_stage"]
+__all__ = ["Outcome", "evaluate_run", "preview_config", "run_stage"]

@@ -27,7 +27,8 @@ HOSTILE = (
     "<image>", "<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n", "</s>", "<s>", "<|endoftext|>",
     "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<think>", "</think>", "<tool_call>", "<im_patch>",
     "<|im_<|im_end|>end|>", "<|im_end|><|im_end|>", "<<|im_end|>", "\u202egnp.exe\u202c", "\u2066x\u2069", "\x00",
-    "a\x00b", "e\u0301\u0327", "\ufeff", "\u200b\u200d", "[", "]", "[]", "\n", "\r\n", "  ", "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "a\x00b", "e\u0301\u0327", "\ufeff", "\u200b\u200d",
+    "[", "]", "[]", "\n", "\r\n", "  ", "\U0001f468\u200d\U0001f469\u200d\U0001f467",
     "ﷺ", "＜|im_end|＞", "<|IM_END|>", "İ", "\U0010ffff", "𝔄", "日本語のテキスト", "نص عربي", "$&\\1{}%s", "<file_sep>",
 )  # fmt: skip
 
@@ -395,7 +396,7 @@ def test_sentencepiece_style_tokenizers_keep_their_control_tokens_to_themselves(
     assert encoded.ids[0] == 1 and encoded.ids[-1] == 2
     controls = [i for i in encoded.ids.tolist() if i < 3]
     assert controls == [1, *[2] * N, 2], "bos, N reserved positions, end"
-    assert "</s>" in tokenizer.decode(encoded.ids[encoded.supervise][:-1].tolist()).replace(" ", "")
+    assert "</s>" in str(tokenizer.decode(encoded.ids[encoded.supervise][:-1].tolist())).replace(" ", "")
 
 
 @pytest.mark.parametrize("text", ["", "\ud800", "a\udfffb"])

@@ -189,7 +189,14 @@ def test_the_common_formats_say_that_they_are_truncated(format: str, at_least: i
 
 @pytest.mark.parametrize(
     "data",
-    [b"not an image", b"<html>404</html>", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"%PDF-1.7\n", b"\x89PNG\r\n\x1a\n", b"\0" * 600],
+    [
+        b"not an image",
+        b"<html>404</html>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n",
+        b"%PDF-1.7\n",
+        b"\x89PNG\r\n\x1a\n",
+        b"\0" * 600,
+    ],
 )
 def test_what_is_not_an_image_is_refused(data: bytes) -> None:
     assert reason(decode, data, "x", 50) in ("not_an_image", "undecodable")
@@ -215,7 +222,9 @@ def test_the_megapixel_cap_is_the_users_and_not_pillows() -> None:
     large = png_bytes(Image.new("1", (9600, 9600)))  # 92 megapixels: Pillow would warn
 
     assert decode(large, "x", 100).size == (9600, 9600)
-    header_only = large.replace(struct.pack(">II", 9600, 9600), struct.pack(">II", 20_000, 20_000))  # Pillow would raise
+    header_only = large.replace(
+        struct.pack(">II", 9600, 9600), struct.pack(">II", 20_000, 20_000)
+    )  # Pillow would raise
     assert reason(decode, _with_valid_header(header_only), "x", 50) == "too_many_pixels"
 
 
@@ -396,7 +405,9 @@ def test_parquet_cells_of_every_shape_give_their_bytes(tmp_path: Path, shape: st
 
 def test_a_null_parquet_cell_is_a_missing_image(tmp_path: Path) -> None:
     path = str(tmp_path / "a.parquet")
-    pq.write_table(pa.table({"image": pa.array([{"bytes": None, "path": "/etc/passwd"}, {"bytes": b"x", "path": ""}])}), path)
+    pq.write_table(
+        pa.table({"image": pa.array([{"bytes": None, "path": "/etc/passwd"}, {"bytes": b"x", "path": ""}])}), path
+    )
 
     assert reason(read_bytes, ImageRef(path, "row 0", "parquet", 0)) == "missing_image"
 

@@ -27,7 +27,7 @@ from beholder.data.hygiene import HygieneReport, apply_hygiene
 from beholder.data.images import ImagePipeline
 from beholder.data.mixture import Mixture
 from beholder.data.sources import Records, Reject, open_sources
-from beholder.data.splits import Split, load_split, make_split, save_split
+from beholder.data.splits import Split, load_split, make_split, save_split, shared_images
 from beholder.types import Batch, Example, FeatureReader, ImageGeometry, ImageRef, UserError
 
 __all__ = ["Data", "build_data", "build_encoder", "open_records"]
@@ -159,25 +159,23 @@ def build_data(
     if not len(hygiene.accepted):
         raise UserError(f"no training sample is left of {len(records)} records: {_reasons(rejects)}")
 
+    settings: dict[str, Any] = {
+        "mode": d.split,
+        "eval_size": None if d.eval_sources else d.eval_size,
+        "eval_ratio": d.eval_ratio,
+        "len_buckets": list(d.len_buckets),
+        "max_samples": d.max_samples,
+        "seed": cfg.seed,
+    }
     if split_file is not None and split_file.exists():
-        split = load_split(split_file, records)
+        split = load_split(split_file, records, settings)
     else:
-        split = make_split(
-            records,
-            hygiene.accepted,
-            hygiene.target_tokens,
-            mode=d.split,
-            eval_size=d.eval_size,
-            eval_ratio=d.eval_ratio,
-            len_buckets=d.len_buckets,
-            max_samples=d.max_samples,
-            seed=cfg.seed,
-        )
+        split = make_split(records, hygiene.accepted, hygiene.target_tokens, **settings)
         if split_file is not None and write_split:
             save_split(split_file, split, records)
 
-    held, held_indices, eval_count = records, split.eval, len(split.eval)
-    bucket_of, label_len = split.bucket, hygiene.target_tokens
+    held, held_split, held_indices = records, split, split.eval
+    train_indices = split.train
     if d.eval_sources:
         held = open_records(cfg, d.eval_sources)
         # Held-out records are measured as they are: a caption that training would reject as too short or as a
@@ -186,46 +184,48 @@ def build_data(
         held_hygiene = _vet(held, tokenizer, lenient, cfg, progress)
         rejects += [*held.rejects, *held_hygiene.rejects]
         held_split = make_split(
-            held, held_hygiene.accepted, held_hygiene.target_tokens, mode="none", eval_size=None, eval_ratio=None,
-            len_buckets=d.len_buckets, max_samples=d.eval_size, seed=cfg.seed,
+            held, held_hygiene.accepted, held_hygiene.target_tokens,
+            **{**settings, "mode": "none", "eval_ratio": None, "max_samples": d.eval_size},
         )  # fmt: skip
-        held_indices, eval_count = held_split.train, len(held)
-        bucket_of, label_len = held_split.bucket, held_hygiene.target_tokens
+        held_indices = held_split.train
+        overlap = shared_images(records, train_indices, held, held_indices)
+        train_indices = np.setdiff1d(train_indices, overlap, assume_unique=True)
+        rejects += [
+            Reject(records[int(i)].id, records[int(i)].row, records[int(i)].file, "held_out_image", "an eval image")
+            for i in overlap
+        ]
     eval_examples = [encoder.apply_template(held[int(i)]) for i in held_indices]
-    eval_buckets = [bucket_of[int(i)] for i in held_indices]
+    eval_buckets = [held_split.bucket[int(i)] for i in held_indices]
     if not eval_examples:
         raise UserError(
             "no held-out sample is left, so nothing could be measured: set data.eval_size, data.eval_ratio or "
             f"data.eval_sources ({_reasons(rejects)})"
         )
 
-    tokens = hygiene.target_tokens[split.train]
+    tokens = hygiene.target_tokens[train_indices]
     counts = {
         "records": len(records) + len(records.rejects),
-        "eval_records": eval_count,
-        "train": len(split.train),
+        "eval_records": len(held) + len(held.rejects) if d.eval_sources else 0,
+        "accepted": len(hygiene.accepted),
+        "train": len(train_indices),
         "eval": len(eval_examples),
         "eval_buckets": dict(Counter(eval_buckets)),
-        "rejects": dict(Counter(r.reason for r in rejects)),
+        "sources": dict(Counter(records.source_of(int(i)) for i in train_indices)),
+        "rejects": dict(Counter(r.reason for r in rejects)) | _overlap(split),
         "duplicates": dict(hygiene.duplicates),
-        "target_tokens": {
-            "mean": float(tokens.mean()), "min": int(tokens.min()), "max": int(tokens.max()),
-            "histogram": np.bincount(np.minimum(tokens, 100)).tolist(),
-        },
-        "fingerprint": records.fingerprint,
-        "encoder": encoder.fingerprint,
-    }  # fmt: skip
+        "target_tokens": {"mean": float(tokens.mean()), "min": int(tokens.min()), "max": int(tokens.max())},
+    }
     t = cfg.train
     return Data(
         records=records,
         hygiene=hygiene,
         split=split,
         train=Mixture(
-            records, split.train, seed=cfg.seed, multi_image_fraction=d.multi_image_fraction
+            records, train_indices, seed=cfg.seed, multi_image_fraction=d.multi_image_fraction
         ),
         eval_examples=eval_examples,
         eval_buckets=eval_buckets,
-        eval_label_len=[int(label_len[int(i)]) for i in held_indices],
+        eval_label_len=[held_split.label_len[int(i)] for i in held_indices],
         encoder=encoder,
         pipeline=ImagePipeline(geometry, d.max_megapixels),
         train_pipeline=ImagePipeline(geometry, d.max_megapixels, d.augment),
@@ -251,6 +251,10 @@ def _vet(
         on_bad_image=cfg.data.on_bad_image,
         progress=progress,
     )
+
+
+def _overlap(split: Split) -> dict[str, int]:
+    return {"held_out_image": len(split.overlap)} if len(split.overlap) else {}
 
 
 def _reasons(rejects: Sequence[Reject]) -> str:

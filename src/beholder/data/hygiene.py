@@ -325,27 +325,24 @@ def find_duplicates(texts: Sequence[str], threshold: float) -> tuple[dict[int, i
         if words:
             sets.append(ids)
             owners.append(i)
-    dropped: dict[int, int] = {}
-    for later, earlier in _similar_pairs(sets, len(vocabulary), threshold):
-        if later not in dropped and earlier not in dropped:
-            dropped[later] = earlier
+    dropped = _similar_to_kept(sets, len(vocabulary), threshold)
     near.update((owners[j], owners[k]) for j, k in dropped.items())
     # What repeats a dropped text repeats the text that one repeats, so that every named original is a kept one.
-    exact = {i: near.get(first, first) for i, first in exact.items()}
     near = {i: near.get(first, first) for i, first in near.items()}
+    exact = {i: near.get(first, first) for i, first in exact.items()}
     return exact, dict(sorted(near.items()))
 
 
 _NUM_HASHES = 96
-_MAX_BUCKET = 256
+_MAX_BUCKET = 64
 """In a bucket with more sets, each is compared with this many of the earliest, so that time stays linear."""
 
 
-def _similar_pairs(sets: Sequence[np.ndarray], num_words: int, threshold: float) -> list[tuple[int, int]]:
-    """(later, earlier) pairs of sets with Jaccard similarity >= threshold, sorted."""
+def _similar_to_kept(sets: Sequence[np.ndarray], num_words: int, threshold: float) -> dict[int, int]:
+    """Set → the earliest set before it with Jaccard similarity >= threshold that has no such set itself."""
     n = len(sets)
     if n < 2 or threshold >= 1:  # equal sets were grouped before
-        return []
+        return {}
     rows = max((r for r in range(1, 17) if _recall(threshold, r) >= 0.999), default=1)
     sizes = np.array([len(s) for s in sets], np.int64)
     flat, offsets = np.concatenate(sets), np.concatenate([[0], np.cumsum(sizes)[:-1]])
@@ -360,11 +357,13 @@ def _similar_pairs(sets: Sequence[np.ndarray], num_words: int, threshold: float)
             band ^= band >> np.uint64(29)
         candidates.append(_bucket_pairs(band, sizes, threshold))
     pairs = np.unique(np.concatenate(candidates))
-    similar = []
-    for later, earlier in zip((pairs // n).tolist(), (pairs % n).tolist(), strict=True):
+    similar: dict[int, int] = {}
+    for later, earlier in zip((pairs // n).tolist(), (pairs % n).tolist(), strict=True):  # by later, then by earlier
+        if later in similar or earlier in similar:
+            continue
         common = len(np.intersect1d(sets[later], sets[earlier], assume_unique=True))
         if common >= threshold * (sizes[later] + sizes[earlier] - common) - 1e-9:
-            similar.append((later, earlier))
+            similar[later] = earlier
     return similar
 
 

@@ -16,7 +16,6 @@ import os
 import re
 import stat
 import tarfile
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -164,9 +163,10 @@ class _ArrayScanner:
                     if len(self.raw) - self.at < MAX_RECORD_BYTES and self._grow():
                         continue
                     raise self._malformed(e) from None
-                if end == len(self.text) and self._grow():
-                    continue  # a number may go on in the next chunk
-                break
+                # A number may go on in the next chunk: "1" and "1.5" both end well.
+                ended = end < len(self.text) and self.text[end] in " \t\r\n,]"
+                if ended or len(self.raw) - self.at >= MAX_RECORD_BYTES or not self._grow():
+                    break
             start = self.base + self.at
             yield Found(start, self.raw[self.at : end], f"line {self._line()}, byte {start:,}")
             self.count += 1
@@ -401,10 +401,13 @@ def cache_key(*facts: object) -> str:
 def cache_load(key: str) -> tuple[dict[str, np.ndarray], Any] | None:
     """(arrays, JSON value), or None when there is none or it is damaged; then the caller computes it again."""
     try:
-        with np.load(cache_dir() / f"{key}.npz", allow_pickle=False) as file:  # zip members carry a CRC-32
-            arrays = {name: file[name] for name in file.files}
+        with open(cache_dir() / f"{key}.npz", "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}  # zip members carry a CRC-32
         return arrays, orjson.loads(arrays.pop("meta").tobytes())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except FileNotFoundError:
+        return None
+    except Exception as e:  # damage shows as any of a dozen exceptions of zipfile, numpy and json
+        log.warning("the cached record index %s is damaged and built again: %s", key, e)
         return None
 
 

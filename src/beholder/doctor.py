@@ -1,0 +1,326 @@
+"""Looks over the machine before a run does: versions, device, speed, memory, disks, caches, offline flags.
+
+Nothing is downloaded, no network is touched, and nothing is left behind. Each finding says what to do when it is not
+right.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.version import Version
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from beholder.assets import cache_dir
+from beholder.config import FeaturesConfig
+from beholder.features import store_dir
+
+Level = Literal["ok", "warn", "fail"]
+
+TESTED_PYTHON = ((3, 11), (3, 13))
+"""First and last minor version the tests run on."""
+MIN_RAM_GB, MIN_DISK_GB = 4.0, 5.0
+"""What the quickstart needs, with room to spare."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. warn: it works, but not as well as it could. fail: a run would not start."""
+
+    name: str
+    level: Level
+    found: str
+    advice: str = ""
+
+
+def diagnose() -> list[Check]:
+    """Every check, in the order a person would ask. Takes a second or two (two small matrix products are timed)."""
+    device = _device()
+    checks: list[Check] = [_python(), *_packages(), _torchvision(), _describe(device), *_speed(device), _attention()]
+    checks += [_ram(), _shared_memory(), *_disks(), _cache(), _store(), _assets(), _hub()]
+    return checks
+
+
+def print_checks(checks: list[Check], console: Console) -> None:
+    """The findings as a table, then what to do about those that are not right."""
+    colour = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for check in checks:
+        table.add_row(f"[{colour[check.level]}]{check.level}[/]", escape(check.name), escape(check.found))
+    console.print(table)
+    for check in checks:
+        if check.level != "ok" and check.advice:
+            label = f"[{colour[check.level]}]{check.level}[/]"
+            console.print(f"\n{label} {escape(check.name)}: {escape(check.advice)}", soft_wrap=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Software
+
+
+def _python(version: tuple[int, int] | None = None) -> Check:
+    version = version or sys.version_info[:2]
+    first, last = TESTED_PYTHON
+    text = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    asked = f"Beholder is tested on Python {first[0]}.{first[1]} to {last[0]}.{last[1]}"
+    if version < first:
+        return Check("Python", "fail", text, f"{asked}; make an environment with one of them.")
+    if version > last:
+        return Check("Python", "warn", text, f"{asked}; if something is odd, try one of them.")
+    return Check("Python", "ok", text)
+
+
+def requirements() -> list[str]:
+    """What the package asks for, from its installed metadata, else from the checkout it runs in."""
+    try:
+        found = importlib.metadata.requires("beholder")
+        if found:
+            return [r for r in found if "extra ==" not in r]
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    if project.is_file():
+        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
+    return []
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _packages(
+    required: list[str] | None = None, installed: Callable[[str], str | None] = _installed
+) -> Iterator[Check]:
+    required = requirements() if required is None else required
+    if not required:
+        yield Check("packages", "warn", "unknown", "The package's own metadata is missing; install it with pip.")
+        return
+    good: list[str] = []
+    for text in required:
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            continue
+        version = installed(requirement.name)
+        pip = f'pip install "{requirement.name}{requirement.specifier}"'
+        if version is None:
+            yield Check(requirement.name, "fail", "not installed", pip)
+        # A local label such as +cu130 says which build, not which version.
+        elif not requirement.specifier.contains(Version(version).base_version, prereleases=True):
+            yield Check(requirement.name, "fail", f"{version}; supported: {requirement.specifier}", pip)
+        elif requirement.name in ("torch", "torchvision", "transformers", "timm"):
+            good.append(f"{requirement.name} {version}")
+    if good:
+        yield Check("packages", "ok", ", ".join(good))
+
+
+def _torchvision() -> Check:
+    """timm imports torchvision, and a torchvision built for another torch fails only when it is imported."""
+    name = "torchvision with timm"
+    try:
+        importlib.import_module("torchvision")
+        importlib.import_module("timm")
+    except Exception as e:  # any failure of someone else's import is the finding
+        advice = (
+            "Install the torchvision that belongs to your torch, from the same index: pip install torch torchvision"
+        )
+        return Check(name, "fail", f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}", advice)
+    return Check(name, "ok", "imports")
+
+
+def _attention() -> Check:
+    flash = [n for n in ("flash_attn", "flash_attn_interface") if importlib.util.find_spec(n) is not None]
+    return Check("attention", "ok", "sdpa, eager" + (f", {', '.join(flash)}" if flash else "; no flash-attn package"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Device
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _describe(device: torch.device) -> Check:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        count = torch.cuda.device_count()
+        text = f"{count} x {properties.name}, {properties.total_memory / 1e9:.0f} GB"
+        return Check("device", "ok", text)
+    if device.type == "mps":
+        return Check("device", "ok", "Apple GPU (mps)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    text = f"CPU, {cores} cores, {threads} torch threads"
+    if threads > cores:
+        return Check(
+            "device", "warn", text, f"More threads than cores slow each other down: set OMP_NUM_THREADS={cores}."
+        )
+    if torch.version.cuda and shutil.which("nvidia-smi"):
+        return Check(
+            "device", "warn", text, "torch does not see the GPU: compare `nvidia-smi` with torch.version.cuda."
+        )
+    return Check("device", "ok", text)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, side: int, repeats: int = 5) -> float:
+    """Floating-point operations per second of a square matrix product, best of ``repeats``."""
+    a = torch.ones(side, side, dtype=dtype, device=device)
+
+    def once() -> float:
+        started = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        elif device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter() - started
+
+    once()  # warm-up: thread pools and kernel selection
+    return 2 * side**3 / min(once() for _ in range(repeats))
+
+
+def _speed(device: torch.device) -> Iterator[Check]:
+    side = 4096 if device.type == "cuda" else 768
+    rates = {name: matmul_rate(device, getattr(torch, name), side) for name in ("float32", "bfloat16")}
+    text = f"bf16 {rates['bfloat16'] / 1e9:,.0f}, fp32 {rates['float32'] / 1e9:,.0f} GFLOP/s"
+    if rates["bfloat16"] < 0.8 * rates["float32"]:
+        yield Check("matrix products", "warn", text,
+                    "bf16 is slower than fp32 here. Runs are quicker with --set train.precision=fp32 --set "
+                    "model.llm.precision=fp32 --set model.vision.precision=fp32, at twice the memory.")  # fmt: skip
+    else:
+        yield Check("matrix products", "ok", text)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Memory and disks
+
+
+def memory_limit() -> int | None:
+    """Bytes a container may use, when it is told less than the machine has."""
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdecimal() and int(text) < psutil.virtual_memory().total:
+            return int(text)
+    return None
+
+
+def _ram() -> Check:
+    memory = psutil.virtual_memory()
+    limit = memory_limit()
+    free = memory.available if limit is None else min(memory.available, limit)
+    text = f"{free / 1e9:.1f} GB free of {(limit or memory.total) / 1e9:.1f} GB" + (" (container)" if limit else "")
+    if free < MIN_RAM_GB * 1e9:
+        return Check(
+            "memory", "warn", text, f"The quickstart wants {MIN_RAM_GB:g} GB. `beholder plan CONFIG` estimates a run's."
+        )
+    return Check("memory", "ok", text)
+
+
+def _shared_memory(folder: str = "/dev/shm") -> Check:
+    if not Path(folder).is_dir():
+        return Check("shared memory", "ok", "not limited")
+    total = shutil.disk_usage(folder).total
+    text = f"{total / 1e9:.2f} GB"
+    if total < 256e6:
+        return Check("shared memory", "warn", text,
+                     "Loader processes hand batches over through it: give the container more (--shm-size=1g) or keep "
+                     "data.num_workers: 0.")  # fmt: skip
+    return Check("shared memory", "ok", text)
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _disks() -> Iterator[Check]:
+    for name, folder in (("disk of the cache", cache_dir()), ("disk of this folder", Path.cwd())):
+        free = shutil.disk_usage(_existing(folder)).free
+        text = f"{free / 1e9:.1f} GB free"
+        if free < MIN_DISK_GB * 1e9:
+            yield Check(name, "warn", text, f"Free some space ({folder}), or point BEHOLDER_CACHE to another disk.")
+        else:
+            yield Check(name, "ok", text)
+
+
+def _cache() -> Check:
+    folder = cache_dir()
+    there = _existing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=there if there.is_dir() else None) as file:
+            file.write(b"x")
+        usable = there.is_dir()
+    except OSError:
+        usable = False
+    if not usable:
+        return Check(
+            "cache folder", "fail", f"{folder}: not writable", "Set BEHOLDER_CACHE to a folder you can write to."
+        )
+    return Check("cache folder", "ok", str(folder) + ("" if folder.exists() else " (made on first use)"))
+
+
+def _store() -> Check:
+    folder = store_dir(FeaturesConfig())
+    used = 0
+    for path in folder.rglob("*") if folder.is_dir() else ():
+        try:
+            used += path.stat().st_blocks * 512 if path.is_file() else 0  # shards are sparse files
+        except OSError:
+            continue
+    free = shutil.disk_usage(_existing(folder)).free
+    text = f"{used / 1e9:.2f} GB in {folder}"
+    if used > free:
+        return Check("feature store", "warn", text, "It holds more than is left on the disk; deleting it is safe.")
+    return Check("feature store", "ok", text)
+
+
+def _assets() -> Check:
+    given = os.environ.get("BEHOLDER_ASSETS")
+    if not given:
+        return Check("quickstart parts", "ok", "downloaded on first use (BEHOLDER_ASSETS is not set)")
+    if not Path(given).expanduser().is_dir():
+        return Check("quickstart parts", "fail", f"BEHOLDER_ASSETS={given}: no such folder",
+                     "Point it to the folder with the three wheel files, or unset it.")  # fmt: skip
+    return Check("quickstart parts", "ok", f"BEHOLDER_ASSETS={given}")
+
+
+def _hub() -> Check:
+    flags = [
+        n
+        for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+        if os.environ.get(n, "").upper() in ("1", "ON", "YES", "TRUE")
+    ]
+    if flags:
+        return Check("model hub", "warn", f"offline ({', '.join(flags)})",
+                     "Hub names load only if they are in the local cache; folders and files always do.")  # fmt: skip
+    return Check("model hub", "ok", "may be asked (no offline flag; not contacted now)")

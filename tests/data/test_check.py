@@ -1,0 +1,126 @@
+"""``beholder check``: the report holds what the files hold, and hostile text in it stays text."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import yaml
+from PIL import Image
+from rich.console import Console
+
+from beholder.config import HygieneConfig, SourceConfig
+from beholder.data.check import CheckReport, check_data, resolve_data
+from beholder.types import UserError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BEHOLDER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> SourceConfig:
+    """Seven good records, a broken line, a record with the wrong type and one whose image is missing."""
+    root = tmp_path / "images"
+    root.mkdir()
+    for i in range(7):
+        Image.new("RGB", (10 + i, 20), (i // 2, 0, 0)).save(root / f"{i}.png")
+    (root / "6.png").write_bytes((root / "5.png").read_bytes())
+    lines: list[Any] = [
+        {"id": str(i // 2), "images": [f"{i}.png"], "caption": f"a caption with number {i // 3}", "source": "ab"[i % 2]}
+        for i in range(7)
+    ]
+    lines += [
+        b'{"id": ',
+        {"id": "w", "images": 3, "caption": "x"},
+        {"id": "m", "image": "gone.png", "caption": "a b c d"},
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(x if isinstance(x, bytes) else orjson.dumps(x) for x in lines))
+    return SourceConfig(json_path=str(path), image_root=str(root))
+
+
+def printed(report: CheckReport) -> str:
+    out = io.StringIO()
+    report.print(Console(file=out, width=200, color_system=None))
+    return out.getvalue()
+
+
+def test_the_report_counts_records_sources_rejects_and_duplicates(data: SourceConfig) -> None:
+    report = check_data([data], verify_images="decode")
+
+    assert (report.records, report.accepted, report.images) == (10, 7, 8)
+    # the record without a source of its own takes the file's stem, which is "a" too
+    assert report.sources == {"a": {"records": 5, "accepted": 4}, "b": {"records": 3, "accepted": 3}}
+    assert report.rejects_by_reason == {"bad_json": 1, "wrong_type": 1, "missing_image": 1}
+    assert report.records == report.accepted + len(report.rejects)
+    assert report.duplicate_captions == {"exact": 4, "near": 0}
+    assert report.duplicate_ids == 3
+    assert report.duplicate_images == 1
+    assert report.image_sizes is not None
+    assert report.image_sizes["width"]["min"] == 10 and report.image_sizes["width"]["max"] == 15
+    assert report.image_sizes["formats"] == {"PNG": 7}
+    assert sum(n for _, _, n in report.length_histogram) == 8
+
+
+def test_without_decoding_or_tokenizer_the_report_says_what_was_not_done(data: SourceConfig) -> None:
+    report = check_data([data], hygiene=HygieneConfig(max_tokens=10))
+
+    assert report.duplicate_images is None and report.image_sizes is None
+    assert report.unit == "words" and report.length["max"] == 5
+    assert any("no tokenizer" in n and "5 to 10 tokens" in n for n in report.notes)
+    assert any("not decoded" in n for n in report.notes)
+
+
+def test_json_reject_log_and_print_agree(data: SourceConfig, tmp_path: Path) -> None:
+    report = check_data([data])
+    report.write_rejects(tmp_path / "rejects.jsonl")
+
+    logged = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert logged == json.loads(json.dumps(report.to_json()))["rejects"]
+    text = printed(report)
+    assert "7 of 10 records accepted" in text
+    for reject in report.rejects:
+        assert reject.reason in text and f"record {reject.row}" in text
+
+
+def test_hostile_text_is_printed_literally(tmp_path: Path) -> None:
+    hostile = "[red]\x1b[2J\u202e[/red][link=x]"
+    (tmp_path / "a.jsonl").write_bytes(
+        orjson.dumps({"id": hostile, "images": ["x"], "caption": hostile, "source": hostile})
+    )
+
+    text = printed(check_data([SourceConfig(json_path=str(tmp_path / "a.jsonl"))]))
+
+    assert "\x1b" not in text and "\u202e" not in text
+    assert "[red]\\x1b[2J\\u202e[/red][link=x]" in text.replace("\n", "")
+
+
+def test_a_file_with_only_bad_records_is_reported_and_not_a_crash(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{\n[\n")
+
+    report = check_data([SourceConfig(json_path=str(tmp_path / "a.jsonl"))])
+
+    assert (report.records, report.accepted) == (2, 0)
+    assert "0 of 2 records accepted" in printed(report)
+
+
+def test_data_may_be_a_config_or_a_record_file(data: SourceConfig, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump({
+        "run_name": "x",
+        "model": {"llm": {"name_or_path": "l"}, "vision": {"name_or_path": "v"}},
+        "data": {"json_path": data.json_path, "image_root": data.image_root},
+    }))  # fmt: skip
+
+    assert resolve_data(data.json_path, image_root=data.image_root) == ((data,), None)
+    sources, cfg = resolve_data(str(config), overrides=["data.max_samples=3"])
+    assert sources == (data,)
+    assert cfg is not None and cfg.data.max_samples == 3
+    with pytest.raises(UserError, match="no such file"):
+        resolve_data(str(tmp_path / "gone.jsonl"))
