@@ -5,10 +5,11 @@
     python benchmarks/align_step.py --shape qwen3-8b --batch 4          # Qwen3-8B + SigLIP so400m/384 on a GPU
 
 The reference is written below in plain torch: every step sends every image through the tower, pads the batch to its
-longest sample, and computes logits over the whole vocabulary at every position, with transformers' own attention (sdpa). Its pixels are decoded for free; our
-step pays for reading the feature store and for laying out the batch. Measures are switched on one after another, so
-their factors multiply to the whole; each variant trains a connector of its own from the same start, and all losses must
-agree at every step. Peak memory comes from one fresh process per variant. Weights are random unless given.
+longest sample, and computes logits over the whole vocabulary at every position, with transformers' own attention. Its
+pixels are decoded for free; our step pays for reading the feature store and for laying out the batch. Measures are
+switched on one after another, so their factors multiply to the whole; each variant trains a connector of its own from
+the same start, and losses and gradient norms must agree at every step. Peak memory comes from one fresh process per
+variant. Weights are random unless given.
 """
 
 from __future__ import annotations

@@ -237,21 +237,20 @@ def test_shuffled_images_raise_loss_on_the_colour_set(tmp_path: Path, tiny_confi
     records, images = colour_set(tmp_path / "data", 240)
     llm = tiny_llm(tmp_path / "llm", initializer_range=0.3)
     cfg = tiny_config(tmp_path, **{
-        "model.llm.name_or_path": str(llm), "model.connector": {"num_visual_tokens": 8, "resampler": {"num_heads": 4}},
+        "model.llm.name_or_path": str(llm),
+        "model.connector": {"num_visual_tokens": 8, "resampler": {"num_heads": 4, "dim": 64}},
         "data.json_path": str(records), "data.image_root": str(images), "data.eval_size": 48,
         "train.train_steps": 120, "train.micro_batch_size": 16, "train.lr.connector": 3e-3, "train.save_every": 1000,
-        "train.log_every": 60, "eval.golden_size": 0, "eval.golden_generate": None, "eval.caption_samples": 0,
+        "train.log_every": 60, "train.full_eval_every": "end", "eval.golden_size": 0, "eval.caption_samples": 0,
         "ablation.num_samples": 48,
     })  # fmt: skip
 
     evidence = run_stage(cfg).evidence
 
     assert evidence is not None
-    correct, shuffled, zero = (
-        evidence.get(f"ablation.loss.{condition}") for condition in ("correct", "shuffled", "zero")
-    )
-    assert correct is not None and shuffled is not None and zero is not None
-    # Measured: 3.4 against 3.9 and 4.1 nats per token, with intervals of 0.06 to 0.15 either side.
-    assert correct.ci95 is not None and shuffled.ci95 is not None and zero.ci95 is not None
-    assert correct.ci95[1] < shuffled.ci95[0] and correct.ci95[1] < zero.ci95[0]
-    assert shuffled.value - correct.value > 0.2
+    shuffled, zero = evidence.get("ablation.ratio.shuffled"), evidence.get("ablation.ratio.zero")
+    assert shuffled is not None and shuffled.ci95 is not None
+    assert zero is not None and zero.ci95 is not None
+    # Measured: 1.09 (1.07 to 1.11) and 1.23 (1.19 to 1.27), paired; a blind model has 1 within its interval.
+    assert shuffled.ci95[0] > 1.03
+    assert zero.ci95[0] > 1.03

@@ -259,10 +259,10 @@ def evaluate(
 
 @app.command(epilog=_example("beholder report outputs/quickstart"))
 def report(run_folder: RunArg) -> None:
-    """Render report.html and report.md again, from evidence.json alone. Python: beholder.report.render_run."""
-    from beholder.report import render_run
+    """Render report.html and report.md again, from evidence.json alone. Python: beholder.report.render."""
+    from beholder.report import render
 
-    for path in render_run(Path(run_folder)):
+    for path in render(run_folder, run_folder):
         typer.echo(path)
 
 

@@ -363,7 +363,7 @@ class FeatureStore:
             full.set()
             report.over_cap += len(images)
             return
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: what a tower caches must stay usable outside
             features = encode(torch.stack([image.pixels for image in images if image.pixels is not None]))
         expected = (len(images), self.num_patches, self.d_vision)
         assert features.shape == expected, f"encode gave {tuple(features.shape)}, the store is made for {expected}"

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-import numpy as np
-import torch
+if TYPE_CHECKING:  # the command line imports this file and must answer --help without loading torch
+    import numpy as np
+    import torch
 
 IGNORE_INDEX = -100
 """Label of a position that is not supervised (the PyTorch cross-entropy convention)."""

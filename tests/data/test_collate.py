@@ -337,7 +337,7 @@ def test_processes_share_a_step_without_changing_it(
     encoder: ChatEncoder, root: Path, world_size: int, micro: tuple[int, int]
 ) -> None:
     make = builder(encoder, augment="random_crop")
-    options = {"micro_batch_size": micro[0], "gradient_accum": micro[1]}
+    options: dict[str, Any] = {"micro_batch_size": micro[0], "gradient_accum": micro[1]}
     alone = list(stream(examples(root), make, **options).steps(3, 6))
     ranks = [stream(examples(root), make, **options, rank=r, world_size=world_size) for r in range(world_size)]
     shares = [list(s.steps(3, 6)) for s in ranks]
@@ -377,19 +377,23 @@ def test_an_error_in_a_worker_keeps_its_message(encoder: ChatEncoder, root: Path
     source.examples[9] = replace(source.examples[9], images=(ImageRef(str(root), "gone.png"),))
     broken = stream(source, builder(encoder), num_workers=num_workers, multi_image_fraction=0.0)
 
+    before = _children()
     with pytest.raises(UserError) as caught:
         list(broken.steps(0, 4))
 
     assert "gone.png" in str(caught.value) and "data.jsonl: record 9 (id 'e9')" in str(caught.value)
     assert "Traceback" not in str(caught.value)
+    assert _children() <= before, "nobody is left behind"
 
 
 def test_a_bug_in_a_worker_is_not_mistaken_for_bad_input(encoder: ChatEncoder, root: Path) -> None:
     make = builder(encoder)
     make.pipeline = _buggy
 
+    before = _children()
     with pytest.raises(ZeroDivisionError, match="in DataLoader worker process"):
         list(stream(examples(root), make, num_workers=1).steps(0, 1))
+    assert _children() <= before
 
 
 def _buggy(ref: ImageRef, key: str | None) -> torch.Tensor:
@@ -410,10 +414,11 @@ def test_skipped_samples_travel_with_the_batch_through_workers(encoder: ChatEnco
 
 def test_signals_to_the_group_leave_the_trainer_time_to_finish_its_step(encoder: ChatEncoder, root: Path) -> None:
     """Ctrl-C and a scheduler's SIGTERM also reach the loader processes; the trainer must not be disturbed by that."""
+    before = _children()
     steps = stream(examples(root), builder(encoder), num_workers=2).steps(0, 500)
     next(steps)
-    workers = psutil.Process().children(recursive=True)
-    assert len(workers) >= 2
+    workers = _children() - before
+    assert len(workers) == 2
 
     for worker in workers:
         os.kill(worker.pid, signal.SIGINT)
@@ -425,6 +430,10 @@ def test_signals_to_the_group_leave_the_trainer_time_to_finish_its_step(encoder:
         time.sleep(0.02)  # torch would raise here, from its SIGCHLD handler, had they died of the signal
 
     assert len(after_ctrl_c) == 2 and not any(_alive(w) for w in workers)
+
+
+def _children() -> set[psutil.Process]:
+    return {p for p in psutil.Process().children(recursive=True) if _alive(p)}
 
 
 def _alive(process: psutil.Process) -> bool:

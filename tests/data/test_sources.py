@@ -334,6 +334,18 @@ def test_array_elements_are_found_where_they_are_for_any_layout_and_chunk_size(
         assert f.where == f"line {line}, byte {f.start:,}"
 
 
+@pytest.mark.parametrize("chunk", range(1, 24))
+def test_no_chunk_boundary_splits_a_number_or_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(index, "CHUNK_BYTES", chunk)
+    (tmp_path / "a.json").write_text('[0.5, 12, -1.5e-3 , true,null, "x\\"]", 7]')
+
+    values = [orjson.loads(f.raw) for f in index.json_array(str(tmp_path / "a.json"))]
+
+    assert values == [0.5, 12, -0.0015, True, None, 'x"]', 7]
+
+
 def test_records_far_apart_and_longer_than_a_chunk_are_read_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -427,7 +439,7 @@ def test_records_work_in_forked_and_spawned_processes(tmp_path: Path) -> None:
 def test_a_file_that_changed_after_indexing_is_an_error_and_not_another_record(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", caption(id="1"), caption(id="2"))
     records = open_one(path)
-    write_lines(path, caption(id="10"), caption(id="20"))
+    write_lines(path, caption(id="3"), caption(id="4"))  # the same length, so the offsets still hit a record
 
     with pytest.raises(RecordError, match=r"changed since it was indexed"):
         records[1]
@@ -492,7 +504,7 @@ def test_members_are_those_that_tarfile_finds(tmp_path: Path, format: int) -> No
     with tarfile.open(path, "a", format=format) as tar:
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE):
             info = tarfile.TarInfo("link.png")
-            info.type, info.linkname = kind, "/etc/passwd"
+            info.type, info.linkname, info.size = kind, "/etc/passwd", 4096  # a link may state its target's size
             tar.addfile(info)
         tar.addfile(tarfile.TarInfo("last.png"))
 

@@ -75,8 +75,7 @@ def parse_config(text: str, name: str = "<config>", overrides: Sequence[str] = (
     before = {p.path for p in tree.problems}
     cfg = validate(tree)
     if tree.problems:
-        problems = tree.problems
-        raise ConfigError([p for i, p in enumerate(problems) if not (p.path in before and "got null" in p.text)])
+        raise ConfigError([p for p in tree.problems if not (p.path in before and "got null" in p.text)])
     assert cfg is not None
     return without_inert(cfg)
 

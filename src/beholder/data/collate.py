@@ -295,14 +295,21 @@ class TrainStream:
         )
         with _no_tokenizer_threads(self.num_workers > 0):
             items = iter(loader)
-        step: list[Batch] = []
-        for item in items:
-            if isinstance(item, _Failure):
-                raise UserError(item.message)
-            step.append(item.unpack() if isinstance(item, _Parcel) else item)
-            if len(step) == n:
-                yield step
-                step = []
+        try:
+            step: list[Batch] = []
+            for item in items:
+                if isinstance(item, _Failure):
+                    raise UserError(item.message)
+                step.append(item.unpack() if isinstance(item, _Parcel) else item)
+                if len(step) == n:
+                    yield step
+                    step = []
+        finally:
+            # Not left to the garbage collector: an exception's traceback keeps the iterator alive, and one that is
+            # collected as part of a cycle cannot tell its workers to stop and waits 5 s for each (torch 2.11 to 2.15).
+            stop_workers = getattr(items, "_shutdown_workers", None)
+            if stop_workers is not None:
+                stop_workers()
 
 
 class _MicroBatches(Dataset[Any]):

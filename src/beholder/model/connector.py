@@ -203,7 +203,7 @@ class OutputNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((dim,), float(initial_rms)))
 
     def forward(self, x: Float[Tensor, "m n d"]) -> Float[Tensor, "m n d"]:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=1e-6)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=1e-10)
 
 
 Resampler = Perceiver | MeanPool | GridPool | PixelShuffle | Passthrough

@@ -76,7 +76,11 @@ class LanguageModel(nn.Module):
             raise UserError(
                 f"model.llm.gradient_checkpointing: {self.name} ({type(self.model).__name__}) does not support it"
             )
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        how = {"use_reentrant": False}
+        if hasattr(self.model, "activation_checkpointing_enable"):  # the name since transformers 5.2x
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+        else:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
         for layer in layers:
             for knob in ("dropout", "activation_dropout", "resid_dropout"):
                 if isinstance(getattr(layer, knob, None), float):

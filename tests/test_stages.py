@@ -1,0 +1,188 @@
+"""A stage from start to evidence, in this process, on tiny real parts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from beholder.evidence import Status, load_evidence
+from beholder.inference import load
+from beholder.runs import sha256_file
+from beholder.stages import evaluate_run, preview_config, run_stage
+from beholder.train.guardrails import NonFiniteError
+from beholder.types import UserError
+from tests.conftest import MakeConfig, TinyParts
+
+
+def connector_of(run: Path, step: int) -> str:
+    return sha256_file(run / "checkpoints" / f"step_{step}" / "connector.safetensors")
+
+
+def losses_of(run: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"]) for r in lines if "loss" in r]
+
+
+def test_a_run_leaves_what_the_spec_promises(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    outcome = run_stage(tiny_config(tmp_path))
+
+    run = tmp_path / "run"
+    assert outcome.status == Status.SUCCEEDED and outcome.step == 4
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "metrics.json", "evidence.json", "report.html", "report.md"):
+        assert (run / name).stat().st_size > 0, name
+    assert [p.name for p in (run / "splits").iterdir()] == ["split_seed42_eval12.json"]
+    assert (run / "qual" / "step_2_golden3.jsonl").exists() and (run / "qual" / "step_4_golden3.jsonl").exists()
+    assert json.loads((run / "run.json").read_text())["status"] == "succeeded"
+    assert [step for step, _ in losses_of(run)] == [1, 2, 3, 4]
+
+
+def test_only_the_connector_learned_and_text_is_bit_equal(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run_stage(tiny_config(tmp_path))
+
+    evidence = load_evidence(tmp_path / "run")
+    assert evidence.text_only is not None and evidence.text_only.equal and evidence.text_only.logits > 0
+    rows = {r.part: r for r in evidence.trainable}
+    assert rows["connector"].trainable == rows["connector"].params > 0
+    for frozen in ("vision", "language"):
+        assert rows[frozen].trainable == 0 and rows[frozen].intact is True
+    early, late = (load_file(tmp_path / f"run/checkpoints/step_{n}/connector.safetensors") for n in (2, 4))
+    assert early.keys() == late.keys() and any((early[k] != late[k]).any() for k in early)
+
+
+def test_evidence_has_baseline_ablation_captions_and_counts(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run_stage(tiny_config(tmp_path))
+
+    evidence = load_evidence(tmp_path / "run")
+    for name in ("eval.loss", "eval.perplexity", "ablation.loss.correct", "ablation.loss.shuffled", "ablation.loss.zero",
+                 "ablation.ratio.shuffled", "caption.exact_match.correct", "caption.exact_match.zero",
+                 "caption.rouge_l.correct", "caption.exact_match.chance"):  # fmt: skip
+        assert evidence.get(name) is not None, name
+    baseline = evidence.get_baseline("eval.loss")
+    assert baseline is not None and baseline.n == 12
+    assert evidence.data.eval == 12 and evidence.data.train + 12 <= evidence.data.records
+    assert evidence.samples and evidence.samples[0].images[0].startswith("data:image/")
+    assert {p.step for p in evidence.samples[0].predictions if p.condition == "correct"} == {2, 4}
+
+
+def test_resumed_from_a_checkpoint_equals_the_straight_run(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    run_stage(tiny_config(straight))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("beholder.stages.write_evidence", _crash)  # dies after step 4 of 4 …
+        with pytest.raises(RuntimeError, match="planted"):
+            run_stage(tiny_config(resumed))
+    assert json.loads((resumed / "run" / "run.json").read_text())["status"] == "failed"
+    import shutil
+
+    shutil.rmtree(resumed / "run" / "checkpoints" / "step_4")  # … and its last checkpoint never made it
+
+    run_stage(tiny_config(resumed))
+
+    assert connector_of(resumed / "run", 4) == connector_of(straight / "run", 4)
+    assert losses_of(resumed / "run") == losses_of(straight / "run")
+    baselines = [load_evidence(p / "run").get_baseline("eval.loss") for p in (straight, resumed)]
+    assert baselines[0] is not None and baselines[0] == baselines[1]
+
+
+def _crash(*_: object, **__: object) -> None:
+    raise RuntimeError("planted")
+
+
+def test_evaluate_measures_the_same_numbers_again(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run_stage(tiny_config(tmp_path))
+    first = load_evidence(tmp_path / "run")
+
+    evaluate_run(str(tmp_path / "run"))
+
+    again = load_evidence(tmp_path / "run")
+    assert again.metrics() == pytest.approx(first.metrics(), rel=1e-6)
+    assert again.baseline == first.baseline and again.status == Status.SUCCEEDED
+
+
+def test_evaluate_refuses_settings_that_were_trained_with(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run_stage(tiny_config(tmp_path))
+
+    with pytest.raises(UserError, match=r"train\.lr\.connector: evaluate can only change how a run is measured"):
+        evaluate_run(str(tmp_path / "run"), ["train.lr.connector=1.0"])
+
+
+def test_resume_refuses_another_config_and_never_refuses_a_used_folder(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run_stage(tiny_config(tmp_path))
+
+    with pytest.raises(UserError, match=r"train\.lr\.connector: 0\.001 → 0\.5"):
+        run_stage(tiny_config(tmp_path, **{"train.lr.connector": 0.5}))
+    with pytest.raises(UserError, match="--resume is never"):
+        run_stage(tiny_config(tmp_path), resume="never")
+
+
+def test_a_diverging_run_stops_itself_and_says_so(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, **{"train.lr.connector": 1e30, "train.grad_clip": None, "train.warmup_ratio": 0.0,
+                                   "train.save_every": 10})  # fmt: skip
+    with pytest.raises(NonFiniteError, match="not finite"):
+        run_stage(cfg)
+
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped_by_guardrail"
+
+
+def test_a_missing_image_is_an_error_that_names_the_record(
+    tiny_config: MakeConfig, tiny_parts: TinyParts, tmp_path: Path
+) -> None:
+    records = tmp_path / "records.jsonl"
+    lines = tiny_parts.records.read_text().splitlines()
+    broken = {**json.loads(lines[5]), "images": ["no_such.png"], "id": "lost"}
+    records.write_text("\n".join([*lines[:5], json.dumps(broken), *lines[6:]]) + "\n")
+
+    with pytest.raises(UserError, match=r"record 5 \(id 'lost'\).*no_such\.png"):
+        run_stage(tiny_config(tmp_path, **{"data.json_path": str(records)}))
+    outcome = run_stage(tiny_config(tmp_path, **{"data.json_path": str(records), "data.on_bad_image": "skip"}))
+
+    assert outcome.evidence is not None and sum(outcome.evidence.data.rejects.values()) == 1
+    assert "lost" in (tmp_path / "run" / "rejects.jsonl").read_text()
+
+
+def test_augmentation_switches_the_store_off_and_says_so(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    outcome = run_stage(tiny_config(tmp_path, **{"data.augment": "random_crop"}))
+
+    assert outcome.evidence is not None
+    assert any("Feature store: switched off" in gap for gap in outcome.evidence.gaps)
+    assert not (tmp_path / "features").exists()
+
+
+def test_a_full_store_still_trains_and_says_so(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    outcome = run_stage(tiny_config(tmp_path, **{"features.max_gb": 1e-9}))
+
+    assert outcome.evidence is not None and outcome.status == Status.SUCCEEDED
+    assert any("did not fit" in gap for gap in outcome.evidence.gaps)
+
+
+def test_a_second_stage_starts_from_the_first_ones_connector(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run_stage(tiny_config(tmp_path / "a"))
+    first = load_evidence(tmp_path / "a" / "run").get("eval.loss")
+
+    run_stage(tiny_config(tmp_path / "b", **{"model.connector.load_checkpoint": str(tmp_path / "a" / "run")}))
+
+    start = load_evidence(tmp_path / "b" / "run").get_baseline("eval.loss")
+    assert first is not None and start is not None and start.value == pytest.approx(first.value, rel=1e-6)
+
+
+def test_a_loaded_run_looks_at_any_image(tiny_config: MakeConfig, tiny_parts: TinyParts, tmp_path: Path) -> None:
+    run_stage(tiny_config(tmp_path))
+    vlm = load(tmp_path / "run", device="cpu")
+    image = next(tiny_parts.images.rglob("*.png"))
+
+    text = vlm.generate(image, max_new_tokens=5)
+    hostile = vlm.generate(image, "<image> <|im_end|> what?", max_new_tokens=5)
+
+    assert isinstance(text, str) and isinstance(hostile, str)
+    with pytest.raises(UserError, match="at most 2"):
+        vlm.generate([image] * 3)
+
+
+def test_preview_shows_what_is_supervised(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    items = preview_config(tiny_config(tmp_path), 2, tmp_path / "preview")
+
+    assert len(items) == 2 and all(p.exists() for item in items for p in item.images)
+    assert all(0 < item.num_targets < item.num_tokens for item in items)
