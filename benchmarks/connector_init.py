@@ -1,6 +1,6 @@
 """Which initial scale lets a perceiver converge: latents at std 0.02, 0.2, 1.0, with and without the output norm.
 
-Trains one connector per choice on the quickstart's real parts (SmolLM2-135M, EfficientNet-lite0, easy-VQA pictures), same
+Trains one connector per choice on the real parts of the quickstart (SmolLM2-135M, EfficientNet-lite0, easy-VQA), same
 seed, same samples, same order, and prints the loss on the way and what the held-out pictures are captioned as.
 
     python benchmarks/connector_init.py                      # about 1 s a step of 16 on 2 cores, 6 choices x 120 steps

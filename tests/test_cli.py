@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.conftest import MakeConfig, TinyParts
 from typer.testing import CliRunner
 
 from beholder.cli import app
 from beholder.configfile import dump_config
 from beholder.runs import sha256_file
-from tests.conftest import MakeConfig, TinyParts
 
 COMMANDS = ("quickstart", "run", "check", "preview", "plan", "generate", "evaluate", "report", "doctor", "schema")
 
@@ -44,7 +44,8 @@ def test_help_does_not_load_torch() -> None:
 
 def test_wrong_input_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
-    config.write_text("run_name: x\nmodel:\n  llm: {name_or_path: a}\n  vison: {name_or_path: b}\ndata: {json_path: d}\n")
+    text = "run_name: x\nmodel:\n  llm: {name_or_path: a}\n  vison: {name_or_path: b}\ndata: {json_path: d}\n"
+    config.write_text(text)
 
     result = beholder("run", str(config))
 
@@ -95,7 +96,8 @@ def test_ctrl_c_saves_exits_130_and_the_same_command_goes_on_to_the_same_bits(
 
 def test_check_counts_and_rejects_by_name(tiny_parts: TinyParts, tmp_path: Path) -> None:
     records = tmp_path / "records.jsonl"
-    records.write_text(tiny_parts.records.read_text() + '{"id": "empty", "images": ["x.png"], "caption": ""}\n{broken\n')
+    bad = '{"id": "empty", "images": ["x.png"], "caption": ""}\n{broken\n'
+    records.write_text(tiny_parts.records.read_text() + bad)
 
     result = beholder("check", str(records), "--image-root", str(tiny_parts.images), "--json",
                       "--rejects", str(tmp_path / "rejects.jsonl"), "--tokenizer", str(tiny_parts.llm))  # fmt: skip

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from beholder.evidence import Status
 from beholder.runs import RunDir, atomic_write, provenance, sha256_file, to_json, write_durably
 from beholder.types import UserError
 
@@ -100,11 +101,11 @@ def test_a_spoiled_line_in_the_middle_is_named(tmp_path: Path) -> None:
 
 def test_status_keeps_the_facts_given_before(tmp_path: Path) -> None:
     run = RunDir(tmp_path).create()
-    run.set_status("running", git="abc")
-    run.set_status("succeeded", seconds=3)
+    run.set_status(Status.RUNNING, git="abc")
+    run.set_status(Status.SUCCEEDED, seconds=3)
     record = run.read_json("run.json")
     assert (record["status"], record["git"], record["seconds"]) == ("succeeded", "abc", 3)
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match="fine"):
         run.set_status("fine")  # type: ignore[arg-type]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tests.conftest import MakeConfig, TinyParts
 
 from beholder.evidence import Status, load_evidence
 from beholder.inference import load
@@ -14,7 +15,6 @@ from beholder.runs import sha256_file
 from beholder.stages import evaluate_run, preview_config, run_stage
 from beholder.train.guardrails import NonFiniteError
 from beholder.types import UserError
-from tests.conftest import MakeConfig, TinyParts
 
 
 def connector_of(run: Path, step: int) -> str:
@@ -31,7 +31,8 @@ def test_a_run_leaves_what_the_spec_promises(tiny_config: MakeConfig, tmp_path: 
 
     run = tmp_path / "run"
     assert outcome.status == Status.SUCCEEDED and outcome.step == 4
-    for name in ("config.yaml", "run.json", "metrics.jsonl", "metrics.json", "evidence.json", "report.html", "report.md"):
+    files = "config.yaml run.json metrics.jsonl metrics.json evidence.json report.html report.md"
+    for name in files.split():
         assert (run / name).stat().st_size > 0, name
     assert [p.name for p in (run / "splits").iterdir()] == ["split_seed42_eval12.json"]
     assert (run / "qual" / "step_2_golden3.jsonl").exists() and (run / "qual" / "step_4_golden3.jsonl").exists()
@@ -56,8 +57,8 @@ def test_evidence_has_baseline_ablation_captions_and_counts(tiny_config: MakeCon
     run_stage(tiny_config(tmp_path))
 
     evidence = load_evidence(tmp_path / "run")
-    for name in ("eval.loss", "eval.perplexity", "ablation.loss.correct", "ablation.loss.shuffled", "ablation.loss.zero",
-                 "ablation.ratio.shuffled", "caption.exact_match.correct", "caption.exact_match.zero",
+    for name in ("eval.loss", "eval.perplexity", "ablation.loss.correct", "ablation.loss.shuffled",
+                 "ablation.loss.zero", "ablation.ratio.shuffled", "caption.exact_match.correct", "caption.exact_match.zero",
                  "caption.rouge_l.correct", "caption.exact_match.chance"):  # fmt: skip
         assert evidence.get(name) is not None, name
     baseline = evidence.get_baseline("eval.loss")

@@ -92,9 +92,8 @@ def run(
 
         from beholder.smoke import smoke_config
 
-        with tempfile.TemporaryDirectory(prefix="beholder-smoke-") as parts:
-            outcome = run_stage(smoke_config(cfg, Path(parts)), resume=resume)
-            _exit_for(outcome)
+        Path("outputs").mkdir(exist_ok=True)
+        cfg = smoke_config(cfg, Path(tempfile.mkdtemp(prefix=f"smoke_{cfg.run_name}_", dir="outputs")))
     _exit_for(run_stage(cfg, resume=resume))
 
 
@@ -120,7 +119,7 @@ def _exit_for(outcome: object) -> None:
 
 @app.command(epilog=_example("beholder check data/captions.jsonl --image-root data/images --decode"))
 def check(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="A record file, a shard, a folder of them, or a config.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A record file, shard, folder of shards, or config.")],
     dataset: Annotated[str | None, typer.Option(help="jsonl, llava_pretrain, webdataset, parquet; guessed.")] = None,
     image_root: Annotated[Path | None, typer.Option(help="Folder the image paths are relative to.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Hub name, folder or GGUF file, to count tokens.")] = None,

@@ -89,7 +89,7 @@ def load(run: str | Path, *, device: str = "auto") -> Vlm:
     where = checkpoint.resolve_checkpoint(run)
     folder = where.parent.parent
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} has no config.yaml beside its checkpoints; give a run folder that `beholder run` wrote")
+        raise UserError(f"{folder} has no config.yaml beside its checkpoints; give a folder that `beholder run` wrote")
     cfg = load_config(folder / "config.yaml")
     model, tokenizer = build_vlm(
         cfg.model, compute_precision=cfg.train.precision, device=pick_device(device), seed=cfg.seed

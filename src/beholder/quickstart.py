@@ -58,10 +58,8 @@ def run_quickstart(
         print_numbers(outcome.evidence, console)
         console.print(f"\nFinished in {(time.perf_counter() - started) / 60:.1f} min.", highlight=False)
         console.print(f"Report: {escape(str((outcome.folder / 'report.html').resolve()))}", soft_wrap=True)
-        console.print(
-            f"Ask it yourself: beholder generate {escape(str(out))} --image {escape(str(assets.images_test / '0.png'))}",
-            soft_wrap=True,
-        )
+        image = assets.images_test / "0.png"
+        console.print(f"Ask it yourself: beholder generate {escape(f'{out} --image {image}')}", soft_wrap=True)
     return outcome
 
 
@@ -87,7 +85,10 @@ def print_numbers(evidence: Evidence, console: Console) -> None:
         "",
     )
     table.add_row(
-        "  times the loss with its own image", "1", *(value(f"ablation.ratio.{c}", ".1f") for c in ("shuffled", "zero")), ""
+        "  times the loss with its own image",
+        "1",
+        *(value(f"ablation.ratio.{c}", ".1f") for c in ("shuffled", "zero")),
+        "",
     )
     console.print()
     console.print(table)

@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, NoReturn
 
 import filelock
 import psutil
 
+from beholder.evidence import Status
 from beholder.types import UserError
 
-RunStatus = Literal["running", "succeeded", "failed", "stopped_by_guardrail", "cancelled"]
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ORPHAN_WAIT_S = 15.0
@@ -291,12 +291,10 @@ class RunDir:
         except ValueError as e:
             raise UserError(f"{path} is not JSON: {e}") from e
 
-    def set_status(self, status: RunStatus, **facts: Any) -> None:
+    def set_status(self, status: Status, **facts: Any) -> None:
         """Merge ``status`` and ``facts`` into ``run.json``. A fact given before and not now stays."""
-        status = str.__str__(status)  # type: ignore[assignment]  # a StrEnum member is written as its value
-        assert status in get_args(RunStatus), status
         record = self.read_json("run.json") if self.run_path.exists() else {"created": now()}
-        self.write_json("run.json", {**record, **facts, "status": status, "updated": now()})
+        self.write_json("run.json", {**record, **facts, "status": Status(status).value, "updated": now()})
 
 
 def now() -> str:

@@ -321,7 +321,7 @@ def measure_before(bench: Workbench, *, fresh: bool) -> Before:
 
 
 class Watch:
-    """Evaluations that come due between steps. What comes due is a function of the step alone, so a resume repeats it."""
+    """Evaluations that come due between steps: a function of the step alone, so that a resume repeats them."""
 
     def __init__(self, bench: Workbench, total_steps: int) -> None:
         self.bench, self.total = bench, total_steps

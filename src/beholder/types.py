@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:  # the command line imports this file and must answer --help without loading torch
     import numpy as np
@@ -50,7 +50,8 @@ class ImageRef:
         return f"{self.root}/{self.path}" if self.kind == "file" else f"{self.root}!{self.path}"
 
 
-class ImageSlot(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ImageSlot:
     """The place in a conversation where image number ``index`` (0-based) of the example goes."""
 
     index: int

@@ -71,7 +71,7 @@ class Workbench:
     # -- features
 
     def fill_features(self, start: int, stop: int) -> None:
-        """Puts the tower's features of every image that training positions ``[start, stop)`` and evaluation need on disk.
+        """Stores the tower's features of every image that training positions ``[start, stop)`` and evaluation need.
 
         Switched off, with a line that says so, under augmentation: stored features would undo it.
         """
@@ -92,7 +92,8 @@ class Workbench:
             d_vision=g.d_vision,
             max_bytes=int(cfg.features.max_gb * 1e9),
         )
-        refs = dict.fromkeys([*self.data.train_refs(start, min(stop, start + len(self.data.train))), *self.data.eval_refs()])
+        stop = min(stop, start + len(self.data.train))  # later epochs show the same images again
+        refs = dict.fromkeys([*self.data.train_refs(start, stop), *self.data.eval_refs()])
         with self.phase("features"), progress(self.reporter, "features") as tick:
             report = store.fill(
                 refs,
@@ -123,7 +124,7 @@ class Workbench:
         """Every process's records in the order of the items they were strided from."""
         parts = self.dist.gather_objects([asdict(m) for m in mine])
         total = sum(len(p) for p in parts)
-        rows = [parts[i % len(parts)][i // len(parts)] for i in range(total)] if _strided(parts) else sum(parts, [])
+        rows = [parts[i % len(parts)][i // len(parts)] for i in range(total)] if _strided(parts) else [r for p in parts for r in p]
         return [kind(**row) for row in rows]
 
     def batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
@@ -224,8 +225,8 @@ def open_bench(cfg: RunConfig, run: RunDir, dist: Dist, *, split_file: Path) -> 
     """Loads the parts and opens the data. Nothing is trained or measured yet."""
     if cfg.stage_name != "align":
         raise UserError(
-            "this config asks for stage instruct (model.lora.enable), which comes with stage 2; it loads, but it cannot "
-            "be run yet. To train the connector alone, set model.lora.enable: false"
+            "this config asks for stage instruct (model.lora.enable), which comes with stage 2; it loads, but cannot be "
+            "run yet. To train the connector alone, set model.lora.enable: false"
         )
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)

@@ -357,6 +357,22 @@ def test_added_tokens_that_are_not_marked_special_stay_text_too(tmp_path: Path) 
     assert len(encoder.literal("a  b")) == 3
 
 
+def test_the_words_beside_a_spelled_control_token_are_tokenised_as_ever() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {c: i for i, c in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "do", "dog"])}
+    inner = Tokenizer(models.BPE(vocab, [("d", "o"), ("do", "g")]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.add_special_tokens(["</s>"])
+    inner.add_tokens(["<think>"])
+    encoder = make(PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>"))
+    dog = [vocab["dog"]]
+
+    for spelled in ("<think>", "</s>"):
+        assert encoder.literal(f"dog{spelled}dog") == [*dog, *(vocab[c] for c in spelled), *dog]
+
+
 def test_control_tokens_that_a_normalizer_puts_together_stay_text(tmp_path: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -257,7 +257,8 @@ def test_every_named_original_is_a_kept_text() -> None:
 
 
 def test_texts_without_words_repeat_only_themselves() -> None:
-    assert find_duplicates(["🙂", "🙃", "…", "🙂", "!"], 0.5) == ({3: 0}, {})
+    for threshold in (0.0, 0.5, 1.0):
+        assert find_duplicates(["🙂", "🙃", "…", "🙂", "!"], threshold) == ({3: 0}, {})
 
 
 @settings(max_examples=40, deadline=None)

@@ -322,7 +322,8 @@ def find_duplicates(texts: Sequence[str], threshold: float) -> tuple[dict[int, i
         if (first := first_set.setdefault(ids.tobytes() or text, i)) != i:
             near[i] = first
             continue
-        if words:
+        # A different set is at best one word larger: below this size none can reach the threshold (at 0.9: 9 words).
+        if words and len(words) / (len(words) + 1) >= threshold - 1e-9:
             sets.append(ids)
             owners.append(i)
     dropped = _similar_to_kept(sets, len(vocabulary), threshold)
@@ -373,7 +374,10 @@ def _recall(threshold: float, rows: int) -> float:
 
 
 def _bucket_pairs(band: np.ndarray, sizes: np.ndarray, threshold: float) -> np.ndarray:
-    """``later * n + earlier`` for sets in one bucket whose sizes alone do not rule the threshold out."""
+    """``later * n + earlier`` for sets in one bucket, unless their sizes alone rule the threshold out.
+
+    Different sets of a and b > a words share at most a of b; of a words both, at most a - 1 of a + 1.
+    """
     n = len(band)
     order = np.argsort(band, kind="stable")
     starts = np.flatnonzero(np.concatenate([[True], band[order][1:] != band[order][:-1]]))
@@ -385,6 +389,7 @@ def _bucket_pairs(band: np.ndarray, sizes: np.ndarray, threshold: float) -> np.n
         first = members[:_MAX_BUCKET]
         later, earlier = np.repeat(members, len(first)), np.tile(first, length)
         small, large = np.minimum(sizes[later], sizes[earlier]), np.maximum(sizes[later], sizes[earlier])
-        keep = (later > earlier) & (small >= threshold * large - 1e-9)
+        best = np.where(small == large, (small - 1) / (small + 1), small / large)
+        keep = (later > earlier) & (best >= threshold - 1e-9)
         found.append(later[keep] * n + earlier[keep])
     return np.concatenate(found)
