@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
+import gc
 import json
 import math
 import os
@@ -25,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +57,10 @@ PROMPT = 12
 """Text tokens before the target: marker tokens and "Describe the image in one sentence."."""
 SEED_STEP_S = 0.803
 """The seed's own step: Qwen3-8B + SigLIP so400m/384, batch 4, on a DGX Spark."""
-TOLERANCE = {"fp32": (2e-3, 2e-2), "bf16": (2e-2, 1e-1)}
+TOLERANCE = {"fp32": (1e-3, 1e-2), "bf16": (2e-2, 5e-2)}
 """Allowed relative differences of loss and gradient norm from the first variant's. fp32 with the store: features
-rounded to 8 bits; bf16: activations of 30 layers rounded to 8 bits."""
+rounded to 8 bits. bf16: activations of 30 layers rounded to 8 bits; ours may be twice as far off as the reference is
+with the same rounding, where that is more (real weights on random text: 12 % of the gradient norm for both)."""
 EXACT = (2e-5, 2e-4)
 """Allowed from "+ store" on in fp32, where nothing is rounded differently: head on fewer positions, other rows."""
 
@@ -354,11 +357,20 @@ def memory_of(args: argparse.Namespace, device: torch.device) -> None:
             parts.towers.clear()
         batches = [samples[: args.batch], samples[args.batch :]]
         pixels = [runner.prepare(batch) for batch in batches]
+        _settle()
         loaded = _used(device)
         _reset_peak(device)
         for batch, prepared in zip(batches, pixels, strict=True):
             runner.step(batch, prepared)
         print(json.dumps({"loaded": loaded, "peak": _peak(device)}))
+
+
+def _settle() -> None:
+    """Give freed memory back to the system, so that loading does not count as training."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _used(device: torch.device) -> float:
@@ -411,7 +423,7 @@ def our_flops(args: argparse.Namespace, parts: Parts, runner: Runner, batches: l
     return total / len(batches)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2")
     parser.add_argument("--llm", help="language model with real weights of that shape: a folder or a .gguf file")
@@ -427,7 +439,7 @@ def main() -> None:
     parser.add_argument("--goal", type=float, default=None, help="exit with an error below this ratio")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.batch = args.batch or SHAPES[args.shape].batch
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -514,6 +526,8 @@ def report(
     agree, previous, rows = True, first, {}
     for v in plan:
         away, allowed = off(v.name, first), TOLERANCE[v.precision]
+        if v.precision == "bf16" and plan[-1].name == "reference, bf16":
+            allowed = tuple(max(x, 2 * y) for x, y in zip(allowed, off(plan[-1].name, first), strict=True))
         ok = all(x <= y for x, y in zip(away, allowed, strict=True))
         if v.head and v.precision == plan[0].precision == "fp32":
             ok &= all(x <= y for x, y in zip(off(v.name, "+ store"), EXACT, strict=True))

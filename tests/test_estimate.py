@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -296,8 +298,28 @@ def test_the_plan_prints_and_is_json(tmp_path, tiny_config, monkeypatch):
                  "matrix rate, measured", "training"):  # fmt: skip
         assert text in out.getvalue(), text
     assert record["seconds"]["training"] == pytest.approx(4 * record["seconds"]["step"])
-    assert record["seconds"]["step"] == pytest.approx(sum(record["flops_per_step"].values()) / 1e9 / 0.55)
+    assert record["seconds"]["step"] == pytest.approx(
+        sum(record["flops_per_step"].values()) / 1e9 / estimate.EFFICIENCY["cpu"]
+    )
     assert record["trainable"][1]["part"] == "connector" and record["steps"] == 4
+
+
+def test_the_step_benchmark_runs_and_its_losses_agree(tmp_path):
+    """The reference in plain torch and our step agree on tiny parts; the speeds are for `make bench`."""
+    path = Path(__file__).parents[1] / "benchmarks" / "align_step.py"
+    spec = importlib.util.spec_from_file_location("align_step", path)
+    assert spec and spec.loader
+    benchmark = importlib.util.module_from_spec(spec)
+    sys.modules["align_step"] = benchmark
+    spec.loader.exec_module(benchmark)
+
+    benchmark.main(["--shape", "tiny", "--rounds", "2", "--no-memory", "--json", str(tmp_path / "out.json")])
+
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["losses_agree"] and list(result["variants"]) == [
+        "reference, fp32", "+ store", "+ head", "+ packing", "+ bf16 = ours", "reference, bf16",
+    ]  # fmt: skip
+    assert result["variants"]["+ packing"]["gradient_off"] < 1e-3
 
 
 def test_the_measured_rate_is_a_plausible_number_of_flops():

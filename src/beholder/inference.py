@@ -75,13 +75,12 @@ class Vlm:
         return self.pipeline.from_pil(image) if isinstance(image, Image.Image) else self.pipeline.from_file(str(image))
 
     def _example(self, num_images: int, prompt: str | None) -> Example:
-        p = self.cfg.prompting
-        text = prompt if prompt is not None else (p.instruction if num_images == 1 else p.instruction_multi)
-        slots: list[str | ImageSlot] = []
-        for k in range(num_images):
-            slots += [ImageSlot(k), "\n"]
+        """Images and the asked-for text; without a text the encoder's template writes the instruction."""
         refs = tuple(ImageRef(root="", path=f"image {k + 1}") for k in range(num_images))
-        return Example("generate", refs, (Turn("user", (*slots, text)), Turn("assistant", ("",))))
+        if prompt is None:
+            return Example("generate", refs, ())
+        slots = [part for k in range(num_images) for part in (ImageSlot(k), "\n")]
+        return Example("generate", refs, (Turn("user", (*slots, prompt)),))
 
 
 def load(run: str | Path, *, device: str = "auto") -> Vlm:

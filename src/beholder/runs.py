@@ -28,7 +28,6 @@ import psutil
 from beholder.evidence import Status
 from beholder.types import UserError
 
-
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ORPHAN_WAIT_S = 15.0
 """How long a lock whose holder is dead may still be held by the holder's loader processes, which notice within 5 s."""

@@ -46,7 +46,7 @@ from beholder.train.engine import LoopState, Record, fit
 from beholder.train.guardrails import NonFiniteError
 from beholder.train.objectives import next_token
 from beholder.train.optim import build_optimizer, optimizer_tensors
-from beholder.types import Example, UserError
+from beholder.types import UserError
 from beholder.workbench import Workbench, open_bench
 
 BASELINE = "baseline.json"
@@ -300,8 +300,7 @@ def measure_before(bench: Workbench, *, fresh: bool) -> Before:
     text = textonly.text_logits(bench.model, bench.tokenizer)
     path = bench.run.path / BASELINE
     if fresh:
-        with bench.phase("evaluation"):
-            measured = bench.eval_loss(bench.data.eval_examples, bench.data.eval_buckets)
+        measured = bench.eval_summary(bench.eval_losses())
         if bench.dist.is_main:
             record = {"measurements": [m.model_dump(mode="json") for m in measured], "frozen": bench.frozen}
             bench.run.write_json(BASELINE, record)
@@ -327,6 +326,7 @@ class Watch:
         self.bench, self.total = bench, total_steps
         self.per_epoch = len(bench.data.train) / bench.cfg.effective_batch
         self.golden = bench.golden_items()
+        self.quick = bench.data.quick_examples(bench.cfg.train.quick_eval_size, bench.cfg.seed)
 
     def on_step(self, step: int, record: Record) -> None:
         """Called by the loop after every step; the last step is measured by `write_evidence`."""
@@ -335,19 +335,20 @@ class Watch:
             write_golden(bench, self.golden, step)
         if step == self.total:
             return
-        if self._due(cfg.train.full_eval_every, step):
-            self._eval(step, bench.data.eval_examples, "eval_loss")
+        ablate = self._due(cfg.ablation.run_every, step)
+        if ablate or self._due(cfg.train.full_eval_every, step):
+            losses = bench.eval_losses()
+            self._told(step, "eval_loss", losses)
+            if ablate:
+                self._log(step, {m.name: m.value for m in bench.ablation(losses)})
         elif cfg.train.quick_eval_size and cfg.train.quick_eval_steps and step % cfg.train.quick_eval_steps == 0:
-            self._eval(step, bench.data.eval_examples[: cfg.train.quick_eval_size], "quick_eval_loss")
-        if self._due(cfg.ablation.run_every, step):
-            measured = ablation(bench)
-            self._log(step, {m.name: m.value for m in measured if m.stratum is None})
+            with bench.phase("evaluation"):
+                self._told(step, "quick_eval_loss", bench.losses(self.quick))
 
-    def _eval(self, step: int, examples: list[Example], name: str) -> None:
-        with self.bench.phase("evaluation"):
-            measured = loss.summarize(self.bench.losses(examples), "eval", seed=self.bench.cfg.seed)
+    def _told(self, step: int, name: str, losses: list[loss.SampleLoss]) -> None:
+        measured = loss.summarize(losses, "eval", seed=self.bench.cfg.seed)
         self.bench.reporter.eval(measured[0].value, step=step)
-        self._log(step, {name: measured[0].value, "eval_examples": len(examples)})
+        self._log(step, {name: measured[0].value, "eval_examples": len(losses)})
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         if self.bench.dist.is_main:
@@ -377,29 +378,20 @@ def write_golden(bench: Workbench, items: list[tuple[int, golden.GoldenItem]], s
         golden.save(golden.captions_path(bench.run.qual, step, len(items)), rows)
 
 
-def ablation(bench: Workbench) -> list[Measurement]:
-    """Loss with the correct, a shuffled and the zero image on the first ``ablation.num_samples`` held-out samples."""
-    with bench.phase("ablation"):
-        losses = bench.ablation_losses(bench.data.eval_examples[: bench.cfg.ablation.num_samples])
-    return loss.compare_conditions(losses, seed=bench.cfg.seed)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # After: evidence and report
 
 
-def write_evidence(
-    bench: Workbench, table: TrainableTable, before: Before, *, step: int, status: Status
-) -> Evidence:
+def write_evidence(bench: Workbench, table: TrainableTable, before: Before, *, step: int, status: Status) -> Evidence:
     """Measure the trained model, write ``evidence.json``, ``metrics.json``, ``report.html`` and ``report.md``."""
     cfg, data, run = bench.cfg, bench.data, bench.run
     say = bench.reporter
-    with bench.phase("evaluation"):
-        measured = bench.eval_loss(data.eval_examples, data.eval_buckets)
+    correct = bench.eval_losses()
+    measured = bench.eval_summary(correct)
     say.eval(measured[0].value, step=step)
     if bench.dist.is_main:
         run.log({"step": step, "eval_loss": measured[0].value, "eval_examples": len(data.eval_examples)})
-    measured += ablation(bench)
+    measured += bench.ablation(correct)
 
     records: list[captions.CaptionRecord] = []
     n = min(cfg.eval.caption_samples, len(data.eval_examples))

@@ -124,7 +124,10 @@ class Workbench:
         """Every process's records in the order of the items they were strided from."""
         parts = self.dist.gather_objects([asdict(m) for m in mine])
         total = sum(len(p) for p in parts)
-        rows = [parts[i % len(parts)][i // len(parts)] for i in range(total)] if _strided(parts) else [r for p in parts for r in p]
+        if _strided(parts):
+            rows = [parts[i % len(parts)][i // len(parts)] for i in range(total)]
+        else:  # policy skip: some process had a sample less; the order then says nothing
+            rows = [row for part in parts for row in part]
         return [kind(**row) for row in rows]
 
     def batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
@@ -136,17 +139,29 @@ class Workbench:
         mine = loss.sample_losses(self.model, self.batches(examples))
         return self._gather(mine, loss.SampleLoss)
 
-    def eval_loss(self, examples: Sequence[Example], buckets: Sequence[str], name: str = "eval") -> list[Measurement]:
-        """Token-weighted loss, perplexity and accuracy, overall and by length bucket."""
-        stratum_of = {e.id: b for e, b in zip(examples, buckets, strict=True)}
-        return loss.summarize_strata(self.losses(examples), name, stratum_of, seed=self.cfg.seed)
+    def eval_losses(self) -> list[loss.SampleLoss]:
+        """Loss of every held-out sample."""
+        with self.phase("evaluation"):
+            return self.losses(self.data.eval_examples)
 
-    def ablation_losses(self, examples: Sequence[Example]) -> dict[Condition, list[loss.SampleLoss]]:
-        """Losses with the correct, a shuffled and the zero image."""
-        mine = loss.ablation_losses(
-            self.model, examples, self.batches, content_key=self.content_key, seed=self.cfg.seed
-        )  # fmt: skip
-        return {condition: self._gather(losses, loss.SampleLoss) for condition, losses in mine.items()}
+    def eval_summary(self, losses: Sequence[loss.SampleLoss]) -> list[Measurement]:
+        """Token-weighted held-out loss, perplexity and accuracy, overall and by length bucket."""
+        stratum_of = {e.id: b for e, b in zip(self.data.eval_examples, self.data.eval_buckets, strict=True)}
+        return loss.summarize_strata(losses, "eval", stratum_of, seed=self.cfg.seed)
+
+    def ablation(self, correct: Sequence[loss.SampleLoss]) -> list[Measurement]:
+        """Loss with the correct, a shuffled and the zero image on the first ``ablation.num_samples`` held-out samples.
+
+        ``correct``: the losses of `eval_losses`, so that what was just measured is not measured again.
+        """
+        with self.phase("ablation"):
+            examples = self.data.eval_examples[: self.cfg.ablation.num_samples]
+            mine = loss.ablation_losses(
+                self.model, examples, self.batches, ("shuffled", "zero"), content_key=self.content_key,
+                seed=self.cfg.seed,
+            )  # fmt: skip
+            wrong = {condition: self._gather(losses, loss.SampleLoss) for condition, losses in mine.items()}
+        return loss.compare_conditions({"correct": correct, **wrong}, seed=self.cfg.seed)
 
     def captions(
         self, examples: Sequence[Example], settings: GenerateConfig, condition: Condition, batch_size: int
@@ -225,8 +240,8 @@ def open_bench(cfg: RunConfig, run: RunDir, dist: Dist, *, split_file: Path) -> 
     """Loads the parts and opens the data. Nothing is trained or measured yet."""
     if cfg.stage_name != "align":
         raise UserError(
-            "this config asks for stage instruct (model.lora.enable), which comes with stage 2; it loads, but cannot be "
-            "run yet. To train the connector alone, set model.lora.enable: false"
+            "this config asks for stage instruct (model.lora.enable), which comes with stage 2; it loads, but it "
+            "cannot be run yet. To train the connector alone, set model.lora.enable: false"
         )
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)

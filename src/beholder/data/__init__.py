@@ -27,7 +27,7 @@ from beholder.data.hygiene import HygieneReport, apply_hygiene
 from beholder.data.images import ImagePipeline
 from beholder.data.mixture import Mixture
 from beholder.data.sources import Records, Reject, open_sources
-from beholder.data.splits import Split, load_split, make_split, save_split, shared_images
+from beholder.data.splits import Split, balanced_sample, load_split, make_split, save_split, shared_images
 from beholder.types import Batch, Example, FeatureReader, ImageGeometry, ImageRef, UserError
 
 __all__ = ["Data", "build_data", "build_encoder", "open_records"]
@@ -70,6 +70,12 @@ class Data:
         """Images of the held-out samples."""
         for example in self.eval_examples:
             yield from example.images
+
+    def quick_examples(self, size: int, seed: int) -> list[Example]:
+        """At most ``size`` held-out samples, balanced over length buckets: the quick evaluation's."""
+        names = list(dict.fromkeys(self.eval_buckets))
+        chosen = balanced_sample(np.arange(len(self.eval_examples)), self.eval_buckets, names, size, seed)
+        return [self.eval_examples[int(i)] for i in chosen]
 
     def builder(self, features: FeatureReader | None, *, train: bool, cfg: RunConfig) -> SampleBuilder:
         """Turns examples into encoded samples with images; augments only for training."""

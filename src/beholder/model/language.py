@@ -265,7 +265,12 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, attn_implementation=cfg.attn_implementation, output_loading_info=True, **where
+                name,
+                dtype=dtype,
+                attn_implementation=cfg.attn_implementation,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **where,  # noted in info, and refused below with both shapes
             )
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise UserError(

@@ -48,20 +48,18 @@ def check_loading_info(
     """Refuse a checkpoint that does not fit ``model`` key by key.
 
     ``info`` is what ``from_pretrained(output_loading_info=True)`` returned. ``other_parts`` are key prefixes of the
-    checkpoint that belong to something this model is not part of (a classifier, a text tower); None means every key
-    that does not start with ``vision`` does.
+    checkpoint that belong to something this model is not part of (a classifier). None: the checkpoint holds whole
+    other models (a text tower), so a key counts only when it begins as one of this model's own does.
     """
     present = set(model.state_dict())
     missing = [k for k in info["missing_keys"] if k in present]
     mismatched = [f"{k[0]} (file {list(k[1])}, model {list(k[2])})" for k in info["mismatched_keys"] if k[0] in present]
+    unexpected = list(info["unexpected_keys"])
     if other_parts is None:
-        unexpected = [k for k in info["unexpected_keys"] if k.startswith(("vision_model.", "vision_tower."))]
-    else:
-        unexpected = (
-            [k for k in info["unexpected_keys"] if not k.startswith(other_parts)]
-            if other_parts
-            else list(info["unexpected_keys"])
-        )
+        own = {k.partition(".")[0] for k in present} | {"vision_model", "vision_tower"}
+        unexpected = [k for k in unexpected if k.partition(".")[0] in own]
+    elif other_parts:
+        unexpected = [k for k in unexpected if not k.startswith(other_parts)]
     problems = [
         f"{what}: {listed(keys)}"
         for what, keys in (

@@ -1,0 +1,257 @@
+"""Towers of every family give the patch tokens of their own model, stay frozen, and refuse files that do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from beholder.config import VisionConfig
+from beholder.model.vision import VisionTower, _hf_size, load_vision
+from beholder.types import UserError
+
+from .conftest import CPU, Parts
+
+GRID = {"siglip": 16, "clip": None, "dinov2": 4, "repvit": 49}
+
+
+def load(parts: Parts, family: str, **settings: Any) -> VisionTower:
+    name, weights = parts.vision(family)
+    return load_vision(
+        VisionConfig.model_validate({"name_or_path": name, "weights": weights, "precision": "fp32"} | settings), CPU
+    )
+
+
+def noise(tower: VisionTower, m: int = 2, seed: int = 0) -> torch.Tensor:
+    g, draw = tower.geometry, torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (m, 3, g.height, g.width), dtype=torch.uint8, generator=draw)
+
+
+def copied(parts: Parts, tmp_path: Path, family: str = "siglip") -> Path:
+    folder = tmp_path / "tower"
+    shutil.copytree(parts.vision(family)[0], folder)
+    return folder
+
+
+def rewrite(folder: Path, change: Any) -> str:
+    """The folder's weights after ``change(dict)``."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", ["siglip", "clip", "dinov2"])
+def test_patches_are_the_models_own_last_tokens_without_class_token(parts: Parts, family: str) -> None:
+    tower = load(parts, family)
+    pixels = noise(tower)
+    g = tower.geometry
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (g.mean, g.std))
+    normal = (pixels / 255 - mean) / std
+    extra = {"interpolate_pos_encoding": True} if family == "dinov2" else {}
+    if family == "dinov2":
+        extra = {}  # it always interpolates
+    own = tower.backbone(pixel_values=normal, **extra).last_hidden_state
+
+    got = tower(pixels)
+
+    prefix = own.shape[1] - g.num_patches
+    assert prefix == (0 if family == "siglip" else 1)
+    assert got.shape == (2, g.num_patches, g.d_vision)
+    # The same sums with the normalisation folded into one multiply-add.
+    torch.testing.assert_close(got, own[:, prefix:], rtol=1e-4, atol=1e-5)
+
+
+def test_timm_feature_maps_are_flattened_row_by_row(parts: Parts) -> None:
+    tower = load(parts, "repvit")
+    pixels = noise(tower, 1)
+    g = tower.geometry
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (g.mean, g.std))
+    own = tower.backbone.forward_features((pixels / 255 - mean) / std)  # type: ignore[operator]
+
+    got = tower(pixels)[0]
+
+    assert own.shape[2:] == (7, 7)
+    for row, column in ((0, 0), (2, 5), (6, 6)):
+        torch.testing.assert_close(got[7 * row + column], own[0, :, row, column], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("model", "shape"), [("swin_tiny_patch4_window7_224", (49, 768)), ("vit_tiny_patch16_224", (196, 192))])  # fmt: skip  # noqa: E501
+def test_timm_towers_of_other_layouts_give_patches_too(tmp_path: Path, model: str, shape: tuple[int, int]) -> None:
+    import timm
+
+    path = tmp_path / "w.safetensors"
+    whole = timm.create_model(model, pretrained=False)  # with its classifier, as files from the hub have it
+    save_file({k: v.contiguous() for k, v in whole.state_dict().items()}, path)
+
+    tower = load_vision(VisionConfig(name_or_path=f"timm/{model}", weights=str(path), precision="fp32"), CPU)
+
+    assert (tower.geometry.num_patches, tower.geometry.d_vision) == shape
+    maps = whole.eval().forward_features(torch.zeros(1, 3, 224, 224))
+    own = maps[:, 1:] if maps.ndim == 3 else maps.flatten(1, 2)  # class token dropped; swin is channels-last
+    got = tower._features(tower.backbone, torch.zeros(1, 3, 224, 224))
+    torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["siglip", "clip", "dinov2"])
+def test_an_earlier_layer_can_be_chosen(parts: Parts, family: str) -> None:
+    last, earlier = load(parts, family), load(parts, family, feature_layer=-2)
+    pixels = noise(last)
+
+    assert earlier.geometry.num_patches == last.geometry.num_patches
+    assert not torch.allclose(earlier(pixels), last(pixels), atol=1e-3)
+    states = last.backbone(
+        pixel_values=torch.addcmul(last.get_buffer("shift"), pixels.float(), last.get_buffer("scale")),
+        output_hidden_states=True,
+    ).hidden_states
+    torch.testing.assert_close(earlier(pixels), states[-2][:, -earlier.geometry.num_patches :], rtol=1e-4, atol=1e-5)
+
+
+def test_a_tower_never_leaves_eval_mode_and_never_makes_a_graph(parts: Parts) -> None:
+    tower = load(parts, "repvit")
+    before = {k: v.clone() for k, v in tower.state_dict().items()}
+    pixels = noise(tower)
+    tower.train()
+
+    first, again = tower(pixels), tower(pixels)
+
+    assert not any(m.training for m in tower.modules()) and not first.requires_grad
+    assert torch.equal(first, again)
+    assert all(torch.equal(v, before[k]) for k, v in tower.state_dict().items()), "batch statistics moved"
+
+
+def test_features_do_not_depend_on_the_company_of_an_image(parts: Parts) -> None:
+    tower = load(parts, "siglip")
+    pixels = noise(tower, 3)
+
+    # Another batch size, another blocking: worst seen 2e-6.
+    torch.testing.assert_close(tower(pixels[1:2])[0], tower(pixels)[1], rtol=1e-4, atol=1e-5)
+    assert tower(pixels[:0]).shape == (0, 16, 48)
+
+
+def test_images_of_another_size_are_refused(parts: Parts) -> None:
+    tower = load(parts, "siglip")
+    with pytest.raises(UserError, match=r"takes 32 x 32 images but got 32 x 16"):
+        tower(torch.zeros(1, 3, 32, 16, dtype=torch.uint8))
+
+
+def test_the_fingerprint_follows_weights_precision_layer_and_preprocessing_and_not_the_place(
+    parts: Parts, tmp_path: Path
+) -> None:
+    folder = copied(parts, tmp_path)
+    base = load(parts, "siglip").fingerprint()
+
+    def of(path: Path, **settings: Any) -> str:
+        return load_vision(
+            VisionConfig.model_validate({"name_or_path": str(path), "precision": "fp32"} | settings), CPU
+        ).fingerprint()
+
+    assert of(folder) == base
+    assert of(folder, precision="bf16") != base
+    assert of(folder, feature_layer=-2) != base
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor | {"image_mean": [0.4, 0.5, 0.5]}))
+    assert of(folder) != base
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+
+    def one_bit(weights: dict[str, torch.Tensor]) -> None:
+        key = next(k for k in sorted(weights) if k.startswith("vision_model.encoder") and k.endswith("weight"))
+        flat = weights[key].view(-1).view(torch.int32)
+        flat[0] ^= 1 << 20
+
+    rewrite(folder, one_bit)
+    assert of(folder) != base
+
+
+def test_a_missing_weight_is_named(parts: Parts, tmp_path: Path) -> None:
+    lost = "vision_model.encoder.layers.1.mlp.fc1.weight"
+    name = rewrite(copied(parts, tmp_path), lambda w: w.pop(lost))
+    with pytest.raises(UserError, match=r"lack.*layers\.1\.mlp\.fc1\.weight"):
+        load_vision(VisionConfig(name_or_path=name), CPU)
+
+
+def test_a_weight_without_a_place_is_named(parts: Parts, tmp_path: Path) -> None:
+    extra = "vision_model.encoder.layers.7.mlp.fc1.weight"
+    name = rewrite(copied(parts, tmp_path), lambda w: w.update({extra: torch.zeros(2, 2)}))
+    with pytest.raises(UserError, match=r"no place for.*layers\.7\.mlp"):
+        load_vision(VisionConfig(name_or_path=name), CPU)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(parts: Parts, tmp_path: Path, value: float) -> None:
+    def spoil(weights: dict[str, torch.Tensor]) -> None:
+        weights["vision_model.post_layernorm.bias"][3] = value
+
+    name = rewrite(copied(parts, tmp_path), spoil)
+    with pytest.raises(UserError, match=r"NaN or infinite weights in post_layernorm\.bias"):
+        load_vision(VisionConfig(name_or_path=name), CPU)
+
+
+def test_a_tower_without_preprocessing_is_refused(parts: Parts, tmp_path: Path) -> None:
+    folder = copied(parts, tmp_path)
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match=r"no preprocessor_config\.json"):
+        load_vision(VisionConfig(name_or_path=str(folder)), CPU)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "nan"])
+def test_timm_weights_are_loaded_strictly(parts: Parts, tmp_path: Path, change: str) -> None:
+    name, path = parts.vision("repvit")
+    assert path is not None
+    weights = load_file(path)
+    key = sorted(k for k in weights if k.endswith("weight") and weights[k].ndim == 4)[0]
+    match change:
+        case "missing":
+            del weights[key]
+        case "extra":
+            weights["stages.9.conv.weight"] = torch.zeros(1)
+        case "shape":
+            weights[key] = weights[key][:1]
+        case _:
+            weights[key] = weights[key] * float("nan")
+    save_file(weights, tmp_path / "w.safetensors")
+
+    expected = {"missing": "lack", "extra": r"stages\.9\.conv", "shape": "another shape", "nan": "NaN or infinite"}
+    with pytest.raises(UserError, match=expected[change]):
+        load_vision(VisionConfig(name_or_path=name, weights=str(tmp_path / "w.safetensors")), CPU)
+
+
+def test_mistaken_names_say_what_was_meant(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="repvit_m0_9"):
+        load_vision(VisionConfig(name_or_path="timm/repvit_m09"), CPU)
+    with pytest.raises(UserError, match="no file"):
+        load_vision(VisionConfig(name_or_path="timm/repvit_m0_9", weights="nowhere.safetensors"), CPU)
+    (tmp_path / "w.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match=r"not \.safetensors"):
+        load_vision(VisionConfig(name_or_path="timm/repvit_m0_9", weights=str(tmp_path / "w.bin")), CPU)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_vision(VisionConfig(name_or_path=str(tmp_path)), CPU)
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        ({"size": {"height": 384, "width": 384}}, (384, 384, "stretch", 0)),
+        ({"size": 224}, (224, 224, "stretch", 0)),
+        (
+            {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}},
+            (224, 224, "shortest_edge", 256),
+        ),
+        ({"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224}, (224, 224, "shortest_edge", 224)),
+        ({"size": {"shortest_edge": 224}, "crop_pct": 0.875}, (224, 224, "shortest_edge", 256)),
+        ({"size": {"shortest_edge": 224}}, (224, 224, "stretch", 0)),
+    ],
+)
+def test_sizes_of_preprocessor_files(processor: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    assert _hf_size(processor, "x") == expected
+
+
+@pytest.mark.parametrize("processor", [{"size": {"longest_edge": 384}}, {"size": {}}, {"max_num_patches": 256}])
+def test_sizes_that_cannot_be_followed_are_refused(processor: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"aspect ratio|cannot tell the image size"):
+        _hf_size(processor, "x")
