@@ -29,11 +29,11 @@ from beholder.assets import (
     COLOURS,
     SHAPES,
     AssetError,
-    cache_dir,
     derive_captions,
     facts_from_question,
     prepare_quickstart,
 )
+from beholder.runs import cache_dir
 
 # ---------------------------------------------------------------------------------------------------------------
 # Captions

@@ -592,8 +592,8 @@ def test_training_with_the_store_is_training_without_it(tmp_path, tiny_config, p
 
     assert abs(without[-1] - without[0]) > 0.02, "nothing was learnt, so agreement would say nothing"
     # A tower in bf16 gives bf16 numbers, and storing them loses nothing (measured: equal to the last bit); a kernel
-    # that rounds differently in batches of another size may cost a little. A tower in fp32 loses up to 2**-9 of a feature's
-    # size: measured 1.3e-5 of the loss and 3e-3 of the farthest weight, over six steps at a large learning rate.
+    # that rounds differently in batches of another size may cost a little. A tower in fp32 loses up to 2**-9 of a
+    # feature's size: measured 1.3e-5 of the loss and 3e-3 of the farthest weight, over six steps at a large rate.
     assert with_store == pytest.approx(without, rel={"bf16": 1e-5, "fp32": 1e-4}[precision])
     off = {n: float((learnt[n] - reference[n]).norm() / reference[n].norm()) for n in learnt if reference[n].any()}
     assert max(off.values()) < 2e-2

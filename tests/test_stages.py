@@ -103,6 +103,16 @@ def test_evaluate_measures_the_same_numbers_again(tiny_config: MakeConfig, tmp_p
     assert again.baseline == first.baseline and again.status == Status.SUCCEEDED
 
 
+def test_a_finished_run_is_not_done_again(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    first = run_stage(tiny_config(tmp_path))
+    page = (tmp_path / "run" / "report.html").stat().st_mtime_ns
+
+    outcome = run_stage(tiny_config(tmp_path))
+
+    assert outcome.again and outcome.evidence == first.evidence
+    assert (tmp_path / "run" / "report.html").stat().st_mtime_ns == page
+
+
 def test_evaluate_refuses_settings_that_were_trained_with(tiny_config: MakeConfig, tmp_path: Path) -> None:
     run_stage(tiny_config(tmp_path))
 

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 
 from beholder.legacy_pth import read_legacy_pth
 from beholder.model.weights import quiet_transformers
-from beholder.runs import sha256_file
+from beholder.runs import cache_dir, sha256_file
 from beholder.types import UserError
 
 Say = Callable[[str], None]
@@ -89,12 +89,6 @@ DATA: Final = Package(
 
 TIMM_NAME: Final = "tf_efficientnet_lite0"
 _GGUF: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_dir() -> Path:
-    """``$BEHOLDER_CACHE``, else ``~/.cache/beholder``. Not created here."""
-    given = os.environ.get("BEHOLDER_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "beholder"
 
 
 # ---------------------------------------------------------------------------------------------------------------

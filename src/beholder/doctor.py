@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from beholder.assets import cache_dir
 from beholder.config import FeaturesConfig
 from beholder.features import store_dir
+from beholder.runs import cache_dir
 
 Level = Literal["ok", "warn", "fail"]
 

@@ -43,6 +43,7 @@ import torch
 
 from beholder.config import FeaturesConfig
 from beholder.data.images import ImageError, content_hash
+from beholder.runs import cache_dir
 from beholder.types import ImageGeometry, ImageRef, UserError
 
 _VERSION = 1
@@ -58,8 +59,7 @@ def store_dir(cfg: FeaturesConfig) -> Path:
     """The folder of the store: ``features.dir``, else ``$BEHOLDER_CACHE/features``, else the user's cache folder."""
     if cfg.dir:
         return Path(cfg.dir).expanduser()
-    cache = os.environ.get("BEHOLDER_CACHE")
-    return (Path(cache).expanduser() if cache else Path.home() / ".cache" / "beholder") / "features"
+    return cache_dir() / "features"
 
 
 def estimate_bytes(num_images: int, geometry: ImageGeometry) -> int:

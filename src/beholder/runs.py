@@ -139,6 +139,16 @@ def _finite(value: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# The cache all runs share
+
+
+def cache_dir() -> Path:
+    """``$BEHOLDER_CACHE``, else ``~/.cache/beholder``. Not created here."""
+    given = os.environ.get("BEHOLDER_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "beholder"
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The run folder
 
 

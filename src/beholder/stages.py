@@ -30,6 +30,7 @@ from beholder.evidence import (
     Status,
     TextOnly,
     TrainableRow,
+    load_evidence,
     thin,
     thumbnail,
 )
@@ -65,6 +66,8 @@ class Outcome:
     signal: int | None = None
     evidence: Evidence | None = None
     is_main: bool = True
+    again: bool = False
+    """The run had finished before; nothing was done."""
 
 
 def run_stage(cfg: RunConfig, *, resume: str = "auto") -> Outcome:
@@ -79,6 +82,12 @@ def run_stage(cfg: RunConfig, *, resume: str = "auto") -> Outcome:
     try:
         with sole_writer(run, dist), honest_status(run, dist):
             source = find_start(cfg, run, resume)
+            finished = dist.on_main(lambda: is_finished(run, source))
+            if finished:
+                evidence = load_evidence(run.path)
+                return Outcome(
+                    run.path, Status.SUCCEEDED, evidence.cost.steps, None, evidence, dist.is_main, again=True
+                )
             if source is None:
                 dist.on_main(lambda: fresh_folder(run))
             dist.on_main(lambda: announce(cfg, run, dist))
@@ -217,6 +226,14 @@ def find_start(cfg: RunConfig, run: RunDir, resume: str) -> Path | None:
         saved = checkpoint.read_trainer(found)["config"]
         checkpoint.check_same_config(saved, cfg.model_dump(mode="json"), same_data=True)
     return found
+
+
+def is_finished(run: RunDir, source: Path | None) -> bool:
+    """Whether the run's last step was trained and its evidence written: then there is nothing left to do."""
+    if source is None or not (run.path / "evidence.json").is_file():
+        return False
+    record = run.read_json("run.json")
+    return record["status"] == Status.SUCCEEDED.value and record.get("step") == checkpoint.read_trainer(source)["step"]
 
 
 def fresh_folder(run: RunDir) -> None:

@@ -53,8 +53,8 @@ def test_chunks_change_neither_losses_nor_gradients(k: int, rows: int) -> None:
 
     nll, correct = head_nll(counted, hidden, targets, vocab=17, max_logits=rows * 17)
 
-    # Worst seen 5e-7 on values near 3 and on gradients near 1.
-    torch.testing.assert_close(nll, expected, rtol=1e-6, atol=1e-6)
+    # Worst seen 1e-6 on values up to 9, 7e-7 on gradients near 1.
+    torch.testing.assert_close(nll, expected, rtol=1e-6, atol=3e-6)
     assert torch.equal(correct, head(hidden).argmax(-1) == targets)
     assert max(seen) <= rows and sum(seen) == k, "each row once, never more than allowed at a time"
     wanted = torch.autograd.grad((expected * weight).sum(), hidden)[0]
@@ -86,9 +86,7 @@ def test_half_precision_gradients_follow_fp32(dtype: torch.dtype) -> None:
     half = hidden.detach().to(dtype).requires_grad_()
 
     nll, _ = head_nll(head.to(dtype), half, targets, vocab=200, max_logits=600)
-    got = torch.autograd.grad((nll * 1e-6).sum(), half)[0].float() * 1e6 if dtype == torch.bfloat16 else (
-        torch.autograd.grad(nll.sum(), half)[0].float()
-    )  # fmt: skip
+    got = torch.autograd.grad(nll.sum(), half)[0].float()
 
-    # One rounding of probabilities and one of the result, 8 bits each: worst seen 1.2 % of the largest entry.
+    # One rounding of probabilities and one of the result, 8 bits each: worst seen 0.8 % of the largest entry.
     assert float((got - exact).abs().max() / exact.abs().max()) < 0.04

@@ -31,13 +31,13 @@ def test_packing_changes_neither_losses_nor_connector_gradients(
 
     assert packed.input_ids.shape[0] == 1 and padded.input_ids.shape[0] == len(CAPTIONS)
     for a, b in zip(per_sample(built.model(padded)), per_sample(built.model(packed)), strict=True):
-        # fp32 sums in another order; worst seen over all pairs 4e-6.
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+        # fp32 sums in another order; worst seen over all pairs 1e-6 nats. A leak moves losses by more than 1.
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     one, other = built.connector_gradients(padded), built.connector_gradients(packed)
     for name, gradient in one.items():
-        # Worst seen 4e-6 of the largest entry of a tensor.
+        # Worst seen 5e-7 of the largest entry of a tensor.
         scale = float(gradient.abs().max())
-        torch.testing.assert_close(gradient, other[name], rtol=0, atol=5e-5 * scale, msg=name)
+        torch.testing.assert_close(gradient, other[name], rtol=0, atol=1e-5 * scale, msg=name)
         assert scale > 0, f"{name} gets no gradient"
 
 
@@ -185,12 +185,17 @@ def test_a_batch_without_images_gives_zero_gradients_to_every_weight(tiny: Built
     name, encoded, _ = tiny.samples(["words only"])[0]
     text = Encoded(encoded.ids, encoded.supervise, ())
     batch = collate([(name, text, [])], Layout(False, 4096, 8))
-    if batch.image_positions.shape != (0, 4):  # with no image in it, a batch cannot know N
-        batch.image_positions = torch.zeros(0, 4, dtype=torch.int64)
-
     gradients = tiny.connector_gradients(batch)
 
+    assert tiny.model(batch).nll.numel() == encoded.num_targets
     assert all(float(g.abs().max()) == 0 for g in gradients.values())
+
+
+def test_a_batch_whose_samples_were_all_rejected_has_an_empty_loss_on_the_graph(tiny: Built) -> None:
+    batch = collate([], Layout(True, 64, 8))
+
+    assert tiny.model(batch).nll.shape == (0,)
+    assert all(float(g.abs().max()) == 0 for g in tiny.connector_gradients(batch).values())
 
 
 def test_stored_features_and_pixels_mix_in_any_order(tiny: Built) -> None:
@@ -270,7 +275,7 @@ def test_bf16_losses_are_close_to_fp32(build: Build) -> None:
     with torch.no_grad():
         difference = half.model(batch).nll - full(batch).nll
 
-    # 8 bits of mantissa over 4 layers; worst token seen 0.06 nats, mean difference 0.002.
+    # 8 bits of mantissa over 4 layers; of 95 tokens the worst is off by 0.052 nats, the mean by 0.002.
     assert float(difference.abs().max()) < 0.2 and abs(float(difference.mean())) < 0.02
 
 

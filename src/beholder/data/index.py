@@ -17,14 +17,13 @@ import re
 import stat
 import tarfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import orjson
 
 from beholder.data.images import parquet_cells, parquet_image_column
-from beholder.runs import atomic_write
+from beholder.runs import atomic_write, cache_dir
 from beholder.types import UserError
 
 log = logging.getLogger(__name__)
@@ -388,11 +387,6 @@ def parquet_records(path: str) -> Iterator[Found]:
 # Cache
 
 
-def cache_dir() -> Path:
-    """``$BEHOLDER_CACHE/index``, else ``~/.cache/beholder/index``."""
-    return Path(os.environ.get("BEHOLDER_CACHE") or Path.home() / ".cache" / "beholder") / "index"
-
-
 def cache_key(*facts: object) -> str:
     """sha256 over JSON-able facts: everything the cached value depends on."""
     return hashlib.sha256(orjson.dumps(facts, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_SORT_KEYS)).hexdigest()
@@ -401,7 +395,7 @@ def cache_key(*facts: object) -> str:
 def cache_load(key: str) -> tuple[dict[str, np.ndarray], Any] | None:
     """(arrays, JSON value), or None when there is none or it is damaged; then the caller computes it again."""
     try:
-        with open(cache_dir() / f"{key}.npz", "rb") as raw, np.load(raw, allow_pickle=False) as file:
+        with open(cache_dir() / "index" / f"{key}.npz", "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}  # zip members carry a CRC-32
         return arrays, orjson.loads(arrays.pop("meta").tobytes())
     except FileNotFoundError:
@@ -416,8 +410,8 @@ def cache_save(key: str, arrays: dict[str, np.ndarray], meta: Any) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, meta=np.frombuffer(orjson.dumps(meta), np.uint8), **arrays)  # pyright: ignore[reportArgumentType]
     try:
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        atomic_write(cache_dir() / f"{key}.npz", buffer.getvalue())
+        (cache_dir() / "index").mkdir(parents=True, exist_ok=True)
+        atomic_write(cache_dir() / "index" / f"{key}.npz", buffer.getvalue())
     except (OSError, UserError) as e:
         log.warning("the record index is not cached: %s", e)
 

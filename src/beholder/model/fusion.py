@@ -39,7 +39,7 @@ def scatter_images(
     Out of place and differentiable in ``tokens``. ``positions`` count ``row * T + t``. Raises `UserError` with both
     shapes when they disagree, and when a position lies outside the batch (checked on the CPU only: no device sync).
     """
-    if positions.shape != tokens.shape[:2]:
+    if positions.shape != tokens.shape[:2] and positions.shape[0] + tokens.shape[0] > 0:
         raise UserError(
             f"{tokens.shape[0]} images produced {tokens.shape[0] * tokens.shape[1]} visual tokens "
             f"({tokens.shape[1]} each) but the sequence reserves {positions.numel()} positions "

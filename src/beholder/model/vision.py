@@ -6,6 +6,7 @@ ever trained.
 """
 
 import difflib
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -160,7 +161,9 @@ def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
 
     trained_at = getattr(part, "image_size", None)
     trained_at = trained_at[0] if isinstance(trained_at, list | tuple) else trained_at
-    interpolate = trained_at not in (None, height) and "interpolate_pos_encoding" in model.forward.__code__.co_varnames
+    interpolate = (
+        trained_at not in (None, height) and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    )
     model = model.to(device)
     freeze(model)
     shape = _probe(model, features, height, width, device, dtype, name)
@@ -252,7 +255,13 @@ def _probe(
     name: str,
 ) -> tuple[int, int]:
     """(tokens, width) the backbone gives for one grey image, which must be finite."""
-    out = features(model, torch.zeros(1, 3, height, width, device=device, dtype=dtype))
+    try:
+        out = features(model, torch.zeros(1, 3, height, width, device=device, dtype=dtype))
+    except (TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise UserError(
+            f"{name} ({type(model).__name__}) cannot be run on plain {height} x {width} images: {e}. Give a tower that "
+            "takes pixel_values and returns patch tokens, at a size it accepts."
+        ) from e
     if out.ndim != 3:
         raise UserError(
             f"{name}: the tower gives a tensor of shape {list(out.shape)}; expected [images, patches, width]"
