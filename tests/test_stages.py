@@ -57,9 +57,11 @@ def test_evidence_has_baseline_ablation_captions_and_counts(tiny_config: MakeCon
     run_stage(tiny_config(tmp_path))
 
     evidence = load_evidence(tmp_path / "run")
-    for name in ("eval.loss", "eval.perplexity", "ablation.loss.correct", "ablation.loss.shuffled",
-                 "ablation.loss.zero", "ablation.ratio.shuffled", "caption.exact_match.correct", "caption.exact_match.zero",
-                 "caption.rouge_l.correct", "caption.exact_match.chance"):  # fmt: skip
+    names = """
+        eval.loss eval.perplexity ablation.loss.correct ablation.loss.shuffled ablation.loss.zero
+        ablation.ratio.shuffled caption.exact_match.correct caption.exact_match.zero caption.rouge_l.correct
+        caption.exact_match.chance"""
+    for name in names.split():
         assert evidence.get(name) is not None, name
     baseline = evidence.get_baseline("eval.loss")
     assert baseline is not None and baseline.n == 12

@@ -116,8 +116,8 @@ def _exit_for(outcome: object) -> None:
         raise typer.Exit(EXIT_SIGINT if outcome.signal == signal.SIGINT else EXIT_SIGTERM)
     if outcome.again:
         console.print(
-            f"{outcome.folder} had finished before; its report is {outcome.folder / 'report.html'}. To measure it again: "
-            f"beholder evaluate {outcome.folder}. To train anew choose another output folder.",
+            f"{outcome.folder} had finished before; its report is {outcome.folder / 'report.html'}. "
+            f"To measure it again: beholder evaluate {outcome.folder}. To train anew choose another output folder.",
             markup=False,
             soft_wrap=True,
         )
