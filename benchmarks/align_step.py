@@ -428,7 +428,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="smollm2")
     parser.add_argument("--llm", help="language model with real weights of that shape: a folder or a .gguf file")
     parser.add_argument("--batch", type=int, help="samples a step; default 16, for qwen3-8b 4")
-    parser.add_argument("--rounds", type=int, default=4, help="timed steps of every variant")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of every variant")
     parser.add_argument("--visual-tokens", type=int, default=64)
     parser.add_argument("--pack-len", type=int, default=1536)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

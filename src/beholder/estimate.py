@@ -51,7 +51,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RUNTIME_BYTES = 800 * 10**6
 """Interpreter, torch, transformers and their buffers: resident size of a process that has not loaded a model yet."""
-EFFICIENCY = {"cpu": 0.35, "cuda": 0.4, "mps": 0.4}
+EFFICIENCY = {"cpu": 0.4, "cuda": 0.4, "mps": 0.4}
 """Share of the measured matrix rate that a whole step reaches; see benchmarks/README.md."""
 TYPICAL_TARGET_TOKENS = 13.0
 """LLaVA-Pretrain's mean, used only where the records or the tokenizer cannot be read, and named as a gap then."""
