@@ -350,7 +350,7 @@ def test_a_damaged_part_is_named_and_made_again_and_the_others_are_kept(
 
 def test_a_flipped_bit_of_the_language_model_is_noticed(home: Path, prepared: Path) -> None:
     shutil.copytree(prepared, home)
-    weights = home / "llm" / "model.safetensors"
+    weights = home / "llm" / assets.LLM_NAME / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-5] ^= 1
     weights.write_bytes(data)
@@ -388,7 +388,7 @@ def test_prepared_parts_are_used_where_they_lie(
     monkeypatch.setenv("BEHOLDER_ASSETS", str(prepared))
     before = snapshot(prepared)
     found = prepare_quickstart(say=lambda line: None)
-    assert found.llm == prepared / "llm"
+    assert found.llm == prepared / "llm" / assets.LLM_NAME
     assert found.images_test == prepared / "data" / "images" / "test"
     assert snapshot(prepared) == before
     assert not any((home / part).exists() for part in ("llm", "vision", "data", "wheels"))

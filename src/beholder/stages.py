@@ -452,8 +452,8 @@ def bench_evidence(
         status=status,
         created=now(),
         summary={
-            "Language model": bench.model.language.name,
-            "Vision tower": cfg.model.vision.name_or_path,
+            "Language model": _short(bench.model.language.name),
+            "Vision tower": _short(cfg.model.vision.name_or_path),
             "Connector": f"{cfg.model.connector.resampler.kind}, {bench.model.num_visual_tokens} visual tokens",
         },
         trainable=[
@@ -506,6 +506,11 @@ def bench_evidence(
         run.set_status(status, step=step, phases_s=bench.phases_s)
         bench.reporter.line("report", str(run.path / "report.html"))
     return evidence
+
+
+def _short(name: str) -> str:
+    """A hub name as it is, a local path by its last part: reports are passed on."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _say_figures(bench: Workbench, measured: list[Measurement], text: TextOnly) -> None:

@@ -97,7 +97,7 @@ class Workbench:
         with self.phase("features"), progress(self.reporter, "features") as tick:
             report = store.fill(
                 refs,
-                vision,
+                lambda pixels: vision(pixels.to(self.model.device)),
                 self.data.pipeline,
                 batch_size=32,
                 progress=tick,

@@ -43,7 +43,7 @@ class Plot:
 def curves(lines: Sequence[tuple[str, Curve]], *, title: str, width: float = 13.6, height: float = 3.9) -> Plot:
     """Up to four labelled curves over optimizer steps; ``title`` is read out by screen readers.
 
-    A curve with more than 40 points is drawn faint, with its running mean on top (time constant: a thirtieth of the
+    A measured curve with more than 40 points is drawn faint, with its running mean on top (time constant: a thirtieth of the
     points); a shorter one gets dots, because its points are measurements of their own.
     """
     assert 0 < len(lines) <= len(_SERIES)
@@ -53,7 +53,9 @@ def curves(lines: Sequence[tuple[str, Curve]], *, title: str, width: float = 13.
 
     with _figure(width, height) as (figure, axes):
         for color, (_, curve) in zip(_SERIES, lines, strict=False):
-            if len(curve.x) > 40:
+            if curve.name.startswith("lr."):  # set, not measured: there is no noise to smooth away
+                axes.plot(curve.x, curve.y, color=color, linewidth=1.8)
+            elif len(curve.x) > 40:
                 axes.plot(curve.x, curve.y, color=color, linewidth=0.7, alpha=0.28)
                 axes.plot(curve.x, _smooth(curve.y, log), color=color, linewidth=1.8)
             else:

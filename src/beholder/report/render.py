@@ -234,7 +234,14 @@ def loss_plot(e: Evidence, width: float = 13.6, height: float = 3.9) -> plots.Pl
 def small_plots(e: Evidence) -> list[tuple[str, plots.Plot]]:
     """Every other curve, small: learning rate, gradient norm, speed, …"""
     rest = [c for c in e.curves if c.x and c.name not in ("train.loss", "eval.loss", "quick_eval.loss")]
-    return [(c.name, plots.curves([(c.name, c)], title=f"{c.name} over steps", width=4.4, height=1.9)) for c in rest]
+    names = {"lr.connector": "Learning rate of the connector", "grad_norm": "Gradient norm before clipping"}
+    return [
+        (
+            name := names.get(c.name, c.name),
+            plots.curves([(name, c)], title=f"{name} over steps", width=6.6, height=2.4),
+        )
+        for c in rest
+    ]
 
 
 def _curve(e: Evidence, name: str) -> Curve | None:
