@@ -43,8 +43,8 @@ class Plot:
 def curves(lines: Sequence[tuple[str, Curve]], *, title: str, width: float = 13.6, height: float = 3.9) -> Plot:
     """Up to four labelled curves over optimizer steps; ``title`` is read out by screen readers.
 
-    A measured curve with more than 40 points is drawn faint, with its running mean on top (time constant: a thirtieth of the
-    points); a shorter one gets dots, because its points are measurements of their own.
+    A measured curve with more than 40 points is drawn faint, with its running mean on top (time constant: a thirtieth
+    of the points); a shorter one gets dots, because its points are measurements of their own.
     """
     assert 0 < len(lines) <= len(_SERIES)
     values = [y for _, curve in lines for y in curve.y]
