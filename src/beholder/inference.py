@@ -52,7 +52,7 @@ class Vlm:
         ``prompt`` stands after the images and is literal text: a ``<image>`` typed in it stays text. None: the
         instruction the run was trained with. ``temperature`` 0 is greedy.
         """
-        images = list(image) if isinstance(image, list | tuple) else [image]
+        images = [image] if isinstance(image, str | Path | Image.Image) else list(image)
         if not images:
             raise UserError("give at least one image")
         limit = self.cfg.prompting.max_images_per_sample

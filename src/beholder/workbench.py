@@ -160,8 +160,9 @@ class Workbench:
                 self.model, examples, self.batches, ("shuffled", "zero"), content_key=self.content_key,
                 seed=self.cfg.seed,
             )  # fmt: skip
-            wrong = {condition: self._gather(losses, loss.SampleLoss) for condition, losses in mine.items()}
-        return loss.compare_conditions({"correct": correct, **wrong}, seed=self.cfg.seed)
+            losses: dict[Condition, Sequence[loss.SampleLoss]] = {"correct": correct}
+            losses |= {condition: self._gather(found, loss.SampleLoss) for condition, found in mine.items()}
+        return loss.compare_conditions(losses, seed=self.cfg.seed)
 
     def captions(
         self, examples: Sequence[Example], settings: GenerateConfig, condition: Condition, batch_size: int

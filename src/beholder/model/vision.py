@@ -326,7 +326,7 @@ def _load_timm(cfg: VisionConfig, device: torch.device) -> VisionTower:
 
     # Depthwise convolutions want the channels innermost: EfficientNet-lite0 is 1.6 to 1.8 times as fast on a CPU
     # (`benchmarks/tower_layout.py`).
-    model = model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    model = model.to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
     freeze(model)
     patches, width_out = _probe(model, features, height, width, device, dtype, name)
     geometry = ImageGeometry(
