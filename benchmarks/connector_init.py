@@ -6,6 +6,13 @@ seed, same samples, same order, and prints the loss on the way and what the held
     python benchmarks/connector_init.py                      # about 1 s a step of 16 on 2 cores, 6 choices x 120 steps
     python benchmarks/connector_init.py --steps 40 --std 0.02 1.0 --norm rms
 
+One run, seed 42, 100 steps, 128 held-out pictures (test loss in nats per token / exact captions):
+
+    latent_std    rms, lr 3e-4     none, lr 3e-4    rms, lr 1e-3    tokens alike at the start
+    0.02          0.245 / 77 %     0.297 / 55 %     0.557 / 20 %    0.98
+    0.2           0.206 / 77 %     0.275 / 66 %                     0.63
+    1.0           0.134 / 83 %     0.165 / 73 %     0.187 / 73 %    0.16
+
 The parts are those of `beholder quickstart` (downloaded once; `BEHOLDER_ASSETS` works offline).
 """
 

@@ -57,11 +57,12 @@ class Perceiver(nn.Module):
 
     **Why latents are drawn from N(0, 1).** The blocks are residual: what leaves them is latent + what attention wrote.
     With the usual 0.02 the latents are far smaller than what the first block adds, and that addition starts as nearly
-    the same average of the patches for every latent (queries that differ by little attend alike); LayerNorm then blows
-    this common part up to unit size, all N tokens leave as near copies of one another, and their gradients are near
-    copies too, so nothing pulls them apart. At std 1 the latents differ from the first step, ask different questions,
-    and keep an identity of their own that the language model can tell apart. ``benchmarks/connector_init.py`` trains
-    every choice side by side.
+    the same average of the patches for every latent (queries that differ by little attend alike); the final norm blows
+    this common part up, and all N tokens leave as near copies of one another (mean cosine 0.98, against 0.16 at std 1),
+    with near copies for gradients. At std 1 the latents differ from the first step and ask different questions. On the
+    quickstart's parts, 100 steps of 16, the held-out loss is 0.25 at std 0.02, 0.21 at 0.2 and 0.13 at 1; at learning
+    rate 1e-3 the gap is 19 % against 73 % of captions right. ``benchmarks/connector_init.py`` trains the choices side
+    by side.
     """
 
     kind = "perceiver"
