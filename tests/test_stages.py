@@ -199,3 +199,60 @@ def test_preview_shows_what_is_supervised(tiny_config: MakeConfig, tmp_path: Pat
 
     assert len(items) == 2 and all(p.exists() for item in items for p in item.images)
     assert all(0 < item.num_targets < item.num_tokens for item in items)
+
+
+def test_a_refused_command_leaves_a_finished_runs_record_alone(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run_stage(tiny_config(tmp_path))
+    record = (tmp_path / "run" / "run.json").read_text()
+
+    for sets, resume in (({}, "never"), ({}, "nonsense"), ({}, ""), ({"train.lr.connector": 9.0}, "auto")):
+        with pytest.raises(UserError):
+            run_stage(tiny_config(tmp_path, **sets), resume=resume)
+
+    assert (tmp_path / "run" / "run.json").read_text() == record
+
+
+def test_resuming_from_an_earlier_step_is_refused_while_later_ones_are_there(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    run_stage(tiny_config(tmp_path))
+
+    with pytest.raises(UserError, match="two histories"):
+        run_stage(tiny_config(tmp_path), resume=str(tmp_path / "run" / "checkpoints" / "step_2"))
+
+
+def test_a_run_finished_from_another_folders_checkpoint_has_its_own_weights(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    run_stage(tiny_config(tmp_path / "a"))
+
+    run_stage(tiny_config(tmp_path / "b"), resume=str(tmp_path / "a" / "run"))
+
+    assert connector_of(tmp_path / "b" / "run", 4) == connector_of(tmp_path / "a" / "run", 4)
+    assert isinstance(load(tmp_path / "b" / "run", device="cpu").step, int)
+
+
+def test_images_that_cannot_be_shuffled_are_found_before_training(
+    tiny_config: MakeConfig, tiny_parts: TinyParts, tmp_path: Path
+) -> None:
+    lines = [json.loads(line) for line in tiny_parts.records.read_text().splitlines()]
+    held = tmp_path / "held.jsonl"
+    held.write_text("\n".join(json.dumps({**r, "images": lines[0]["images"]}) for r in lines[:6]) + "\n")
+    source = {"json_path": str(held), "image_root": str(tiny_parts.images)}
+
+    with pytest.raises(UserError, match="two different images"):
+        run_stage(tiny_config(tmp_path, **{"data.eval_sources": [source]}))
+
+    assert not losses_of_any(tmp_path / "run")
+
+
+def losses_of_any(run: Path) -> list[tuple[int, float]]:
+    return losses_of(run) if (run / "metrics.jsonl").exists() else []
+
+
+def test_a_damaged_run_record_is_named(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run_stage(tiny_config(tmp_path))
+    for content, match in (("[]", "not an object"), ('{"status": "bogus"}', "status is 'bogus'")):
+        (tmp_path / "run" / "run.json").write_text(content)
+        with pytest.raises(UserError, match=match):
+            evaluate_run(str(tmp_path / "run"))

@@ -111,6 +111,7 @@ def _exit_for(outcome: object) -> None:
         console.print(
             f"stopped by {signal.Signals(outcome.signal).name} after step {outcome.step}; saved in {outcome.folder}. "
             "The same command continues.",
+            markup=False,
             soft_wrap=True,
         )
         raise typer.Exit(EXIT_SIGINT if outcome.signal == signal.SIGINT else EXIT_SIGTERM)
@@ -127,7 +128,10 @@ def _exit_for(outcome: object) -> None:
 @app.command(epilog=_example("beholder check data/captions.jsonl --image-root data/images --decode"))
 def check(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A record file, shard, folder of shards, or config.")],
-    dataset: Annotated[str | None, typer.Option(help="jsonl, llava_pretrain, webdataset, parquet; guessed.")] = None,
+    dataset: Annotated[
+        Literal["jsonl", "llava_pretrain", "llava_instruct", "webdataset", "parquet"] | None,
+        typer.Option(help="Kind of DATA; guessed from the file when not given."),
+    ] = None,
     image_root: Annotated[Path | None, typer.Option(help="Folder the image paths are relative to.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Hub name, folder or GGUF file, to count tokens.")] = None,
     decode: Annotated[bool, typer.Option("--decode", help="Decode every image and find equal ones.")] = False,
@@ -144,6 +148,10 @@ def check(
     from beholder.model.language import load_tokenizer
     from beholder.runs import to_json
 
+    if rejects is not None and (rejects.is_dir() or not rejects.parent.is_dir()):
+        raise UserError(f"--rejects {rejects}: expected a file in an existing folder")
+    if sets and data.suffix not in (".yaml", ".yml"):
+        raise UserError("--set overrides settings of a config file, but DATA is a record file; remove it")
     sources, cfg = resolve_data(
         str(data), dataset=dataset, image_root=None if image_root is None else str(image_root), overrides=sets or []
     )
@@ -235,7 +243,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.9,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option()] = "auto",
 ) -> None:
     """Say what a trained run sees in an image. Python: beholder.load(RUN).generate(image, prompt)."""

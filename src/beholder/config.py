@@ -368,7 +368,7 @@ class EvalConfig(Section):
     """File of the fixed set; made on first use. Default inside the run folder."""
     golden_size: Annotated[int, Field(ge=0)] = 32
     """Samples of the fixed set that is captioned during training."""
-    golden_seed: int = 123
+    golden_seed: Annotated[int, Field(ge=0, lt=2**63)] = 123
     run_golden_every: Literal["save", "epoch", "end", "never"] | Positive = "save"
     golden_batch_size: Positive = 8
     golden_generate: GenerateConfig = GenerateConfig()
@@ -379,7 +379,8 @@ class EvalConfig(Section):
 class AblationConfig(Section):
     run_every: Cadence | Positive = "end"
     """When the loss with a shuffled and with a zero image is measured besides the end."""
-    num_samples: Positive = 256
+    num_samples: Annotated[int, Field(ge=2)] = 256
+    """Held-out samples of the measurement; shuffling needs at least two."""
 
 
 class RunConfig(Section):
@@ -387,7 +388,7 @@ class RunConfig(Section):
 
     run_name: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$")]
     """Name of the run; part of a path, so without slashes and not starting with a dot."""
-    seed: int = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Decides order, split, initial weights and dropout."""
     stage: Literal["align", "instruct"] | None = None
     """Default: instruct when ``model.lora.enable`` is set, else align."""

@@ -179,6 +179,16 @@ class Plan:
         ]  # fmt: skip
 
 
+def _check_named_file(option: str, path: Path) -> None:
+    """A file the user names must be a model's config.json; only what nobody named may be a gap."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{option} {path}: not a readable JSON file ({e}); give a model's config.json") from e
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise UserError(f"{option} {path}: it has no model_type, so it is not a model's config.json")
+
+
 def plan(
     cfg: RunConfig, *, llm_config: Path | None = None, vision_config: Path | None = None, measure: bool = True
 ) -> Plan:
@@ -188,6 +198,9 @@ def plan(
     offline (a ``preprocessor_config.json`` beside the tower's is used too). ``measure`` False leaves the times out.
     Raises `UserError` only for settings that can never work; what cannot be found out is a gap.
     """
+    for option, path in (("--llm-config", llm_config), ("--vision-config", vision_config)):
+        if path is not None:
+            _check_named_file(option, path)
     gaps: list[str] = []
     device = _device(cfg)
     language = _try(gaps, lambda: language_shape(cfg.model.llm, llm_config))

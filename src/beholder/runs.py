@@ -259,7 +259,10 @@ class RunDir:
             if not line.strip():
                 continue
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError(f"{type(record).__name__} instead of an object")
+                records.append(record)
             except ValueError as e:
                 if number == len(lines):
                     continue
@@ -294,15 +297,31 @@ class RunDir:
         """Read ``<run>/<name>``; a `UserError` when it is missing or not JSON."""
         path = self.path / name
         try:
-            return json.loads(path.read_text())
+            value = json.loads(path.read_text())
         except FileNotFoundError:
             raise UserError(f"{path} does not exist; is {self.path} a run folder?") from None
         except ValueError as e:
             raise UserError(f"{path} is not JSON: {e}") from e
+        if not isinstance(value, dict):
+            raise UserError(f"{path} holds {type(value).__name__}, not an object; it is damaged, remove it")
+        return value
+
+    def read_status(self) -> Status:
+        """How the run ended, or is; a `UserError` when ``run.json`` does not say."""
+        record = self.read_json("run.json")
+        try:
+            return Status(record.get("status"))
+        except ValueError:
+            raise UserError(
+                f"{self.run_path}: status is {record.get('status')!r}; expected one of {', '.join(Status)}. It is "
+                "damaged; remove it and run the command again"
+            ) from None
 
     def set_status(self, status: Status, **facts: Any) -> None:
         """Merge ``status`` and ``facts`` into ``run.json``. A fact given before and not now stays."""
         record = self.read_json("run.json") if self.run_path.exists() else {"created": now()}
+        stale = {"error", "signal", *(("step", "phases_s") if status == Status.RUNNING else ())}
+        record = {key: value for key, value in record.items() if key not in stale}  # told of an earlier end
         self.write_json("run.json", {**record, **facts, "status": Status(status).value, "updated": now()})
 
 

@@ -7,6 +7,8 @@ down in `train.checkpoint`.
 from __future__ import annotations
 
 import math
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -80,54 +82,60 @@ def run_stage(cfg: RunConfig, *, resume: str = "auto") -> Outcome:
     dist = init_distributed(cfg.device)
     run = RunDir(cfg.run_dir)
     try:
-        with sole_writer(run, dist), honest_status(run, dist):
+        with stop_signals(), sole_writer(run, dist):
             source = find_start(cfg, run, resume)
-            finished = dist.on_main(lambda: is_finished(run, source))
-            if finished:
-                evidence = load_evidence(run.path)
-                return Outcome(
-                    run.path, Status.SUCCEEDED, evidence.cost.steps, None, evidence, dist.is_main, again=True
-                )
-            if source is None:
-                dist.on_main(lambda: fresh_folder(run))
-            dist.on_main(lambda: announce(cfg, run, dist))
-
-            bench = open_bench(cfg, run, dist, split_file=run.splits / split_name(cfg))  # what, on what
-            table = apply_train_plan(bench.model, ALIGN)  # what learns
-            bench.reporter.line("plan", "\n" + str(table))
-            optimizer = build_optimizer(
-                param_groups(bench.model, asdict_of(cfg.train.lr), asdict_of(cfg.train.weight_decay)), cfg.train.betas
-            )
-            start, state = start_from(bench, source, optimizer)  # from where
-            total = bench.data.total_steps(cfg)
-            bench.fill_features(start * cfg.effective_batch, total * cfg.effective_batch)
-            before = measure_before(bench, fresh=start == 0)  # how good is it now
-
-            with bench.phase("training"):
-                result = fit(
-                    bench.model,
-                    next_token,
-                    bench.data.stream(bench.store, cfg, rank=dist.rank, world_size=dist.world_size),
-                    cfg=cfg.train,
-                    total_steps=total,
-                    optimizer=optimizer,
-                    run=run,
-                    seed=cfg.seed,
-                    save=saver(bench, optimizer, state),
-                    dist=dist,
-                    start_step=start,
-                    state=state,
-                    callbacks=[Watch(bench, total)],
-                    reporter=bench.reporter,
-                )
-            if result.signal is not None:
-                dist.on_main(lambda: run.set_status(Status.CANCELLED, step=result.step, signal=result.signal))
-                return Outcome(run.path, Status.CANCELLED, result.step, result.signal, is_main=dist.is_main)
-
-            evidence = write_evidence(bench, table, before, step=total, status=Status.SUCCEEDED)
-            return Outcome(run.path, Status.SUCCEEDED, total, evidence=evidence, is_main=dist.is_main)
+            if dist.on_main(lambda: is_finished(run, source)):
+                known = load_evidence(run.path)
+                return Outcome(run.path, known.status, known.cost.steps, None, known, dist.is_main, again=True)
+            with honest_status(run, dist):  # from here on it is this run's record; a refused command leaves it alone
+                return train_and_measure(cfg, run, dist, source)
     finally:
         shutdown_distributed()
+
+
+def train_and_measure(cfg: RunConfig, run: RunDir, dist: Dist, source: Path | None) -> Outcome:
+    """The page: build, start or resume from ``source``, measure, train, measure again."""
+    if source is None:
+        dist.on_main(lambda: fresh_folder(run))
+    dist.on_main(lambda: announce(cfg, run, dist))
+
+    bench = open_bench(cfg, run, dist, split_file=run.splits / split_name(cfg))  # what, on what
+    table = apply_train_plan(bench.model, ALIGN)  # what learns
+    bench.reporter.line("plan", "\n" + str(table))
+    optimizer = build_optimizer(
+        param_groups(bench.model, asdict_of(cfg.train.lr), asdict_of(cfg.train.weight_decay)), cfg.train.betas
+    )
+    start, state = start_from(bench, source, optimizer)  # from where
+    save = saver(bench, optimizer, state)
+    if source is not None and source.parent.resolve() != run.checkpoints.resolve():
+        dist.on_main(lambda: save(start))  # a checkpoint of another folder: this one must have its weights too
+    total = bench.data.total_steps(cfg)
+    bench.fill_features(start * cfg.effective_batch, total * cfg.effective_batch)
+    before = measure_before(bench, fresh=start == 0)  # how good is it now
+
+    with bench.phase("training"):
+        result = fit(
+            bench.model,
+            next_token,
+            bench.data.stream(bench.store, cfg, rank=dist.rank, world_size=dist.world_size),
+            cfg=cfg.train,
+            total_steps=total,
+            optimizer=optimizer,
+            run=run,
+            seed=cfg.seed,
+            save=save,
+            dist=dist,
+            start_step=start,
+            state=state,
+            callbacks=[Watch(bench, total)],
+            reporter=bench.reporter,
+        )
+    if result.signal is not None:
+        dist.on_main(lambda: run.set_status(Status.CANCELLED, step=result.step, signal=result.signal))
+        return Outcome(run.path, Status.CANCELLED, result.step, result.signal, is_main=dist.is_main)
+
+    evidence = write_evidence(bench, table, before, step=total, status=Status.SUCCEEDED)
+    return Outcome(run.path, Status.SUCCEEDED, total, evidence=evidence, is_main=dist.is_main)
 
 
 def evaluate_run(folder: str, overrides: list[str] | None = None) -> Outcome:
@@ -148,7 +156,8 @@ def evaluate_run(folder: str, overrides: list[str] | None = None) -> Outcome:
     dist = init_distributed(cfg.device)
     run = RunDir(path)
     try:
-        with sole_writer(run, dist):
+        with stop_signals(), sole_writer(run, dist):
+            status = Status(run.read_status())  # measuring a stopped run does not finish it
             where = checkpoint.resolve_checkpoint(path)
             bench = open_bench(cfg, run, dist, split_file=run.splits / split_name(cfg))
             table = apply_train_plan(bench.model, ALIGN)
@@ -156,7 +165,6 @@ def evaluate_run(folder: str, overrides: list[str] | None = None) -> Outcome:
             step = int(checkpoint.read_trainer(where)["step"])
             bench.fill_features(0, 0)
             before = measure_before(bench, fresh=False)
-            status = Status(run.read_json("run.json")["status"])  # measuring a stopped run does not finish it
             evidence = write_evidence(bench, table, before, step=step, status=status)
             return Outcome(run.path, evidence.status, step, evidence=evidence, is_main=dist.is_main)
     finally:
@@ -178,6 +186,27 @@ def run_folder(name: str) -> Path:
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} is not a run folder: it has no config.yaml. Give the output_dir of a run.")
     return path
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the process like an exception, so that its record and lock are put in order.
+
+    Inside the training loop `train.engine` takes over: there they finish the step and save.
+    """
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals nowhere else
+        numbers = []
+    previous = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -212,8 +241,16 @@ def honest_status(run: RunDir, dist: Dist) -> Iterator[None]:
 
 def find_start(cfg: RunConfig, run: RunDir, resume: str) -> Path | None:
     """The checkpoint this run goes on from, or None for a fresh start."""
+    if not resume:
+        raise UserError("--resume is empty; give auto, never, or a run or checkpoint folder")
     if resume not in ("auto", "never"):
         found = checkpoint.resolve_checkpoint(resume)
+        latest = checkpoint.latest_checkpoint(run.checkpoints) if run.checkpoints.is_dir() else None
+        if latest is not None and found.resolve() != latest.resolve():
+            raise UserError(
+                f"{run.path} already goes on to {latest.name}, and --resume names {found}: two histories do not fit "
+                "into one folder. Choose another output_dir, or remove the later checkpoints to go back."
+            )
     else:
         found = checkpoint.latest_checkpoint(run.checkpoints) if run.checkpoints.is_dir() else None
         if found is not None and resume == "never":
@@ -233,7 +270,7 @@ def is_finished(run: RunDir, source: Path | None) -> bool:
     if source is None or not (run.path / "evidence.json").is_file():
         return False
     record = run.read_json("run.json")
-    return record["status"] == Status.SUCCEEDED.value and record.get("step") == checkpoint.read_trainer(source)["step"]
+    return record.get("status") == Status.SUCCEEDED and record.get("step") == checkpoint.read_trainer(source)["step"]
 
 
 def fresh_folder(run: RunDir) -> None:
@@ -314,6 +351,9 @@ def measure_before(bench: Workbench, *, fresh: bool) -> Before:
     The loss is measured once, at the true start, and kept in the run folder: after a resume it could not be
     measured any more. The text logits are those of the weights as loaded from their own files, in every process.
     """
+    # Found out before hours of training, not after: whether the held-out images can be shuffled at all.
+    examples = bench.data.eval_examples[: bench.cfg.ablation.num_samples]
+    loss.shuffle_images(examples, bench.content_key, bench.cfg.seed)
     text = textonly.text_logits(bench.model, bench.tokenizer)
     path = bench.run.path / BASELINE
     if fresh:
@@ -324,8 +364,14 @@ def measure_before(bench: Workbench, *, fresh: bool) -> Before:
         bench.reporter.eval(measured[0].value, step=0)
     elif path.is_file():
         saved = bench.run.read_json(BASELINE)
-        measured = [Measurement.model_validate(m) for m in saved["measurements"]]
-        return Before(measured, saved["frozen"], text)
+        try:
+            measured = [Measurement.model_validate(m) for m in saved["measurements"]]
+            return Before(measured, dict(saved["frozen"]), text)
+        except (KeyError, TypeError, ValueError) as e:
+            raise UserError(
+                f"{path} is damaged ({type(e).__name__}); what was measured before training cannot be measured again. "
+                "Remove the file to go on without a baseline."
+            ) from e
     else:
         measured = []
         bench.gaps.append("Baseline: not measured, because this run went on from a checkpoint of another folder.")

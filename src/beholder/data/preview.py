@@ -19,7 +19,7 @@ from rich.text import Text
 from beholder.data.chat import Segment
 from beholder.data.collate import SampleBuilder
 from beholder.runs import atomic_write
-from beholder.types import Example
+from beholder.types import Example, UserError
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ def preview(
     Images go through the pipeline of ``builder``, with the augmentation of epoch 0 where it has one, also when the
     feature store holds them. Raises what building the sample for training would raise.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot make the preview folder {folder}: {e.strerror or e}; give another --out") from e
     pixels_only = SampleBuilder(
         builder.encoder, builder.pipeline, None, on_bad_image="error", augment_seed=builder.augment_seed
     )

@@ -152,7 +152,8 @@ class LanguageModel(nn.Module):
         for row, prompt in enumerate(prompts):
             embeds[row, longest - prompt.shape[0] :] = prompt.to(self.dtype)
             mask[row, longest - prompt.shape[0] :] = 1
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {
+        greedy = temperature < 1e-4  # below it the softmax overflows, and only one token is left anyway
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if not greedy else {
             "do_sample": False, "top_k": None, "top_p": None, "temperature": None
         }  # fmt: skip
         settings = GenerationConfig(

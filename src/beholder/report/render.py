@@ -321,7 +321,7 @@ def render_markdown(e: Evidence) -> str:
     mark = {"good": "✅", "weak": "⚠️", "bad": "❌", "unknown": "❔"}
     lines = [f"# {_md(e.run_name)}: stage {_md(e.stage)}, {e.status.value}", ""]
     facts = [f"{_md(k)}: {_md(v)}" for k, v in e.summary.items()]
-    lines += [" · ".join([*facts, e.created]), ""]
+    lines += [" · ".join([*facts, _md(e.created)]), ""]
     lines += [f"> **{_md(w)}**\n" for w in warnings(e)]
     for v in (learned(e), looks(e)):
         lines += [f"## {mark[v.tone]} {v.question} {v.answer}", "", v.why, "", f"_{v.rule}_", ""]

@@ -363,7 +363,8 @@ class _Signals:
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
-            for number in (signal.SIGTERM, signal.SIGINT):
+            hang_up = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # a closed terminal: as SIGTERM
+            for number in (signal.SIGTERM, signal.SIGINT, *hang_up):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -372,6 +373,8 @@ class _Signals:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _handle(self, number: int, _frame: object) -> None:
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            number = int(signal.SIGTERM)
         if os.getpid() != self._pid:  # a loader process that was forked from here
             if number == signal.SIGTERM:
                 os._exit(128 + number)
