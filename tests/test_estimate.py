@@ -128,8 +128,20 @@ def test_a_hub_name_that_is_not_at_hand_is_a_gap_that_names_the_way_out(tmp_path
     (gap,) = found.gaps
     assert "nobody/no-such-model" in gap and "--llm-config FILE" in gap
     assert found.steps == 4 and not found.memory
-    missing = plan(tiny_config(tmp_path), llm_config=tmp_path / "nowhere.json", measure=False)
-    assert "nowhere.json: no such file" in missing.gaps[0]
+
+
+def test_a_file_the_user_names_must_be_a_models_config(tmp_path, tiny_config):
+    from beholder.types import UserError
+
+    (tmp_path / "text.json").write_text("no json")
+    (tmp_path / "other.json").write_text("{}")
+    for name, match in (
+        ("nowhere.json", "No such file"),
+        ("text.json", "not a readable"),
+        ("other.json", "model_type"),
+    ):
+        with pytest.raises(UserError, match=match):
+            plan(tiny_config(tmp_path), llm_config=tmp_path / name, measure=False)
 
 
 def test_settings_that_can_never_work_raise(tmp_path, tiny_config):

@@ -256,3 +256,47 @@ def test_a_damaged_run_record_is_named(tiny_config: MakeConfig, tmp_path: Path) 
         (tmp_path / "run" / "run.json").write_text(content)
         with pytest.raises(UserError, match=match):
             evaluate_run(str(tmp_path / "run"))
+
+
+def test_a_held_out_image_that_is_gone_is_counted_under_skip_and_the_run_ends_well(
+    tiny_config: MakeConfig, tiny_parts: TinyParts, tmp_path: Path
+) -> None:
+    lines = [json.loads(line) for line in tiny_parts.records.read_text().splitlines()]
+    held = tmp_path / "held.jsonl"
+    held.write_text("\n".join(json.dumps(r) for r in [*lines[:8], {**lines[8], "images": ["gone.png"]}]) + "\n")
+    source = {"json_path": str(held), "image_root": str(tiny_parts.images)}
+
+    outcome = run_stage(
+        tiny_config(tmp_path, **{"data.eval_sources": [source], "data.on_bad_image": "skip", "data.eval_size": 9,
+                                 "data.verify_images": "none"})
+    )  # fmt: skip
+
+    assert outcome.evidence is not None and outcome.evidence.data.eval == 8
+    assert outcome.evidence.data.rejects["missing_image"] == 1
+    assert "gone.png" in (tmp_path / "run" / "rejects.jsonl").read_text()
+
+
+def test_two_processes_run_the_stage_of_one(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    from beholder.configfile import dump_config
+
+    run_stage(tiny_config(tmp_path / "one"))
+    config = tmp_path / "two.yaml"
+    config.write_text(dump_config(tiny_config(tmp_path / "two")))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "beholder", "run",
+         str(config)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_evidence(tmp_path / n / "run").metrics() for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert {k: two[k] for k in two if "loss" in k} == pytest.approx({k: one[k] for k in one if "loss" in k}, rel=1e-4)
+    logs = [losses_of(tmp_path / n / "run") for n in ("one", "two")]
+    assert [s for s, _ in logs[0]] == [s for s, _ in logs[1]]
+    assert [v for _, v in logs[0]] == pytest.approx([v for _, v in logs[1]], rel=1e-5)

@@ -88,12 +88,9 @@ def run(
 
     cfg = load_config(config, sets or [])
     if smoke:
-        import tempfile
+        from beholder.smoke import make_smoke
 
-        from beholder.smoke import smoke_config
-
-        Path("outputs").mkdir(exist_ok=True)
-        cfg = smoke_config(cfg, Path(tempfile.mkdtemp(prefix=f"smoke_{cfg.run_name}_", dir="outputs")))
+        cfg = make_smoke(cfg, Path("outputs"))
     _exit_for(run_stage(cfg, resume=resume))
 
 

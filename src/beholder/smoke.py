@@ -20,7 +20,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from beholder.config import DatasetKind, RunConfig, SourceConfig
-from beholder.configfile import without_inert
+from beholder.configfile import dump_config, parse_config, without_inert
+from beholder.train.distributed import init_distributed
 
 LlmFamily = Literal["qwen3", "llama", "smollm2"]
 VisionFamily = Literal["siglip", "clip", "dinov2", "repvit"]
@@ -450,3 +451,16 @@ def _vision_family(name: str) -> VisionFamily:
     if low.startswith("timm/"):
         return "repvit"
     return "dinov2" if "dino" in low else "clip" if "clip" in low and "siglip" not in low else "siglip"
+
+
+def make_smoke(cfg: RunConfig, parent: Path) -> RunConfig:
+    """`smoke_config` in a new folder ``parent/smoke_<run_name>_…``, made once however many processes share the job."""
+    import tempfile
+
+    dist = init_distributed(cfg.device)
+
+    def make() -> str:
+        parent.mkdir(parents=True, exist_ok=True)
+        return dump_config(smoke_config(cfg, Path(tempfile.mkdtemp(prefix=f"smoke_{cfg.run_name}_", dir=parent))))
+
+    return parse_config(dist.on_main(make), "smoke")

@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from beholder.config import GenerateConfig, RunConfig
 from beholder.data import Data, build_data
-from beholder.data.images import content_hash
+from beholder.data.images import ImageError, content_hash
+from beholder.data.sources import Reject
 from beholder.evidence import Condition, Measurement
 from beholder.features import FeatureStore, FillReport, store_dir
 from beholder.model.plan import frozen_fingerprint
@@ -114,6 +115,29 @@ class Workbench:
                 f"Feature store: {over} images did not fit into features.max_gb = {cfg.features.max_gb:g} GB; "
                 "the tower saw them at every pass."
             )
+
+    def drop_unreadable_eval(self) -> None:
+        """Policy ``skip``: held-out samples whose image cannot be had leave now, counted and named.
+
+        Otherwise the probes would each have to lose them on their own, the shuffle after hours of training.
+        """
+        if self.cfg.data.on_bad_image != "skip":
+            return
+        data, kept = self.data, []
+        for i, example in enumerate(data.eval_examples):
+            try:
+                for ref in example.images:
+                    data.pipeline(ref)
+                kept.append(i)
+            except ImageError as e:
+                data.rejects.append(Reject(example.id, example.row, example.file, e.reason, str(e)))
+                data.counts["rejects"][e.reason] = data.counts["rejects"].get(e.reason, 0) + 1
+        if not kept:
+            raise UserError("no held-out sample has an image that can be read; look at rejects.jsonl")
+        data.eval_examples = [data.eval_examples[i] for i in kept]
+        data.eval_buckets = [data.eval_buckets[i] for i in kept]
+        data.eval_label_len = [data.eval_label_len[i] for i in kept]
+        data.counts["eval"] = len(kept)
 
     # -- probes, shared among processes
 
@@ -285,6 +309,7 @@ def open_bench(cfg: RunConfig, run: RunDir, dist: Dist, *, split_file: Path) -> 
     if rejects:
         reporter.line("data", "rejected " + " ".join(f"{reason}={n}" for reason, n in sorted(rejects.items())))
     bench = Workbench(cfg, run, dist, model, tokenizer, data, reporter, frozen)
+    bench.drop_unreadable_eval()
     bench.phases_s |= {"load": loaded - started, "data": time.perf_counter() - loaded}
     return bench
 

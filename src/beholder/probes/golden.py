@@ -7,7 +7,6 @@ Choosing, persisting, decoding and comparing live here; when to decode is decide
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import orjson
 
 from beholder.probes.captions import CaptionRecord
+from beholder.runs import atomic_write
 from beholder.types import Example, ExampleSet, UserError
 
 
@@ -92,9 +92,7 @@ def golden_set(
 def save(path: Path, rows: Sequence[GoldenItem | GoldenCaption]) -> None:
     """Write JSONL in one step: a reader sees the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(b"".join(orjson.dumps(asdict(row)) + b"\n" for row in rows))
-    os.replace(partial, path)
+    atomic_write(path, b"".join(orjson.dumps(asdict(row)) + b"\n" for row in rows))
 
 
 def load(path: Path) -> list[GoldenItem]:

@@ -7,7 +7,6 @@ template escapes all of it, control characters are made visible, and the page fo
 from __future__ import annotations
 
 import html
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from beholder.report.words import (
     metric_name,
     visible,
 )
+from beholder.runs import atomic_write
 
 Tone = Literal["good", "weak", "bad", "unknown"]
 
@@ -76,9 +76,7 @@ def render(evidence: Evidence | str | Path, folder: str | Path) -> tuple[Path, P
     target.mkdir(parents=True, exist_ok=True)
     paths = target / "report.html", target / "report.md"
     for path, text in zip(paths, (render_html(record), render_markdown(record)), strict=True):
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        atomic_write(path, text)
     return paths
 
 
