@@ -28,7 +28,7 @@ def main() -> None:
     variants: dict[str, tuple[torch.nn.Module, torch.Tensor]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         for layout in (torch.contiguous_format, torch.channels_last):
-            model = timm.create_model(args.name, num_classes=0).eval().to(dtype=dtype, memory_format=layout)
+            model = timm.create_model(args.name, num_classes=0).eval().to(dtype=dtype).to(memory_format=layout)
             pixels = torch.randn(args.batch, 3, 224, 224).to(dtype=dtype).contiguous(memory_format=layout)
             variants[f"{str(dtype)[6:]} {str(layout)[6:]}"] = model, pixels
 

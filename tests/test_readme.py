@@ -58,6 +58,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = ROOT / "configs" / "stage1_align.yaml"
     small = smoke_config(load_config(recipe), folder / "parts").model_copy(update={"output_dir": None})
     (folder / "configs").mkdir()
+    shutil.copytree(ROOT / "configs" / "shapes", folder / "configs" / "shapes")
     (folder / "configs" / "stage1_align.yaml").write_text(dump_config(small), encoding="utf-8")
     colour_set(folder / "data", 12)
     (folder / "data" / "records.jsonl").rename(folder / "data" / "captions.jsonl")
