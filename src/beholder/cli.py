@@ -35,7 +35,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 done, 1 crash, 2 wrong input, 4 stopped by a guardrail, 130/143 interrupted after saving.",
+    epilog="Exit codes: 0 done, 1 crash, 2 wrong input, 4 stopped by a guardrail, 130/143 interrupted (in training: "
+    "after the step was saved).",
 )
 
 Sets = Annotated[
@@ -241,12 +242,16 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.9,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option()] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where the model runs.")] = "auto",
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="For parts that were moved, e.g. model.vision.weights=FILE."),
+    ] = None,
 ) -> None:
     """Say what a trained run sees in an image. Python: beholder.load(RUN).generate(image, prompt)."""
     from beholder.inference import load
 
-    vlm = load(run_folder, device=device)
+    vlm = load(run_folder, device=device, overrides=sets or [])
     typer.echo(
         vlm.generate(
             image, prompt, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
@@ -257,7 +262,10 @@ def generate(
 @app.command(epilog=_example("beholder evaluate outputs/quickstart"))
 def evaluate(
     run_folder: RunArg,
-    sets: Sets = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="How it is measured, e.g. eval.caption_samples=100."),
+    ] = None,
 ) -> None:
     """Measure a trained run again on its held-out samples and rewrite evidence and report.
 

@@ -329,7 +329,7 @@ def connector_shape(cfg: ConnectorConfig, vision: VisionShape, d_text: int) -> C
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = connector(patches)
         if out.requires_grad:
-            out.sum().backward()
+            torch.autograd.grad(out.sum(), [p for p in connector.parameters() if p.requires_grad])
     saved = sum(storage.nbytes() for address, storage in kept.items() if address not in own)
     params = sum(p.numel() for p in connector.parameters())
     return ConnectorShape(params, connector.num_tokens, float(counter.get_total_flops()), saved)

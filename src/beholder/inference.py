@@ -83,13 +83,17 @@ class Vlm:
         return Example("generate", refs, (Turn("user", (*slots, prompt)),))
 
 
-def load(run: str | Path, *, device: str = "auto") -> Vlm:
-    """The model of a run folder (its latest verified checkpoint) or of one of its ``checkpoints/step_<n>`` folders."""
+def load(run: str | Path, *, device: str = "auto", overrides: Sequence[str] = ()) -> Vlm:
+    """The model of a run folder (its latest verified checkpoint) or of one of its ``checkpoints/step_<n>`` folders.
+
+    ``overrides``: settings such as ``model.vision.weights=FILE``, for parts that lie elsewhere now; the connector
+    still refuses parts that it was not trained on.
+    """
     where = checkpoint.resolve_checkpoint(run)
-    folder = where.parent.parent
+    folder = where.resolve().parent.parent
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} has no config.yaml beside its checkpoints; give a folder that `beholder run` wrote")
-    cfg = load_config(folder / "config.yaml")
+    cfg = load_config(folder / "config.yaml", overrides)
     model, tokenizer = build_vlm(
         cfg.model, compute_precision=cfg.train.precision, device=pick_device(device), seed=cfg.seed
     )

@@ -1,6 +1,6 @@
-"""A stage from start to evidence, on one page: `run_stage`. The commands that read a run are beside it.
+"""A stage from start to evidence, on one page: `train_and_measure`. The commands that read a run are beside it.
 
-Each line of `run_stage` names a room; what a room does stands there. Which checkpoint a run starts from is written
+Each line of it names a room; what a room does stands there. Which checkpoint a run starts from is written
 down in `train.checkpoint`.
 """
 
@@ -110,6 +110,7 @@ def train_and_measure(cfg: RunConfig, run: RunDir, dist: Dist, source: Path | No
         param_groups(bench.model, asdict_of(cfg.train.lr), asdict_of(cfg.train.weight_decay)), cfg.train.betas
     )
     start, state = start_from(bench, source, optimizer)  # from where
+    bench.resumed = start > 0
     save = saver(bench, optimizer, state)
     if source is not None and source.parent.resolve() != run.checkpoints.resolve():
         dist.on_main(lambda: save(start))  # a checkpoint of another folder: this one must have its weights too
@@ -151,11 +152,13 @@ def evaluate_run(folder: str, overrides: list[str] | None = None) -> Outcome:
     saved = load_config(path / "config.yaml")
     cfg = load_config(path / "config.yaml", overrides or [])
     measured_only = ("eval.", "ablation.", "features.", "device", "train.num_threads", "data.num_workers")
-    refused = [f for f, _, _ in diff_configs(saved, cfg) if not f.startswith(measured_only)]
+    # Parts and data may have been moved; fingerprints, not paths, say whether they are the same.
+    moved = ("model.llm.name_or_path", "model.vision.name_or_path", "model.vision.weights", *checkpoint.MOVED_DATA)
+    refused = [f for f, _, _ in diff_configs(saved, cfg) if not f.startswith(measured_only + moved)]
     if refused:
         raise UserError(
             f"{', '.join(refused)}: evaluate can only change how a run is measured (eval.*, ablation.*, features.*, "
-            "device); start a new run to train with other settings"
+            "device, threads, workers) or where its parts and data lie; start a new run to train with other settings"
         )
     dist = init_distributed(cfg.device)
     run = RunDir(path)
@@ -166,10 +169,13 @@ def evaluate_run(folder: str, overrides: list[str] | None = None) -> Outcome:
             bench = open_bench(cfg, run, dist, split_file=run.splits / split_name(cfg))
             table = apply_train_plan(bench.model, ALIGN)
             checkpoint.load_connector(where, bench.model.connector, bench.model.connector_info())
-            step = int(checkpoint.read_trainer(where)["step"])
+            trainer = checkpoint.read_trainer(where)
+            checkpoint.check_same_fingerprints(trainer["fingerprints"], bench.fingerprints)
+            step = int(trainer["step"])
             bench.fill_features(0, 0)
             before = measure_before(bench, fresh=False)
-            evidence = write_evidence(bench, table, before, step=step, status=status)
+            known = load_evidence(path).cost if (path / "evidence.json").is_file() else None
+            evidence = write_evidence(bench, table, before, step=step, status=status, known=known)
             return Outcome(run.path, evidence.status, step, evidence=evidence, is_main=dist.is_main)
     finally:
         shutdown_distributed()
@@ -356,8 +362,15 @@ def measure_before(bench: Workbench, *, fresh: bool) -> Before:
     measured any more. The text logits are those of the weights as loaded from their own files, in every process.
     """
     # Found out before hours of training, not after: whether the held-out images can be shuffled at all.
-    examples = bench.data.eval_examples[: bench.cfg.ablation.num_samples]
-    loss.shuffle_images(examples, bench.content_key, bench.cfg.seed)
+    for field, size in (
+        ("ablation.num_samples", bench.cfg.ablation.num_samples),
+        ("eval.caption_samples", bench.cfg.eval.caption_samples),
+    ):
+        try:
+            if size:
+                loss.shuffle_images(bench.data.eval_examples[:size], bench.content_key, bench.cfg.seed)
+        except UserError as e:
+            raise UserError(f"{field} is {size}: {e}") from e
     text = textonly.text_logits(bench.model, bench.tokenizer)
     path = bench.run.path / BASELINE
     if fresh:
@@ -449,8 +462,19 @@ def write_golden(bench: Workbench, items: list[tuple[int, golden.GoldenItem]], s
 # After: evidence and report
 
 
-def write_evidence(bench: Workbench, table: TrainableTable, before: Before, *, step: int, status: Status) -> Evidence:
-    """Measure the trained model, write ``evidence.json``, ``metrics.json``, ``report.html`` and ``report.md``."""
+def write_evidence(
+    bench: Workbench,
+    table: TrainableTable,
+    before: Before,
+    *,
+    step: int,
+    status: Status,
+    known: Cost | None = None,
+) -> Evidence:
+    """Measure the trained model and write ``evidence.json``, ``metrics.json``, ``report.html`` and ``report.md``.
+
+    ``known``: what the training cost, when an earlier process has told it already.
+    """
     cfg, data, run = bench.cfg, bench.data, bench.run
     say = bench.reporter
     correct = bench.eval_losses()
@@ -477,7 +501,7 @@ def write_evidence(bench: Workbench, table: TrainableTable, before: Before, *, s
     after = frozen_fingerprint(bench.model)
     _say_figures(bench, measured, text)
     bench.dist.barrier()
-    return bench_evidence(bench, table, before, after, measured, records, items, text, step, status)
+    return bench_evidence(bench, table, before, after, measured, records, items, text, step, status, known)
 
 
 def bench_evidence(
@@ -491,6 +515,7 @@ def bench_evidence(
     text: TextOnly,
     step: int,
     status: Status,
+    known: Cost | None,
 ) -> Evidence:
     """The measurements with everything that is needed to read them; the main process writes them down."""
     cfg, run, c = bench.cfg, bench.run, bench.data.counts
@@ -539,8 +564,8 @@ def bench_evidence(
         histograms=[captions.length_histogram(records)] if records else [],
         samples=_samples(bench, records, items, step),
         text_only=text,
-        cost=_cost(bench, trained, step),
-        provenance=run.read_json("run.json"),
+        cost=known or _cost(bench, trained, step),
+        provenance={k: v for k, v in run.read_json("run.json").items() if k not in ("status", "updated", "step")},
         config_yaml=dump_config(cfg),
         gaps=[*bench.gaps, *NOT_YET],
     )
@@ -602,7 +627,7 @@ def _cost(bench: Workbench, trained: list[Record], step: int) -> Cost:
         images=images,
         tokens=round(tokens),
         target_tokens=sum(r["tokens"] for r in trained),
-        wall_s=sum(bench.phases_s.values()),
+        wall_s=None if bench.resumed else sum(bench.phases_s.values()),  # the earlier process took its time along
         train_s=seconds,
         phases_s=bench.phases_s,
         step_s=seconds / len(trained),

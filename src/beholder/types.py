@@ -15,9 +15,6 @@ if TYPE_CHECKING:  # the command line imports this file and must answer --help w
     import numpy as np
     import torch
 
-IGNORE_INDEX = -100
-"""Label of a position that is not supervised (the PyTorch cross-entropy convention)."""
-
 
 class UserError(ValueError):
     """The user's input is wrong. The message says what was wrong, what was expected, and what to do.

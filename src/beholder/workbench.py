@@ -50,6 +50,8 @@ class Workbench:
     fill: FillReport | None = None
     phases_s: dict[str, float] = field(default_factory=dict)
     gaps: list[str] = field(default_factory=list)
+    resumed: bool = False
+    """Training went on from a checkpoint of an earlier process."""
 
     @property
     def fingerprints(self) -> dict[str, str]:

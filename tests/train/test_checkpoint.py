@@ -410,7 +410,7 @@ def test_the_written_list_of_changeable_settings_names_real_settings() -> None:
         }
     ).model_dump(mode="json")
     flat = ck.flatten(full)
-    for name in (*ck.MAY_CHANGE, *ck.MAY_CHANGE_WITH_SAME_DATA):
+    for name in (*ck.MAY_CHANGE, *ck.MOVED_DATA):
         assert name in flat or any(k.startswith(name + ".") for k in flat), name
 
 

@@ -180,6 +180,7 @@ def build_data(
         if split_file is not None and write_split:
             save_split(split_file, split, records)
 
+    overlap = split.overlap
     held, held_split, held_indices = records, split, split.eval
     train_indices = split.train
     if d.eval_sources:
@@ -196,10 +197,9 @@ def build_data(
         held_indices = held_split.train
         overlap = shared_images(records, train_indices, held, held_indices)
         train_indices = np.setdiff1d(train_indices, overlap, assume_unique=True)
-        rejects += [
-            Reject(records[int(i)].id, records[int(i)].row, records[int(i)].file, "held_out_image", "an eval image")
-            for i in overlap
-        ]
+    for example in (records[int(i)] for i in overlap):
+        why = "shows an image of a held-out sample"
+        rejects.append(Reject(example.id, example.row, example.file, "held_out_image", why))
     eval_examples = [encoder.apply_template(held[int(i)]) for i in held_indices]
     eval_buckets = [held_split.bucket[int(i)] for i in held_indices]
     if not eval_examples:
@@ -217,7 +217,7 @@ def build_data(
         "eval": len(eval_examples),
         "eval_buckets": dict(Counter(eval_buckets)),
         "sources": dict(Counter(records.source_of(int(i)) for i in train_indices)),
-        "rejects": dict(Counter(r.reason for r in rejects)) | _overlap(split),
+        "rejects": dict(Counter(r.reason for r in rejects)),
         "duplicates": dict(hygiene.duplicates),
         "target_tokens": {"mean": float(tokens.mean()), "min": int(tokens.min()), "max": int(tokens.max())},
     }
@@ -257,10 +257,6 @@ def _vet(
         on_bad_image=cfg.data.on_bad_image,
         progress=progress,
     )
-
-
-def _overlap(split: Split) -> dict[str, int]:
-    return {"held_out_image": len(split.overlap)} if len(split.overlap) else {}
 
 
 def _reasons(rejects: Sequence[Reject]) -> str:

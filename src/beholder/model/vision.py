@@ -8,7 +8,6 @@ ever trained.
 import difflib
 import inspect
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -355,8 +354,3 @@ def _load_timm_weights(model: nn.Module, weights: dict[str, Tensor], source: str
     check_loading_info(info, model, source)
     left = model.load_state_dict(weights, strict=False)
     assert all(k.endswith("num_batches_tracked") for k in left.missing_keys), listed(left.missing_keys)
-
-
-def is_square(geometry: ImageGeometry) -> bool:
-    """Whether the patches form a square, as resamplers grid and pixel_shuffle need."""
-    return math.isqrt(geometry.num_patches) ** 2 == geometry.num_patches

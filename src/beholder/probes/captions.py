@@ -7,7 +7,7 @@ metric definitions are in `probes.caption_metrics`; the fixed set that is captio
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -207,11 +207,6 @@ def _conditions(records: Sequence[CaptionRecord]) -> list[Condition]:
         if r.condition not in seen:
             seen.append(r.condition)
     return seen
-
-
-def matches(records: Sequence[CaptionRecord]) -> Mapping[str, bool]:
-    """Exact match by sample id."""
-    return {r.id: exact_match(r.prediction, r.reference) for r in records}
 
 
 def _score_condition(records: Sequence[CaptionRecord], name: str, condition: Condition, seed: int) -> list[Measurement]:

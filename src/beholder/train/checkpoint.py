@@ -391,7 +391,7 @@ MAY_CHANGE = (
 )  # fmt: skip
 """Settings (or whole sections) that may differ between an interrupted run and its resumption: none moves a weight."""
 
-MAY_CHANGE_WITH_SAME_DATA = ("data.json_path", "data.image_root", "data.sources", "data.eval_sources")
+MOVED_DATA = ("data.json_path", "data.image_root", "data.sources", "data.eval_sources")
 """Paths, which may differ when the data's fingerprints are equal: the files were moved, not changed."""
 
 
@@ -417,7 +417,7 @@ def check_same_config(
     then, now = flatten(json.loads(to_json(dict(saved)))), flatten(json.loads(to_json(dict(current))))
     changed = [(k, then.get(k, _ABSENT), now.get(k, _ABSENT)) for k in sorted(then.keys() | now.keys())]
     changed = [(k, a, b) for k, a, b in changed if a != b]
-    allowed = MAY_CHANGE + (MAY_CHANGE_WITH_SAME_DATA if same_data else ())
+    allowed = MAY_CHANGE + (MOVED_DATA if same_data else ())
     refused = [c for c in changed if not any(c[0] == a or c[0].startswith(a + ".") for a in allowed)]
     if refused:
         raise UserError(
