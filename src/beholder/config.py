@@ -368,7 +368,7 @@ class EvalConfig(Section):
     """File of the fixed set; made on first use. Default inside the run folder."""
     golden_size: Annotated[int, Field(ge=0)] = 32
     """Samples of the fixed set that is captioned during training."""
-    golden_seed: Annotated[int, Field(ge=0, lt=2**63)] = 123
+    golden_seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 123
     run_golden_every: Literal["save", "epoch", "end", "never"] | Positive = "save"
     golden_batch_size: Positive = 8
     golden_generate: GenerateConfig = GenerateConfig()
@@ -388,7 +388,7 @@ class RunConfig(Section):
 
     run_name: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$")]
     """Name of the run; part of a path, so without slashes and not starting with a dot."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """Decides order, split, initial weights and dropout."""
     stage: Literal["align", "instruct"] | None = None
     """Default: instruct when ``model.lora.enable`` is set, else align."""

@@ -95,7 +95,7 @@ def _bounds(extra: Any) -> Iterator[str]:
     for item in (extra, *getattr(extra, "metadata", ())):
         for attribute, words in (("gt", "above"), ("ge", "of at least"), ("lt", "below"), ("le", "of at most")):
             if (limit := getattr(item, attribute, None)) is not None:
-                yield f"{words} {limit:g}"
+                yield f"{words} {limit if isinstance(limit, int) else format(limit, 'g')}"
 
 
 def _all_paths(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
