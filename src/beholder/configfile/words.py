@@ -95,7 +95,8 @@ def _bounds(extra: Any) -> Iterator[str]:
     for item in (extra, *getattr(extra, "metadata", ())):
         for attribute, words in (("gt", "above"), ("ge", "of at least"), ("lt", "below"), ("le", "of at most")):
             if (limit := getattr(item, attribute, None)) is not None:
-                yield f"{words} {limit if isinstance(limit, int) else format(limit, 'g')}"
+                number = str(limit) if isinstance(limit, int) else f"{limit:g}"
+                yield f"{words} {number}"
 
 
 def _all_paths(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
