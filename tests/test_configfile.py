@@ -167,7 +167,8 @@ def test_every_mistake_of_a_file_is_told_at_once_with_its_place() -> None:
     [
         (
             "seed: '32'",
-            "got the text '32'; expected a whole number of at least 0 and of at most 4294967295; write 32 without quotes",
+            "got the text '32'; expected a whole number of at least 0 and of at most 4294967295; "
+            "write 32 without quotes",
         ),
         ("seed: 1_000", "write 1000 without quotes or separators"),
         ("seed: 1.5", "got the number 1.5; expected a whole number"),
