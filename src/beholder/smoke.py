@@ -10,8 +10,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from PIL import Image, ImageDraw
 
 from beholder.config import DatasetKind, RunConfig, SourceConfig
 from beholder.configfile import dump_config, parse_config, without_inert
+from beholder.model.weights import quiet_transformers
 from beholder.train.distributed import init_distributed
 
 LlmFamily = Literal["qwen3", "llama", "smollm2"]
@@ -99,7 +99,7 @@ def tiny_llm(folder: Path | str, family: LlmFamily = "qwen3", *, seed: int = 0, 
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     } | overrides  # fmt: skip
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(seed)
         if family == "qwen3":
             model = Qwen3ForCausalLM(Qwen3Config(**settings))
@@ -121,29 +121,13 @@ def tiny_vision(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(seed)
         if family == "repvit":
             return _tiny_repvit(folder, overrides)
         _tiny_hf_vision(family, overrides).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(_PREPROCESSORS[family], indent=2))
     return str(folder), None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and its complaint about the defaults of its own `SiglipTextConfig`."""
-    from transformers.utils import logging
-
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _tiny_repvit(folder: Path, overrides: dict[str, Any]) -> tuple[str, str]:

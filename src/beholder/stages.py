@@ -164,7 +164,7 @@ def evaluate_run(folder: str, overrides: list[str] | None = None) -> Outcome:
     run = RunDir(path)
     try:
         with stop_signals(), sole_writer(run, dist):
-            status = Status(run.read_status())  # measuring a stopped run does not finish it
+            status = run.read_status()  # measuring a stopped run does not finish it
             where = checkpoint.resolve_checkpoint(path)
             bench = open_bench(cfg, run, dist, split_file=run.splits / split_name(cfg))
             table = apply_train_plan(bench.model, ALIGN)
