@@ -7,9 +7,9 @@ Paths are relative to the working directory, as on a command line.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Cadence = Literal["epoch", "end", "never"]
 Positive = Annotated[int, Field(gt=0)]
@@ -198,6 +198,9 @@ class DataConfig(Section):
     """ratio: share of the records held out (default 0.02). Give this or ``eval_size``."""
     eval_size: Positive | None = None
     """Held-out samples; with ``eval_sources`` at most this many of theirs."""
+    split_seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
+    """Decides which samples are used and held out, and which images are swapped; default ``seed``. Runs that differ
+    in ``seed`` alone are measured on the same samples when this is the same."""
     len_buckets: tuple[int, ...] = (0, 10, 20, 9999)
     """Upper bounds of the target-length buckets in tokens: ``[0, 10, 20, 9999]`` means <=10, 11-20, >=21."""
     max_samples: Positive | None = None
@@ -373,14 +376,120 @@ class EvalConfig(Section):
     golden_batch_size: Positive = 8
     golden_generate: GenerateConfig = GenerateConfig()
     caption_samples: Annotated[int, Field(ge=0)] = 256
-    """Held-out samples captioned at the end (greedily) for exact match, BLEU, ROUGE-L and CIDEr-D; 0: none."""
+    """Held-out samples captioned at the end (greedily) for exact match, BLEU, ROUGE-L, CIDEr-D and CHAIR; 0: none."""
+    qa_samples: Annotated[int, Field(ge=0)] = 200
+    """Questions made from the held-out captions ("What is in the image?", "What colour is the …?"); 0: none."""
+    object_list: str | None = None
+    """Objects for CHAIR and the questions: a text file, one ``name: synonym, synonym`` a line. Default COCO's 80."""
+    clip_model: str | None = None
+    """CLIP folder or hub name for CLIPScore; none: not measured."""
+    audit_turns: Annotated[int, Field(ge=0)] = 128
+    """Held-out answers on which the language model is scored without any image (leakage audit); 0: none."""
 
 
 class AblationConfig(Section):
     run_every: Cadence | Positive = "end"
-    """When the loss with a shuffled and with a zero image is measured besides the end."""
+    """When the loss with the wrong images is measured besides the end."""
     num_samples: Annotated[int, Field(ge=2)] = 256
     """Held-out samples of the measurement; shuffling needs at least two."""
+    conditions: tuple[Literal["shuffled", "zero", "noise"], ...] = ("shuffled", "zero", "noise")
+    """The wrong images: another sample's, one whose normalised pixels are 0, one whose normalised pixels are drawn
+    from N(0, 1)."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# gates
+
+
+class GateConfig(Section):
+    """A condition that the evidence of a run must meet before the run may be built upon."""
+
+    enable: bool = True
+    measure: str | None = None
+    """Name of the measurement it judges, such as ``ablation.delta.shuffled``. Required for a gate of your own."""
+    above: float | None = None
+    """It must be larger than this."""
+    at_least: float | None = None
+    """It must not be smaller than this."""
+    at_most: float | None = None
+    """It must not be larger than this."""
+    end: Literal["value", "low", "high"] = "value"
+    """What is judged: the value, or the lower or upper end of its 95 % interval."""
+    strata: bool = False
+    """Judge it in every group of samples as well (target length, turn, question, answer type), not only overall."""
+    min_n: Positive = 20
+    """Groups with fewer samples are not judged."""
+    why: str = ""
+    """What the gate protects from, for the report."""
+
+    @property
+    def bound(self) -> str:
+        """``> 1.05``."""
+        pairs = ((">", self.above), ("≥", self.at_least), ("≤", self.at_most))
+        return " and ".join(f"{sign} {value:g}" for sign, value in pairs if value is not None)
+
+
+def _gate(measure: str, why: str, **bounds: Any) -> GateConfig:
+    return GateConfig(measure=measure, why=why, **bounds)
+
+
+GATES: dict[str, GateConfig] = {
+    "learned": _gate("learn.delta", "the held-out loss fell, beyond its uncertainty", above=0, end="low"),
+    "settled": _gate(
+        "curve.late_share", "the loss fell and then flattened: the last quarter of training brought little", at_most=0.2
+    ),
+    "looks_shuffled": _gate(
+        "ablation.delta.shuffled", "another sample's image makes it worse", above=0, end="low"
+    ),
+    "looks_zero": _gate("ablation.delta.zero", "an empty image makes it worse", above=0, end="low"),
+    "looks_noise": _gate("ablation.delta.noise", "a noise image makes it worse", above=0, end="low"),
+    "looks_clearly": _gate(
+        "ablation.ratio.shuffled",
+        "the image matters, not only measurably: healthy alignments reach 1.2 and more, a collapsed one 1.002",
+        above=1.05, end="low",
+    ),
+    "looks_everywhere": _gate(
+        "ablation.ratio.shuffled", "no group of samples is answered without looking", above=1.02, end="low", strata=True
+    ),
+    "better_than_text": _gate(
+        "learn.delta_text", "its loss is below the language model's own, without any image", above=0, end="low"
+    ),
+    "no_collapse": _gate(
+        "collapse.worst", "outputs are not empty, looping, all alike or the same for every image", at_most=0.5
+    ),
+    "nothing_cut": _gate("data.truncated_pct", "targets are not cut to the maximum length", at_most=1),
+    "all_supervised": _gate("data.label_zero_pct", "every sample had something to learn", at_most=0),
+    "frozen": _gate("frozen.changed", "frozen weights are bit-identical afterwards", at_most=0),
+    "text_unchanged": _gate("text.changed", "the language model answers text as before, bit for bit", at_most=0),
+}  # fmt: skip
+"""The gates of every alignment (S11-7); ``gates:`` in a config changes, switches off or adds some by name."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# sweep
+
+
+class SweepConfig(Section):
+    """Short runs over a grid of settings, on one split and one golden set (``beholder sweep``)."""
+
+    grid: dict[str, tuple[bool | int | float | str, ...]]
+    """Dotted setting -> the values it takes; every combination is a run."""
+    seeds: tuple[Annotated[int, Field(ge=0, le=2**32 - 1)], ...] = ()
+    """Repeat every combination with these seeds, to tell a difference from chance; none: the config's seed alone."""
+    ablation_weight: Annotated[float, Field(ge=0)] = 0.1
+    """Score = held-out loss - this x (shuffled minus correct loss + zero minus correct loss); lower is better."""
+    collapsed_below: Fraction = 0.1
+    """Runs whose shuffled minus correct loss is below this share of the grid's median are marked "do not use"."""
+    parallel: Positive | None = None
+    """Runs at a time; default one for each GPU, one on a CPU."""
+
+    def impossible(self) -> list[str]:
+        wrong = [] if self.grid else ["grid is empty; give at least one setting with its values"]
+        wrong += [f"grid {key} has no values" for key, values in self.grid.items() if not values]
+        wrong += [f"grid {key} has a value twice" for key, v in self.grid.items() if len(set(map(repr, v))) < len(v)]
+        if len(set(self.seeds)) < len(self.seeds):
+            wrong.append("seeds has a number twice")
+        return wrong
 
 
 class RunConfig(Section):
@@ -403,6 +512,26 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     ablation: AblationConfig = AblationConfig()
+    gates: Annotated[dict[str, GateConfig], Field(default_factory=dict, validate_default=True)]
+    """What the evidence must show before the run may be built upon; the stage's own gates unless changed by name."""
+    sweep: SweepConfig | None = None
+    """Only for ``beholder sweep``."""
+
+    @field_validator("gates")
+    @classmethod
+    def _with_the_stages_own(cls, given: dict[str, GateConfig]) -> dict[str, GateConfig]:
+        """A gate of the stage's keeps what the config does not change; all of them stand in the resolved config."""
+        own = {
+            name: gate.model_copy(update={f: getattr(given[name], f) for f in given[name].model_fields_set})
+            if name in given else gate
+            for name, gate in GATES.items()
+        }  # fmt: skip
+        return own | {name: gate for name, gate in given.items() if name not in own}
+
+    @property
+    def measure_seed(self) -> int:
+        """Decides which samples are held out and how images are swapped."""
+        return self.seed if self.data.split_seed is None else self.data.split_seed
 
     @property
     def stage_name(self) -> Literal["align", "instruct"]:
@@ -429,4 +558,10 @@ class RunConfig(Section):
             wrong.append("stage align trains the connector, but model.connector.trainable is false")
         if self.prompting.max_images_per_sample < 2 and self.data.multi_image_fraction > 0:
             wrong.append("data.multi_image_fraction needs prompting.max_images_per_sample of at least 2")
+        for name, gate in self.gates.items():
+            if gate.measure is None and name not in GATES:
+                own = ", ".join(GATES)
+                wrong.append(f"gates.{name} has no measure; name what it judges, or use one of the stage's own: {own}")
+            elif not gate.bound and name not in GATES:
+                wrong.append(f"gates.{name} has no bound; give above, at_least or at_most")
         return wrong

@@ -3,13 +3,25 @@
 Probes produce these records and the report renders them; neither knows the other. Nothing here measures, draws or
 writes files. `evidence.json` is this record, and whatever a report shows can be rebuilt from it alone.
 
-Measurement names are dotted, ``<probe>.<quantity>[.<condition>]``; the ones the report looks for are
+Measurement names are dotted, ``<probe>.<quantity>[.<condition>]``; the ones the report and the gates look for are
 
-- ``eval.loss``, ``eval.perplexity``, ``eval.token_accuracy`` (with ``stratum`` for a length bucket; the same names
+- ``eval.loss``, ``eval.perplexity``, ``eval.token_accuracy``, ``eval.tokens``, ``eval.truncated_pct`` (the same names
   in ``Evidence.baseline`` are the numbers before training),
-- ``ablation.loss.<correct|shuffled|zero>``, ``ablation.delta.<shuffled|zero>``, ``ablation.ratio.<shuffled|zero>``,
-- ``caption.<exact_match|bleu1…4|rouge_l|cider_d|length|distinct|empty>.<correct|shuffled|zero>`` and
-  ``caption.exact_match.chance``.
+- ``learn.delta`` (held-out loss before minus after, paired), ``learn.delta_text`` (loss of the language model without
+  any image minus the loss after training, paired), ``curve.late_share`` (share of the training loss's fall that came
+  in the last quarter of the steps),
+- ``band.untrained``, ``band.text_only``, ``band.uniform``: held-out loss of the untrained connector, of the language
+  model given no image, and of guessing evenly over the vocabulary,
+- ``ablation.<loss|delta|ratio>.<condition>``,
+- ``caption.<exact_match|bleu1…4|rouge_l|cider_d|length|distinct|empty|unfinished>.<condition>`` and
+  ``caption.exact_match.chance``, ``chair.<s|i>.<condition>``, ``clipscore.correct``, ``refclipscore.correct``,
+- ``qa.accuracy.<condition>``, ``qa.accuracy.chance``,
+- ``collapse.<empty|loop|template|image_independent>`` and ``collapse.worst``,
+- ``audit.answerable.<alone|context>``, ``audit.leak`` (what the own earlier turns tell more than another sample's),
+- ``data.truncated_pct``, ``data.label_zero_pct``, ``frozen.changed``, ``text.changed``.
+
+Strata come in groupings (``by``): ``length`` (short, medium, long), ``turn`` (first turn, later turns), ``question``
+(its first words), ``answer`` (yes/no, number, other). The names of strata differ between groupings.
 """
 
 from __future__ import annotations
@@ -31,8 +43,12 @@ from beholder.types import UserError
 SCHEMA_VERSION = 1
 """Raised when a reader of the old shape would misread the new one."""
 
-Condition = Literal["correct", "shuffled", "zero"]
-"""Which image the model was shown: its own, another sample's, or one whose normalised pixels are 0."""
+Condition = Literal["correct", "shuffled", "zero", "noise"]
+"""Which image the model was shown: its own, another sample's, one whose normalised pixels are 0, or one whose
+normalised pixels are drawn from N(0, 1)."""
+
+CONDITIONS: tuple[Condition, ...] = ("correct", "shuffled", "zero", "noise")
+"""In the order they are told."""
 
 DataUri = Annotated[str, Field(pattern=r"^data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}$")]
 """An inline picture. The pattern keeps an `evidence.json` from elsewhere from pointing the report at a URL."""
@@ -68,6 +84,8 @@ class Measurement(Record):
     """95 % interval over samples; None where one cannot be given."""
     stratum: str | None = None
     """Part of the samples the value is about; None means all."""
+    by: str | None = None
+    """Grouping the stratum belongs to: ``length``, ``turn``, ``question``, ``answer``."""
     caveat: str | None = None
     """What a reader could get wrong about the number."""
 
@@ -170,6 +188,48 @@ class Prediction(Record):
     """Whether it is the reference up to case, spacing and closing punctuation; None where that was not asked."""
 
 
+class WordReliance(Record):
+    """One word of a reference, and how much the image explains it."""
+
+    text: str
+    """With the space before it, so that the pieces join to the text."""
+    with_image: FiniteFloat
+    """Nats of its tokens given the sample's own image."""
+    without: FiniteFloat
+    """Nats given the zero image."""
+
+
+class WordStat(Record):
+    """A word over all samples: how many nats it loses without the image."""
+
+    word: str
+    n: Annotated[int, Field(ge=1)]
+    delta: FiniteFloat
+    """Mean over its occurrences, nats with the zero image minus nats with the own one."""
+    ci95: tuple[FiniteFloat, FiniteFloat] | None = None
+
+
+class GateResult(Record):
+    """One gate, judged. A gate whose measurement is missing is not passed."""
+
+    name: str
+    passed: bool
+    why: str
+    """What the gate protects from."""
+    bound: str
+    """``> 1.05``."""
+    end: Literal["value", "low", "high"]
+    measure: str
+    """Name of the measurement."""
+    stratum: str | None = None
+    """The worst of the judged groups, when groups were judged and it was worse than all samples together."""
+    value: FiniteFloat | None = None
+    """The number that was judged; None when it was not measured."""
+    unit: str = ""
+    note: str = ""
+    """What a reader must know: not measured, groups too small to judge, …"""
+
+
 class Sample(Record):
     """One held-out sample for people to look at."""
 
@@ -178,6 +238,8 @@ class Sample(Record):
     reference: str
     predictions: list[Prediction]
     bucket: str | None = None
+    words: list[WordReliance] = []
+    """The reference word by word (empty when it was not measured)."""
 
 
 class TextOnly(Record):
@@ -246,6 +308,21 @@ class Evidence(Record):
     config_yaml: str
     gaps: list[str] = []
     """What could not be measured, and why."""
+    gates: list[GateResult] = []
+    """Every gate that was declared and not switched off."""
+    findings: list[str] = []
+    """What the audit and the collapse detector say in words: a cause, its number, what to do."""
+    words: list[WordStat] = []
+    """Words by how much the image explains them, most first."""
+
+    @property
+    def failed_gates(self) -> list[GateResult]:
+        return [g for g in self.gates if not g.passed]
+
+    @property
+    def promotable(self) -> bool:
+        """Whether a later stage may build on this run without ``--promote-anyway``."""
+        return self.status == Status.SUCCEEDED and bool(self.gates) and not self.failed_gates
 
     def get(self, name: str, stratum: str | None = None) -> Measurement | None:
         """The measurement of that name and stratum, or None when it is absent."""

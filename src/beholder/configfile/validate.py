@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from beholder.config import RunConfig, Section
 from beholder.configfile.inert import inert_settings
 from beholder.configfile.tree import MAX_DEPTH, SettingPath, Tree, dotted, get_at, show
-from beholder.configfile.words import annotation_at, expected, items_of, nearest, options_of, section_of
+from beholder.configfile.words import annotation_at, expected, items_of, nearest, options_of, section_of, values_of
 
 
 def validate(tree: Tree) -> RunConfig | None:
@@ -162,6 +162,8 @@ def _construct(model: type[BaseModel], data: Any) -> Any:
             values[name] = tuple(_construct(inner, item) for item in data[name])
         elif section is not None and items is None:
             values[name] = _construct(section, data[name])
+        elif (named := section_of(values_of(info.annotation))) is not None and isinstance(data[name], dict):
+            values[name] = {key: _construct(named, item) for key, item in data[name].items()}
         else:
             values[name] = data[name]
     return model.model_construct(**values)

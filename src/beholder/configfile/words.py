@@ -40,6 +40,14 @@ def items_of(annotation: Any) -> Any | None:
     return None
 
 
+def values_of(annotation: Any) -> Any | None:
+    """Annotation of the values of an option that is a section with names of the user's own."""
+    for option in options_of(annotation):
+        if get_origin(option) is dict:
+            return get_args(option)[1]
+    return None
+
+
 def annotation_at(path: SettingPath) -> Any | None:
     """The annotation of the setting at ``path``, None when the schema has no such setting."""
     annotation: Any = RunConfig
@@ -50,6 +58,8 @@ def annotation_at(path: SettingPath) -> Any | None:
         elif section is not None and step in section.model_fields:
             info = section.model_fields[step]
             annotation = typing.Annotated[info.annotation, info] if info.metadata else info.annotation
+        elif (values := values_of(annotation)) is not None:
+            annotation = values
         else:
             return None
         if annotation is None:
@@ -83,6 +93,8 @@ def _described(annotation: Any, bounds: str = "") -> Iterator[str]:
         args = get_args(annotation)
         each = " or ".join(_described(args[0]))
         yield f"a list of {len(args)} values, each {each}" if args[-1] is not ... else f"a list, each {each}"
+    elif get_origin(annotation) is dict:
+        yield "a section with names of your own, each " + " or ".join(_described(get_args(annotation)[1]))
     elif annotation is type(None):
         yield "null"
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
