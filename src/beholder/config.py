@@ -419,6 +419,8 @@ class GateConfig(Section):
     """Judge it in every group of samples as well (target length, turn, question, answer type), not only overall."""
     min_n: Positive = 20
     """Groups with fewer samples are not judged."""
+    optional: bool = False
+    """Pass when there is nothing to measure, as for a leak between turns where samples have one turn."""
     why: str = ""
     """What the gate protects from, for the report."""
 
@@ -451,6 +453,10 @@ GATES: dict[str, GateConfig] = {
     "looks_everywhere": _gate(
         "ablation.ratio.shuffled", "no group of samples is answered without looking", above=1.02, end="low", strata=True
     ),
+    "no_leak": _gate(
+        "audit.trained.leak", "answers are not read from earlier turns' text instead of the image", at_most=0.05,
+        end="low", optional=True,
+    ),
     "better_than_text": _gate(
         "learn.delta_text", "its loss is below the language model's own, without any image", above=0, end="low"
     ),
@@ -463,6 +469,16 @@ GATES: dict[str, GateConfig] = {
     "text_unchanged": _gate("text.changed", "the language model answers text as before, bit for bit", at_most=0),
 }  # fmt: skip
 """The gates of every alignment (S11-7); ``gates:`` in a config changes, switches off or adds some by name."""
+
+
+def complete_gates(given: dict[str, GateConfig]) -> dict[str, GateConfig]:
+    """The stage's own gates with what ``given`` changes of them, then the others; all stand in the resolved config."""
+    own = {
+        name: gate.model_copy(update={f: getattr(given[name], f) for f in given[name].model_fields_set})
+        if name in given else gate
+        for name, gate in GATES.items()
+    }  # fmt: skip
+    return own | {name: gate for name, gate in given.items() if name not in own}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -519,14 +535,8 @@ class RunConfig(Section):
 
     @field_validator("gates")
     @classmethod
-    def _with_the_stages_own(cls, given: dict[str, GateConfig]) -> dict[str, GateConfig]:
-        """A gate of the stage's keeps what the config does not change; all of them stand in the resolved config."""
-        own = {
-            name: gate.model_copy(update={f: getattr(given[name], f) for f in given[name].model_fields_set})
-            if name in given else gate
-            for name, gate in GATES.items()
-        }  # fmt: skip
-        return own | {name: gate for name, gate in given.items() if name not in own}
+    def _complete(cls, given: dict[str, GateConfig]) -> dict[str, GateConfig]:
+        return complete_gates(given)
 
     @property
     def measure_seed(self) -> int:
@@ -559,9 +569,9 @@ class RunConfig(Section):
         if self.prompting.max_images_per_sample < 2 and self.data.multi_image_fraction > 0:
             wrong.append("data.multi_image_fraction needs prompting.max_images_per_sample of at least 2")
         for name, gate in self.gates.items():
-            if gate.measure is None and name not in GATES:
+            if gate.measure is None:
                 own = ", ".join(GATES)
                 wrong.append(f"gates.{name} has no measure; name what it judges, or use one of the stage's own: {own}")
-            elif not gate.bound and name not in GATES:
+            elif not gate.bound:
                 wrong.append(f"gates.{name} has no bound; give above, at_least or at_most")
         return wrong

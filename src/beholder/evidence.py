@@ -17,7 +17,8 @@ Measurement names are dotted, ``<probe>.<quantity>[.<condition>]``; the ones the
   ``caption.exact_match.chance``, ``chair.<s|i>.<condition>``, ``clipscore.correct``, ``refclipscore.correct``,
 - ``qa.accuracy.<condition>``, ``qa.accuracy.chance``,
 - ``collapse.<empty|loop|template|image_independent>`` and ``collapse.worst``,
-- ``audit.answerable.<alone|context>``, ``audit.leak`` (what the own earlier turns tell more than another sample's),
+- ``audit.answerable.<alone|context>``, ``audit.leak`` (what the own earlier turns tell more than another sample's) of
+  the language model without any image, and the same as ``audit.trained.…`` of the trained model shown an empty image,
 - ``data.truncated_pct``, ``data.label_zero_pct``, ``frozen.changed``, ``text.changed``.
 
 Strata come in groupings (``by``): ``length`` (short, medium, long), ``turn`` (first turn, later turns), ``question``

@@ -19,15 +19,18 @@ from rich.table import Table
 from beholder.assets import Assets, prepare_quickstart
 from beholder.config import RunConfig
 from beholder.configfile import parse_config
-from beholder.evidence import Evidence
+from beholder.evidence import CONDITIONS, Evidence
+from beholder.gates import verdict
 from beholder.stages import Outcome, run_stage
 
 RECIPE = "quickstart_align.yaml"
+OBJECTS = "easy_vqa_objects.txt"
 
 
 def recipe(assets: Assets, out: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The quickstart's config with the places of its parts filled in; ``overrides`` come last."""
-    text = (files("beholder") / "recipes" / RECIPE).read_text(encoding="utf-8")
+    recipes = files("beholder") / "recipes"
+    text = (recipes / RECIPE).read_text(encoding="utf-8")
 
     def source(captions: Path, images: Path, name: str) -> str:
         return json.dumps([{"dataset": "jsonl", "json_path": str(captions), "image_root": str(images), "name": name}])
@@ -38,6 +41,7 @@ def recipe(assets: Assets, out: Path, overrides: Sequence[str] = ()) -> RunConfi
         f"model.vision.weights={json.dumps(str(assets.vision_weights))}",
         f"data.sources={source(assets.captions_train, assets.images_train, 'easy_vqa train')}",
         f"data.eval_sources={source(assets.captions_test, assets.images_test, 'easy_vqa test')}",
+        f"eval.object_list={json.dumps(str(recipes / OBJECTS))}",
     ]
     return parse_config(text, RECIPE, [*places, *overrides])
 
@@ -66,7 +70,7 @@ def run_quickstart(
 def print_numbers(evidence: Evidence, console: Console) -> None:
     """The figures a newcomer wants, as a table."""
     table = Table(title="Does it see? Official test images, never trained on", title_justify="left")
-    for heading in ("", "its own image", "another's image", "no image", "chance"):
+    for heading in ("", "its own image", "another's image", "no image", "noise", "chance"):
         table.add_column(heading, justify="left" if not heading else "right")
 
     def value(name: str, spec: str) -> str:
@@ -76,18 +80,23 @@ def print_numbers(evidence: Evidence, console: Console) -> None:
     n = next((m.n for m in evidence.measurements if m.name == "caption.exact_match.correct"), 0)
     table.add_row(
         f"captions exactly right (n={n})",
-        *(value(f"caption.exact_match.{c}", ".1%") for c in ("correct", "shuffled", "zero", "chance")),
+        *(value(f"caption.exact_match.{c}", ".1%") for c in ("correct", "shuffled", "zero", "noise", "chance")),
+    )
+    n = next((m.n for m in evidence.measurements if m.name == "qa.accuracy.correct"), 0)
+    table.add_row(
+        f"questions answered right (n={n})",
+        *(value(f"qa.accuracy.{c}", ".1%") for c in ("correct", "shuffled", "zero", "noise", "chance")),
     )
     n = next((m.n for m in evidence.measurements if m.name == "ablation.loss.correct"), 0)
     table.add_row(
         f"loss, nats per token (n={n})",
-        *(value(f"ablation.loss.{c}", ".4f") for c in ("correct", "shuffled", "zero")),
+        *(value(f"ablation.loss.{c}", ".4f") for c in CONDITIONS),
         "",
     )
     table.add_row(
         "  times the loss with its own image",
         "1",
-        *(value(f"ablation.ratio.{c}", ".1f") for c in ("shuffled", "zero")),
+        *(value(f"ablation.ratio.{c}", ".1f") for c in CONDITIONS[1:]),
         "",
     )
     console.print()
@@ -95,3 +104,4 @@ def print_numbers(evidence: Evidence, console: Console) -> None:
     if evidence.text_only is not None:
         same = "bit-equal" if evidence.text_only.equal else "CHANGED"
         console.print(f"Text-only logits of the language model before and after: {same}.")
+    console.print(f"Gates: {verdict(evidence)}.", markup=False, soft_wrap=True)

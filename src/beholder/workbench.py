@@ -7,9 +7,10 @@ is `stages`' business; nothing here trains.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from beholder.evidence import Condition, Measurement
 from beholder.features import FeatureStore, FillReport, store_dir
 from beholder.model.plan import frozen_fingerprint
 from beholder.model.vlm import VisionLanguageModel, build_vlm
-from beholder.probes import captions, golden, loss
+from beholder.probes import audit, captions, golden, hallucination, loss, strata
 from beholder.runs import RunDir
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter, duration
@@ -161,34 +162,90 @@ class Workbench:
         return self.data.eval_batches(self._mine(examples), self.store, self.cfg)
 
     def losses(self, examples: Sequence[Example]) -> list[loss.SampleLoss]:
-        """Loss of every sample, whichever process measured it."""
+        """Loss of every sample in the order of ``examples``, whichever process measured it."""
         mine = loss.sample_losses(self.model, self.batches(examples))
-        return self._gather(mine, loss.SampleLoss)
+        found = self._gather(mine, loss.SampleLoss)
+        if len(found) != len(examples):
+            known = {f.id for f in found}
+            lost = [e.id for e in examples if e.id not in known]
+            raise UserError(
+                f"images of {len(examples) - len(found)} held-out samples could be read when the run started and "
+                f"cannot be read now ({', '.join(map(repr, lost[:5]))}); the numbers would be about other samples"
+            )
+        return found
 
     def eval_losses(self) -> list[loss.SampleLoss]:
         """Loss of every held-out sample."""
         with self.phase("evaluation"):
             return self.losses(self.data.eval_examples)
 
-    def eval_summary(self, losses: Sequence[loss.SampleLoss]) -> list[Measurement]:
-        """Token-weighted held-out loss, perplexity and accuracy, overall and by length bucket."""
-        stratum_of = {e.id: b for e, b in zip(self.data.eval_examples, self.data.eval_buckets, strict=True)}
-        return loss.summarize_strata(losses, "eval", stratum_of, seed=self.cfg.seed)
+    def text_losses(self) -> list[loss.SampleLoss]:
+        """Loss of every held-out target by the language model alone: no image, no connector."""
+        with self.phase("evaluation"):
+            mine = audit.text_losses(
+                self.model, self.data.encoder, self.data.layout, self._mine(self.data.eval_examples),
+                batch_size=self.cfg.eval.batch_size,
+            )  # fmt: skip
+        return self._gather(mine, loss.SampleLoss)
 
-    def ablation(self, correct: Sequence[loss.SampleLoss]) -> list[Measurement]:
-        """Loss with the correct, a shuffled and the zero image on the first ``ablation.num_samples`` held-out samples.
+    def sample(self, size: int) -> list[int]:
+        """Indices of at most ``size`` held-out samples, balanced over length buckets, the same in every run."""
+        return self.data.eval_sample(size, self.cfg.measure_seed)
+
+    def examples(self, indices: Sequence[int]) -> list[Example]:
+        return [self.data.eval_examples[i] for i in indices]
+
+    @cached_property
+    def groups(self) -> loss.Groups:
+        """Strata of every held-out sample."""
+        return strata.groups_of(self.data.eval_examples, self.data.eval_buckets)
+
+    @cached_property
+    def objects(self) -> hallucination.ObjectList:
+        """What CHAIR and the questions know by name."""
+        return hallucination.load_objects(self.cfg.eval.object_list)
+
+    def groups_at(self, indices: Sequence[int]) -> loss.Groups:
+        """Strata of some of them."""
+        return {by: [per_sample[i] for i in indices] for by, per_sample in self.groups.items()}
+
+    def eval_summary(self, losses: Sequence[loss.SampleLoss]) -> list[Measurement]:
+        """Token-weighted held-out loss, perplexity and accuracy, overall and by stratum."""
+        seed = self.cfg.measure_seed
+        return [
+            *loss.summarize(losses, "eval", seed=seed),
+            *loss.summarize_groups(losses, self.groups, "eval", seed=seed),
+        ]
+
+    def ablation_losses(
+        self,
+        indices: Sequence[int],
+        conditions: Sequence[Condition],
+        known: Mapping[Condition, Sequence[loss.SampleLoss]] | None = None,
+    ) -> dict[Condition, list[loss.SampleLoss]]:
+        """Losses of the held-out samples ``indices`` under each condition; those in ``known`` are taken from there."""
+        known = known or {}
+        with self.phase("ablation"):
+            mine = loss.ablation_losses(
+                self.model, self.examples(indices), self.batches,
+                [c for c in conditions if c not in known],
+                content_key=self.content_key, seed=self.cfg.measure_seed,
+            )  # fmt: skip
+            found = {condition: self._gather(losses, loss.SampleLoss) for condition, losses in mine.items()}
+        return {c: list(known[c]) if c in known else found[c] for c in conditions}
+
+    def ablation(
+        self, correct: Sequence[loss.SampleLoss]
+    ) -> tuple[list[Measurement], dict[Condition, list[loss.SampleLoss]]]:
+        """Loss with the right and the wrong images on ``ablation.num_samples`` held-out samples, compared and as it is.
 
         ``correct``: the losses of `eval_losses`, so that what was just measured is not measured again.
         """
-        with self.phase("ablation"):
-            examples = self.data.eval_examples[: self.cfg.ablation.num_samples]
-            mine = loss.ablation_losses(
-                self.model, examples, self.batches, ("shuffled", "zero"), content_key=self.content_key,
-                seed=self.cfg.seed,
-            )  # fmt: skip
-            losses: dict[Condition, Sequence[loss.SampleLoss]] = {"correct": correct}
-            losses |= {condition: self._gather(found, loss.SampleLoss) for condition, found in mine.items()}
-        return loss.compare_conditions(losses, seed=self.cfg.seed)
+        indices = self.sample(self.cfg.ablation.num_samples)
+        losses = self.ablation_losses(
+            indices, ("correct", *self.cfg.ablation.conditions), {"correct": [correct[i] for i in indices]}
+        )
+        return loss.compare_conditions(losses, self.groups_at(indices), seed=self.cfg.measure_seed), losses
 
     def captions(
         self, examples: Sequence[Example], settings: GenerateConfig, condition: Condition, batch_size: int
@@ -196,7 +253,7 @@ class Workbench:
         """What the model writes for each example under ``condition``."""
         shown = list(examples)
         if condition == "shuffled":
-            shown = loss.shuffle_images(examples, self.content_key, self.cfg.seed)
+            shown = loss.shuffle_images(examples, self.content_key, self.cfg.measure_seed)
         builder = self.data.builder(self.store, train=False, cfg=self.cfg)
         with progress(self.reporter, f"captions ({condition} image)") as tick:
             mine = captions.caption(
@@ -205,7 +262,7 @@ class Workbench:
                 builder,
                 self._mine(shown),
                 settings,
-                "zero" if condition == "zero" else "correct",
+                "correct" if condition == "shuffled" else condition,
                 batch_size=batch_size,
                 seed=self.cfg.seed,
                 progress=tick,
@@ -226,9 +283,8 @@ class Workbench:
         def make() -> list[int]:
             chosen = golden.golden_set(
                 path,
-                _ExampleList(self.data.eval_examples),
-                candidates=range(len(self.data.eval_examples)),
-                bucket_of=dict(enumerate(self.data.eval_buckets)),
+                self.data.eval_examples,
+                buckets=self.data.eval_buckets,
                 label_len=self.data.eval_label_len,
                 size=e.golden_size,
                 seed=e.golden_seed,
@@ -237,24 +293,6 @@ class Workbench:
 
         indices: list[int] = self.dist.on_main(make)
         return list(zip(indices, golden.load(path), strict=True))
-
-
-class _ExampleList:
-    """A list of examples as the `types.ExampleSet` the golden set wants."""
-
-    fingerprint = ""
-
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
-
-    def target_texts(self, indices: Sequence[int] | None = None) -> list[str]:
-        return [self.examples[i].target_text for i in (range(len(self)) if indices is None else indices)]
 
 
 def _strided(parts: Sequence[Sequence[Any]]) -> bool:

@@ -58,6 +58,21 @@ def test_a_model_that_looks_captions_well_only_with_its_own_image(bench: Any, si
     assert m["caption.cider_d.correct"].value > m["caption.cider_d.shuffled"].value
 
 
+def test_noise_is_shown_by_sample_whatever_the_batch(bench: Any, sighted: VisionLanguageModel):
+    examples = bench.held_out[:12]
+
+    by_one, by_all = (
+        captions.caption(sighted, bench.encoder, bench.builder, examples, condition="noise", batch_size=size)
+        for size in (1, 12)
+    )
+    reverse = captions.caption(sighted, bench.encoder, bench.builder, examples[::-1], condition="noise")
+    own = captions.caption(sighted, bench.encoder, bench.builder, examples)
+
+    assert by_one == by_all == reverse[::-1]
+    assert {r.condition for r in by_one} == {"noise"}
+    assert sum(r.prediction == r.reference for r in by_one) < sum(r.prediction == r.reference for r in own)
+
+
 def test_end_of_text_is_reported_and_length_counts_tokens_before_it(bench: Any, sighted: VisionLanguageModel):
     [whole] = captions.caption(sighted, bench.encoder, bench.builder, bench.held_out[:1])
     [cut] = captions.caption(
@@ -174,6 +189,30 @@ def test_only_the_own_image_has_a_direction():
     assert m["caption.exact_match.zero"].better == "none"
 
 
+def test_exact_match_of_each_stratum_is_over_its_own_captions():
+    records = [record("a", "a"), record("b", "x"), record("c", "c"), record("d", "d"), record("a", "x", "zero")]
+    groups = {"length": ["short", "short", "long", None], "question": ["all", "all", "all", "all"]}
+
+    rows = [m for m in captions.score(records, groups=groups) if m.stratum is not None]
+
+    assert {(m.name, m.by, m.stratum): (m.value, m.n) for m in rows} == {
+        ("caption.exact_match.correct", "length", "long"): (1.0, 1),
+        ("caption.exact_match.correct", "length", "short"): (0.5, 2),
+    }  # a grouping with a single stratum says nothing new
+    assert all(m.ci95 is not None and m.ci95[0] <= m.value <= m.ci95[1] for m in rows)
+
+
+def test_strata_that_do_not_line_up_with_the_captions_are_refused():
+    with pytest.raises(AssertionError, match="length: 1 strata for 2 captions"):
+        captions.score([record("a", "a"), record("b", "b")], groups={"length": ["short"]})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_metric_that_is_not_a_number_is_named(value: float):
+    with pytest.raises(FloatingPointError, match=r"caption\.cider_d\.correct"):
+        captions.finite(value, "caption.cider_d.correct")
+
+
 def test_nothing_to_score_is_an_error():
     with pytest.raises(UserError, match="no captions"):
         captions.score([])
@@ -186,9 +225,3 @@ def test_length_histogram_counts_every_sample_once_and_has_few_bins():
     assert len(h.bins) <= 24
     assert sum(h.series["reference"]) == sum(h.series["correct"]) == 4
     assert h.bins[0].startswith("0") and h.series["correct"][0] == 3 and h.series["correct"][-1] == 1
-
-
-def test_a_record_becomes_an_entry_of_the_sample_grid():
-    p = captions.as_prediction(record("A red disc.", "a red disc", "zero"), step=40)
-
-    assert (p.step, p.text, p.condition, p.exact) == (40, "a red disc", "zero", True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from html.parser import HTMLParser
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from beholder.evidence import (
     Curve,
     DataFacts,
     Evidence,
+    GateResult,
     Histogram,
     Measurement,
     Prediction,
@@ -21,6 +23,8 @@ from beholder.evidence import (
     Status,
     TextOnly,
     TrainableRow,
+    WordReliance,
+    WordStat,
     thumbnail,
 )
 
@@ -40,9 +44,38 @@ def picture(colour: str, shape: str) -> str:
     return thumbnail(image)
 
 
+def text_of(html: str) -> str:
+    """The words a reader of the page sees, separated by single spaces."""
+    words: list[str] = []
+
+    class Reader(HTMLParser):
+        def handle_data(self, data: str) -> None:
+            words.append(data)
+
+    Reader().feed(html[html.index("<body>") :])
+    return " ".join(" ".join(words).split())
+
+
 def measurement(name: str, value: float, unit: str = "share", half: float = 0.0, **more: Any) -> Measurement:
     fields: dict[str, Any] = {"better": "none", "n": 400, "ci95": (value - half, value + half) if half else None}
     return Measurement(name=name, value=value, unit=unit, **(fields | more))
+
+
+def group(by: str, stratum: str, ratio: float, half: float, n: int = 100, loss: float = 0.03) -> list[Measurement]:
+    """A stratum whose loss with another image is ``ratio`` +- ``half`` times the own one's."""
+    return [
+        measurement("ablation.ratio.shuffled", ratio, "ratio", half, n=n, by=by, stratum=stratum),
+        measurement(
+            "ablation.delta.shuffled", loss * (ratio - 1), "nats/token", loss * half, n=n, by=by, stratum=stratum
+        ),
+        measurement("eval.loss", loss, "nats/token", loss / 10, n=n, by=by, stratum=stratum),
+    ]
+
+
+def gate(name: str, value: float | None, bound: str = "> 0", passed: bool = True, **more: Any) -> GateResult:
+    fields: dict[str, Any] = {"why": f"why {name}", "end": "low", "measure": "ablation.delta.shuffled"}
+    fields |= {"unit": "nats/token", "note": "not measured" if value is None else ""}
+    return GateResult(name=name, passed=passed, bound=bound, value=value, **(fields | more))
 
 
 @pytest.fixture
@@ -64,9 +97,15 @@ def make_evidence() -> Callable[..., Evidence]:
                         Prediction(step=240, text="A black circle.", condition="zero", exact=False),
                         Prediction(step=240, text="A gray triangle.", condition="shuffled", exact=False),
                     ],
+                    words=[
+                        WordReliance(text="A", with_image=0.01, without=0.02),
+                        WordReliance(text=f" {colour}", with_image=0.02, without=4.22),
+                        WordReliance(text=f" {shape}", with_image=0.02, without=1.02),
+                        WordReliance(text=".", with_image=0.5, without=0.1),
+                    ],
                 )
             )  # fmt: skip
-        steps = list(range(1, 241))
+        steps = [float(s) for s in range(1, 241)]
         loss = [0.03 + 4.6 * math.exp(-s / 22) * (1 + 0.3 * math.sin(s * 12.9898)) for s in steps]
         fields: dict[str, Any] = {
             "run_name": "quickstart", "stage": "align", "status": Status.SUCCEEDED, "created": "2026-11-21T10:15:00Z",
@@ -110,6 +149,30 @@ def make_evidence() -> Callable[..., Evidence]:
                 measurement("caption.exact_match.shuffled", 0.07, "share", 0.025),
                 measurement("caption.exact_match.zero", 0.055, "share", 0.022),
                 measurement("caption.exact_match.chance", 0.0625, "share", 0.024),
+                measurement("ablation.loss.noise", 2.5, "nats/token", 0.1, n=256),
+                measurement("ablation.delta.noise", 2.4676, "nats/token", 0.1, better="higher", n=256),
+                measurement("ablation.ratio.noise", 77.2, "ratio", 13.0, better="higher", n=256),
+                measurement("learn.delta", 4.6788, "nats/token", 0.05, better="higher", n=1000),
+                measurement("learn.delta_text", 3.06, "nats/token", 0.06, better="higher", n=1000),
+                measurement("band.untrained", 4.71, "nats/token", 0.05, n=1000),
+                measurement("band.text_only", 3.09, "nats/token", 0.06, n=1000),
+                measurement("band.uniform", 10.8, "nats/token", n=1000),
+                measurement("chair.s.correct", 0.02, "share", 0.01, better="lower"),
+                measurement("chair.s.zero", 0.7, "share", 0.05, better="lower"),
+                measurement("qa.accuracy.correct", 0.93, "share", 0.03, better="higher", n=200),
+                measurement("qa.accuracy.chance", 0.24, "share", 0.05, n=200),
+                measurement("collapse.worst", 0.03, "share", 0.02, better="lower"),
+                *group("question", "what shape", 40.0, 6.0), *group("question", "what colour", 80.0, 9.0),
+                *group("length", "short", 50.0, 8.0), *group("length", "long", 30.0, 5.0),
+            ],
+            "gates": [
+                gate("looks_shuffled", 1.6876),
+                gate("looks_clearly", 47.3, "> 1.05", measure="ablation.ratio.shuffled", unit="ratio"),
+                gate("no_collapse", 0.03, "≤ 0.5", measure="collapse.worst", unit="share", end="value"),
+            ],
+            "words": [
+                WordStat(word=w, n=n, delta=d, ci95=(d - 0.2, d + 0.2))
+                for w, n, d in (("blue", 40, 4.1), ("circle", 60, 1.9), ("A", 256, 0.01), (".", 256, -0.3))
             ],
             "curves": [
                 Curve(name="train.loss", unit="nats/token", x=steps, y=loss),

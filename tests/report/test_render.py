@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.report.conftest import gate, group, text_of
 
 from beholder.evidence import (
+    Cost,
     Curve,
     Evidence,
     Histogram,
@@ -18,9 +20,12 @@ from beholder.evidence import (
     Status,
     TextOnly,
     TrainableRow,
+    WordReliance,
+    WordStat,
 )
 from beholder.report import render, render_html, render_markdown
-from beholder.report.render import learned, looks, warnings
+from beholder.report.content import warnings
+from beholder.report.verdicts import learned, looks
 from beholder.report.words import duration, fmt, fmt_ci, visible
 from beholder.types import UserError
 
@@ -157,17 +162,34 @@ def test_what_must_not_be_overlooked_stands_above_the_verdicts(
 # The page
 
 
-def test_the_page_answers_in_order(make_evidence: MakeEvidence):
-    text = Page(render_html(make_evidence(curves=[]))).text
+ORDER = (
+    "Can I promote it? Yes: all 3 gates passed.", "Did it learn? Yes, it learned.", "Does it look at the image? Yes",
+    "Where does it fail? Nothing stands out.", "What did it cost? 7 min 11 s.",
+    "Did it learn? Yes, it learned.", "Does it look at the image? Yes", "Where does it fail? Nothing stands out.",
+    "Samples it never trained on", "What did it cost? 7 min 11 s.", "Can I promote it? Yes: all 3 gates passed.",
+    "Gaps", "What was trainable", "Data", "Rejected, by reason", "Provenance", "Resolved config",
+)  # fmt: skip
 
-    places = [
-        text.index(heading)
-        for heading in (
-            "Yes, it learned.", "Yes, it looks.", "Samples it never trained on", "What was trainable", "Data",
-            "Rejected, by reason", "Cost", "Provenance", "Resolved config", "Gaps",
-        )
+
+def test_the_page_answers_in_order_and_its_first_screen_has_every_verdict(make_evidence: MakeEvidence):
+    text = text_of(render_html(make_evidence(curves=[])))
+
+    place = 0
+    for heading in ORDER:
+        assert heading in text[place:], heading
+        place += text[place:].index(heading) + 1
+
+
+def test_the_markdown_answers_in_the_same_order(make_evidence: MakeEvidence):
+    markdown = render_markdown(make_evidence())
+
+    headings = [re.sub(r"\W*(.*?\?).*", r"\1", h).strip("# ") for h in re.findall(r"^## .*", markdown, re.MULTILINE)]
+    assert headings == [
+        "Did it learn?", "Does it look at the image?", "Where does it fail?", "What did it cost?", "Can I promote it?",
+        "What was trainable", "Data", "Provenance", "Config",
     ]  # fmt: skip
-    assert places == sorted(places)
+    first = markdown[: markdown.index("\n## ")]
+    assert re.findall(r"\*\*(.*?\?)\*\*", first)[0] == "Can I promote it?"
 
 
 def test_the_page_shows_the_numbers_with_their_intervals_the_samples_and_the_gaps(make_evidence: MakeEvidence):
@@ -181,7 +203,8 @@ def test_the_page_shows_the_numbers_with_their_intervals_the_samples_and_the_gap
         assert part in page.text, part
     pictures = [attrs["src"] for tag, attrs in page.elements if tag == "img"]
     assert set(pictures) == {uri for s in e.samples for uri in s.images}
-    assert sum("sample wrong" in (attrs.get("class") or "") for _, attrs in page.elements) == 1
+    final = [(attrs.get("class") or "").split() for _, attrs in page.elements if "at1" in (attrs.get("class") or "")]
+    assert sum("wrong" in classes for classes in final) == 1
 
 
 def test_the_page_is_self_contained_and_forbids_everything_else(make_evidence: MakeEvidence):
@@ -213,14 +236,20 @@ def with_text(make_evidence: MakeEvidence, text: str) -> Evidence:
     """The example with ``text`` wherever other people's text can be."""
     e = make_evidence()
     predictions = [Prediction(step=k, text=text) for k in (1, 2)] + [Prediction(step=2, text=text, condition="zero")]
-    sample = Sample(id=text, images=e.samples[0].images, reference=text, bucket=text, predictions=predictions)
+    spoken = [WordReliance(text=text, with_image=1, without=3)]
+    sample = Sample(
+        id=text, images=e.samples[0].images, reference=text, bucket=text, predictions=predictions, words=spoken
+    )
+    strata = [m.model_copy(update={"by": text, "stratum": s}) for s in (text, "b") for m in group("x", "y", 1.0, 0.1)]
+    judged = gate(text, 0.0, text, passed=False, why=text, note=text, stratum=text, unit=text)
     odd = Measurement(
         name=f"eval.{text}", value=1, unit=text, better="none", n=1, stratum=text, caveat=text
     )  # fmt: skip
     return make_evidence(
         run_name=text, summary={text: text}, gaps=[text], config_yaml=text, provenance={text: [text]},
         samples=[sample], data=e.data.model_copy(update={"rejects": {text: 1}, "eval_origin": text}),
-        measurements=[*e.measurements, odd], curves=[], histograms=[],
+        measurements=[*e.measurements, odd, *strata], curves=[], histograms=[], gates=[judged, gate(text, None, text)],
+        findings=[text], words=[WordStat(word=text, n=5, delta=1.0)],
         text_only=TextOnly(prompts=1, logits=1, equal=False, sha256_before="a", sha256_after="b", changed=[text]),
     )  # fmt: skip
 
@@ -257,10 +286,10 @@ def test_hostile_text_stays_in_its_markdown_cell(make_evidence: MakeEvidence, te
     markdown, plain = (render_markdown(with_text(make_evidence, t)) for t in (text, "plain"))
     before_config, plain_before = markdown.split("## Config")[0], plain.split("## Config")[0]
     lines = before_config.splitlines()
-    row = lines[lines.index("| id | reference | caption | with no image |") + 2]
+    row = lines[lines.index("| id | reference | step 1 | step 2 | no image |") + 2]
 
     assert len(lines) == len(plain_before.splitlines())
-    assert len(re.findall(r"(?<!\\)\|", row)) == 5  # four cells
+    assert len(re.findall(r"(?<!\\)\|", row)) == 6  # five cells
     assert not re.search(r"(?<!\\)[<`]", before_config.replace("> **", ""))
     assert not re.search(r"(?<!\\)\]\(", before_config)
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e]", markdown)
@@ -269,11 +298,11 @@ def test_hostile_text_stays_in_its_markdown_cell(make_evidence: MakeEvidence, te
 def test_a_run_that_measured_nothing_renders_and_says_so(make_evidence: MakeEvidence):
     e = make_evidence(
         measurements=[], baseline=[], curves=[], histograms=[], samples=[], trainable=[], text_only=None, gaps=[],
-        provenance={}, summary={}, status=Status.CANCELLED,
+        provenance={}, summary={}, status=Status.CANCELLED, gates=[], words=[], cost=Cost(steps=0),
     )  # fmt: skip
     text = Page(render_html(e)).text
 
-    assert text.count("Not measured.") == 2
+    assert text.count("Not measured.") == 2 * 4  # on the first screen and over each section
     assert "No loss curve was recorded." in text
     assert "cancelled" in render_markdown(e)
 
@@ -328,6 +357,9 @@ def test_a_folder_without_evidence_is_an_error_and_writes_nothing(tmp_path: Path
         (-0.5, "nats/token", (-0.6, -0.4), "-0.500 nats/token", "-0.600 … -0.400"),
         (56.84, "ratio", (47.3, 66.3), "56.8×", "47.3–66.3×"),
         (1234.5, "ratio", None, "1,234×", ""),
+        (12.0, "ratio", (3.0, 99.97), "12.0×", "3.00–100×"),
+        (0.5, "%", None, "0.5 %", ""),
+        (2.0, "parts", None, "2 parts", ""),
         (1.0023, "ratio", (0.995, 1.011), "1.002×", "0.995–1.011×"),
         (111.05, "perplexity", None, "111", ""),
         (26_000.0, "tokens", None, "26,000", ""),

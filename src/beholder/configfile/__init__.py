@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from beholder.config import RunConfig, Section
+from beholder.config import GATES, GateConfig, RunConfig, Section
 from beholder.configfile.inert import drop, inert_settings, without_inert
 from beholder.configfile.tree import MAX_BYTES, ConfigError, Loader, Problem, Tree, compose, override, read_node, show
 from beholder.configfile.validate import validate
@@ -88,8 +88,18 @@ def dump_config(cfg: RunConfig) -> str:
     raw = without_inert(cfg).model_dump(mode="json")
     for inert in inert_settings(cfg):
         drop(raw, inert.path)
+    _drop_unsaid(raw["gates"])
     _drop_empty(raw)
     return yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _drop_unsaid(gates: dict[str, dict[str, Any]]) -> None:
+    """Leaves out of each gate what reading it back would fill in anyway."""
+    plain = GateConfig().model_dump(mode="json")
+    for name, gate in gates.items():
+        own = GATES[name].model_dump(mode="json") if name in GATES else plain
+        for key in [k for k, value in gate.items() if value == plain[k] == own[k]]:
+            del gate[key]
 
 
 def _drop_empty(data: dict[str, Any]) -> None:

@@ -142,6 +142,15 @@ INERT: tuple[Rule, ...] = (
         "eval.run_golden_every is never", "eval.run_golden_every",
     ),
     Rule(
+        "eval.clip_model",
+        lambda c: c.eval.caption_samples == 0, "eval.caption_samples is 0", "eval.caption_samples",
+    ),
+    Rule(
+        "eval.object_list",
+        lambda c: c.eval.caption_samples == 0 and c.eval.qa_samples == 0,
+        "no captions are written and no questions asked", "eval.caption_samples eval.qa_samples",
+    ),
+    Rule(
         "eval.golden_generate.top_p",
         lambda c: c.eval.golden_generate.temperature == 0,
         "temperature 0 is greedy", "eval.golden_generate.temperature",

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from beholder.config import RunConfig, Section
+from beholder.config import GateConfig, RunConfig, Section, complete_gates
 from beholder.configfile.inert import inert_settings
 from beholder.configfile.tree import MAX_DEPTH, SettingPath, Tree, dotted, get_at, show
 from beholder.configfile.words import annotation_at, expected, items_of, nearest, options_of, section_of, values_of
@@ -166,4 +166,6 @@ def _construct(model: type[BaseModel], data: Any) -> Any:
             values[name] = {key: _construct(named, item) for key, item in data[name].items()}
         else:
             values[name] = data[name]
-    return model.model_construct(**values)
+    if model is RunConfig and isinstance(values["gates"], dict):
+        values["gates"] = complete_gates({k: g for k, g in values["gates"].items() if isinstance(g, GateConfig)})
+    return model.model_construct(_fields_set=set(data) if isinstance(data, dict) else set(), **values)

@@ -71,11 +71,11 @@ class Data:
         for example in self.eval_examples:
             yield from example.images
 
-    def quick_examples(self, size: int, seed: int) -> list[Example]:
-        """At most ``size`` held-out samples, balanced over length buckets: the quick evaluation's."""
+    def eval_sample(self, size: int, seed: int) -> list[int]:
+        """Indices of at most ``size`` held-out samples, balanced over length buckets, ascending."""
         names = list(dict.fromkeys(self.eval_buckets))
         chosen = balanced_sample(np.arange(len(self.eval_examples)), self.eval_buckets, names, size, seed)
-        return [self.eval_examples[int(i)] for i in chosen]
+        return chosen.tolist()
 
     def builder(self, features: FeatureReader | None, *, train: bool, cfg: RunConfig) -> SampleBuilder:
         """Turns examples into encoded samples with images; augments only for training."""
@@ -156,6 +156,10 @@ def build_data(
 
     ``split_file``: the persisted split; read when it exists (and must match the data), written otherwise. Raises
     `UserError` when nothing is left to train on or to evaluate on.
+
+    No training sample shows an image whose bytes are those of a held-out one. ``data.verify_images: none`` says that no
+    image is to be looked at beforehand; images are then told apart by where they lie, and ``counts["split_notes"]``
+    says so.
     """
     d = cfg.data
     encoder = build_encoder(cfg, tokenizer, num_visual_tokens)
@@ -171,12 +175,13 @@ def build_data(
         "eval_ratio": d.eval_ratio,
         "len_buckets": list(d.len_buckets),
         "max_samples": d.max_samples,
-        "seed": cfg.seed,
+        "seed": cfg.measure_seed,
+        "same_image": "place" if d.verify_images == "none" else "content",
     }
     if split_file is not None and split_file.exists():
         split = load_split(split_file, records, settings)
     else:
-        split = make_split(records, hygiene.accepted, hygiene.target_tokens, **settings)
+        split = make_split(records, hygiene.accepted, hygiene.target_tokens, **settings, progress=progress)
         if split_file is not None and write_split:
             save_split(split_file, split, records)
 
@@ -190,13 +195,23 @@ def build_data(
         lenient = HygieneConfig(min_tokens=1, max_tokens=10**9, spam=(), duplicates="report")
         held_hygiene = _vet(held, tokenizer, lenient, cfg, progress)
         rejects += [*held.rejects, *held_hygiene.rejects]
+        if d.eval_size is not None and d.eval_size > len(held_hygiene.accepted):
+            raise UserError(
+                f"data.eval_size is {d.eval_size:,}, but data.eval_sources hold {len(held_hygiene.accepted):,} usable "
+                f"samples ({_reasons([*held.rejects, *held_hygiene.rejects])}); lower it, or leave it out to use all"
+            )
         held_split = make_split(
             held, held_hygiene.accepted, held_hygiene.target_tokens,
             **{**settings, "mode": "none", "eval_ratio": None, "max_samples": d.eval_size},
         )  # fmt: skip
         held_indices = held_split.train
-        overlap = shared_images(records, train_indices, held, held_indices)
+        overlap = shared_images(records, train_indices, held, held_indices, settings["same_image"], progress)
         train_indices = np.setdiff1d(train_indices, overlap, assume_unique=True)
+        if not len(train_indices):
+            raise UserError(
+                f"all {len(overlap)} training samples show an image of data.eval_sources, so none may be trained on; "
+                "give held-out records of other images"
+            )
     for example in (records[int(i)] for i in overlap):
         why = "shows an image of a held-out sample"
         rejects.append(Reject(example.id, example.row, example.file, "held_out_image", why))
@@ -208,6 +223,12 @@ def build_data(
             f"data.eval_sources ({_reasons(rejects)})"
         )
 
+    notes = list(split.notes)
+    if settings["same_image"] == "place":
+        notes.append(
+            "data.verify_images is none, so no image was opened: a copy of a held-out image under another name would "
+            "not have been noticed among the training samples"
+        )
     tokens = hygiene.target_tokens[train_indices]
     counts = {
         "records": len(records) + len(records.rejects),
@@ -216,6 +237,7 @@ def build_data(
         "train": len(train_indices),
         "eval": len(eval_examples),
         "eval_buckets": dict(Counter(eval_buckets)),
+        "split_notes": notes,
         "sources": dict(Counter(records.source_of(int(i)) for i in train_indices)),
         "rejects": dict(Counter(r.reason for r in rejects)),
         "duplicates": dict(hygiene.duplicates),

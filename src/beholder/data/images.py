@@ -237,7 +237,7 @@ def _parquet_item(ref: ImageRef) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Existence of many images
+# Existence and equality of many images
 
 
 def check_exists(refs: Iterable[ImageRef]) -> Iterator[ImageError | None]:
@@ -247,16 +247,12 @@ def check_exists(refs: Iterable[ImageRef]) -> Iterator[ImageError | None]:
     file below the root takes `read_bytes`' own checks. Tar members were checked while indexing; parquet cells are only
     known when they are read.
     """
-    folders: dict[tuple[str, str], dict[str, int]] = {}
+    folders = _Folders()
     for ref in refs:
         if ref.kind != "file":
             yield ImageError(ref, "empty_image", "has 0 bytes") if ref.kind == "tar" and ref.size == 0 else None
             continue
-        folder, name = os.path.split(ref.path)
-        sizes = folders.get((ref.root, folder))
-        if sizes is None:
-            sizes = folders[ref.root, folder] = _regular_files(ref.root, folder)
-        if sizes.get(name, 0) > 0:
+        if folders.size(ref):
             yield None
             continue
         try:
@@ -265,6 +261,71 @@ def check_exists(refs: Iterable[ImageRef]) -> Iterator[ImageError | None]:
             yield None if size else ImageError(ref, "empty_image", "has 0 bytes")
         except ImageError as e:
             yield e
+
+
+class SameContent:
+    """Finds the images that are byte for byte one of ``wanted``, under whatever name and in whatever kind of file.
+
+    Equal bytes need equal sizes, and a size is known without reading (folders are listed, tar members are indexed),
+    so only images as large as one of the wanted are read and hashed. Parquet does not tell the size of a cell: its
+    cells are read, row group by row group when they come in order. What cannot be read equals nothing: whether that
+    is an error is the image check's business, not this one's.
+    """
+
+    def __init__(self, wanted: Iterable[ImageRef]) -> None:
+        self._folders = _Folders()
+        self._digests: dict[int, set[bytes]] = {}
+        self._known: dict[ImageRef, bool] = {}
+        self.hashed = 0
+        """Images read so far."""
+        for ref in dict.fromkeys(wanted):
+            if (data := self._read(ref)) is not None:
+                self._digests.setdefault(len(data), set()).add(hashlib.sha256(data).digest())
+
+    def __contains__(self, ref: ImageRef) -> bool:
+        size = self._size(ref)
+        if size is not None and size not in self._digests:
+            return False
+        known = self._known.get(ref)
+        if known is None:
+            data = self._read(ref)
+            digests = self._digests.get(len(data)) if data is not None else None
+            known = data is not None and digests is not None and hashlib.sha256(data).digest() in digests
+            if ref.kind != "parquet":  # each row has cells of its own, and there may be millions
+                self._known[ref] = known
+        return known
+
+    def _size(self, ref: ImageRef) -> int | None:
+        """Bytes, or None where only reading tells."""
+        match ref.kind:
+            case "file":
+                return self._folders.size(ref) or None  # 0: a symlink, perhaps
+            case "tar":
+                return ref.size
+            case "parquet":
+                return None
+
+    def _read(self, ref: ImageRef) -> bytes | None:
+        self.hashed += 1
+        try:
+            return read_bytes(ref)
+        except ImageError:
+            return None
+
+
+class _Folders:
+    """Sizes of files by listing each folder once: resolving 558,000 paths one by one takes a minute."""
+
+    def __init__(self) -> None:
+        self._listed: dict[tuple[str, str], dict[str, int]] = {}
+
+    def size(self, ref: ImageRef) -> int:
+        """Bytes of a file that is plainly regular and below its root; 0 when it is not, or is empty."""
+        folder, name = os.path.split(ref.path)
+        sizes = self._listed.get((ref.root, folder))
+        if sizes is None:
+            sizes = self._listed[ref.root, folder] = _regular_files(ref.root, folder)
+        return sizes.get(name, 0)
 
 
 def _regular_files(root: str, folder: str) -> dict[str, int]:

@@ -9,13 +9,14 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from beholder.data.images import SameContent
 from beholder.data.mixture import permute
 from beholder.runs import atomic_write
 from beholder.types import ExampleSet, ImageRef, UserError
@@ -23,8 +24,19 @@ from beholder.types import ExampleSet, ImageRef, UserError
 DEFAULT_EVAL_RATIO = 0.02
 _FORMAT = 1
 
-ImageKey = Callable[[ImageRef], object]
-"""What makes two images the same one. By default where they lie; `images.content_hash` compares their bytes."""
+Progress = Callable[[str, int, int], None]
+"""(what, done, total)"""
+
+SameImage = Literal["content", "place"]
+"""What makes two images the same one: their bytes, wherever they lie, or where they lie."""
+
+
+class PictureSet(ExampleSet, Protocol):
+    """An `ExampleSet` that tells its images without building examples; `sources.Records` is one."""
+
+    def images_of(self, indices: Sequence[int] | None = None) -> Iterator[tuple[int, tuple[ImageRef, ...]]]:
+        """(index, its images) of each of ``indices``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,20 @@ class Split:
     """int64: left out of both, because an image of theirs is held out."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What the split was made with."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not as it was asked for: a sentence for each bucket that has too few samples to give its share."""
+        if self.settings["mode"] != "stratified_len":
+            return []
+        len_buckets, counts = self.settings["len_buckets"], self.eval_counts
+        wanted = quotas([len(self.eval)] * len(counts), len(self.eval))
+        return [
+            f"bucket {name} ({bounds}): {counts[name]} held-out samples instead of {want}, more there are not; "
+            "the others come from the next bucket"
+            for name, bounds, want in zip(counts, bucket_bounds(len_buckets), wanted, strict=True)
+            if counts[name] < want
+        ]
 
     @property
     def eval_counts(self) -> dict[str, int]:
@@ -66,6 +92,15 @@ def bucket_names(len_buckets: Sequence[int]) -> list[str]:
     count = len(len_buckets) - 1
     assert count >= 1, len_buckets
     return named.get(count) or [f"len_{a + 1}_{b}" for a, b in itertools.pairwise(len_buckets)]
+
+
+def bucket_bounds(len_buckets: Sequence[int]) -> list[str]:
+    """``[0, 10, 20, 9999]`` → up to 10 tokens, 11 to 20 tokens, 21 tokens or more."""
+    inner = list(len_buckets[1:-1])
+    if not inner:
+        return ["any length"]
+    between = [f"{a + 1} to {b} tokens" for a, b in itertools.pairwise(inner)]
+    return [f"up to {inner[0]} tokens", *between, f"{inner[-1] + 1} tokens or more"]
 
 
 def buckets_of(lengths: np.ndarray | Sequence[int], len_buckets: Sequence[int]) -> list[str]:
@@ -116,7 +151,7 @@ def _shuffled(indices: np.ndarray, seed: int, salt: str) -> np.ndarray:
 
 
 def make_split(
-    examples: ExampleSet,
+    examples: PictureSet,
     accepted: np.ndarray,
     target_tokens: np.ndarray,
     *,
@@ -126,14 +161,17 @@ def make_split(
     len_buckets: Sequence[int],
     max_samples: int | None,
     seed: int,
-    image_key: ImageKey | None = None,
+    same_image: SameImage = "content",
+    progress: Progress | None = None,
 ) -> Split:
     """Draws at most ``max_samples`` of the ``accepted`` indices and holds some of them out. A pure function.
 
     ratio: ``eval_size`` samples, or ``eval_ratio`` of them (default 2 %), at random. stratified_len: ``eval_size``
     balanced over the length buckets (`quotas`). none: nothing held out. ``target_tokens``: int [len(examples)].
-    A training sample that shows a held-out image leaves training and is listed in `Split.overlap`. Raises `UserError`
-    when no training sample would be left.
+    A training sample that shows a held-out image (``same_image``) leaves training and is listed in `Split.overlap`.
+
+    Raises `UserError` when a length bucket of stratified_len is empty and when no training sample would be left. A
+    bucket that is merely short is filled from the next (`Split.notes`).
     """
     accepted = np.sort(np.asarray(accepted, dtype=np.int64))
     pool = accepted if max_samples is None else np.sort(_shuffled(accepted, seed, "pool")[:max_samples])
@@ -158,9 +196,10 @@ def make_split(
         case "ratio":
             held_out = np.sort(_shuffled(pool, seed, "eval")[:size])
         case "stratified_len":
+            _require_filled(labels, target_tokens[pool], len_buckets)
             held_out = balanced_sample(pool, labels, names, size, seed, "eval")
     train = np.setdiff1d(pool, held_out, assume_unique=True)
-    overlap = shared_images(examples, train, examples, held_out, image_key)
+    overlap = shared_images(examples, train, examples, held_out, same_image, progress)
     train = np.setdiff1d(train, overlap, assume_unique=True)
     if not len(train) and len(pool):
         raise UserError(
@@ -176,31 +215,62 @@ def make_split(
         overlap=overlap,
         settings={
             "mode": mode, "eval_size": eval_size, "eval_ratio": eval_ratio, "len_buckets": list(len_buckets),
-            "max_samples": max_samples, "seed": seed,
+            "max_samples": max_samples, "seed": seed, "same_image": same_image,
         },
     )  # fmt: skip
 
 
-def where_it_lies(ref: ImageRef) -> object:
-    """The default `ImageKey`."""
-    return (ref.kind, ref.root, ref.path, ref.offset, ref.item)
+def _require_filled(labels: Sequence[str], lengths: np.ndarray, len_buckets: Sequence[int]) -> None:
+    """A bucket with nothing in it would be a stratum that every report promises and none can show."""
+    empty = [
+        f"{name} ({bounds})"
+        for name, bounds in zip(bucket_names(len_buckets), bucket_bounds(len_buckets), strict=True)
+        if name not in set(labels)
+    ]
+    if empty and len(lengths):
+        raise UserError(
+            f"no usable sample falls into the length bucket {' or '.join(empty)}: the targets have {lengths.min()} to "
+            f"{lengths.max()} tokens, half of them at most {int(np.median(lengths))}; set data.len_buckets (now "
+            f"{list(len_buckets)}) to bounds that divide these lengths, or data.split_mode: ratio"
+        )
 
 
 def shared_images(
-    train_examples: ExampleSet,
-    train: Iterable[int],
-    eval_examples: ExampleSet,
-    held_out: Iterable[int],
-    image_key: ImageKey | None = None,
+    train_examples: PictureSet,
+    train: Sequence[int] | np.ndarray,
+    eval_examples: PictureSet,
+    held_out: Sequence[int] | np.ndarray,
+    same_image: SameImage = "content",
+    progress: Progress | None = None,
 ) -> np.ndarray:
-    """int64: the indices in ``train`` that show an image of the ``held_out`` samples (of the same set or another)."""
-    key = image_key or where_it_lies
-    theirs = {key(ref) for i in held_out for ref in eval_examples[int(i)].images}
-    if not theirs:
+    """int64: the indices in ``train`` that show an image of the ``held_out`` samples (of the same set or another).
+
+    content: also a copy, a hard link or a tar member with the same bytes. The same picture saved anew (another
+    size, format or quality) has other bytes and is not found. place: only the same path, member or cell.
+    """
+    held = {ref for _, refs in eval_examples.images_of(_ints(held_out)) for ref in refs}
+    if not held:
         return np.zeros(0, dtype=np.int64)
-    return np.array(
-        [i for i in train if any(key(ref) in theirs for ref in train_examples[int(i)].images)], dtype=np.int64
-    )
+    places = {_place(ref) for ref in held}
+    copies: Container[ImageRef] = SameContent(held) if same_image == "content" else ()
+    total = len(train)
+    shared: list[int] = []
+    for done, (i, refs) in enumerate(train_examples.images_of(_ints(train)), 1):
+        if any(_place(ref) in places or ref in copies for ref in refs):
+            shared.append(i)
+        if progress and done % 5000 == 0:
+            progress("held-out images", done, total)
+    if progress:
+        progress("held-out images", total, total)
+    return np.array(shared, dtype=np.int64)
+
+
+def _place(ref: ImageRef) -> object:
+    return (ref.kind, ref.root, ref.path, ref.offset, ref.item)
+
+
+def _ints(indices: Sequence[int] | np.ndarray) -> list[int]:
+    return np.asarray(indices, dtype=np.int64).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Measurements of a model: each probe takes a model, functions and samples, and knows nothing about the loop.
 
-Here live only what all probes share: intervals, and the context in which a model is measured. Baseline and result
-always come from the same function on the same samples, and a probe that cannot measure raises instead of guessing.
+Here live only what all probes share: intervals, the making of a measurement, and the context in which a model is
+measured. Baseline and result always come from the same function on the same samples, and a probe that cannot measure
+raises instead of guessing.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
+
+from beholder.evidence import Measurement
 
 Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -62,6 +65,38 @@ def bootstrap(
         return None
     low, high = np.quantile(finite, [0.025, 0.975])
     return float(low), float(high)
+
+
+def ratio_of_sums(top: np.ndarray, bottom: np.ndarray, seed: int = 0) -> tuple[float, tuple[float, float] | None]:
+    """Σtop / Σbottom over samples (fp64 [n] each) and its bootstrap interval: long samples weigh as they are long.
+
+    With several turns of one sample summed before, they stay together in every resample: they share an image.
+    """
+    value = float(top.sum() / bottom.sum())
+    return value, bootstrap(lambda k: top[k].sum(1) / bottom[k].sum(1), len(top), seed)
+
+
+def measurement(
+    name: str,
+    value: float,
+    *,
+    unit: str,
+    better: Literal["lower", "higher", "none"],
+    n: int,
+    ci95: tuple[float, float] | None = None,
+    stratum: str | None = None,
+    by: str | None = None,
+    caveat: str | None = None,
+) -> Measurement:
+    """A `Measurement`. Raises FloatingPointError naming it when its value is not a finite number."""
+    if not math.isfinite(value):
+        where = "" if stratum is None else f" for {stratum}"
+        raise FloatingPointError(
+            f"{name}{where} is {value} over {n} samples: a loss or score that it sums is not a finite number"
+        )
+    return Measurement(
+        name=name, value=value, unit=unit, better=better, n=n, ci95=ci95, stratum=stratum, by=by, caveat=caveat
+    )
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

@@ -6,16 +6,18 @@ metric definitions are in `probes.caption_metrics`; the fixed set that is captio
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from beholder.config import GenerateConfig
 from beholder.data.images import ImageError
-from beholder.evidence import Condition, Histogram, Measurement, Prediction
+from beholder.evidence import Condition, Histogram, Measurement
 from beholder.probes import bootstrap, measuring, wilson
 from beholder.probes.caption_metrics import (
     MAX_N,
@@ -27,7 +29,7 @@ from beholder.probes.caption_metrics import (
     rouge_l,
     tokenize,
 )
-from beholder.probes.loss import SightedModel, shuffle_images, zero_image
+from beholder.probes.loss import NUM_NOISE, SightedModel, blank_image, shuffle_images
 from beholder.types import Encoded, Example, ImageInput, ImageRef, UserError
 
 GREEDY = GenerateConfig(temperature=0.0, top_p=1.0)
@@ -93,23 +95,22 @@ def caption(
     *,
     batch_size: int = 16,
     content_key: Callable[[ImageRef], str] | None = None,
-    blank: ImageInput | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[CaptionRecord]:
     """Let the model caption each example, shown the image of ``condition``.
 
     Greedy captions do not depend on the batch size. ``content_key`` (`data.images.content_hash`) is needed for
-    ``shuffled``; ``blank`` is `zero_image` of the model, for one whose tower has been released. ``progress(done,
-    total)`` is called after each batch. Raises UserError for a prompt that does not fit and for an image that cannot
-    be had, naming the sample; under the builder's policy ``skip`` such a sample is left out, as it is in the losses.
+    ``shuffled``. ``progress(done, total)`` is called after each batch. Raises UserError for a prompt that does not fit
+    and for an image that cannot be had, naming the sample; under the builder's policy ``skip`` such a sample is left
+    out, as it is in the losses.
     """
     shown = list(examples)
     if condition == "shuffled":
         if content_key is None:
             raise UserError("captions under 'shuffled' need content_key to tell images apart by their bytes")
         shown = shuffle_images(examples, content_key, seed)
-    shown_blank = (blank or zero_image(model)) if condition == "zero" else None
+    blank = _blanks(model, condition) if condition in ("zero", "noise") else None
     eos = set(encoder.eos_ids)
     records: list[CaptionRecord] = []
     with measuring(model):
@@ -118,7 +119,7 @@ def caption(
             images: list[list[ImageInput]] = []
             for example in shown[start : start + batch_size]:
                 try:
-                    own = builder.images(example) if shown_blank is None else [shown_blank] * len(example.images)
+                    own = builder.images(example) if blank is None else _blank_slots(example, blank)
                 except ImageError:
                     if builder.on_bad_image == "error":
                         raise
@@ -146,23 +147,66 @@ def caption(
     return records
 
 
+def _blanks(model: SightedModel, kind: Literal["zero", "noise"]) -> list[ImageInput]:
+    """What the image places are filled from, as in `probes.loss`: the zero image, or several noise images."""
+    return [blank_image(model, kind, seed) for seed in range(NUM_NOISE if kind == "noise" else 1)]
+
+
+def _blank_slots(example: Example, blank: Sequence[ImageInput]) -> list[ImageInput]:
+    """A blank image for each place; which one depends on the sample alone, not on its batch or process."""
+    return [blank[zlib.crc32(f"{example.id}/{k}".encode()) % len(blank)] for k in range(len(example.images))]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Scores
 
 
-def score(records: Sequence[CaptionRecord], name: str = "caption", seed: int = 0) -> list[Measurement]:
+def score(
+    records: Sequence[CaptionRecord],
+    name: str = "caption",
+    seed: int = 0,
+    groups: Mapping[str, Sequence[str | None]] | None = None,
+) -> list[Measurement]:
     """Every caption metric, ``<name>.<metric>.<condition>``, for each condition among the records.
 
     Exact match and the empty share carry Wilson intervals, corpus BLEU and the means (ROUGE-L, CIDEr-D, length)
     bootstrap intervals. BLEU-n is absent when no reference has n words. ``<name>.exact_match.chance`` is what always
     writing the most frequent reference scores: the level of a model that does not look.
+
+    ``groups`` (grouping -> stratum of each record of condition ``correct``, in their order; None: in no stratum) adds
+    the exact match of each stratum with the own image; a grouping with a single stratum says nothing new and is left
+    out. Raises FloatingPointError naming a metric that is not finite.
     """
     if not records:
         raise UserError(f"{name}: there are no captions to score; were all samples rejected?")
     out: list[Measurement] = []
     for condition in _conditions(records):
         out += _score_condition([r for r in records if r.condition == condition], name, condition, seed)
+    if groups:
+        out += _exact_by_stratum([r for r in records if r.condition == "correct"], name, groups)
     return [*out, chance(records, name)]
+
+
+def _exact_by_stratum(
+    records: Sequence[CaptionRecord], name: str, groups: Mapping[str, Sequence[str | None]]
+) -> list[Measurement]:
+    out: list[Measurement] = []
+    for by, strata in groups.items():
+        assert len(strata) == len(records), f"{by}: {len(strata)} strata for {len(records)} captions"
+        hits: dict[str, list[bool]] = {}
+        for record, stratum in zip(records, strata, strict=True):
+            if stratum is not None:
+                hits.setdefault(stratum, []).append(exact_match(record.prediction, record.reference))
+        for stratum, right in sorted(hits.items()) if len(hits) > 1 else ():
+            n = len(right)
+            out.append(
+                Measurement(
+                    name=f"{name}.exact_match.correct", value=sum(right) / n, unit="share", better="higher", n=n,
+                    ci95=wilson(sum(right), n), stratum=stratum, by=by,
+                    caveat="case, spacing and closing punctuation ignored",
+                )
+            )  # fmt: skip
+    return out
 
 
 def chance(records: Sequence[CaptionRecord], name: str = "caption") -> Measurement:
@@ -192,12 +236,11 @@ def length_histogram(records: Sequence[CaptionRecord], name: str = "caption.leng
     return Histogram(name=name, unit="words", bins=bins, series=series)
 
 
-def as_prediction(record: CaptionRecord, step: int) -> Prediction:
-    """The caption as an entry of the report's sample grid."""
-    return Prediction(
-        step=step, text=record.prediction, condition=record.condition,
-        exact=exact_match(record.prediction, record.reference),
-    )  # fmt: skip
+def finite(value: float, metric: str) -> float:
+    """``value``; FloatingPointError naming the metric when it is NaN or infinite, which would say nothing."""
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{metric} is {value}: a number that was measured must be finite")
+    return value
 
 
 def _conditions(records: Sequence[CaptionRecord]) -> list[Condition]:
@@ -218,12 +261,17 @@ def _score_condition(records: Sequence[CaptionRecord], name: str, condition: Con
     out: list[Measurement] = []
 
     def add(metric: str, value: float, unit: str, ci: tuple[float, float] | None, **more: str) -> None:
-        fields = {"better": better, **more}
-        out.append(
-            Measurement.model_validate(
-                {"name": f"{name}.{metric}.{condition}", "value": value, "unit": unit, "n": n, "ci95": ci, **fields}
-            )
-        )
+        full = f"{name}.{metric}.{condition}"
+        fields = {
+            "name": full,
+            "value": finite(value, full),
+            "unit": unit,
+            "better": better,
+            "n": n,
+            "ci95": ci,
+            **more,
+        }
+        out.append(Measurement.model_validate(fields))
 
     def mean(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
         array = np.array(values, dtype=np.float64)

@@ -1,23 +1,29 @@
-"""Teacher-forced loss: per sample, summarised over samples, and compared between the right and the wrong image.
+"""Teacher-forced loss: per sample and turn, summed over strata, and compared between the right and the wrong image.
 
-A loss is summed per sample in fp64 and divided once, so it does not depend on the batch size or on packing. How a
-batch is laid out is the caller's business (`data.collate`); what the model computes is `model.vlm`'s.
+A loss is summed per sample in fp64 and divided once, so it does not depend on the batch size, on packing or on how
+samples are shared among processes. Results are aligned by index: ``losses[i]`` belongs to ``examples[i]``. How a batch
+is laid out is the caller's business (`data.collate`), what the model computes is `model.vlm`'s, and which strata there
+are is `strata`'s.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from itertools import accumulate, pairwise
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
-from beholder.evidence import Condition, Measurement
-from beholder.probes import Measurable, bootstrap, measuring
+from beholder.evidence import CONDITIONS, Condition, Measurement
+from beholder.probes import Measurable, measurement, measuring, ratio_of_sums
 from beholder.types import Batch, Example, ImageGeometry, ImageInput, ImageRef, TokenLosses, UserError
+
+NUM_NOISE = 8
+"""Noise images of the condition ``noise``: one tower pass for all of them instead of one for every image."""
 
 
 class LossModel(Measurable, Protocol):
@@ -42,6 +48,24 @@ class SampleLoss:
     tokens: int
     correct: int
     """Tokens that were the arg-max."""
+    token_nll: tuple[float, ...]
+    """Nats of each supervised token, in order."""
+    turns: tuple[int, ...]
+    """Supervised tokens of each assistant turn, in order; sums to ``tokens``. A turn that was cut off is absent."""
+
+    def __post_init__(self) -> None:
+        # JSON has no tuples: ``SampleLoss(**row)`` gives the equal record back.
+        object.__setattr__(self, "token_nll", tuple(self.token_nll))
+        object.__setattr__(self, "turns", tuple(self.turns))
+
+    @property
+    def turn_nll(self) -> list[float]:
+        """Nats of each assistant turn, summed."""
+        return [math.fsum(self.token_nll[a:b]) for a, b in pairwise(accumulate(self.turns, initial=0))]
+
+
+Groups = Mapping[str, Sequence[Sequence[str | None]]]
+"""Grouping (``by``) -> per sample -> per assistant turn: the stratum it is in, or None for none."""
 
 
 def sample_losses(model: LossModel, batches: Iterable[Batch]) -> list[SampleLoss]:
@@ -57,78 +81,308 @@ def sample_losses(model: LossModel, batches: Iterable[Batch]) -> list[SampleLoss
             if n == 0:  # every sample of it was rejected
                 continue
             out = model(batch)
-            sample = out.sample.cpu()
-            nll = torch.zeros(n, dtype=torch.float64).index_add_(0, sample, out.nll.detach().cpu().double())
+            sample, token_nll = out.sample.cpu(), out.nll.detach().cpu().double()
+            nll = torch.zeros(n, dtype=torch.float64).index_add_(0, sample, token_nll)
             tokens = torch.bincount(sample, minlength=n)
             correct = torch.bincount(sample[out.correct.cpu()], minlength=n)
             bad = [batch.ids[k] for k in range(n) if not math.isfinite(float(nll[k]))]
             if bad:
                 raise FloatingPointError(f"the evaluation loss is not finite for samples {', '.join(map(repr, bad))}")
-            losses += [SampleLoss(id, float(nll[k]), int(tokens[k]), int(correct[k])) for k, id in enumerate(batch.ids)]
+            own = token_nll[torch.argsort(sample, stable=True)].split(tokens.tolist())  # row order within each sample
+            turns = _turn_lengths(batch)
+            for k, id in enumerate(batch.ids):
+                assert sum(turns[k]) == int(tokens[k]), f"{id}: turns of {turns[k]} tokens, losses of {int(tokens[k])}"
+                losses.append(
+                    SampleLoss(
+                        id, float(nll[k]), int(tokens[k]), int(correct[k]), tuple(own[k].tolist()), tuple(turns[k])
+                    )
+                )
     return losses
 
 
-def summarize(losses: Sequence[SampleLoss], name: str, stratum: str | None = None, seed: int = 0) -> list[Measurement]:
+def _turn_lengths(batch: Batch) -> list[list[int]]:
+    """Supervised tokens of each assistant turn of each sample, in row order.
+
+    A turn starts where the position before, in the same row, is not supervised or belongs to another sample: between
+    two turns there is always a token that nobody has to predict (`data.chat` puts a line break there).
+    """
+    supervise, sample = batch.supervise.cpu(), batch.sample_index.cpu()
+    goes_on = torch.zeros_like(supervise)
+    goes_on[:, 1:] = supervise[:, :-1] & (sample[:, :-1] == sample[:, 1:])
+    starts = supervise & ~goes_on
+    lengths = torch.bincount(starts.reshape(-1).cumsum(0)[supervise.reshape(-1)] - 1)
+    turns: list[list[int]] = [[] for _ in batch.ids]
+    for owner, length in zip(sample[starts].tolist(), lengths.tolist(), strict=True):
+        turns[owner].append(length)
+    return turns
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Summary
+
+
+def summarize(losses: Sequence[SampleLoss], name: str, seed: int = 0) -> list[Measurement]:
     """``<name>.loss`` (Σnll/Σtokens), ``.perplexity``, ``.token_accuracy`` and ``.tokens`` of the samples.
 
     Long targets count as much as they are long. Intervals are 95 % bootstrap intervals over samples (1,000 resamples,
     seeded). Raises UserError when there is nothing to average.
     """
-    nll, tokens, correct = _columns(losses, name)
-    n = len(losses)
-    mean = float(nll.sum() / tokens.sum())
-    ci = bootstrap(lambda k: nll[k].sum(1) / tokens[k].sum(1), n, seed)
+    return _summary(
+        np.array([x.nll for x in losses]), np.array([x.tokens for x in losses], dtype=np.float64),
+        np.array([x.correct for x in losses], dtype=np.float64), name, seed,
+    )  # fmt: skip
+
+
+def summarize_groups(losses: Sequence[SampleLoss], groups: Groups, name: str, seed: int = 0) -> list[Measurement]:
+    """`summarize` for every stratum of every grouping that has more than one.
+
+    What is summed are the turns in the stratum. ``n`` counts samples with such a turn, and the interval resamples
+    samples: turns of one conversation share an image, so they are not independent. Token accuracy is absent where a
+    sample is only partly in the stratum.
+    """
+    out: list[Measurement] = []
+    for by, stratum, members in _strata(losses, groups):
+        nll, tokens = _turn_sums(losses, members)
+        whole = all(len(turns) == len(losses[i].turns) for i, turns in members)
+        correct = np.array([losses[i].correct for i, _ in members], dtype=np.float64) if whole else None
+        out += _summary(nll, tokens, correct, name, seed, by, stratum, _about(members))
+    return out
+
+
+def _summary(
+    nll: np.ndarray,
+    tokens: np.ndarray,
+    correct: np.ndarray | None,
+    name: str,
+    seed: int,
+    by: str | None = None,
+    stratum: str | None = None,
+    about: str | None = None,
+) -> list[Measurement]:
+    if tokens.sum() == 0:
+        raise UserError(f"{name}: no sample was left to measure; look at the reject log for what was skipped")
+    n = len(tokens)
+    mean, ci = ratio_of_sums(nll, tokens, seed)
     out = [
-        Measurement(name=f"{name}.loss", value=mean, unit="nats/token", better="lower", n=n, ci95=ci, stratum=stratum)
+        measurement(
+            f"{name}.loss", mean, unit="nats/token", better="lower", n=n, ci95=ci, by=by, stratum=stratum, caveat=about
+        )
     ]
     if mean < 700:  # exp overflows a double past 709; such a perplexity says nothing
         out.append(
-            Measurement(
-                name=f"{name}.perplexity", value=math.exp(mean), unit="perplexity", better="lower", n=n,
-                ci95=None if ci is None or ci[1] > 700 else (math.exp(ci[0]), math.exp(ci[1])), stratum=stratum,
+            measurement(
+                f"{name}.perplexity", math.exp(mean), unit="perplexity", better="lower", n=n,
+                ci95=None if ci is None or ci[1] > 700 else (math.exp(ci[0]), math.exp(ci[1])), by=by, stratum=stratum,
                 caveat="per token of this tokenizer; not comparable across tokenizers",
             )
         )  # fmt: skip
+    if correct is not None:
+        share, ci = ratio_of_sums(correct, tokens, seed)
+        out.append(
+            measurement(
+                f"{name}.token_accuracy", share, unit="share", better="higher", n=n, ci95=ci, by=by, stratum=stratum,
+                caveat="teacher-forced: each token is predicted after the right ones",
+            )
+        )  # fmt: skip
     out.append(
-        Measurement(
-            name=f"{name}.token_accuracy", value=float(correct.sum() / tokens.sum()), unit="share", better="higher",
-            n=n, ci95=bootstrap(lambda k: correct[k].sum(1) / tokens[k].sum(1), n, seed), stratum=stratum,
-            caveat="teacher-forced: each token is predicted after the right ones",
-        )
-    )  # fmt: skip
-    out.append(
-        Measurement(
-            name=f"{name}.tokens", value=float(tokens.sum()), unit="tokens", better="none", n=n, stratum=stratum
-        )
+        measurement(f"{name}.tokens", float(tokens.sum()), unit="tokens", better="none", n=n, by=by, stratum=stratum)
     )
     return out
 
 
-def summarize_strata(
-    losses: Sequence[SampleLoss], name: str, stratum_of: Mapping[str, str], seed: int = 0
+Members = Sequence[tuple[int, Sequence[int]]]
+"""Samples of a stratum by index, each with the numbers of its turns in it."""
+
+
+def _strata(losses: Sequence[SampleLoss], groups: Groups) -> Iterator[tuple[str, str, Members]]:
+    """(by, stratum, members) in a fixed order; groupings in which all turns fall into one stratum say nothing."""
+    for by, per_sample in groups.items():
+        assert len(per_sample) == len(losses), f"{by}: strata of {len(per_sample)} samples, losses of {len(losses)}"
+        found: dict[str, list[tuple[int, list[int]]]] = {}
+        for i, (loss, strata) in enumerate(zip(losses, per_sample, strict=True)):
+            assert len(strata) >= len(loss.turns), f"{loss.id}: {len(strata)} strata for {len(loss.turns)} turns"
+            own: dict[str, list[int]] = {}
+            for turn, stratum in zip(range(len(loss.turns)), strata, strict=False):  # turns that were cut off
+                if stratum is not None:
+                    own.setdefault(stratum, []).append(turn)
+            for stratum, turns in own.items():
+                found.setdefault(stratum, []).append((i, turns))
+        if len(found) > 1:
+            for stratum in sorted(found):
+                yield by, stratum, found[stratum]
+
+
+def _turn_sums(losses: Sequence[SampleLoss], members: Members) -> tuple[np.ndarray, np.ndarray]:
+    """nll and tokens of each member's turns, fp64 [members]."""
+    nll, tokens = np.empty(len(members)), np.empty(len(members))
+    for row, (i, turns) in enumerate(members):
+        own = losses[i].turn_nll
+        nll[row], tokens[row] = sum(own[t] for t in turns), sum(losses[i].turns[t] for t in turns)
+    return nll, tokens
+
+
+def _about(members: Members) -> str | None:
+    """What ``n`` does not say when samples have several turns in a stratum."""
+    turns = sum(len(t) for _, t in members)
+    return None if turns == len(members) else f"{turns} turns of {len(members)} samples; the interval is over samples"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The same targets twice
+
+
+def paired_gain(before: Sequence[SampleLoss], after: Sequence[SampleLoss], name: str, seed: int = 0) -> Measurement:
+    """Nats per token that the second loss is lower than the first on the same targets: Σ(before - after)/Σtokens.
+
+    A target that was cut at the maximum length in one of the two is compared over the tokens that both have. The
+    interval is paired: a resample picks the same samples for both.
+    """
+    assert len(before) == len(after), f"{name}: {len(before)} losses before, {len(after)} after"
+    both = [min(b.tokens, a.tokens) for b, a in zip(before, after, strict=True)]
+    gain = np.array(
+        [math.fsum(b.token_nll[:k]) - math.fsum(a.token_nll[:k]) for b, a, k in zip(before, after, both, strict=True)]
+    )
+    tokens = np.array(both, dtype=np.float64)
+    if tokens.sum() == 0:
+        raise UserError(f"{name}: no sample was left to measure; look at the reject log for what was skipped")
+    value, ci = ratio_of_sums(gain, tokens, seed)
+    return measurement(
+        name, value, unit="nats/token", better="higher", n=len(both), ci95=ci,
+        caveat="paired: the same targets, before minus after",
+    )  # fmt: skip
+
+
+def compare_conditions(
+    losses: Mapping[Condition, Sequence[SampleLoss]],
+    groups: Groups | None = None,
+    name: str = "ablation",
+    seed: int = 0,
 ) -> list[Measurement]:
-    """`summarize` over all samples, then over the samples of each stratum (``stratum_of`` by sample id)."""
-    out = summarize(losses, name, seed=seed)
-    groups: dict[str, list[SampleLoss]] = {}
-    for loss in losses:
-        if loss.id in stratum_of:
-            groups.setdefault(stratum_of[loss.id], []).append(loss)
-    for stratum in sorted(groups):
-        out += summarize(groups[stratum], name, stratum=stratum, seed=seed)
+    """``<name>.loss.<condition>`` of each, and ``<name>.delta.…`` and ``<name>.ratio.…`` of the others to ``correct``.
+
+    Overall, then for every stratum of ``groups`` as in `summarize_groups`. Paired: the i-th loss of every condition is
+    of the same sample, and a resample picks the same samples for all. A loss of exactly 0 has no ratio.
+    """
+    first = next(iter(losses.values()))
+    for condition, own in losses.items():
+        assert len(own) == len(first), f"{name}: {len(first)} losses under {next(iter(losses))}, {len(own)} {condition}"
+        for a, b in zip(first, own, strict=True):
+            assert (a.id, a.turns) == (b.id, b.turns), (
+                f"{a.id} supervises {a.turns}, under {condition} {b.id} {b.turns}"
+            )
+    everyone: Members = [(i, range(len(loss.turns))) for i, loss in enumerate(first)]
+    if not sum(loss.tokens for loss in first):
+        raise UserError(f"{name}: no sample was left to measure; look at the reject log for what was skipped")
+    out = _compare(losses, everyone, name, seed, None, None)
+    for by, stratum, members in _strata(first, groups or {}):
+        out += _compare(losses, members, name, seed, by, stratum)
+    return out
+
+
+def _compare(
+    losses: Mapping[Condition, Sequence[SampleLoss]],
+    members: Members,
+    name: str,
+    seed: int,
+    by: str | None,
+    stratum: str | None,
+) -> list[Measurement]:
+    n, about = len(members), None if stratum is None else _about(members)
+    sums = {condition: _turn_sums(own, members) for condition, own in losses.items()}
+    out: list[Measurement] = []
+    for condition, (nll, tokens) in sums.items():
+        value, ci = ratio_of_sums(nll, tokens, seed)
+        better = "lower" if condition == "correct" else "none"
+        out.append(
+            measurement(
+                f"{name}.loss.{condition}", value, unit="nats/token", better=better, n=n, ci95=ci, by=by,
+                stratum=stratum, caveat=about,
+            )
+        )  # fmt: skip
+    if "correct" not in sums:
+        return out
+    right, tokens = sums["correct"]
+    for condition, (wrong, _) in sums.items():
+        if condition == "correct":
+            continue
+        value, ci = ratio_of_sums(wrong - right, tokens, seed)
+        out.append(
+            measurement(
+                f"{name}.delta.{condition}", value, unit="nats/token", better="higher", n=n, ci95=ci, by=by,
+                stratum=stratum,
+                caveat="; ".join(filter(None, ["paired: the same samples with the wrong and the right image", about])),
+            )
+        )  # fmt: skip
+        if right.sum() > 0:  # the delta says what there is to say
+            value, ci = ratio_of_sums(wrong, right, seed)
+            told = "loss with the wrong image over loss with the right one; 1 means the image is not used"
+            out.append(
+                measurement(
+                    f"{name}.ratio.{condition}", value, unit="ratio", better="higher", n=n, ci95=ci, by=by,
+                    stratum=stratum, caveat="; ".join(filter(None, [told, about])),
+                )
+            )  # fmt: skip
     return out
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Ablation
+# Wrong images
 
 
-def derange(items: Sequence[object], same: Callable[[int, int], bool], seed: int) -> list[int]:
-    """For every item another item, never itself and never an equal one: ``same(i, j)`` is False for the result.
+def ablation_losses(
+    model: SightedModel,
+    examples: Sequence[Example],
+    make_batches: Callable[[Sequence[Example]], Iterable[Batch]],
+    conditions: Sequence[Condition] = CONDITIONS,
+    *,
+    content_key: Callable[[ImageRef], str],
+    seed: int = 0,
+) -> dict[Condition, list[SampleLoss]]:
+    """The same loss on the same samples with their own image, another sample's, a grey one, and noise.
 
-    ``same`` must be an equivalence. The result is a permutation wherever one exists (`_reassign` says why), so that
-    every image is used once. Raises UserError when all items are equal, or when there are fewer than two.
+    ``make_batches`` may give this process's share; which image a sample is shown does not depend on it. Raises
+    UserError when ``shuffled`` is asked for and the samples do not show two different images.
     """
-    return _reassign(len(items), lambda place, item: not same(place, item), seed)
+    losses: dict[Condition, list[SampleLoss]] = {}
+    for condition in conditions:
+        shown = shuffle_images(examples, content_key, seed) if condition == "shuffled" else examples
+        batches = make_batches(shown)
+        if condition == "zero":
+            batches = _with_images(batches, [blank_image(model, "zero")])
+        elif condition == "noise":
+            batches = _with_images(batches, [blank_image(model, "noise", seed + k) for k in range(NUM_NOISE)])
+        losses[condition] = sample_losses(model, batches)
+    return losses
+
+
+def blank_image(model: SightedModel, kind: Literal["zero", "noise"], seed: int = 0) -> ImageInput:
+    """An image without anything in it, as tower features, so that the tower sees it once.
+
+    ``zero``: its normalised pixels are 0. Pixels travel as uint8, so the nearest grey is taken: a normalised value is
+    off 0 by at most ``0.5/255/std``. ``noise``: its normalised pixels are drawn from N(0, 1) and clipped to what uint8
+    can say; ``seed`` decides which noise.
+    """
+    g = model.geometry
+    normalised = torch.zeros(3, g.height, g.width)
+    if kind == "noise":
+        normalised = torch.randn(normalised.shape, generator=torch.Generator().manual_seed(seed))
+    mean, std = torch.tensor(g.mean)[:, None, None], torch.tensor(g.std)[:, None, None]
+    pixels = (255 * (normalised * std + mean)).round().clamp(0, 255).to(torch.uint8)
+    with measuring(model):
+        features = model.patches([ImageInput(pixels=pixels)])[0]
+    return ImageInput(features=features.detach().to("cpu", torch.bfloat16))
+
+
+def _with_images(batches: Iterable[Batch], images: Sequence[ImageInput]) -> Iterator[Batch]:
+    """Every image place filled from ``images``, chosen by sample id and the place's number within the sample: neither
+    the batch size nor the number of processes changes what a sample is shown."""
+    for batch in batches:
+        used = [0] * len(batch.ids)
+        shown: list[ImageInput] = []
+        for owner in batch.image_sample.tolist():
+            shown.append(images[zlib.crc32(f"{batch.ids[owner]}/{used[owner]}".encode()) % len(images)])
+            used[owner] += 1
+        yield replace(batch, images=shown)
 
 
 def shuffle_images(examples: Sequence[Example], content_key: Callable[[ImageRef], str], seed: int) -> list[Example]:
@@ -179,141 +433,3 @@ def _reassign(n: int, fits: Callable[[int, int], bool], seed: int) -> list[int]:
     if n == 0:
         raise UserError("cannot shuffle images: the samples have none; give the ablation samples with images")
     return pick
-
-
-def zero_image(model: SightedModel) -> ImageInput:
-    """The image whose normalised pixels are 0, as tower features, so that the tower sees it once.
-
-    Pixels travel as uint8, so the nearest grey is taken: a normalised value is off 0 by at most ``0.5/255/std``.
-    """
-    g = model.geometry
-    grey = torch.tensor([round(255 * m) for m in g.mean]).clamp(0, 255).to(torch.uint8)
-    pixels = grey[:, None, None].expand(3, g.height, g.width).contiguous()
-    with measuring(model):
-        features = model.patches([ImageInput(pixels=pixels)])[0]
-    return ImageInput(features=features.detach().to("cpu", torch.bfloat16))
-
-
-def ablation_losses(
-    model: SightedModel,
-    examples: Sequence[Example],
-    make_batches: Callable[[Sequence[Example]], Iterable[Batch]],
-    conditions: Sequence[Condition] = ("correct", "shuffled", "zero"),
-    *,
-    content_key: Callable[[ImageRef], str],
-    blank: ImageInput | None = None,
-    seed: int = 0,
-) -> dict[Condition, list[SampleLoss]]:
-    """The same loss on the same samples, with their own image, with another sample's, and with no image.
-
-    ``blank`` is `zero_image` of the model, for one whose tower has been released by now. Raises UserError when
-    ``shuffled`` is asked for and the samples do not show two different images.
-    """
-    losses: dict[Condition, list[SampleLoss]] = {}
-    for condition in conditions:
-        match condition:
-            case "correct":
-                losses[condition] = sample_losses(model, make_batches(examples))
-            case "shuffled":
-                losses[condition] = sample_losses(model, make_batches(shuffle_images(examples, content_key, seed)))
-            case "zero":
-                losses[condition] = sample_losses(
-                    model, _with_image(make_batches(examples), blank or zero_image(model))
-                )
-    return losses
-
-
-def compare_conditions(
-    losses: Mapping[Condition, Sequence[SampleLoss]], name: str = "ablation", seed: int = 0
-) -> list[Measurement]:
-    """``<name>.loss.<condition>`` of each, and ``<name>.delta.…`` and ``<name>.ratio.…`` of the others to ``correct``.
-
-    Paired: only samples that every condition measured count, and a resample picks the same samples for both.
-    """
-    paired = _pair(losses)
-    columns = {condition: _columns(paired[condition], name) for condition in paired}
-    n = len(next(iter(paired.values())))
-    out: list[Measurement] = []
-    for condition, (nll, tokens, _) in columns.items():
-        out.append(
-            Measurement(
-                name=f"{name}.loss.{condition}", value=float(nll.sum() / tokens.sum()), unit="nats/token",
-                better="lower" if condition == "correct" else "none", n=n,
-                ci95=bootstrap(lambda k, a=nll, t=tokens: a[k].sum(1) / t[k].sum(1), n, seed),
-            )
-        )  # fmt: skip
-    if "correct" not in columns:
-        return out
-    right, tokens, _ = columns["correct"]
-    for condition, (wrong, _, _) in columns.items():
-        if condition == "correct":
-            continue
-        out.append(
-            Measurement(
-                name=f"{name}.delta.{condition}", value=float((wrong.sum() - right.sum()) / tokens.sum()),
-                unit="nats/token", better="higher", n=n,
-                ci95=bootstrap(lambda k, w=wrong: (w[k].sum(1) - right[k].sum(1)) / tokens[k].sum(1), n, seed),
-                caveat="paired: the same samples with the wrong and the right image",
-            )
-        )  # fmt: skip
-        if right.sum() > 0:  # a loss of exactly 0 has no ratio: the delta above says what there is to say
-            out.append(
-                Measurement(
-                    name=f"{name}.ratio.{condition}", value=float(wrong.sum() / right.sum()), unit="ratio",
-                    better="higher", n=n, ci95=bootstrap(lambda k, w=wrong: w[k].sum(1) / right[k].sum(1), n, seed),
-                    caveat="loss with the wrong image over loss with the right one; 1 means the image is not used",
-                )
-            )  # fmt: skip
-    return out
-
-
-def ablate(
-    model: SightedModel,
-    examples: Sequence[Example],
-    make_batches: Callable[[Sequence[Example]], Iterable[Batch]],
-    conditions: Sequence[Condition] = ("correct", "shuffled", "zero"),
-    *,
-    content_key: Callable[[ImageRef], str],
-    blank: ImageInput | None = None,
-    name: str = "ablation",
-    seed: int = 0,
-) -> list[Measurement]:
-    """Does the model look? `ablation_losses`, compared by `compare_conditions`."""
-    losses = ablation_losses(model, examples, make_batches, conditions, content_key=content_key, blank=blank, seed=seed)
-    return compare_conditions(losses, name, seed)
-
-
-def _with_image(batches: Iterable[Batch], image: ImageInput) -> Iterator[Batch]:
-    for batch in batches:
-        yield replace(batch, images=[image] * len(batch.images))
-
-
-def _columns(losses: Sequence[SampleLoss], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """nll, tokens and correct as fp64 [n]."""
-    nll = np.array([loss.nll for loss in losses], dtype=np.float64)
-    tokens = np.array([loss.tokens for loss in losses], dtype=np.float64)
-    if tokens.sum() == 0:
-        raise UserError(f"{name}: no sample was left to measure; look at the reject log for what was skipped")
-    return nll, tokens, np.array([loss.correct for loss in losses], dtype=np.float64)
-
-
-def _pair(losses: Mapping[Condition, Sequence[SampleLoss]]) -> dict[Condition, list[SampleLoss]]:
-    """The samples that every condition has, in one order. Ids may repeat: the k-th of an id pairs with the k-th."""
-
-    def keyed(items: Sequence[SampleLoss]) -> dict[tuple[str, int], SampleLoss]:
-        seen: Counter[str] = Counter()
-        out: dict[tuple[str, int], SampleLoss] = {}
-        for item in items:
-            out[item.id, seen[item.id]] = item
-            seen[item.id] += 1
-        return out
-
-    by_condition: dict[Condition, dict[tuple[str, int], SampleLoss]] = {
-        condition: keyed(items) for condition, items in losses.items()
-    }
-    first, *rest = by_condition.values()
-    common = [key for key in first if all(key in other for other in rest)]
-    for key in common:
-        counts = {c: by_condition[c][key].tokens for c in by_condition}
-        assert len(set(counts.values())) == 1, f"{key[0]}: the conditions supervise different tokens: {counts}"
-    return {condition: [items[key] for key in common] for condition, items in by_condition.items()}

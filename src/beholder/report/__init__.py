@@ -1,4 +1,5 @@
-"""From `evidence.json` to a page that a person understands in five seconds: did it learn, and does it look?
+"""From `evidence.json` to a page that answers: did it learn, does it look, where does it fail, what did it cost, can I
+promote it?
 
 `render` is the whole interface. A report shows nothing that is not in the evidence, so old runs can be rendered anew.
 """

@@ -1,4 +1,4 @@
-"""Figures of the report as inline SVG: curves over steps and histograms.
+"""Figures of the report: curves over steps and histograms as inline SVG, intervals as positions on an axis.
 
 Drawing only; what is drawn is decided in `report.render`. Colours are CSS variables of the page, so that one drawing
 serves the light and the dark theme, and text is text in the page's own font.
@@ -18,12 +18,12 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from beholder.evidence import Curve, Histogram
-from beholder.report.words import visible
+from beholder.evidence import Curve, Histogram, Measurement
+from beholder.report.words import MINUS, fmt, fmt_ci, number, visible
 
 # Matplotlib wants hex colours; each of these stands for a CSS variable and is replaced in the SVG text.
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
-_SERIES = ("#0a0001", "#0a0002", "#0a0003", "#0a0004")
+_SERIES = ("#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005")
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--line"} | {c: f"--s{k}" for k, c in enumerate(_SERIES, 1)}
 
 LOG_FROM = 20.0
@@ -36,12 +36,21 @@ class Plot:
 
     svg: Markup
     legend: list[tuple[str, str]]
-    """(CSS class of the key: ``s1`` … ``s4``, label)."""
+    """(CSS class of the key: ``s1`` … ``s5``, label)."""
     note: str = ""
 
 
-def curves(lines: Sequence[tuple[str, Curve]], *, title: str, width: float = 13.6, height: float = 3.9) -> Plot:
-    """Up to four labelled curves over optimizer steps; ``title`` is read out by screen readers.
+def curves(
+    lines: Sequence[tuple[str, Curve]],
+    *,
+    title: str,
+    width: float = 13.6,
+    height: float = 3.9,
+    bands: Sequence[tuple[str, float]] = (),
+) -> Plot:
+    """Up to five labelled curves over optimizer steps; ``title`` is read out by screen readers.
+
+    ``bands``: labelled levels drawn across, in the unit of the curves, to read them against.
 
     A measured curve with more than 40 points is drawn faint, with its running mean on top (time constant: a thirtieth
     of the points); a shorter one gets dots, because its points are measurements of their own.
@@ -68,19 +77,143 @@ def curves(lines: Sequence[tuple[str, Curve]], *, title: str, width: float = 13.
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(visible(lines[0][1].unit))
         axes.margins(x=0.01)
+        _draw_bands(axes, bands, log, height)
         svg = _svg(figure, title)
     legend = [(f"s{k}", label) for k, (label, _) in enumerate(lines, 1)]
     return Plot(svg, legend, "logarithmic axis" if log else "")
 
 
+def _draw_bands(axes: Any, bands: Sequence[tuple[str, float]], log: bool, height: float) -> None:
+    """Dashed lines with their names at the right edge, moved apart where they would be written over each other."""
+    drawn = [(label, level) for label, level in bands if level > 0 or not log]
+    for k, (_, level) in enumerate(drawn):
+        axes.axhline(
+            level, color=_MUTED, linewidth=1.2, linestyle=((0, (6, 3)), (0, (1.5, 2)), (0, (6, 2, 1.5, 2)))[k % 3]
+        )
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)  # what is measured decides where a name stands
+    gap = 0.21 / height  # a line of text, as a share of the axes
+    floor = 0.0
+    for label, level in sorted(drawn, key=lambda band: band[1]):
+        share = math.log(level / low) / math.log(high / low) if log else (level - low) / (high - low)
+        floor = max(share, floor)
+        axes.text(
+            1.008,
+            floor,
+            visible(f"{label} {number(level, '')}"),
+            transform=axes.transAxes,
+            va="center",
+            color=_MUTED,
+            fontsize=11,
+        )
+        floor += gap
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One interval: positions are per cent of the axis' length."""
+
+    label: str
+    kind: str
+    """CSS class: the condition's colour, or how much the group looks."""
+    left: float
+    width: float
+    dot: float
+    text: str
+    interval: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """Intervals over one axis. The page draws them as elements, so that they wrap and scale with its text."""
+
+    rows: list[Lane]
+    ticks: list[tuple[float, str]]
+    reference: float
+    """Where "no difference" stands."""
+    axis: str
+    log: bool
+
+
+def lanes(rows: Sequence[tuple[str, str, Measurement, str]], *, reference: float, axis: str) -> Lanes:
+    """Intervals of (label, CSS class, measurement, note); ``reference`` is the value that means "no difference".
+
+    The axis always holds the reference. It is logarithmic when all ends are positive and span a wide range; for ratios
+    already from 3, because 1.1 and 1.2 differ more than 9 and 12 do.
+    """
+    ends = [v for _, _, m, _ in rows for v in (m.value, *(m.ci95 or ()))] + [reference]
+    ratios = all(m.unit == "ratio" for _, _, m, _ in rows)
+    log = min(ends) > 0 and max(ends) / min(ends) >= (3 if ratios else LOG_FROM)
+
+    def along(value: float) -> float:
+        return math.log10(value) if log else value
+
+    low, high = along(min(ends)), along(max(ends))
+    room = (high - low) * 0.04 or max(abs(high), 1.0) * 0.1
+    low, high = low - room, high + room
+
+    def place(value: float) -> float:
+        return 100 * (along(value) - low) / (high - low)
+
+    drawn: list[Lane] = []
+    for label, kind, m, note in rows:
+        first, last = m.ci95 or (m.value, m.value)
+        drawn.append(
+            Lane(
+                label,
+                kind,
+                place(first),
+                place(last) - place(first),
+                place(m.value),
+                fmt(m, unit=False),
+                fmt_ci(m),
+                note,
+            )
+        )
+    unit = rows[0][2].unit if rows else ""
+    levels = _decades(low, high) if log else _steps(low, high)
+    marks = [v for v in levels if abs(place(v) - place(reference)) > 6] + [reference]  # it is named in any case
+    ticks = [(place(v), _tick(v, unit)) for v in sorted(marks)]
+    return Lanes(drawn, ticks, place(reference), axis, log)
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten between two logarithms; fewer of them over many decades."""
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        powers = range(math.floor(low), math.ceil(high) + 1)
+        found = [f * 10.0**p for p in powers for f in factors if low <= math.log10(f * 10.0**p) <= high]
+        if len(found) <= 7:
+            return found
+    return found[:: math.ceil(len(found) / 7)]
+
+
+def _steps(low: float, high: float) -> list[float]:
+    """About five round values between two bounds."""
+    raw = (high - low) / 5
+    size = 10.0 ** math.floor(math.log10(raw))
+    step = next(f * size for f in (1, 2, 2.5, 5, 10) if f * size >= raw * 0.999)
+    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _tick(value: float, unit: str) -> str:
+    match unit:
+        case "share":
+            return f"{100 * value:.4g}\u00a0%"
+        case "ratio":
+            return f"{value:.4g}×"
+        case _:
+            return f"{value:.4g}".replace("-", MINUS)
+
+
 def histogram(
     data: Histogram, *, title: str, labels: Mapping[str, str], width: float = 13.6, height: float = 2.7
 ) -> Plot:
-    """Up to four series of counts side by side over the same bins, named by ``labels`` where it has them."""
+    """Up to five series of counts side by side over the same bins, named by ``labels`` where it has them."""
     names = list(data.series)[: len(_SERIES)]
     assert names
     # The conditions keep the colours they have elsewhere on the page.
-    fixed = {"reference": 0, "correct": 1, "shuffled": 2, "zero": 3}
+    fixed = {"reference": 0, "correct": 1, "shuffled": 2, "zero": 3, "noise": 4}
     slots = [fixed[n] for n in names] if set(names) <= set(fixed) else list(range(len(names)))
     slot = 0.84 / len(names)
     with _figure(width, height) as (figure, axes):

@@ -7,53 +7,122 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
-from beholder.evidence import Measurement
+from beholder.evidence import Measurement, WordStat
 
-CONDITION_NAMES = {"correct": "its own image", "shuffled": "another image", "zero": "no image"}
+CONDITION_NAMES = {"correct": "its own image", "shuffled": "another image", "zero": "no image", "noise": "noise"}
 
 NBSP = "\u00a0"
+MINUS = "\u2212"
 
 METRIC_NAMES = {
     "eval.loss": "loss", "eval.perplexity": "perplexity", "eval.token_accuracy": "token accuracy",
-    "eval.tokens": "supervised tokens", "exact_match": "exact match", "bleu1": "BLEU-1", "bleu2": "BLEU-2",
-    "bleu3": "BLEU-3", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "cider_d": "CIDEr-D", "length": "length",
-    "distinct": "different captions", "empty": "empty captions", "unfinished": "cut-off captions",
+    "eval.tokens": "supervised tokens", "eval.truncated_pct": "held-out targets cut to length",
+    "learn.delta": "fall of the held-out loss", "learn.delta_text": "held-out loss below the model's without image",
+    "curve.late_share": "share of the loss's fall in the last quarter", "band.untrained": "untrained connector",
+    "band.text_only": "language model, no image", "band.uniform": "uniform guessing",
+    "exact_match": "exact match", "bleu1": "BLEU-1", "bleu2": "BLEU-2", "bleu3": "BLEU-3", "bleu4": "BLEU-4",
+    "rouge_l": "ROUGE-L", "cider_d": "CIDEr-D", "length": "length", "distinct": "different captions",
+    "empty": "empty captions", "unfinished": "cut-off captions",
+    "chair.s": "captions naming an absent object (CHAIR-s)", "chair.i": "named objects that are absent (CHAIR-i)",
+    "clipscore.correct": "CLIPScore", "refclipscore.correct": "RefCLIPScore", "qa.accuracy": "answers right",
+    "collapse.empty": "empty outputs", "collapse.loop": "looping outputs",
+    "collapse.template": "outputs of one template", "collapse.image_independent": "same output for another image",
+    "collapse.worst": "worst collapse symptom", "audit.answerable.alone": "turns answerable without image",
+    "audit.answerable.context": "turns answerable from earlier turns", "audit.leak": "leak from earlier turns",
+    "data.truncated_pct": "targets cut to length", "data.label_zero_pct": "samples with nothing supervised",
+    "frozen.changed": "frozen parts that changed", "text.changed": "text prompts answered differently",
 }  # fmt: skip
+
+GROUPING_NAMES = {"length": "target length", "turn": "turn", "question": "question", "answer": "kind of answer"}
+
+RELIANCE_LEVELS = (
+    (-1, f"below {MINUS}0.1: the image misleads"), (0, f"{MINUS}0.1 to 0.1: language alone"), (1, "0.1 to 0.5"),
+    (2, "0.5 to 1.5"), (3, "1.5 to 3"), (4, "3 and more: the image decides"),
+)  # fmt: skip
+"""Marks of a word by the nats it loses without the image, as `reliance_level` gives them."""
+
+
+def reliance_level(delta: float) -> int:
+    """Mark of a word whose loss without the image is ``delta`` nats above that with it: -1 (the image hurts) to 4."""
+    return -1 if delta < -0.1 else sum(delta >= edge for edge in (0.1, 0.5, 1.5, 3.0))
 
 
 def fmt(m: Measurement, unit: bool = True) -> str:
     """A measurement's value as a person writes it: ``97.6 %``, ``0.0643 nats/token``, ``54x``."""
-    return _value(m.value, m.unit) + (f" {m.unit}" if unit and m.unit == "nats/token" else "")
+    return number(m.value, m.unit) + (f" {m.unit}" if unit and m.unit in SPELLED_UNITS else "")
 
 
-def fmt_ci(m: Measurement) -> str:
+def fmt_ci(m: Measurement | WordStat) -> str:
     """Such as ``96.1 to 98.5 %`` with a dash; empty when there is no interval."""
     if m.ci95 is None:
         return ""
-    low, high = (_value(v, m.unit) for v in m.ci95)
+    low, high = (number(v, m.unit if isinstance(m, Measurement) else "nats") for v in m.ci95)
     low = low.removesuffix(f"{NBSP}%").removesuffix("×")
     return f"{low} … {high}" if low.startswith("-") or high.startswith("-") else f"{low}–{high}"
 
 
-def _value(value: float, unit: str) -> str:
+SPELLED_UNITS = ("nats/token", "nats", "parts", "prompts")
+"""Units that follow their number in words; the others are in its form (``%``, ``x``) or in the metric's name."""
+
+
+def number(value: float, unit: str) -> str:
+    """A value without its unit's word: ``97.6 %``, ``0.0643``, ``54x``, ``1,234``."""
     match unit:
         case "share":
             percent = 100 * value
             return f"{percent:.0f}{NBSP}%" if percent in (0, 100) else f"{percent:.1f}{NBSP}%"
+        case "%":
+            return f"{value:.3g}{NBSP}%"
         case "ratio":
             if abs(value) < 2:  # near 1 the decimals are what matters
                 return f"{value:.3f}×"
-            return f"{value:.3g}×" if abs(value) < 100 else f"{value:,.0f}×"
-        case "tokens":
+            return f"{value:#.3g}×" if abs(value) < 99.95 else f"{value:,.0f}×"
+        case "tokens" | "parts" | "prompts" | "samples":
             return count(round(value))
         case _:
             if value == 0:
                 return "0"
             digits = 2 - math.floor(math.log10(abs(value)))
             return f"{value:,.{min(max(digits, 0), 6)}f}" if 1e-4 <= abs(value) < 1e7 else f"{value:.3g}"
+
+
+def bound(text: str, unit: str) -> str:
+    """A gate's bound in the unit of its measurement: ``<= 0.5`` of a share reads ``<= 50 %``."""
+
+    def written(m: re.Match[str]) -> str:
+        match unit:
+            case "share":
+                return f"{100 * float(m[0]):g}{NBSP}%"
+            case "%":
+                return f"{m[0]}{NBSP}%"
+            case "ratio":
+                return f"{m[0]}×"
+            case _:
+                return m[0]
+
+    return re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", written, text)
+
+
+def signed(value: float) -> str:
+    """``+1.81`` or, with a real minus, ``-0.12``: for differences."""
+    text = f"{value:+.2f}" if value == 0 or abs(value) >= 0.1 else f"{value:+.2g}"
+    return text.replace("-", MINUS)
+
+
+def listed(names: Sequence[str], limit: int = 4) -> str:
+    """``a, b, c and 3 more``."""
+    shown = list(names[:limit])
+    return ", ".join(shown) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def plural(n: int, one: str, many: str | None = None) -> str:
+    """``1 finding``, ``3 findings``."""
+    return f"{count(n)} {one if n == 1 else many or one + 's'}"
 
 
 def count(n: int) -> str:
@@ -71,13 +140,15 @@ def duration(seconds: float) -> str:
 
 def metric_name(name: str) -> str:
     """A measurement's name for people: ``caption.exact_match.correct`` → ``exact match``."""
+    if name in METRIC_NAMES:
+        return METRIC_NAMES[name]
     parts = name.split(".")
-    if parts[0] == "caption" and len(parts) == 3:
+    if len(parts) == 3 and parts[0] == "caption":
         return METRIC_NAMES.get(parts[1], parts[1])
-    if parts[0] == "ablation" and len(parts) == 3:
+    if len(parts) == 3 and parts[0] == "ablation":
         what = {"loss": "loss", "delta": "loss difference", "ratio": "loss ratio"}.get(parts[1], parts[1])
         return f"{what}, {CONDITION_NAMES.get(parts[2], parts[2])}"
-    return METRIC_NAMES.get(name, name)
+    return METRIC_NAMES.get(".".join(parts[:2]), name)
 
 
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:

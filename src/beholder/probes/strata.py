@@ -1,0 +1,97 @@
+"""Which groups the held-out turns fall into, so that no average hides a group that is answered without looking.
+
+Pure functions of examples; what is measured per group stands in `loss` and in the other probes.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+
+from beholder.probes.loss import Groups
+from beholder.types import Example, Turn
+
+FIRST, LATER = "first turn", "later turns"
+YES_NO, NUMBER, OTHER_ANSWERS = "yes/no", "number", "other answers"
+OTHER_QUESTIONS = "other questions"
+MIN_TURNS = 20
+"""Questions that begin alike and are fewer than this are pooled: a gate does not judge smaller groups either."""
+
+_NUMBER_WORDS = frozenset(
+    """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+    eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million
+    """.split()  # noqa: SIM905
+)
+_YES_NO = re.compile(r"(yes|no)(?=$|\s*[.,;:!?])", re.IGNORECASE)
+_DIGITS = re.compile(r"[-+]?\d[\d.,:/]*\s*%?")
+
+
+def groups_of(examples: Sequence[Example], buckets: Sequence[str]) -> Groups:
+    """Strata of every assistant turn, as `loss.summarize_groups` takes them; ``buckets``: length bucket per example.
+
+    ``length``: the sample's bucket. ``turn``: first or later. ``question``: the first two words of what the user
+    asked, or `OTHER_QUESTIONS` for those that fewer than 20 turns begin with. ``answer``: VQA's types yes/no, number,
+    other. No name occurs in two groupings.
+    """
+    assert len(examples) == len(buckets), f"{len(examples)} examples, {len(buckets)} buckets"
+    asked = [questions(example) for example in examples]
+    taken = {*buckets, FIRST, LATER, YES_NO, NUMBER, OTHER_ANSWERS, OTHER_QUESTIONS}
+    heads = [[_head(q, taken) for q in own] for own in asked]
+    counts = Counter(head for own in heads for head in own)
+    return {
+        "length": [[bucket] * len(own) for bucket, own in zip(buckets, asked, strict=True)],
+        "turn": [[FIRST if k == 0 else LATER for k in range(len(own))] for own in asked],
+        "question": [
+            [None if h is None else h if counts[h] >= MIN_TURNS else OTHER_QUESTIONS for h in own] for own in heads
+        ],
+        "answer": [[answer_type(t.text) for t in example.turns if t.role == "assistant"] for example in examples],
+    }
+
+
+def questions(example: Example) -> list[str]:
+    """What the user said before each assistant turn since the one before, without images; empty when nothing was."""
+    out: list[str] = []
+    said: list[str] = []
+    for turn in example.turns:
+        if turn.role == "assistant":
+            out.append(" ".join(said))
+            said = []
+        elif turn.role == "user":
+            said.append(_words_of(turn))
+    return out
+
+
+def answer_type(text: str) -> str:
+    """VQA's answer types. Yes/no: says so first, on its own or before a punctuation mark. Number: is nothing else."""
+    text = text.strip()
+    if _YES_NO.match(text):
+        return YES_NO
+    bare = text.rstrip(".!").lower()
+    if _DIGITS.fullmatch(bare) or (bare and all(w in _NUMBER_WORDS for w in re.split(r"[\s-]+", bare))):
+        return NUMBER
+    return OTHER_ANSWERS
+
+
+def _words_of(turn: Turn) -> str:
+    return " ".join(p for p in turn.parts if isinstance(p, str))
+
+
+def _head(question: str, taken: set[str]) -> str | None:
+    """The first two words, lower-case, punctuation stripped; None when there is no word.
+
+    A head that is also the name of another stratum gets an ellipsis: a question may well begin with "Number".
+    """
+    words = [w for w in (_bare(w) for w in question.lower().split()) if w]
+    if not words:
+        return None
+    head = " ".join(words[:2])
+    return f"{head} …" if head in taken else head
+
+
+def _bare(word: str) -> str:
+    """Without punctuation and symbols at either end: ``"what's?"`` is ``what's``."""
+    kept = [i for i, c in enumerate(word) if unicodedata.category(c)[0] in "LNM"]
+    return word[kept[0] : kept[-1] + 1] if kept else ""

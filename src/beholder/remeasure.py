@@ -1,0 +1,216 @@
+"""Measures a finished run again, or one thing about it: all its evidence, the ablation alone, what a blind model knows.
+
+Nothing here trains. What is measured stands in `assessment` and `probes`; the run's split, checkpoint and fingerprints
+must be those it was trained with.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from beholder.assessment import assess, measure_before
+from beholder.config import RunConfig
+from beholder.configfile import diff_configs, load_config
+from beholder.evidence import Condition, Measurement, load_evidence
+from beholder.model.plan import ALIGN, TrainableTable, apply_train_plan
+from beholder.probes import audit, loss, reliance
+from beholder.runs import RunDir, atomic_write, to_json
+from beholder.stages import Outcome, sole_writer, split_name, stop_signals
+from beholder.train import checkpoint
+from beholder.train.distributed import init_distributed, shutdown_distributed
+from beholder.types import UserError
+from beholder.workbench import Workbench, open_bench
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A trained run on the workbench, with the weights of its latest checkpoint."""
+
+    bench: Workbench
+    table: TrainableTable
+    step: int
+
+
+@contextmanager
+def reopen(folder: str, overrides: Sequence[str]) -> Iterator[Opened]:
+    """The run in ``folder`` with its latest checkpoint, locked while it is measured.
+
+    ``overrides``: settings of ``eval``, ``ablation`` and the like; one that changes what was trained is refused.
+    """
+    path = run_folder(folder)
+    saved = load_config(path / "config.yaml")
+    cfg = load_config(path / "config.yaml", overrides)
+    measured_only = ("eval.", "ablation.", "gates.", "features.", "device", "train.num_threads", "data.num_workers")
+    # Parts and data may have been moved; fingerprints, not paths, say whether they are the same.
+    moved = ("model.llm.name_or_path", "model.vision.name_or_path", "model.vision.weights", *checkpoint.MOVED_DATA)
+    refused = [f for f, _, _ in diff_configs(saved, cfg) if not f.startswith(measured_only + moved)]
+    if refused:
+        raise UserError(
+            f"{', '.join(refused)}: only how a run is measured can be changed here (eval.*, ablation.*, gates.*, "
+            "features.*, device, threads, workers) or where its parts and data lie; start a new run to train with "
+            "other settings"
+        )
+    dist = init_distributed(cfg.device)
+    run = RunDir(path)
+    try:
+        with stop_signals(), sole_writer(run, dist):
+            where = checkpoint.resolve_checkpoint(path)
+            bench = open_bench(cfg, run, dist, split_file=run.splits / split_name(cfg))
+            table = apply_train_plan(bench.model, ALIGN)
+            checkpoint.load_connector(where, bench.model.connector, bench.model.connector_info())
+            trainer = checkpoint.read_trainer(where)
+            checkpoint.check_same_fingerprints(trainer["fingerprints"], bench.fingerprints)
+            bench.fill_features(0, 0)
+            yield Opened(bench, table, int(trainer["step"]))
+    finally:
+        shutdown_distributed()
+
+
+def run_folder(name: str) -> Path:
+    """The folder of a finished or interrupted run, or a `UserError` that says what is missing."""
+    path = Path(name)
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path} is not a run folder: it has no config.yaml. Give the output_dir of a run.")
+    return path
+
+
+def evaluate_run(folder: str, overrides: Sequence[str] = ()) -> Outcome:
+    """Measure the latest checkpoint of a run again, judge its gates, and rewrite its evidence and report."""
+    with reopen(folder, overrides) as opened:
+        bench = opened.bench
+        status = bench.run.read_status()  # measuring a stopped run does not finish it
+        before = measure_before(bench, fresh=False)
+        known = load_evidence(bench.run.path).cost if (bench.run.path / "evidence.json").is_file() else None
+        evidence = assess(bench, opened.table, before, step=opened.step, status=status, known=known)
+        return Outcome(bench.run.path, evidence.status, opened.step, evidence=evidence, is_main=bench.dist.is_main)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One question at a time
+
+_WRONG: dict[Condition, str] = {"shuffled": "another image", "zero": "no image", "noise": "noise"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Measurements as a command prints them: a line for all samples and for each stratum."""
+
+    title: str
+    measurements: list[Measurement]
+    columns: dict[str, str]
+    """Measurement name -> heading, of what is printed; the JSON has everything."""
+    findings: list[str]
+    file: Path | None = None
+    """Where the single samples are written, one a line."""
+
+    def print(self, console: Console) -> None:
+        columns = {name: head for name, head in self.columns.items() if any(m.name == name for m in self.measurements)}
+        table = Table(title=f"{self.title} (95 % intervals below)", title_justify="left")
+        table.add_column("samples")
+        table.add_column("n", justify="right")
+        for heading in columns.values():
+            table.add_column(heading, justify="right")
+        found = {(m.by, m.stratum, m.name): m for m in self.measurements}
+        rows = dict.fromkeys((m.by, m.stratum) for m in self.measurements if m.name in columns)
+        for by, stratum in rows:
+            own = [found.get((by, stratum, name)) for name in columns]
+            n = next(m.n for m in own if m is not None)
+            label = "all" if stratum is None else f"{by}: {stratum}"
+            table.add_row(escape(label), str(n), *("" if m is None else _with_interval(m) for m in own))
+        console.print(table)
+        for finding in self.findings:
+            console.print(finding, markup=False, soft_wrap=True)
+        if self.file is not None:
+            console.print(f"single samples: {self.file}", markup=False, soft_wrap=True)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"measurements": [m.model_dump(mode="json") for m in self.measurements], "findings": self.findings}
+
+
+def _with_interval(m: Measurement) -> str:
+    digits = ".1%" if m.unit == "share" else ".4g" if m.better == "lower" else "+.3g"
+    interval = "" if m.ci95 is None else f"\n[dim]{m.ci95[0]:{digits}} … {m.ci95[1]:{digits}}[/dim]"
+    return f"{m.value:{digits}}{interval}"
+
+
+def ablate_run(
+    folder: str,
+    *,
+    num_samples: int | None = None,
+    conditions: Sequence[str] | None = None,
+    words: bool = False,
+    overrides: Sequence[str] = (),
+) -> Answer:
+    """The loss of a trained run with the right and the wrong images (S11-4); its evidence stays as it is.
+
+    ``words``: also which words lose most without the image. The losses of every sample and token go to
+    ``qual/step_N_ablationM.jsonl``.
+    """
+    more = [] if num_samples is None else [f"ablation.num_samples={num_samples}"]
+    more += [] if conditions is None else [f"ablation.conditions={list(conditions)}"]
+    with reopen(folder, [*overrides, *more]) as opened:
+        bench, seed = opened.bench, opened.bench.cfg.measure_seed
+        indices = bench.sample(bench.cfg.ablation.num_samples)
+        wanted: tuple[Condition, ...] = ("correct", *bench.cfg.ablation.conditions)
+        if words and "zero" not in wanted:
+            raise UserError("the words need condition zero: what they lose is told against the zero image")
+        losses = bench.ablation_losses(indices, wanted)
+        measured = loss.compare_conditions(losses, bench.groups_at(indices), seed=seed)
+        findings: list[str] = []
+        if words:
+            rows = [
+                reliance.words(bench.data.encoder, bench.data.eval_examples[i], right, wrong)
+                for i, right, wrong in zip(indices, losses["correct"], losses["zero"], strict=True)
+            ]
+            stats = reliance.word_stats(rows, seed=seed)
+            findings = [f"{w.word!r} loses {w.delta:+.3g} nats without the image (n={w.n})" for w in stats]
+        path = bench.run.qual / f"step_{opened.step}_ablation{len(indices)}.jsonl"
+        if bench.dist.is_main:
+            lines = [to_json({"condition": c, **asdict(x)}) for c in wanted for x in losses[c]]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, "".join(line + "\n" for line in lines))
+        columns = {"ablation.loss.correct": "loss, own image"}
+        columns |= {f"ablation.delta.{c}": f"{name}" for c, name in _WRONG.items()}
+        title = f"{folder}, step {opened.step}: nats/token, and what a wrong image adds"
+        return Answer(title, measured, columns, findings, path)
+
+
+def audit_data(cfg: RunConfig, *, num_turns: int = 256, part: Literal["train", "eval"] = "train") -> Answer:
+    """How many of a data set's answers the language model gives without any image, alone and from earlier turns.
+
+    ``part``: the samples to train on, or the held-out ones. Nothing is trained, and no image is looked at beyond the
+    checks that every run makes.
+    """
+    dist = init_distributed(cfg.device)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            run = RunDir(folder)
+            bench = open_bench(cfg, run, dist, split_file=run.splits / split_name(cfg))
+            data = bench.data
+            if part == "eval":
+                examples = data.eval_examples
+            else:
+                examples = [data.train.example_at(p) for p in range(min(num_turns, len(data.train)))]
+            found = audit.audit(
+                bench.model, data.encoder, data.layout, examples, num_turns, cfg.measure_seed,
+                batch_size=cfg.eval.batch_size, content_key=bench.content_key,
+            )  # fmt: skip
+        findings = found.findings or ["No leakage found: the table says how much a blind model answers."]
+        findings += found.gaps
+        columns = {
+            "audit.answerable.alone": "answered from the question",
+            "audit.answerable.context": "and earlier turns",
+            "audit.leak": "leak, nats/token",
+        }
+        return Answer(f"{part} samples of {cfg.run_name}, no image shown", found.measurements, columns, findings)
+    finally:
+        shutdown_distributed()

@@ -1,0 +1,434 @@
+"""What a report shows, as rows and small records: the same for the page and for its Markdown twin.
+
+Pure functions of the `Evidence`; how the rows look is the business of `template.html` and `report.markdown`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from beholder.evidence import (
+    CONDITIONS,
+    Condition,
+    Cost,
+    Evidence,
+    Measurement,
+    Prediction,
+    Sample,
+    Status,
+    WordReliance,
+    WordStat,
+)
+from beholder.report import plots
+from beholder.report.verdicts import Group, groups
+from beholder.report.words import (
+    CONDITION_NAMES,
+    METRIC_NAMES,
+    NBSP,
+    count,
+    duration,
+    fmt,
+    fmt_ci,
+    metric_name,
+    reliance_level,
+    signed,
+)
+
+MAX_STEPS = 12
+"""Steps one can flip through; of more, evenly spread ones with the first and the last."""
+
+MAX_WORD_ROWS = 14
+"""Words at either end of the table of words."""
+
+BANDS = ("band.uniform", "band.untrained", "band.text_only")
+
+State = Literal["right", "wrong", "unknown"]
+
+
+def warnings(e: Evidence) -> list[str]:
+    """What a reader must not overlook, before any number."""
+    out: list[str] = []
+    if e.status != Status.SUCCEEDED:
+        ended = e.status.value.replace("_", " ")
+        out.append(f"This run ended as “{ended}”. The numbers describe the last state it had.")
+    out += [gap for gap in e.gaps if "--promote-anyway" in gap]  # it builds on a run that did not pass
+    changed = [row.part for row in e.trainable if row.intact is False]
+    if changed:
+        out.append(f"Frozen weights changed: {', '.join(changed)}. Every other number is suspect.")
+    if e.text_only is not None and not e.text_only.equal:
+        out.append("The language model answers text differently than before: its logits are not bit-equal.")
+    if e.data.label_zero_pct:
+        out.append(f"{e.data.label_zero_pct:.2g} % of the training samples had no supervised token.")
+    empty = e.get("caption.empty.correct")
+    if empty is not None and empty.value >= 0.05:
+        out.append(f"{fmt(empty)} of the captions are empty.")
+    return out
+
+
+def key_numbers(e: Evidence) -> list[tuple[str, str, str]]:
+    """(label, number, small print) of the row under the verdicts."""
+    out: list[tuple[str, str, str]] = []
+    wanted = (
+        "caption.exact_match.correct", "caption.cider_d.correct", "qa.accuracy.correct", "chair.s.correct",
+        "clipscore.correct", "collapse.worst", "eval.token_accuracy", "eval.perplexity",
+    )  # fmt: skip
+    short = {"chair.s.correct": "absent object named", "collapse.worst": "worst collapse"}
+    for name in wanted:
+        if (m := e.get(name)) is not None:
+            parts = [fmt_ci(m), f"n{NBSP}{count(m.n)}"]
+            if name == "qa.accuracy.correct" and (level := e.get("qa.accuracy.chance")) is not None:
+                parts.append(f"guessing {fmt(level)}")
+            out.append((short.get(name, metric_name(name)), fmt(m), " · ".join(filter(None, parts))))
+    frozen = [row.intact for row in e.trainable if row.intact is not None]
+    if frozen:
+        out.append(("frozen weights", "unchanged" if all(frozen) else "CHANGED", f"sha256 of {len(frozen)} parts"))
+    if e.text_only is not None:
+        t = e.text_only
+        out.append(("on text alone", "bit-equal" if t.equal else "CHANGED", f"{count(t.logits)} logits"))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Did it learn?
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One horizontal bar: a value per condition, per point in time, or per phase."""
+
+    label: str
+    kind: str
+    """CSS class, the condition's colour."""
+    share: float
+    """Length, 0 to 1."""
+    text: str
+    interval: str = ""
+
+
+def progress_bars(e: Evidence) -> list[Bar]:
+    """Held-out loss before and after training."""
+    pair = [
+        ("before training", "before", e.get_baseline("eval.loss")),
+        ("after training", "correct", e.get("eval.loss")),
+    ]
+    found = [(label, kind, m) for label, kind, m in pair if m is not None]
+    if (m := e.get("band.text_only")) is not None and found:
+        found.append((METRIC_NAMES["band.text_only"], "chance", m))
+    top = max((m.value for _, _, m in found), default=0.0) or 1.0
+    return [Bar(label, kind, m.value / top, fmt(m, unit=False), fmt_ci(m)) for label, kind, m in found]
+
+
+def bands(e: Evidence) -> list[Measurement]:
+    """The levels a loss is read against, highest first."""
+    return sorted((m for name in BANDS if (m := e.get(name)) is not None), key=lambda m: -m.value)
+
+
+def eval_rows(e: Evidence) -> list[tuple[Measurement, Measurement | None]]:
+    """(after, before) of every held-out measurement, all samples first, then by target length.
+
+    Other groupings have many groups; their losses stand beside their image reliance under "Where does it fail?".
+    """
+    rows = [m for m in e.measurements if m.name.startswith("eval.") and m.by in (None, "length")]
+    rows.sort(key=lambda m: m.stratum is not None)
+    return [(m, e.get_baseline(m.name, m.stratum)) for m in rows]
+
+
+def learn_rows(e: Evidence) -> list[Measurement]:
+    """What compares two states of the same samples, and how the curve ended."""
+    return [m for name in ("learn.delta", "learn.delta_text", "curve.late_share") if (m := e.get(name)) is not None]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Does it look?
+
+
+def condition_bars(e: Evidence, prefix: str) -> list[Bar]:
+    """The same measurement with the right image and the wrong ones; shares also beside the chance level."""
+    found = [(c, m) for c in CONDITIONS if (m := e.get(f"{prefix}.{c}")) is not None]
+    if not found:
+        return []
+    top = 1.0 if found[0][1].unit == "share" else max(m.value for _, m in found) or 1.0
+    bars = [Bar(CONDITION_NAMES[c], c, max(0.0, m.value) / top, fmt(m, unit=False), fmt_ci(m)) for c, m in found]
+    if (m := e.get(f"{prefix}.chance")) is not None:
+        bars.append(Bar("blind guessing", "chance", m.value / top, fmt(m)))
+    return bars
+
+
+def delta_lanes(e: Evidence) -> plots.Lanes | None:
+    """How much each wrong image raises the loss, paired by sample, with its interval."""
+    rows = [
+        (CONDITION_NAMES[c], c, m, f"n{NBSP}{count(m.n)}")
+        for c in CONDITIONS
+        if (m := e.get(f"ablation.delta.{c}")) is not None
+    ]
+    axis = "loss with the wrong image minus loss with its own, nats/token; 0: the image does not matter"
+    return plots.lanes(rows, reference=0.0, axis=axis) if rows else None
+
+
+def ablation_rows(e: Evidence) -> list[Measurement]:
+    """Differences and ratios over all samples."""
+    return [m for m in e.measurements if m.stratum is None and re.match(r"ablation\.(delta|ratio)\.", m.name)]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRow:
+    """One score of what the model wrote."""
+
+    name: str
+    better: str
+    """An arrow, up when more is better."""
+    caveat: str | None
+    values: list[Measurement | None]
+    """One for each condition of the table."""
+    chance: Measurement | None
+
+
+def answer_table(e: Evidence) -> tuple[list[Condition], list[AnswerRow]]:
+    """Captions, named objects, answers to questions and CLIPScore, under each condition any of them was measured."""
+    kinds = r"(caption|chair|qa|(ref)?clipscore)(\.|$)"
+    found = [m for m in e.measurements if m.stratum is None and re.match(kinds, m.name)]
+    shown: list[Condition] = [c for c in CONDITIONS if any(m.name.endswith(f".{c}") for m in found)]
+    arrows = {"higher": "↑", "lower": "↓", "none": ""}
+    out: list[AnswerRow] = []
+    for m in found:
+        stem, _, condition = m.name.rpartition(".")
+        if condition == "correct":
+            values = [e.get(f"{stem}.{c}") for c in shown]
+            out.append(AnswerRow(metric_name(m.name), arrows[m.better], m.caveat, values, e.get(f"{stem}.chance")))
+    return shown, out
+
+
+@dataclass(frozen=True, slots=True)
+class MarkedWord:
+    """A word of a reference and its mark by what it loses without the image."""
+
+    space: str
+    """What separates it from the word before."""
+    text: str
+    level: int
+    delta: float
+    told: str
+
+
+def marked(words: Sequence[WordReliance]) -> list[MarkedWord]:
+    """The words of a reference with their marks; with their spaces they join to the reference."""
+    out: list[MarkedWord] = []
+    for w in words:
+        text, delta = w.text.lstrip(), w.without - w.with_image
+        told = f"{signed(delta)} nats without the image ({w.with_image:.2f} with it, {w.without:.2f} without)"
+        out.append(MarkedWord(w.text[: len(w.text) - len(text)], text, reliance_level(delta), delta, told))
+    return out
+
+
+def word_tables(e: Evidence) -> list[tuple[str, list[tuple[WordStat, float]]]]:
+    """Words that need the image most and least, each with its bar's length (0 to 1); no word is in both."""
+    ranked = sorted(e.words, key=lambda w: -w.delta)
+    half = min(MAX_WORD_ROWS, (len(ranked) + 1) // 2)
+    top = max((abs(w.delta) for w in ranked), default=0.0) or 1.0
+    sides = (("need the image most", ranked[:half]), ("need it least", ranked[half:][-MAX_WORD_ROWS:][::-1]))
+    return [(title, [(w, max(0.0, w.delta) / top) for w in side]) for title, side in sides if side]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Where does it fail?
+
+
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """The groups of one grouping, those that look least first."""
+
+    by: str
+    groups: list[Group]
+    lanes: plots.Lanes | None
+    columns: list[str]
+    """Which of ``ratio delta loss match answers`` any group has."""
+
+
+def groupings(e: Evidence) -> list[Grouping]:
+    """Image reliance, loss and scores by group, with all samples as the last lane to compare with."""
+    out: list[Grouping] = []
+    for by, members in groups(e).items():
+        columns = [c for c in ("ratio", "delta", "loss", "match", "answers") if any(getattr(g, c) for g in members)]
+        key = "ratio" if "ratio" in columns else "delta"
+        rows = [
+            (g.stratum, g.standing, m, f"n{NBSP}{count(m.n)}")
+            for g in members
+            if (m := g.ratio if key == "ratio" else g.delta) is not None
+        ]
+        if rows and (m := e.get(f"ablation.{key}.shuffled")) is not None:
+            rows.append(("all samples", "all", m, f"n{NBSP}{count(m.n)}"))
+        axis = {
+            "ratio": "loss with another image over loss with its own; 1×: answered without looking",
+            "delta": "loss with another image minus loss with its own, nats/token; 0: answered without looking",
+        }[key]
+        lanes = plots.lanes(rows, reference=1.0 if key == "ratio" else 0.0, axis=axis) if rows else None
+        out.append(Grouping(by, members, lanes, columns))
+    return out
+
+
+def symptom_rows(e: Evidence) -> list[Measurement]:
+    """Shares of collapsed outputs and what the leakage audit measured, over all samples."""
+    return [m for m in e.measurements if m.stratum is None and re.match(r"(collapse|audit)\.", m.name)]
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What the model wrote for a sample at one step."""
+
+    step: int
+    prediction: Prediction | None
+    """None when the sample was not captioned at that step."""
+    state: State
+    changed: bool
+    """Whether it differs from what it wrote at the shown step before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A held-out sample: its captions over the steps and those under other conditions."""
+
+    sample: Sample
+    shown: list[Shown]
+    """One for each of `Album.steps`."""
+    others: list[Prediction]
+    words: list[MarkedWord]
+
+    @property
+    def final(self) -> Prediction | None:
+        """The last caption with its own image."""
+        return next((s.prediction for s in reversed(self.shown) if s.prediction is not None), None)
+
+    @property
+    def state(self) -> State:
+        return _state(self.final)
+
+    def right_at(self) -> list[int]:
+        """Places among the steps at which the caption was exactly right."""
+        return [k for k, s in enumerate(self.shown) if s.state == "right"]
+
+
+@dataclass(frozen=True, slots=True)
+class Album:
+    """The samples and the steps at which they were captioned."""
+
+    steps: list[int]
+    cards: list[Card]
+    told: list[str]
+    """A sentence for each step: how many were right, how many changed."""
+    left_out: int
+    """Steps that were recorded and are not shown."""
+
+    @property
+    def judged(self) -> bool:
+        """Whether any caption was compared with its reference."""
+        return any(s.state != "unknown" for c in self.cards for s in c.shown)
+
+
+def album(e: Evidence) -> Album:
+    """The picture grid: every sample at every shown step."""
+    every = sorted({p.step for s in e.samples for p in s.predictions if p.condition == "correct"})
+    steps = every
+    if len(every) > MAX_STEPS:
+        steps = [every[round(k * (len(every) - 1) / (MAX_STEPS - 1))] for k in range(MAX_STEPS)]
+    cards = [_card(s, steps) for s in e.samples]
+    told: list[str] = []
+    for k, step in enumerate(steps):
+        here = [c.shown[k] for c in cards if c.shown[k].prediction is not None]
+        judged = [s for s in here if s.state != "unknown"]
+        parts = [f"after step {count(step)}"]
+        if judged:
+            parts.append(f"exactly right: {sum(s.state == 'right' for s in judged)} of {len(judged)}")
+        if k:
+            parts.append(f"changed since step {count(steps[k - 1])}: {sum(s.changed for s in here)} of {len(here)}")
+        told.append(" · ".join(parts))
+    return Album(steps, cards, told, len(every) - len(steps))
+
+
+def _card(sample: Sample, steps: Sequence[int]) -> Card:
+    own = {p.step: p for p in sample.predictions if p.condition == "correct"}
+    shown: list[Shown] = []
+    earlier: Prediction | None = None
+    for step in steps:
+        p = own.get(step)
+        shown.append(Shown(step, p, _state(p), p is not None and earlier is not None and p.text != earlier.text))
+        earlier = p or earlier
+    return Card(sample, shown, [p for p in sample.predictions if p.condition != "correct"], marked(sample.words))
+
+
+def _state(p: Prediction | None) -> State:
+    return "unknown" if p is None or p.exact is None else "right" if p.exact else "wrong"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What did it cost?
+
+
+def phase_bars(c: Cost) -> list[Bar]:
+    """Where the time went, longest first, as shares of the whole."""
+    total = max(c.wall_s or 0.0, sum(c.phases_s.values()))
+    if not c.phases_s or total <= 0:
+        return []
+    parts = dict(c.phases_s)
+    rest = total - sum(parts.values())
+    if rest > 0.01 * total:
+        parts["everything else"] = rest
+    ordered = sorted(parts.items(), key=lambda part: -part[1])
+    return [Bar(name, "cost", max(0.0, s) / total, duration(s), f"{100 * s / total:.0f}{NBSP}%") for name, s in ordered]
+
+
+def cost_rows(c: Cost) -> list[tuple[str, str]]:
+    """(what, how much), only what was measured."""
+    rows: list[tuple[str, str | None]] = [
+        ("optimizer steps", count(c.steps)),
+        ("epochs", None if c.epochs is None else f"{c.epochs:.3g}"),
+        ("training samples seen", _maybe(c.samples)),
+        ("images seen", _maybe(c.images)),
+        ("tokens processed", _maybe(c.tokens)),
+        ("supervised tokens", _maybe(c.target_tokens)),
+        ("time in all", None if c.wall_s is None else duration(c.wall_s)),
+        ("time in training steps", None if c.train_s is None else duration(c.train_s)),
+        ("time of a step", None if c.step_s is None else f"{c.step_s:.3g} s"),
+        ("samples/s", None if c.samples_per_s is None else f"{c.samples_per_s:.3g}"),
+        ("images/s", None if c.images_per_s is None else f"{c.images_per_s:.3g}"),
+        ("tokens/s", None if c.tokens_per_s is None else f"{c.tokens_per_s:,.0f}"),
+        ("waiting for data", None if c.data_wait_share is None else f"{100 * c.data_wait_share:.1f} %"),
+        ("peak memory", None if c.peak_memory_mb is None else f"{c.peak_memory_mb:,.0f} MB"),
+        ("feature store", None if c.feature_store_mb is None else f"{c.feature_store_mb:,.0f} MB"),
+        ("device", c.device or None),
+        ("processes", str(c.processes)),
+    ]
+    return [(what, text) for what, text in rows if text is not None]
+
+
+def _maybe(n: int | None) -> str | None:
+    return None if n is None else count(n)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Can I promote it?
+
+
+def promotion(e: Evidence) -> list[str]:
+    """What the gates' outcome means for whoever ran this, in sentences."""
+    if not e.gates:
+        return [
+            "No gate was judged, so a later stage that starts from this run refuses to, unless it is told "
+            "--promote-anyway. Measuring the run again judges the gates of its config."
+        ]
+    if e.promotable:
+        return [
+            "beholder run ended with exit code 0, and a later stage that starts from this run accepts it. Had a gate "
+            "failed, the exit code would have been 3 and a later stage would have asked for --promote-anyway."
+        ]
+    if not e.failed_gates:
+        return ["Every gate passed, but the run did not succeed; a later stage asks for --promote-anyway."]
+    return [
+        "When a gate fails, beholder run ends with exit code 3. The run itself is complete and its checkpoint whole, "
+        "but its evidence does not show what a later stage relies on, so a stage that starts from it refuses to.",
+        "Mend the cause (“Where does it fail?” names it where it is known) and run again; or, when a bound does not "
+        "fit this data, declare another one under gates: in the config. Only when you know why a gate is wrong about "
+        "this run, give the later stage --promote-anyway; its report will say so.",
+    ]

@@ -1,0 +1,209 @@
+"""Evidence to Markdown: the same answers in the same order as the page, without pictures and drawings."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+
+from beholder.evidence import Evidence, Measurement
+from beholder.report import content
+from beholder.report.verdicts import Verdict, gate_rows, grouping_name, verdicts
+from beholder.report.words import (
+    CONDITION_NAMES,
+    count,
+    flatten,
+    fmt,
+    fmt_ci,
+    metric_name,
+    signed,
+    visible,
+)
+
+MARKS = {"good": "✅", "weak": "⚠️", "bad": "❌", "unknown": "❔", "plain": "▫️"}
+
+
+def render_markdown(e: Evidence) -> str:
+    """The report as Markdown text."""
+    said = {v.key: v for v in verdicts(e)}
+    lines = [f"# {escaped(e.run_name)}: stage {escaped(e.stage)}, {e.status.value}", ""]
+    facts = [f"{escaped(k)}: {escaped(v)}" for k, v in e.summary.items()]
+    lines += [" · ".join([*facts, escaped(e.created)]), ""]
+    lines += [f"> **{escaped(w)}**\n" for w in content.warnings(e)]
+    lines += [
+        f"- {MARKS[v.tone]} **{v.question}** {escaped(v.answer)} {escaped(v.why)}"
+        for v in (said["promote"], *(v for v in said.values() if v.key != "promote"))
+    ]
+    lines.append("")
+    sign = {"failed": "❌", "unknown": "❔", "passed": "✓"}
+    judged = [
+        f"{sign[r.state]} {escaped(r.gate.name)}{f' for {escaped(r.where)}' if r.where else ''} "
+        f"{escaped(r.number)}, must be {escaped(r.bound)}"
+        for r in gate_rows(e)
+    ]
+    lines += [f"Gates: {' · '.join(judged)}", ""] if judged else []
+    lines += [f"- ❌ finding: {escaped(text)}" for text in e.findings]
+    lines += [""] if e.findings else []
+    lines += table(["number", "value", ""], [list(row) for row in content.key_numbers(e)])
+    lines += _learn(e, said["learn"])
+    lines += _look(e, said["look"])
+    lines += _fail(e, said["fail"])
+    lines += [*_heading(said["cost"]), *table(["", ""], [list(row) for row in content.cost_rows(e.cost)])]
+    phases = content.phase_bars(e.cost)
+    lines += table(["time spent on", "", "of all"], [[b.label, b.text, b.interval] for b in phases])
+    lines += _promote(e, said["promote"])
+    lines += _record(e)
+    return "\n".join(lines)
+
+
+def _heading(v: Verdict) -> list[str]:
+    return [f"## {MARKS[v.tone]} {v.question} {escaped(v.answer)}", "", escaped(v.why), "", f"_{escaped(v.rule)}_", ""]
+
+
+def _learn(e: Evidence, v: Verdict) -> list[str]:
+    rows = [
+        [metric_name(m.name), m.stratum or "all", "" if b is None else with_ci(b), with_ci(m), count(m.n)]
+        for m, b in content.eval_rows(e)
+    ]
+    lines = [*_heading(v), *table(["held-out", "samples", "before", "after", "n"], rows)]
+    compared = [[metric_name(m.name), fmt(m), fmt_ci(m), count(m.n), m.caveat or ""] for m in content.learn_rows(e)]
+    lines += table(["compared", "value", "95 %", "n", "note"], compared)
+    levels = [[metric_name(m.name), with_ci(m), count(m.n), m.caveat or ""] for m in content.bands(e)]
+    return lines + table(["reference band", "held-out loss", "n", "note"], levels)
+
+
+def _look(e: Evidence, v: Verdict) -> list[str]:
+    ablation = [m for m in e.measurements if m.name.startswith("ablation.") and m.stratum is None]
+    lines = [*_heading(v)]
+    lines += table(
+        ["image ablation", "value", "95 %", "n"],
+        [[metric_name(m.name), fmt(m), fmt_ci(m), count(m.n)] for m in ablation],
+    )
+    shown, answers = content.answer_table(e)
+    rows = [
+        [
+            f"{r.name} {r.better}".strip(), *("" if m is None else with_ci(m) for m in r.values),
+            "" if r.chance is None else fmt(r.chance),
+        ]
+        for r in answers
+    ]  # fmt: skip
+    lines += table(["what it writes", *(CONDITION_NAMES[c] for c in shown), "guessing"], rows)
+    if (level := e.get("caption.exact_match.chance")) is not None:
+        lines += [f"Always writing the most frequent reference would be exactly right {fmt(level)} of the time.", ""]
+    for title, words in content.word_tables(e):
+        found = [[w.word, signed(w.delta), fmt_ci(w), count(w.n)] for w, _ in words]
+        lines += table([f"words that {title}", "nats lost without it", "95 %", "n"], found)
+    told = [c for c in content.album(e).cards if c.words]
+    if told:
+        lines += ["Word by word (nats lost without the image, where 0.5 or more):", ""]
+        lines += [f"- {_marked(c.words)}" for c in told[:24]] + [""]
+    return lines
+
+
+def _marked(words: Sequence[content.MarkedWord]) -> str:
+    def one(w: content.MarkedWord) -> str:
+        return f"**{escaped(w.text)}** ({signed(w.delta)})" if abs(w.delta) >= 0.5 and w.text else escaped(w.text)
+
+    return "".join(f"{' ' if w.space else ''}{one(w)}" for w in words)
+
+
+def _fail(e: Evidence, v: Verdict) -> list[str]:
+    lines = _heading(v)
+    lines += [f"> **{escaped(text)}**\n" for text in e.findings]
+    titles = {
+        "ratio": "loss ratio, another image", "delta": "loss difference, another image", "loss": "held-out loss",
+        "match": "exact match", "answers": "answers right",
+    }  # fmt: skip
+    standing = {"blind": "answered without looking", "weak": "barely", "few": "too few to judge", "looks": "looks"}
+    for g in content.groupings(e):
+        rows: list[list[str]] = []
+        for group in g.groups:
+            values: list[Measurement | None] = [getattr(group, c) for c in g.columns]
+            cells = ["" if m is None else with_ci(m) for m in values]
+            rows.append([group.stratum, standing.get(group.standing, ""), *cells, count(group.n)])
+        head = [f"by {escaped(grouping_name(g.by))}", "", *(titles[c] for c in g.columns), "n"]
+        lines += table(head, rows)
+    symptoms = [[metric_name(m.name), with_ci(m), count(m.n), m.caveat or ""] for m in content.symptom_rows(e)]
+    lines += table(["symptom", "value", "n", "note"], symptoms)
+
+    album = content.album(e)
+    if not album.cards:
+        return lines
+    lines += ["### Samples it never trained on", "", *(f"- {escaped(text)}" for text in album.told), ""]
+    others = [
+        c for c in CONDITION_NAMES if c != "correct" and any(p.condition == c for k in album.cards for p in k.others)
+    ]
+    sign = {"right": "✓ ", "wrong": "✗ ", "unknown": ""}
+    sample_rows: list[list[str]] = []
+    for card in album.cards:
+        own = [f"{sign[s.state]}{'' if s.prediction is None else s.prediction.text}" for s in card.shown]
+        rest = [next((p.text for p in card.others if p.condition == c), "") for c in others]
+        sample_rows.append([card.sample.id, card.sample.reference, *own, *rest])
+    head = ["id", "reference", *(f"step {s}" for s in album.steps), *(CONDITION_NAMES[c] for c in others)]
+    return lines + table(head, sample_rows)
+
+
+def _promote(e: Evidence, v: Verdict) -> list[str]:
+    state = {"failed": "❌ FAILED", "unknown": "❔ not judged", "passed": "✓ passed"}
+    rows = [
+        [
+            state[r.state], r.gate.name, r.gate.why, f"{r.what}{f', {r.where}' if r.where else ''}",
+            f"{r.number} {r.unit}{f' ({r.interval})' if r.interval else ''}", r.bound, r.gate.note,
+        ]
+        for r in gate_rows(e)
+    ]  # fmt: skip
+    lines = [*_heading(v), *table(["", "gate", "protects", "measure", "number", "must be", "note"], rows)]
+    for text in content.promotion(e):
+        lines += [escaped(text), ""]
+    lines += [
+        "### Gaps",
+        "",
+        *([f"- {escaped(g)}" for g in e.gaps] or ["None: everything asked for was measured."]),
+        "",
+    ]
+    return lines
+
+
+def _record(e: Evidence) -> list[str]:
+    lines = ["## What was trainable", ""]
+    proof = {True: "bit-identical", False: "CHANGED", None: ""}
+    lines += table(
+        ["part", "parameters", "trained", "type", "frozen weights"],
+        [[r.part, count(r.params), count(r.trainable), r.dtype, proof[r.intact]] for r in e.trainable],
+    )
+    if e.text_only is not None:
+        t = e.text_only
+        word = "bit-equal before and after" if t.equal else f"NOT equal (largest difference {t.max_abs_difference})"
+        lines += [f"On text alone: {count(t.logits)} logits of {t.prompts} prompts are {word}.", ""]
+    d = e.data
+    lines += [
+        "## Data",
+        "",
+        f"{count(d.records)} records, {count(d.train)} for training, {count(d.eval)} held out. "
+        + escaped(d.eval_origin),
+        "",
+    ]
+    lines += table(["rejected because", "records"], [[k, count(v)] for k, v in d.rejects.items()])
+    lines += table(["source", "samples"], [[k, count(v)] for k, v in d.sources.items()])
+    lines += ["## Provenance", "", *table(["", ""], [list(row) for row in flatten(e.provenance)])]
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`+", e.config_yaml)), 3)
+    return [*lines, "## Config", "", f"{fence}yaml", visible(e.config_yaml).rstrip(), fence, ""]
+
+
+def with_ci(m: Measurement) -> str:
+    """``97.6 % (96.1-98.5 %)``."""
+    return f"{fmt(m)} ({fmt_ci(m)})" if m.ci95 else fmt(m)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table whose cells are other people's text; none without rows."""
+    if not rows:
+        return []
+    body = ["| " + " | ".join(escaped(cell) for cell in row) + " |" for row in rows]
+    return ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head), *body, ""]
+
+
+def escaped(text: str) -> str:
+    """Text as text: HTML and Markdown characters escaped, on one line."""
+    one_line = " ".join(visible(text).split())
+    return re.sub(r"([\\`*_\[\]|#!~$])", r"\\\1", html.escape(one_line, quote=False))

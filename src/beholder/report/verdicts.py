@@ -1,0 +1,364 @@
+"""The five questions a report answers, each as a verdict with the rule that leads from the numbers to it.
+
+Pure functions of the `Evidence`. A verdict is never kinder than its intervals: what was not measured is not answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from beholder.evidence import CONDITIONS, Evidence, GateResult, Measurement, Status
+from beholder.report.words import (
+    CONDITION_NAMES,
+    GROUPING_NAMES,
+    SPELLED_UNITS,
+    bound,
+    count,
+    duration,
+    fmt,
+    fmt_ci,
+    listed,
+    metric_name,
+    number,
+    plural,
+    signed,
+)
+
+Tone = Literal["good", "weak", "bad", "unknown", "plain"]
+
+CLEARLY = 1.05
+"""The loss with another sample's image must be this many times the loss with the own one (lower end of the interval)
+for "it looks" without a qualification. Healthy alignments reach 1.2 and far more; a collapsed one reached 1.002."""
+
+JUDGED_FROM = 20
+"""Groups with fewer samples are shown but not judged: their intervals say little."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One of the answers at the top of the page."""
+
+    key: str
+    """Anchor of its section."""
+    question: str
+    tone: Tone
+    answer: str
+    why: str
+    rule: str
+    """How the answer follows from the numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What was measured on one stratum, and whether its answers depend on the image."""
+
+    by: str
+    stratum: str
+    ratio: Measurement | None
+    delta: Measurement | None
+    """Loss with another sample's image over, and minus, the loss with the own one."""
+    loss: Measurement | None
+    match: Measurement | None
+    answers: Measurement | None
+
+    @property
+    def n(self) -> int:
+        found = (self.delta, self.ratio, self.loss, self.match, self.answers)
+        return next((m.n for m in found if m is not None), 0)
+
+    @property
+    def name(self) -> str:
+        return self.stratum if self.by in ("length", "turn", "") else f"“{self.stratum}”"
+
+    @property
+    def standing(self) -> Literal["blind", "weak", "looks", "few", "unknown"]:
+        """``blind``: no rise with another image was shown; ``weak``: a small one; ``few``: too few samples to say."""
+        if self.delta is None:
+            return "unknown"
+        if self.delta.n < JUDGED_FROM or self.delta.ci95 is None:
+            return "few"
+        if self.delta.ci95[0] <= 0:
+            return "blind"
+        small = self.ratio is not None and self.ratio.ci95 is not None and self.ratio.ci95[0] <= CLEARLY
+        return "weak" if small else "looks"
+
+    @property
+    def worst_first(self) -> tuple[int, float]:
+        """Sort key: least image reliance first; without one the highest loss, then the fewest right answers."""
+        reliance = self.ratio or self.delta
+        if self.standing == "few":
+            return 3, -self.n
+        if reliance is not None:
+            return 0, reliance.value if reliance.ci95 is None else reliance.ci95[0]
+        if self.loss is not None:
+            return 1, -self.loss.value
+        shown = self.match or self.answers
+        return 2, shown.value if shown is not None else 0.0
+
+
+def verdicts(e: Evidence) -> list[Verdict]:
+    """The five answers, in the order of the page."""
+    return [learned(e), looks(e), fails(e), costs(e), promotes(e)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Did it learn?
+
+
+def learned(e: Evidence) -> Verdict:
+    """Did the held-out loss fall, beyond the uncertainty of the measurements?"""
+    fall = e.get("learn.delta")
+    rule = (
+        "Yes when the paired 95 % interval of the fall of the held-out loss lies above 0."
+        if fall is not None
+        else "Yes when the 95 % interval of the held-out loss after training lies wholly below the one before."
+    )
+
+    def say(tone: Tone, answer: str, why: str) -> Verdict:
+        return Verdict("learn", "Did it learn?", tone, answer, why, rule)
+
+    before, after = e.get_baseline("eval.loss"), e.get("eval.loss")
+    if after is None:
+        return say("unknown", "Not measured.", "There is no held-out loss in this run.")
+    if before is None and fall is None:
+        why = f"Held-out loss is {fmt(after)}, but it was not measured before training. Read the curve below."
+        return say("unknown", "No baseline.", why)
+    start = "" if before is None else f"{fmt(before, unit=False)} → "
+    why = f"Held-out loss {start}{fmt(after)} on {plural(after.n, 'sample')} it never trained on."
+    if fall is not None:
+        why += f" Paired fall {fmt(fall)}{_interval(fall)}."
+        shown, some = fall.ci95 is not None and fall.ci95[0] > 0, fall.value > 0
+    else:
+        assert before is not None
+        shown = before.ci95 is not None and after.ci95 is not None and after.ci95[1] < before.ci95[0]
+        some = after.value < before.value
+    if not shown:
+        doubt = " The interval reaches 0." if fall is not None else " The two intervals overlap."
+        return say("weak", "Not shown.", why + doubt) if some else say("bad", "No.", why)
+    over = e.get("learn.delta_text")
+    if over is not None and not (over.ci95 is not None and over.ci95[0] > 0):
+        why += " But it is not below what the language model alone reaches without any image."
+        return say("weak", "Yes, but only the text.", why)
+    return say("good", "Yes, it learned.", why)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Does it look?
+
+
+def looks(e: Evidence) -> Verdict:
+    """Does the loss rise when a wrong image is shown, beyond the uncertainty, by how much, and everywhere?"""
+    rule = (
+        "Yes when another sample's image raises the loss (paired 95 % interval of the difference above 0), the "
+        f"ratio's interval lies above {CLEARLY}, every other wrong image raises it too, and so in every group of at "
+        f"least {JUDGED_FROM} samples; barely when only the first holds."
+    )
+
+    def say(tone: Tone, answer: str, why: str) -> Verdict:
+        return Verdict("look", "Does it look at the image?", tone, answer, why, rule)
+
+    delta, ratio = e.get("ablation.delta.shuffled"), e.get("ablation.ratio.shuffled")
+    if delta is None:
+        return say("unknown", "Not measured.", "The loss with other images was not measured.")
+    times = "" if ratio is None else f" ({fmt(ratio)} the loss{'' if ratio.ci95 is None else ', ' + fmt_ci(ratio)})"
+    why = f"Shown another sample's image, its loss changes by {signed(delta.value)} nats/token{times}."
+    others = [(c, m) for c in CONDITIONS[2:] if (m := e.get(f"ablation.delta.{c}")) is not None]
+    if others:
+        why += f" {'; '.join(f'{CONDITION_NAMES[c]} {signed(m.value)}' for c, m in others).capitalize()}."
+    blind, level = e.get("caption.exact_match.zero"), e.get("caption.exact_match.chance")
+    own = e.get("caption.exact_match.correct")
+    if own is not None and blind is not None and level is not None:
+        why += f" Captions exactly right: {fmt(own)}; with no image {fmt(blind)}, where guessing gives {fmt(level)}."
+    if delta.ci95 is None or delta.ci95[0] <= 0:
+        return say("bad", "No, it does not look.", why + " A low loss is not sight.")
+    if ratio is not None and (ratio.ci95 is None or ratio.ci95[0] <= CLEARLY):
+        return say("weak", "Barely.", why)
+    idle = [CONDITION_NAMES[c] for c, m in others if m.ci95 is None or m.ci95[0] <= 0]
+    if idle:
+        return say("weak", "Not against everything.", f"{why} Its loss was not shown to rise with: {listed(idle)}.")
+    where = [g for g in all_groups(e) if g.standing in ("blind", "weak")]
+    if where:
+        return say("weak", "On average, not everywhere.", f"{why} Not, or barely, for: {_told(where)}.")
+    return say("good", "Yes, it looks.", why)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Where does it fail?
+
+
+def groups(e: Evidence) -> dict[str, list[Group]]:
+    """Strata by grouping, those that look least first; a grouping of one stratum says nothing and is left out."""
+    wanted = (
+        "ablation.ratio.shuffled", "ablation.delta.shuffled", "eval.loss", "caption.exact_match.correct",
+        "qa.accuracy.correct",
+    )  # fmt: skip
+    found: dict[tuple[str, str], dict[str, Measurement]] = {}
+    for m in e.measurements:
+        if m.stratum is not None and m.name in wanted:
+            found.setdefault((m.by or "", m.stratum), {})[m.name] = m
+    out: dict[str, list[Group]] = {}
+    for (by, stratum), values in found.items():
+        out.setdefault(by, []).append(Group(by, stratum, *(values.get(name) for name in wanted)))
+    return {by: sorted(members, key=lambda g: g.worst_first) for by, members in out.items() if len(members) > 1}
+
+
+def all_groups(e: Evidence) -> Iterator[Group]:
+    """Every stratum of every grouping."""
+    for members in groups(e).values():
+        yield from members
+
+
+def fails(e: Evidence) -> Verdict:
+    """Which groups are answered without looking, and what the audit and the collapse check found."""
+    rule = (
+        "Bad when the audit or the collapse check found something, or another sample's image is not shown to raise the "
+        f"loss of a group of at least {JUDGED_FROM} samples (interval reaches 0). Nothing found is not a proof."
+    )
+
+    def say(tone: Tone, answer: str, why: str) -> Verdict:
+        return Verdict("fail", "Where does it fail?", tone, answer, why, rule)
+
+    members = list(all_groups(e))
+    blind = [g for g in members if g.standing == "blind"]
+    weak = [g for g in members if g.standing == "weak"]
+    why = [f"Answered without looking: {_told(blind)}."] if blind else []
+    why += [f"Barely looked at: {_told(weak)}."] if weak else []
+    if e.findings:
+        why.insert(0, f"{_short(e.findings[0])}{f' And {len(e.findings) - 1} more.' if len(e.findings) > 1 else ''}")
+    if e.findings or blind:
+        parts = [plural(len(e.findings), "finding")] if e.findings else []
+        parts += [plural(len(blind), "group") + " not looked at"] if blind else []
+        return say("bad", ", ".join(parts).capitalize() + ".", " ".join(why))
+    judged = [g for g in members if g.standing in ("weak", "looks")]
+    if judged:
+        weakest = min(judged, key=lambda g: g.worst_first)
+        why.append(f"The group that needs the image least: {_told([weakest])}.")
+    if (worst := e.get("collapse.worst")) is not None:
+        why.append(f"Worst collapse symptom: {fmt(worst)} of the outputs.")
+    if (match := e.get("caption.exact_match.correct")) is not None:
+        why.append(f"Captions not exactly right: {number(1 - match.value, 'share')}.")
+    if weak:
+        return say("weak", f"{plural(len(weak), 'weak group')}.", " ".join(why))
+    if not judged and worst is None:
+        why.insert(0, "Neither groups of samples nor collapse were measured.")
+        return say("unknown", "Not measured.", " ".join(why))
+    return say("good", "Nothing stands out.", " ".join(why))
+
+
+def _told(members: list[Group]) -> str:
+    return listed([f"{g.name} ({_reliance(g)}, n {count(g.n)})" for g in members], 3)
+
+
+def _reliance(g: Group) -> str:
+    m = g.ratio or g.delta
+    return "" if m is None else fmt(m)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What did it cost?
+
+
+def costs(e: Evidence) -> Verdict:
+    """Time, speed and memory; a fact, so without a judgement except for a training that waited for its data."""
+    c, rule = e.cost, "Wall-clock time of the whole run, everything included. Waiting for data is a fault from 10 % on."
+    waits = c.data_wait_share is not None and c.data_wait_share >= 0.1
+    why = [plural(c.steps, "optimizer step")]
+    why += [] if c.samples is None else [f"{count(c.samples)} samples"]
+    why += [] if c.samples_per_s is None else [f"{c.samples_per_s:.3g} samples/s"]
+    why += [] if c.peak_memory_mb is None else [f"{c.peak_memory_mb:,.0f} MB at most"]
+    why += [f"on {c.device}"] if c.device else []
+    told = ", ".join(why) + "."
+    if waits:
+        assert c.data_wait_share is not None
+        told += f" Training waited for its data {number(c.data_wait_share, 'share')} of the time."
+    answer = "Not measured." if c.wall_s is None else f"{duration(c.wall_s)}."
+    tone: Tone = "unknown" if c.wall_s is None else "weak" if waits else "plain"
+    return Verdict("cost", "What did it cost?", tone, answer, told, rule)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Can I promote it?
+
+
+@dataclass(frozen=True, slots=True)
+class GateRow:
+    """A gate as the page shows it."""
+
+    gate: GateResult
+    state: Literal["failed", "unknown", "passed"]
+    """``unknown``: there was nothing to judge, which does not pass either."""
+    what: str
+    """The measurement in words."""
+    number: str
+    """What was judged; ``not measured`` when there is none."""
+    unit: str
+    """Its unit where that is a word."""
+    interval: str
+    """The interval whose end was judged, in words."""
+    bound: str
+    where: str
+    """The group that was worst, when it was worse than all samples together."""
+
+
+def gate_rows(e: Evidence) -> list[GateRow]:
+    """Every gate, failed ones first, then those that could not be judged."""
+    order = {"failed": 0, "unknown": 1, "passed": 2}
+    return sorted((_gate_row(e, g) for g in e.gates), key=lambda row: order[row.state])
+
+
+def _gate_row(e: Evidence, g: GateResult) -> GateRow:
+    m = e.get(g.measure, g.stratum)
+    state: Literal["failed", "unknown", "passed"] = "passed" if g.passed else "unknown" if g.value is None else "failed"
+    if g.value is None:
+        shown = "not measured" if m is None else f"{fmt(m)}, no interval"
+    else:
+        shown = number(g.value, g.unit)
+    unit = g.unit if g.value is not None and g.unit in SPELLED_UNITS else ""
+    interval = "" if m is None else fmt_ci(m)
+    if interval and g.end != "value":
+        interval = f"{'lower' if g.end == 'low' else 'upper'} end of {interval}"
+    return GateRow(g, state, metric_name(g.measure), shown, unit, interval, bound(g.bound, g.unit), g.stratum or "")
+
+
+def promotes(e: Evidence) -> Verdict:
+    """May a later stage build on this run?"""
+    rule = "Yes when the run succeeded and every gate passed. A gate whose measurement is missing has not passed."
+
+    def say(tone: Tone, answer: str, why: str) -> Verdict:
+        return Verdict("promote", "Can I promote it?", tone, answer, why, rule)
+
+    rows = gate_rows(e)
+    failed = [r.gate.name for r in rows if r.state == "failed"]
+    unknown = [r.gate.name for r in rows if r.state == "unknown"]
+    total = plural(len(rows), "gate")
+    counted = [f"{len(failed)} of {total} failed"] if failed else []
+    counted += [f"{len(unknown)}{'' if failed else f' of {total}'} could not be judged"] if unknown else []
+    why = " ".join(
+        ([f"Failed: {listed(failed, 6)}."] if failed else [])
+        + ([f"Not judged: {listed(unknown, 6)}."] if unknown else [])
+    )
+    if e.status != Status.SUCCEEDED:
+        told = f"The run ended as “{e.status.value.replace('_', ' ')}”."
+        return say("bad", "No: it did not succeed.", " ".join(filter(None, (told, why))))
+    if not rows:
+        return say("unknown", "Not judged.", "No gate was declared when this run was measured.")
+    if counted:
+        return say("bad", f"No: {' and '.join(counted)}.", why)
+    return say(
+        "good", f"Yes: {'the gate' if len(rows) == 1 else f'all {total}'} passed.", "A later stage may start from it."
+    )
+
+
+def grouping_name(by: str) -> str:
+    """``length`` → ``target length``."""
+    return GROUPING_NAMES.get(by, by or "group")
+
+
+def _interval(m: Measurement) -> str:
+    return f" ({fmt_ci(m)})" if m.ci95 is not None else ""
+
+
+def _short(text: str, limit: int = 180) -> str:
+    return text if len(text) <= limit else text[: limit - 1].rsplit(" ", 1)[0] + " …"

@@ -1,0 +1,251 @@
+"""A sweep as a page and as Markdown, from ``sweep.json`` alone: verdict, table, score and its parts, delta and loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+
+from beholder.evidence import Measurement
+from beholder.report.compare import cell, markdown_table, page
+from beholder.report.words import duration
+from beholder.runs import atomic_write
+from beholder.study.sweep import Row, SweepRecord, titles, word
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of a bar, in per cent of the track's width."""
+
+    kind: str
+    left: float
+    width: float
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One run: from its loss down to its score by what each wrong image costs."""
+
+    number: int
+    name: str
+    flagged: bool
+    best: bool
+    segments: tuple[Segment, ...]
+    loss: float
+    """Where its loss is, per cent."""
+    score: float
+    text: str
+
+
+def render_sweep(record: SweepRecord | str | Path, folder: str | Path) -> tuple[Path, Path]:
+    """Write ``sweep.html`` and ``sweep.md`` into ``folder``; ``record``: content or place of a ``sweep.json``."""
+    known = record if isinstance(record, SweepRecord) else SweepRecord.load(record)
+    paths = Path(folder) / "sweep.html", Path(folder) / "sweep.md"
+    for path, text in zip(paths, (render_html(known), render_markdown(known)), strict=True):
+        atomic_write(path, text)
+    return paths
+
+
+def render_html(record: SweepRecord) -> str:
+    rows = record.by_rank()
+    scored = [r for r in rows if r.score is not None]
+    ticks, bars = _bars(record, scored)
+    ranking = record.ranking
+    good = ranking.winner is not None and ranking.tested and not ranking.ties
+    return page(
+        "sweep.html", folder=Path(__file__).parent, r=record, rows=rows, num=number, setting=setting,
+        title=titles(list(record.grid)), duration=duration, buckets=_buckets(record), bars=bars,
+        ticks=ticks, scatter=_scatter(record, scored),
+        tone="good" if good else "weak" if ranking.winner else "bad", best=lambda row: _best(record, row),
+        tied=lambda row: bool(ranking.ties) and row.point in (ranking.winner, *ranking.ties), answer=_answer(record),
+    )  # fmt: skip
+
+
+def render_markdown(record: SweepRecord) -> str:
+    buckets = _buckets(record)
+    head = ["#", "run", *titles(list(record.grid)).values(), "seed", "score", "loss",
+            *(f"loss {b}" for b in buckets),
+            "Δshuffle", "Δzero", "Δnoise", "steps", "time", "do not use"]  # fmt: skip
+    lines = []
+    for k, r in enumerate(record.by_rank(), 1):
+        by_bucket = {m.stratum: m for m in r.buckets}
+        lines.append([
+            str(k), r.name, *(setting(r.settings[key]) for key in record.grid), str(r.seed), number(r.score),
+            _with_ci(r.eval_loss), *(_with_ci(by_bucket.get(b)) for b in buckets), _with_ci(r.d_shuffle),
+            _with_ci(r.d_zero), _with_ci(r.d_noise), "–" if r.steps is None else str(r.steps),
+            "–" if r.wall_s is None else duration(r.wall_s), ", ".join(r.flags) if r.status == "finished" else r.status,
+        ])  # fmt: skip
+    out = [f"# Sweep {cell(record.name)}: {cell(_answer(record))}", "", cell(record.ranking.verdict), "", _rule(record)]
+    for warning in record.warnings:
+        out += ["", f"> **{cell(warning)}**"]
+    out += ["", *markdown_table(head, lines), "", f"Written {record.created}."]
+    return "\n".join(out) + "\n"
+
+
+def _answer(record: SweepRecord) -> str:
+    ranking = record.ranking
+    if ranking.winner is None:
+        return "No winner"
+    if ranking.ties:
+        return f"A tie: {', '.join([ranking.winner, *ranking.ties])}"
+    usable = [p for p in ranking.places if not p.flags]
+    return f"{ranking.winner} {'wins' if ranking.tested or len(usable) == 1 else 'is lowest, untested'}"
+
+
+def _rule(record: SweepRecord) -> str:
+    return (
+        f"Score = held-out loss - {record.ablation_weight:g} × (Δshuffle + Δzero), nats per token, lower is better. "
+        'A run is marked "do not use" when it failed a gate, or is collapsed: the interval of its Δshuffle reaches 0, '
+        f"or its Δshuffle is below {record.collapsed_below:g} of the grid's median."
+    )
+
+
+def _best(record: SweepRecord, row: Row) -> bool:
+    return row.point == record.ranking.winner and not row.flags
+
+
+def _buckets(record: SweepRecord) -> list[str]:
+    found = list(dict.fromkeys(m.stratum for r in record.rows for m in r.buckets if m.stratum))
+    return found if len(found) > 1 else []  # a single bucket says again what the loss says
+
+
+def number(value: float | None) -> str:
+    """Four decimals for what is compared by differences; a dash for what was not measured."""
+    return "–" if value is None else f"{value:.4f}"
+
+
+def setting(value: bool | int | float | str) -> str:
+    """``on``, ``5e-5``, ``adamw``."""
+    return ("on" if value else "off") if isinstance(value, bool) else word(value)
+
+
+def _with_ci(m: Measurement | None) -> str:
+    if m is None:
+        return "–"
+    return number(m.value) + (f" ({m.ci95[0]:.4f} … {m.ci95[1]:.4f})" if m.ci95 else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Drawings
+
+
+def _bars(record: SweepRecord, rows: Sequence[Row]) -> tuple[list[tuple[float, str]], list[Bar]]:
+    """Ticks of the axis (per cent, label) and a bar a run, on one axis that holds every loss and score.
+
+    The axis need not start at 0: what is drawn is the way from the loss to the score, not an area.
+    """
+    weight = record.ablation_weight
+    triples = [(_v(r.eval_loss), weight * _v(r.d_shuffle), weight * _v(r.d_zero)) for r in rows]
+    points = [x for loss, s, z in triples for x in (loss, loss - s, loss - s - z)] or [0.0]
+    ticks = nice_ticks(min(points), max(points))
+    low, high = ticks[0], ticks[-1]
+
+    def at(x: float) -> float:
+        return 100 * (x - low) / (high - low)
+
+    def segment(kind: str, a: float, b: float, title: str) -> Segment:
+        return Segment(kind, at(min(a, b)), abs(at(b) - at(a)), title)
+
+    bars = []
+    for k, (r, (loss, s, z)) in enumerate(zip(rows, triples, strict=True), 1):
+        parts = (
+            segment("shuffled", loss, loss - s, f"{weight:g} × Δshuffle {_v(r.d_shuffle):.4f}"),
+            segment("zero", loss - s, loss - s - z, f"{weight:g} × Δzero {_v(r.d_zero):.4f}"),
+        )
+        bars.append(Bar(k, r.name, bool(r.flags), _best(record, r), parts, at(loss), at(loss - s - z), number(r.score)))
+    return [(at(t), f"{t:g}") for t in ticks], bars
+
+
+def _v(m: Measurement | None) -> float:
+    assert m is not None  # rows with a score have all three
+    return m.value
+
+
+def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers at equal steps that enclose [low, high]."""
+    if high - low < 1e-12:
+        low, high = low - 0.5, high + 0.5
+    rough = (high - low) / about
+    size = 10 ** math.floor(math.log10(rough))
+    step = next(m * size for m in (1, 2, 5, 10) if m * size >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(k * step, 12) for k in range(first, max(last, first + 1) + 1)]
+
+
+WIDTH, HEIGHT = 720, 400
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 14, 46
+
+
+def _scatter(record: SweepRecord, rows: Sequence[Row]) -> Markup:
+    """Δshuffle against loss with both intervals; the numbers are those of the table. Bottom right is where to be."""
+    if not rows:
+        return Markup("")
+    xs = [x for r in rows for x in _span(r.d_shuffle)]
+    ys = [y for r in rows for y in _span(r.eval_loss)]
+    x_ticks, y_ticks = nice_ticks(min([0.0, *xs]), max(xs)), nice_ticks(min(ys), max(ys))
+
+    def px(x: float) -> float:
+        return _LEFT + (WIDTH - _LEFT - _RIGHT) * (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+
+    def py(y: float) -> float:
+        return HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+
+    title = "Loss with another sample's image minus loss with the own one, against held-out loss, for each run"
+    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">']
+    for t in y_ticks:
+        out.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{py(t):.1f}" y2="{py(t):.1f}"/>')
+        out.append(f'<text x="{_LEFT - 8}" y="{py(t) + 4:.1f}" text-anchor="end">{t:g}</text>')
+    for t in x_ticks:
+        out.append(f'<text x="{px(t):.1f}" y="{HEIGHT - _BOTTOM + 18}" text-anchor="middle">{t:g}</text>')
+    out.append(f'<line class="axis" x1="{px(0):.1f}" x2="{px(0):.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>')
+    middle = (_LEFT + WIDTH - _RIGHT) / 2
+    out.append(
+        f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">Δshuffle, nats per token (more: it looks)</text>'
+    )
+    out.append(
+        f'<text transform="translate(14 {(_TOP + HEIGHT - _BOTTOM) / 2}) rotate(-90)" text-anchor="middle">'
+        "held-out loss, nats per token</text>"
+    )
+    placed: list[tuple[float, float]] = [(px(_v(r.d_shuffle)), py(_v(r.eval_loss))) for r in rows]
+    labels: list[tuple[float, float]] = []
+    for k, (r, (x, y)) in enumerate(zip(rows, placed, strict=True), 1):
+        kind = "flagged" if r.flags else "best" if _best(record, r) else "usable"
+        (x0, x1), (y0, y1) = _span(r.d_shuffle), _span(r.eval_loss)
+        out.append(f'<g class="{kind}">')
+        out.append(f'<line class="ci" x1="{px(x0):.1f}" x2="{px(x1):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        out.append(f'<line class="ci" x1="{x:.1f}" x2="{x:.1f}" y1="{py(y0):.1f}" y2="{py(y1):.1f}"/>')
+        if r.flags:
+            out.append(f'<path class="cross" d="M{x - 5:.1f} {y - 5:.1f}l10 10m0 -10l-10 10"/>')
+        else:
+            out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{7 if kind == "best" else 5}"/>')
+        lx, ly = _free_place(x, y, placed, labels)
+        labels.append((lx, ly))
+        out.append(f'<text class="label" x="{lx:.1f}" y="{ly + 4:.1f}" text-anchor="middle">{k}</text></g>')
+    return Markup("\n".join([*out, "</svg>"]))
+
+
+def _free_place(
+    x: float, y: float, points: Sequence[tuple[float, float]], labels: Sequence[tuple[float, float]]
+) -> tuple[float, float]:
+    """The place around a point that is farthest from other points and labels, within the drawing."""
+    places = [
+        (x + radius * math.cos(angle), y - radius * math.sin(angle))
+        for radius in (15, 24)
+        for angle in (math.pi * k / 4 for k in (1, 3, 0, 2, 7, 5, 4, 6))
+    ]
+    inside = [p for p in places if _LEFT < p[0] < WIDTH - 6 and 8 < p[1] < HEIGHT - _BOTTOM] or places
+
+    def room(p: tuple[float, float]) -> float:
+        others = [q for q in (*points, *labels) if q != (x, y)]
+        return min([13.0, *(math.dist(p, q) for q in others)])  # more than enough is no better
+
+    return max(inside, key=room)  # the first of equals
+
+
+def _span(m: Measurement | None) -> tuple[float, float]:
+    assert m is not None
+    return m.ci95 or (m.value, m.value)
