@@ -7,6 +7,7 @@ test.
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -81,31 +82,32 @@ def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> TinyParts:
 MakeConfig = Callable[..., RunConfig]
 
 
-@pytest.fixture
-def tiny_config(tiny_parts: TinyParts) -> MakeConfig:
-    """``tiny_config(folder, **{"train.train_steps": 3})``: a run on the tiny parts, its run folder below ``folder``.
+def make_config(tiny_parts: TinyParts, folder: Path, **sets: Any) -> RunConfig:
+    """A run on the tiny parts, its run folder below ``folder``.
 
     Settings are given by dotted path and read like ``--set``; a value may be anything YAML can say.
     """
+    base = {
+        "run_name": "tiny", "output_dir": str(folder / "run"), "device": "cpu",
+        "model": {
+            "llm": {"name_or_path": str(tiny_parts.llm), "precision": "fp32"},
+            "vision": {"name_or_path": tiny_parts.vision, "precision": "fp32"},
+            "connector": {"num_visual_tokens": 4, "resampler": {"depth": 1, "num_heads": 4}},
+        },
+        "data": {"json_path": str(tiny_parts.records), "image_root": str(tiny_parts.images), "eval_size": 12},
+        "features": {"dir": str(folder / "features")},
+        "train": {
+            "train_steps": 4, "micro_batch_size": 4, "precision": "fp32", "lr": {"connector": 1e-3},
+            "save_every": 2, "log_every": 1, "num_threads": 1,
+        },
+        "eval": {"golden_size": 3, "golden_generate": {"max_new_tokens": 6}, "caption_samples": 4},
+        "ablation": {"num_samples": 8},
+    }  # fmt: skip
+    overrides = [f"{key.replace('__', '.')}={orjson.dumps(value).decode()}" for key, value in sets.items()]
+    return parse_config(yaml.safe_dump(base), "tiny_config", overrides)
 
-    def make(folder: Path, **sets: Any) -> RunConfig:
-        base = {
-            "run_name": "tiny", "output_dir": str(folder / "run"), "device": "cpu",
-            "model": {
-                "llm": {"name_or_path": str(tiny_parts.llm), "precision": "fp32"},
-                "vision": {"name_or_path": tiny_parts.vision, "precision": "fp32"},
-                "connector": {"num_visual_tokens": 4, "resampler": {"depth": 1, "num_heads": 4}},
-            },
-            "data": {"json_path": str(tiny_parts.records), "image_root": str(tiny_parts.images), "eval_size": 12},
-            "features": {"dir": str(folder / "features")},
-            "train": {
-                "train_steps": 4, "micro_batch_size": 4, "precision": "fp32", "lr": {"connector": 1e-3},
-                "save_every": 2, "log_every": 1, "num_threads": 1,
-            },
-            "eval": {"golden_size": 3, "golden_generate": {"max_new_tokens": 6}, "caption_samples": 4},
-            "ablation": {"num_samples": 8},
-        }  # fmt: skip
-        overrides = [f"{key.replace('__', '.')}={orjson.dumps(value).decode()}" for key, value in sets.items()]
-        return parse_config(yaml.safe_dump(base), "tiny_config", overrides)
 
-    return make
+@pytest.fixture
+def tiny_config(tiny_parts: TinyParts) -> MakeConfig:
+    """``tiny_config(folder, **{"train.train_steps": 3})``, see `make_config`."""
+    return functools.partial(make_config, tiny_parts)

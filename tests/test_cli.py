@@ -18,8 +18,12 @@ from typer.testing import CliRunner
 from beholder.cli import app
 from beholder.configfile import dump_config
 from beholder.runs import sha256_file
+from beholder.types import UserError
 
-COMMANDS = ("quickstart", "run", "check", "preview", "plan", "generate", "evaluate", "report", "doctor", "schema")
+COMMANDS = (
+    "quickstart", "run", "prepare", "check", "preview", "plan", "generate", "evaluate", "ablate", "audit",
+    "golden show", "golden diff", "sweep", "compare", "report", "doctor", "schema",
+)  # fmt: skip
 
 
 def beholder(*args: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
@@ -30,7 +34,7 @@ def beholder(*args: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command: str) -> None:
-    result = CliRunner().invoke(app, [command, "--help"])
+    result = CliRunner().invoke(app, [*command.split(), "--help"])
 
     assert result.exit_code == 0
     assert f"beholder {command}" in re.sub(r"\s+", " ", result.output), "no example"
@@ -87,8 +91,9 @@ def test_ctrl_c_saves_exits_130_and_the_same_command_goes_on_to_the_same_bits(
     again = beholder("run", str(configs["stopped"]))
     straight = beholder("run", str(configs["straight"]))
 
-    assert again.returncode == 0, again.stderr
-    assert straight.returncode == 0, straight.stderr
+    for ended in (again, straight):  # sixty steps of random parts are no sight, and the run says so
+        assert ended.returncode == 3, ended.stderr
+        assert "GATES FAILED" in ended.stdout and "--promote-anyway" in ended.stdout
     assert "[resume] from" in again.stdout
     files = [tmp_path / n / "run" / "checkpoints" / "step_60" / "connector.safetensors" for n in configs]
     assert sha256_file(files[0]) == sha256_file(files[1])
@@ -123,3 +128,82 @@ def test_report_is_rendered_again_from_the_evidence_alone(tiny_config: MakeConfi
 
     assert result.exit_code == 0, result.output
     assert (run / "report.html").read_text() == page
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A run folder that the commands below only read."""
+    from tests.conftest import make_config
+
+    from beholder.stages import run_stage
+
+    folder = tmp_path_factory.mktemp("trained")
+    run_stage(make_config(request.getfixturevalue("tiny_parts"), folder))
+    return folder / "run"
+
+
+def invoke(*args: str) -> str:
+    result = CliRunner().invoke(app, list(args), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_ablate_tells_the_loss_with_wrong_images_and_leaves_the_evidence_alone(trained: Path) -> None:
+    before = (trained / "evidence.json").read_bytes()
+
+    told = json.loads("{" + invoke("ablate", str(trained), "--num-samples", "6", "--words", "--json").split("{", 1)[1])
+
+    by_name = {(m["name"], m["stratum"]): m for m in told["measurements"]}
+    for condition in ("shuffled", "zero", "noise"):
+        delta = by_name[f"ablation.delta.{condition}", None]
+        right, wrong = (by_name[f"ablation.loss.{c}", None]["value"] for c in ("correct", condition))
+        assert delta["n"] == 6 and delta["value"] == pytest.approx(wrong - right)
+    assert (trained / "evidence.json").read_bytes() == before
+    rows = [json.loads(line) for line in (trained / "qual" / "step_4_ablation6.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 * 6 and all(len(r["token_nll"]) == r["tokens"] for r in rows)
+
+
+def test_ablate_as_a_table(trained: Path) -> None:
+    output = invoke("ablate", str(trained), "--condition", "zero")
+
+    assert "no image" in output and "another image" not in output
+
+
+def test_a_condition_that_does_not_exist_is_named(trained: Path) -> None:
+    with pytest.raises(UserError, match="expected a list, each shuffled or zero or noise"):
+        invoke("ablate", str(trained), "--condition", "upside_down")
+
+
+def test_golden_captions_and_their_change(trained: Path) -> None:
+    shown = json.loads(invoke("golden", "show", str(trained), "--step", "first", "--json"))
+    change = json.loads(invoke("golden", "diff", str(trained), "2", "last", "--json"))
+
+    assert [row["id"] for row in shown] == [row["id"] for row in change["rows"]]
+    assert [row["pred_text"] for row in shown] == [row["before"] for row in change["rows"]]
+    assert "exact matches" in invoke("golden", "diff", str(trained), "2", "4")
+    assert "captions, step 4" in re.sub(r"\s+", " ", invoke("golden", "show", str(trained)))
+    with pytest.raises(UserError, match="3"):
+        invoke("golden", "diff", str(trained), "3", "4")
+
+
+def test_audit_needs_no_run(trained: Path) -> None:
+    output = invoke("audit", str(trained / "config.yaml"), "--num-turns", "8", "--json")
+
+    names = {m["name"] for m in json.loads("{" + output.split("{", 1)[1])["measurements"]}
+    assert "audit.answerable.alone" in names
+
+
+def test_compare_lays_runs_side_by_side(trained: Path, tmp_path: Path) -> None:
+    page = tmp_path / "compare.html"
+
+    output = invoke("compare", str(trained), str(trained), "--out", str(page))
+
+    assert "eval.loss" in output or "loss" in output
+    assert "<html" in page.read_text(encoding="utf-8")
+    with pytest.raises(UserError, match=r"\.html or \.md"):
+        invoke("compare", str(trained), str(trained), "--out", "compare.pdf")
+
+
+def test_a_run_on_a_sweep_config_says_which_command_it_needs(trained: Path) -> None:
+    with pytest.raises(UserError, match="beholder sweep"):
+        invoke("run", str(trained / "config.yaml"), "--set", "sweep={grid: {train.lr.connector: [1.0e-4]}}")

@@ -11,8 +11,8 @@ from tests.conftest import MakeConfig, TinyParts
 
 from beholder.evidence import Status, load_evidence
 from beholder.inference import load
-from beholder.runs import sha256_file
 from beholder.remeasure import evaluate_run
+from beholder.runs import sha256_file
 from beholder.stages import preview_config, run_stage
 from beholder.train.guardrails import NonFiniteError
 from beholder.types import UserError
@@ -248,7 +248,7 @@ def test_images_that_cannot_be_shuffled_are_found_before_training(
     source = {"json_path": str(held), "image_root": str(tiny_parts.images)}
 
     with pytest.raises(UserError, match="two different images"):
-        run_stage(tiny_config(tmp_path, **{"data.eval_sources": [source]}))
+        run_stage(tiny_config(tmp_path, **{"data.eval_sources": [source], "data.eval_size": 6}))
 
     assert not losses_of_any(tmp_path / "run")
 

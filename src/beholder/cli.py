@@ -412,7 +412,7 @@ def sweep(config: ConfigArg, sets: Sets = None) -> None:
     from beholder.study.sweep import run_sweep
 
     result = run_sweep(config, sets or [], console=_console())
-    raise typer.Exit(EXIT_CRASH if result.failed else EXIT_OK)
+    raise typer.Exit(result.exit_code)
 
 
 @app.command(epilog=_example("beholder compare outputs/a outputs/b --out compare.html"))

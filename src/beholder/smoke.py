@@ -368,6 +368,7 @@ def smoke_config(cfg: RunConfig, folder: Path | str, *, num_records: int = 64, s
         "data": _smoke_data(cfg, folder / "data", num_records),
         "device": "cpu",
         "output_dir": str(folder / "run"),
+        "sweep": None,
         "features": cfg.features.model_copy(update={"dir": str(folder / "features"), "max_gb": 0.1}),
         "train": train.model_copy(update={
             "train_steps": min(steps, train.train_steps or steps),
@@ -382,7 +383,8 @@ def smoke_config(cfg: RunConfig, folder: Path | str, *, num_records: int = 64, s
             "golden_set_path": str(folder / "golden.jsonl") if ev.golden_set_path and ev.golden_size else None,
             "run_golden_every": ev.run_golden_every if isinstance(ev.run_golden_every, str) else max(1, steps // 2),
             "golden_generate": ev.golden_generate.model_copy(update={"max_new_tokens": 6}),
-            "caption_samples": min(ev.caption_samples, 4),
+            "caption_samples": min(ev.caption_samples, 4), "qa_samples": min(ev.qa_samples, 4),
+            "audit_turns": min(ev.audit_turns, 8), "object_list": None, "clip_model": None,
         }),
         "ablation": cfg.ablation.model_copy(update={
             "run_every": cfg.ablation.run_every if isinstance(cfg.ablation.run_every, str) else max(1, steps // 2),

@@ -349,6 +349,7 @@ def open_bench(cfg: RunConfig, run: RunDir, dist: Dist, *, split_file: Path) -> 
     if rejects:
         reporter.line("data", "rejected " + " ".join(f"{reason}={n}" for reason, n in sorted(rejects.items())))
     bench = Workbench(cfg, run, dist, model, tokenizer, data, reporter, frozen)
+    bench.gaps += [f"Split: {note}" for note in data.counts["split_notes"]]
     bench.drop_unreadable_eval()
     bench.phases_s |= {"load": loaded - started, "data": time.perf_counter() - loaded}
     return bench

@@ -160,7 +160,7 @@ def _construct(model: type[BaseModel], data: Any) -> Any:
         inner = section_of(items) if items is not None else None
         if inner is not None and isinstance(data[name], list):
             values[name] = tuple(_construct(inner, item) for item in data[name])
-        elif section is not None and items is None:
+        elif section is not None and items is None and data[name] is not None:
             values[name] = _construct(section, data[name])
         elif (named := section_of(values_of(info.annotation))) is not None and isinstance(data[name], dict):
             values[name] = {key: _construct(named, item) for key, item in data[name].items()}

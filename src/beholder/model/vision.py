@@ -155,7 +155,13 @@ def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
         if cfg.feature_layer == -1:
             out = backbone(pixel_values=pixels, **extra).last_hidden_state
         else:
-            out = backbone(pixel_values=pixels, output_hidden_states=True, **extra).hidden_states[cfg.feature_layer]
+            states = backbone(pixel_values=pixels, output_hidden_states=True, **extra).hidden_states
+            if not -len(states) <= cfg.feature_layer < len(states):
+                raise UserError(
+                    f"model.vision.feature_layer is {cfg.feature_layer}, but {cfg.name_or_path} has {len(states)} "
+                    f"hidden states: give -{len(states)} to {len(states) - 1} (-1 is the final output)"
+                )
+            out = states[cfg.feature_layer]
         return (out.flatten(2).transpose(1, 2) if out.ndim == 4 else out)[:, prefix:]
 
     trained_at = getattr(part, "image_size", None)
