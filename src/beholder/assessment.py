@@ -42,6 +42,8 @@ BASELINE = "baseline.json"
 CAPTION_CONDITIONS: tuple[Condition, ...] = ("correct", "shuffled", "zero")
 """Captions and answers are written under these; a fourth, under noise, would cost a third more and tell what the loss
 under noise tells."""
+ANSWER = captions.GREEDY.model_copy(update={"max_new_tokens": 24})
+"""An answer to a short question is a sentence at most."""
 NUM_SHOWN = 24
 """Samples with pictures in the report when there is no golden set."""
 
@@ -310,7 +312,7 @@ def answers(bench: Workbench, tell: Told) -> None:
     given: dict[Condition, list[str]]
     with bench.phase("captions"):
         given = {
-            c: [r.prediction for r in bench.captions(asked, captions.GREEDY, c, bench.cfg.eval.batch_size)]
+            c: [r.prediction for r in bench.captions(asked, ANSWER, c, bench.cfg.eval.batch_size, "questions")]
             for c in CAPTION_CONDITIONS
         }
     tell.measured += qa.score_qa(items, given, seed)

@@ -248,14 +248,19 @@ class Workbench:
         return loss.compare_conditions(losses, self.groups_at(indices), seed=self.cfg.measure_seed), losses
 
     def captions(
-        self, examples: Sequence[Example], settings: GenerateConfig, condition: Condition, batch_size: int
+        self,
+        examples: Sequence[Example],
+        settings: GenerateConfig,
+        condition: Condition,
+        batch_size: int,
+        label: str = "captions",
     ) -> list[captions.CaptionRecord]:
-        """What the model writes for each example under ``condition``."""
+        """What the model writes for each example under ``condition``; ``label`` names the work in its progress."""
         shown = list(examples)
         if condition == "shuffled":
             shown = loss.shuffle_images(examples, self.content_key, self.cfg.measure_seed)
         builder = self.data.builder(self.store, train=False, cfg=self.cfg)
-        with progress(self.reporter, f"captions ({condition} image)") as tick:
+        with progress(self.reporter, f"{label} ({condition} image)") as tick:
             mine = captions.caption(
                 self.model,
                 self.data.encoder,

@@ -101,7 +101,7 @@ def test_kinds_are_balanced_as_far_as_there_are_candidates(texts: list[str], siz
 
 
 def test_another_seed_asks_other_questions():
-    examples = [example("a blue circle", str(k)) for k in range(50)]
+    examples = [example(("a blue circle", "a red rectangle")[k % 2], str(k)) for k in range(50)]
 
     a, b = (build_qa(examples, SHAPES, 10, seed) for seed in (0, 1))
 
@@ -200,3 +200,14 @@ def test_a_model_that_looks_is_right_with_its_own_image_only(bench: Any, sighted
     assert own.ci95 is not None and own.ci95[0] > max(blind.value, chance.value)
     # Without an image it always says the same, which is right as often as that answer is.
     assert blind.value <= chance.value
+
+
+@pytest.mark.parametrize(("common", "rare", "expected"), [(100, 6, 12), (6, 6, 12), (100, 0, 0), (5, 30, 30)])
+def test_no_answer_is_right_for_more_than_half_of_a_kind(common: int, rare: int, expected: int):
+    texts = ["a circle"] * common + ["a rectangle", "a triangle", "a rectangle"] * (rare // 3)
+
+    items = build_qa([example(text, str(k)) for k, text in enumerate(texts)], SHAPES, 50, seed=0)
+
+    answers = Counter(item.answers[0] for item in items)
+    assert len(items) == expected
+    assert not items or max(answers.values()) <= len(items) / 2

@@ -38,6 +38,10 @@ class SightedModel(LossModel, Protocol):
     def patches(self, images: list[ImageInput], /) -> torch.Tensor: ...
 
 
+ORDERED = ("short", "medium", "long", "first turn", "later turns")
+"""Strata with an order of their own (`data.splits`, `probes.strata`); the others are told by name."""
+
+
 @dataclass(frozen=True, slots=True)
 class SampleLoss:
     """Sums over the supervised tokens of one sample; plain numbers, so processes can exchange them as JSON."""
@@ -208,7 +212,7 @@ def _strata(losses: Sequence[SampleLoss], groups: Groups) -> Iterator[tuple[str,
             for stratum, turns in own.items():
                 found.setdefault(stratum, []).append((i, turns))
         if len(found) > 1:
-            for stratum in sorted(found):
+            for stratum in sorted(found, key=lambda s: (ORDERED.index(s) if s in ORDERED else len(ORDERED), s)):
                 yield by, stratum, found[stratum]
 
 

@@ -23,6 +23,9 @@ Kind = Literal["what is in the image", "what colour"]
 
 KINDS: tuple[Kind, ...] = ("what is in the image", "what colour")
 
+FEW = 10
+"""Questions of a kind below which nothing is balanced: so few prove nothing either way."""
+
 COLOURS = ObjectList(COLOUR_WORDS, "colours")
 
 
@@ -67,7 +70,8 @@ def build_qa(examples: Sequence[Example], objects: ObjectList, size: int, seed: 
 
     A kind with too few candidates leaves its places to the other. Only samples with one image and one assistant turn
     are asked about: the answers of a conversation are no description. No question is made where the right answer is
-    not certain: the colour of an object that the caption mentions more than once.
+    not certain: the colour of an object that the caption mentions more than once. No answer is right for more than half
+    of a kind's questions, or saying it every time would look like sight.
     """
     found: dict[Kind, list[QaItem]] = {kind: [] for kind in KINDS}
     for index, example in enumerate(examples):
@@ -86,15 +90,24 @@ def build_qa(examples: Sequence[Example], objects: ObjectList, size: int, seed: 
                 found["what colour"].append(
                     QaItem(index, f"What colour is the {name}?", "what colour", colours, COLOURS, objects, name)
                 )
-    what, colour = (len(found[kind]) for kind in KINDS)
+    rng = np.random.default_rng(seed)
+    pools = {kind: [found[kind][k] for k in rng.permutation(len(found[kind]))] for kind in KINDS}
+    what, colour = (len(_no_majority(pools[kind], size)) for kind in KINDS)
     half = min(colour, max(size // 2, size - what))
     places: dict[Kind, int] = {"what is in the image": min(what, size - half), "what colour": half}
-    rng = np.random.default_rng(seed)
-    chosen: list[QaItem] = []
-    for kind in KINDS:
-        picked = sorted(rng.permutation(len(found[kind]))[: places[kind]].tolist())
-        chosen += [found[kind][k] for k in picked]
+    chosen = [item for kind in KINDS for item in _no_majority(pools[kind], places[kind])]
     return sorted(chosen, key=lambda item: item.index)  # stable: an example's "what" comes before its "colour"
+
+
+def _no_majority(items: Sequence[QaItem], size: int) -> list[QaItem]:
+    """The first ``size`` items, or, where one answer has more than half of them, as many of it as of all others."""
+    taken = list(items[:size])
+    answer, most = Counter(i.answers[0] for i in taken).most_common(1)[0] if taken else ("", 0)
+    if 2 * most <= len(taken) or len(taken) < FEW:
+        return taken
+    common = [i for i in items if i.answers[0] == answer]
+    others = [i for i in items if i.answers[0] != answer]
+    return [i for pair in zip(common[: size // 2], others, strict=False) for i in pair]
 
 
 def _colours_before(tokens: Sequence[str], stop: int) -> tuple[str, ...]:

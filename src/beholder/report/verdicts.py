@@ -292,7 +292,7 @@ class GateRow:
     what: str
     """The measurement in words."""
     number: str
-    """What was judged; ``not measured`` when there is none."""
+    """What was judged; ``not measured`` or ``nothing to measure`` when there is none."""
     unit: str
     """Its unit where that is a word."""
     interval: str
@@ -312,7 +312,7 @@ def _gate_row(e: Evidence, g: GateResult) -> GateRow:
     m = e.get(g.measure, g.stratum)
     state: Literal["failed", "unknown", "passed"] = "passed" if g.passed else "unknown" if g.value is None else "failed"
     if g.value is None:
-        shown = "not measured" if m is None else f"{fmt(m)}, no interval"
+        shown = (g.note if g.passed else "not measured") if m is None else f"{fmt(m)}, no interval"
     else:
         shown = number(g.value, g.unit)
     unit = g.unit if g.value is not None and g.unit in SPELLED_UNITS else ""

@@ -34,6 +34,9 @@ METRIC_NAMES = {
     "collapse.template": "outputs of one template", "collapse.image_independent": "same output for another image",
     "collapse.worst": "worst collapse symptom", "audit.answerable.alone": "turns answerable without image",
     "audit.answerable.context": "turns answerable from earlier turns", "audit.leak": "leak from earlier turns",
+    "audit.trained.answerable.alone": "turns the trained model answers from an empty image",
+    "audit.trained.answerable.context": "turns it answers from an empty image and earlier turns",
+    "audit.trained.leak": "leak from earlier turns, trained model",
     "data.truncated_pct": "targets cut to length", "data.label_zero_pct": "samples with nothing supervised",
     "frozen.changed": "frozen parts that changed", "text.changed": "text prompts answered differently",
 }  # fmt: skip
@@ -85,7 +88,7 @@ def number(value: float, unit: str) -> str:
         case "tokens" | "parts" | "prompts" | "samples":
             return count(round(value))
         case _:
-            if value == 0:
+            if value == 0 or (unit.startswith("score") and abs(value) < 1e-4):  # COCO's BLEU is never exactly 0
                 return "0"
             digits = 2 - math.floor(math.log10(abs(value)))
             return f"{value:,.{min(max(digits, 0), 6)}f}" if 1e-4 <= abs(value) < 1e7 else f"{value:.3g}"
