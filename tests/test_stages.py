@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -300,7 +301,14 @@ def test_two_processes_run_the_stage_of_one(tiny_config: MakeConfig, tmp_path: P
         capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
-    assert done.returncode == 0, done.stderr[-3000:]
+    # Four steps of random parts fail their gates: code 3 on the main process, which torchrun reports as its own 1.
+    assert done.returncode == 1 and re.search(r"exitcode\s*: 3\b", done.stderr), done.stderr[-3000:]
+    assert "GATES FAILED" in done.stdout and "Traceback (most recent call last)" not in done.stdout
+    records = [load_evidence(tmp_path / n / "run") for n in ("one", "two")]
+    untrained = [r.get_baseline("eval.loss") for r in records]
+    assert untrained[0] is not None and untrained[1] is not None
+    assert untrained[0].value == pytest.approx(untrained[1].value, rel=1e-6)  # the same weights: only the sharing differs
+    assert [g.name for g in records[0].gates] == [g.name for g in records[1].gates]
     one, two = (load_evidence(tmp_path / n / "run").metrics() for n in ("one", "two"))
     assert one.keys() == two.keys()
     assert {k: two[k] for k in two if "loss" in k} == pytest.approx({k: one[k] for k in one if "loss" in k}, rel=1e-4)
