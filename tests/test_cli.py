@@ -171,7 +171,7 @@ def test_ablate_as_a_table(trained: Path) -> None:
 
 
 def test_a_condition_that_does_not_exist_is_named(trained: Path) -> None:
-    with pytest.raises(UserError, match="upside_down.*expected shuffled or zero or noise"):
+    with pytest.raises(UserError, match=r"upside_down.*expected shuffled or zero or noise"):
         invoke("ablate", str(trained), "--condition", "upside_down")
 
 

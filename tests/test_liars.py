@@ -13,12 +13,13 @@ import yaml
 from torch import Tensor
 
 from beholder.config import RunConfig
-from beholder.configfile import parse_config
+from beholder.configfile import load_config, parse_config
 from beholder.evidence import Evidence
 from beholder.model.vision import VisionTower
 from beholder.smoke import colour_set, tiny_llm, tiny_vision
 from beholder.stages import run_stage
 
+ROOT = Path(__file__).resolve().parents[1]
 LOOKS = {"looks_shuffled", "looks_zero", "looks_noise", "looks_clearly", "looks_everywhere"}
 Recipe = Callable[..., RunConfig]
 
@@ -115,36 +116,26 @@ def test_a_run_with_shuffled_images_fails(recipe: Recipe) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_model_that_reads_earlier_turns_fails_and_the_audit_names_the_cause(tmp_path: Path) -> None:
+def test_a_model_that_reads_earlier_turns_fails_and_the_audit_names_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The planted liar, on real parts: all questions about an image in one conversation.
 
     Its loss falls from 1.5 to 0.3 and another image makes it worse on average, so an average would pass it. But its
     yes/no answers come from what was said before: the group's ratio has 1 in its interval.
     """
-    from beholder.assets import prepare_quickstart
-    from beholder.quickstart import recipe as quickstart_recipe
+    from beholder.assets import prepare
 
-    assets = prepare_quickstart()
-    sources = {
-        name: json.dumps([{"json_path": str(captions.with_name(f"{name}_turns.jsonl")), "image_root": str(images)}])
-        for name, captions, images in (
-            ("train", assets.captions_train, assets.images_train), ("test", assets.captions_test, assets.images_test),
-        )
-    }  # fmt: skip
-    cfg = quickstart_recipe(assets, tmp_path / "liar", [
-        f"data.sources={sources['train']}", f"data.eval_sources={sources['test']}", "data.eval_size=96",
-        "data.hygiene.min_tokens=1", "data.hygiene.max_tokens=500", "prompting.template=conversation",
-        "prompting.max_seq_len=512", "train.pack_len=512", "train.train_steps=100", "train.micro_batch_size=8",
-        "train.quick_eval_size=0", "train.quick_eval_steps=0", "eval.batch_size=16", "eval.golden_size=0",
-        "eval.caption_samples=32", "eval.audit_turns=256", "ablation.num_samples=96", "ablation.conditions=[shuffled]",
-    ])  # fmt: skip
+    prepare("quickstart", tmp_path / "data" / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config(ROOT / "configs" / "quickstart" / "liar.yaml")
 
     evidence = run_stage(cfg).evidence
 
     assert evidence is not None
     loss, start = evidence.get("eval.loss"), evidence.get_baseline("eval.loss")
     assert loss is not None and start is not None and loss.value < start.value / 3
-    assert "looks_shuffled" not in failed(evidence)
+    assert not failed(evidence) & {"learned", "looks_shuffled", "looks_clearly"}  # the average would pass it
     gate = next(g for g in evidence.gates if g.name == "looks_everywhere")
     assert not gate.passed and gate.stratum is not None
     assert any(finding.startswith("Leakage") for finding in evidence.findings), evidence.findings

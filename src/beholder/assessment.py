@@ -7,7 +7,8 @@ turn, once, by whoever trains (`stages`) or measures again (`remeasure`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,19 @@ from beholder.evidence import (
 )
 from beholder.gates import judge, told, verdict
 from beholder.model.plan import TrainableTable, frozen_fingerprint
-from beholder.probes import audit, captions, clipscore, collapse, golden, hallucination, loss, qa, reliance, textonly
+from beholder.probes import (
+    audit,
+    captions,
+    clipscore,
+    collapse,
+    golden,
+    hallucination,
+    loss,
+    qa,
+    reliance,
+    strata,
+    textonly,
+)
 from beholder.report import render
 from beholder.runs import atomic_write, now, to_json
 from beholder.types import UserError
@@ -44,8 +57,8 @@ CAPTION_CONDITIONS: tuple[Condition, ...] = ("correct", "shuffled", "zero")
 under noise tells."""
 ANSWER = captions.GREEDY.model_copy(update={"max_new_tokens": 24})
 """An answer to a short question is a sentence at most."""
-NUM_SHOWN = 24
-"""Samples with pictures in the report when there is no golden set."""
+CHANGES = ("status", "updated", "step", "phases_s", "gates_failed", "error", "signal")
+"""What ``run.json`` says of the moment, and not of where the run comes from."""
 
 TELL_COLLAPSE = 0.2
 """Share of outputs from which a symptom of collapse is told in words; the gate's own bound is in the config."""
@@ -71,23 +84,44 @@ class Before:
     """Of every held-out sample, by the language model alone: no image, no connector."""
 
 
+def check_measurable(bench: Workbench) -> None:
+    """What would stop the measurements is found before hours of training, not after; what is left out is said.
+
+    Raises `UserError`: images that cannot be shuffled, an object list or a CLIP folder that cannot be read.
+    """
+    cfg, held = bench.cfg, len(bench.data.eval_examples)
+    assert len(bench.golden_items) <= held  # chosen and stored here, where every process takes part
+    samples = {"eval.caption_samples": bench.caption_sample}
+    if "shuffled" in cfg.ablation.conditions:
+        samples["ablation.num_samples"] = bench.ablation_sample
+    for name, indices in samples.items():
+        if not indices and name == "eval.caption_samples":
+            continue
+        try:
+            loss.shuffle_images(bench.examples(indices), bench.content_key, cfg.measure_seed)
+        except UserError as e:
+            raise UserError(f"{name}: {e}") from e
+    assert bench.objects.names
+    if cfg.eval.clip_model is not None:
+        clipscore.ClipJudge(cfg.eval.clip_model, bench.dist.device)
+    if blind := held - len(bench.sighted):
+        bench.gaps.append(
+            f"{blind} of {held} held-out samples show no image: the comparison of images leaves them out."
+        )
+    if long := len(bench.sighted) - len(bench.describable):
+        bench.gaps.append(
+            f"{long} of {held} held-out samples are not captioned: they end with the user's turn, or the turns before "
+            f"their last answer do not fit into prompting.max_seq_len {cfg.prompting.max_seq_len}."
+        )
+
+
 def measure_before(bench: Workbench, *, fresh: bool) -> Before:
     """Held-out losses of the untrained connector and of the language model alone, and its text logits.
 
     The losses are measured once, at the true start, and kept in the run folder: after a resume the first could not be
     measured any more. The text logits are those of the weights as loaded from their own files, in every process.
     """
-    # Found out before hours of training, not after: whether the held-out images can be shuffled at all.
-    for name, size in (
-        ("ablation.num_samples", bench.cfg.ablation.num_samples),
-        ("eval.caption_samples", bench.cfg.eval.caption_samples),
-    ):
-        try:
-            if size:
-                loss.shuffle_images(bench.examples(bench.sample(size)), bench.content_key, bench.cfg.measure_seed)
-        except UserError as e:
-            raise UserError(f"{name} is {size}: {e}") from e
-    assert bench.objects.names  # read here: a list that cannot be read is better found now than after the training
+    check_measurable(bench)
     text = textonly.text_logits(bench.model, bench.tokenizer)
     path = bench.run.path / BASELINE
     if fresh:
@@ -157,11 +191,11 @@ def assess(
         bench.run.log({"step": step, "eval_loss": tell.measured[0].value, "eval_examples": len(correct)})
     learned(bench, before, correct, tell)
 
-    items = bench.golden_items()
+    items = bench.golden_items
     if items:
         write_golden(bench, items, step)
-    looks(bench, correct, [i for i, _ in items], tell)  # does it look
-    describes(bench, [i for i, _ in items], tell)  # what does it say
+    looks(bench, correct, tell)  # does it look
+    describes(bench, tell)  # what does it say
     answers(bench, tell)
     could_be_guessed(bench, tell)  # could one do without looking
 
@@ -194,8 +228,9 @@ def learned(bench: Workbench, before: Before, correct: Sequence[loss.SampleLoss]
             caveat=f"guessing evenly over the {size:,} tokens of the vocabulary",
         )
     )  # fmt: skip
-    rows = [(r["step"], r["loss"]) for r in bench.run.metrics() if isinstance(r.get("loss"), int | float)]
-    if (share := late_share([y for _, y in sorted(dict(rows).items())])) is not None:
+    rows = sorted({r["step"]: r["loss"] for r in bench.run.metrics() if isinstance(r.get("loss"), int | float)}.items())
+    whole = bool(rows) and rows[0][0] == 1  # the log of a run that went on from elsewhere lacks the fall
+    if whole and (share := late_share([y for _, y in rows])) is not None:
         tell.measured.append(
             Measurement(
                 name="curve.late_share", value=share, unit="share", better="lower", n=len(rows),
@@ -223,34 +258,40 @@ def late_share(losses: Sequence[float]) -> float | None:
     return 1.0 if start <= end else min(1.0, max(0.0, mean(losses[quarter - tenth : quarter]) - end) / (start - end))
 
 
-def looks(bench: Workbench, correct: Sequence[loss.SampleLoss], shown: list[int], tell: Told) -> None:
+def looks(bench: Workbench, correct: Sequence[loss.SampleLoss], tell: Told) -> None:
     """The loss with the wrong images, overall and by stratum, and word by word."""
     measured, losses = bench.ablation(correct)
     tell.measured += measured
-    encoder = bench.data.encoder
-    if "zero" in losses:
-        rows = [
-            reliance.words(encoder, bench.data.eval_examples[i], right, wrong)
-            for i, right, wrong in zip(
-                bench.sample(bench.cfg.ablation.num_samples), losses["correct"], losses["zero"], strict=True
-            )
-        ]
-        tell.word_stats = reliance.word_stats(rows, seed=bench.cfg.measure_seed)
-    shown = (shown or bench.sample(NUM_SHOWN))[:NUM_SHOWN]
-    own: list[loss.SampleLoss] = [correct[i] for i in shown]
-    pair = bench.ablation_losses(shown, ("correct", "zero"), {"correct": own})
-    for i, right, wrong in zip(shown, pair["correct"], pair["zero"], strict=True):
-        tell.words[i] = reliance.words(encoder, bench.data.eval_examples[i], right, wrong)
+    words = by_word(bench, bench.ablation_sample, losses)
+    if words:
+        tell.word_stats = reliance.word_stats(list(words.values()), seed=bench.cfg.measure_seed)
+    missing = [i for i in bench.shown_sample if i not in words]
+    if missing:
+        rest = bench.ablation_losses(missing, ("correct", "zero"), {"correct": [correct[i] for i in missing]})
+        words |= by_word(bench, missing, rest)
+    tell.words = {i: words[i] for i in bench.shown_sample}
 
 
-def describes(bench: Workbench, first: list[int], tell: Told) -> None:
-    """Captions of held-out pictures and every score of them; ``first`` (the golden set) is captioned in any case."""
+def by_word(
+    bench: Workbench, indices: Sequence[int], losses: Mapping[Condition, Sequence[loss.SampleLoss]]
+) -> dict[int, list[WordReliance]]:
+    """What each word of these held-out samples loses with the zero image; nothing where that was not measured."""
+    if "zero" not in losses:
+        return {}
+    return {
+        i: reliance.words(bench.data.encoder, bench.data.eval_examples[i], right, wrong)
+        for i, right, wrong in zip(indices, losses["correct"], losses["zero"], strict=True)
+    }
+
+
+def describes(bench: Workbench, tell: Told) -> None:
+    """Captions of held-out pictures and every score of them."""
     cfg, data = bench.cfg, bench.data
-    n = min(cfg.eval.caption_samples, len(data.eval_examples))
-    if not n:
-        bench.gaps.append("Captions: none were generated (eval.caption_samples is 0).")
+    chosen = bench.caption_sample
+    if not chosen:
+        why = "no held-out sample can be captioned" if cfg.eval.caption_samples else "eval.caption_samples is 0"
+        bench.gaps.append(f"Captions: none were generated ({why}).")
         return
-    chosen = sorted(list(dict.fromkeys([*first, *bench.sample(n)]))[:n])
     examples = bench.examples(chosen)
     seed = cfg.measure_seed
     by: dict[Condition, list[captions.CaptionRecord]]
@@ -258,7 +299,7 @@ def describes(bench: Workbench, first: list[int], tell: Told) -> None:
         by = {c: bench.captions(examples, captions.GREEDY, c, cfg.eval.batch_size) for c in CAPTION_CONDITIONS}
     tell.captions = {i: [by[c][k] for c in CAPTION_CONDITIONS] for k, i in enumerate(chosen)}
     records = [r for c in CAPTION_CONDITIONS for r in by[c]]
-    groups = {k: [turns[0] if len(turns) == 1 else None for turns in v] for k, v in bench.groups_at(chosen).items()}
+    groups = {k: [turns[0] if len(turns) == 1 else None for turns in v] for k, v in bench.groups(chosen).items()}
     tell.measured += captions.score(records, seed=seed, groups=groups)
     tell.histograms.append(captions.length_histogram(records))
 
@@ -284,12 +325,15 @@ def describes(bench: Workbench, first: list[int], tell: Told) -> None:
     if cfg.eval.clip_model is None:
         bench.gaps.append("CLIPScore: not measured; give eval.clip_model a CLIP folder.")
     else:
+        single = [k for k, e in enumerate(examples) if len(e.images) == 1]
+        if len(single) < len(examples):
+            bench.gaps.append(f"CLIPScore: {len(examples) - len(single)} captions of several images are left out.")
         with bench.phase("captions"):
             tell.measured += clipscore.clip_score(
                 cfg.eval.clip_model,
-                (data.pipeline.open(e.images[0]) for e in examples),
-                [r.prediction for r in by["correct"]],
-                [r.reference for r in by["correct"]],
+                (data.pipeline.open(examples[k].images[0]) for k in single),
+                [by["correct"][k].prediction for k in single],
+                [by["correct"][k].reference for k in single],
                 device=bench.dist.device,
                 seed=seed,
             )
@@ -305,22 +349,36 @@ def answers(bench: Workbench, tell: Told) -> None:
     if not items:
         bench.gaps.append(
             "Questions: none could be made: no held-out sample with one image and one answer names an object of "
-            "eval.object_list (default COCO's)."
+            "eval.object_list (default COCO's), or all of them name the same one."
         )
         return
     asked = [qa.qa_prompt(bench.data.eval_examples[item.index], item) for item in items]
+    conditions: tuple[Condition, ...] = CAPTION_CONDITIONS
+    if len({bench.content_key(e.images[0]) for e in asked}) < 2:
+        bench.gaps.append("Questions under another image: not asked, all of them are about one picture.")
+        conditions = ("correct", "zero")
     given: dict[Condition, list[str]]
     with bench.phase("captions"):
         given = {
             c: [r.prediction for r in bench.captions(asked, ANSWER, c, bench.cfg.eval.batch_size, "questions")]
-            for c in CAPTION_CONDITIONS
+            for c in conditions
         }
-    tell.measured += qa.score_qa(items, given, seed)
+    tell.measured += qa.score_qa(items, given)
 
 
 def could_be_guessed(bench: Workbench, tell: Told) -> None:
     """Whether the answers can be had from the text alone, or from earlier turns."""
     turns, data = bench.cfg.eval.audit_turns, bench.data
+    several = sum(sum(t.role == "assistant" for t in e.turns) > 1 for e in data.eval_examples)
+    if several < strata.MIN_SAMPLES:
+        n = len(data.eval_examples)
+        tell.measured.append(
+            Measurement(
+                name="audit.trained.leak", value=0.0, unit="nats/token", better="lower", n=n, ci95=(0.0, 0.0),
+                caveat=f"{several or 'none'} of {n} held-out samples have a second answer, so there is next to nothing "
+                "to read in earlier turns",
+            )
+        )  # fmt: skip
     if not turns:
         bench.gaps.append("Leakage audit: not made (eval.audit_turns is 0).")
         return
@@ -333,7 +391,8 @@ def could_be_guessed(bench: Workbench, tell: Told) -> None:
                 bench.model, data.encoder, data.layout, data.eval_examples, turns, bench.cfg.measure_seed,
                 batch_size=bench.cfg.eval.batch_size, content_key=bench.content_key, blank=image, name=name,
             )  # fmt: skip
-            tell.measured += found.measurements
+            known = {m.key for m in tell.measured}
+            tell.measured += [m for m in found.measurements if m.key not in known]
             tell.findings += found.findings
             bench.gaps += [] if image is not None else found.gaps
 
@@ -384,7 +443,9 @@ def make_evidence(
         sources=c["sources"],
         rejects=c["rejects"],
         duplicates=c["duplicates"],
+        train_buckets=c["train_buckets"],
         eval_buckets=c["eval_buckets"],
+        held_out_sha256=bench.held_out_sha256,
         truncated_pct=_weighted(trained, "truncated_pct", "samples"),
         label_zero_pct=_weighted(trained, "label_zero_pct", "samples"),
         eval_origin="their own files" if cfg.data.eval_sources else f"held out by split {cfg.data.split}",
@@ -427,7 +488,7 @@ def make_evidence(
         samples=_samples(bench, tell, items, step),
         text_only=text,
         cost=known or _cost(bench, trained, step),
-        provenance={k: v for k, v in run.read_json("run.json").items() if k not in ("status", "updated", "step")},
+        provenance={k: v for k, v in run.read_json("run.json").items() if k not in CHANGES},
         config_yaml=dump_config(cfg),
         gaps=bench.gaps,
     )
@@ -444,7 +505,8 @@ def make_evidence(
         run.write_json("metrics.json", evidence.metrics() | flat_names(evidence))
         atomic_write(run.path / "evidence.json", evidence.to_json())
         render(evidence, run.path)
-        run.set_status(status, step=step, phases_s=bench.phases_s, gates_failed=[g.name for g in evidence.failed_gates])
+        times = {} if bench.remeasured else {"phases_s": bench.phases_s}
+        run.set_status(status, step=step, gates_failed=[g.name for g in evidence.failed_gates], **times)
         bench.reporter.line("report", str(run.path / "report.html"))
     return evidence
 
@@ -536,7 +598,7 @@ def _cost(bench: Workbench, trained: list[Record], step: int) -> Cost:
         images=images,
         tokens=round(tokens),
         target_tokens=sum(r["tokens"] for r in trained),
-        wall_s=None if bench.resumed else sum(bench.phases_s.values()),  # the earlier process took its time along
+        wall_s=None if bench.resumed else time.perf_counter() - bench.started,  # an earlier process took its time along
         train_s=seconds,
         phases_s=bench.phases_s,
         step_s=seconds / len(trained),
@@ -556,13 +618,13 @@ def _samples(bench: Workbench, tell: Told, items: GoldenItems, step: int) -> lis
     if not bench.dist.is_main:
         return []
     data = bench.data
-    shown = list(tell.words)
+    shown = bench.shown_sample
     predictions: dict[int, list[Prediction]] = {i: [] for i in shown}
-    index_of = {item.id: i for i, item in items}
+    index_of = {(item.id, item.gt_text, item.image_relpath): i for i, item in items}
     for at, path in golden.steps_of(bench.run.qual):
         if at <= step and path == golden.captions_path(bench.run.qual, at, len(items)):
             for row in golden.load_captions(path):
-                if (i := index_of.get(row.id)) in predictions:
+                if (i := index_of.get((row.id, row.gt_text, row.image_relpath))) in predictions:
                     exact = captions.exact_match(row.pred_text, row.gt_text)
                     predictions[i].append(Prediction(step=at, text=row.pred_text, exact=exact))
     for i in shown:
@@ -574,10 +636,10 @@ def _samples(bench: Workbench, tell: Told, items: GoldenItems, step: int) -> lis
         Sample(
             id=data.eval_examples[i].id,
             images=[thumbnail(data.pipeline.open(ref)) for ref in data.eval_examples[i].images],
-            reference=data.eval_examples[i].target_text,
+            reference=data.eval_examples[i].answer_text,
             predictions=predictions[i],
             bucket=data.eval_buckets[i],
-            words=tell.words[i],
+            words=tell.words.get(i, []),
         )
         for i in shown
     ]

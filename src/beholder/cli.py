@@ -334,11 +334,21 @@ def ablate(
     Python: beholder.remeasure.ablate_run.
     """
     from beholder.remeasure import ablate_run
-    from beholder.runs import to_json
 
     result = ablate_run(
         run_folder, num_samples=num_samples, conditions=condition, words=words, overrides=sets or []
     )  # fmt: skip
+    _tell(result, json)
+
+
+def _tell(result: object, json: bool) -> None:
+    """An answer as a table or JSON, told by one process of a job."""
+    from beholder.remeasure import Answer
+    from beholder.runs import to_json
+
+    assert isinstance(result, Answer)
+    if not result.is_main:
+        return
     if json:
         typer.echo(to_json(result.to_json(), indent=2))
     else:
@@ -359,13 +369,8 @@ def audit(
     """
     from beholder.configfile import load_config
     from beholder.remeasure import audit_data
-    from beholder.runs import to_json
 
-    result = audit_data(load_config(config, sets or []), num_turns=num_turns, part=part)
-    if json:
-        typer.echo(to_json(result.to_json(), indent=2))
-    else:
-        result.print(_console())
+    _tell(audit_data(load_config(config, sets or []), num_turns=num_turns, part=part), json)
 
 
 @golden_app.command("show", epilog=_example("beholder golden show outputs/quickstart --step last"))
@@ -404,14 +409,20 @@ def golden_diff(
 
 
 @app.command(epilog=_example("beholder sweep configs/quickstart/sweep.yaml"))
-def sweep(config: ConfigArg, sets: Sets = None) -> None:
+def sweep(
+    config: ConfigArg,
+    sets: Sets = None,
+    promote_anyway: Annotated[
+        bool, typer.Option("--promote-anyway", help="Start from a checkpoint whose run failed its gates.")
+    ] = False,
+) -> None:
     """Short runs over a grid of settings, scored, with a table and a plot. Only what is missing is run.
 
     Python: beholder.study.sweep.run_sweep.
     """
     from beholder.study.sweep import run_sweep
 
-    result = run_sweep(config, sets or [], console=_console())
+    result = run_sweep(config, sets or [], console=_console(), promote_anyway=promote_anyway)
     raise typer.Exit(result.exit_code)
 
 

@@ -384,7 +384,8 @@ class EvalConfig(Section):
     clip_model: str | None = None
     """CLIP folder or hub name for CLIPScore; none: not measured."""
     audit_turns: Annotated[int, Field(ge=0)] = 128
-    """Held-out answers on which the language model is scored without any image (leakage audit); 0: none."""
+    """Held-out answers that the language model is scored on without any image, and the trained model with an empty one
+    (leakage audit); 0: none."""
 
 
 class AblationConfig(Section):
@@ -419,8 +420,6 @@ class GateConfig(Section):
     """Judge it in every group of samples as well (target length, turn, question, answer type), not only overall."""
     min_n: Positive = 20
     """Groups with fewer samples are not judged."""
-    optional: bool = False
-    """Pass when there is nothing to measure, as for a leak between turns where samples have one turn."""
     why: str = ""
     """What the gate protects from, for the report."""
 
@@ -455,7 +454,7 @@ GATES: dict[str, GateConfig] = {
     ),
     "no_leak": _gate(
         "audit.trained.leak", "answers are not read from earlier turns' text instead of the image", at_most=0.05,
-        end="low", optional=True,
+        end="low",
     ),
     "better_than_text": _gate(
         "learn.delta_text", "its loss is below the language model's own, without any image", above=0, end="low"

@@ -22,7 +22,7 @@ Measurement names are dotted, ``<probe>.<quantity>[.<condition>]``; the ones the
 - ``data.truncated_pct``, ``data.label_zero_pct``, ``frozen.changed``, ``text.changed``.
 
 Strata come in groupings (``by``): ``length`` (short, medium, long), ``turn`` (first turn, later turns), ``question``
-(its first words), ``answer`` (yes/no, number, other). The names of strata differ between groupings.
+(its first words), ``answer`` (yes/no, number, other), and ``kind`` for the questions of the question-answer set.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Measurement(Record):
     stratum: str | None = None
     """Part of the samples the value is about; None means all."""
     by: str | None = None
-    """Grouping the stratum belongs to: ``length``, ``turn``, ``question``, ``answer``."""
+    """Grouping the stratum belongs to: ``length``, ``turn``, ``question``, ``answer``, ``kind``."""
     caveat: str | None = None
     """What a reader could get wrong about the number."""
 
@@ -145,6 +145,8 @@ class DataFacts(Record):
     eval_origin: str = ""
     """Where the held-out samples come from, in words."""
     fingerprint: str = ""
+    held_out_sha256: str = ""
+    """Over the held-out samples: ids, texts and pictures. Equal means two runs were measured on the same."""
 
 
 class Curve(Record):

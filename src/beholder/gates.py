@@ -15,8 +15,7 @@ from beholder.evidence import Evidence, GateResult, Measurement
 def judge(gates: Mapping[str, GateConfig], measurements: Sequence[Measurement]) -> list[GateResult]:
     """One result for every gate that is not switched off, in their order.
 
-    What was not measured does not pass, unless the gate is optional: a gate says that something has been shown, not
-    that nothing was noticed.
+    What was not measured does not pass: a gate says that something has been shown, not that nothing was noticed.
     """
     return [_judge(name, gate, measurements) for name, gate in gates.items() if gate.enable]
 
@@ -36,7 +35,7 @@ def _judge(name: str, gate: GateConfig, measurements: Sequence[Measurement]) -> 
         )  # fmt: skip
 
     if overall is None:
-        return result(gate.optional, None, None, "nothing to measure" if gate.optional else "not measured")
+        return result(False, None, None, "not measured")
     numbers = [(m, _number(m, gate)) for m in judged]
     unknown = [m for m, number in numbers if number is None]
     if unknown:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from beholder.assessment import assess, measure_before
+from beholder.assessment import assess, by_word, measure_before
 from beholder.config import RunConfig
 from beholder.configfile import diff_configs, load_config
 from beholder.evidence import Condition, Measurement, load_evidence
@@ -69,6 +69,9 @@ def reopen(folder: str, overrides: Sequence[str]) -> Iterator[Opened]:
             checkpoint.load_connector(where, bench.model.connector, bench.model.connector_info())
             trainer = checkpoint.read_trainer(where)
             checkpoint.check_same_fingerprints(trainer["fingerprints"], bench.fingerprints)
+            bench.resumed = bench.remeasured = True
+            told = run.read_json("run.json").get("promoted") if run.run_path.exists() else None
+            bench.gaps += [told] if told else []
             bench.fill_features(0, 0)
             yield Opened(bench, table, int(trainer["step"]))
     finally:
@@ -90,6 +93,7 @@ def evaluate_run(folder: str, overrides: Sequence[str] = ()) -> Outcome:
         status = bench.run.read_status()  # measuring a stopped run does not finish it
         before = measure_before(bench, fresh=False)
         known = load_evidence(bench.run.path).cost if (bench.run.path / "evidence.json").is_file() else None
+        known = None if known is not None and known.steps != opened.step else known  # of an earlier state
         evidence = assess(bench, opened.table, before, step=opened.step, status=status, known=known)
         return Outcome(bench.run.path, evidence.status, opened.step, evidence=evidence, is_main=bench.dist.is_main)
 
@@ -111,6 +115,8 @@ class Answer:
     findings: list[str]
     file: Path | None = None
     """Where the single samples are written, one a line."""
+    is_main: bool = True
+    """Whether this process is the one that speaks."""
 
     def print(self, console: Console) -> None:
         columns = {name: head for name, head in self.columns.items() if any(m.name == name for m in self.measurements)}
@@ -159,19 +165,15 @@ def ablate_run(
     more += [] if conditions is None else [f"ablation.conditions={list(conditions)}"]
     with reopen(folder, [*overrides, *more]) as opened:
         bench, seed = opened.bench, opened.bench.cfg.measure_seed
-        indices = bench.sample(bench.cfg.ablation.num_samples)
+        indices = bench.ablation_sample
         wanted: tuple[Condition, ...] = ("correct", *bench.cfg.ablation.conditions)
         if words and "zero" not in wanted:
             raise UserError("the words need condition zero: what they lose is told against the zero image")
         losses = bench.ablation_losses(indices, wanted)
-        measured = loss.compare_conditions(losses, bench.groups_at(indices), seed=seed)
+        measured = loss.compare_conditions(losses, bench.groups(indices), seed=seed)
         findings: list[str] = []
         if words:
-            rows = [
-                reliance.words(bench.data.encoder, bench.data.eval_examples[i], right, wrong)
-                for i, right, wrong in zip(indices, losses["correct"], losses["zero"], strict=True)
-            ]
-            stats = reliance.word_stats(rows, seed=seed)
+            stats = reliance.word_stats(list(by_word(bench, indices, losses).values()), seed=seed)
             findings = [f"{w.word!r} loses {w.delta:+.3g} nats without the image (n={w.n})" for w in stats]
         path = bench.run.qual / f"step_{opened.step}_ablation{len(indices)}.jsonl"
         if bench.dist.is_main:
@@ -181,7 +183,7 @@ def ablate_run(
         columns = {"ablation.loss.correct": "loss, own image"}
         columns |= {f"ablation.delta.{c}": f"{name}" for c, name in _WRONG.items()}
         title = f"{folder}, step {opened.step}: nats/token, and what a wrong image adds"
-        return Answer(title, measured, columns, findings, path)
+        return Answer(title, measured, columns, findings, path, bench.dist.is_main)
 
 
 def audit_data(cfg: RunConfig, *, num_turns: int = 256, part: Literal["train", "eval"] = "train") -> Answer:
@@ -204,13 +206,23 @@ def audit_data(cfg: RunConfig, *, num_turns: int = 256, part: Literal["train", "
                 bench.model, data.encoder, data.layout, examples, num_turns, cfg.measure_seed,
                 batch_size=cfg.eval.batch_size, content_key=bench.content_key,
             )  # fmt: skip
-        findings = found.findings or ["No leakage found: the table says how much a blind model answers."]
+        findings = found.findings or [
+            "No leakage found. The table says how much a model answers that has never seen an image; a small one may "
+            "not read earlier turns by itself and learn to in training, which a run's report says (audit.trained)."
+        ]
         findings += found.gaps
         columns = {
             "audit.answerable.alone": "answered from the question",
             "audit.answerable.context": "and earlier turns",
             "audit.leak": "leak, nats/token",
         }
-        return Answer(f"{part} samples of {cfg.run_name}, no image shown", found.measurements, columns, findings)
+        return Answer(
+            f"{part} samples of {cfg.run_name}, no image shown",
+            found.measurements,
+            columns,
+            findings,
+            None,
+            dist.is_main,
+        )
     finally:
         shutdown_distributed()

@@ -254,7 +254,12 @@ def is_finished(run: RunDir, source: Path | None) -> bool:
 def fresh_folder(run: RunDir) -> None:
     """Remove what a run that never reached a checkpoint left: its steps are going to be made again."""
     run.trim_metrics(-1)
-    for path in (run.path / BASELINE, *run.splits.glob("split_*.json"), *run.qual.glob("step_*.jsonl")):
+    for path in (
+        run.path / BASELINE,
+        *run.splits.glob("split_*.json"),
+        *run.qual.glob("step_*.jsonl"),
+        run.path / "golden.jsonl",
+    ):
         path.unlink(missing_ok=True)
 
 
@@ -325,11 +330,11 @@ class Watch:
     def __init__(self, bench: Workbench, total_steps: int) -> None:
         self.bench, self.total = bench, total_steps
         self.per_epoch = len(bench.data.train) / bench.cfg.effective_batch
-        self.golden = bench.golden_items()
-        self.quick = bench.examples(bench.sample(bench.cfg.train.quick_eval_size))
+        self.golden = bench.golden_items
+        self.quick = bench.examples(bench.quick_sample)
 
     def on_step(self, step: int, record: Record) -> None:
-        """Called by the loop after every step; the last step is measured by `write_evidence`."""
+        """Called by the loop after every step; the last step is measured by `assessment.assess`."""
         bench, cfg = self.bench, self.bench.cfg
         if self.golden and step < self.total and self._golden_due(step):
             write_golden(bench, self.golden, step)

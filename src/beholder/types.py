@@ -86,8 +86,17 @@ class Example:
 
     @property
     def target_text(self) -> str:
-        """What the assistant says, all turns joined by newlines: the reference of caption metrics."""
+        """What the assistant says, all turns joined by newlines: everything that is learned."""
         return "\n".join(t.text for t in self.turns if t.role == "assistant")
+
+    @property
+    def answer_text(self) -> str:
+        """The assistant's last turn, which is what a prompt (`ChatEncoder.encode_prompt`) asks the model for.
+
+        Empty when nobody has answered yet: no assistant turn, or the user has the last word.
+        """
+        last = self.turns[-1] if self.turns else None
+        return last.text if last is not None and last.role == "assistant" else ""
 
     @property
     def where(self) -> str:

@@ -1,24 +1,27 @@
 """A run's loaded parts on one bench: model, data, feature store, and the probes that measure them together.
 
-Here the rooms meet: probes get models and batches, shared among the processes of a job. What happens in which order
-is `stages`' business; nothing here trains.
+Here the rooms meet: probes get models and batches, shared among the processes of a job. What is measured in which order
+is `assessment`'s business; nothing here trains.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from beholder.config import GenerateConfig, RunConfig
 from beholder.data import Data, build_data
+from beholder.data.chat import EncodeError
 from beholder.data.images import ImageError, content_hash
 from beholder.data.sources import Reject
 from beholder.evidence import Condition, Measurement
@@ -26,12 +29,25 @@ from beholder.features import FeatureStore, FillReport, store_dir
 from beholder.model.plan import frozen_fingerprint
 from beholder.model.vlm import VisionLanguageModel, build_vlm
 from beholder.probes import audit, captions, golden, hallucination, loss, strata
-from beholder.runs import RunDir
+from beholder.runs import RunDir, to_json
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter, duration
 from beholder.types import Batch, Example, ImageRef, UserError
 
 T = TypeVar("T")
+
+NUM_GOLDEN_SHOWN = 64
+"""Golden samples with pictures in the report: the seed's whole set."""
+NUM_SHOWN = 24
+"""Samples with pictures when there is no golden set."""
+
+
+class HasId(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+Identified = TypeVar("Identified", bound=HasId)
 
 
 @dataclass
@@ -52,7 +68,14 @@ class Workbench:
     phases_s: dict[str, float] = field(default_factory=dict)
     gaps: list[str] = field(default_factory=list)
     resumed: bool = False
-    """Training went on from a checkpoint of an earlier process."""
+    """Training went on from a checkpoint of an earlier process, or ended there."""
+    remeasured: bool = False
+    """A run that was trained earlier is measured again."""
+    started: float = field(default_factory=time.perf_counter)
+    """`time.perf_counter` when the work began."""
+    _content: dict[ImageRef, str] = field(default_factory=dict)
+    _inner_s: list[float] = field(default_factory=lambda: [0.0])
+    """Seconds of the phases inside each open phase, outermost first."""
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -65,12 +88,15 @@ class Workbench:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the seconds spent inside to ``phases_s[name]``."""
+        """Adds the seconds spent inside to ``phases_s[name]``, without those of phases within."""
         started = time.perf_counter()
+        self._inner_s.append(0.0)
         try:
             yield
         finally:
-            self.phases_s[name] = self.phases_s.get(name, 0.0) + time.perf_counter() - started
+            spent = time.perf_counter() - started
+            self.phases_s[name] = self.phases_s.get(name, 0.0) + spent - self._inner_s.pop()
+            self._inner_s[-1] += spent
 
     # -- features
 
@@ -141,6 +167,7 @@ class Workbench:
         data.eval_buckets = [data.eval_buckets[i] for i in kept]
         data.eval_label_len = [data.eval_label_len[i] for i in kept]
         data.counts["eval"] = len(kept)
+        data.counts["eval_buckets"] = dict(Counter(data.eval_buckets))
 
     # -- probes, shared among processes
 
@@ -161,10 +188,11 @@ class Workbench:
         """This process's share of the examples as held-out batches."""
         return self.data.eval_batches(self._mine(examples), self.store, self.cfg)
 
-    def losses(self, examples: Sequence[Example]) -> list[loss.SampleLoss]:
-        """Loss of every sample in the order of ``examples``, whichever process measured it."""
-        mine = loss.sample_losses(self.model, self.batches(examples))
-        found = self._gather(mine, loss.SampleLoss)
+    def _gather_all(
+        self, mine: Sequence[Any], kind: Callable[..., Identified], examples: Sequence[Example]
+    ) -> list[Identified]:
+        """As `_gather`, one record for each of the examples: what was readable at the start must still be."""
+        found = self._gather(mine, kind)
         if len(found) != len(examples):
             known = {f.id for f in found}
             lost = [e.id for e in examples if e.id not in known]
@@ -173,6 +201,11 @@ class Workbench:
                 f"cannot be read now ({', '.join(map(repr, lost[:5]))}); the numbers would be about other samples"
             )
         return found
+
+    def losses(self, examples: Sequence[Example]) -> list[loss.SampleLoss]:
+        """Loss of every sample in the order of ``examples``, whichever process measured it."""
+        mine = loss.sample_losses(self.model, self.batches(examples))
+        return self._gather_all(mine, loss.SampleLoss, examples)
 
     def eval_losses(self) -> list[loss.SampleLoss]:
         """Loss of every held-out sample."""
@@ -186,35 +219,69 @@ class Workbench:
                 self.model, self.data.encoder, self.data.layout, self._mine(self.data.eval_examples),
                 batch_size=self.cfg.eval.batch_size,
             )  # fmt: skip
-        return self._gather(mine, loss.SampleLoss)
+        return self._gather_all(mine, loss.SampleLoss, self.data.eval_examples)
 
-    def sample(self, size: int) -> list[int]:
-        """Indices of at most ``size`` held-out samples, balanced over length buckets, the same in every run."""
-        return self.data.eval_sample(size, self.cfg.measure_seed)
+    # -- which held-out samples are measured: always balanced over length buckets, the same in every run
+
+    @cached_property
+    def sighted(self) -> list[int]:
+        """Held-out samples with an image: without one, every condition is the same."""
+        return [i for i, e in enumerate(self.data.eval_examples) if e.images]
+
+    @cached_property
+    def describable(self) -> list[int]:
+        """Those whose last answer can be written and compared: it is there, and the turns before it fit."""
+        fits: list[int] = []
+        for i in self.sighted:
+            if not self.data.eval_examples[i].answer_text:  # a question that nobody has answered
+                continue
+            try:
+                self.data.encoder.encode_prompt(self.data.eval_examples[i])
+                fits.append(i)
+            except EncodeError:
+                continue
+        return fits
+
+    @property
+    def quick_sample(self) -> list[int]:
+        return self.data.eval_sample(self.cfg.train.quick_eval_size, self.cfg.measure_seed)
+
+    @property
+    def ablation_sample(self) -> list[int]:
+        """Of ``ablation.num_samples``."""
+        return self.data.eval_sample(self.cfg.ablation.num_samples, self.cfg.measure_seed, self.sighted)
+
+    @property
+    def caption_sample(self) -> list[int]:
+        """Of ``eval.caption_samples``; the golden set comes first, so that its pictures are shown under every image."""
+        n = min(self.cfg.eval.caption_samples, len(self.describable))
+        balanced = self.data.eval_sample(n, self.cfg.measure_seed, self.describable)
+        return sorted(list(dict.fromkeys([*(i for i, _ in self.golden_items), *balanced]))[:n])
+
+    @property
+    def shown_sample(self) -> list[int]:
+        """Whose pictures are in the report: the golden set, at most `NUM_GOLDEN_SHOWN` of it, else a few."""
+        golden_set = [i for i, _ in self.golden_items][:NUM_GOLDEN_SHOWN]
+        return golden_set or self.data.eval_sample(NUM_SHOWN, self.cfg.measure_seed, self.sighted)
 
     def examples(self, indices: Sequence[int]) -> list[Example]:
         return [self.data.eval_examples[i] for i in indices]
 
-    @cached_property
-    def groups(self) -> loss.Groups:
-        """Strata of every held-out sample."""
-        return strata.groups_of(self.data.eval_examples, self.data.eval_buckets)
+    def groups(self, indices: Sequence[int]) -> loss.Groups:
+        """Strata of these held-out samples; what is rare is rare among them."""
+        return strata.groups_of(self.examples(indices), [self.data.eval_buckets[i] for i in indices])
 
     @cached_property
     def objects(self) -> hallucination.ObjectList:
         """What CHAIR and the questions know by name."""
         return hallucination.load_objects(self.cfg.eval.object_list)
 
-    def groups_at(self, indices: Sequence[int]) -> loss.Groups:
-        """Strata of some of them."""
-        return {by: [per_sample[i] for i in indices] for by, per_sample in self.groups.items()}
-
     def eval_summary(self, losses: Sequence[loss.SampleLoss]) -> list[Measurement]:
         """Token-weighted held-out loss, perplexity and accuracy, overall and by stratum."""
-        seed = self.cfg.measure_seed
+        seed, groups = self.cfg.measure_seed, self.groups(range(len(losses)))
         return [
             *loss.summarize(losses, "eval", seed=seed),
-            *loss.summarize_groups(losses, self.groups, "eval", seed=seed),
+            *loss.summarize_groups(losses, groups, "eval", seed=seed),
         ]
 
     def ablation_losses(
@@ -231,7 +298,8 @@ class Workbench:
                 [c for c in conditions if c not in known],
                 content_key=self.content_key, seed=self.cfg.measure_seed,
             )  # fmt: skip
-            found = {condition: self._gather(losses, loss.SampleLoss) for condition, losses in mine.items()}
+            examples = self.examples(indices)
+            found = {c: self._gather_all(losses, loss.SampleLoss, examples) for c, losses in mine.items()}
         return {c: list(known[c]) if c in known else found[c] for c in conditions}
 
     def ablation(
@@ -241,11 +309,11 @@ class Workbench:
 
         ``correct``: the losses of `eval_losses`, so that what was just measured is not measured again.
         """
-        indices = self.sample(self.cfg.ablation.num_samples)
+        indices = self.ablation_sample
         losses = self.ablation_losses(
             indices, ("correct", *self.cfg.ablation.conditions), {"correct": [correct[i] for i in indices]}
         )
-        return loss.compare_conditions(losses, self.groups_at(indices), seed=self.cfg.measure_seed), losses
+        return loss.compare_conditions(losses, self.groups(indices), seed=self.cfg.measure_seed), losses
 
     def captions(
         self,
@@ -256,6 +324,7 @@ class Workbench:
         label: str = "captions",
     ) -> list[captions.CaptionRecord]:
         """What the model writes for each example under ``condition``; ``label`` names the work in its progress."""
+        assert condition != "noise", "nothing is written under noise"
         shown = list(examples)
         if condition == "shuffled":
             shown = loss.shuffle_images(examples, self.content_key, self.cfg.measure_seed)
@@ -267,34 +336,46 @@ class Workbench:
                 builder,
                 self._mine(shown),
                 settings,
-                "correct" if condition == "shuffled" else condition,
+                "zero" if condition == "zero" else "correct",
                 batch_size=batch_size,
                 seed=self.cfg.seed,
                 progress=tick,
             )
-        return self._gather([replace(r, condition=condition) for r in mine], captions.CaptionRecord)
+        return self._gather_all([replace(r, condition=condition) for r in mine], captions.CaptionRecord, examples)
 
     def content_key(self, ref: ImageRef) -> str:
-        """Tells images apart by their bytes."""
-        return content_hash(ref)
+        """Tells images apart by their bytes; each is read once."""
+        if ref not in self._content:
+            self._content[ref] = content_hash(ref)
+        return self._content[ref]
 
+    @cached_property
+    def held_out_sha256(self) -> str:
+        """Over every held-out sample: its id, its text, its pictures' bytes."""
+        digest = hashlib.sha256()
+        for e in self.data.eval_examples:
+            digest.update(to_json([e.id, [t.text for t in e.turns], [self.content_key(r) for r in e.images]]).encode())
+        return digest.hexdigest()
+
+    @cached_property
     def golden_items(self) -> list[tuple[int, golden.GoldenItem]]:
-        """The fixed set as (index into ``eval_examples``, item); made and stored on first use."""
+        """The fixed set as (index into ``eval_examples``, item); made and stored by all processes at once."""
         e = self.cfg.eval
         if not e.golden_size or e.run_golden_every == "never":
             return []
         path = self.run.path / "golden.jsonl" if e.golden_set_path is None else Path(e.golden_set_path)
 
         def make() -> list[int]:
+            among = self.describable
             chosen = golden.golden_set(
                 path,
-                self.data.eval_examples,
-                buckets=self.data.eval_buckets,
-                label_len=self.data.eval_label_len,
+                self.examples(among),
+                buckets=[self.data.eval_buckets[i] for i in among],
+                label_len=[self.data.eval_label_len[i] for i in among],
                 size=e.golden_size,
                 seed=e.golden_seed,
             )
-            return [index for index, _ in chosen]
+            return [among[index] for index, _ in chosen]
 
         indices: list[int] = self.dist.on_main(make)
         return list(zip(indices, golden.load(path), strict=True))
@@ -353,7 +434,7 @@ def open_bench(cfg: RunConfig, run: RunDir, dist: Dist, *, split_file: Path) -> 
     rejects = data.counts["rejects"]
     if rejects:
         reporter.line("data", "rejected " + " ".join(f"{reason}={n}" for reason, n in sorted(rejects.items())))
-    bench = Workbench(cfg, run, dist, model, tokenizer, data, reporter, frozen)
+    bench = Workbench(cfg, run, dist, model, tokenizer, data, reporter, frozen, started=started)
     bench.gaps += [f"Split: {note}" for note in data.counts["split_notes"]]
     bench.drop_unreadable_eval()
     bench.phases_s |= {"load": loaded - started, "data": time.perf_counter() - loaded}

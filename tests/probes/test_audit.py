@@ -137,8 +137,9 @@ def test_the_share_of_answers_that_earlier_turns_give_away_is_told_apart_from_wh
 
     found = run(encoder, examples)
 
-    assert named(found)["audit.answerable.alone"].value == 0
-    assert named(found)["audit.answerable.context"].value == 0.5
+    alone, context = (named(found)[f"audit.answerable.{view}"] for view in ("alone", "context"))
+    assert (alone.value, alone.n) == (0, 2 * len(clear))
+    assert (context.value, context.n) == (1, len(clear))  # first turns have no earlier ones
     assert {t.turn for t in found.turns if t.answered_in_context} == {1}
 
 
@@ -162,7 +163,8 @@ def test_questions_that_tell_their_answer_are_named(encoder: ChatEncoder):
     m = named(found)
     assert not any(x.name == "audit.leak" for x in found.measurements)  # single questions
     assert m["audit.answerable.alone/which shape"].value == 0
-    assert m["audit.answerable.alone"].value == m["audit.answerable.context"].value
+    assert not any(x.name == "audit.answerable.context" for x in found.measurements)
+    assert found.gaps == []
     [finding] = found.findings
     assert finding.startswith("Answerable without the image")
     assert "which shape" not in finding
@@ -246,8 +248,8 @@ def test_a_trained_model_is_audited_with_an_empty_image_in_every_place(encoder: 
             return sighted(batch)
 
     blank = loss.blank_image(sighted, "zero")
-    plain = audit.audit(sighted, encoder, PACKED, leaky(24), 24, content_key=str)
-    found = audit.audit(Watched(), encoder, PACKED, leaky(24), 24, content_key=str, blank=blank, name="audit.trained")
+    plain = audit.audit(sighted, encoder, PACKED, leaky(48), 48, content_key=str)
+    found = audit.audit(Watched(), encoder, PACKED, leaky(48), 48, content_key=str, blank=blank, name="audit.trained")
 
     assert {number for _, number in seen} == {1}  # alone, in context and in control alike
     assert [(t.id, t.turn, t.tokens) for t in found.turns] == [(t.id, t.turn, t.tokens) for t in plain.turns]
@@ -326,3 +328,23 @@ def test_later_turns_without_a_control_are_told(encoder: ChatEncoder):
     assert all(t.control_nll is None for t in found.turns)
     assert "audit.leak" not in named(found)
     assert any("4 of 4 later turns have no control" in gap for gap in found.gaps)
+
+
+@pytest.mark.parametrize(("num", "told"), [(19, False), (20, True)])
+def test_a_leak_of_few_samples_is_not_told_but_how_many_there_were(encoder: ChatEncoder, num: int, told: bool):
+    found = run(encoder, leaky(num))  # two later turns each: 38 turns of 19 samples are still 19 samples
+
+    assert ("audit.leak" in named(found)) is told
+    gap = [gap for gap in found.gaps if "19 of the samples that were scored have a later turn" in gap]
+    assert len(gap) == (not told)
+    assert told or ("expected 20 or more" in gap[0] and found.findings == [])
+
+
+def test_a_group_is_told_when_enough_samples_have_it(encoder: ChatEncoder):
+    chatty = [talk(f"c{k}", *[("Spell it.", c)] * 3) for k, c in enumerate(COLOURS)]  # 24 turns of 8 samples
+
+    m = named(run(encoder, [*leaky(30), *chatty], num_turns=200))
+
+    assert "audit.answerable.alone/say the" in m and "audit.leak/say the" in m
+    assert not any(key.endswith("/spell it") for key in m)
+    assert "audit.answerable.alone/what colour" in m and "audit.answerable.context/what colour" not in m

@@ -344,6 +344,17 @@ def test_of_several_references_of_an_image_the_own_one_counts():
     assert references_shown(examples, shown)[0] == "A cat."
 
 
+def test_the_reference_of_a_conversation_is_its_last_answer():
+    def talk(id: str, image: str, answer: str) -> Example:
+        first = example(id, image, "What colour?", "red")
+        return Example(id, first.images, (*first.turns, Turn("user", ("Is it round?",)), Turn("assistant", (answer,))))
+
+    examples = [talk("0", "a.png", "no"), talk("1", "b.png", "yes")]
+    shown = [Example(e.id, o.images, e.turns) for e, o in zip(examples, reversed(examples), strict=True)]
+
+    assert references_shown(examples, shown) == ["yes", "no"]
+
+
 def test_the_references_of_a_real_shuffle_are_those_of_the_images_it_gave():
     examples = [example(str(k), f"{k}.png", "Say it:", f"picture {k}") for k in range(30)]
 

@@ -99,6 +99,17 @@ def test_the_set_is_chosen_once_and_read_back_for_ever(tmp_path: Path):
     assert set(json.loads(stored.splitlines()[0])) == {"id", "bucket", "gt_text", "image_relpath", "label_len"}
 
 
+def test_the_text_of_a_conversation_is_the_answer_that_is_captioned(tmp_path: Path):
+    first = example("s", "red", "0.png")
+    talk = replace(first, turns=(*first.turns, Turn("user", ("Is it round?",)), Turn("assistant", ("no",))))
+    path = tmp_path / "golden.jsonl"
+
+    [(_, item)] = make(path, [talk], size=1)
+
+    assert item.gt_text == "no"
+    assert make(path, [first, talk]) == [(1, item)]
+
+
 def test_the_file_is_followed_when_the_held_out_samples_come_in_another_order(tmp_path: Path):
     first = make(tmp_path / "golden.jsonl")
 

@@ -11,7 +11,7 @@ from beholder.evidence import Condition, Measurement
 from beholder.model.vlm import VisionLanguageModel
 from beholder.probes import captions
 from beholder.probes.hallucination import parse_objects
-from beholder.probes.qa import COLOURS, KINDS, QaItem, build_qa, qa_prompt, score_qa
+from beholder.probes.qa import COLOURS, FEW, KINDS, QaItem, build_qa, qa_prompt, score_qa
 from beholder.types import Example, ImageRef, ImageSlot, Turn
 
 SHAPES = parse_objects("circle\nrectangle: square\ntriangle", "shapes")
@@ -79,7 +79,7 @@ def test_only_one_image_with_one_caption_is_asked_about():
 
 
 @given(
-    st.lists(st.sampled_from(["a blue circle on white", "a circle", "a red triangle", "a tree", ""]), max_size=40),
+    st.lists(st.sampled_from(["a blue circle on white", "a circle", "a red triangle", "a tree", ""]), max_size=FEW - 1),
     st.integers(0, 30),
     st.integers(0, 3),
 )
@@ -103,9 +103,9 @@ def test_kinds_are_balanced_as_far_as_there_are_candidates(texts: list[str], siz
 def test_another_seed_asks_other_questions():
     examples = [example(("a blue circle", "a red rectangle")[k % 2], str(k)) for k in range(50)]
 
-    a, b = (build_qa(examples, SHAPES, 10, seed) for seed in (0, 1))
+    a, b = (build_qa(examples, SHAPES, 12, seed) for seed in (0, 1))
 
-    assert len(a) == len(b) == 10 and a != b
+    assert len(a) == len(b) == 12 and a != b
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_accuracy_by_condition_and_kind_beside_the_chance_of_the_most_frequent_a
     assert m["qa.accuracy.zero"].value == m["qa.accuracy.chance"].value == 6 / 8
     for kind in KINDS:
         row = m[f"qa.accuracy.zero/{kind}"]
-        assert (row.value, row.n, row.by) == (3 / 4, 4, "question")
+        assert (row.value, row.n, row.by) == (3 / 4, 4, "kind")
     assert m["qa.accuracy.correct"].better == "higher" and m["qa.accuracy.zero"].better == "none"
     assert "'circle'" in (m["qa.accuracy.chance"].caveat or "") and "'red'" in (m["qa.accuracy.chance"].caveat or "")
 
@@ -211,3 +211,30 @@ def test_no_answer_is_right_for_more_than_half_of_a_kind(common: int, rare: int,
     answers = Counter(item.answers[0] for item in items)
     assert len(items) == expected
     assert not items or max(answers.values()) <= len(items) / 2
+
+
+def test_every_accepted_answer_counts_towards_a_majority():
+    """Each first answer is rare, but "cat" is right for all but four."""
+    texts = ["a dog and a cat", "a puppy and a cat", "a hot dog and a cat", "an orange cat and an orange"] * 5
+    examples = [example(text, str(k)) for k, text in enumerate([*texts, *["a dog", "a hot dog"] * 2])]
+
+    items = build_qa(examples, ANIMALS, 24, seed=0)
+
+    what = [item for item in items if item.kind == "what is in the image"]
+    assert 0 < len(what) < 24
+    assert 2 * sum("cat" in item.answers for item in what) <= len(what)
+
+
+@given(
+    st.lists(st.lists(st.sampled_from(["dog", "cat", "hot dog", "orange"]), min_size=1, max_size=3), max_size=60),
+    st.integers(0, 40),
+    st.integers(0, 3),
+)
+def test_no_answer_has_a_majority_whatever_the_captions_name(named: list[list[str]], size: int, seed: int):
+    examples = [example(" beside a ".join(names), str(k)) for k, names in enumerate(named)]
+
+    items = build_qa(examples, ANIMALS, size, seed)
+
+    counts = Counter(answer for item in items for answer in item.answers)
+    assert len(items) <= size and len({item.index for item in items}) == len(items)
+    assert min(size, len(named)) < FEW or all(2 * count <= len(items) for count in counts.values())

@@ -72,7 +72,7 @@ def forms(c: Comparison) -> dict[str, str]:
     html = re.sub(r"<style>.*?</style>", "", c.to_html(), flags=re.S)
     return {
         "html": re.sub(r"<[^>]+>", "", html).replace("&gt;", ">"),
-        "markdown": c.to_markdown().replace("\\", ""),
+        "markdown": c.to_markdown().replace("\\", "").replace("&gt;", ">"),
         "terminal": console.file.getvalue(),
         "json": json.dumps(c.to_json(), ensure_ascii=False),
     }
@@ -151,7 +151,7 @@ def test_other_data_other_held_out_samples_and_unfinished_runs_are_warned_of(
     ])  # fmt: skip
 
     told = " ".join(c.warnings)
-    assert "held-out samples differ (their split files list other samples)" in told
+    assert "held-out samples differ (not the same ids, texts and pictures)" in told
     assert "training data differ" in told and "Not finished: b (cancelled)" in told
     assert c.measurements[0].mark(1) == "", "numbers of other samples are neither better nor worse"
     for form, text in forms(c).items():
@@ -175,6 +175,26 @@ def test_without_a_list_of_held_out_samples_the_settings_say_whether_they_are_th
 
     found = [w for w in c.warnings if "held-out samples differ" in w]
     assert found == [] if why is None else why in found[0]
+
+
+@pytest.mark.parametrize(
+    ("hashes", "listed", "differ"),
+    [
+        (("a" * 64, "b" * 64), (["1"], ["1"]), True),  # the same ids, other pictures
+        (("a" * 64, "a" * 64), (["1"], ["2"]), False),
+        (("a" * 64, ""), (["1"], ["1"]), False),  # an older record: its split file is all there is
+        (("a" * 64, ""), (["1"], ["2"]), True),
+    ],
+)
+def test_the_evidences_own_hash_of_its_held_out_samples_decides_when_all_have_one(
+    write: Write, make_evidence: Callable[..., Evidence], hashes: Any, listed: Any, differ: bool
+) -> None:
+    runs = [
+        write(name, held_out=ids, data=changed(make_evidence, held_out_sha256=which))
+        for name, which, ids in zip("ab", hashes, listed, strict=True)
+    ]
+
+    assert any("held-out samples differ" in w for w in compare_runs(runs).warnings) == differ
 
 
 def test_repeats_on_one_split_are_comparable(write: Write) -> None:

@@ -131,6 +131,58 @@ def test_learning_is_judged_by_the_paired_fall_and_against_the_language_model_al
     assert learned(make_evidence(measurements=found)).tone == tone
 
 
+CLEAR = gate("looks_clearly", 1.1, measure="ablation.ratio.shuffled", unit="ratio")
+EVERYWHERE = CLEAR.model_copy(update={"name": "looks_everywhere"})
+
+
+@pytest.mark.parametrize(
+    ("bound", "tone"), [(None, "good"), ("> 1.05", "good"), ("> 1.2", "weak"), ("≥ 1.5 and ≤ 3", "weak")]
+)
+def test_how_clearly_it_must_look_is_what_the_run_declared(make_evidence: MakeEvidence, bound: str | None, tone: str):
+    found = [
+        measurement("ablation.delta.shuffled", 0.5, "nats/token", 0.1),
+        measurement("ablation.ratio.shuffled", 1.2, "ratio", 0.1),
+    ]
+    gates = [] if bound is None else [CLEAR.model_copy(update={"bound": bound})]
+
+    verdict = looks(make_evidence(measurements=found, gates=gates))
+
+    assert verdict.tone == tone
+    assert f"lower end {(bound or '> 1.05').split(' and')[0]}×" in verdict.rule
+
+
+@pytest.mark.parametrize(("bound", "standing"), [(None, "looks"), ("> 1.02", "looks"), ("> 1.05", "weak")])
+def test_how_clearly_a_group_must_look_is_what_the_run_declared(
+    make_evidence: MakeEvidence, bound: str | None, standing: str
+):
+    found = [*group("turn", "first turn", 1.08, 0.05), *group("turn", "later turns", 3.0, 0.1)]
+    gates = [] if bound is None else [EVERYWHERE.model_copy(update={"bound": bound})]
+
+    assert groups(make_evidence(measurements=found, gates=gates))["turn"][0].standing == standing
+
+
+@pytest.mark.parametrize(
+    ("name", "worse"),
+    [
+        ("learned", "learn"), ("better_than_text", "learn"), ("looks_zero", "look"), ("looks_clearly", "look"),
+        ("no_collapse", "fail"), ("frozen", ""),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [-0.1, None])
+def test_no_answer_is_kinder_than_a_failed_gate_about_it(
+    make_evidence: MakeEvidence, name: str, worse: str, value: float | None
+):
+    e = make_evidence(gates=[gate(name, value, passed=False)])
+
+    found = {v.key: v for v in verdicts(e) if v.key in ("learn", "look", "fail")}
+
+    assert {key for key, v in found.items() if v.tone != "good"} == ({worse} - {""})
+    if worse:
+        assert found[worse].tone == "weak" and found[worse].answer.endswith(", but not as declared.")
+        assert f"Not passed: {name} (" in found[worse].why
+    assert all(v.tone == "good" for v in verdicts(make_evidence(gates=[gate(name, 1.0)])) if v.key in found)
+
+
 def test_an_average_does_not_hide_a_group_answered_without_looking(make_evidence: MakeEvidence):
     e = make_evidence()
     blind = [*e.measurements, *group("answer", "yes/no", 0.998, 0.02, n=812), *group("answer", "other", 40.0, 5.0)]
@@ -236,7 +288,7 @@ def test_the_tables_of_words_are_ordered_and_hold_no_word_twice(deltas: list[flo
 
 def test_groups_come_worst_first_and_small_ones_are_not_judged(make_evidence: MakeEvidence):
     found = [
-        *group("question", "fine", 40.0, 6.0), *group("question", "weak", 1.08, 0.05),
+        *group("question", "fine", 40.0, 6.0), *group("question", "weak", 1.05, 0.04),
         *group("question", "blind", 1.0, 0.02), *group("question", "tiny", 0.9, 0.4, n=7),
         *group("turn", "the only one", 2.0, 0.1),
     ]  # fmt: skip
@@ -263,6 +315,21 @@ def test_groups_without_an_ablation_are_ordered_by_what_there_is(make_evidence: 
     assert [g.stratum for g in groups(e)["question"]] == ["colour", "shape"]
     assert groupings(e)[0].lanes is None
     assert read(e).index("colour ") < read(e).index("shape ")
+
+
+def test_kinds_of_made_up_questions_are_a_table_of_their_own(make_evidence: MakeEvidence):
+    e = make_evidence()
+    kinds = [measurement("qa.accuracy.correct", v, by="kind", stratum=s) for s, v in (("colour", 0.9), ("shape", 0.4))]
+    e = make_evidence(measurements=[*e.measurements, *kinds])
+
+    text, markdown = read(e), render_markdown(e)
+
+    assert {g.by: [x.stratum for x in g.groups] for g in groupings(e)}["kind"] == ["shape", "colour"]
+    assert [g.stratum for g in groups(e)["question"]] == ["what shape", "what colour"]
+    assert "By kind of made-up question: the group that does worst comes first" in text
+    assert "By question: the group that looks least comes first" in text
+    assert "| by kind of made-up question |" in markdown and "| by question |" in markdown
+    assert looks(e).tone == fails(e).tone == "good", "answers alone do not say whether it looked"
 
 
 def test_findings_are_counted_on_the_first_screen_and_told_whole(make_evidence: MakeEvidence):

@@ -180,6 +180,13 @@ def test_the_page_answers_in_order_and_its_first_screen_has_every_verdict(make_e
         place += text[place:].index(heading) + 1
 
 
+def test_a_run_that_succeeded_is_green_only_when_no_gate_failed(make_evidence: MakeEvidence):
+    failed = make_evidence(curves=[], histograms=[], gates=[gate("looks_zero", -0.1, passed=False)])
+
+    assert '<span class="pill succeeded">succeeded</span>' in render_html(make_evidence(curves=[], histograms=[]))
+    assert '<span class="pill ">succeeded</span>' in render_html(failed)
+
+
 def test_the_markdown_answers_in_the_same_order(make_evidence: MakeEvidence):
     markdown = render_markdown(make_evidence())
 

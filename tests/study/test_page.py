@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from tests.study.test_score import SEED
 
 from beholder.evidence import Measurement
-from beholder.study.page import nice_ticks, render_html, render_markdown, render_sweep
+from beholder.report.plots import round_steps_around
+from beholder.study.page import render_html, render_markdown, render_sweep
+from beholder.study.record import Row, SweepRecord, summary_csv
 from beholder.study.score import Entry, flags, rank, score
-from beholder.study.sweep import Row, SweepRecord, summary_csv
 from beholder.types import UserError
 
 
@@ -142,7 +143,7 @@ def test_the_csv_has_every_number_at_full_precision() -> None:
 
 @given(st.floats(-1e4, 1e4), st.floats(1e-6, 1e4))
 def test_ticks_are_equally_spaced_round_and_enclose(low: float, width: float) -> None:
-    ticks = nice_ticks(low, low + width)
+    ticks = round_steps_around(low, low + width)
 
     slack = 1e-6 * max(abs(low), width, 1)
     assert ticks[0] <= low + slack and ticks[-1] >= low + width - slack

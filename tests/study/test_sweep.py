@@ -28,7 +28,9 @@ from beholder.config import SweepConfig
 from beholder.configfile import config_hash, load_config
 from beholder.evidence import load_evidence
 from beholder.study import sweep as sweep_module
-from beholder.study.sweep import SweepRecord, SweepResult, check_folders, plan_sweep, run_sweep, titles, word
+from beholder.study.plan import _points, check_folders, plan_sweep
+from beholder.study.record import SweepRecord, titles, word
+from beholder.study.sweep import SweepResult, run_sweep
 from beholder.types import UserError
 
 COMMAND = "import sys; from beholder.study import run_sweep; sys.exit(run_sweep(sys.argv[1]).exit_code)"
@@ -100,7 +102,7 @@ def test_settings_of_the_same_last_name_go_by_their_full_names() -> None:
 def test_values_whose_words_are_the_same_are_numbered() -> None:
     sweep = SweepConfig(grid={"model.vision.name_or_path": ("a/x y", "b/x y", "c/z")})
 
-    assert list(sweep_module._points(sweep)) == ["name_or_pathx-y-1", "name_or_pathx-y-2", "name_or_pathz-3"]
+    assert list(_points(sweep)) == ["name_or_pathx-y-1", "name_or_pathx-y-2", "name_or_pathz-3"]
 
 
 @pytest.mark.parametrize(
@@ -357,6 +359,31 @@ def test_pages_are_rendered_from_the_record_alone(swept: Story, tmp_path: Path) 
 
     assert html.read_text() == (swept.folder / "sweep.html").read_text()
     assert markdown.read_text() == (swept.folder / "sweep.md").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the runs are told
+
+
+@pytest.mark.parametrize("promote_anyway", [False, True])
+def test_promote_anyway_is_handed_to_every_run(
+    write_sweep: WriteSweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, promote_anyway: bool
+) -> None:
+    commands: list[list[str]] = []
+    popen: Any = subprocess.Popen
+
+    def start(command: list[str], **more: Any) -> subprocess.Popen[bytes]:
+        commands.append(command[1:])
+        return popen([sys.executable, "-c", "raise SystemExit(2)"], **more)
+
+    monkeypatch.setattr(sweep_module.subprocess, "Popen", start)
+
+    result = run_sweep(write_sweep(tmp_path), console=quiet(), promote_anyway=promote_anyway)
+
+    assert result.exit_code == 1 and len(commands) == 4
+    for command in commands:
+        assert command[:3] == ["-m", "beholder", "run"]
+        assert command[4:] == (["--promote-anyway"] if promote_anyway else [])
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from beholder.data.hygiene import HygieneReport, apply_hygiene
 from beholder.data.images import ImagePipeline
 from beholder.data.mixture import Mixture
 from beholder.data.sources import Records, Reject, open_sources
-from beholder.data.splits import Split, balanced_sample, load_split, make_split, save_split, shared_images
+from beholder.data.splits import Split, balanced_sample, bucket_names, load_split, make_split, save_split, shared_images
 from beholder.types import Batch, Example, FeatureReader, ImageGeometry, ImageRef, UserError
 
 __all__ = ["Data", "build_data", "build_encoder", "open_records"]
@@ -71,11 +71,12 @@ class Data:
         for example in self.eval_examples:
             yield from example.images
 
-    def eval_sample(self, size: int, seed: int) -> list[int]:
-        """Indices of at most ``size`` held-out samples, balanced over length buckets, ascending."""
-        names = list(dict.fromkeys(self.eval_buckets))
-        chosen = balanced_sample(np.arange(len(self.eval_examples)), self.eval_buckets, names, size, seed)
-        return chosen.tolist()
+    def eval_sample(self, size: int, seed: int, among: Sequence[int] | None = None) -> list[int]:
+        """At most ``size`` indices of held-out samples (``among`` these), balanced over length buckets, ascending."""
+        indices = range(len(self.eval_examples)) if among is None else among
+        names = bucket_names(self.split.settings["len_buckets"])
+        buckets = [self.eval_buckets[i] for i in indices]
+        return balanced_sample(np.array(indices, dtype=np.int64), buckets, names, size, seed).tolist()
 
     def builder(self, features: FeatureReader | None, *, train: bool, cfg: RunConfig) -> SampleBuilder:
         """Turns examples into encoded samples with images; augments only for training."""
@@ -236,6 +237,7 @@ def build_data(
         "accepted": len(hygiene.accepted),
         "train": len(train_indices),
         "eval": len(eval_examples),
+        "train_buckets": dict(Counter(split.bucket[int(i)] for i in train_indices)),
         "eval_buckets": dict(Counter(eval_buckets)),
         "split_notes": notes,
         "sources": dict(Counter(records.source_of(int(i)) for i in train_indices)),

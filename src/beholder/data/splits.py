@@ -76,11 +76,6 @@ class Split:
         counts = Counter(self.bucket[int(i)] for i in self.eval)
         return {name: counts[name] for name in bucket_names(self.settings["len_buckets"])}
 
-    def balanced_eval(self, size: int, seed: int) -> np.ndarray:
-        """At most ``size`` held-out indices, balanced over buckets, ascending: the quick evaluation's samples."""
-        return balanced_sample(self.eval, [self.bucket[int(i)] for i in self.eval],
-                               bucket_names(self.settings["len_buckets"]), size, seed)  # fmt: skip
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # Buckets
@@ -322,8 +317,9 @@ def load_split(path: str | Path, examples: ExampleSet, expect: Mapping[str, Any]
             f"{examples.fingerprint[:12]}): a record or a data setting changed since; use a new run_name or "
             "output_dir, or remove the file to draw the split anew"
         )
-    changed = [f"{k}: {body['settings'].get(k)!r} → {v!r}" for k, v in (expect or {}).items()
-               if _plain(body["settings"].get(k)) != _plain(v)]  # fmt: skip
+    # A setting that the file does not know came later; which samples it holds is not in doubt.
+    changed = [f"{k}: {body['settings'][k]!r} → {v!r}" for k, v in (expect or {}).items()
+               if k in body["settings"] and _plain(body["settings"][k]) != _plain(v)]  # fmt: skip
     if changed:
         raise UserError(
             f"{path}: the split was drawn with other settings ({'; '.join(changed)}); restore them, or use a new "

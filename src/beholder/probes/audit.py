@@ -22,7 +22,7 @@ from beholder.data.images import content_hash
 from beholder.evidence import Measurement
 from beholder.probes import measurement, ratio_of_sums, wilson
 from beholder.probes.loss import LossModel, SampleLoss, sample_losses
-from beholder.probes.strata import MIN_TURNS, groups_of, questions
+from beholder.probes.strata import MIN_SAMPLES, groups_of, questions
 from beholder.types import Batch, Encoded, Example, ImageInput, ImageRef, ImageSlot, Part, Turn
 
 LEAK = 0.05
@@ -86,9 +86,10 @@ def audit(
     ``alone``: after their own question. ``context``: after all earlier turns of their own sample. ``control``: after as
     many earlier turns of another sample that shows another image, then their own question (mean over `CONTROLS` such
     samples). Control has what any earlier turns teach about form and vocabulary, so what context knows beyond it was
-    told about this very image: ``audit.leak`` = (control - context) nats per token over later turns, absent when no
-    sample has two answers. ``audit.answerable.alone`` and ``….context`` are shares of answers whose every token is the
-    arg-max. It finds what *this* model can make of the text: a stronger reader may find more.
+    told about this very image: ``audit.leak`` = (control - context) nats per token over later turns, absent when fewer
+    than `MIN_SAMPLES` samples have one with a control. ``audit.answerable.alone`` is the share of answers whose every
+    token is the arg-max, ``….context`` the same share of the later turns, absent when there are none. It finds what
+    *this* model can make of the text: a stronger reader may find more.
 
     ``blank``: an empty image (`loss.blank_image`) for every image place, to audit what a trained model reads; call it
     with a ``name`` of its own then. None: no image, no place for one, no visual token.
@@ -125,6 +126,13 @@ def audit(
         gaps.append(
             f"Leakage audit: {lost} of {later} later turns have no control: no other sample with another image and as "
             "many earlier turns was found."
+        )
+    paired = len({plan.sample for plan in plans if plan.donors})
+    if later and paired < MIN_SAMPLES:
+        gaps.append(
+            f"Leakage audit: how much is read from earlier turns was not measured: {paired or 'none'} of the samples "
+            f"that were scored have a later turn with a control, expected {MIN_SAMPLES} or more; raise "
+            "eval.audit_turns or hold out more conversations."
         )
     reader = "the language model" if blank is None else "the model with an empty image"
     return Audit(turns, measured, _findings(measured, name, reader), gaps)
@@ -317,7 +325,11 @@ def _told(shown: Sequence[Example], plan: _Plan, scored: Mapping[str, SampleLoss
 def _measure(
     turns: Sequence[AuditTurn], samples: Sequence[int], strata: Mapping[str, Sequence[str | None]], seed: int, name: str
 ) -> list[Measurement]:
-    """Overall, and for the questions that begin alike and the answer types of which 20 were scored."""
+    """Overall, and for the questions that begin alike and the answer types that 20 of the samples have.
+
+    What a group's value is over counts: ``context`` and ``leak`` need 20 samples with later turns (and a control).
+    Overall, only ``leak`` does.
+    """
     out: list[Measurement] = []
     everyone = list(range(len(turns)))
     groups: list[tuple[str | None, str | None, list[int]]] = [(None, None, everyone)]
@@ -325,22 +337,29 @@ def _measure(
         names = sorted({s for s in labels if s is not None})
         if len(names) > 1:
             groups += [(by, name, [k for k in everyone if labels[k] == name]) for name in names]
+
+    def few(these: Sequence[int]) -> bool:
+        return len({samples[k] for k in these}) < MIN_SAMPLES
+
     for by, stratum, own in groups:
-        if stratum is not None and len(own) < MIN_TURNS:
-            continue
-        alike = len({samples[k] for k in own}) < len(own)
         for view in ("alone", "context"):
-            hits = sum(turns[k].answered_alone if view == "alone" else turns[k].answered_in_context for k in own)
+            asked = own if view == "alone" else [k for k in own if turns[k].turn > 0]
+            if not asked or (stratum is not None and few(asked)):
+                continue
+            hits = sum(turns[k].answered_alone if view == "alone" else turns[k].answered_in_context for k in asked)
             caveat = "every token the arg-max, the end token not counted; the image was not shown"
+            if view == "context":
+                caveat += "; later turns only"
+            if len({samples[k] for k in asked}) < len(asked):
+                caveat += "; several turns of one sample count as independent"
             out.append(
                 measurement(
-                    f"{name}.answerable.{view}", hits / len(own), unit="share", better="lower", n=len(own),
-                    ci95=wilson(hits, len(own)), by=by, stratum=stratum,
-                    caveat=caveat + ("; several turns of one sample count as independent" if alike else ""),
+                    f"{name}.answerable.{view}", hits / len(asked), unit="share", better="lower", n=len(asked),
+                    ci95=wilson(hits, len(asked)), by=by, stratum=stratum, caveat=caveat,
                 )
             )  # fmt: skip
         paired = [k for k in own if turns[k].control_nll is not None]
-        if not paired or (stratum is not None and len(paired) < MIN_TURNS):
+        if few(paired):
             continue
         gain: list[float] = []
         tokens: list[int] = []

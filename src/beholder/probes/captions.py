@@ -6,8 +6,6 @@ metric definitions are in `probes.caption_metrics`; the fixed set that is captio
 
 from __future__ import annotations
 
-import math
-import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ import numpy as np
 from beholder.config import GenerateConfig
 from beholder.data.images import ImageError
 from beholder.evidence import Condition, Histogram, Measurement
-from beholder.probes import bootstrap, measuring, wilson
+from beholder.probes import bootstrap, measurement, measuring, wilson
 from beholder.probes.caption_metrics import (
     MAX_N,
     bleu_score,
@@ -29,8 +27,8 @@ from beholder.probes.caption_metrics import (
     rouge_l,
     tokenize,
 )
-from beholder.probes.loss import NUM_NOISE, SightedModel, blank_image, shuffle_images
-from beholder.types import Encoded, Example, ImageInput, ImageRef, UserError
+from beholder.probes.loss import SightedModel, blank_image
+from beholder.types import Encoded, Example, ImageInput, UserError
 
 GREEDY = GenerateConfig(temperature=0.0, top_p=1.0)
 """Deterministic decoding, 64 new tokens: what the scores are measured with."""
@@ -77,6 +75,7 @@ class CaptionRecord:
 
     id: str
     reference: str
+    """`Example.answer_text`."""
     prediction: str
     condition: Condition
     tokens_len: int
@@ -91,35 +90,29 @@ def caption(
     builder: ImageLoader,
     examples: Sequence[Example],
     settings: GenerateConfig = GREEDY,
-    condition: Condition = "correct",
+    condition: Literal["correct", "zero"] = "correct",
     *,
     batch_size: int = 16,
-    content_key: Callable[[ImageRef], str] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[CaptionRecord]:
-    """Let the model caption each example, shown the image of ``condition``.
+    """Let the model write the last answer of each example, shown its images or (``zero``) an empty one in every place.
 
-    Greedy captions do not depend on the batch size. ``content_key`` (`data.images.content_hash`) is needed for
-    ``shuffled``. ``progress(done, total)`` is called after each batch. Raises UserError for a prompt that does not fit
-    and for an image that cannot be had, naming the sample; under the builder's policy ``skip`` such a sample is left
-    out, as it is in the losses.
+    Other samples' images are shown by giving `loss.shuffle_images` of the examples. Greedy captions do not depend on
+    the batch size. ``progress(done, total)`` is called after each batch. Raises UserError for a prompt that does not
+    fit and for an image that cannot be had, naming the sample; under the builder's policy ``skip`` such a sample is
+    left out, as it is in the losses.
     """
-    shown = list(examples)
-    if condition == "shuffled":
-        if content_key is None:
-            raise UserError("captions under 'shuffled' need content_key to tell images apart by their bytes")
-        shown = shuffle_images(examples, content_key, seed)
-    blank = _blanks(model, condition) if condition in ("zero", "noise") else None
+    blank = blank_image(model, "zero") if condition == "zero" else None
     eos = set(encoder.eos_ids)
     records: list[CaptionRecord] = []
     with measuring(model):
-        for start in range(0, len(shown), batch_size):
+        for start in range(0, len(examples), batch_size):
             chunk: list[Example] = []
             images: list[list[ImageInput]] = []
-            for example in shown[start : start + batch_size]:
+            for example in examples[start : start + batch_size]:
                 try:
-                    own = builder.images(example) if blank is None else _blank_slots(example, blank)
+                    own = builder.images(example) if blank is None else [blank] * len(example.images)
                 except ImageError:
                     if builder.on_bad_image == "error":
                         raise
@@ -137,24 +130,14 @@ def caption(
                 finished = length < settings.max_new_tokens
                 records.append(
                     CaptionRecord(
-                        id=example.id, reference=example.target_text,
+                        id=example.id, reference=example.answer_text,
                         prediction=encoder.decode(ids), condition=condition, tokens_len=length,
                         finished=finished,
                     )
                 )  # fmt: skip
             if progress is not None:
-                progress(min(start + batch_size, len(shown)), len(shown))
+                progress(min(start + batch_size, len(examples)), len(examples))
     return records
-
-
-def _blanks(model: SightedModel, kind: Literal["zero", "noise"]) -> list[ImageInput]:
-    """What the image places are filled from, as in `probes.loss`: the zero image, or several noise images."""
-    return [blank_image(model, kind, seed) for seed in range(NUM_NOISE if kind == "noise" else 1)]
-
-
-def _blank_slots(example: Example, blank: Sequence[ImageInput]) -> list[ImageInput]:
-    """A blank image for each place; which one depends on the sample alone, not on its batch or process."""
-    return [blank[zlib.crc32(f"{example.id}/{k}".encode()) % len(blank)] for k in range(len(example.images))]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -236,13 +219,6 @@ def length_histogram(records: Sequence[CaptionRecord], name: str = "caption.leng
     return Histogram(name=name, unit="words", bins=bins, series=series)
 
 
-def finite(value: float, metric: str) -> float:
-    """``value``; FloatingPointError naming the metric when it is NaN or infinite, which would say nothing."""
-    if not math.isfinite(value):
-        raise FloatingPointError(f"{metric} is {value}: a number that was measured must be finite")
-    return value
-
-
 def _conditions(records: Sequence[CaptionRecord]) -> list[Condition]:
     """Those among the records, in the order they come."""
     seen: list[Condition] = []
@@ -257,21 +233,20 @@ def _score_condition(records: Sequence[CaptionRecord], name: str, condition: Con
     predictions = [tokenize(r.prediction) for r in records]
     references = [[tokenize(r.reference)] for r in records]
     # What is good with the own image says nothing good or bad with another one; lower is then merely "more sighted".
-    better = "higher" if condition == "correct" else "none"
+    usual: Literal["higher", "none"] = "higher" if condition == "correct" else "none"
     out: list[Measurement] = []
 
-    def add(metric: str, value: float, unit: str, ci: tuple[float, float] | None, **more: str) -> None:
+    def add(
+        metric: str,
+        value: float,
+        unit: str,
+        ci: tuple[float, float] | None,
+        *,
+        better: Literal["lower", "higher", "none"] = usual,
+        caveat: str | None = None,
+    ) -> None:
         full = f"{name}.{metric}.{condition}"
-        fields = {
-            "name": full,
-            "value": finite(value, full),
-            "unit": unit,
-            "better": better,
-            "n": n,
-            "ci95": ci,
-            **more,
-        }
-        out.append(Measurement.model_validate(fields))
+        out.append(measurement(full, value, unit=unit, better=better, n=n, ci95=ci, caveat=caveat))
 
     def mean(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
         array = np.array(values, dtype=np.float64)

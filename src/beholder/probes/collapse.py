@@ -155,7 +155,7 @@ def symptoms(
 def references_shown(examples: Sequence[Example], shown: Sequence[Example]) -> list[str | None]:
     """What would have been right for each of ``shown``, the examples with one another's images (`shuffle_images`).
 
-    It is the reference of the example that has this image and the same turns before its answer: what another image's
+    It is the last answer of the example that has this image and the same turns before that answer: what another image's
     *other question* has for an answer says nothing. None when there is no such example. Where the same image and
     question have several references, the own one counts if it is among them. Give the examples as the template asks
     them (`data.chat.ChatEncoder.apply_template`), or instructions that the model never sees tell them apart.
@@ -163,11 +163,11 @@ def references_shown(examples: Sequence[Example], shown: Sequence[Example]) -> l
     assert len(examples) == len(shown), f"{len(shown)} shown examples for {len(examples)}"
     known: dict[tuple[object, object], list[str]] = {}
     for example in examples:
-        known.setdefault((example.images, _asked(example)), []).append(example.target_text)
+        known.setdefault((example.images, _asked(example)), []).append(example.answer_text)
     out: list[str | None] = []
     for example, other in zip(examples, shown, strict=True):
         texts = known.get((other.images, _asked(example)), [])
-        own = normalize(example.target_text)
+        own = normalize(example.answer_text)
         out.append(next((t for t in texts if normalize(t) == own), texts[0] if texts else None))
     return out
 

@@ -44,9 +44,10 @@ class GoldenItem:
     id: str
     bucket: str
     gt_text: str
+    """`Example.answer_text`."""
     image_relpath: str
     label_len: int
-    """Target tokens."""
+    """Target tokens of the whole sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,7 @@ def _with(item: GoldenItem, prediction: str, tokens_len: int) -> GoldenCaption:
 def describe(example: Example, bucket: str, label_len: int) -> GoldenItem:
     """The example as a line of the golden set file."""
     return GoldenItem(
-        id=example.id, bucket=bucket, gt_text=example.target_text,
+        id=example.id, bucket=bucket, gt_text=example.answer_text,
         image_relpath=", ".join(ref.path for ref in example.images), label_len=label_len,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ Kind = Literal["what is in the image", "what colour"]
 KINDS: tuple[Kind, ...] = ("what is in the image", "what colour")
 
 FEW = 10
-"""Questions of a kind below which nothing is balanced: so few prove nothing either way."""
+"""Candidates of a kind below which nothing is balanced: so few prove nothing either way."""
 
 COLOURS = ObjectList(COLOUR_WORDS, "colours")
 
@@ -70,8 +71,9 @@ def build_qa(examples: Sequence[Example], objects: ObjectList, size: int, seed: 
 
     A kind with too few candidates leaves its places to the other. Only samples with one image and one assistant turn
     are asked about: the answers of a conversation are no description. No question is made where the right answer is
-    not certain: the colour of an object that the caption mentions more than once. No answer is right for more than half
-    of a kind's questions, or saying it every time would look like sight.
+    not certain: the colour of an object that the caption mentions more than once. Where ``size``
+    and the candidates of a kind are `FEW` or more, no answer is right for more than half of its questions, or saying it
+    every time would look like sight; that may leave none.
     """
     found: dict[Kind, list[QaItem]] = {kind: [] for kind in KINDS}
     for index, example in enumerate(examples):
@@ -92,22 +94,33 @@ def build_qa(examples: Sequence[Example], objects: ObjectList, size: int, seed: 
                 )
     rng = np.random.default_rng(seed)
     pools = {kind: [found[kind][k] for k in rng.permutation(len(found[kind]))] for kind in KINDS}
-    what, colour = (len(_no_majority(pools[kind], size)) for kind in KINDS)
+
+    def first(kind: Kind, places: int) -> list[QaItem]:
+        few = min(size, len(pools[kind])) < FEW
+        return pools[kind][:places] if few else _no_majority(pools[kind], places)
+
+    what, colour = (len(first(kind, size)) for kind in KINDS)
     half = min(colour, max(size // 2, size - what))
     places: dict[Kind, int] = {"what is in the image": min(what, size - half), "what colour": half}
-    chosen = [item for kind in KINDS for item in _no_majority(pools[kind], places[kind])]
+    chosen = [item for kind in KINDS for item in first(kind, places[kind])]
     return sorted(chosen, key=lambda item: item.index)  # stable: an example's "what" comes before its "colour"
 
 
 def _no_majority(items: Sequence[QaItem], size: int) -> list[QaItem]:
-    """The first ``size`` items, or, where one answer has more than half of them, as many of it as of all others."""
-    taken = list(items[:size])
-    answer, most = Counter(i.answers[0] for i in taken).most_common(1)[0] if taken else ("", 0)
-    if 2 * most <= len(taken) or len(taken) < FEW:
-        return taken
-    common = [i for i in items if i.answers[0] == answer]
-    others = [i for i in items if i.answers[0] != answer]
-    return [i for pair in zip(common[: size // 2], others, strict=False) for i in pair]
+    """The first ``size`` items, some replaced by later ones or dropped until no answer is right for more than half.
+
+    Every accepted answer of an item counts.
+    """
+    taken, later = list(items[:size]), iter(items[size:])
+    while True:
+        counts = Counter(answer for item in taken for answer in item.answers)
+        frequent = {answer for answer, count in counts.items() if 2 * count > len(taken)}
+        if not frequent:
+            return taken
+        # The item that most of them are right for; of equals the last, so that the first ones stay.
+        worst = max(range(len(taken)), key=lambda k: (len(frequent.intersection(taken[k].answers)), k))
+        del taken[worst]
+        taken += islice((item for item in later if frequent.isdisjoint(item.answers)), 1)
 
 
 def _colours_before(tokens: Sequence[str], stop: int) -> tuple[str, ...]:
@@ -126,12 +139,12 @@ def qa_prompt(example: Example, item: QaItem) -> Example:
 
 
 def score_qa(
-    items: Sequence[QaItem], answers: Mapping[Condition, Sequence[str]], seed: int = 0, name: str = "qa"
+    items: Sequence[QaItem], answers: Mapping[Condition, Sequence[str]], name: str = "qa"
 ) -> list[Measurement]:
-    """``qa.accuracy.<condition>`` and ``qa.accuracy.chance``, overall and by question kind; Wilson intervals.
+    """``qa.accuracy.<condition>`` and ``qa.accuracy.chance``, overall and by ``kind``; Wilson intervals.
 
     ``answers[condition][k]`` is what the model wrote for ``items[k]``. Chance is giving the most frequent right answer
-    of each kind to every question of that kind. Nothing asked gives nothing. ``seed`` is not used: nothing is drawn.
+    of each kind to every question of that kind. Nothing asked gives nothing.
     """
     out: list[Measurement] = []
     if not items:
@@ -145,7 +158,7 @@ def score_qa(
                 Measurement(
                     name=f"{name}.accuracy.{what}", value=sum(hits) / len(hits), unit="share", better=better,
                     n=len(hits), ci95=wilson(sum(hits), len(hits)), stratum=kind,
-                    by=None if kind is None else "question", caveat=caveat,
+                    by=None if kind is None else "kind", caveat=caveat,
                 )
             )  # fmt: skip
 

@@ -16,8 +16,8 @@ from beholder.types import Example, Turn
 FIRST, LATER = "first turn", "later turns"
 YES_NO, NUMBER, OTHER_ANSWERS = "yes/no", "number", "other answers"
 OTHER_QUESTIONS = "other questions"
-MIN_TURNS = 20
-"""Questions that begin alike and are fewer than this are pooled: a gate does not judge smaller groups either."""
+MIN_SAMPLES = 20
+"""Questions that begin alike in fewer samples than this are pooled: a gate does not judge smaller groups either."""
 
 _NUMBER_WORDS = frozenset(
     """
@@ -33,19 +33,21 @@ def groups_of(examples: Sequence[Example], buckets: Sequence[str]) -> Groups:
     """Strata of every assistant turn, as `loss.summarize_groups` takes them; ``buckets``: length bucket per example.
 
     ``length``: the sample's bucket. ``turn``: first or later. ``question``: the first two words of what the user
-    asked, or `OTHER_QUESTIONS` for those that fewer than 20 turns begin with. ``answer``: VQA's types yes/no, number,
+    asked, or `OTHER_QUESTIONS` for a beginning that fewer than 20 of these samples have (a sample that has it in
+    several turns counts once). ``answer``: VQA's types yes/no, number,
     other. No name occurs in two groupings.
     """
     assert len(examples) == len(buckets), f"{len(examples)} examples, {len(buckets)} buckets"
     asked = [questions(example) for example in examples]
     taken = {*buckets, FIRST, LATER, YES_NO, NUMBER, OTHER_ANSWERS, OTHER_QUESTIONS}
     heads = [[_head(q, taken) for q in own] for own in asked]
-    counts = Counter(head for own in heads for head in own)
+    samples_with = Counter(head for own in heads for head in set(own))
     return {
         "length": [[bucket] * len(own) for bucket, own in zip(buckets, asked, strict=True)],
         "turn": [[FIRST if k == 0 else LATER for k in range(len(own))] for own in asked],
         "question": [
-            [None if h is None else h if counts[h] >= MIN_TURNS else OTHER_QUESTIONS for h in own] for own in heads
+            [None if h is None else h if samples_with[h] >= MIN_SAMPLES else OTHER_QUESTIONS for h in own]
+            for own in heads
         ],
         "answer": [[answer_type(t.text) for t in example.turns if t.role == "assistant"] for example in examples],
     }

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -25,6 +24,8 @@ from rich.text import Text
 from beholder.config import RunConfig
 from beholder.configfile import diff_configs, parse_config
 from beholder.evidence import Evidence, GateResult, Measurement, load_evidence
+from beholder.report.markdown import escaped, table
+from beholder.report.page import page
 from beholder.report.words import fmt, fmt_ci, visible
 from beholder.types import UserError
 
@@ -47,7 +48,7 @@ class Run:
     created: str
     evidence: Evidence
     held_out: str | None
-    """Hash over the ids of the held-out samples; None where the run folder does not list them."""
+    """Of `held_out_hashes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +141,11 @@ class Comparison:
 
     def to_markdown(self) -> str:
         out = [f"# {len(self.runs)} runs side by side", ""]
-        out += [f"- **{cell(r.name)}**: {r.status}, {r.created}, `{r.folder}`" for r in self.runs]
+        out += [f"- **{escaped(r.name)}**: {r.status}, {r.created}, `{r.folder}`" for r in self.runs]
         for warning in self.warnings:
-            out += ["", f"> **{cell(warning)}**"]
+            out += ["", f"> **{escaped(warning)}**"]
         for title, headings, rows in self._tables():
-            out += ["", f"## {title}", "", *markdown_table(headings, rows)]
+            out += ["", f"## {title}", "", *(table(headings, rows) or ["None.", ""])[:-1]]
         return "\n".join(out) + "\n"
 
     def print(self, console: Console) -> None:
@@ -152,13 +153,13 @@ class Comparison:
         for warning in self.warnings:
             console.print(Text("warning: " + visible(warning), style="bold red"), soft_wrap=True)
         for title, headings, rows in self._tables():
-            table = Table(title=title, title_justify="left")
+            shown = Table(title=title, title_justify="left")
             for k, heading in enumerate(headings):
                 right = title == MEASUREMENTS and k > 1
-                table.add_column(Text(visible(heading)), overflow="fold", justify="right" if right else "left")
+                shown.add_column(Text(visible(heading)), overflow="fold", justify="right" if right else "left")
             for row in rows:
-                table.add_row(*(Text(visible(v)) for v in row))
-            console.print(table)
+                shown.add_row(*(Text(visible(v)) for v in row))
+            console.print(shown)
             console.print()
 
     def _tables(self) -> Iterator[tuple[str, list[str], list[list[str]]]]:
@@ -194,9 +195,9 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
         Run(
             name=e.run_name if taken.count(e.run_name) == 1 else str(f),
             folder=str(f), status=e.status.value, created=e.created, evidence=e,
-            held_out=held_out(f if f.is_dir() else f.parent),
+            held_out=which,
         )
-        for f, e in loaded
+        for (f, e), which in zip(loaded, held_out_hashes(loaded), strict=True)
     )  # fmt: skip
     settings, unread = _settings(runs)
     apart = _other_samples(runs, settings)
@@ -211,11 +212,18 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     )
 
 
-def held_out(folder: Path) -> str | None:
-    """Hash over which samples a run was measured on, from the split file in its folder.
+def held_out_hashes(runs: Sequence[tuple[Path, Evidence]]) -> list[str | None]:
+    """For each run folder with its evidence, a hash over the samples it was measured on.
 
-    None when there is no such file, or when the held-out samples have files of their own (``data.eval_sources``).
+    Those of the evidence when all have one. Older records have none: then those over the split files, None when there
+    is no such file or the held-out samples have files of their own (``data.eval_sources``).
     """
+    if all(e.data.held_out_sha256 for _, e in runs):
+        return [e.data.held_out_sha256 for _, e in runs]
+    return [_listed(f if f.is_dir() else f.parent) for f, _ in runs]
+
+
+def _listed(folder: Path) -> str | None:
     for file in sorted((folder / "splits").glob("split_*.json")):
         with suppress(OSError, ValueError, AttributeError):
             items = json.loads(file.read_bytes()).get("eval")
@@ -305,7 +313,7 @@ def _other_held_out(runs: Sequence[Run], differ: set[str]) -> str:
     """How one sees that the runs were measured on different samples; empty when nothing says so."""
     hashes = {r.held_out for r in runs}
     if None not in hashes:
-        return "their split files list other samples" if len(hashes) > 1 else ""
+        return "not the same ids, texts and pictures" if len(hashes) > 1 else ""
     if len({r.evidence.data.eval for r in runs}) > 1:
         return "there are " + ", ".join(f"{r.evidence.data.eval:,} in {r.name}" for r in runs)
     if None in hashes and len(hashes) > 1:
@@ -324,42 +332,6 @@ def _other_seeds(runs: Sequence[Run]) -> bool:
         with suppress(UserError):
             found.add(parse_config(run.evidence.config_yaml, run.name).measure_seed)
     return len(found) > 1
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Pages of tables, for this module and for `study.page`
-
-
-def page(template: str, *, folder: Path | None = None, **facts: Any) -> str:
-    """A template that extends ``plain.html``, filled in; ``folder`` is searched for it before this one.
-
-    Every text is escaped, and control characters in it are made visible.
-    """
-    here = Path(__file__).parent
-    environment = Environment(
-        loader=ChoiceLoader([FileSystemLoader(f) for f in (folder, here) if f is not None]),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_visible,
-    )  # fmt: skip
-    return environment.get_template(template).render(**facts)
-
-
-def _visible(value: Any) -> Any:
-    return visible(value) if type(value) is str else value  # not Markup, which is ours
-
-
-def cell(text: str) -> str:
-    """Text for a Markdown table: nothing in it acts."""
-    safe = visible(text).replace("\\", "\\\\").replace("\n", " ")
-    for char in "|<>*_`[]":
-        safe = safe.replace(char, "\\" + char)
-    return safe
-
-
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    if not rows:
-        return ["None."]
-    lines = [headings, ["---"] * len(headings), *rows]
-    return ["| " + " | ".join(v if v == "---" else cell(v) for v in line) + " |" for line in lines]
 
 
 def _text(value: Any) -> str:

@@ -121,7 +121,7 @@ def _fail(e: Evidence, v: Verdict) -> list[str]:
             values: list[Measurement | None] = [getattr(group, c) for c in g.columns]
             cells = ["" if m is None else with_ci(m) for m in values]
             rows.append([group.stratum, standing.get(group.standing, ""), *cells, count(group.n)])
-        head = [f"by {escaped(grouping_name(g.by))}", "", *(titles[c] for c in g.columns), "n"]
+        head = [f"by {grouping_name(g.by)}", "", *(titles[c] for c in g.columns), "n"]
         lines += table(head, rows)
     symptoms = [[metric_name(m.name), with_ci(m), count(m.n), m.caveat or ""] for m in content.symptom_rows(e)]
     lines += table(["symptom", "value", "n", "note"], symptoms)
@@ -196,11 +196,11 @@ def with_ci(m: Measurement) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table whose cells are other people's text; none without rows."""
+    """The lines of a table and an empty one; none without rows. Head and cells are other people's text."""
     if not rows:
         return []
-    body = ["| " + " | ".join(escaped(cell) for cell in row) + " |" for row in rows]
-    return ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head), *body, ""]
+    first, *body = ["| " + " | ".join(escaped(cell) for cell in row) + " |" for row in (head, *rows)]
+    return [first, "|" + " --- |" * len(head), *body, ""]
 
 
 def escaped(text: str) -> str:

@@ -1,6 +1,6 @@
 """Figures of the report: curves over steps and histograms as inline SVG, intervals as positions on an axis.
 
-Drawing only; what is drawn is decided in `report.render`. Colours are CSS variables of the page, so that one drawing
+Drawing only; what is drawn is decided in `report.content`. Colours are CSS variables of the page, so that one drawing
 serves the light and the dark theme, and text is text in the page's own font.
 """
 
@@ -190,10 +190,24 @@ def _decades(low: float, high: float) -> list[float]:
 
 def _steps(low: float, high: float) -> list[float]:
     """About five round values between two bounds."""
+    step = _round_step(low, high)
+    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def round_steps_around(low: float, high: float) -> list[float]:
+    """About five round values, the first and the last of which enclose the bounds; two or more."""
+    if high - low < 1e-12:
+        low, high = low - 0.5, high + 0.5
+    step = _round_step(low, high)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [k * step for k in range(first, max(last, first + 1) + 1)]
+
+
+def _round_step(low: float, high: float) -> float:
+    """A round fifth of the way between two bounds."""
     raw = (high - low) / 5
     size = 10.0 ** math.floor(math.log10(raw))
-    step = next(f * size for f in (1, 2, 2.5, 5, 10) if f * size >= raw * 0.999)
-    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return next(f * size for f in (1, 2, 2.5, 5, 10) if f * size >= raw * 0.999)
 
 
 def _tick(value: float, unit: str) -> str:

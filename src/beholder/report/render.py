@@ -8,13 +8,11 @@ What is shown is decided in `report.verdicts` and `report.content`; `report.mark
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from beholder.evidence import Curve, Evidence, load_evidence
 from beholder.report import content, plots, verdicts, words
 from beholder.report.markdown import render_markdown
+from beholder.report.page import page
 from beholder.runs import atomic_write
 
 __all__ = ["render", "render_html", "render_markdown"]
@@ -37,11 +35,8 @@ def render(evidence: Evidence | str | Path, folder: str | Path) -> tuple[Path, P
 
 def render_html(e: Evidence) -> str:
     """One self-contained page: inline CSS, SVG and pictures, no script, nothing fetched."""
-    env = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, finalize=_finalize,
-    )  # fmt: skip
-    return env.get_template("template.html").render(
+    return page(
+        "template.html",
         e=e,
         verdicts={v.key: v for v in verdicts.verdicts(e)},
         gates=verdicts.gate_rows(e),
@@ -91,8 +86,3 @@ def _curve(e: Evidence, name: str) -> Curve | None:
     if curve is not None and name == "eval.loss" and before is not None and curve.x[0] > 0:
         curve = curve.model_copy(update={"x": [0.0, *curve.x], "y": [before.value, *curve.y]})
     return curve
-
-
-def _finalize(value: Any) -> Any:
-    # Every text that the template prints passes here; Markup (our own SVG) is a str subclass and passes unchanged.
-    return words.visible(value) if type(value) is str else value

@@ -1,14 +1,18 @@
 """The five questions a report answers, each as a verdict with the rule that leads from the numbers to it.
 
-Pure functions of the `Evidence`. A verdict is never kinder than its intervals: what was not measured is not answered.
+Pure functions of the `Evidence`. A verdict is never kinder than its intervals, what was not measured is not answered,
+nor kinder than the gates that the run declared about it.
 """
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from beholder.config import GATES
 from beholder.evidence import CONDITIONS, Evidence, GateResult, Measurement, Status
 from beholder.report.words import (
     CONDITION_NAMES,
@@ -28,12 +32,35 @@ from beholder.report.words import (
 
 Tone = Literal["good", "weak", "bad", "unknown", "plain"]
 
-CLEARLY = 1.05
-"""The loss with another sample's image must be this many times the loss with the own one (lower end of the interval)
-for "it looks" without a qualification. Healthy alignments reach 1.2 and far more; a collapsed one reached 1.002."""
-
-JUDGED_FROM = 20
+RATIO = "ablation.ratio.shuffled"
+JUDGED_FROM = GATES["looks_everywhere"].min_n
 """Groups with fewer samples are shown but not judged: their intervals say little."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clearly:
+    """From where on the loss with another sample's image over that with the own one is more than measurable."""
+
+    bound: str
+    """``> 1.05``, as `GateResult.bound`."""
+    end: Literal["value", "low", "high"]
+
+    @classmethod
+    def of(cls, e: Evidence, gate: str) -> Clearly:
+        """What the run declared as its ``looks_clearly`` or ``looks_everywhere``; else what runs declare by default."""
+        declared = next((g for g in e.gates if g.name == gate and g.measure == RATIO), GATES[gate])
+        return cls(declared.bound, declared.end)
+
+    def met(self, m: Measurement) -> bool:
+        """False as well where there is no interval whose end could be judged."""
+        if self.end != "value" and m.ci95 is None:
+            return False
+        judged = m.value if m.ci95 is None or self.end == "value" else m.ci95[self.end == "high"]
+        compare = {">": operator.gt, "≥": operator.ge, "≤": operator.le}
+        return all(compare[sign](judged, float(edge)) for sign, edge in re.findall(r"([>≥≤]) (\S+)", self.bound))
+
+    def __str__(self) -> str:
+        return {"value": "", "low": "lower end ", "high": "upper end "}[self.end] + bound(self.bound, "ratio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +89,7 @@ class Group:
     loss: Measurement | None
     match: Measurement | None
     answers: Measurement | None
+    clearly: Clearly
 
     @property
     def n(self) -> int:
@@ -81,7 +109,7 @@ class Group:
             return "few"
         if self.delta.ci95[0] <= 0:
             return "blind"
-        small = self.ratio is not None and self.ratio.ci95 is not None and self.ratio.ci95[0] <= CLEARLY
+        small = self.ratio is not None and self.ratio.ci95 is not None and not self.clearly.met(self.ratio)
         return "weak" if small else "looks"
 
     @property
@@ -103,6 +131,16 @@ def verdicts(e: Evidence) -> list[Verdict]:
     return [learned(e), looks(e), fails(e), costs(e), promotes(e)]
 
 
+def _by_its_gates(e: Evidence, verdict: Verdict, *about: str) -> Verdict:
+    """The verdict, no longer good when a gate about it, named by how its name begins, was declared and did not pass."""
+    failed = [_gate_row(e, g) for g in e.failed_gates if g.name.startswith(about)]
+    if verdict.tone != "good" or not failed:
+        return verdict
+    answer = f"{verdict.answer.removesuffix('.')}, but not as declared."
+    told = "; ".join(f"{row.gate.name} ({row.number}, must be {row.bound})" for row in failed)
+    return replace(verdict, tone="weak", answer=answer, why=f"{verdict.why} Not passed: {told}.")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Did it learn?
 
@@ -111,10 +149,10 @@ def learned(e: Evidence) -> Verdict:
     """Did the held-out loss fall, beyond the uncertainty of the measurements?"""
     fall = e.get("learn.delta")
     rule = (
-        "Yes when the paired 95 % interval of the fall of the held-out loss lies above 0."
+        "Yes when the paired 95 % interval of the fall of the held-out loss lies above 0"
         if fall is not None
-        else "Yes when the 95 % interval of the held-out loss after training lies wholly below the one before."
-    )
+        else "Yes when the 95 % interval of the held-out loss after training lies wholly below the one before"
+    ) + ", and no gate about learning failed."
 
     def say(tone: Tone, answer: str, why: str) -> Verdict:
         return Verdict("learn", "Did it learn?", tone, answer, why, rule)
@@ -141,7 +179,7 @@ def learned(e: Evidence) -> Verdict:
     if over is not None and not (over.ci95 is not None and over.ci95[0] > 0):
         why += " But it is not below what the language model alone reaches without any image."
         return say("weak", "Yes, but only the text.", why)
-    return say("good", "Yes, it learned.", why)
+    return _by_its_gates(e, say("good", "Yes, it learned.", why), "learned", "better_than_text")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -150,10 +188,12 @@ def learned(e: Evidence) -> Verdict:
 
 def looks(e: Evidence) -> Verdict:
     """Does the loss rise when a wrong image is shown, beyond the uncertainty, by how much, and everywhere?"""
+    clearly = Clearly.of(e, "looks_clearly")
     rule = (
-        "Yes when another sample's image raises the loss (paired 95 % interval of the difference above 0), the "
-        f"ratio's interval lies above {CLEARLY}, every other wrong image raises it too, and so in every group of at "
-        f"least {JUDGED_FROM} samples; barely when only the first holds."
+        "Yes when another sample's image raises the loss (paired 95 % interval of the difference above 0), the ratio "
+        f"is clear ({clearly}), every other wrong image raises it too, so it is in every group of at least "
+        f"{JUDGED_FROM} samples (ratio: {Clearly.of(e, 'looks_everywhere')}), and no gate about looking failed; barely "
+        "when only the first holds."
     )
 
     def say(tone: Tone, answer: str, why: str) -> Verdict:
@@ -173,7 +213,7 @@ def looks(e: Evidence) -> Verdict:
         why += f" Captions exactly right: {fmt(own)}; with no image {fmt(blind)}, where guessing gives {fmt(level)}."
     if delta.ci95 is None or delta.ci95[0] <= 0:
         return say("bad", "No, it does not look.", why + " A low loss is not sight.")
-    if ratio is not None and (ratio.ci95 is None or ratio.ci95[0] <= CLEARLY):
+    if ratio is not None and (ratio.ci95 is None or not clearly.met(ratio)):
         return say("weak", "Barely.", why)
     idle = [CONDITION_NAMES[c] for c, m in others if m.ci95 is None or m.ci95[0] <= 0]
     if idle:
@@ -181,7 +221,7 @@ def looks(e: Evidence) -> Verdict:
     where = [g for g in all_groups(e) if g.standing in ("blind", "weak")]
     if where:
         return say("weak", "On average, not everywhere.", f"{why} Not, or barely, for: {_told(where)}.")
-    return say("good", "Yes, it looks.", why)
+    return _by_its_gates(e, say("good", "Yes, it looks.", why), "looks_")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -194,13 +234,14 @@ def groups(e: Evidence) -> dict[str, list[Group]]:
         "ablation.ratio.shuffled", "ablation.delta.shuffled", "eval.loss", "caption.exact_match.correct",
         "qa.accuracy.correct",
     )  # fmt: skip
+    clearly = Clearly.of(e, "looks_everywhere")
     found: dict[tuple[str, str], dict[str, Measurement]] = {}
     for m in e.measurements:
         if m.stratum is not None and m.name in wanted:
             found.setdefault((m.by or "", m.stratum), {})[m.name] = m
     out: dict[str, list[Group]] = {}
     for (by, stratum), values in found.items():
-        out.setdefault(by, []).append(Group(by, stratum, *(values.get(name) for name in wanted)))
+        out.setdefault(by, []).append(Group(by, stratum, *(values.get(name) for name in wanted), clearly=clearly))
     return {by: sorted(members, key=lambda g: g.worst_first) for by, members in out.items() if len(members) > 1}
 
 
@@ -214,7 +255,8 @@ def fails(e: Evidence) -> Verdict:
     """Which groups are answered without looking, and what the audit and the collapse check found."""
     rule = (
         "Bad when the audit or the collapse check found something, or another sample's image is not shown to raise the "
-        f"loss of a group of at least {JUDGED_FROM} samples (interval reaches 0). Nothing found is not a proof."
+        f"loss of a group of at least {JUDGED_FROM} samples (interval reaches 0). Good only while no gate "
+        "about it failed. Nothing found is not a proof."
     )
 
     def say(tone: Tone, answer: str, why: str) -> Verdict:
@@ -244,7 +286,8 @@ def fails(e: Evidence) -> Verdict:
     if not judged and worst is None:
         why.insert(0, "Neither groups of samples nor collapse were measured.")
         return say("unknown", "Not measured.", " ".join(why))
-    return say("good", "Nothing stands out.", " ".join(why))
+    found = say("good", "Nothing stands out.", " ".join(why))
+    return _by_its_gates(e, found, "looks_everywhere", "no_collapse", "no_leak")
 
 
 def _told(members: list[Group]) -> str:

@@ -1,6 +1,6 @@
 """How numbers, names and other people's text read in a report: rounding, units, labels, visible control characters.
 
-Pure functions from values to text. What is shown where is decided in `report.render`.
+Pure functions from values to text. What is shown where is decided in `report.content`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ METRIC_NAMES = {
     "frozen.changed": "frozen parts that changed", "text.changed": "text prompts answered differently",
 }  # fmt: skip
 
-GROUPING_NAMES = {"length": "target length", "turn": "turn", "question": "question", "answer": "kind of answer"}
+GROUPING_NAMES = {"length": "target length", "turn": "turn", "question": "question", "answer": "kind of answer",
+                  "kind": "kind of made-up question"}  # fmt: skip
 
 RELIANCE_LEVELS = (
     (-1, f"below {MINUS}0.1: the image misleads"), (0, f"{MINUS}0.1 to 0.1: language alone"), (1, "0.1 to 0.5"),

@@ -1,8 +1,12 @@
 """Several runs as one question: which settings are best, and is the difference more than chance?
 
 score   from numbers to a ranking, without I/O
-sweep   from a config with ``sweep:`` to runs, each a process of its own, and their summary
-page    the summary as HTML and Markdown, from ``sweep.json`` alone
+record  what is known of a sweep, ``sweep.json`` and ``summary.csv``, and what its runs are called
+plan    from a config with ``sweep:`` to one resolved config a run
+page    a record as HTML, as Markdown and on a terminal
+sweep   the plan's runs, each a process of its own, and their record
+
+Each imports only those above it.
 """
 
 from beholder.study.sweep import SweepResult, run_sweep

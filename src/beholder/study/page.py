@@ -1,4 +1,4 @@
-"""A sweep as a page and as Markdown, from ``sweep.json`` alone: verdict, table, score and its parts, delta and loss."""
+"""A sweep as a page, as Markdown and on a terminal, from ``sweep.json`` alone: verdict, table, drawings."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from beholder.evidence import Measurement
-from beholder.report.compare import cell, markdown_table, page
-from beholder.report.words import duration
+from beholder.report.markdown import escaped, table
+from beholder.report.page import page
+from beholder.report.plots import round_steps_around
+from beholder.report.words import duration, visible
 from beholder.runs import atomic_write
-from beholder.study.sweep import Row, SweepRecord, titles, word
+from beholder.study.record import Row, SweepRecord, titles, value_of, word
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +84,11 @@ def render_markdown(record: SweepRecord) -> str:
             _with_ci(r.d_zero), _with_ci(r.d_noise), "–" if r.steps is None else str(r.steps),
             "–" if r.wall_s is None else duration(r.wall_s), ", ".join(r.flags) if r.status == "finished" else r.status,
         ])  # fmt: skip
-    out = [f"# Sweep {cell(record.name)}: {cell(_answer(record))}", "", cell(record.ranking.verdict), "", _rule(record)]
+    out = [f"# Sweep {escaped(record.name)}: {escaped(_answer(record))}", ""]
+    out += [escaped(record.ranking.verdict), "", _rule(record)]
     for warning in record.warnings:
-        out += ["", f"> **{cell(warning)}**"]
-    out += ["", *markdown_table(head, lines), "", f"Written {record.created}."]
+        out += ["", f"> **{escaped(warning)}**"]
+    out += ["", *table(head, lines), f"Written {record.created}."]
     return "\n".join(out) + "\n"
 
 
@@ -129,6 +135,30 @@ def _with_ci(m: Measurement | None) -> str:
     return number(m.value) + (f" ({m.ci95[0]:.4f} … {m.ci95[1]:.4f})" if m.ci95 else "")
 
 
+def print_record(record: SweepRecord, console: Console) -> None:
+    """The table of a sweep, best first, its warnings and its verdict."""
+    shown = Table(title=f"Sweep {record.name}: score = loss - {record.ablation_weight:g} x (Δshuffle + Δzero)")
+    shown.title_justify = "left"
+    for heading in ("run", "score", "loss", "Δshuffle", "Δzero", "Δnoise", "time", "do not use"):
+        shown.add_column(heading, justify="left" if heading in ("run", "do not use") else "right", overflow="fold")
+    for r in record.by_rank():
+        if r.status != "finished":
+            shown.add_row(visible(r.name), *[""] * 6, Text(r.status, style="red"))
+            continue
+        best = not r.flags and r.point == record.ranking.winner
+        shown.add_row(
+            Text(visible(r.name), style="bold green" if best else "dim" if r.flags else ""),
+            *("–" if v is None else f"{v:.4f}" for v in (r.score, value_of(r.eval_loss))),
+            *("–" if v is None else f"{v:.4f}" for v in map(value_of, (r.d_shuffle, r.d_zero, r.d_noise))),
+            "–" if r.wall_s is None else duration(r.wall_s),
+            Text(", ".join(r.flags), style="red"),
+        )
+    console.print(shown)
+    for warning in record.warnings:
+        console.print(Text(visible(f"warning: {warning}"), style="bold red"), soft_wrap=True)
+    console.print(Text(visible(record.ranking.verdict), style="bold"), soft_wrap=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Drawings
 
@@ -141,7 +171,7 @@ def _bars(record: SweepRecord, rows: Sequence[Row]) -> tuple[list[tuple[float, s
     weight = record.ablation_weight
     triples = [(_v(r.eval_loss), weight * _v(r.d_shuffle), weight * _v(r.d_zero)) for r in rows]
     points = [x for loss, s, z in triples for x in (loss, loss - s, loss - s - z)] or [0.0]
-    ticks = nice_ticks(min(points), max(points))
+    ticks = round_steps_around(min(points), max(points))
     low, high = ticks[0], ticks[-1]
 
     def at(x: float) -> float:
@@ -165,17 +195,6 @@ def _v(m: Measurement | None) -> float:
     return m.value
 
 
-def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers at equal steps that enclose [low, high]."""
-    if high - low < 1e-12:
-        low, high = low - 0.5, high + 0.5
-    rough = (high - low) / about
-    size = 10 ** math.floor(math.log10(rough))
-    step = next(m * size for m in (1, 2, 5, 10) if m * size >= rough * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(k * step, 12) for k in range(first, max(last, first + 1) + 1)]
-
-
 WIDTH, HEIGHT = 720, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 14, 46
 
@@ -186,7 +205,7 @@ def _scatter(record: SweepRecord, rows: Sequence[Row]) -> Markup:
         return Markup("")
     xs = [x for r in rows for x in _span(r.d_shuffle)]
     ys = [y for r in rows for y in _span(r.eval_loss)]
-    x_ticks, y_ticks = nice_ticks(min([0.0, *xs]), max(xs)), nice_ticks(min(ys), max(ys))
+    x_ticks, y_ticks = round_steps_around(min([0.0, *xs]), max(xs)), round_steps_around(min(ys), max(ys))
 
     def px(x: float) -> float:
         return _LEFT + (WIDTH - _LEFT - _RIGHT) * (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])

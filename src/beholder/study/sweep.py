@@ -10,23 +10,15 @@ The sweep folder is the config's own run folder (``output_dir``):
     logs/<name>.log       what it printed                    golden.jsonl   the fixed set all runs caption
     sweep.json            everything known of the sweep; the pages are rendered from it
 
-A run is named after what the grid sets: the last part of the setting and its value, ``lr5e-5_vision_ln0`` for
-``train.lr.connector: 5e-5`` and ``model.connector.vision_ln: false``. A setting per group of parameters (``…connector``
-or ``…lora`` below a learning rate or a weight decay) goes by the part before. Where two settings would then be called
-the same, both have their full dotted name. Values: 0 and 1 for false and true, 5e-5 for 0.00005, text without the
-characters that a path cannot have. Repeats end in ``_s<seed>``.
+What the runs are called: `study.record`.
 """
 
 from __future__ import annotations
 
-import csv
 import ctypes
-import io
-import itertools
 import json
 import os
 import platform
-import re
 import signal
 import statistics
 import subprocess
@@ -36,26 +28,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import filelock
-from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from beholder.config import RunConfig, SweepConfig
-from beholder.configfile import ConfigError, config_hash, diff_configs, dump_config, load_config
-from beholder.evidence import Evidence, Measurement, Record, Status, load_evidence
-from beholder.report.compare import held_out
+from beholder.config import SweepConfig
+from beholder.configfile import dump_config
+from beholder.evidence import Evidence, load_evidence
+from beholder.report.compare import held_out_hashes
 from beholder.report.words import duration
 from beholder.runs import atomic_write, now, to_json
-from beholder.study.score import Entry, Ranking, flags, rank, score
+from beholder.study.page import print_record, render_sweep
+from beholder.study.plan import Plan, Planned, check_folders, is_finished, plan_sweep, read_json
+from beholder.study.record import RECORD, SUMMARY, Row, SweepRecord, summary_csv
+from beholder.study.score import Entry, flags, rank, score
 from beholder.types import UserError
 
-SUMMARY, RECORD = "summary.csv", "sweep.json"
 GATES_FAILED = 3
 """Exit code of a run that finished and whose gates failed; for a sweep it is a result like any other."""
 POLL_S = 0.2
@@ -63,274 +54,6 @@ TELL_EVERY_S = 60.0
 """Between status lines where there is no terminal to keep one up to date on."""
 BUSY_WAIT_S = 90.0
 """How long a run folder that another process holds is waited for: the run of a killed sweep saves and ends."""
-
-Value = bool | int | float | str
-
-FIXED = (
-    "run_name", "output_dir", "sweep", "gates", "data.split_seed", "data.split_mode", "data.eval_size",
-    "data.eval_ratio", "data.eval_sources", "data.len_buckets", "data.max_samples", "eval.golden", "ablation",
-    "model.llm.name_or_path",
-)  # fmt: skip
-"""Settings a grid may not vary: runs of a sweep are measured on the same samples, in the same tokens, by one rule."""
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Records: sweep.json
-
-
-class Row(Record):
-    """One run of the sweep."""
-
-    name: str
-    point: str
-    """Its combination of settings: the name without the seed."""
-    settings: dict[str, bool | int | float | str]
-    seed: int
-    folder: str
-    """Below the sweep's folder."""
-    config_hash: str
-    status: Literal["finished", "failed", "interrupted", "waiting"]
-    """waiting: not run yet."""
-    reason: str = ""
-    """failed: what it said."""
-    eval_loss: Measurement | None = None
-    """On all held-out samples, at the end."""
-    buckets: tuple[Measurement, ...] = ()
-    """The same by target length."""
-    d_shuffle: Measurement | None = None
-    d_zero: Measurement | None = None
-    d_noise: Measurement | None = None
-    """Loss with the wrong image minus loss with the own one."""
-    score: float | None = None
-    flags: tuple[str, ...] = ()
-    """Why it must not be used."""
-    gates_failed: tuple[str, ...] = ()
-    steps: int | None = None
-    wall_s: float | None = None
-    """Seconds from start to end; None where the run was interrupted and continued."""
-
-
-class SweepRecord(Record):
-    """``sweep.json``: all that the table, the pages and the verdict are made from."""
-
-    schema_version: Literal[1] = 1
-    name: str
-    created: str
-    grid: dict[str, list[bool | int | float | str]]
-    seeds: list[int]
-    ablation_weight: float
-    collapsed_below: float
-    rows: list[Row]
-    """In the order of the grid."""
-    ranking: Ranking
-    warnings: tuple[str, ...] = ()
-
-    def by_rank(self) -> list[Row]:
-        """Best first: usable points, flagged ones, then runs without a score."""
-        place = {p.point: k for k, p in enumerate(self.ranking.places)}
-        last = len(place)
-        return sorted(
-            self.rows,
-            key=lambda r: (last if r.score is None else place[r.point], r.score if r.score is not None else 0.0),
-        )
-
-    @classmethod
-    def load(cls, path: str | Path) -> SweepRecord:
-        """Read ``sweep.json``, given as the file or as the sweep's folder."""
-        file = Path(path) / RECORD if Path(path).is_dir() else Path(path)
-        try:
-            return cls.model_validate_json(file.read_bytes())
-        except FileNotFoundError:
-            raise UserError(f"{file}: no such file; beholder sweep CONFIG writes it") from None
-        except ValidationError as e:
-            first = e.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "(top)"
-            raise UserError(f"{file}: not the record of a sweep: {where}: {first['msg']}") from e
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Plan
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """One run before it is run."""
-
-    name: str
-    point: str
-    settings: dict[str, Value]
-    cfg: RunConfig
-    folder: Path
-    config_file: Path
-    log: Path
-
-    @property
-    def hash(self) -> str:
-        return config_hash(self.cfg)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    folder: Path
-    name: str
-    sweep: SweepConfig
-    device: str
-    runs: list[Planned]
-
-
-def plan_sweep(config: str | Path, overrides: Sequence[str] = ()) -> Plan:
-    """Every run of the sweep with its resolved config. Nothing is written.
-
-    Raises `UserError` for a config without ``sweep:``, for a grid that varies what the runs are measured on, and with
-    everything that is wrong with any combination.
-    """
-    base = load_config(config, overrides)
-    sweep = base.sweep
-    if sweep is None:
-        raise UserError(
-            f"{config}: has no sweep: section, so there is nothing to vary; add one, for example\n"
-            "  sweep:\n    grid:\n      train.lr.connector: [5e-5, 1e-4, 2e-4]\nor use beholder run"
-        )
-    _refuse(sweep, base)
-    folder = Path(base.run_dir)
-    points = _points(sweep)
-    runs: list[Planned] = []
-    wrong: list[str] = []
-    for (point, settings), seed in itertools.product(points.items(), sweep.seeds or (None,)):
-        name = point if seed is None else f"{point}_s{seed}"
-        given = {
-            **settings,
-            "seed": base.seed if seed is None else seed,
-            "data.split_seed": base.measure_seed,
-            "run_name": name,
-            "output_dir": str(folder / name),
-        }
-        if base.eval.golden_set_path is None and base.eval.golden_size and base.eval.run_golden_every != "never":
-            given["eval.golden_set_path"] = str(folder / "golden.jsonl")
-        lines = [
-            *overrides,
-            *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()),
-        ]
-        try:
-            cfg = load_config(config, lines).model_copy(update={"sweep": None})
-        except ConfigError as e:
-            wrong.append(f"{name}: {e}")
-            continue
-        files = folder / "configs" / f"{name}.yaml", folder / "logs" / f"{name}.log"
-        runs.append(Planned(name, point, settings, cfg, folder / name, *files))
-    if wrong:
-        raise UserError("these combinations of the grid cannot be run:\n" + "\n".join(wrong))
-    return Plan(folder, base.run_name, sweep, base.device, runs)
-
-
-def _refuse(sweep: SweepConfig, base: RunConfig) -> None:
-    wrong = []
-    if "seed" in sweep.grid:
-        wrong.append("sweep.grid varies seed; list the seeds in sweep.seeds, so that they count as repeats")
-    for key in sweep.grid:
-        if any(key == f or key.startswith((f + ".", f + "_")) for f in FIXED):
-            wrong.append(
-                f"sweep.grid varies {key}; runs of a sweep must be measured on the same samples by the same rule"
-            )
-    missing = {"shuffled", "zero"} - set(base.ablation.conditions)
-    if missing:
-        wrong.append(
-            f"ablation.conditions leaves out {', '.join(sorted(missing))}, which the score needs; add what is missing"
-        )
-    if wrong:
-        raise UserError("this sweep cannot be run:\n  " + "\n  ".join(wrong))
-
-
-def _points(sweep: SweepConfig) -> dict[str, dict[str, Value]]:
-    """Name -> settings of every combination; the last setting of the grid varies fastest."""
-    heads = titles(list(sweep.grid))
-    labels = {key: _labels(values) for key, values in sweep.grid.items()}
-    points = {}
-    for choice in itertools.product(*(range(len(v)) for v in sweep.grid.values())):
-        picked = list(zip(sweep.grid, choice, strict=True))
-        name = "_".join(heads[key] + labels[key][i] for key, i in picked)
-        points[name] = {key: sweep.grid[key][i] for key, i in picked}
-    return points
-
-
-def titles(keys: Sequence[str]) -> dict[str, str]:
-    """Dotted setting -> what it is called in the names of runs."""
-
-    def short(key: str) -> str:
-        parts = key.split(".")
-        group = parts[-1] in ("connector", "lora") and len(parts) > 1 and parts[-2] in ("lr", "weight_decay")
-        return parts[-2] if group else parts[-1]
-
-    found = {key: short(key) for key in keys}
-    taken = list(found.values())
-    return {key: title if taken.count(title) == 1 else key for key, title in found.items()}
-
-
-def _labels(values: Sequence[Value]) -> list[str]:
-    """A path-safe word for each value, all different."""
-    words = [re.sub(r"[^A-Za-z0-9_.+-]+", "-", word(v)) for v in values]
-    if len(set(words)) < len(words) or not all(words):
-        return [f"{word}-{k}" for k, word in enumerate(words, 1)]
-    return words
-
-
-def word(value: Value) -> str:
-    """A value as it stands in the names of runs: ``0``, ``5e-5``, the last part of a path."""
-    if isinstance(value, bool):
-        return str(int(value))
-    if isinstance(value, str):
-        return Path(value).name
-    if isinstance(value, float) and value and abs(value) < 1e-3:
-        sign, digits, exponent = Decimal(repr(value)).normalize().as_tuple()
-        assert isinstance(exponent, int)
-        text = "".join(map(str, digits))
-        fraction = f".{text[1:]}" if text[1:] else ""
-        return f"{'-' * sign}{text[0]}{fraction}e{exponent + len(digits) - 1}"
-    return repr(value)
-
-
-def check_folders(plan: Plan) -> None:
-    """`UserError` naming the settings for every run folder that holds a run of other settings."""
-    wrong = []
-    for run in plan.runs:
-        record = _read(run.folder / "run.json")
-        if record is None or record.get("config_hash") == run.hash:
-            continue
-        try:
-            changed = diff_configs(load_config(run.folder / "config.yaml"), run.cfg)
-            told = [f"{path}: {to_json(old)} there, {to_json(new)} here" for path, old, new in changed]
-        except UserError as e:
-            told = [f"its config.yaml cannot be read: {str(e).splitlines()[-1].strip()}"]
-        wrong.append(f"{run.folder}:\n    " + "\n    ".join(told or ["written by another version of beholder"]))
-    if wrong:
-        raise UserError(
-            "these folders hold runs of other settings than this sweep's:\n  "
-            + "\n  ".join(wrong)
-            + "\nPut the settings back to continue that sweep, or set another run_name or output_dir for a new one."
-        )
-
-
-def is_finished(run: Planned) -> bool:
-    """Whether the run succeeded with these settings and left its evidence."""
-    record = _read(run.folder / "run.json")
-    return (
-        record is not None
-        and record.get("status") == Status.SUCCEEDED
-        and record.get("config_hash") == run.hash
-        and (run.folder / "evidence.json").is_file()
-    )
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError):
-        record = json.loads(path.read_bytes())
-        if isinstance(record, dict):
-            return record
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,12 +86,14 @@ class _Running:
     started: float = field(default_factory=time.monotonic)
 
 
-def run_sweep(config: str | Path, overrides: Sequence[str] = (), *, console: Console | None = None) -> SweepResult:
+def run_sweep(
+    config: str | Path, overrides: Sequence[str] = (), *, console: Console | None = None, promote_anyway: bool = False
+) -> SweepResult:
     """Run what is missing of a sweep, then write, print and return its summary.
 
     A run that finished with the same settings is not run again, an interrupted one goes on from its last checkpoint,
     one that fails is named and the others go on (the same command tries it again). Ctrl-C (or SIGTERM) lets the running
-    ones finish their step and save.
+    ones finish their step and save. ``promote_anyway``: a run may start from a checkpoint that failed its gates.
     Raises `UserError` for a config that cannot be swept, for run folders of other settings, and when another process
     sweeps the same folder.
     """
@@ -382,7 +107,7 @@ def run_sweep(config: str | Path, overrides: Sequence[str] = (), *, console: Con
             for file in (run.config_file, run.log):
                 file.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(run.config_file, dump_config(run.cfg))
-        stopped, failed = _Runner(plan, console).run()
+        stopped, failed = _Runner(plan, console, promote_anyway).run()
         record = collect(plan, failed, interrupted=stopped is not None)
         write_summary(record, plan.folder)
     print_record(record, console)
@@ -399,8 +124,8 @@ def run_sweep(config: str | Path, overrides: Sequence[str] = (), *, console: Con
 class _Runner:
     """Keeps the slots busy until nothing is left, and stops the children when it is stopped."""
 
-    def __init__(self, plan: Plan, console: Console) -> None:
-        self.plan, self.console = plan, console
+    def __init__(self, plan: Plan, console: Console, promote_anyway: bool) -> None:
+        self.plan, self.console, self.promote_anyway = plan, console, promote_anyway
         self.slots = _slots(plan)
         self.done = [r for r in plan.runs if is_finished(r)]
         self.left = [r for r in plan.runs if not is_finished(r)]
@@ -448,7 +173,7 @@ class _Runner:
                 continue
             self.left.remove(run)
             slot = free.pop(0)
-            self.running.append(_Running(run, _spawn(run, self.slots[slot]), slot))
+            self.running.append(_Running(run, _spawn(run, self.slots[slot], self.promote_anyway), slot))
             self._say(f"started {run.name} (log {run.log})")
 
     def _reap(self) -> None:
@@ -523,8 +248,9 @@ def _slots(plan: Plan) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // number))} for _ in range(number)]
 
 
-def _spawn(run: Planned, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _spawn(run: Planned, environment: Mapping[str, str], promote_anyway: bool) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "beholder", "run", str(run.config_file)]
+    command += ["--promote-anyway"] if promote_anyway else []
     with open(run.log, "ab") as log:
         log.write(f"--- {now()} {' '.join(command[1:])}\n".encode())
         log.flush()
@@ -576,7 +302,7 @@ def _sole_sweep(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        who = _read(holder) or {}
+        who = read_json(holder) or {}
         name = f"process {who['pid']} on {who['host']}" if {"pid", "host"} <= who.keys() else "another process"
         raise UserError(
             f"the sweep folder {folder} is in use by {name}: wait for it, stop it (Ctrl-C lets its runs save), or set "
@@ -706,44 +432,16 @@ def _warnings(plan: Plan, evidence: Mapping[str, Evidence], rows: Sequence[Row])
     unfinished = [r.name for r in rows if r.status in ("interrupted", "waiting")]
     if unfinished:
         yield f"The sweep is not finished: {', '.join(unfinished)}. The same command continues."
-    measured_on = {(held_out(plan.folder / name), e.data.eval) for name, e in evidence.items()}
-    if len(measured_on) > 1:
+    hashes = held_out_hashes([(plan.folder / name, e) for name, e in evidence.items()])
+    if len(set(hashes)) > 1 or len({e.data.eval for e in evidence.values()}) > 1:
         yield "The runs were not measured on the same held-out samples: a setting of the grid changes which they are."
 
 
 def write_summary(record: SweepRecord, folder: Path) -> None:
     """``sweep.json``, ``summary.csv``, ``sweep.html`` and ``sweep.md``, each whole or not at all."""
-    from beholder.study.page import render_sweep
-
     atomic_write(folder / RECORD, json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
     atomic_write(folder / SUMMARY, summary_csv(record))
     render_sweep(record, folder)
-
-
-def summary_csv(record: SweepRecord) -> str:
-    """A row per run in the order of the grid; an empty cell is a number that was not measured. Full precision."""
-    buckets = list(dict.fromkeys(m.stratum for r in record.rows for m in r.buckets if m.stratum))
-    head = [
-        "name", *record.grid, "seed", "eval_loss_end", *(f"eval_loss_{b}" for b in buckets), "d_shuffle",
-        "d_shuffle_low", "d_shuffle_high", "d_zero", "d_noise", "score", "flags", "steps", "wall_s", "status",
-        "config_hash",
-    ]  # fmt: skip
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(head)
-    for r in record.rows:
-        by_bucket = {m.stratum: m.value for m in r.buckets}
-        low, high = r.d_shuffle.ci95 if r.d_shuffle and r.d_shuffle.ci95 else (None, None)
-        writer.writerow([
-            r.name, *(r.settings[key] for key in record.grid), r.seed, _value(r.eval_loss),
-            *(by_bucket.get(b) for b in buckets), _value(r.d_shuffle), low, high, _value(r.d_zero), _value(r.d_noise),
-            r.score, "; ".join(r.flags), r.steps, r.wall_s, r.status, r.config_hash,
-        ])  # fmt: skip
-    return out.getvalue()
-
-
-def _value(m: Measurement | None) -> float | None:
-    return None if m is None else m.value
 
 
 def _figures(run: Planned) -> str:
@@ -754,27 +452,3 @@ def _figures(run: Planned) -> str:
     told += [f"shuffled image {shuffle.value:.4g}"] if shuffle and shuffle.value < 0 else []
     told += [f"gates failed: {', '.join(g.name for g in e.failed_gates)}"] if e.failed_gates else []
     return ", ".join(told)
-
-
-def print_record(record: SweepRecord, console: Console) -> None:
-    """The table of a sweep, best first, its warnings and its verdict."""
-    table = Table(title=f"Sweep {record.name}: score = loss - {record.ablation_weight:g} x (Δshuffle + Δzero)")
-    table.title_justify = "left"
-    for heading in ("run", "score", "loss", "Δshuffle", "Δzero", "Δnoise", "time", "do not use"):
-        table.add_column(heading, justify="left" if heading in ("run", "do not use") else "right", overflow="fold")
-    for r in record.by_rank():
-        if r.status != "finished":
-            table.add_row(r.name, *[""] * 6, Text(r.status, style="red"))
-            continue
-        best = not r.flags and r.point == record.ranking.winner
-        table.add_row(
-            Text(r.name, style="bold green" if best else "dim" if r.flags else ""),
-            *("–" if v is None else f"{v:.4f}" for v in (r.score, _value(r.eval_loss))),
-            *("–" if v is None else f"{v:.4f}" for v in map(_value, (r.d_shuffle, r.d_zero, r.d_noise))),
-            "–" if r.wall_s is None else duration(r.wall_s),
-            Text(", ".join(r.flags), style="red"),
-        )
-    console.print(table)
-    for warning in record.warnings:
-        console.print(Text(f"warning: {warning}", style="bold red"), soft_wrap=True)
-    console.print(Text(record.ranking.verdict, style="bold"), soft_wrap=True)

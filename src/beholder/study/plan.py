@@ -1,0 +1,178 @@
+"""Config + grid + seeds -> one resolved config a run, all on one split and one golden set; and what is done of it.
+
+Nothing is run here, and planning writes nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from beholder.config import RunConfig, SweepConfig
+from beholder.configfile import ConfigError, config_hash, diff_configs, load_config
+from beholder.evidence import Status
+from beholder.runs import to_json
+from beholder.study.record import Value, titles, word
+from beholder.types import UserError
+
+FIXED = (
+    "run_name", "output_dir", "sweep", "gates", "data.split_seed", "data.split_mode", "data.eval_size",
+    "data.eval_ratio", "data.eval_sources", "data.len_buckets", "data.max_samples", "eval.golden", "ablation",
+    "model.llm.name_or_path",
+)  # fmt: skip
+"""Settings a grid may not vary: runs of a sweep are measured on the same samples, in the same tokens, by one rule."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One run before it is run."""
+
+    name: str
+    point: str
+    settings: dict[str, Value]
+    cfg: RunConfig
+    folder: Path
+    config_file: Path
+    log: Path
+
+    @property
+    def hash(self) -> str:
+        return config_hash(self.cfg)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    folder: Path
+    name: str
+    sweep: SweepConfig
+    device: str
+    runs: list[Planned]
+
+
+def plan_sweep(config: str | Path, overrides: Sequence[str] = ()) -> Plan:
+    """Every run of the sweep with its resolved config. Nothing is written.
+
+    Raises `UserError` for a config without ``sweep:``, for a grid that varies what the runs are measured on, and with
+    everything that is wrong with any combination.
+    """
+    base = load_config(config, overrides)
+    sweep = base.sweep
+    if sweep is None:
+        raise UserError(
+            f"{config}: has no sweep: section, so there is nothing to vary; add one, for example\n"
+            "  sweep:\n    grid:\n      train.lr.connector: [5e-5, 1e-4, 2e-4]\nor use beholder run"
+        )
+    _refuse(sweep, base)
+    folder = Path(base.run_dir)
+    points = _points(sweep)
+    runs: list[Planned] = []
+    wrong: list[str] = []
+    for (point, settings), seed in itertools.product(points.items(), sweep.seeds or (None,)):
+        name = point if seed is None else f"{point}_s{seed}"
+        given = {
+            **settings,
+            "seed": base.seed if seed is None else seed,
+            "data.split_seed": base.measure_seed,
+            "run_name": name,
+            "output_dir": str(folder / name),
+        }
+        if base.eval.golden_set_path is None and base.eval.golden_size and base.eval.run_golden_every != "never":
+            given["eval.golden_set_path"] = str(folder / "golden.jsonl")
+        lines = [
+            *overrides,
+            *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()),
+        ]
+        try:
+            cfg = load_config(config, lines).model_copy(update={"sweep": None})
+        except ConfigError as e:
+            wrong.append(f"{name}: {e}")
+            continue
+        files = folder / "configs" / f"{name}.yaml", folder / "logs" / f"{name}.log"
+        runs.append(Planned(name, point, settings, cfg, folder / name, *files))
+    if wrong:
+        raise UserError("these combinations of the grid cannot be run:\n" + "\n".join(wrong))
+    return Plan(folder, base.run_name, sweep, base.device, runs)
+
+
+def _refuse(sweep: SweepConfig, base: RunConfig) -> None:
+    wrong = []
+    if "seed" in sweep.grid:
+        wrong.append("sweep.grid varies seed; list the seeds in sweep.seeds, so that they count as repeats")
+    for key in sweep.grid:
+        if any(key == f or key.startswith((f + ".", f + "_")) for f in FIXED):
+            wrong.append(
+                f"sweep.grid varies {key}; runs of a sweep must be measured on the same samples by the same rule"
+            )
+    missing = {"shuffled", "zero"} - set(base.ablation.conditions)
+    if missing:
+        wrong.append(
+            f"ablation.conditions leaves out {', '.join(sorted(missing))}, which the score needs; add what is missing"
+        )
+    if wrong:
+        raise UserError("this sweep cannot be run:\n  " + "\n  ".join(wrong))
+
+
+def _points(sweep: SweepConfig) -> dict[str, dict[str, Value]]:
+    """Name -> settings of every combination; the last setting of the grid varies fastest."""
+    heads = titles(list(sweep.grid))
+    labels = {key: _labels(values) for key, values in sweep.grid.items()}
+    points = {}
+    for choice in itertools.product(*(range(len(v)) for v in sweep.grid.values())):
+        picked = list(zip(sweep.grid, choice, strict=True))
+        name = "_".join(heads[key] + labels[key][i] for key, i in picked)
+        points[name] = {key: sweep.grid[key][i] for key, i in picked}
+    return points
+
+
+def _labels(values: Sequence[Value]) -> list[str]:
+    """A path-safe word for each value, all different."""
+    words = [re.sub(r"[^A-Za-z0-9_.+-]+", "-", word(v)) for v in values]
+    if len(set(words)) < len(words) or not all(words):
+        return [f"{word}-{k}" for k, word in enumerate(words, 1)]
+    return words
+
+
+def check_folders(plan: Plan) -> None:
+    """`UserError` naming the settings for every run folder that holds a run of other settings."""
+    wrong = []
+    for run in plan.runs:
+        record = read_json(run.folder / "run.json")
+        if record is None or record.get("config_hash") == run.hash:
+            continue
+        try:
+            changed = diff_configs(load_config(run.folder / "config.yaml"), run.cfg)
+            told = [f"{path}: {to_json(old)} there, {to_json(new)} here" for path, old, new in changed]
+        except UserError as e:
+            told = [f"its config.yaml cannot be read: {str(e).splitlines()[-1].strip()}"]
+        wrong.append(f"{run.folder}:\n    " + "\n    ".join(told or ["written by another version of beholder"]))
+    if wrong:
+        raise UserError(
+            "these folders hold runs of other settings than this sweep's:\n  "
+            + "\n  ".join(wrong)
+            + "\nPut the settings back to continue that sweep, or set another run_name or output_dir for a new one."
+        )
+
+
+def is_finished(run: Planned) -> bool:
+    """Whether the run succeeded with these settings and left its evidence."""
+    record = read_json(run.folder / "run.json")
+    return (
+        record is not None
+        and record.get("status") == Status.SUCCEEDED
+        and record.get("config_hash") == run.hash
+        and (run.folder / "evidence.json").is_file()
+    )
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    with suppress(OSError, ValueError):
+        record = json.loads(path.read_bytes())
+        if isinstance(record, dict):
+            return record
+    return None
