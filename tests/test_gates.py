@@ -77,9 +77,13 @@ def test_groups_too_small_to_judge_are_named() -> None:
     overall = measured("a", 2.0, ci95=(1.9, 2.1))
     tiny = measured("a", 0.1, n=3, ci95=(0.0, 0.2), stratum="odd", by="question")
 
-    result = one(GateConfig(measure="a", above=1, end="low", strata=True), overall, tiny)
+    other = measured("a", 2.0, ci95=(1.9, 2.1), stratum="even", by="question")
+    gate = GateConfig(measure="a", above=1, end="low", strata=True)
+
+    result = one(gate, overall, tiny, other)
 
     assert result.passed and "odd (n=3)" in result.note
+    assert not one(gate, overall, tiny).passed  # no group was judged, and the average may hide one
 
 
 def test_a_gate_that_is_switched_off_is_not_judged() -> None:

@@ -317,3 +317,37 @@ def test_two_processes_run_the_stage_of_one(tiny_config: MakeConfig, tmp_path: P
     logs = [losses_of(tmp_path / n / "run") for n in ("one", "two")]
     assert [s for s, _ in logs[0]] == [s for s, _ in logs[1]]
     assert [v for _, v in logs[0]] == pytest.approx([v for _, v in logs[1]], rel=1e-5)
+
+
+def test_evaluations_come_when_they_are_due(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run_stage(tiny_config(tmp_path, **{
+        "train.train_steps": 12, "train.full_eval_every": 5, "train.quick_eval_size": 4, "train.quick_eval_steps": 2,
+        "ablation.run_every": 6, "eval.run_golden_every": 4, "data.split_mode": "stratified_len",
+    }))  # fmt: skip
+
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    at = {key: sorted({r["step"] for r in rows if key in r}) for key in
+          ("eval_loss", "quick_eval_loss", "eval_loss_long", "ablation.delta.zero")}  # fmt: skip
+    assert at["eval_loss"] == [5, 6, 10, 12]  # the ablation needs the losses; the last is the run's own
+    assert at["eval_loss_long"] == [5, 6, 10]
+    assert at["quick_eval_loss"] == [2, 4, 8]  # a full one takes a quick one's place
+    assert at["ablation.delta.zero"] == [6]
+    assert [p.name for p in sorted((tmp_path / "run" / "qual").glob("*golden*"))] == [
+        "step_12_golden3.jsonl", "step_4_golden3.jsonl", "step_8_golden3.jsonl",
+    ]  # fmt: skip
+
+
+def test_every_epoch_means_every_pass_over_the_data(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, **{
+        "train.train_steps": 40, "train.full_eval_every": "epoch", "eval.run_golden_every": "epoch",
+        "data.eval_size": 12, "train.save_every": 1000,
+    })  # fmt: skip
+    evidence = run_stage(cfg).evidence
+
+    assert evidence is not None
+    per_epoch = evidence.data.train / 4
+    due = [step for step in range(1, 41) if int(step / per_epoch) > int((step - 1) / per_epoch)]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert due and sorted({r["step"] for r in rows if "eval_loss" in r}) == sorted({*due, 40})
+    steps = sorted(int(p.name.split("_")[1]) for p in (tmp_path / "run" / "qual").glob("*golden*"))
+    assert steps == sorted({*due, 40})

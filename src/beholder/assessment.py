@@ -43,7 +43,6 @@ from beholder.probes import (
     loss,
     qa,
     reliance,
-    strata,
     textonly,
 )
 from beholder.report import render
@@ -369,14 +368,12 @@ def answers(bench: Workbench, tell: Told) -> None:
 def could_be_guessed(bench: Workbench, tell: Told) -> None:
     """Whether the answers can be had from the text alone, or from earlier turns."""
     turns, data = bench.cfg.eval.audit_turns, bench.data
-    several = sum(sum(t.role == "assistant" for t in e.turns) > 1 for e in data.eval_examples)
-    if several < strata.MIN_SAMPLES:
+    if not any(sum(t.role == "assistant" for t in e.turns) > 1 for e in data.eval_examples):
         n = len(data.eval_examples)
         tell.measured.append(
             Measurement(
                 name="audit.trained.leak", value=0.0, unit="nats/token", better="lower", n=n, ci95=(0.0, 0.0),
-                caveat=f"{several or 'none'} of {n} held-out samples have a second answer, so there is next to nothing "
-                "to read in earlier turns",
+                caveat="no held-out sample has a second answer, so there are no earlier turns to read",
             )
         )  # fmt: skip
     if not turns:
@@ -391,8 +388,7 @@ def could_be_guessed(bench: Workbench, tell: Told) -> None:
                 bench.model, data.encoder, data.layout, data.eval_examples, turns, bench.cfg.measure_seed,
                 batch_size=bench.cfg.eval.batch_size, content_key=bench.content_key, blank=image, name=name,
             )  # fmt: skip
-            known = {m.key for m in tell.measured}
-            tell.measured += [m for m in found.measurements if m.key not in known]
+            tell.measured += found.measurements
             tell.findings += found.findings
             bench.gaps += [] if image is not None else found.gaps
 

@@ -36,6 +36,8 @@ def _judge(name: str, gate: GateConfig, measurements: Sequence[Measurement]) -> 
 
     if overall is None:
         return result(False, None, None, "not measured")
+    if groups and len(small) == len(groups):
+        return result(False, overall, None, f"no group has {gate.min_n} samples, so none could be judged by itself")
     numbers = [(m, _number(m, gate)) for m in judged]
     unknown = [m for m, number in numbers if number is None]
     if unknown:

@@ -351,9 +351,12 @@ class Watch:
                 self._told(step, "quick_eval_loss", bench.losses(self.quick))
 
     def _told(self, step: int, name: str, losses: list[loss.SampleLoss]) -> None:
-        measured = loss.summarize(losses, "eval", seed=self.bench.cfg.measure_seed)
-        self.bench.reporter.eval(measured[0].value, step=step)
-        self._log(step, {name: measured[0].value, "eval_examples": len(losses)})
+        full = len(losses) == len(self.bench.data.eval_examples)
+        measured = self.bench.eval_summary(losses) if full else loss.summarize(losses, "eval", seed=0)
+        by_length = {str(m.stratum): m.value for m in measured if m.name == "eval.loss" and m.by == "length"}
+        self.bench.reporter.eval(measured[0].value, step=step, **by_length)
+        buckets = {f"{name}_{stratum}": value for stratum, value in by_length.items()}
+        self._log(step, {name: measured[0].value, "eval_examples": len(losses), **buckets})
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         if self.bench.dist.is_main:

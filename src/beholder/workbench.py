@@ -375,6 +375,12 @@ class Workbench:
                 size=e.golden_size,
                 seed=e.golden_seed,
             )
+            wanted = min(e.golden_size, len(among))
+            if len(chosen) != wanted:
+                raise UserError(
+                    f"{path} holds {len(chosen)} samples, eval.golden_size asks for {wanted}; change the setting, or give "
+                    "another eval.golden_set_path"
+                )
             return [among[index] for index, _ in chosen]
 
         indices: list[int] = self.dist.on_main(make)
