@@ -327,6 +327,8 @@ def describes(bench: Workbench, tell: Told) -> None:
         single = [k for k, e in enumerate(examples) if len(e.images) == 1]
         if len(single) < len(examples):
             bench.gaps.append(f"CLIPScore: {len(examples) - len(single)} captions of several images are left out.")
+        if not single:
+            return
         with bench.phase("captions"):
             tell.measured += clipscore.clip_score(
                 cfg.eval.clip_model,
@@ -619,7 +621,12 @@ def _samples(bench: Workbench, tell: Told, items: GoldenItems, step: int) -> lis
     index_of = {(item.id, item.gt_text, item.image_relpath): i for i, item in items}
     for at, path in golden.steps_of(bench.run.qual):
         if at <= step and path == golden.captions_path(bench.run.qual, at, len(items)):
-            for row in golden.load_captions(path):
+            try:
+                rows = golden.load_captions(path)
+            except UserError as e:  # an earlier step's; this one's measurements are not lost for it
+                bench.gaps.append(f"Golden captions of step {at}: not shown. {e}")
+                continue
+            for row in rows:
                 if (i := index_of.get((row.id, row.gt_text, row.image_relpath))) in predictions:
                     exact = captions.exact_match(row.pred_text, row.gt_text)
                     predictions[i].append(Prediction(step=at, text=row.pred_text, exact=exact))

@@ -352,7 +352,7 @@ class Evidence(Record):
         """
         try:
             raw: Any = json.loads(text)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{name}: not valid JSON ({e}); a report is rendered from the file a run wrote") from e
         if not isinstance(raw, dict):
             raise UserError(f"{name}: expected one JSON object, got {type(raw).__name__}")

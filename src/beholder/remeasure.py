@@ -72,6 +72,8 @@ def reopen(folder: str, overrides: Sequence[str]) -> Iterator[Opened]:
             bench.resumed = bench.remeasured = True
             told = run.read_json("run.json").get("promoted") if run.run_path.exists() else None
             bench.gaps += [told] if told else []
+            if judged := [f"{f}: {a} → {b}" for f, a, b in diff_configs(saved, cfg) if f.startswith("gates.")]:
+                bench.gaps.append(f"Gates judged otherwise than the run declared them: {'; '.join(judged)}.")
             bench.fill_features(0, 0)
             yield Opened(bench, table, int(trainer["step"]))
     finally:

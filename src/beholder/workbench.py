@@ -361,7 +361,7 @@ class Workbench:
     def golden_items(self) -> list[tuple[int, golden.GoldenItem]]:
         """The fixed set as (index into ``eval_examples``, item); made and stored by all processes at once."""
         e = self.cfg.eval
-        if not e.golden_size or e.run_golden_every == "never":
+        if not e.golden_size or e.run_golden_every == "never" or not self.describable:
             return []
         path = self.run.path / "golden.jsonl" if e.golden_set_path is None else Path(e.golden_set_path)
 
@@ -378,8 +378,8 @@ class Workbench:
             wanted = min(e.golden_size, len(among))
             if len(chosen) != wanted:
                 raise UserError(
-                    f"{path} holds {len(chosen)} samples, eval.golden_size asks for {wanted}; change the setting, or give "
-                    "another eval.golden_set_path"
+                    f"{path} holds {len(chosen)} samples, eval.golden_size asks for {wanted}; change the setting, or "
+                    "give another eval.golden_set_path"
                 )
             return [among[index] for index, _ in chosen]
 

@@ -431,7 +431,11 @@ _NAME = re.compile(r"step_(\d+)_golden(\d+)\.jsonl")
 
 def _rows(path: Path, kind: type[GoldenItem] | type[GoldenCaption]) -> Iterator[dict[str, Any]]:
     expected = {f.name: int if f.type == "int" else str for f in fields(kind)}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror or e}); expected a JSONL file") from e
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

@@ -244,13 +244,22 @@ def _settings(runs: Sequence[Run]) -> tuple[list[Setting], list[str]]:
             first = str(e).splitlines()[-1].strip()
             unread.append(f"{run.name}: its config is not one this version reads ({first}); settings are as written")
     if unread:  # without defaults, so a default of one run may stand against nothing in another
-        flats = [dict(_flatten(yaml.safe_load(r.evidence.config_yaml) or {})) for r in runs]
+        flats = [dict(_flatten(_as_written(r.evidence.config_yaml))) for r in runs]
         paths = dict.fromkeys(p for flat in flats for p in flat)
     else:
         flats = [dict(_flatten(c.model_dump(mode="json"))) for c in configs]
         paths = dict.fromkeys(p for a, b in pairwise(configs) for p, _, _ in diff_configs(a, b))
     rows = [Setting(p, tuple(flat.get(p) for flat in flats)) for p in paths]
     return [r for r in rows if any(v != r.values[0] for v in r.values)], unread
+
+
+def _as_written(text: str) -> dict[str, Any]:
+    """The settings of a config that is not one; none where it is no YAML at all."""
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
