@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from beholder.data.images import SameContent
 from beholder.data.splits import (
     Split,
+    balanced_sample,
     bucket_bounds,
     bucket_names,
     buckets_of,
@@ -261,15 +262,17 @@ def test_one_picture_for_all_samples_is_an_error_that_says_so() -> None:
         split(pictures(20, [0] * 20), skewed(20), mode="ratio", eval_size=2)
 
 
-def test_a_quick_evaluation_is_balanced_and_part_of_the_whole() -> None:
+def test_a_sample_of_the_held_out_is_balanced_and_part_of_the_whole() -> None:
     made = split(pictures(3000), skewed(3000), eval_size=300)
+    buckets = [made.bucket[int(i)] for i in made.eval]
 
-    quick = made.balanced_eval(60, seed=1)
+    def sample(size: int, seed: int) -> list[int]:
+        return balanced_sample(made.eval, buckets, bucket_names(made.settings["len_buckets"]), size, seed).tolist()
 
-    assert set(quick) < set(made.eval)
-    assert Counter(made.bucket[int(i)] for i in quick) == {"short": 20, "medium": 20, "long": 20}
-    assert made.balanced_eval(60, seed=1).tolist() == quick.tolist() != made.balanced_eval(60, seed=2).tolist()
-    assert made.balanced_eval(9999, seed=1).tolist() == made.eval.tolist()
+    assert set(sample(60, 1)) < set(made.eval.tolist())
+    assert Counter(made.bucket[i] for i in sample(60, 1)) == {"short": 20, "medium": 20, "long": 20}
+    assert sample(60, 1) == sample(60, 1) != sample(60, 2)
+    assert sample(9999, 1) == made.eval.tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------
