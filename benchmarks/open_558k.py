@@ -68,7 +68,7 @@ def peak_mb() -> float:
 def measure(path: Path, tokenizer_path: str, label: str) -> None:
     import transformers
 
-    from beholder.config import HygieneConfig, SourceConfig
+    from beholder.config import HygieneLimits, SourceConfig
     from beholder.data.hygiene import apply_hygiene
     from beholder.data.sources import open_sources
 
@@ -78,7 +78,7 @@ def measure(path: Path, tokenizer_path: str, label: str) -> None:
     source = SourceConfig(dataset="llava_pretrain", json_path=str(path))
     records = open_sources([source], image_token="<image>", max_images=2, on_reject="error")
     opened_s = time.perf_counter() - start
-    report = apply_hygiene(records, tokenizer, HygieneConfig(), verify_images="none")
+    report = apply_hygiene(records, tokenizer, HygieneLimits(), verify_images="none")
     total_s = time.perf_counter() - start
     print(f"{label}: opening {opened_s:.1f} s + hygiene {total_s - opened_s:.1f} s = {total_s:.1f} s "
           f"({time.process_time() - cpu_start:.1f} CPU seconds on {os.cpu_count()} cores); "

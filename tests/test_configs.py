@@ -53,7 +53,7 @@ def test_a_shipped_config_opens_with_command_time_and_expected_numbers(path: Pat
             "model.connector.num_visual_tokens": 64, "model.connector.vision_ln": True, "prompting.max_seq_len": 1536,
             "train.lr.connector": 1e-4, "train.weight_decay.connector": 0.01, "train.warmup_ratio": 0.02,
             "train.lr_scheduler": "cosine", "train.min_lr_ratio": 0.1, "train.grad_clip": 1.0,
-            "data.hygiene.min_tokens": 5, "data.hygiene.max_tokens": 60, "prompting.max_images_per_sample": 2,
+            "prompting.max_images_per_sample": 2,
             "eval.golden_size": 32, "eval.golden_generate.top_p": 0.9, "eval.golden_generate.max_new_tokens": 64,
         }),
         ("stage1_align_trial", {

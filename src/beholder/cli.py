@@ -182,7 +182,7 @@ def check(
 
     Python: beholder.data.check.check_data.
     """
-    from beholder.config import HygieneConfig, LlmConfig
+    from beholder.config import HygieneLimits, LlmConfig
     from beholder.data.check import check_data, resolve_data
     from beholder.model.language import load_tokenizer
     from beholder.runs import to_json
@@ -198,7 +198,7 @@ def check(
     result = check_data(
         sources,
         load_tokenizer(llm) if llm else None,
-        hygiene=cfg.data.hygiene if cfg else HygieneConfig(),
+        hygiene=cfg.hygiene if cfg else HygieneLimits(),
         image_token=cfg.prompting.image_token if cfg else "<image>",
         max_images=cfg.prompting.max_images_per_sample if cfg else 2,
         verify_images="decode" if decode else "exists",

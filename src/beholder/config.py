@@ -7,9 +7,10 @@ Paths are relative to the working directory, as on a command line.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Cadence = Literal["epoch", "end", "never"]
 Positive = Annotated[int, Field(gt=0)]
@@ -131,10 +132,16 @@ class LoraConfig(Section):
     enable: bool = False
     """Train low-rank adapters on the language model (stage 2)."""
     r: Positive = 16
+    """Rank of the two matrices of an adapter."""
     alpha: Positive = 32
+    """The adapter's output is scaled by alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Dropout on the adapter's input while training."""
     bias: Literal["none"] = "none"
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers of the language model that get an adapter: the last part of a module's name (``q_proj``), several
+    parts (``self_attn.q_proj``), or a regular expression that matches the whole name below the language model. Each
+    must match something, and nothing outside the language model's layers; the resolved list is printed and counted."""
 
 
 class ModelConfig(Section):
@@ -147,15 +154,22 @@ class ModelConfig(Section):
 # ---------------------------------------------------------------------------------------------------------------
 # data
 
-DatasetKind = Literal["jsonl", "llava_pretrain", "llava_instruct", "webdataset", "parquet"]
-"""jsonl: ``{"id","images":[…],"caption","source"}`` a line. llava_pretrain: one JSON array of conversations.
-llava_instruct: the same shape, multi-turn (stage 2). webdataset: tar shards. parquet: rows with image bytes."""
+DatasetKind = Literal["jsonl", "llava_pretrain", "llava_instruct", "sharegpt", "vqa", "gqa", "webdataset", "parquet"]
+"""jsonl: ``{"id","images":[…],"caption" | "messages" | "conversations","source"}`` a line. llava_pretrain: one JSON array
+of conversations. llava_instruct: the same shape, multi-turn. sharegpt: conversations with system turns, as a JSON array
+or a record a line. vqa: VQA-v2's or OK-VQA's question file, with its annotation file. gqa: GQA's question file.
+webdataset: tar shards. parquet: rows with image bytes."""
 
 
 class SourceConfig(Section):
     dataset: DatasetKind = "jsonl"
     json_path: str
-    """The record file; for webdataset and parquet a file, a folder or a glob."""
+    """The record file; for webdataset and parquet a file, a folder or a glob; for vqa and gqa the question file."""
+    annotations_path: str | None = None
+    """vqa: the annotation file with the ten answers of each question."""
+    image_pattern: str | None = None
+    """vqa, gqa: file name of an image below ``image_root``, with ``{image_id}``, as in
+    ``COCO_val2014_{image_id:012d}.jpg``. Default COCO's own name for the question file's split, or ``{image_id}.jpg``."""
     image_root: str | None = None
     """Folder that image paths are relative to and may not leave. Not used by webdataset and parquet."""
     name: str | None = None
@@ -165,20 +179,46 @@ class SourceConfig(Section):
 
 
 class HygieneConfig(Section):
-    min_tokens: Annotated[int, Field(ge=0)] = 5
-    """Captions with fewer target tokens are rejected."""
-    max_tokens: Positive = 60
-    """Captions with more target tokens are rejected."""
-    spam: tuple[str, ...] = (
-        "watermark", "stock photo", "stock image", "royalty free", "download", "click here", "click to",
-    )  # fmt: skip
-    """Captions that contain one of these phrases (case-insensitive, whole words) are rejected."""
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Samples with fewer target tokens are rejected. Default 5 in stage align, 1 in stage instruct."""
+    max_tokens: Positive | None = None
+    """Samples with more target tokens, over all turns, are rejected. Default 60 in stage align, no limit in instruct."""
+    spam: tuple[str, ...] | None = None
+    """Samples that contain one of these phrases (case-insensitive, whole words) are rejected. Default the usual marks of
+    scraped captions in stage align (watermark, stock photo, …), none in stage instruct."""
     duplicates: Literal["report", "reject_exact", "reject_near"] = "report"
     """Captions that repeat an earlier one. near: same words up to case, punctuation and small edits."""
     near_threshold: Fraction = 0.9
     """Estimated Jaccard similarity of word sets from which two captions count as near-duplicates."""
     source_cap: Positive | None = None
     """At most this many accepted samples per value of the record's ``source``."""
+
+    def limits(self, stage: Literal["align", "instruct"]) -> HygieneLimits:
+        """What holds in ``stage``, its defaults filled in."""
+        low, high, spam = (5, 60, CAPTION_SPAM) if stage == "align" else (1, 10**9, ())
+        return HygieneLimits(
+            min_tokens=low if self.min_tokens is None else self.min_tokens,
+            max_tokens=high if self.max_tokens is None else self.max_tokens,
+            spam=spam if self.spam is None else self.spam,
+            duplicates=self.duplicates, near_threshold=self.near_threshold, source_cap=self.source_cap,
+        )  # fmt: skip
+
+
+CAPTION_SPAM = (
+    "watermark", "stock photo", "stock image", "royalty free", "download", "click here", "click to",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class HygieneLimits:
+    """`HygieneConfig` with the stage's defaults filled in."""
+
+    min_tokens: int = 5
+    max_tokens: int = 60
+    spam: tuple[str, ...] = CAPTION_SPAM
+    duplicates: Literal["report", "reject_exact", "reject_near"] = "report"
+    near_threshold: float = 0.9
+    source_cap: int | None = None
 
 
 class DataConfig(Section):
@@ -239,10 +279,6 @@ class DataConfig(Section):
             wrong.append("split_mode stratified_len needs eval_size")
         if list(self.len_buckets) != sorted(set(self.len_buckets)) or len(self.len_buckets) < 2:
             wrong.append("len_buckets must be at least two increasing numbers, such as [0, 10, 20, 9999]")
-        if self.hygiene.min_tokens > self.hygiene.max_tokens:
-            wrong.append(
-                f"hygiene.min_tokens is {self.hygiene.min_tokens}, larger than max_tokens {self.hygiene.max_tokens}"
-            )
         return wrong
 
     @property
@@ -274,9 +310,18 @@ class PromptingConfig(Section):
     """Samples with more images are rejected."""
     max_seq_len: Positive = 1536
     """Longest sample in tokens, image positions included. Longer captions are cut and counted."""
+    too_long: Literal["truncate_answer", "reject"] = "truncate_answer"
+    """A sample longer than ``max_seq_len``: cut the end of its last answer and count it, or reject, name and count it.
+    One whose prompt alone is too long is rejected in either case."""
     template: Literal["caption", "conversation", "chat"] | None = None
     """caption: templates A and B. conversation: the records' own user text, no chat template. chat: the tokenizer's
-    chat template (stage 2). Default by stage."""
+    chat template. Default caption in stage align, chat in stage instruct."""
+    chat_template: str | None = None
+    """chat: a Jinja file to use instead of the tokenizer's own template."""
+    system: str | None = None
+    """chat: system text put before conversations that have none. Default: whatever the template does by itself."""
+    thinking: bool = False
+    """chat: for templates with a reasoning mode (Qwen3), whether a prompt leaves it open (``enable_thinking``)."""
     instruction: str = "Describe the image in one sentence."
     """Template A's text after the image."""
     instruction_multi: str = "Describe each image in order, one sentence per image."
@@ -376,9 +421,15 @@ class EvalConfig(Section):
     golden_batch_size: Positive = 8
     golden_generate: GenerateConfig = GenerateConfig()
     caption_samples: Annotated[int, Field(ge=0)] = 256
-    """Held-out samples captioned at the end (greedily) for exact match, BLEU, ROUGE-L, CIDEr-D and CHAIR; 0: none."""
+    """Held-out samples whose last answer is written at the end, greedily. align: captions, scored by exact match, BLEU,
+    ROUGE-L, CIDEr-D and CHAIR; instruct: answers, scored by VQA accuracy, POPE and exact match as well. 0: none."""
+    answer_tokens: Positive = 64
+    """Longest answer written for them, in tokens."""
     qa_samples: Annotated[int, Field(ge=0)] = 200
-    """Questions made from the held-out captions ("What is in the image?", "What colour is the …?"); 0: none."""
+    """align: questions made from the held-out captions ("What is in the image?", "What colour is the …?"); 0: none."""
+    retention_path: str | None = None
+    """instruct: a text file, a passage a line, on which the language model with and without its adapters is compared.
+    Default a fixed set of the package (English, other languages, code, arithmetic, dialogue)."""
     object_list: str | None = None
     """Objects for CHAIR and the questions: a text file, one ``name: synonym, synonym`` a line. Default COCO's 80."""
     clip_model: str | None = None
@@ -416,6 +467,8 @@ class GateConfig(Section):
     """It must not be larger than this."""
     end: Literal["value", "low", "high"] = "value"
     """What is judged: the value, or the lower or upper end of its 95 % interval."""
+    stratum: str | None = None
+    """Judge it in this group only, such as ``yes/no``."""
     strata: bool = False
     """Judge it in every group of samples as well (target length, turn, question, answer type), not only overall."""
     min_n: Positive = 20
@@ -469,13 +522,44 @@ GATES: dict[str, GateConfig] = {
 }  # fmt: skip
 """The gates of every alignment (S11-7); ``gates:`` in a config changes, switches off or adds some by name."""
 
+INSTRUCT_GATES: dict[str, GateConfig] = GATES | {
+    "frozen": _gate("frozen.changed", "tower and base weights are bit-identical afterwards", at_most=0),
+    "text_unchanged": _gate(
+        "text.changed", "with its adapters off the language model answers text as before, bit for bit", at_most=0
+    ),
+    "retained": _gate(
+        "retention.loss_ratio", "with its adapters on the language model still writes text as well as the base",
+        at_most=1.05,
+    ),
+    "answers_look": _gate(
+        "answer.gain.none", "answers are right more often with the image than without, for every kind of question",
+        above=0, end="low", strata=True,
+    ),
+    "merges": _gate(
+        "merge.changed_pct", "adapters merged into the weights write the same next tokens", at_most=1
+    ),
+}  # fmt: skip
+"""The gates of every instruction tuning (S2-5, S2-7): the alignment's, about a model whose adapters learn."""
 
-def complete_gates(given: dict[str, GateConfig]) -> dict[str, GateConfig]:
+
+def stage_gates(stage: Literal["align", "instruct"]) -> dict[str, GateConfig]:
+    return INSTRUCT_GATES if stage == "instruct" else GATES
+
+
+def stage_of(stage: str | None, model: object) -> Literal["align", "instruct"]:
+    """The stage of a run that names ``stage`` or leaves it to whether ``model`` has adapters."""
+    if stage in ("align", "instruct"):
+        return stage
+    lora = getattr(model, "lora", None)  # the model section may have errors of its own and be absent
+    return "instruct" if isinstance(lora, LoraConfig) and lora.enable is True else "align"
+
+
+def complete_gates(given: dict[str, GateConfig], stage: Literal["align", "instruct"]) -> dict[str, GateConfig]:
     """The stage's own gates with what ``given`` changes of them, then the others; all stand in the resolved config."""
     own = {
         name: gate.model_copy(update={f: getattr(given[name], f) for f in given[name].model_fields_set})
         if name in given else gate
-        for name, gate in GATES.items()
+        for name, gate in stage_gates(stage).items()
     }  # fmt: skip
     return own | {name: gate for name, gate in given.items() if name not in own}
 
@@ -507,6 +591,14 @@ class SweepConfig(Section):
         return wrong
 
 
+SCALES: dict[str, dict[str, bool | int | float | str | None]] = {
+    "smoke": {"data.max_samples": 2000, "data.eval_size": 200, "train.train_steps": 200, "train.save_every": 200},
+    "trial": {"data.max_samples": 20_000, "data.eval_size": 2000, "train.train_steps": None, "train.num_epochs": 1},
+    "full": {},
+}
+"""The seed's runbook (S2-7): settings of ``beholder run CONFIG --scale NAME``; ``scales:`` in a config has its own."""
+
+
 class RunConfig(Section):
     """One run: a stage, its parts, its data, its training and its evidence."""
 
@@ -529,13 +621,16 @@ class RunConfig(Section):
     ablation: AblationConfig = AblationConfig()
     gates: Annotated[dict[str, GateConfig], Field(default_factory=dict, validate_default=True)]
     """What the evidence must show before the run may be built upon; the stage's own gates unless changed by name."""
+    scales: dict[str, dict[str, bool | int | float | str | None]] = {}
+    """Named sets of settings (dotted name: value) for ``beholder run CONFIG --scale NAME``, in place of the runbook's
+    smoke, trial and full."""
     sweep: SweepConfig | None = None
     """Only for ``beholder sweep``."""
 
     @field_validator("gates")
     @classmethod
-    def _complete(cls, given: dict[str, GateConfig]) -> dict[str, GateConfig]:
-        return complete_gates(given)
+    def _complete(cls, given: dict[str, GateConfig], info: ValidationInfo) -> dict[str, GateConfig]:
+        return complete_gates(given, stage_of(info.data.get("stage"), info.data.get("model")))
 
     @property
     def measure_seed(self) -> int:
@@ -544,7 +639,12 @@ class RunConfig(Section):
 
     @property
     def stage_name(self) -> Literal["align", "instruct"]:
-        return self.stage or ("instruct" if self.model.lora.enable else "align")
+        return stage_of(self.stage, self.model)
+
+    @property
+    def hygiene(self) -> HygieneLimits:
+        """What hygiene holds training records to in this stage."""
+        return self.data.hygiene.limits(self.stage_name)
 
     @property
     def run_dir(self) -> str:
@@ -565,11 +665,23 @@ class RunConfig(Section):
             wrong.append("nothing would be trained: model.lora.enable and model.connector.trainable are false")
         if self.stage_name == "align" and not self.model.connector.trainable:
             wrong.append("stage align trains the connector, but model.connector.trainable is false")
+        if self.stage_name == "instruct" and self.prompting.max_images_per_sample > 1:
+            wrong.append(
+                "stage instruct takes one image a sample; set prompting.max_images_per_sample: 1 (several images come "
+                "with stage multi)"
+            )
         if self.prompting.max_images_per_sample < 2 and self.data.multi_image_fraction > 0:
             wrong.append("data.multi_image_fraction needs prompting.max_images_per_sample of at least 2")
+        limits = self.hygiene
+        if limits.min_tokens > limits.max_tokens:
+            wrong.append(
+                f"data.hygiene.min_tokens is {limits.min_tokens}, larger than data.hygiene.max_tokens {limits.max_tokens}"
+            )
         for name, gate in self.gates.items():
+            if gate.strata and gate.stratum is not None:
+                wrong.append(f"gates.{name}: strata judges every group and stratum one of them; give one of the two")
             if gate.measure is None:
-                own = ", ".join(GATES)
+                own = ", ".join(stage_gates(self.stage_name))
                 wrong.append(f"gates.{name} has no measure; name what it judges, or use one of the stage's own: {own}")
             elif not gate.bound:
                 wrong.append(f"gates.{name} has no bound; give above, at_least or at_most")

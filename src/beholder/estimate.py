@@ -391,7 +391,7 @@ def _plan_sequence(cfg: RunConfig, num_visual: int, examples: Sequence[Example],
     prompt_mean = prompt + (result.data.get("images_per_sample", 1.0) - 1) * num_visual
     limit = cfg.prompting.max_seq_len
     mean = min(float(prompt_mean + targets.mean() + 1), limit)
-    longest = prompt + cfg.data.hygiene.max_tokens + 1
+    longest = prompt + cfg.hygiene.max_tokens + 1
     micro = cfg.train.micro_batch_size
     pack_len = cfg.train.pack_len or limit
     if cfg.train.packing:
@@ -403,7 +403,7 @@ def _plan_sequence(cfg: RunConfig, num_visual: int, examples: Sequence[Example],
         rows, row_length = float(micro), min(float(prompt_mean + draws.max(1).mean() + 1), limit)
     result.sequence = {
         "visual_tokens_per_image": num_visual, "prompt_tokens": prompt, "target_tokens_mean": float(targets.mean()),
-        "target_tokens_limit": cfg.data.hygiene.max_tokens, "tokens_mean": mean, "tokens_longest": min(longest, limit),
+        "target_tokens_limit": cfg.hygiene.max_tokens, "tokens_mean": mean, "tokens_longest": min(longest, limit),
         "tokens_limit": limit, "rows_of_a_micro_batch": rows, "row_length": row_length,
     }  # fmt: skip
     if longest > limit:

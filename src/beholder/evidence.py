@@ -44,12 +44,12 @@ from beholder.types import UserError
 SCHEMA_VERSION = 1
 """Raised when a reader of the old shape would misread the new one."""
 
-Condition = Literal["correct", "shuffled", "zero", "noise"]
-"""Which image the model was shown: its own, another sample's, one whose normalised pixels are 0, or one whose
-normalised pixels are drawn from N(0, 1)."""
+Condition = Literal["correct", "shuffled", "zero", "noise", "none"]
+"""Which image the model was shown: its own, another sample's, one whose normalised pixels are 0, one whose normalised
+pixels are drawn from N(0, 1), or none at all: the same text without the image's place."""
 
 CONDITIONS: tuple[Condition, ...] = ("correct", "shuffled", "zero", "noise")
-"""In the order they are told."""
+"""Under which losses are compared, in the order they are told. ``none`` is for answers that the model writes."""
 
 DataUri = Annotated[str, Field(pattern=r"^data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}$")]
 """An inline picture. The pattern keeps an `evidence.json` from elsewhere from pointing the report at a URL."""
@@ -120,6 +120,31 @@ class TrainableRow(Record):
         if self.sha256_before is None or self.sha256_after is None:
             return None
         return self.sha256_before == self.sha256_after
+
+
+class AdapterRow(Record):
+    """One adapted layer: where it is and what it adds."""
+
+    name: str
+    """Module name below the language model, such as ``model.layers.0.self_attn.q_proj``."""
+    d_in: int
+    d_out: int
+    rank: int
+    params: int
+
+
+class Candidate(Record):
+    """A checkpoint that was measured, and whether it may be the run's best (S2-7)."""
+
+    step: int
+    eval_loss: FiniteFloat
+    delta_shuffled: FiniteFloat | None = None
+    """Nats per token that another sample's image adds; None when it was not measured at this step."""
+    collapse: FiniteFloat | None = None
+    """Worst symptom of collapse among its golden outputs, share."""
+    refused: str = ""
+    """Why it may not be the best; empty when it may."""
+    best: bool = False
 
 
 class DataFacts(Record):
@@ -240,6 +265,8 @@ class Sample(Record):
     images: list[DataUri]
     reference: str
     predictions: list[Prediction]
+    question: str = ""
+    """What the user asked last, without images; empty for captions."""
     bucket: str | None = None
     words: list[WordReliance] = []
     """The reference word by word (empty when it was not measured)."""
@@ -306,6 +333,12 @@ class Evidence(Record):
     histograms: list[Histogram] = []
     samples: list[Sample] = []
     text_only: TextOnly | None = None
+    adapters: list[AdapterRow] = []
+    """Every adapted layer of the language model."""
+    candidates: list[Candidate] = []
+    """The checkpoints the best one was chosen from."""
+    step: int | None = None
+    """The step whose checkpoint was measured: the best one; None in files of earlier versions."""
     cost: Cost
     provenance: dict[str, JsonValue] = {}
     config_yaml: str

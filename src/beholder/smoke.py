@@ -419,7 +419,7 @@ def _smoke_data(cfg: RunConfig, folder: Path, num_records: int) -> Any:
         "num_workers": 0, "pin_memory": False,
         "hygiene": data.hygiene.model_copy(update={
             # Byte tokens: a caption has 8 to 60 of them, whatever the recipe's words-as-tokens bounds are.
-            "min_tokens": min(data.hygiene.min_tokens, 5), "max_tokens": max(data.hygiene.max_tokens, 60),
+            "min_tokens": min(cfg.hygiene.min_tokens, 5), "max_tokens": max(cfg.hygiene.max_tokens, 60),
             # The same 72 captions come back every 72 pictures, by design.
             "duplicates": "report",
         }),

@@ -354,7 +354,7 @@ class Watch:
         full = len(losses) == len(self.bench.data.eval_examples)
         measured = self.bench.eval_summary(losses) if full else loss.summarize(losses, "eval", seed=0)
         by_length = {str(m.stratum): m.value for m in measured if m.name == "eval.loss" and m.by == "length"}
-        self.bench.reporter.eval(measured[0].value, step=step, **by_length)
+        self.bench.reporter.eval(measured[0].value, step=step, epoch=None, **by_length)
         buckets = {f"{name}_{stratum}": value for stratum, value in by_length.items()}
         self._log(step, {name: measured[0].value, "eval_examples": len(losses), **buckets})
 

@@ -83,6 +83,12 @@ class Example:
     """File the record came from, for error messages."""
     row: int = 0
     """0-based record number in ``file``."""
+    answers: tuple[str, ...] = ()
+    """Reference answers of a question, as several people gave them (VQA has ten); empty: the last turn is the only one."""
+    question_type: str = ""
+    """Kind of question as the data set names it, such as "what color"; empty: told from the words."""
+    answer_type: str = ""
+    """Kind of answer as the data set names it (VQA: yes/no, number, other); empty: told from the words."""
 
     @property
     def target_text(self) -> str:

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from beholder.config import HygieneConfig, SourceConfig
+from beholder.config import HygieneLimits, SourceConfig
 from beholder.data.check import CheckReport, check_data, resolve_data
 from beholder.types import UserError
 
@@ -69,7 +69,7 @@ def test_the_report_counts_records_sources_rejects_and_duplicates(data: SourceCo
 
 
 def test_without_decoding_or_tokenizer_the_report_says_what_was_not_done(data: SourceConfig) -> None:
-    report = check_data([data], hygiene=HygieneConfig(max_tokens=10))
+    report = check_data([data], hygiene=HygieneLimits(max_tokens=10))
 
     assert report.duplicate_images is None and report.image_sizes is None
     assert report.unit == "words" and report.length["max"] == 5

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from beholder.config import HygieneConfig, SourceConfig
+from beholder.config import HygieneLimits, SourceConfig
 from beholder.data import hygiene, index
 from beholder.data.hygiene import HygieneReport, apply_hygiene, count_tokens, find_duplicates, length_histogram
 from beholder.data.sources import Records, open_sources
 from beholder.smoke import tiny_tokenizer
 from beholder.types import UserError
 
-ANY_LENGTH = HygieneConfig(min_tokens=0, max_tokens=10**6)
+ANY_LENGTH = HygieneLimits(min_tokens=0, max_tokens=10**6)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def reasons(report: HygieneReport) -> dict[str, str]:
 
 def test_captions_are_rejected_for_the_first_reason_that_applies(tmp_path: Path, tokenizer: Any) -> None:
     captions = ["", " \n", "tiny", "x" * 61, "a stock  photo of a cat", "a fine caption", "a fine caption", "exact"]
-    cfg = HygieneConfig(duplicates="reject_exact")
+    cfg = HygieneLimits(duplicates="reject_exact")
 
     report = apply_hygiene(records_of(tmp_path, captions), tokenizer, cfg)
 
@@ -75,7 +75,7 @@ def test_captions_are_rejected_for_the_first_reason_that_applies(tmp_path: Path,
 
 
 def test_rejects_name_file_row_and_the_limit(tmp_path: Path, tokenizer: Any) -> None:
-    (reject,) = apply_hygiene(records_of(tmp_path, ["a good caption", "no"]), tokenizer, HygieneConfig()).rejects
+    (reject,) = apply_hygiene(records_of(tmp_path, ["a good caption", "no"]), tokenizer, HygieneLimits()).rejects
 
     assert (reject.id, reject.row, reject.file) == ("r1", 1, str(tmp_path / "a.jsonl"))
     assert reject.detail == "2 tokens, hygiene.min_tokens is 5: 'no'"
@@ -83,7 +83,7 @@ def test_rejects_name_file_row_and_the_limit(tmp_path: Path, tokenizer: Any) -> 
 
 @pytest.mark.parametrize(("tokens", "kept"), [(4, False), (5, True), (60, True), (61, False)])
 def test_both_length_limits_are_inclusive(tmp_path: Path, tokenizer: Any, tokens: int, kept: bool) -> None:
-    report = apply_hygiene(records_of(tmp_path, ["x" * tokens]), tokenizer, HygieneConfig())
+    report = apply_hygiene(records_of(tmp_path, ["x" * tokens]), tokenizer, HygieneLimits())
 
     assert len(report.accepted) == kept
 
@@ -103,13 +103,13 @@ def test_spam_phrases_match_whole_words_in_any_case(tmp_path: Path, text: str, s
 
 
 def test_without_spam_phrases_nothing_is_spam(tmp_path: Path) -> None:
-    cfg = HygieneConfig(spam=("", " "))
+    cfg = HygieneLimits(spam=("", " "))
 
     assert not apply_hygiene(records_of(tmp_path, ["click here"]), None, cfg).rejects
 
 
 def test_without_a_tokenizer_lengths_are_words_and_limits_do_not_apply(tmp_path: Path) -> None:
-    report = apply_hygiene(records_of(tmp_path, ["one", "one two three " * 50]), None, HygieneConfig())
+    report = apply_hygiene(records_of(tmp_path, ["one", "one two three " * 50]), None, HygieneLimits())
 
     assert report.unit == "words"
     assert report.target_tokens.tolist() == [1, 150]
@@ -221,7 +221,7 @@ def test_an_image_that_two_records_share_is_judged_for_both(tmp_path: Path) -> N
 def test_a_duplicate_of_a_record_with_a_bad_image_is_kept(tmp_path: Path) -> None:
     records = records_of(tmp_path, ["the same caption"] * 3)
     (tmp_path / "0.png").unlink()
-    cfg = HygieneConfig(duplicates="reject_exact")
+    cfg = HygieneLimits(duplicates="reject_exact")
 
     report = apply_hygiene(records, None, cfg, on_bad_image="skip")
 
@@ -304,7 +304,7 @@ def test_duplicates_are_reported_without_being_rejected_by_default(tmp_path: Pat
 
     modes: list[tuple[Any, int]] = [("report", 0), ("reject_exact", 1), ("reject_near", 2)]
     for mode, rejected in modes:
-        report = apply_hygiene(records, None, HygieneConfig(duplicates=mode))
+        report = apply_hygiene(records, None, HygieneLimits(duplicates=mode))
         assert report.duplicates == {"exact": 1, "near": 1}
         assert len(report.rejects) == rejected
 
@@ -317,7 +317,7 @@ def test_caps_count_accepted_samples_and_keep_the_first(tmp_path: Path) -> None:
     captions = ["click here", "one", "two", "three", "four", "five"]
     records = records_of(tmp_path, captions, source=["a", "a", "a", "a", "b", "b"])
 
-    report = apply_hygiene(records, None, HygieneConfig(source_cap=2))
+    report = apply_hygiene(records, None, HygieneLimits(source_cap=2))
 
     assert report.accepted.tolist() == [1, 2, 4, 5]
     assert reasons(report) == {"r0": "spam", "r3": "source_cap"}
@@ -334,7 +334,7 @@ def test_the_cap_of_a_config_entry_counts_that_entry_only(tmp_path: Path) -> Non
     records = open_sources(entries, image_token="<image>", max_images=2, on_reject="error")
 
     assert apply_hygiene(records, None, ANY_LENGTH).accepted.tolist() == [0, 3, 4, 5]
-    assert apply_hygiene(records, None, HygieneConfig(source_cap=3)).accepted.tolist() == [0, 3, 4]
+    assert apply_hygiene(records, None, HygieneLimits(source_cap=3)).accepted.tolist() == [0, 3, 4]
 
 
 SAMPLE_CAPTIONS = ["", "a", "download", BASE, BASE + ".", "a red square", "a b c d e"]
@@ -350,7 +350,7 @@ def test_no_record_is_lost_and_none_is_counted_twice(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, captions: list[str], duplicates: Any, cap: int | None
 ) -> None:
     records = records_of(tmp_path_factory.mktemp("d"), captions)
-    cfg = HygieneConfig(duplicates=duplicates, source_cap=cap)
+    cfg = HygieneLimits(duplicates=duplicates, source_cap=cap)
 
     report = apply_hygiene(records, tokenizer, cfg, verify_images="none")
 
@@ -364,7 +364,7 @@ def test_progress_reaches_its_total_in_every_phase(tmp_path: Path, tokenizer: An
     seen: dict[str, tuple[int, int]] = {}
 
     apply_hygiene(
-        records_of(tmp_path, ["a fine caption", "another fine one"]), tokenizer, HygieneConfig(),
+        records_of(tmp_path, ["a fine caption", "another fine one"]), tokenizer, HygieneLimits(),
         progress=lambda what, done, total: seen.__setitem__(what, (done, total)),
     )  # fmt: skip
 

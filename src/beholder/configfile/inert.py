@@ -99,6 +99,25 @@ INERT: tuple[Rule, ...] = (
         "the chat template uses the records' own text", "stage prompting.template model.lora.enable",
     ),
     Rule(
+        "prompting.chat_template prompting.system prompting.thinking",
+        lambda c: c.template != "chat",
+        "only the chat template has it", "stage prompting.template",
+    ),
+    Rule(
+        "eval.qa_samples",
+        lambda c: c.stage_name == "instruct",
+        "stage instruct is asked the data's own questions (eval.caption_samples)", "stage model.lora.enable",
+    ),
+    Rule(
+        "eval.retention_path",
+        lambda c: c.stage_name != "instruct" or not c.model.lora.enable,
+        "a frozen language model is compared bit by bit", "stage model.lora.enable",
+    ),
+    Rule(
+        "eval.answer_tokens",
+        lambda c: c.eval.caption_samples == 0, "eval.caption_samples is 0", "eval.caption_samples",
+    ),
+    Rule(
         "prompting.instruction_multi",
         lambda c: c.prompting.max_images_per_sample == 1,
         "prompting.max_images_per_sample is 1", "prompting.max_images_per_sample",

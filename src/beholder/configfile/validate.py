@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from beholder.config import GateConfig, RunConfig, Section, complete_gates
+from beholder.config import GateConfig, RunConfig, Section, complete_gates, stage_of
 from beholder.configfile.inert import inert_settings
 from beholder.configfile.tree import MAX_DEPTH, SettingPath, Tree, dotted, get_at, show
 from beholder.configfile.words import annotation_at, expected, items_of, nearest, options_of, section_of, values_of
@@ -167,5 +167,6 @@ def _construct(model: type[BaseModel], data: Any) -> Any:
         else:
             values[name] = data[name]
     if model is RunConfig and isinstance(values["gates"], dict):
-        values["gates"] = complete_gates({k: g for k, g in values["gates"].items() if isinstance(g, GateConfig)})
+        given = {k: g for k, g in values["gates"].items() if isinstance(g, GateConfig)}
+        values["gates"] = complete_gates(given, stage_of(values["stage"], values["model"]))
     return model.model_construct(_fields_set=set(data) if isinstance(data, dict) else set(), **values)

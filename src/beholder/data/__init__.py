@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from beholder.config import HygieneConfig, RunConfig, SourceConfig
+from beholder.config import HygieneLimits, RunConfig, SourceConfig
 from beholder.data.chat import ChatEncoder
 from beholder.data.collate import Layout, SampleBuilder, TrainStream, eval_batches
 from beholder.data.hygiene import HygieneReport, apply_hygiene
@@ -130,7 +130,20 @@ def build_encoder(cfg: RunConfig, tokenizer: Any, num_visual_tokens: int) -> Cha
         instruction_multi=p.instruction_multi,
         im_start=p.im_start,
         im_end=p.im_end,
+        chat_template=_template_text(p.chat_template),
+        system=p.system,
+        thinking=p.thinking,
+        too_long=p.too_long,
     )
+
+
+def _template_text(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"prompting.chat_template {path}: cannot be read: {e}") from e
 
 
 def open_records(cfg: RunConfig, sources: Sequence[SourceConfig]) -> Records:
@@ -165,7 +178,7 @@ def build_data(
     d = cfg.data
     encoder = build_encoder(cfg, tokenizer, num_visual_tokens)
     records = open_records(cfg, d.train_sources)
-    hygiene = _vet(records, tokenizer, d.hygiene, cfg, progress)
+    hygiene = _vet(records, tokenizer, cfg.hygiene, cfg, progress)
     rejects = [*records.rejects, *hygiene.rejects]
     if not len(hygiene.accepted):
         raise UserError(f"no training sample is left of {len(records)} records: {_reasons(rejects)}")
@@ -193,7 +206,7 @@ def build_data(
         held = open_records(cfg, d.eval_sources)
         # Held-out records are measured as they are: a caption that training would reject as too short or as a
         # duplicate is still a question the model must answer. Only what cannot be used at all is left out.
-        lenient = HygieneConfig(min_tokens=1, max_tokens=10**9, spam=(), duplicates="report")
+        lenient = HygieneLimits(min_tokens=1, max_tokens=10**9, spam=(), duplicates="report")
         held_hygiene = _vet(held, tokenizer, lenient, cfg, progress)
         rejects += [*held.rejects, *held_hygiene.rejects]
         if d.eval_size is not None and d.eval_size > len(held_hygiene.accepted):
@@ -268,7 +281,7 @@ def build_data(
 def _vet(
     records: Records,
     tokenizer: Any,
-    hygiene: HygieneConfig,
+    hygiene: HygieneLimits,
     cfg: RunConfig,
     progress: Callable[[str, int, int], None] | None,
 ) -> HygieneReport:

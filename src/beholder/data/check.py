@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from beholder.config import HygieneConfig, RunConfig, SourceConfig
+from beholder.config import HygieneLimits, RunConfig, SourceConfig
 from beholder.configfile import load_config
 from beholder.data.hygiene import HygieneReport, Progress, apply_hygiene
 from beholder.data.images import ImageFacts
@@ -117,7 +117,7 @@ def check_data(
     sources: Sequence[SourceConfig],
     tokenizer: Any = None,
     *,
-    hygiene: HygieneConfig | None = None,
+    hygiene: HygieneLimits | None = None,
     image_token: str = "<image>",
     max_images: int = 2,
     verify_images: Literal["none", "exists", "decode"] = "exists",
@@ -129,7 +129,7 @@ def check_data(
     ``tokenizer`` None: lengths are in words and the length limits are not applied (a note says so). ``verify_images``
     decode also reads every image, for sizes and for copies. Raises `UserError` where a file as a whole cannot be read.
     """
-    cfg = hygiene or HygieneConfig()
+    cfg = hygiene or HygieneLimits()
     records = open_sources(sources, image_token=image_token, max_images=max_images, on_reject="collect")
     vetted = apply_hygiene(
         records, tokenizer, cfg, verify_images=verify_images, max_megapixels=max_megapixels, on_bad_image="skip",

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from beholder.config import HygieneConfig
+from beholder.config import HygieneLimits
 from beholder.data import index
 from beholder.data.images import ImageError, ImageFacts, check_exists, inspect
 from beholder.data.sources import Records, Reject
@@ -59,7 +59,7 @@ class HygieneReport:
 def apply_hygiene(
     records: Records,
     tokenizer: Any,
-    cfg: HygieneConfig,
+    cfg: HygieneLimits,
     *,
     verify_images: Literal["none", "exists", "decode"] = "exists",
     max_megapixels: float = 50.0,
