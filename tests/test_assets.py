@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +297,18 @@ def test_pip_download_to_loadable_parts_and_a_second_run_that_only_verifies(home
             assert said[0].startswith("<image>\n") and sum("<image>" in text for text in said) == 1
             asked = zip([said[0].removeprefix("<image>\n"), *said[2::2]], said[1::2], strict=True)
             assert sorted(asked) == sorted(questions_about(colour, shape))
+        # and once more one by one, each with its image and its kind, numbered as in easy-VQA's own file
+        questions = found.questions_train if split == "train" else found.questions_test
+        rows = [json.loads(line) for line in questions.read_text().splitlines()]
+        assert [row["id"] for row in rows] == [f"{split}-q{k}" for k in range(len(rows))]
+        for number, (colour, shape) in enumerate(drawings):
+            own = [row["messages"] for row in rows if row["images"] == [f"{number}.png"]]
+            assert {tuple(turn["role"] for turn in turns) for turns in own} == {("user", "assistant")}
+            asked = [(user["content"], assistant["content"]) for user, assistant in own]
+            assert sorted(asked) == sorted((f"<image>\n{q}", a) for q, a in questions_about(colour, shape))
+        kinds = {"yes/no": {"yes", "no"}, "color": COLOURS, "shape": SHAPES}
+        assert {row["question_type"] for row in rows} == set(kinds)
+        assert all(row["messages"][1]["content"] in kinds[row["question_type"]] for row in rows)
     assert not list(home.parent.parent.rglob("escape.txt"))
     assert not list(home.rglob("*.py"))
     assert not list(home.rglob("*.gguf"))
@@ -659,6 +671,14 @@ def test_real_captions_cover_the_official_split(real: assets.Assets) -> None:
     ]
     assert [len(t) for t in turns] == [4000, 1000]
     assert [sum(len(row["conversations"]) for row in t) // 2 for t in turns] == [38575, 9673]
+    kinds = [
+        Counter(json.loads(line)["question_type"] for line in questions.read_text().splitlines())
+        for questions in (real.questions_train, real.questions_test)
+    ]
+    assert kinds == [
+        {"yes/no": 28407, "color": 5166, "shape": 5002},
+        {"yes/no": 7136, "color": 1280, "shape": 1257},
+    ]
     hashes = [
         {hashlib.sha256((root / row["images"][0]).read_bytes()).digest() for row in rows}
         for rows, root in ((train, real.images_train), (test, real.images_test))

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ from beholder.runs import sha256_file
 from beholder.types import UserError
 
 COMMANDS = (
-    "quickstart", "run", "prepare", "check", "preview", "plan", "generate", "evaluate", "ablate", "audit",
-    "golden show", "golden diff", "sweep", "compare", "report", "doctor", "schema",
+    "quickstart", "run", "prepare", "check", "preview", "plan", "generate", "chat", "score", "evaluate", "ablate",
+    "audit", "golden show", "golden diff", "sweep", "compare", "report", "doctor", "schema",
 )  # fmt: skip
 
 
@@ -211,3 +212,154 @@ def test_compare_lays_runs_side_by_side(trained: Path, tmp_path: Path) -> None:
 def test_a_run_on_a_sweep_config_says_which_command_it_needs(trained: Path) -> None:
     with pytest.raises(UserError, match="beholder sweep"):
         invoke("run", str(trained / "config.yaml"), "--set", "sweep={grid: {train.lr.connector: [1.0e-4]}}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stage 2
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A run of stage instruct as its training would leave it, with random weights."""
+    from tests.talking import untrained_run
+
+    return untrained_run(request.getfixturevalue("tiny_parts"), tmp_path_factory.mktemp("chatty"))
+
+
+def test_a_scale_sets_what_it_names_and_has_a_run_folder_of_its_own(
+    tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from beholder.cli import _scaled
+
+    scales = {"tiny": {"data.max_samples": 40, "train.train_steps": None, "train.num_epochs": 2}}
+    config = tmp_path / "c.yaml"
+    config.write_text(dump_config(tiny_config(tmp_path, scales=scales)))
+    folder = tmp_path / "run"
+
+    tiny = _scaled(config, [], "tiny")
+    assert (tiny.data.max_samples, tiny.train.train_steps, tiny.train.num_epochs) == (40, None, 2)
+    assert tiny.run_dir == f"{folder}_tiny"
+    assert "scale tiny: data.max_samples=40" in capsys.readouterr().out
+
+    assert _scaled(config, ["data.max_samples=30"], "tiny").data.max_samples == 30, "--set comes after the scale"
+    assert _scaled(config, [f"output_dir={tmp_path / 'mine'}"], "tiny").run_dir == str(tmp_path / "mine")
+    assert _scaled(config, [], "full").run_dir == str(folder)
+    with pytest.raises(UserError, match=r"--scale 'huge'.*tiny"):
+        _scaled(config, [], "huge")
+
+
+def test_run_takes_a_scale(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    scales = {"two": {"train.train_steps": 2, "eval.caption_samples": 0, "eval.golden_size": 0}}
+    config = tmp_path / "c.yaml"
+    config.write_text(dump_config(tiny_config(tmp_path, scales=scales)))
+
+    result = CliRunner().invoke(app, ["run", str(config), "--scale", "two"], catch_exceptions=False)
+
+    assert result.exit_code == 3, result.output  # two steps of random parts pass no gate
+    assert (tmp_path / "run_two" / "checkpoints" / "step_2").is_dir() and not (tmp_path / "run").exists()
+
+
+def test_generate_answers_one_question_or_a_file_of_them(chatty: Path, tiny_parts: TinyParts, tmp_path: Path) -> None:
+    image = min(tiny_parts.images.glob("*.png"))
+    questions, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    questions.write_text(json.dumps({"id": "q1", "image": image.name, "prompt": "What?"}) + "\n")
+    many = [
+        "generate",
+        str(chatty),
+        "--from",
+        str(questions),
+        "--image-root",
+        str(tiny_parts.images),
+        "--out",
+        str(out),
+    ]
+
+    one = invoke("generate", str(chatty), "--image", str(image), "--prompt", "What?", "--max-new-tokens", "8")
+    first, again = (invoke(*many, "--max-new-tokens", "8") for _ in range(2))
+
+    (answer,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (answer["id"], answer["answer"]) == ("q1", one.rstrip("\n"))
+    assert "1 questions answered, 0 were before" in first and "0 questions answered, 1 were before" in again
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "give --image FILE, or many questions with --from"),
+        (["--from", "q.jsonl"], "--from needs --out"),
+        (["--from", "q.jsonl", "--out", "a.jsonl", "--image", "a.png"], "remove --image"),
+        (["--from", "q.jsonl", "--out", "a.jsonl", "--temperature", "1"], "greedily"),
+        (["--image", "a.png", "--out", "a.jsonl"], "belong to --from"),
+        (["--from", "nowhere.jsonl", "--out", "a.jsonl"], r"nowhere\.jsonl: cannot be read"),
+    ],
+)
+def test_generate_says_which_options_belong_together(args: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        invoke("generate", "outputs/not_looked_at", *args)
+
+
+def test_check_wants_the_options_of_a_file_for_a_file(trained: Path) -> None:
+    with pytest.raises(UserError, match="DATA is a config file"):
+        invoke("check", str(trained / "config.yaml"), "--annotations", "a.json")
+
+
+def test_chat_through_a_pipe_prints_the_answers(chatty: Path, tiny_parts: TinyParts) -> None:
+    from beholder.inference import load
+    from beholder.talk import printable
+
+    image = min(tiny_parts.images.glob("*.png"))
+
+    result = beholder("chat", str(chatty), "--image", str(image), "--max-new-tokens", "8", input="What?\n/quit\n")
+
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == printable(load(chatty, device="cpu").chat("What?", image, max_new_tokens=8)) + "\n"
+
+
+def test_a_wrong_line_of_a_scripted_chat_is_exit_code_2(chatty: Path) -> None:
+    result = beholder("chat", str(chatty), input="/picture a.png\n")
+
+    assert result.returncode == 2
+    assert "/picture is no command" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are a POSIX thing")
+def test_at_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(chatty: Path, tiny_parts: TinyParts) -> None:
+    import pty
+    import select
+
+    keyboard, terminal = pty.openpty()
+    image = min(tiny_parts.images.glob("*.png"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "beholder", "chat", str(chatty), "--image", str(image), "--max-new-tokens", "4000"],
+        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+    )  # fmt: skip
+    os.close(terminal)
+    seen = ""
+
+    def read_until(done: Callable[[], bool]) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 150
+        while not done():
+            assert time.monotonic() < deadline, f"nothing more after {seen!r}"
+            if select.select([keyboard], [], [], 1.0)[0]:
+                seen += os.read(keyboard, 4096).decode(errors="replace")
+
+    def wait_for(text: str, after: int = 0) -> None:
+        read_until(lambda: text in seen[after:])
+
+    try:
+        wait_for("you> ")
+        os.write(keyboard, b"/picture\n")
+        wait_for("/picture is no command")  # a mistake does not end a conversation
+        asked = len(seen)
+        os.write(keyboard, "Größe?\n".encode())
+        read_until(lambda: len(seen) > asked + 200)  # it is in the middle of its answer
+        process.send_signal(signal.SIGINT)
+        wait_for("(stopped; Ctrl-C again or /quit leaves)")
+        wait_for("you> ", seen.index("(stopped"))  # before the prompt the terminal would swallow it
+        os.write(keyboard, b"\x04")
+
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        os.close(keyboard)

@@ -28,7 +28,7 @@ from beholder.configfile.inert import INERT, inert_settings
 from beholder.configfile.tree import MAX_NODES
 from beholder.types import UserError
 
-SEED_STAGE2 = Path(__file__).parent / "data" / "stage2_sft_single.yaml"
+SEED_STAGE2 = Path(__file__).parents[1] / "configs" / "stage2_sft_single.yaml"
 """The YAML block of the stage-2 seed document, section 8, as it stands there."""
 
 MINIMAL = """\

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from beholder.config import RunConfig
-from beholder.configfile import dump_config, load_config, parse_config
+from beholder.configfile import dump_config, load_config, parse_config, scale_overrides
 from beholder.evidence import Status
 from beholder.smoke import smoke_config
 from beholder.stages import run_stage
@@ -18,7 +18,7 @@ from beholder.types import UserError
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 RECIPES = sorted((ROOT / "src" / "beholder" / "recipes").glob("*.yaml"))
-SEED_STAGE2 = Path(__file__).parent / "data" / "stage2_sft_single.yaml"
+SEED_STAGE2 = Path(__file__).parents[1] / "configs" / "stage2_sft_single.yaml"
 
 # What `quickstart` fills in: places of the downloaded parts.
 PLACES = ["data.sources=[{json_path: train, image_root: t}]", "data.eval_sources=[{json_path: test, image_root: t}]"]
@@ -134,7 +134,7 @@ def test_every_pair_of_parts_runs_through_the_same_config(
 
 
 def check_run(cfg: RunConfig, outcome: object, folder: Path) -> None:
-    """The run succeeded, learned the connector alone, and left what a run folder must have."""
+    """The run succeeded, learned the connector (and adapters) alone, and left what a run folder must have."""
     from beholder.stages import Outcome
 
     assert isinstance(outcome, Outcome) and outcome.evidence is not None
@@ -143,6 +143,8 @@ def check_run(cfg: RunConfig, outcome: object, folder: Path) -> None:
     assert outcome.step == cfg.train.train_steps
     rows = {row.part: row for row in evidence.trainable}
     assert rows["connector"].trainable == rows["connector"].params > 0
+    if cfg.model.lora.enable:
+        assert rows["lora"].trainable == rows["lora"].params > 0
     for part in ("vision", "language"):
         assert rows[part].trainable == 0 and rows[part].sha256_before == rows[part].sha256_after is not None
     names = {m.name for m in evidence.measurements}
@@ -155,9 +157,38 @@ def check_run(cfg: RunConfig, outcome: object, folder: Path) -> None:
     assert list((run / "checkpoints").glob("step_*/MANIFEST.json"))
 
 
-def test_a_stage_2_recipe_loads_and_says_when_run_that_it_comes_later(tmp_path: Path) -> None:
-    cfg = smoke_config(load_config(SEED_STAGE2), tmp_path)
+def test_the_stage_2_config_is_the_seeds_block_with_every_number_in_effect() -> None:
+    cfg = load_config(SEED_STAGE2)
 
-    assert cfg.stage_name == "instruct" and cfg.model.lora.enable
-    with pytest.raises(UserError, match="stage 2"):
-        run_stage(cfg)
+    assert cfg.stage_name == "instruct" and cfg.template == "chat" and cfg.effective_batch == 16
+    assert (cfg.train.lr.connector, cfg.train.lr.lora) == (1e-4, 5e-5)
+    assert (cfg.train.weight_decay.connector, cfg.train.weight_decay.lora) == (0.01, 0.0)
+    assert (cfg.model.lora.r, cfg.model.lora.alpha, cfg.model.lora.dropout) == (16, 32, 0.05)
+    assert cfg.data.len_buckets == (0, 64, 128, 999999) and cfg.prompting.max_seq_len == 2048
+    assert cfg.eval.golden_generate.temperature == 0 and cfg.eval.golden_generate.max_new_tokens == 128
+    assert (cfg.hygiene.min_tokens, cfg.hygiene.spam) == (1, ())  # an answer may be one word
+
+
+@pytest.mark.parametrize(("scale", "expected"), [
+    ("smoke", {"max_samples": 2000, "eval_size": 200, "train_steps": 200, "save_every": 200}),
+    ("trial", {"max_samples": 20_000, "eval_size": 2000, "train_steps": None, "save_every": 1000}),
+    ("full", {"max_samples": None, "eval_size": 2000, "train_steps": None, "save_every": 1000}),
+])  # fmt: skip
+def test_the_runbooks_scales_are_the_seeds(scale: str, expected: dict[str, object]) -> None:
+    cfg = load_config(SEED_STAGE2, scale_overrides(load_config(SEED_STAGE2), scale))
+
+    found = {"max_samples": cfg.data.max_samples, "eval_size": cfg.data.eval_size}
+    assert found | {"train_steps": cfg.train.train_steps, "save_every": cfg.train.save_every} == expected
+
+
+def test_an_unknown_scale_names_those_there_are() -> None:
+    with pytest.raises(UserError, match="no such scale; this config has smoke, trial, full"):
+        scale_overrides(load_config(SEED_STAGE2), "huge")
+
+
+@pytest.mark.parametrize("path", CONFIGS + RECIPES, ids=lambda p: p.stem)
+def test_every_scale_of_a_shipped_config_loads(path: Path) -> None:
+    cfg = load(path)
+
+    for scale in cfg.scales:
+        load_config(path, [*PLACES, *scale_overrides(cfg, scale)])

@@ -107,3 +107,18 @@ def test_with_groups_it_passes_exactly_when_each_number_passes(values: list[floa
 def test_every_gate_of_the_stage_has_a_measure_a_bound_and_a_reason() -> None:
     for name, gate in GATES.items():
         assert gate.measure and gate.bound and gate.why, name
+
+
+def test_a_gate_on_one_group_judges_that_group_and_no_other() -> None:
+    ms = [measured("a", 0.9), measured("a", 0.2, stratum="colour", by="question"), measured("a", 0.95, stratum="shape")]
+
+    shape, colour = (one(GateConfig(measure="a", at_least=0.5, stratum=name), *ms) for name in ("shape", "colour"))
+
+    assert shape.passed and shape.stratum == "shape" and shape.value == 0.95
+    assert not colour.passed and colour.value == 0.2
+
+
+def test_a_gate_on_a_group_that_was_not_measured_does_not_pass_and_names_those_that_were() -> None:
+    result = one(GateConfig(measure="a", at_least=0, stratum="color"), measured("a", 1.0, stratum="colour"))
+
+    assert not result.passed and "not measured; groups: colour" in told(result)

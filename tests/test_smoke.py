@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -14,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from beholder.config import DatasetKind, RunConfig, VisionConfig
+from beholder.config import DatasetKind, RunConfig, SourceConfig, VisionConfig
 from beholder.configfile import load_config, parse_config
+from beholder.data import open_records
+from beholder.data.images import ImagePipeline
+from beholder.data.sources import INSTRUCTION_KINDS, open_sources
 from beholder.model.vision import load_vision
 from beholder.smoke import (
     COLOURS,
@@ -30,6 +34,7 @@ from beholder.smoke import (
     tiny_vision,
 )
 from beholder.stages import run_stage
+from beholder.types import Example, ImageGeometry
 
 ROOT = Path(__file__).parents[1]
 MakeConfig = Callable[..., RunConfig]
@@ -170,23 +175,67 @@ def test_two_image_records_describe_their_images_in_order(tmp_path: Path) -> Non
             assert COLOURS[colour] in {rgb for _, rgb in Image.open(root / name).getcolors() or []}
 
 
-@pytest.mark.parametrize("kind", get_args(DatasetKind))
-def test_every_kind_of_data_set_gives_the_same_pictures_and_captions(kind: DatasetKind, tmp_path: Path) -> None:
-    from beholder.data.images import ImagePipeline
-    from beholder.data.sources import open_sources
-    from beholder.types import ImageGeometry
+def opened(source: SourceConfig, *, chat: bool = False) -> list[Example]:
+    return list(open_sources([source], image_token="<image>", max_images=1, on_reject="error", chat=chat))
 
+
+def pixels(example: Example) -> bytes:
+    geometry = ImageGeometry(40, 40, 1, 1, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    return ImagePipeline(geometry, 50.0)(example.images[0]).numpy().tobytes()
+
+
+@pytest.mark.parametrize("kind", sorted(set(get_args(DatasetKind)) - INSTRUCTION_KINDS))
+def test_every_kind_of_captioned_data_gives_the_same_pictures_and_captions(kind: DatasetKind, tmp_path: Path) -> None:
     source = colour_source(tmp_path / "x", kind, 10, seed=5)
     plain = colour_source(tmp_path / "plain", "jsonl", 10, seed=5)
-    geometry = ImageGeometry(40, 40, 1, 1, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    pipeline = ImagePipeline(geometry, 50.0)
 
-    def content(one: Any) -> set[tuple[str, bytes]]:
-        records = open_sources([one], image_token="<image>", max_images=1, on_reject="error")
-        examples = [records[i] for i in range(len(records))]
-        return {(e.target_text, pipeline(e.images[0]).numpy().tobytes()) for e in examples}
+    content = {(e.target_text, pixels(e)) for e in opened(source)}
 
-    assert content(source) == content(plain) and len(content(source)) == 10
+    assert content == {(e.target_text, pixels(e)) for e in opened(plain)} and len(content) == 10
+
+
+@pytest.mark.parametrize("kind", sorted(INSTRUCTION_KINDS))
+def test_every_kind_of_instruction_data_asks_about_the_same_pictures_and_answers_truly(
+    kind: DatasetKind, tmp_path: Path
+) -> None:
+    """The captions of the plain set say what each picture shows; short ones call a square a box."""
+    captions = {
+        pixels(e): e.target_text.split() for e in opened(colour_source(tmp_path / "plain", "jsonl", 12, seed=5))
+    }
+    full = {short: name for name, short in SHAPES.items()} | {name: name for name in SHAPES}
+
+    examples = opened(colour_source(tmp_path / "x", kind, 12, seed=5), chat=True)
+
+    assert {pixels(e) for e in examples} == set(captions)
+    for example in examples:
+        shown = captions[pixels(example)]
+        colour = next(word for word in shown if word in COLOURS)
+        shape = next(full[word] for word in shown if word in full)
+        turns = [t for t in example.turns if t.role != "system"]
+        for user, assistant in zip(turns[::2], turns[1::2], strict=True):
+            if "colour" in user.text:
+                assert colour in assistant.text
+            elif "Which shape" in user.text:
+                assert shape in assistant.text
+            elif "Is it" in user.text:
+                assert assistant.text == ("yes" if shape in user.text else "no")
+            else:
+                assert colour in assistant.text and shape in assistant.text
+
+
+def test_conversations_of_the_colour_set_fill_the_seeds_buckets_and_vqa_asks_every_kind_of_question(
+    tmp_path: Path,
+) -> None:
+    lengths = [len(e.target_text) for e in opened(colour_source(tmp_path / "a", "llava_instruct", 96), chat=True)]
+    questions = opened(colour_source(tmp_path / "b", "vqa", 96), chat=True)
+    sharegpt = opened(colour_source(tmp_path / "c", "sharegpt", 8), chat=True)
+
+    for low, high in ((1, 64), (65, 128), (129, 200)):
+        assert sum(low <= n <= high for n in lengths) >= 16
+    assert Counter(e.question_type for e in questions) == {"what colour": 24, "which shape": 24, "is it a": 48}
+    assert Counter(e.target_text for e in questions if e.answer_type == "yes/no") == {"yes": 24, "no": 24}
+    assert all(len(e.answers) == 10 for e in questions)
+    assert [e.turns[0].role for e in sharegpt] == ["user", "system"] * 4
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -207,6 +256,28 @@ def test_a_smoke_config_keeps_the_recipe_and_shrinks_the_rest(tmp_path: Path) ->
     assert cfg.device == "cpu" and cfg.train.train_steps == 4 and cfg.data.num_workers == 0
     for place in (cfg.output_dir, cfg.features.dir, cfg.data.json_path, cfg.model.llm.name_or_path):
         assert place is not None and Path(place).is_relative_to(tmp_path)
+
+
+@pytest.mark.parametrize("dataset", sorted(INSTRUCTION_KINDS))
+def test_a_smoke_config_of_an_instruction_recipe_keeps_its_adapters_and_opens_its_data(
+    dataset: DatasetKind, tmp_path: Path
+) -> None:
+    sets = [f"data.dataset={dataset}"]
+    if dataset == "vqa":
+        sets = ["data.sources=[{dataset: vqa, json_path: q.json, annotations_path: a.json}]", "data.json_path=null"]
+        sets += ["data.image_root=null"]
+    recipe = load_config(ROOT / "configs" / "stage2_sft_single.yaml", sets)
+
+    cfg = smoke_config(recipe, tmp_path)
+
+    assert cfg.stage_name == "instruct" and cfg.template == "chat"
+    assert cfg.model.lora == recipe.model.lora and cfg.model.connector.trainable
+    assert cfg.model.connector.load_checkpoint is None
+    assert cfg.prompting.max_images_per_sample == 1
+    assert cfg.eval.caption_samples <= 4 and cfg.eval.answer_tokens <= 6
+    assert [s.dataset for s in cfg.data.train_sources] == [dataset]
+    records = open_records(cfg, cfg.data.train_sources)
+    assert len(records) == 64 and not records.rejects
 
 
 @pytest.mark.parametrize("dataset", ["jsonl", "llava_pretrain", "webdataset", "parquet"])

@@ -1,7 +1,7 @@
 """Beholder grows eyes on a language model, one proven stage at a time.
 
 >>> from beholder import load
->>> load("outputs/quickstart").generate("cat.jpg", "Describe the image in one sentence.")
+>>> load("outputs/quickstart/instruct").generate("a.png", "What colour is the shape?")
 """
 
 from __future__ import annotations

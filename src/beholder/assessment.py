@@ -7,33 +7,15 @@ turn, once, by whoever trains (`stages`) or measures again (`remeasure`).
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict
 
-from beholder.configfile import dump_config
-from beholder.evidence import (
-    Condition,
-    Cost,
-    DataFacts,
-    Evidence,
-    Histogram,
-    Measurement,
-    Prediction,
-    Sample,
-    Status,
-    TextOnly,
-    TrainableRow,
-    WordReliance,
-    WordStat,
-    thin,
-    thumbnail,
-)
-from beholder.gates import judge, told, verdict
+from beholder.dossier import Before, GoldenItems, Told, make_evidence
+from beholder.evidence import Candidate, Condition, Cost, Evidence, Measurement, Status, WordReliance
+from beholder.model.lora import merged
 from beholder.model.plan import TrainableTable, frozen_fingerprint
 from beholder.probes import (
+    answers,
     audit,
     captions,
     clipscore,
@@ -43,44 +25,28 @@ from beholder.probes import (
     loss,
     qa,
     reliance,
+    retention,
     textonly,
 )
-from beholder.report import render
-from beholder.runs import atomic_write, now, to_json
 from beholder.types import UserError
 from beholder.workbench import Workbench
 
 BASELINE = "baseline.json"
 CAPTION_CONDITIONS: tuple[Condition, ...] = ("correct", "shuffled", "zero")
-"""Captions and answers are written under these; a fourth, under noise, would cost a third more and tell what the loss
-under noise tells."""
+"""Captions are written under these; a fourth, under noise, would cost a third more and tell what the loss under noise
+tells."""
+ANSWER_CONDITIONS: tuple[Condition, ...] = ("correct", "shuffled", "none")
+"""Answers of a model that was taught to chat: the blind baseline is the same model, asked without any image."""
 ANSWER = captions.GREEDY.model_copy(update={"max_new_tokens": 24})
 """An answer to a short question is a sentence at most."""
-CHANGES = ("status", "updated", "step", "phases_s", "gates_failed", "error", "signal")
-"""What ``run.json`` says of the moment, and not of where the run comes from."""
-
+NUM_MERGED = 8
+"""Texts whose logits are compared with the adapters merged and apart; all their logits are held at once."""
 TELL_COLLAPSE = 0.2
 """Share of outputs from which a symptom of collapse is told in words; the gate's own bound is in the config."""
-
-GoldenItems = list[tuple[int, golden.GoldenItem]]
-Record = dict[str, Any]
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Before training
-
-
-@dataclass(frozen=True)
-class Before:
-    """What was measured before training."""
-
-    measurements: list[Measurement]
-    frozen: dict[str, str]
-    text: textonly.TextLogits
-    untrained: list[loss.SampleLoss] | None = None
-    """Of every held-out sample, with the untrained connector."""
-    text_only: list[loss.SampleLoss] | None = None
-    """Of every held-out sample, by the language model alone: no image, no connector."""
 
 
 def check_measurable(bench: Workbench) -> None:
@@ -121,7 +87,8 @@ def measure_before(bench: Workbench, *, fresh: bool) -> Before:
     measured any more. The text logits are those of the weights as loaded from their own files, in every process.
     """
     check_measurable(bench)
-    text = textonly.text_logits(bench.model, bench.tokenizer)
+    with bench.model.adapters_off():
+        text = textonly.text_logits(bench.model, bench.tokenizer)
     path = bench.run.path / BASELINE
     if fresh:
         untrained = bench.eval_losses()
@@ -156,52 +123,77 @@ def measure_before(bench: Workbench, *, fresh: bool) -> Before:
 # After training: the page
 
 
-@dataclass
-class Told:
-    """What the probes say, collected in the order they are asked."""
-
-    measured: list[Measurement] = field(default_factory=list)
-    findings: list[str] = field(default_factory=list)
-    histograms: list[Histogram] = field(default_factory=list)
-    captions: dict[int, list[captions.CaptionRecord]] = field(default_factory=dict)
-    """By index of the held-out sample, one record a condition."""
-    words: dict[int, list[WordReliance]] = field(default_factory=dict)
-    word_stats: list[WordStat] = field(default_factory=list)
-
-
 def assess(
     bench: Workbench,
     table: TrainableTable,
     before: Before,
     *,
     step: int,
+    trained: int,
     status: Status,
     known: Cost | None = None,
+    correct: Sequence[loss.SampleLoss] | None = None,
 ) -> Evidence:
     """Measure the trained model and write ``evidence.json``, ``metrics.json``, ``report.html`` and ``report.md``.
 
-    ``known``: what the training cost, when an earlier process has told it already.
+    ``step``: of the checkpoint whose weights are in place; ``trained``: steps the run made. ``known``: what the
+    training cost, when an earlier process has told it already. ``correct``: the held-out losses, when just measured.
     """
     tell = Told()
-    correct = bench.eval_losses()  # did it learn
+    correct = bench.eval_losses() if correct is None else correct  # did it learn
     tell.measured += [*bench.eval_summary(correct), truncated(bench)]
-    bench.reporter.eval(tell.measured[0].value, step=step)
+    exact = loss.exact_shares(correct)[None]
+    bench.reporter.eval(tell.measured[0].value, step=step, epoch=None, exact=exact)
     if bench.dist.is_main:
-        bench.run.log({"step": step, "eval_loss": tell.measured[0].value, "eval_examples": len(correct)})
+        seen = {"eval_loss": tell.measured[0].value, "eval_examples": len(correct), "eval_exact": exact}
+        bench.run.log({"step": step, **seen})
     learned(bench, before, correct, tell)
 
     items = bench.golden_items
-    if items:
+    if items and (bench.remeasured or not has_golden(bench, items, step)):
         write_golden(bench, items, step)
     looks(bench, correct, tell)  # does it look
     describes(bench, tell)  # what does it say
-    answers(bench, tell)
+    if bench.cfg.stage_name == "align":
+        questions(bench, tell)
     could_be_guessed(bench, tell)  # could one do without looking
+    if bench.model.adapters:
+        keeps(bench, tell)  # is it still the language model it was
 
-    text = textonly.compare(before.text, textonly.text_logits(bench.model, bench.tokenizer))
+    with bench.model.adapters_off():
+        text = textonly.compare(before.text, textonly.text_logits(bench.model, bench.tokenizer))
     after = frozen_fingerprint(bench.model)
     bench.dist.barrier()
-    return make_evidence(bench, table, before, after, tell, items, text, step, status, known)
+    return make_evidence(
+        bench, table, before, after, tell, items, text, step=step, trained=trained, status=status, known=known
+    )
+
+
+def summarize_step(
+    bench: Workbench, correct: Sequence[loss.SampleLoss], step: int, measured: Sequence[Measurement] = ()
+) -> Candidate:
+    """The checkpoint of ``step`` as a candidate for the run's best: its loss, image reliance and golden outputs.
+
+    ``measured``: the ablation of this step, when it has been made; else only the shuffled images are shown.
+    """
+    ablated = list(measured)
+    if not ablated and "shuffled" in bench.cfg.ablation.conditions:
+        indices = bench.ablation_sample
+        known: dict[Condition, list[loss.SampleLoss]] = {"correct": [correct[i] for i in indices]}
+        losses = bench.ablation_losses(indices, ("correct", "shuffled"), known)
+        ablated = loss.compare_conditions(losses, bench.groups(indices), seed=bench.cfg.measure_seed)
+    delta = next((m.value for m in ablated if m.name == "ablation.delta.shuffled" and m.stratum is None), None)
+    items = bench.golden_items
+    worst: float | None = None
+    if items:
+        path = golden.captions_path(bench.run.qual, step, len(items))
+        if not has_golden(bench, items, step):
+            write_golden(bench, items, step)
+        rows = bench.dist.on_main(lambda: [(r.pred_text, r.gt_text) for r in golden.load_captions(path)])
+        found = collapse.symptoms([p for p, _ in rows], [t for _, t in rows], seed=bench.cfg.measure_seed)
+        worst = max((s.share for s in found), default=None)
+    total = loss.summarize(correct, "eval", seed=bench.cfg.measure_seed)[0].value
+    return Candidate(step=step, eval_loss=total, delta_shuffled=delta, collapse=worst)
 
 
 def learned(bench: Workbench, before: Before, correct: Sequence[loss.SampleLoss], tell: Told) -> None:
@@ -284,20 +276,27 @@ def by_word(
 
 
 def describes(bench: Workbench, tell: Told) -> None:
-    """Captions of held-out pictures and every score of them."""
+    """The last answers of held-out samples, captions or answers to questions, and every score of them."""
     cfg, data = bench.cfg, bench.data
     chosen = bench.caption_sample
     if not chosen:
         why = "no held-out sample can be captioned" if cfg.eval.caption_samples else "eval.caption_samples is 0"
-        bench.gaps.append(f"Captions: none were generated ({why}).")
+        bench.gaps.append(f"Captions and answers: none were written ({why}).")
         return
     examples = bench.examples(chosen)
     seed = cfg.measure_seed
     by: dict[Condition, list[captions.CaptionRecord]]
-    with bench.phase("captions"):
-        by = {c: bench.captions(examples, captions.GREEDY, c, cfg.eval.batch_size) for c in CAPTION_CONDITIONS}
-    tell.captions = {i: [by[c][k] for c in CAPTION_CONDITIONS] for k, i in enumerate(chosen)}
-    records = [r for c in CAPTION_CONDITIONS for r in by[c]]
+    chats = cfg.stage_name == "instruct"
+    conditions = ANSWER_CONDITIONS if chats else CAPTION_CONDITIONS
+    greedy = captions.GREEDY.model_copy(update={"max_new_tokens": cfg.eval.answer_tokens})
+    label = "answers" if chats else "captions"
+    with bench.phase(label):
+        by = {c: bench.captions(examples, greedy, c, cfg.eval.batch_size, label) for c in conditions}
+    tell.captions = {i: [by[c][k] for c in conditions] for k, i in enumerate(chosen)}
+    records = [r for c in conditions for r in by[c]]
+    if chats:  # the answer that was written is the last turn's
+        last = {k: [turns[-1] if turns else None for turns in v] for k, v in bench.groups(chosen).items()}
+        tell.measured += answers.score(examples, by, last, seed=seed)
     groups = {k: [turns[0] if len(turns) == 1 else None for turns in v] for k, v in bench.groups(chosen).items()}
     tell.measured += captions.score(records, seed=seed, groups=groups)
     tell.histograms.append(captions.length_histogram(records))
@@ -340,7 +339,7 @@ def describes(bench: Workbench, tell: Told) -> None:
             )
 
 
-def answers(bench: Workbench, tell: Told) -> None:
+def questions(bench: Workbench, tell: Told) -> None:
     """The question-answer sanity set, made from the held-out captions themselves."""
     size, seed = bench.cfg.eval.qa_samples, bench.cfg.measure_seed
     if not size:
@@ -395,11 +394,44 @@ def could_be_guessed(bench: Workbench, tell: Told) -> None:
             bench.gaps += [] if image is not None else found.gaps
 
 
+def keeps(bench: Workbench, tell: Told) -> None:
+    """What the adapters cost on plain text, and whether they can be merged into the weights."""
+    model, seed = bench.model, bench.cfg.measure_seed
+    with bench.phase("retention"):
+        texts = retention.load_texts(bench.cfg.eval.retention_path)
+        kept = retention.measure(model, bench.tokenizer, texts, seed=seed)
+        apart = textonly.text_logits(model, bench.tokenizer, texts[:NUM_MERGED])
+        with merged(model.language):
+            together = textonly.text_logits(model, bench.tokenizer, texts[:NUM_MERGED])
+    tell.measured += kept
+    tell.findings += retention.findings(kept) if bench.cfg.eval.retention_path is None else []
+    gap = max(float((a.double() - b.double()).abs().max()) for a, b in zip(apart.logits, together.logits, strict=True))
+    other = sum(
+        int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in zip(apart.logits, together.logits, strict=True)
+    )  # fmt: skip
+    places = sum(a[..., 0].numel() for a in apart.logits)
+    why = f"weights are stored in {str(model.language.dtype).removeprefix('torch.')}, to which a merge rounds"
+    tell.measured += [
+        Measurement(
+            name="merge.max_logit_diff", value=gap, unit="logits", better="lower", n=len(apart.logits), caveat=why
+        ),
+        Measurement(
+            name="merge.changed_pct", value=100 * other / places, unit="%", better="lower", n=places,
+            caveat="next tokens that are another one when the adapters are merged",
+        ),
+    ]  # fmt: skip
+
+
 def truncated(bench: Workbench) -> Measurement:
     """Share of the held-out samples whose target was cut to the maximum length."""
     n = len(bench.data.eval_examples)
     cut = sum(bench.data.encoder.encode(e).truncated for e in bench.data.eval_examples)
     return Measurement(name="eval.truncated_pct", value=100 * cut / n, unit="%", better="lower", n=n)
+
+
+def has_golden(bench: Workbench, items: GoldenItems, step: int) -> bool:
+    """Whether the fixed set has been written at this step; the same answer on every process."""
+    return bench.dist.on_main(golden.captions_path(bench.run.qual, step, len(items)).exists)
 
 
 def write_golden(bench: Workbench, items: GoldenItems, step: int) -> None:
@@ -412,237 +444,3 @@ def write_golden(bench: Workbench, items: GoldenItems, step: int) -> None:
     if bench.dist.is_main:
         rows = golden.join([item for _, item in items], records)
         golden.save(golden.captions_path(bench.run.qual, step, len(items)), rows)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Evidence and report
-
-
-def make_evidence(
-    bench: Workbench,
-    table: TrainableTable,
-    before: Before,
-    after: dict[str, str],
-    tell: Told,
-    items: GoldenItems,
-    text: TextOnly,
-    step: int,
-    status: Status,
-    known: Cost | None,
-) -> Evidence:
-    """The measurements with everything that is needed to read them; the main process writes them down."""
-    cfg, run, c = bench.cfg, bench.run, bench.data.counts
-    steps = [r for r in run.metrics() if "step" in r]
-    trained = [r for r in steps if "step_time_s" in r and r["step"] <= step]
-    facts = DataFacts(
-        records=c["records"] + (c["eval_records"] if cfg.data.eval_sources else 0),
-        train=c["train"],
-        eval=c["eval"],
-        sources=c["sources"],
-        rejects=c["rejects"],
-        duplicates=c["duplicates"],
-        train_buckets=c["train_buckets"],
-        eval_buckets=c["eval_buckets"],
-        held_out_sha256=bench.held_out_sha256,
-        truncated_pct=_weighted(trained, "truncated_pct", "samples"),
-        label_zero_pct=_weighted(trained, "label_zero_pct", "samples"),
-        eval_origin="their own files" if cfg.data.eval_sources else f"held out by split {cfg.data.split}",
-        fingerprint=bench.data.train.fingerprint,
-    )
-    rows = [
-        TrainableRow(**asdict(r), sha256_before=before.frozen.get(r.part), sha256_after=after.get(r.part))
-        for r in table.rows
-    ]
-    measured = [*tell.measured, *_as_measurements(facts, rows, text, trained)]
-    evidence = Evidence(
-        run_name=cfg.run_name,
-        stage=cfg.stage_name,
-        status=status,
-        created=now(),
-        summary={
-            "Language model": _short(bench.model.language.name),
-            "Vision tower": _short(cfg.model.vision.name_or_path),
-            "Connector": f"{cfg.model.connector.resampler.kind}, {bench.model.num_visual_tokens} visual tokens",
-        },
-        trainable=rows,
-        data=facts,
-        baseline=before.measurements,
-        measurements=measured,
-        gates=judge(cfg.gates, measured),
-        findings=tell.findings,
-        words=tell.word_stats,
-        curves=[
-            curve
-            for name, unit, key in (
-                ("train.loss", "nats/token", "loss"),
-                ("eval.loss", "nats/token", "eval_loss"),
-                ("quick_eval.loss", "nats/token", "quick_eval_loss"),
-                ("lr.connector", "learning rate", "lr.connector"),
-                ("grad_norm", "L2 norm", "grad_norm"),
-            )
-            if (curve := _curve(name, unit, key, steps, before)).x
-        ],
-        histograms=tell.histograms,
-        samples=_samples(bench, tell, items, step),
-        text_only=text,
-        cost=known or _cost(bench, trained, step),
-        provenance={k: v for k, v in run.read_json("run.json").items() if k not in CHANGES},
-        config_yaml=dump_config(cfg),
-        gaps=bench.gaps,
-    )
-    _say_figures(bench, evidence)
-    if bench.dist.is_main:
-        rejects = "".join(to_json(asdict(r)) + "\n" for r in bench.data.rejects)
-        atomic_write(run.path / "rejects.jsonl", rejects)
-        written = [
-            asdict(r) for k in range(len(CAPTION_CONDITIONS)) for r in (own[k] for own in tell.captions.values())
-        ]
-        if written:
-            lines = "".join(to_json(r) + "\n" for r in written)
-            atomic_write(run.qual / f"step_{step}_captions{len(written)}.jsonl", lines)
-        run.write_json("metrics.json", evidence.metrics() | flat_names(evidence))
-        atomic_write(run.path / "evidence.json", evidence.to_json())
-        render(evidence, run.path)
-        times = {} if bench.remeasured else {"phases_s": bench.phases_s}
-        run.set_status(status, step=step, gates_failed=[g.name for g in evidence.failed_gates], **times)
-        bench.reporter.line("report", str(run.path / "report.html"))
-    return evidence
-
-
-def _as_measurements(
-    facts: DataFacts, rows: Sequence[TrainableRow], text: TextOnly, trained: Sequence[Record]
-) -> list[Measurement]:
-    """What else gates judge: shares of the training data, frozen parts and text logits that changed."""
-    out: list[Measurement] = []
-    n = int(sum(r["samples"] for r in trained))
-    for name, value in (("truncated_pct", facts.truncated_pct), ("label_zero_pct", facts.label_zero_pct)):
-        if value is not None:
-            out.append(Measurement(name=f"data.{name}", value=value, unit="%", better="lower", n=n))
-    hashed = [r.intact for r in rows if r.intact is not None]
-    if hashed:
-        changed = sum(not intact for intact in hashed)
-        out.append(Measurement(name="frozen.changed", value=changed, unit="parts", better="lower", n=len(hashed)))
-    out.append(
-        Measurement(name="text.changed", value=len(text.changed), unit="prompts", better="lower", n=text.prompts)
-    )
-    return out
-
-
-def flat_names(e: Evidence) -> dict[str, float]:
-    """The seed's names for ``metrics.json``: ``eval_loss``, ``eval_loss_short``, ``delta_shuffle``, …"""
-    out: dict[str, float] = {}
-    for m in e.measurements:
-        if m.name == "eval.loss" and m.by in (None, "length"):
-            out["eval_loss" if m.stratum is None else f"eval_loss_{m.stratum}"] = m.value
-    for name, key in (
-        ("eval.tokens", "eval_label_tokens_total"), ("eval.truncated_pct", "eval_truncated_pct"),
-        ("ablation.delta.shuffled", "delta_shuffle"), ("ablation.delta.zero", "delta_zero"),
-        ("ablation.delta.noise", "delta_noise"),
-    ):  # fmt: skip
-        if (m := e.get(name)) is not None:
-            out[key] = m.value
-    return out | {"eval_examples_total": e.data.eval}
-
-
-def _short(name: str) -> str:
-    """A hub name as it is, a local path by its last part: reports are passed on."""
-    return Path(name).name if Path(name).is_absolute() else name
-
-
-def _say_figures(bench: Workbench, e: Evidence) -> None:
-    line = bench.reporter.line
-    for name in (
-        "eval.loss", "eval.perplexity", "learn.delta", "ablation.loss.correct", "ablation.loss.shuffled",
-        "ablation.loss.zero", "ablation.loss.noise", "ablation.delta.shuffled", "ablation.delta.zero",
-        "ablation.delta.noise", "ablation.ratio.shuffled", "caption.exact_match.correct",
-        "caption.exact_match.shuffled", "caption.exact_match.zero", "caption.exact_match.chance",
-        "caption.cider_d.correct", "chair.s.correct", "qa.accuracy.correct", "qa.accuracy.zero", "qa.accuracy.chance",
-        "audit.answerable.alone", "audit.leak", "collapse.worst",
-    ):  # fmt: skip
-        if m := e.get(name):
-            ci = f" (95 % {m.ci95[0]:.4g} to {m.ci95[1]:.4g})" if m.ci95 else ""
-            line("result", f"{name} = {m.value:.4g} {m.unit}{ci}, n={m.n}")
-    same = e.text_only is not None and e.text_only.equal
-    line("result", f"text-only logits bit-equal before and after: {'yes' if same else 'NO'}")
-    for finding in e.findings:
-        line("finding", finding)
-    for gate in e.failed_gates:
-        line("gate", f"FAILED {told(gate)}: {gate.why}" if gate.why else f"FAILED {told(gate)}")
-    line("gates", verdict(e).partition(":")[0])
-
-
-def _curve(name: str, unit: str, key: str, steps: list[Record], before: Before) -> Any:
-    points = [(r["step"], r[key]) for r in steps if isinstance(r.get(key), int | float)]
-    if key == "eval_loss" and before.measurements:
-        points.insert(0, (0, before.measurements[0].value))
-    return thin(name, unit, sorted(dict(points).items()))
-
-
-def _weighted(records: list[Record], key: str, weight: str) -> float | None:
-    total = sum(r[weight] for r in records)
-    return sum(r[key] * r[weight] for r in records) / total if total else None
-
-
-def _cost(bench: Workbench, trained: list[Record], step: int) -> Cost:
-    if not trained:
-        return Cost(steps=step, device=str(bench.dist.device), processes=bench.dist.world_size)
-    seconds = sum(r["step_time_s"] for r in trained)
-    samples, images = sum(r["samples"] for r in trained), sum(r["images"] for r in trained)
-    tokens = sum(r["tokens_per_s"] * r["step_time_s"] for r in trained)
-    return Cost(
-        steps=step,
-        epochs=trained[-1]["epoch"],
-        samples=samples,
-        images=images,
-        tokens=round(tokens),
-        target_tokens=sum(r["tokens"] for r in trained),
-        wall_s=None if bench.resumed else time.perf_counter() - bench.started,  # an earlier process took its time along
-        train_s=seconds,
-        phases_s=bench.phases_s,
-        step_s=seconds / len(trained),
-        samples_per_s=samples / seconds,
-        images_per_s=images / seconds,
-        tokens_per_s=tokens / seconds,
-        data_wait_share=_weighted(trained, "data_wait_share", "step_time_s"),
-        peak_memory_mb=max(r["peak_memory_mb"] for r in trained),
-        feature_store_mb=bench.fill.bytes_used / 1e6 if bench.fill else None,
-        device=str(bench.dist.device),
-        processes=bench.dist.world_size,
-    )
-
-
-def _samples(bench: Workbench, tell: Told, items: GoldenItems, step: int) -> list[Sample]:
-    """Pictures with what the model wrote over the steps, and what it writes with the wrong image."""
-    if not bench.dist.is_main:
-        return []
-    data = bench.data
-    shown = bench.shown_sample
-    predictions: dict[int, list[Prediction]] = {i: [] for i in shown}
-    index_of = {(item.id, item.gt_text, item.image_relpath): i for i, item in items}
-    for at, path in golden.steps_of(bench.run.qual):
-        if at <= step and path == golden.captions_path(bench.run.qual, at, len(items)):
-            try:
-                rows = golden.load_captions(path)
-            except UserError as e:  # an earlier step's; this one's measurements are not lost for it
-                bench.gaps.append(f"Golden captions of step {at}: not shown. {e}")
-                continue
-            for row in rows:
-                if (i := index_of.get((row.id, row.gt_text, row.image_relpath))) in predictions:
-                    exact = captions.exact_match(row.pred_text, row.gt_text)
-                    predictions[i].append(Prediction(step=at, text=row.pred_text, exact=exact))
-    for i in shown:
-        for r in tell.captions.get(i, []):
-            if r.condition != "correct" or not predictions[i]:
-                exact = captions.exact_match(r.prediction, r.reference) if r.condition == "correct" else None
-                predictions[i].append(Prediction(step=step, text=r.prediction, condition=r.condition, exact=exact))
-    return [
-        Sample(
-            id=data.eval_examples[i].id,
-            images=[thumbnail(data.pipeline.open(ref)) for ref in data.eval_examples[i].images],
-            reference=data.eval_examples[i].answer_text,
-            predictions=predictions[i],
-            bucket=data.eval_buckets[i],
-            words=tell.words.get(i, []),
-        )
-        for i in shown
-    ]

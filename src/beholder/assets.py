@@ -53,8 +53,12 @@ class Assets:
     captions_train: Path
     """JSONL, one ``{"id", "images": ["0.png"], "caption": "A blue rectangle.", "source"}`` a line."""
     captions_test: Path
+    questions_train: Path
+    """JSONL, one question a line: ``{"id", "images", "messages", "question_type", "source"}``, the user's turn being
+    "<image>", a line break and the question, the type shape, color or yes/no."""
+    questions_test: Path
     images_train: Path
-    """Folder that ``images`` of `captions_train` are relative to."""
+    """Folder that ``images`` of the train records are relative to."""
     images_test: Path
 
 
@@ -143,6 +147,8 @@ def prepare_quickstart(folder: Path | None = None, say: Say = print) -> Assets:
         vision_weights=places["vision"] / f"{TIMM_NAME}.safetensors",
         captions_train=data / "train.jsonl",
         captions_test=data / "test.jsonl",
+        questions_train=data / "train_questions.jsonl",
+        questions_test=data / "test_questions.jsonl",
         images_train=data / "images" / "train",
         images_test=data / "images" / "test",
     )
@@ -548,6 +554,17 @@ def facts_from_question(question: str, answer: str) -> list[tuple[str, bool]]:
     return facts
 
 
+def question_type(question: str) -> Literal["shape", "color", "yes/no"]:
+    """What the question asks for; the three kinds partition easy-VQA. Raises `AssetError` for one of no known form."""
+    if _ASK_COLOUR.fullmatch(question):
+        return "color"
+    if _ASK_SHAPE.fullmatch(question) or _ASK_SHAPE_OF.fullmatch(question):
+        return "shape"
+    if _YES_NO.fullmatch(question):
+        return "yes/no"
+    raise AssetError(f"easy-VQA: question {question!r} has no known form")
+
+
 def derive_captions(questions: list[list[Any]]) -> tuple[dict[int, str], Counter[str]]:
     """Captions of the images whose colour and shape both follow from their questions, and why the others have none.
 
@@ -579,8 +596,9 @@ def derive_captions(questions: list[list[Any]]) -> tuple[dict[int, str], Counter
 def _make_data(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> None:
     """Official train images for training, official test images for evaluation: captions, and the questions themselves.
 
-    ``<split>.jsonl`` has a caption an image; ``<split>_turns.jsonl`` all questions about an image in one conversation,
-    in an order drawn once. The second is what a model can learn to answer without looking (docs/footguns.md).
+    ``<split>.jsonl`` has a caption an image; ``<split>_questions.jsonl`` a question a record, in easy-VQA's order, so
+    that id ``train-q17`` is its question 17; ``<split>_turns.jsonl`` all questions about an image in one conversation,
+    in an order drawn once. The last is what a model can learn to answer without looking (docs/footguns.md).
     """
     archive = archives[0]
     for split in ("train", "test"):
@@ -605,6 +623,13 @@ def _make_data(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> None
                 for number, pairs in sorted(asked.items())
             ),
         )
+        _write_records(
+            out / f"{split}_questions.jsonl",
+            (
+                (f"{split}-q{k}", int(image), _question(question, answer))
+                for k, (question, answer, image) in enumerate(questions)
+            ),
+        )
         why = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items())) or "none"
         say(
             f"[assets] data: {len(captions)} captioned {split} images from {len(questions)} questions; "
@@ -616,6 +641,11 @@ def _write_records(path: Path, records: Iterable[tuple[str, int, dict[str, Any]]
     with path.open("w", encoding="utf-8") as file:
         for id, image, what in records:
             file.write(json.dumps({"id": id, "images": [f"{image}.png"], **what, "source": "easy_vqa"}) + "\n")
+
+
+def _question(question: str, answer: str) -> dict[str, Any]:
+    turns = [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, "question_type": question_type(question)}
 
 
 def _conversation(pairs: list[tuple[str, str]], rng: random.Random) -> list[dict[str, str]]:
@@ -635,7 +665,7 @@ def _make_openmoji(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> 
 PARTS: Final = (
     _Part("llm", (LLM,), 2, _make_llm, "SmolLM2-135M-Instruct"),
     _Part("vision", (VISION,), 1, _make_vision, "EfficientNet-Lite0 (ImageNet)"),
-    _Part("data", (DATA,), 2, _make_data, "easy-VQA captions, questions and images"),
+    _Part("data", (DATA,), 3, _make_data, "easy-VQA captions, questions and images"),
 )
 """The quickstart's, in the order they are prepared."""
 

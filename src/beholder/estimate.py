@@ -45,7 +45,7 @@ from beholder.model.connector import build_connector
 from beholder.model.language import load_tokenizer
 from beholder.model.losses import MAX_LOGITS
 from beholder.model.plan import TrainableRow, TrainableTable
-from beholder.types import Example, ImageRef, Turn, UserError
+from beholder.types import Example, ImageRef, ImageSlot, Turn, UserError
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -461,7 +461,8 @@ def _target_lengths(cfg: RunConfig, examples: Sequence[Example], tokenizer: Any,
 def _prompt_tokens(cfg: RunConfig, tokenizer: Any, num_visual: int) -> int:
     """Positions before the target of a sample with one image, by the run's own encoder."""
     encoder = build_encoder(cfg, tokenizer, num_visual)
-    example = Example("plan", (ImageRef(".", "-"),), (Turn("assistant", ("-",)),))
+    question = Turn("user", (ImageSlot(0), "\n", cfg.prompting.instruction))
+    example = Example("plan", (ImageRef(".", "-"),), (question, Turn("assistant", ("-",))))
     try:
         return len(encoder.encode_prompt(encoder.apply_template(example)).ids)
     except EncodeError as e:

@@ -23,7 +23,7 @@ def judge(gates: Mapping[str, GateConfig], measurements: Sequence[Measurement]) 
 def _judge(name: str, gate: GateConfig, measurements: Sequence[Measurement]) -> GateResult:
     assert gate.measure is not None, name
     found = [m for m in measurements if m.name == gate.measure]
-    overall = next((m for m in found if m.stratum is None), None)
+    overall = next((m for m in found if m.stratum == gate.stratum), None)  # None: all samples
     groups = [m for m in found if m.stratum is not None] if gate.strata else []
     small = [m for m in groups if m.n < gate.min_n]
     judged = [m for m in (overall, *groups) if m is not None and m not in small]
@@ -31,11 +31,13 @@ def _judge(name: str, gate: GateConfig, measurements: Sequence[Measurement]) -> 
     def result(passed: bool, m: Measurement | None, value: float | None, note: str) -> GateResult:
         return GateResult(
             name=name, passed=passed, why=gate.why, bound=gate.bound, end=gate.end, measure=gate.measure or "",
-            stratum=None if m is None else m.stratum, value=value, unit="" if m is None else m.unit, note=note,
+            stratum=gate.stratum if m is None else m.stratum, value=value, unit="" if m is None else m.unit, note=note,
         )  # fmt: skip
 
     if overall is None:
-        return result(False, None, None, "not measured")
+        there = sorted({str(m.stratum) for m in found if m.stratum is not None})
+        groups_there = f"; groups: {', '.join(there)}" if gate.stratum is not None and there else ""
+        return result(False, None, None, f"not measured{groups_there}")
     if groups and len(small) == len(groups):
         return result(False, overall, None, f"no group has {gate.min_n} samples, so none could be judged by itself")
     numbers = [(m, _number(m, gate)) for m in judged]

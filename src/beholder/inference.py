@@ -1,13 +1,17 @@
-"""A trained run, ready to look at images: ``load(RUN).generate(image, prompt)``.
+"""A trained run, ready to look at images: ``load(RUN).generate(image, prompt)``, ``.chat(messages, images)``.
 
-The same encoder, decoder and preprocessing as in training serve here. Nothing is measured or written.
+The same encoder, decoder and preprocessing as in training serve here; adapters stay unmerged, so what answers is what
+was measured. Nothing is measured or written. The terminal is `talk`, question files are `questionnaire`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -21,9 +25,43 @@ from beholder.data.images import ImagePipeline
 from beholder.model.vlm import VisionLanguageModel, build_vlm
 from beholder.train import checkpoint
 from beholder.train.distributed import pick_device
-from beholder.types import Example, ImageInput, ImageRef, ImageSlot, Turn, UserError
+from beholder.types import Encoded, Example, ImageInput, ImageRef, ImageSlot, Part, Turn, UserError
 
-ImageLike = str | Path | Image.Image
+ImageLike = str | Path | Image.Image | ImageRef
+"""A file the caller names, an open image, or an image of a data set (which may not lie outside its folder)."""
+Images = ImageLike | Sequence[ImageLike] | None
+Messages = str | Sequence[Mapping[str, str]]
+"""What the user says, or a whole conversation as ``{"role": "system" | "user" | "assistant", "content": text}``."""
+
+
+class ContextFullError(UserError):
+    """The conversation leaves no room for an answer."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing to be answered.
+
+    ``messages`` a text: the user says it, literally. A conversation: with a list of images, the k-th ``<image>`` in the
+    user's turns stands for the k-th of them; with a single one nothing is interpreted. None: the instruction a
+    captioning run was trained with. Images without a marked place come before the first user turn's text, where
+    training has them.
+    """
+
+    messages: Messages | None
+    images: Images = None
+    where: str = ""
+    """Where it was read, for error messages."""
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A request as the model takes it."""
+
+    encoded: Encoded
+    images: list[ImageInput]
+    room: int
+    """Tokens that an answer may have before the language model's context ends."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +74,7 @@ class Vlm:
     encoder: ChatEncoder
     pipeline: ImagePipeline
     step: int
+    checkpoint: Path
 
     def generate(
         self,
@@ -50,44 +89,327 @@ class Vlm:
         """What the model says about one or several images.
 
         ``prompt`` stands after the images and is literal text: a ``<image>`` typed in it stays text. None: the
-        instruction the run was trained with. ``temperature`` 0 is greedy.
+        instruction a captioning run was trained with; a run that was taught to chat needs a question. ``temperature`` 0
+        is greedy.
         """
-        images = [image] if isinstance(image, str | Path | Image.Image) else list(image)
-        if not images:
+        if not _listed(image):
             raise UserError("give at least one image")
+        ready = [self._prompt(Request(prompt, image))]
+        return self._answers(ready, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)[0]
+
+    def chat(
+        self,
+        messages: Messages,
+        images: Images = None,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 0.9,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+    ) -> str:
+        """The next answer in a conversation; `Request` says where its images go.
+
+        Raises `ContextFullError` when the conversation leaves no room for an answer.
+        """
+        self.check_chats()
+        ready = [self._prompt(Request(messages, images))]
+        return self._answers(ready, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)[0]
+
+    def stream(
+        self,
+        messages: Messages,
+        images: Images = None,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 0.9,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+    ) -> AnswerStream:
+        """As `chat`, in pieces as they are written; joined they are what `chat` gives.
+
+        No piece ends inside a character. Closing the stream, or dropping it, stops the model.
+        """
+        self.check_chats()
+        prompt = self._prompt(Request(messages, images))
+
+        def write(streamer: Any) -> None:
+            self.model.generate(
+                [prompt.encoded], [prompt.images], eos_ids=self.encoder.eos_ids,
+                max_new_tokens=min(max_new_tokens, prompt.room), temperature=temperature, top_p=top_p, seed=seed,
+                streamer=streamer,
+            )  # fmt: skip
+
+        return AnswerStream(write, self.encoder.decode, self.encoder.eos_ids)
+
+    def generate_many(
+        self, requests: Iterable[Request], *, batch_size: int = 8, max_new_tokens: int = 64
+    ) -> Iterator[str]:
+        """Greedy answers in the order of ``requests``, ``batch_size`` at a time; requests are taken as they are needed.
+
+        The answers are those of `generate`, up to the rounding of a batch in bf16 or fp16. A `UserError` names the
+        request that caused it (``Request.where``), after the batches before it were answered.
+        """
+        waiting = iter(requests)
+        while batch := list(islice(waiting, batch_size)):
+            yield from self._answers([self._prompt(request) for request in batch], max_new_tokens)
+
+    # -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def context(self) -> int:
+        """Positions the language model has, prompt and answer together; a run may have trained on fewer."""
+        return max(_positions(self.model), self.cfg.prompting.max_seq_len)
+
+    def num_tokens(self, messages: Messages, images: Images = None) -> int:
+        """Positions that a conversation takes before its answer, those of its images included."""
+        example, _ = self._example(Request(messages, images))
+        return len(self.encoder.encode_prompt(example).ids)
+
+    def check_chats(self) -> None:
+        """Raises `UserError` for a run that knows one prompt only."""
+        if self.cfg.template == "caption":
+            raise UserError(
+                f"{self.cfg.run_name} was taught to describe images (stage {self.cfg.stage_name}, prompting.template "
+                f"caption), not to chat: use `beholder generate {self.cfg.run_dir} --image FILE`, or tune it on "
+                "conversations first (stage instruct, model.connector.load_checkpoint naming this run)"
+            )
+
+    def _answers(
+        self, prompts: Sequence[_Prompt], max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 0.9,
+        seed: int = 0,
+    ) -> list[str]:  # fmt: skip
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}; an answer needs at least 1")
+        rooms = [min(max_new_tokens, p.room) for p in prompts]
+        ids = self.model.generate(
+            [p.encoded for p in prompts], [p.images for p in prompts], eos_ids=self.encoder.eos_ids,
+            max_new_tokens=max(rooms), temperature=temperature, top_p=top_p, seed=seed,
+        )  # fmt: skip
+        return [self.encoder.decode(own[:room]) for own, room in zip(ids, rooms, strict=True)]
+
+    def _prompt(self, request: Request) -> _Prompt:
+        try:
+            example, images = self._example(request)
+            encoded = self.encoder.encode_prompt(example)
+            room = self.context - len(encoded.ids)
+            if room < 1:
+                raise ContextFullError(
+                    f"the conversation takes {len(encoded.ids):,} tokens and the language model has {self.context:,} "
+                    "positions, so there is no room for an answer; start over with less text"
+                )
+            return _Prompt(encoded, [ImageInput(pixels=self._pixels(image)) for image in images], room)
+        except UserError as error:
+            if not request.where:
+                raise
+            raise UserError(f"{request.where}: {error}") from error
+
+    def _pixels(self, image: ImageLike) -> torch.Tensor:
+        match image:
+            case Image.Image():
+                return self.pipeline.from_pil(image)
+            case ImageRef():
+                return self.pipeline(image)
+            case _:
+                return self.pipeline.from_file(str(image))
+
+    def _example(self, request: Request) -> tuple[Example, list[ImageLike]]:
+        images = _listed(request.images)
         limit = self.cfg.prompting.max_images_per_sample
         if len(images) > limit:
             raise UserError(f"{len(images)} images given, but the run was trained with at most {limit} a sample")
-        inputs = [ImageInput(pixels=self._pixels(i)) for i in images]
-        encoded = self.encoder.encode_prompt(self._example(len(images), prompt))
-        ids = self.model.generate(
-            [encoded],
-            [inputs],
-            eos_ids=self.encoder.eos_ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        )[0]
-        return self.encoder.decode(ids)
+        refs = tuple(ImageRef(root="", path=f"image {k + 1}") for k in range(len(images)))
+        return Example("prompt", refs, self._turns(request, len(images)), file="input"), images
 
-    def _pixels(self, image: ImageLike) -> torch.Tensor:
-        return self.pipeline.from_pil(image) if isinstance(image, Image.Image) else self.pipeline.from_file(str(image))
+    def _turns(self, request: Request, num_images: int) -> tuple[Turn, ...]:
+        if request.messages is None:
+            if self.cfg.template == "chat":
+                raise UserError(
+                    f"{self.cfg.run_name} answers questions (prompting.template chat), so it needs one: give a prompt"
+                )
+            return ()  # without a text the encoder's template writes the instruction
+        if isinstance(request.messages, str):
+            return (Turn("user", (*_front(num_images), request.messages)),)
+        turns = [_turn(message, k) for k, message in enumerate(request.messages)]
+        if not turns or turns[-1].role != "user":
+            last = "it is empty" if not turns else f"its last turn is the {turns[-1].role}'s"
+            raise UserError(f"a conversation to be answered ends with what the user says, but {last}")
+        token = self.cfg.prompting.image_token
+        marked = sum(turn.text.count(token) for turn in turns if turn.role == "user")
+        if marked and not isinstance(request.images, ImageLike | None):
+            if marked != num_images:
+                raise UserError(
+                    f"{num_images} images but {marked} {token} in the user turns; the k-th {token} stands for the k-th "
+                    "image, so the numbers must agree"
+                )
+            return _marked(turns, token)
+        first = next(k for k, turn in enumerate(turns) if turn.role == "user")
+        turns[first] = Turn("user", (*_front(num_images), *turns[first].parts))
+        return tuple(turns)
 
-    def _example(self, num_images: int, prompt: str | None) -> Example:
-        """Images and the asked-for text; without a text the encoder's template writes the instruction."""
-        refs = tuple(ImageRef(root="", path=f"image {k + 1}") for k in range(num_images))
-        if prompt is None:
-            return Example("generate", refs, ())
-        slots = [part for k in range(num_images) for part in (ImageSlot(k), "\n")]
-        return Example("generate", refs, (Turn("user", (*slots, prompt)),))
+
+def _listed(images: Images) -> list[ImageLike]:
+    if images is None:
+        return []
+    return [images] if isinstance(images, ImageLike) else list(images)
+
+
+def _front(num_images: int) -> tuple[Part, ...]:
+    """The places of images that come before a text, as training data has them."""
+    return tuple(part for k in range(num_images) for part in (ImageSlot(k), "\n"))
+
+
+def _turn(message: Mapping[str, str], index: int) -> Turn:
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "user", "assistant"):
+        raise UserError(f"messages[{index}].role is {role!r}, expected system, user or assistant")
+    if not isinstance(content, str):
+        raise UserError(f"messages[{index}].content is {type(content).__name__}, expected a text")
+    return Turn(role, (content,))
+
+
+def _marked(turns: Sequence[Turn], token: str) -> tuple[Turn, ...]:
+    """The user turns with an image place for every ``token``, as `data.sources` reads records."""
+    placed: list[Turn] = []
+    used = 0
+    for turn in turns:
+        parts: list[Part] = list(turn.parts)
+        if turn.role == "user":
+            first, *rest = turn.text.split(token)
+            parts = [first]
+            for text in rest:
+                parts += [ImageSlot(used), text]
+                used += 1
+        placed.append(Turn(turn.role, tuple(p for p in parts if p != "")))
+    return tuple(placed)
+
+
+def _positions(model: VisionLanguageModel) -> int:
+    """How many positions the language model was made for; 0 when its config does not say."""
+    return int(getattr(model.language.config, "max_position_embeddings", None) or 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Streaming
+
+
+class AnswerStream(Iterator[str]):
+    """An answer while it is written: iterate for its pieces.
+
+    ``text`` is what was given out so far. ``complete``: the model ended by itself, rather than being cut by a limit or
+    closed. The model writes in a thread of its own and stops at the next token after `close`.
+    """
+
+    def __init__(
+        self, write: Callable[[Any], None], decode: Callable[[Sequence[int]], str], end_ids: Sequence[int]
+    ) -> None:
+        self.text = ""
+        self.complete = False
+        self._ids: list[int] = []
+        self._decode, self._end_ids = decode, frozenset(end_ids)
+        self._channel = _Channel()
+        # The thread knows the channel only: a stream that nobody holds any more is collected, and stops it.
+        self._thread = threading.Thread(target=_write_into, args=(write, self._channel), name="answer", daemon=True)
+        self._thread.start()
+        self._over = False
+
+    def __next__(self) -> str:
+        while not self._over:
+            item = self._channel.get()
+            if isinstance(item, BaseException):
+                self.close()
+                raise item
+            if item is None:
+                self._over = True
+                self._thread.join()
+            else:
+                self._ids.append(item)
+                self.complete |= item in self._end_ids
+            if piece := self._fresh():
+                self.text += piece
+                return piece
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop the model; what was given out stays in ``text``."""
+        self._over = True
+        self._channel.stop()
+        self._thread.join()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_channel"):
+            self._channel.stop()
+
+    def _fresh(self) -> str:
+        """What can be said now and was not yet: characters whose bytes are not all there are waited for.
+
+        The whole answer is decoded at every token, which costs less than a hundredth of writing it.
+        """
+        text = self._decode(self._ids)
+        if not self._over:
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}").rstrip()
+            if not text.startswith(self.text):
+                return ""
+        assert text.startswith(self.text), "the tokenizer decodes a longer answer to another beginning"
+        return text[len(self.text) :]
+
+
+class _Stopped(Exception):
+    """Nobody wants the rest of the answer."""
+
+
+class _Channel:
+    """From the writing thread to the reading one: token ids, then None or what went wrong.
+
+    ``put`` and ``end`` are what transformers calls on a streamer.
+    """
+
+    def __init__(self) -> None:
+        self._items: SimpleQueue[int | BaseException | None] = SimpleQueue()
+        self._stop = threading.Event()
+
+    def put(self, ids: torch.Tensor) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+        for i in ids.flatten().tolist():  # nothing at first: a prompt of embeddings has no ids
+            self._items.put(int(i))
+
+    def end(self) -> None: ...
+
+    def close(self, error: BaseException | None) -> None:
+        self._items.put(error)
+
+    def get(self) -> int | BaseException | None:
+        while True:
+            try:
+                return self._items.get(timeout=0.2)  # in slices: a Ctrl-C reaches every platform between them
+            except Empty:
+                continue
+
+    def stop(self) -> None:
+        self._stop.set()
+
+
+def _write_into(write: Callable[[Any], None], channel: _Channel) -> None:
+    try:
+        write(channel)
+    except _Stopped:
+        channel.close(None)
+    except BaseException as error:  # raised again where the stream is read
+        channel.close(error)
+    else:
+        channel.close(None)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loading
 
 
 def load(run: str | Path, *, device: str = "auto", overrides: Sequence[str] = ()) -> Vlm:
-    """The model of a run folder (its latest verified checkpoint) or of one of its ``checkpoints/step_<n>`` folders.
+    """The model of a run folder (its best checkpoint, else its latest verified one) or of one of its
+    ``checkpoints/step_<n>`` folders.
 
-    ``overrides``: settings such as ``model.vision.weights=FILE``, for parts that lie elsewhere now; the connector
-    still refuses parts that it was not trained on.
+    ``overrides``: settings such as ``model.vision.weights=FILE``, for parts that lie elsewhere now; connector and
+    adapters still refuse parts that they were not trained on.
     """
     where = checkpoint.resolve_checkpoint(run)
     folder = where.resolve().parent.parent
@@ -98,11 +420,15 @@ def load(run: str | Path, *, device: str = "auto", overrides: Sequence[str] = ()
         cfg.model, compute_precision=cfg.train.precision, device=pick_device(device), seed=cfg.seed
     )
     checkpoint.load_connector(where, model.connector, model.connector_info())
+    checkpoint.load_adapter(where, model.language)
+    # How long a training sample may be does not bound a conversation; the language model's positions do (`_prompt`).
+    unbounded = cfg.prompting.model_copy(update={"max_seq_len": 10**9})
     return Vlm(
         cfg=cfg,
         model=model,
         tokenizer=tokenizer,
-        encoder=build_encoder(cfg, tokenizer, model.num_visual_tokens),
+        encoder=build_encoder(cfg.model_copy(update={"prompting": unbounded}), tokenizer, model.num_visual_tokens),
         pipeline=ImagePipeline(model.geometry, cfg.data.max_megapixels),
         step=int(checkpoint.read_trainer(where)["step"]),
+        checkpoint=where,
     )

@@ -1,49 +1,83 @@
-"""``beholder quickstart``: real parts, real pictures, a trained connector and its evidence, with one command.
+"""``beholder quickstart``: real parts, real pictures, a model that answers questions about them, with one command.
 
-The parts come from `assets`, the recipe from ``recipes/quickstart_align.yaml``, everything else from `stages`: the
-quickstart has no training or evaluation code of its own.
+Two stages, each a run with its own evidence: the connector is aligned on captions, then it and adapters on the language
+model learn to answer questions. The parts come from `assets`, the recipes from ``recipes/``, everything else from
+`stages`: the quickstart has no training or evaluation code of its own.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
-from rich.console import Console
+from PIL import Image
+from rich.columns import Columns
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from beholder.assets import Assets, prepare_quickstart
 from beholder.config import RunConfig
-from beholder.configfile import parse_config
-from beholder.evidence import CONDITIONS, Evidence
+from beholder.configfile import parse_config, scale_overrides
+from beholder.evidence import CONDITIONS, Condition, Evidence, Measurement, Sample
 from beholder.gates import verdict
 from beholder.stages import Outcome, run_stage
 
-RECIPE = "quickstart_align.yaml"
+Part = Literal["align", "instruct"]
+RECIPES: dict[Part, str] = {"align": "quickstart_align.yaml", "instruct": "quickstart_instruct.yaml"}
 OBJECTS = "easy_vqa_objects.txt"
+NUM_ASKED = 8
+"""Test images that are shown with question and answer at the end."""
 
 
-def recipe(assets: Assets, out: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The quickstart's config with the places of its parts filled in; ``overrides`` come last."""
+def recipe(
+    assets: Assets, out: Path, overrides: Sequence[str] = (), *, part: Part = "align", scale: str | None = None
+) -> RunConfig:
+    """The config of a part of the quickstart in folder ``out/<part>``, with the places of its parts filled in.
+
+    ``overrides`` come last. One that begins with ``align.`` or ``instruct.`` is for that part alone, as in
+    ``instruct.train.train_steps=100``.
+    """
     recipes = files("beholder") / "recipes"
-    text = (recipes / RECIPE).read_text(encoding="utf-8")
+    text = (recipes / RECIPES[part]).read_text(encoding="utf-8")
 
-    def source(captions: Path, images: Path, name: str) -> str:
-        return json.dumps([{"dataset": "jsonl", "json_path": str(captions), "image_root": str(images), "name": name}])
+    def source(records: Path, images: Path, name: str) -> str:
+        return json.dumps([{"dataset": "jsonl", "json_path": str(records), "image_root": str(images), "name": name}])
 
+    train, test = (
+        (assets.captions_train, assets.captions_test)
+        if part == "align"
+        else (assets.questions_train, assets.questions_test)
+    )
     places = [
-        f"output_dir={json.dumps(str(out))}",
+        f"output_dir={json.dumps(str(out / part))}",
         f"model.llm.name_or_path={json.dumps(str(assets.llm))}",
         f"model.vision.weights={json.dumps(str(assets.vision_weights))}",
-        f"data.sources={source(assets.captions_train, assets.images_train, 'easy_vqa train')}",
-        f"data.eval_sources={source(assets.captions_test, assets.images_test, 'easy_vqa test')}",
+        f"data.sources={source(train, assets.images_train, 'easy_vqa train')}",
+        f"data.eval_sources={source(test, assets.images_test, 'easy_vqa test')}",
         f"eval.object_list={json.dumps(str(recipes / OBJECTS))}",
     ]
-    return parse_config(text, RECIPE, [*places, *overrides])
+    if part == "instruct":
+        places.append(f"model.connector.load_checkpoint={json.dumps(str(out / 'align'))}")
+    scaled = scale_overrides(parse_config(text, RECIPES[part], places), scale) if scale else []
+    return parse_config(text, RECIPES[part], [*places, *scaled, *_for(part, overrides)])
+
+
+def _for(part: Part, overrides: Sequence[str]) -> Iterator[str]:
+    for override in overrides:
+        name, dot, rest = override.partition(".")
+        if dot and name in RECIPES:
+            if name == part:
+                yield rest
+        else:
+            yield override
 
 
 def run_quickstart(
@@ -51,24 +85,40 @@ def run_quickstart(
     *,
     overrides: Sequence[str] = (),
     resume: str = "auto",
+    scale: str | None = None,
     console: Console | None = None,
 ) -> Outcome:
-    """Prepare the parts, align them, print what came out and where the report lies."""
+    """Prepare the parts, align them, teach them to answer, print what came out and where the reports lie.
+
+    The outcome is that of the last part that ran: the second one starts only from an alignment that passed its gates.
+    ``scale``: of the second part, ``smoke`` or ``full``.
+    """
     console = console or Console(highlight=False)
     started = time.perf_counter()
     assets = prepare_quickstart(say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
     outcome = run_stage(recipe(assets, out, overrides), resume=resume)
     if outcome.evidence is not None and outcome.is_main:
-        print_numbers(outcome.evidence, console)
+        print_alignment(outcome.evidence, console)
+    if outcome.evidence is None or not outcome.evidence.promotable:
+        return outcome
+    outcome = run_stage(recipe(assets, out, overrides, part="instruct", scale=scale), resume=resume)
+    if outcome.evidence is not None and outcome.is_main:
+        print_answers(outcome.evidence, console)
         console.print(f"\nFinished in {(time.perf_counter() - started) / 60:.1f} min.", highlight=False)
-        console.print(f"Report: {escape(str((outcome.folder / 'report.html').resolve()))}", soft_wrap=True)
+        for part in RECIPES:
+            console.print(f"Report of {part}: {escape(str((out / part / 'report.html').resolve()))}", soft_wrap=True)
         image = assets.images_test / "0.png"
-        console.print(f"Ask it yourself: beholder generate {escape(f'{out} --image {image}')}", soft_wrap=True)
+        talk = f"beholder chat {out / 'instruct'} --image {image}"
+        console.print(f"Talk to it: {escape(talk)}", soft_wrap=True)
     return outcome
 
 
-def print_numbers(evidence: Evidence, console: Console) -> None:
-    """The figures a newcomer wants, as a table."""
+# ---------------------------------------------------------------------------------------------------------------
+# What a newcomer wants to see
+
+
+def print_alignment(evidence: Evidence, console: Console) -> None:
+    """Captions, questions and losses of the first part, each beside what a blind model reaches."""
     table = Table(title="Does it see? Official test images, never trained on", title_justify="left")
     for heading in ("", "its own image", "another's image", "no image", "noise", "chance"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -101,7 +151,83 @@ def print_numbers(evidence: Evidence, console: Console) -> None:
     )
     console.print()
     console.print(table)
+    _print_gates(evidence, console)
+
+
+def print_answers(evidence: Evidence, console: Console) -> None:
+    """Accuracy by kind of question beside the blind model's, its way over the steps, and eight pictures."""
+    table = Table(title="Answers to official test questions, by kind of question", title_justify="left")
+    for heading in ("", "its own image", "another's image", "no image", "gain over no image", "n"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    strata = [m.stratum for m in evidence.measurements if m.name == "answer.accuracy.correct" and m.by == "question"]
+    for stratum in (None, *strata):
+        row = [evidence.get(f"answer.accuracy.{c}", stratum) for c in ("correct", "shuffled", "none")]
+        gain = evidence.get("answer.gain.none", stratum)
+        n = "" if row[0] is None else str(row[0].n)
+        table.add_row(stratum or "all", *("–" if m is None else f"{m.value:.1%}" for m in row), _gain(gain), n)
+    console.print()
+    console.print(table)
+    curve = next((c for c in evidence.curves if c.name == "quick_eval.exact"), None)
+    if curve is not None and curve.x:
+        told = "  ".join(f"{step:.0f}: {share:.0%}" for step, share in zip(curve.x, curve.y, strict=True))
+        console.print(f"Answered exactly right over the steps (a sample of the test questions): {told}", soft_wrap=True)
+    ratio, kl = evidence.get("retention.loss_ratio"), evidence.get("retention.kl")
+    if ratio is not None:
+        far = "" if kl is None else f", {kl.value:.3g} nats/token from it"
+        console.print(f"Language kept: its loss on plain text is {ratio.value:.3f} times the base model's{far}.")
+    console.print()
+    console.print(Columns([_card(s) for s in asked(evidence)], padding=(0, 3)))
+    _print_gates(evidence, console)
+
+
+def asked(evidence: Evidence) -> list[Sample]:
+    """`NUM_ASKED` test images with a question, kinds of answers in turn."""
+    by_answer: dict[str, list[Sample]] = {}
+    for sample in evidence.samples:
+        if sample.question and sample.images:
+            by_answer.setdefault(sample.reference, []).append(sample)
+    rounds = max(map(len, by_answer.values()), default=0)
+    return [own[k] for k in range(rounds) for own in by_answer.values() if k < len(own)][:NUM_ASKED]
+
+
+def _gain(m: Measurement | None) -> str:
+    if m is None:
+        return "–"
+    return f"{100 * m.value:+.1f} points" + (f" ({100 * m.ci95[0]:+.1f} to {100 * m.ci95[1]:+.1f})" if m.ci95 else "")
+
+
+def _card(sample: Sample) -> Group:
+    def said(condition: Condition) -> str:
+        found = [p for p in sample.predictions if p.condition == condition]
+        return max(found, key=lambda p: p.step).text if found else "–"
+
+    own, blind = said("correct"), said("none")
+    style = "green" if own.strip().lower() == sample.reference.strip().lower() else "red"
+    return Group(
+        picture(sample.images[0]),
+        Text(sample.question),
+        Text.assemble((own, f"bold {style}"), f"   (right: {sample.reference}; without the image: {blind})"),
+        Text(""),
+    )
+
+
+def picture(uri: str, columns: int = 16) -> Text:
+    """A data URI's picture as half-block characters, ``columns`` wide: two pixels a character, one above the other."""
+    with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as opened:
+        small = opened.convert("RGB").resize((columns, columns))
+    text = Text()
+    for y in range(0, columns, 2):
+        for x in range(columns):
+            upper, lower = (small.getpixel((x, y + k)) for k in (0, 1))
+            assert isinstance(upper, tuple) and isinstance(lower, tuple)
+            text.append("▀", f"rgb({upper[0]},{upper[1]},{upper[2]}) on rgb({lower[0]},{lower[1]},{lower[2]})")
+        text.append("\n")
+    return text
+
+
+def _print_gates(evidence: Evidence, console: Console) -> None:
     if evidence.text_only is not None:
         same = "bit-equal" if evidence.text_only.equal else "CHANGED"
-        console.print(f"Text-only logits of the language model before and after: {same}.")
+        which = " (adapters off)" if evidence.adapters else ""
+        console.print(f"Text-only logits of the language model{which} before and after: {same}.")
     console.print(f"Gates: {verdict(evidence)}.", markup=False, soft_wrap=True)

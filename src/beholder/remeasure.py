@@ -21,7 +21,7 @@ from beholder.assessment import assess, by_word, measure_before
 from beholder.config import RunConfig
 from beholder.configfile import diff_configs, load_config
 from beholder.evidence import Condition, Measurement, load_evidence
-from beholder.model.plan import ALIGN, TrainableTable, apply_train_plan
+from beholder.model.plan import TrainableTable, apply_train_plan, plan_of
 from beholder.probes import audit, loss, reliance
 from beholder.runs import RunDir, atomic_write, to_json
 from beholder.stages import Outcome, sole_writer, split_name, stop_signals
@@ -33,7 +33,7 @@ from beholder.workbench import Workbench, open_bench
 
 @dataclass(frozen=True)
 class Opened:
-    """A trained run on the workbench, with the weights of its latest checkpoint."""
+    """A trained run on the workbench, with the weights of its best checkpoint, else of its latest."""
 
     bench: Workbench
     table: TrainableTable
@@ -42,7 +42,7 @@ class Opened:
 
 @contextmanager
 def reopen(folder: str, overrides: Sequence[str]) -> Iterator[Opened]:
-    """The run in ``folder`` with its latest checkpoint, locked while it is measured.
+    """The run in ``folder`` with its best checkpoint, else its latest, locked while it is measured.
 
     ``overrides``: settings of ``eval``, ``ablation`` and the like; one that changes what was trained is refused.
     """
@@ -65,8 +65,8 @@ def reopen(folder: str, overrides: Sequence[str]) -> Iterator[Opened]:
         with stop_signals(), sole_writer(run, dist):
             where = checkpoint.resolve_checkpoint(path)
             bench = open_bench(cfg, run, dist, split_file=run.splits / split_name(cfg))
-            table = apply_train_plan(bench.model, ALIGN)
-            checkpoint.load_connector(where, bench.model.connector, bench.model.connector_info())
+            table = apply_train_plan(bench.model, plan_of(cfg.model, cfg.stage_name))
+            bench.load(where)
             trainer = checkpoint.read_trainer(where)
             checkpoint.check_same_fingerprints(trainer["fingerprints"], bench.fingerprints)
             bench.resumed = bench.remeasured = True
@@ -89,14 +89,18 @@ def run_folder(name: str) -> Path:
 
 
 def evaluate_run(folder: str, overrides: Sequence[str] = ()) -> Outcome:
-    """Measure the latest checkpoint of a run again, judge its gates, and rewrite its evidence and report."""
+    """Measure a run's best checkpoint, else its latest, again, judge its gates, rewrite its evidence and report."""
     with reopen(folder, overrides) as opened:
         bench = opened.bench
         status = bench.run.read_status()  # measuring a stopped run does not finish it
         before = measure_before(bench, fresh=False)
         known = load_evidence(bench.run.path).cost if (bench.run.path / "evidence.json").is_file() else None
-        known = None if known is not None and known.steps != opened.step else known  # of an earlier state
-        evidence = assess(bench, opened.table, before, step=opened.step, status=status, known=known)
+        latest = checkpoint.latest_checkpoint(bench.run.checkpoints)
+        trained = opened.step if latest is None else int(checkpoint.read_trainer(latest)["step"])
+        known = None if known is not None and known.steps != trained else known  # of an earlier state
+        evidence = assess(
+            bench, opened.table, before, step=opened.step, trained=trained, status=status, known=known
+        )  # fmt: skip
         return Outcome(bench.run.path, evidence.status, opened.step, evidence=evidence, is_main=bench.dist.is_main)
 
 

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 
 from beholder.config import DatasetKind, RunConfig, SourceConfig
 from beholder.configfile import dump_config, parse_config, without_inert
+from beholder.data.sources import INSTRUCTION_KINDS
 from beholder.model.weights import quiet_transformers
 from beholder.train.distributed import init_distributed
 
@@ -217,23 +218,45 @@ def colour_set(
 
 
 def colour_source(
-    folder: Path | str, kind: DatasetKind, num: int, *, seed: int = 0, name: str | None = None
+    folder: Path | str, kind: DatasetKind, num: int, *, seed: int = 0, name: str | None = None, dialogues: bool = False
 ) -> SourceConfig:
-    """The varied colour set on disk as the given kind of data set, and the source setting that reads it."""
+    """The varied colour set on disk as the given kind of data set, and the source setting that reads it.
+
+    llava_instruct and sharegpt: two or three questions about each picture, answered in words, sentences or several
+    sentences, so that length buckets fill. vqa and gqa: one question about each, for its colour, its shape, or whether
+    it shows what it does not always show; vqa with ten answers, of which two may be wrong. ``dialogues``: jsonl holds
+    such conversations instead of captions.
+    """
     folder = Path(folder)
-    if kind == "jsonl":
+    if kind == "jsonl" and not dialogues:
         path, root = colour_set(folder, num, seed=seed, captions="varied")
         return SourceConfig(dataset=kind, json_path=str(path), image_root=str(root), name=name)
     folder.mkdir(parents=True, exist_ok=True)
     records = _records(num, seed, varied=True, num_images=1)
-    if kind in ("llava_pretrain", "llava_instruct"):
+    if kind in ("jsonl", "llava_pretrain") or kind in INSTRUCTION_KINDS:
         root = folder / "images"
         root.mkdir(exist_ok=True)
         for record in records:
             record["pictures"][0].save(root / record["images"][0])
         path = folder / "records.json"
-        path.write_text(json.dumps([_as_json(r, "conversations") for r in records]), encoding="utf-8")
-        return SourceConfig(dataset=kind, json_path=str(path), image_root=str(root), name=name)
+        source = SourceConfig(dataset=kind, json_path=str(path), image_root=str(root), name=name)
+        match kind:
+            case "llava_pretrain":
+                data: Any = [_as_json(r, "conversations") for r in records]
+            case "jsonl" | "llava_instruct" | "sharegpt":
+                data = [_dialogue(r, system=kind == "sharegpt" and i % 2 == 1) for i, r in enumerate(records)]
+            case "vqa":
+                data, annotations = _vqa_files(records)
+                (folder / "annotations.json").write_text(json.dumps(annotations), encoding="utf-8")
+                source = source.model_copy(update={
+                    "annotations_path": str(folder / "annotations.json"), "image_pattern": "{image_id}.png",
+                })  # fmt: skip
+            case _:
+                data = _gqa_file(records)
+                source = source.model_copy(update={"image_pattern": "{image_id}.png"})
+        text = "".join(json.dumps(r) + "\n" for r in data) if kind == "jsonl" else json.dumps(data)
+        path.write_text(text, encoding="utf-8")
+        return source
     if kind == "webdataset":
         for shard, half in enumerate((records[::2], records[1::2])):
             with tarfile.open(folder / f"shard-{shard:06d}.tar", "w") as tar:
@@ -271,6 +294,7 @@ def _records(num: int, seed: int, *, varied: bool, num_images: int) -> list[dict
         records.append({
             "id": f"colour-{seed}-{i:05d}", "caption": caption,
             "images": [f"{seed}-{i:05d}-{k}.png" for k in range(num_images)],
+            "shown": shown, "ground": ground,
             "pictures": [_picture(colour, shape, ground, rng) for colour, shape in shown],
         })  # fmt: skip
     return records
@@ -317,6 +341,70 @@ def _as_json(record: dict[str, Any], form: Literal["jsonl", "conversations"]) ->
         "image": images[0] if len(images) == 1 else images,
         "conversations": [{"from": "human", "value": human}, {"from": "gpt", "value": record["caption"]}],
     }
+
+
+def _dialogue(record: dict[str, Any], *, system: bool) -> dict[str, Any]:
+    """Questions about the one picture of a record, in LLaVA's form.
+
+    By the picture's ground the answers together have at most 64, 65 to 128, or more bytes: the seed's len_buckets.
+    """
+    (colour, shape), ground = record["shown"][0], record["ground"]
+    asked = {
+        "white": [("What colour is it?", colour), ("Which shape is it?", shape)],
+        "grey": [
+            ("What colour is it?", f"The shape in the picture is {colour}."),
+            ("Which shape is it?", f"It is a {shape} in front of a grey wall."),
+        ],
+        "black": [
+            ("What colour is it?", f"The shape in this picture has one colour, and it is {colour}."),
+            ("Which shape is it?", f"What the picture shows is a {shape}."),
+            ("Describe the picture.", f"A {colour} {shape} in front of a wall that is black all over."),
+        ],
+    }[ground]
+    turns = [{"from": "system", "value": "You answer questions about pictures."}] if system else []
+    for k, (question, answer) in enumerate(asked):
+        turns.append({"from": "human", "value": question if k else f"<image>\n{question}"})
+        turns.append({"from": "gpt", "value": answer})
+    return {"id": record["id"], "image": record["images"][0], "conversations": turns}
+
+
+def _question(record: dict[str, Any], i: int) -> tuple[str, str, str, str]:
+    """(question, answer, its kind, kind of answer); colour, shape and yes/no in turn, as often yes as no."""
+    colour, shape = record["shown"][0]
+    match i % 4:
+        case 0:
+            return "What colour is it?", colour, "what colour", "other"
+        case 2:
+            return "Which shape is it?", shape, "which shape", "other"
+        case k:
+            other = list(SHAPES)[(list(SHAPES).index(shape) + 1) % len(SHAPES)]
+            return f"Is it a {shape if k == 1 else other}?", "yes" if k == 1 else "no", "is it a", "yes/no"
+
+
+def _vqa_files(records: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A question file and its annotation file, as VQA-v2 has them."""
+    asked, annotated = [], []
+    for i, record in enumerate(records):
+        question, answer, kind, answer_type = _question(record, i)
+        image_id = record["images"][0].removesuffix(".png")
+        asked.append({"image_id": image_id, "question": question, "question_id": i})
+        said = [answer] * 8 + ["a shape" if answer_type == "other" else answer] * 2
+        annotated.append({
+            "question_id": i, "image_id": image_id, "question_type": kind, "answer_type": answer_type,
+            "multiple_choice_answer": answer,
+            "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": n} for n, a in enumerate(said, 1)],
+        })  # fmt: skip
+    return {"data_subtype": "train2014", "questions": asked}, {"data_subtype": "train2014", "annotations": annotated}
+
+
+def _gqa_file(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    questions: dict[str, Any] = {}
+    for i, record in enumerate(records):
+        question, answer, _, answer_type = _question(record, i)
+        types = {"semantic": "attr", "structural": "verify" if answer_type == "yes/no" else "query"}
+        image_id = record["images"][0].removesuffix(".png")
+        questions[f"{i:08d}"] = {"question": question, "answer": answer, "imageId": image_id, "types": types}
+    return questions
 
 
 def _png(image: Image.Image) -> bytes:
@@ -368,6 +456,8 @@ def smoke_config(cfg: RunConfig, folder: Path | str, *, num_records: int = 64, s
         "data": _smoke_data(cfg, folder / "data", num_records),
         "device": "cpu",
         "output_dir": str(folder / "run"),
+        # The tiny tokenizers know ChatML's control tokens; in another template theirs would be ordinary text.
+        "prompting": cfg.prompting.model_copy(update={"chat_template": None}),
         "sweep": None,
         "features": cfg.features.model_copy(update={"dir": str(folder / "features"), "max_gb": 0.1}),
         "train": train.model_copy(update={
@@ -384,6 +474,7 @@ def smoke_config(cfg: RunConfig, folder: Path | str, *, num_records: int = 64, s
             "run_golden_every": ev.run_golden_every if isinstance(ev.run_golden_every, str) else max(1, steps // 2),
             "golden_generate": ev.golden_generate.model_copy(update={"max_new_tokens": 6}),
             "caption_samples": min(ev.caption_samples, 4), "qa_samples": min(ev.qa_samples, 4),
+            "answer_tokens": min(ev.answer_tokens, 6), "retention_path": None,
             "audit_turns": min(ev.audit_turns, 8), "object_list": None, "clip_model": None,
         }),
         "ablation": cfg.ablation.model_copy(update={
@@ -401,7 +492,10 @@ def _smoke_data(cfg: RunConfig, folder: Path, num_records: int) -> Any:
     def shrink(sources: Sequence[SourceConfig], group: str) -> tuple[SourceConfig, ...]:
         made = []
         for i, source in enumerate(sources):
-            own = colour_source(folder / f"{group}{i}", source.dataset, num_records, seed=len(group) * 100 + i)
+            own = colour_source(
+                folder / f"{group}{i}", source.dataset, num_records, seed=len(group) * 100 + i,
+                dialogues=cfg.stage_name == "instruct",
+            )  # fmt: skip
             made.append(own.model_copy(update={"name": source.name, "cap": source.cap}))
         return tuple(made)
 
@@ -410,7 +504,10 @@ def _smoke_data(cfg: RunConfig, folder: Path, num_records: int) -> Any:
         update["sources"] = shrink(data.sources, "train")
     else:
         one = shrink(data.train_sources, "train")[0]
-        update |= {"json_path": one.json_path, "image_root": one.image_root}
+        if one.image_pattern:  # which json_path has no place for
+            update |= {"sources": (one,), "json_path": None, "image_root": None}
+        else:
+            update |= {"json_path": one.json_path, "image_root": one.image_root}
     update |= {
         "max_samples": num_records if data.max_samples else None,
         "eval_size": min(data.eval_size, num_records // 4) if data.eval_size else None,
@@ -418,8 +515,9 @@ def _smoke_data(cfg: RunConfig, folder: Path, num_records: int) -> Any:
         "eval_ratio": None if data.eval_size or data.split == "none" else max(data.eval_ratio or 0.0, 0.2),
         "num_workers": 0, "pin_memory": False,
         "hygiene": data.hygiene.model_copy(update={
-            # Byte tokens: a caption has 8 to 60 of them, whatever the recipe's words-as-tokens bounds are.
-            "min_tokens": min(cfg.hygiene.min_tokens, 5), "max_tokens": max(cfg.hygiene.max_tokens, 60),
+            # Byte tokens: a caption has 8 to 60 of them, a conversation up to 180, whatever bounds the recipe has.
+            "min_tokens": min(cfg.hygiene.min_tokens, 5 if cfg.stage_name == "align" else 1),
+            "max_tokens": max(cfg.hygiene.max_tokens, 200),
             # The same 72 captions come back every 72 pictures, by design.
             "duplicates": "report",
         }),

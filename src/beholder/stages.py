@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +18,20 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from beholder.assessment import BASELINE, assess, measure_before, write_golden
+from beholder.assessment import BASELINE, assess, measure_before, summarize_step, write_golden
 from beholder.config import RunConfig
 from beholder.configfile import config_hash, dump_config
 from beholder.data import build_data
 from beholder.data.preview import PreviewItem, preview
-from beholder.evidence import Evidence, Status, load_evidence
+from beholder.evidence import Candidate, Evidence, Status, load_evidence
 from beholder.gates import verdict
 from beholder.model.connector import resolve_num_tokens
 from beholder.model.language import load_tokenizer
-from beholder.model.plan import ALIGN, apply_train_plan, param_groups
+from beholder.model.lora import adapter_config, adapter_tensors, render_sites
+from beholder.model.plan import apply_train_plan, param_groups, plan_of
 from beholder.model.vision import load_vision
 from beholder.probes import loss
+from beholder.promotion import best_of
 from beholder.runs import RunDir, atomic_write, provenance
 from beholder.train import checkpoint
 from beholder.train.distributed import Dist, init_distributed, shutdown_distributed
@@ -90,8 +92,10 @@ def train_and_measure(cfg: RunConfig, run: RunDir, dist: Dist, source: Path | No
     dist.on_main(lambda: announce(cfg, run, dist, promoted))
 
     bench = open_bench(cfg, run, dist, split_file=run.splits / split_name(cfg))  # what, on what
-    table = apply_train_plan(bench.model, ALIGN)  # what learns
+    table = apply_train_plan(bench.model, plan_of(cfg.model, cfg.stage_name))  # what learns
     bench.reporter.line("plan", "\n" + str(table))
+    if bench.model.adapters:
+        bench.reporter.line("adapters", "\n" + render_sites(bench.model.adapters))
     optimizer = build_optimizer(
         param_groups(bench.model, asdict_of(cfg.train.lr), asdict_of(cfg.train.weight_decay)), cfg.train.betas
     )
@@ -126,7 +130,8 @@ def train_and_measure(cfg: RunConfig, run: RunDir, dist: Dist, source: Path | No
         dist.on_main(lambda: run.set_status(Status.CANCELLED, step=result.step, signal=result.signal))
         return Outcome(run.path, Status.CANCELLED, result.step, result.signal, is_main=dist.is_main)
 
-    evidence = assess(bench, table, before, step=total, status=Status.SUCCEEDED)
+    best, correct = settle(bench, total)  # which checkpoint is it
+    evidence = assess(bench, table, before, step=best, trained=total, status=Status.SUCCEEDED, correct=correct)
     return Outcome(run.path, Status.SUCCEEDED, total, evidence=evidence, is_main=dist.is_main)
 
 
@@ -145,11 +150,12 @@ def check_promoted(cfg: RunConfig, anyway: bool) -> str | None:
         why = f"{folder} has no evidence.json: its run did not finish, or the checkpoint was copied out of it"
     else:
         known = load_evidence(folder)
-        if known.promotable and known.cost.steps == checkpoint.read_trainer(where)["step"]:
+        judged = known.cost.steps if known.step is None else known.step
+        if known.promotable and judged == checkpoint.read_trainer(where)["step"]:
             return None
         why = f"{folder}: {verdict(known)}"
         if known.promotable:
-            why = f"{folder}: its gates were judged after step {known.cost.steps}, not for {where.name}"
+            why = f"{folder}: its gates were judged after step {judged}, not for {where.name}"
         elif known.status != Status.SUCCEEDED:
             why = f"{folder} ended as {known.status.value}"
     if anyway:
@@ -282,7 +288,8 @@ def start_from(bench: Workbench, source: Path | None, optimizer: Any) -> tuple[i
     """Steps already done and the loop's state, weights put in place: the written order of `train.checkpoint`."""
     info = bench.model.connector_info()
     if source is not None:
-        done = checkpoint.load_for_resume(source, bench.model.connector, info, optimizer)
+        language = bench.model.language if bench.model.adapters else None
+        done = checkpoint.load_for_resume(source, bench.model.connector, info, optimizer, language)
         checkpoint.check_same_fingerprints(done.trainer["fingerprints"], bench.fingerprints)
         if bench.dist.is_main:
             bench.run.trim_metrics(done.step)
@@ -292,15 +299,19 @@ def start_from(bench: Workbench, source: Path | None, optimizer: Any) -> tuple[i
     origin = bench.cfg.model.connector.load_checkpoint
     if origin is not None:
         where = checkpoint.resolve_checkpoint(origin)
-        checkpoint.load_connector(where, bench.model.connector, info)
-        bench.reporter.line("start", f"connector of {where}")
+        bench.load(where)
+        bench.reporter.line("start", f"from {where}")
     return 0, LoopState()
 
 
 def saver(bench: Workbench, optimizer: Any, state: LoopState) -> Callable[[int], None]:
-    """``save(step)`` for the loop: connector, optimizer, position; nothing frozen."""
+    """``save(step)`` for the loop: connector, adapters, optimizer, position; nothing frozen.
+
+    The best checkpoint so far gets its pointer here, so that pruning spares it from the next save on.
+    """
 
     def save(step: int) -> None:
+        language = bench.model.language if bench.model.adapters else None
         checkpoint.save_checkpoint(
             bench.run.checkpoints,
             step,
@@ -315,9 +326,49 @@ def saver(bench: Workbench, optimizer: Any, state: LoopState) -> Callable[[int],
                 "loop": state.as_dict(),
             },
             keep=bench.cfg.train.keep_checkpoints,
+            adapter=None if language is None else adapter_tensors(language),
+            adapter_config=None if language is None else adapter_config(language),
         )
+        point_to_best(bench)
 
     return save
+
+
+def candidates(bench: Workbench) -> list[Candidate]:
+    """What was measured at each checkpoint of the run so far, oldest first."""
+    found = [Candidate.model_validate(r["candidate"]) for r in bench.run.metrics() if "candidate" in r]
+    return sorted({c.step: c for c in found}.values(), key=lambda c: c.step)
+
+
+def point_to_best(bench: Workbench) -> int | None:
+    """Make the pointer name the best candidate that is on disk; its step, or None when none may be the best."""
+    folder = bench.run.checkpoints
+    best = best_of([c for c in candidates(bench) if (folder / f"step_{c.step}").is_dir()])
+    if best is None:
+        return None
+    checkpoint.set_best(folder, best.step, best.model_dump(mode="json"))
+    return best.step
+
+
+def settle(bench: Workbench, total: int) -> tuple[int, list[loss.SampleLoss]]:
+    """The step of the run's best checkpoint with its weights in place, and its held-out losses.
+
+    The last step is a candidate like those measured on the way; where it is not the best, the best one's weights are
+    put back. When none may be the best it is the last, whose gates then tell why.
+    """
+    correct = bench.eval_losses()
+    last = summarize_step(bench, correct, total)
+    if bench.dist.is_main:
+        bench.run.log({"step": total, "candidate": last.model_dump(mode="json")})
+        bench.run.sync_metrics()
+    best: int | None = bench.dist.on_main(lambda: point_to_best(bench))
+    if best is None or best == total:
+        return total, correct
+    bench.load(bench.run.checkpoints / f"step_{best}")
+    bench.reporter.line(
+        "best", f"step {best}: the lowest held-out loss of those that look; its weights are measured"
+    )
+    return best, bench.eval_losses()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -333,32 +384,45 @@ class Watch:
         self.golden = bench.golden_items
         self.quick = bench.examples(bench.quick_sample)
 
-    def on_step(self, step: int, record: Record) -> None:
-        """Called by the loop after every step; the last step is measured by `assessment.assess`."""
+    def on_step(self, step: int, record: Record) -> bool:
+        """Called by the loop after every step; the last step is measured by `settle` and `assessment.assess`.
+
+        True when the whole held-out set was measured: such a checkpoint is a candidate for the best and must be there.
+        """
         bench, cfg = self.bench, self.bench.cfg
-        if self.golden and step < self.total and self._golden_due(step):
-            write_golden(bench, self.golden, step)
         if step == self.total:
-            return
+            return False
+        full = self._due(cfg.train.full_eval_every, step)
+        if self.golden and (self._golden_due(step) or (full and cfg.eval.run_golden_every != "end")):
+            write_golden(bench, self.golden, step)
         ablate = self._due(cfg.ablation.run_every, step)
-        if ablate or self._due(cfg.train.full_eval_every, step):
+        if ablate or full:
             losses = bench.eval_losses()
-            self._told(step, "eval_loss", losses)
-            if ablate:
-                self._log(step, {m.key: m.value for m in bench.ablation(losses)[0]})
-        elif cfg.train.quick_eval_size and cfg.train.quick_eval_steps and step % cfg.train.quick_eval_steps == 0:
+            self._told(step, "eval", losses, range(len(losses)))
+            measured = bench.ablation(losses)[0] if ablate else []
+            if measured:
+                self._log(step, {m.key: m.value for m in measured})
+            self._log(step, {"candidate": summarize_step(bench, losses, step, measured).model_dump(mode="json")})
+            return True
+        if cfg.train.quick_eval_size and cfg.train.quick_eval_steps and step % cfg.train.quick_eval_steps == 0:
             with bench.phase("evaluation"):
-                self._told(step, "quick_eval_loss", bench.losses(self.quick))
+                self._told(step, "quick_eval", bench.losses(self.quick), bench.quick_sample)
+        return False
 
-    def _told(self, step: int, name: str, losses: list[loss.SampleLoss]) -> None:
-        full = len(losses) == len(self.bench.data.eval_examples)
-        measured = self.bench.eval_summary(losses) if full else loss.summarize(losses, "eval", seed=0)
+    def _told(self, step: int, name: str, losses: list[loss.SampleLoss], indices: Sequence[int]) -> None:
+        """Loss and share of exactly right targets, overall and by length or kind of question."""
+        bench = self.bench
+        full = len(losses) == len(bench.data.eval_examples)
+        measured = bench.eval_summary(losses) if full else loss.summarize(losses, "eval", seed=0)
         by_length = {str(m.stratum): m.value for m in measured if m.name == "eval.loss" and m.by == "length"}
-        self.bench.reporter.eval(measured[0].value, step=step, epoch=None, **by_length)
-        buckets = {f"{name}_{stratum}": value for stratum, value in by_length.items()}
-        self._log(step, {name: measured[0].value, "eval_examples": len(losses), **buckets})
+        exact = loss.exact_shares(losses, bench.groups(indices)["question"])
+        shown = {"exact": exact.pop(None), **({str(k): v for k, v in exact.items()} if len(exact) > 1 else {})}
+        bench.reporter.eval(measured[0].value, step=step, epoch=None, **by_length, **shown)
+        buckets = {f"{name}_loss_{stratum}": value for stratum, value in by_length.items()}
+        kinds = {f"{name}_exact" if k == "exact" else f"{name}_exact/{k}": value for k, value in shown.items()}
+        self._log(step, {f"{name}_loss": measured[0].value, "eval_examples": len(losses), **buckets, **kinds})
 
-    def _log(self, step: int, values: dict[str, float]) -> None:
+    def _log(self, step: int, values: dict[str, Any]) -> None:
         if self.bench.dist.is_main:
             self.bench.run.log({"step": step, **values})
 

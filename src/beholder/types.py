@@ -84,7 +84,7 @@ class Example:
     row: int = 0
     """0-based record number in ``file``."""
     answers: tuple[str, ...] = ()
-    """Reference answers of a question, as several people gave them (VQA has ten); empty: the last turn is the only one."""
+    """Reference answers of a question, as several people gave them (VQA has ten); empty: the last turn alone."""
     question_type: str = ""
     """Kind of question as the data set names it, such as "what color"; empty: told from the words."""
     answer_type: str = ""

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -30,6 +30,7 @@ from beholder.model.plan import frozen_fingerprint
 from beholder.model.vlm import VisionLanguageModel, build_vlm
 from beholder.probes import audit, captions, golden, hallucination, loss, strata
 from beholder.runs import RunDir, to_json
+from beholder.train import checkpoint
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter, duration
 from beholder.types import Batch, Example, ImageRef, UserError
@@ -40,6 +41,8 @@ NUM_GOLDEN_SHOWN = 64
 """Golden samples with pictures in the report: the seed's whole set."""
 NUM_SHOWN = 24
 """Samples with pictures when there is no golden set."""
+NUM_TRIED = 16
+"""Training samples that are laid out before anything is trained: a template that fits none of them is told now."""
 
 
 class HasId(Protocol):
@@ -145,24 +148,44 @@ class Workbench:
                 "the tower saw them at every pass."
             )
 
-    def drop_unreadable_eval(self) -> None:
-        """Policy ``skip``: held-out samples whose image cannot be had leave now, counted and named.
+    def load(self, where: Path) -> None:
+        """Put a checkpoint's connector in place, and its adapters when this run and the checkpoint have some.
 
-        Otherwise the probes would each have to lose them on their own, the shuffle after hours of training.
+        A run with adapters that starts from an alignment keeps its own fresh ones.
         """
-        if self.cfg.data.on_bad_image != "skip":
-            return
+        checkpoint.load_connector(where, self.model.connector, self.model.connector_info())
+        if checkpoint.has_adapter(where):
+            checkpoint.load_adapter(where, self.model.language if self.model.adapters else None)
+
+    def drop_unusable_eval(self) -> None:
+        """Held-out samples that cannot be laid out leave now, counted and named; under policy ``skip`` also those whose
+        image cannot be had.
+
+        Otherwise the probes would each have to lose them on their own, the shuffle after hours of training. Raises
+        `UserError` when none is left, and when none of the first training samples can be laid out.
+        """
         data, kept = self.data, []
         for i, example in enumerate(data.eval_examples):
             try:
-                for ref in example.images:
+                data.encoder.encode(example)
+                for ref in example.images if self.cfg.data.on_bad_image == "skip" else ():
                     data.pipeline(ref)
                 kept.append(i)
-            except ImageError as e:
+            except (EncodeError, ImageError) as e:
                 data.rejects.append(Reject(example.id, example.row, example.file, e.reason, str(e)))
                 data.counts["rejects"][e.reason] = data.counts["rejects"].get(e.reason, 0) + 1
         if not kept:
-            raise UserError("no held-out sample has an image that can be read; look at rejects.jsonl")
+            first = data.rejects[-1]
+            raise UserError(f"no held-out sample can be used; the last of {len(data.eval_examples)}: {first.detail}")
+        refused: list[EncodeError] = []
+        for position in range(min(NUM_TRIED, len(data.train))):
+            try:
+                data.encoder.encode(data.train.example_at(position))
+                break
+            except EncodeError as e:
+                refused.append(e)
+        else:
+            raise UserError(f"none of the first {len(refused)} training samples can be laid out: {refused[0]}")
         data.eval_examples = [data.eval_examples[i] for i in kept]
         data.eval_buckets = [data.eval_buckets[i] for i in kept]
         data.eval_label_len = [data.eval_label_len[i] for i in kept]
@@ -325,6 +348,7 @@ class Workbench:
     ) -> list[captions.CaptionRecord]:
         """What the model writes for each example under ``condition``; ``label`` names the work in its progress."""
         assert condition != "noise", "nothing is written under noise"
+        written: Literal["correct", "zero", "none"] = condition if condition in ("zero", "none") else "correct"
         shown = list(examples)
         if condition == "shuffled":
             shown = loss.shuffle_images(examples, self.content_key, self.cfg.measure_seed)
@@ -336,7 +360,7 @@ class Workbench:
                 builder,
                 self._mine(shown),
                 settings,
-                "zero" if condition == "zero" else "correct",
+                written,
                 batch_size=batch_size,
                 seed=self.cfg.seed,
                 progress=tick,
@@ -395,11 +419,6 @@ def _strided(parts: Sequence[Sequence[Any]]) -> bool:
 
 def open_bench(cfg: RunConfig, run: RunDir, dist: Dist, *, split_file: Path) -> Workbench:
     """Loads the parts and opens the data. Nothing is trained or measured yet."""
-    if cfg.stage_name != "align":
-        raise UserError(
-            "this config asks for stage instruct (model.lora.enable), which comes with stage 2; it loads, but it "
-            "cannot be run yet. To train the connector alone, set model.lora.enable: false"
-        )
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)
     started = time.perf_counter()
@@ -442,7 +461,7 @@ def open_bench(cfg: RunConfig, run: RunDir, dist: Dist, *, split_file: Path) -> 
         reporter.line("data", "rejected " + " ".join(f"{reason}={n}" for reason, n in sorted(rejects.items())))
     bench = Workbench(cfg, run, dist, model, tokenizer, data, reporter, frozen, started=started)
     bench.gaps += [f"Split: {note}" for note in data.counts["split_notes"]]
-    bench.drop_unreadable_eval()
+    bench.drop_unusable_eval()
     bench.phases_s |= {"load": loaded - started, "data": time.perf_counter() - loaded}
     return bench
 

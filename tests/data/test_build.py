@@ -14,6 +14,7 @@ import pytest
 from beholder.config import RunConfig
 from beholder.data import Data, build_data
 from beholder.data.images import content_hash
+from beholder.smoke import colour_source
 from beholder.types import Example, ImageGeometry, UserError
 
 GEOMETRY = ImageGeometry(32, 32, 4, 8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -165,3 +166,29 @@ def test_progress_reaches_its_total_in_the_content_pass(open_data: Any) -> None:
         assert (
             [done for what, done, total in ticks if what == phase][-1] == [t for w, _, t in ticks if w == phase][-1] > 0
         )
+
+
+def test_instruction_data_is_opened_by_its_stages_rules_and_inserted_markers_are_counted(
+    open_data: Any, tmp_path: Path
+) -> None:
+    source = colour_source(tmp_path / "talk", "llava_instruct", 24)
+    conversations = json.loads(Path(source.json_path).read_text())
+    for record in conversations[:10]:
+        record["conversations"][0]["value"] = record["conversations"][0]["value"].removeprefix("<image>\n")
+    conversations[20]["conversations"].pop(0)
+    Path(source.json_path).write_text(json.dumps(conversations))
+
+    data = open_data(
+        stage="instruct", model__lora={"enable": True}, prompting__max_images_per_sample=1,
+        data__dataset="llava_instruct", data__json_path=source.json_path, data__image_root=source.image_root,
+        data__len_buckets=[0, 64, 128, 999999], data__split_mode="stratified_len", data__eval_size=6,
+        data__hygiene={},
+    )  # fmt: skip
+
+    assert data.counts["inserted_markers"] == 10
+    assert data.counts["rejects"]["starts_with_assistant"] == 1
+    assert data.counts["eval_buckets"] == dict.fromkeys(("short", "medium", "long"), 2)
+    for example, bucket, length in zip(data.eval_examples, data.eval_buckets, data.eval_label_len, strict=True):
+        said = "\n".join(t.text for t in example.turns if t.role == "assistant")
+        assert length == len(said), "a byte a token: all the assistant says"
+        assert bucket == ("short" if length <= 64 else "medium" if length <= 128 else "long")

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from beholder.config import HygieneLimits, SourceConfig
 from beholder.data.check import CheckReport, check_data, resolve_data
+from beholder.smoke import colour_source
 from beholder.types import UserError
 
 
@@ -124,3 +125,42 @@ def test_data_may_be_a_config_or_a_record_file(data: SourceConfig, tmp_path: Pat
     assert cfg is not None and cfg.data.max_samples == 3
     with pytest.raises(UserError, match="no such file"):
         resolve_data(str(tmp_path / "gone.jsonl"))
+
+
+def test_instruction_data_is_checked_by_the_rules_of_its_stage(tmp_path: Path) -> None:
+    def record(image: Any, *turns: str) -> dict[str, Any]:
+        said = [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(turns)]
+        return {"id": "x", "image": image, "conversations": said}
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    Image.new("RGB", (5, 4)).save(tmp_path / "b.png")
+    (tmp_path / "a.json").write_bytes(orjson.dumps([
+        record("a.png", "What?", "no"), record("b.png", "What?", "no"), record("a.png", "What?", "no"),
+        record("a.png", "<image> Who?", ""), record(["a.png", "b.png"], "<image><image>", "two"),
+        record(None, "?", "x"),
+    ]))  # fmt: skip
+
+    sources, _ = resolve_data(str(tmp_path / "a.json"), dataset="llava_instruct")
+    report = check_data(sources)
+
+    assert report.chat and (report.records, report.accepted, report.inserted_markers) == (6, 3, 3)
+    assert report.rejects_by_reason == {"empty_answer": 1, "too_many_images": 1, "no_image": 1}
+    assert report.duplicate_captions == {"exact": 1, "near": 0}, (
+        "one answer to one question about another image is none"
+    )
+    text = printed(report)
+    assert "one image and no marker, which get it at their start: 3" in text
+    assert "conversations that repeat an earlier one: 1 exactly" in text
+    assert "limits of at least 1 tokens" in text
+
+
+def test_a_question_file_is_checked_with_its_annotations(tmp_path: Path) -> None:
+    source = colour_source(tmp_path, "vqa", 12)
+
+    sources, _ = resolve_data(source.json_path, image_root=source.image_root, annotations=source.annotations_path)
+    report = check_data([sources[0].model_copy(update={"image_pattern": source.image_pattern})], verify_images="decode")
+
+    assert sources[0].dataset == "vqa"
+    assert (report.records, report.accepted, report.images, report.duplicate_images) == (12, 12, 12, 0)
+    with pytest.raises(UserError, match="--annotations"):
+        check_data(resolve_data(source.json_path)[0])

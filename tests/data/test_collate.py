@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from beholder.data.chat import ChatEncoder, EncodeError
+from beholder.data.chat import ChatEncoder
 from beholder.data.collate import Layout, Sample, SampleBuilder, TrainStream, collate, eval_batches, pack
 from beholder.data.images import ImageError, ImagePipeline
 from beholder.data.mixture import Mixture
@@ -287,13 +287,44 @@ def test_a_bad_image_stops_naming_the_record_or_is_counted_and_never_replaced(en
     assert [name for name, _ in batch.rejected] == ["e2"] and "gone.png" in batch.rejected[0][1]
 
 
-def test_a_sample_that_cannot_be_encoded_stops_also_when_bad_images_are_skipped(
-    encoder: ChatEncoder, root: Path
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_sample_that_cannot_be_laid_out_is_named_and_counted_and_does_not_end_a_run(
+    encoder: ChatEncoder, root: Path, skip: bool
 ) -> None:
     silent = replace(examples(root)[1], turns=())
 
-    with pytest.raises(EncodeError, match="record 1"):
-        builder(encoder, skip=True).batch([examples(root)[0], silent], PADDED)
+    batch = builder(encoder, skip=skip).batch([examples(root)[0], silent], PADDED)
+
+    assert batch.ids == ["e0"]
+    (rejected,) = batch.rejected
+    assert rejected[0] == "e1" and rejected[1].startswith("cannot_encode: data.jsonl: record 1 ")
+
+
+@pytest.mark.parametrize("policy", ["truncate_answer", "reject"])
+def test_samples_that_are_too_long_are_named_and_counted_in_training_and_evaluation(
+    encoder: ChatEncoder, root: Path, policy: Literal["truncate_answer", "reject"]
+) -> None:
+    """One record must not end a run: the answer is cut or its sample rejected, a prompt that is too long rejected."""
+    prompt = len(encoder.encode_prompt(examples(root)[0]).ids)
+    tight = ChatEncoder(
+        encoder.tokenizer, num_visual_tokens=N, max_seq_len=prompt + 12, template="caption",
+        instruction="Describe.", instruction_multi="Describe every one of these images at length.", too_long=policy,
+    )  # fmt: skip
+    source = Listed([examples(root)[i] for i in range(7)])
+    source.examples[1] = replace(source.examples[1], images=source.examples[1].images * 2)
+    make = builder(tight, augment="random_crop")
+
+    trained = [b for step in stream(source, make, num_workers=1, multi_image_fraction=0.0).steps(0, 7) for b in step]
+    evaluated = list(eval_batches(source.examples, builder(tight), PADDED, 3))
+
+    long = {"e2", "e3", "e4", "e5", "e6"}  # "a " k times, "picture k" and the end token: 10 + 2 k
+    expected = {"e1"} | (long if policy == "reject" else set())
+    for batches, times in ((evaluated, 1), (trained, 6)):
+        rejected = [r for b in batches for r in b.rejected]
+        assert sorted(name for name, _ in rejected) == sorted([*expected] * times)
+        assert all(reason.startswith(f"too_long: data.jsonl: record {name[1:]} ") for name, reason in rejected)
+        assert sum(len(b.ids) for b in batches) == times * (7 - len(expected))
+        assert sum(b.truncated for b in batches) == (0 if policy == "reject" else times * len(long))
 
 
 def test_eval_batches_keep_the_order_and_lose_nothing(encoder: ChatEncoder, root: Path) -> None:

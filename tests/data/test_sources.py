@@ -29,11 +29,11 @@ from beholder.types import ImageSlot, UserError
 
 def open_one(
     path: Path, dataset: DatasetKind = "jsonl", *, on_reject: Any = "collect", image_token: str = "<image>",
-    max_images: int = 2, **source: Any,
+    max_images: int = 2, chat: bool = False, **source: Any,
 ) -> Records:  # fmt: skip
     return open_sources(
         [SourceConfig(dataset=dataset, json_path=str(path), **source)],
-        image_token=image_token, max_images=max_images, on_reject=on_reject,
+        image_token=image_token, max_images=max_images, on_reject=on_reject, chat=chat,
     )  # fmt: skip
 
 
@@ -173,7 +173,7 @@ BAD: list[tuple[Any, str, str]] = [
     ({**llava(), "caption": "x"}, "wrong_type", "caption and conversations"),
     (llava(conversations="x"), "wrong_type", "conversations is the string 'x'"),
     (llava(conversations=["x"]), "wrong_type", "conversations[0] is the string 'x'"),
-    (llava(conversations=[{"from": "bot", "value": "x"}]), "wrong_type", "conversations[0].from is the string 'bot'"),
+    (llava(conversations=[{"from": "bot", "value": "x"}]), "unknown_role", "conversations[0].from is the string 'bot'"),
     (llava(conversations=[{"from": "gpt", "value": 3}]), "wrong_type", "conversations[0].value is the number 3"),
     (llava(conversations=[{"from": "human", "value": "<image>"}]), "no_target", "no turn of the assistant"),
     (llava("no marker"), "image_count", "1 images but 0 <image> markers"),
@@ -222,6 +222,160 @@ def test_stage_1_data_needs_an_image_and_instruction_data_does_not(tmp_path: Pat
 
     assert [r.reason for r in open_one(path, "llava_pretrain").rejects] == ["no_image"]
     assert open_one(path, "llava_instruct")[0].images == ()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stage instruct
+
+
+def talk(*turns: tuple[str, str], **fields: Any) -> dict[str, Any]:
+    return {"id": "a", "image": "a.png", "messages": [{"role": r, "content": t} for r, t in turns], **fields}
+
+
+def test_a_conversation_without_a_marker_gets_its_image_at_the_start_of_the_first_user_turn(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "a.jsonl",
+        talk(("system", "Be brief."), ("user", "What?"), ("assistant", "x"), ("user", "And?"), ("assistant", "y")),
+        talk(("user", "Where is it?\n<image>"), ("assistant", "x")),
+        talk(("user", "Hello."), ("assistant", "Hi."), ("user", "<image> This?"), ("assistant", "A <image>.")),
+    )
+
+    records = open_one(path, chat=True, max_images=1)
+
+    assert [[t.parts for t in e.turns if t.role == "user"] for e in records] == [
+        [(ImageSlot(0), "\nWhat?"), ("And?",)],
+        [("Where is it?\n", ImageSlot(0))],
+        [("Hello.",), (ImageSlot(0), " This?")],
+    ]
+    assert records[2].turns[-1].parts == ("A <image>.",), "a marker in an answer is text"
+    assert records.inserted_markers == 1
+    assert open_one(path, chat=True, max_images=1).inserted_markers == 1, "of the cached index"
+
+
+def test_reference_answers_and_kinds_come_with_a_record(tmp_path: Path) -> None:
+    kinds = {"answers": ["red", "dark red"], "question_type": "color", "answer_type": "other"}
+    path = write_lines(
+        tmp_path / "a.jsonl",
+        talk(("user", "?"), ("assistant", "red"), **kinds),
+        talk(("user", "?"), ("assistant", "x")),
+    )
+
+    first, second = open_one(path, chat=True)
+
+    assert (first.answers, first.question_type, first.answer_type) == (("red", "dark red"), "color", "other")
+    assert (second.answers, second.question_type, second.answer_type) == ((), "", "")
+
+
+QA = (("user", "<image> ?"), ("assistant", "x"))
+BAD_TALK: list[tuple[Any, str, str]] = [
+    (talk(("assistant", "Hi."), *QA), "starts_with_assistant", "before the user has asked"),
+    (talk(("system", "s"), ("assistant", "Hi."), *QA), "starts_with_assistant", "before the user has asked"),
+    (caption(), "starts_with_assistant", "stage instruct needs conversations"),
+    (talk(*QA, ("tool", "x")), "unknown_role", "messages[2].role is the string 'tool', expected one of"),
+    (talk(*QA, ("user", "?"), ("assistant", " \n")), "empty_answer", "turn 3 is the assistant's and empty"),
+    (talk(("user", "<image> ?")), "no_target", "nothing to learn"),
+    (talk(("system", "s")), "no_target", "nothing to learn"),
+    (talk(*QA, image=["a.png", "b.png"]), "too_many_images", "2 images, prompting.max_images_per_sample is 1"),
+    (talk(("user", "<image><image>"), ("assistant", "x")), "image_count", "1 images but 2 <image> markers"),
+    (talk(*QA, image=None), "image_count", "0 images but 1 <image> markers"),
+    (talk(("user", "?"), ("assistant", "x"), image=None), "no_image", "no image"),
+    (talk(*QA, answers="red"), "wrong_type", "answers is the string 'red', expected a list of strings"),
+    (talk(*QA, answers=[{"answer": "red"}]), "wrong_type", "answers is a list, expected a list of strings"),
+    (talk(*QA, question_type=3), "wrong_type", "question_type is the number 3"),
+]
+
+
+@pytest.mark.parametrize(("record", "reason", "detail"), BAD_TALK, ids=[f"{r}-{d[:30]}" for _, r, d in BAD_TALK])
+def test_what_cannot_be_talked_about_is_a_named_reject_and_its_neighbours_are_kept(
+    tmp_path: Path, record: Any, reason: str, detail: str
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", talk(*QA), record, talk(*QA))
+
+    records = open_one(path, chat=True, max_images=1)
+
+    assert [e.row for e in records] == [0, 2]
+    (reject,) = records.rejects
+    assert (reject.row, reject.reason) == (1, reason)
+    assert detail in reject.detail
+
+
+def test_an_alignment_reads_the_same_conversations_as_before(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", talk(("user", "?"), ("assistant", "x")), talk(("assistant", "x"), *QA))
+
+    records = open_one(path)
+
+    assert [r.reason for r in records.rejects] == ["image_count"]
+    assert [e.row for e in records] == [1]
+    assert records.fingerprint != open_one(path, chat=True).fingerprint
+
+
+@pytest.mark.parametrize("layout", ["array", "lines"])
+def test_sharegpt_is_read_as_an_array_and_as_a_record_a_line(tmp_path: Path, layout: str) -> None:
+    given = [
+        llava("What?", "A square.", id="1", conversations=[
+            {"from": "system", "value": "Be brief."}, {"from": "human", "value": "What?"},
+            {"from": "gpt", "value": "A square."}, {"from": "user", "value": "Sure?"},
+            {"from": "assistant", "value": "Yes."},
+        ]),
+        {"id": "2", "images": ["b.png"], "messages": [
+            {"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "A disc."},
+        ]},
+    ]  # fmt: skip
+    path = (write_array if layout == "array" else write_lines)(tmp_path / "a", *given)
+
+    first, second = open_one(path, "sharegpt", chat=True)
+
+    assert [t.role for t in first.turns] == ["system", "user", "assistant", "user", "assistant"]
+    assert first.turns[1].parts == (ImageSlot(0), "\nWhat?") and first.target_text == "A square.\nYes."
+    assert [r.path for r in (*first.images, *second.images)] == ["a.png", "b.png"]
+
+
+def coco(tmp_path: Path, *files: str, asked: str) -> str:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    path = write_array(tmp_path / "a.json", llava(image=asked))
+    return open_one(path, "llava_instruct", chat=True)[0].images[0].path
+
+
+OLD, NEW = "COCO_train2014_000000033471.jpg", "000000033471.jpg"
+
+
+def test_a_coco_image_is_found_under_the_other_of_its_two_names(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "new").mkdir()
+
+    assert coco(tmp_path / "old", OLD, "COCO_val2014_000000000009.jpg", asked=NEW) == OLD
+    assert coco(tmp_path / "new", f"train/{NEW}", asked=f"train/{OLD}") == f"train/{NEW}"
+
+
+@pytest.mark.parametrize(
+    ("files", "asked"),
+    [
+        ((OLD, NEW), NEW),  # it is there as it is written
+        ((OLD, NEW), OLD),
+        ((), NEW),
+        ((OLD, "COCO_val2014_000000033471.jpg"), NEW),  # two pictures could be meant
+        (("COCO_val2014_000000033471.jpg",), OLD),  # another split's is not the other spelling
+        ((f"other/{OLD}",), NEW),
+        (("033471.jpg",), NEW),
+        ((OLD,), f"../{NEW}"),
+    ],
+)
+def test_a_coco_name_stays_as_written_when_it_is_there_or_no_single_file_is_meant(
+    tmp_path: Path, files: tuple[str, ...], asked: str
+) -> None:
+    assert coco(tmp_path, *files, asked=asked) == asked
+
+
+def test_records_with_listed_coco_names_travel_to_other_processes(tmp_path: Path) -> None:
+    (tmp_path / OLD).write_bytes(b"x")
+    records = open_one(write_array(tmp_path / "a.json", llava(image=NEW)), "llava_instruct", chat=True)
+    assert records[0].images[0].path == OLD
+
+    copy = pickle.loads(pickle.dumps(records))
+
+    assert copy[0] == records[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------

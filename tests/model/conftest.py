@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from beholder.config import ConnectorConfig, LlmConfig, ModelConfig, ResamplerConfig, VisionConfig
+from beholder.config import ConnectorConfig, LlmConfig, LoraConfig, ModelConfig, ResamplerConfig, VisionConfig
 from beholder.data.chat import ChatEncoder
 from beholder.data.collate import Layout, collate
 from beholder.model.vlm import VisionLanguageModel, build_vlm
@@ -50,6 +50,7 @@ class Built:
 
     model: VisionLanguageModel
     encoder: ChatEncoder
+    tokenizer: Any
 
     def picture(self, seed: int) -> ImageInput:
         g = self.model.geometry
@@ -89,7 +90,7 @@ def build(parts: Parts) -> Build:
 
     def make(
         llm: str = "qwen3", vision: str = "siglip", *, precision: str = "fp32", attention: str = "sdpa", seed: int = 3,
-        gradient_checkpointing: bool = False, **connector: Any,
+        gradient_checkpointing: bool = False, lora: LoraConfig | None = None, **connector: Any,
     ) -> Built:  # fmt: skip
         name, weights = parts.vision(vision)
         settings: dict[str, Any] = {
@@ -102,13 +103,14 @@ def build(parts: Parts) -> Build:
             ),
             vision=VisionConfig(name_or_path=name, weights=weights, precision=precision),  # type: ignore[arg-type]
             connector=ConnectorConfig(**settings),
+            lora=lora or LoraConfig(),
         )  # fmt: skip
         model, tokenizer = build_vlm(cfg, compute_precision=precision, device=CPU, seed=seed)
         encoder = ChatEncoder(
             tokenizer, num_visual_tokens=model.num_visual_tokens, max_seq_len=1024, template="caption",
             instruction="Describe the image.", instruction_multi="Describe each image in order.",
         )  # fmt: skip
-        return Built(model, encoder)
+        return Built(model, encoder, tokenizer)
 
     return make
 

@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from beholder.config import ModelConfig, ResamplerConfig
+from beholder.config import ResamplerConfig
 from beholder.data.collate import Layout, collate
 from beholder.model.plan import ALIGN, apply_train_plan, frozen_fingerprint, param_groups
-from beholder.model.vlm import build_vlm
 from beholder.types import Batch, Encoded, ImageInput, TokenLosses, UserError
 
-from .conftest import CAPTIONS, CPU, PAIRS, Build, Built
+from .conftest import CAPTIONS, PAIRS, Build, Built
 
 
 def per_sample(out: TokenLosses) -> list[torch.Tensor]:
@@ -327,18 +326,6 @@ def test_counts_that_disagree_stop_with_both_numbers(tiny: Built, lost: str) -> 
     with pytest.raises(UserError, match="1 image places but 0 images"):
         prompt = tiny.encoder.encode_prompt(tiny.example("s", "x"))
         tiny.model.generate([prompt], [[]], eos_ids=[0], max_new_tokens=1)
-
-
-def test_adapters_come_with_stage_2(tiny: Built, parts) -> None:  # type: ignore[no-untyped-def]
-    cfg = ModelConfig.model_validate(
-        {
-            "llm": {"name_or_path": parts.llm()},
-            "vision": {"name_or_path": parts.vision()[0]},
-            "lora": {"enable": True},
-        }
-    )
-    with pytest.raises(UserError, match="stage 2"):
-        build_vlm(cfg, compute_precision="fp32", device=CPU, seed=0)
 
 
 def test_connector_info_tells_models_apart_but_not_precisions(build: Build) -> None:

@@ -11,6 +11,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from beholder.evidence import (
+    AdapterRow,
+    Candidate,
+    Condition,
     Cost,
     Curve,
     DataFacts,
@@ -197,5 +200,156 @@ def make_evidence() -> Callable[..., Evidence]:
             "gaps": ["CLIPScore was not measured: no CLIP model was given."],
         }  # fmt: skip
         return Evidence(**(fields | changes))
+
+    return make
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stage 2: answers to questions
+
+
+def kind(
+    stratum: str | None,
+    own: float,
+    shuffled: float,
+    none: float,
+    n: int,
+    *,
+    by: str | None = None,
+    half: float = 0.03,
+) -> list[Measurement]:
+    """Answers of one kind of question under three conditions, with the gains of its own image, as the probe names them.
+
+    ``half``: half the width of every interval.
+    """
+    shown: dict[Condition, float] = {"correct": own, "shuffled": shuffled, "none": none}
+    where: dict[str, Any] = {"n": n, "by": by, "stratum": stratum, "better": "higher"}
+    right, exact = (
+        [
+            measurement(f"answer.{what}.{c}", v, "share", ci95=(max(0.0, v - half), min(1.0, v + half)), **where)
+            for c, v in shown.items()
+        ]
+        for what in ("accuracy", "exact")
+    )
+    others = [(c, v) for c, v in shown.items() if c != "correct"]
+    return [*right, *exact, *(measurement(f"answer.gain.{c}", own - v, "share", half, **where) for c, v in others)]
+
+
+YES_NO_SEEN, YES_NO_GUESSED = (0.975, 0.52, 0.69), (0.83, 0.83, 0.826)
+"""Right on yes/no questions with the own image, with another's, with none: of a model that looks, and of the one in
+the facts that reached 83 % without looking."""
+
+
+def answers_by_kind(yes_no: tuple[float, float, float]) -> list[Measurement]:
+    shape, colour = (1.0, 0.39, 0.28), (0.948, 0.18, 0.05)
+    parts = [("yes/no questions", yes_no, 389), ("shape", shape, 305), ("color", colour, 306)]
+    own, shuffled, none = (sum(n * shown[k] for _, shown, n in parts) / 1000 for k in range(3))
+    rest = [(305 * a + 306 * b) / 611 for a, b in zip(shape, colour, strict=True)]
+    return [
+        *kind(None, own, shuffled, none, 1000, half=0.015),
+        *(m for stratum, shown, n in parts for m in kind(stratum, *shown, n, by="question")),
+        *kind("yes/no", *yes_no, 389, by="answer"),
+        *kind("other answers", rest[0], rest[1], rest[2], 611, by="answer"),
+    ]
+
+
+def pope(condition: Condition, accuracy: float, yes_rate: float) -> list[Measurement]:
+    values = {"accuracy": accuracy, "precision": accuracy, "recall": accuracy + 0.01, "f1": accuracy + 0.005}
+    scores = [
+        measurement(f"pope.{what}.{condition}", v, "share", 0.015, better="higher", n=389) for what, v in values.items()
+    ]
+    return [*scores, measurement(f"pope.yes_rate.{condition}", yes_rate, "share", 0.02, n=389)]
+
+
+@pytest.fixture
+def make_instruct_evidence(make_evidence: Callable[..., Evidence]) -> Callable[..., Evidence]:
+    """The same for a run of stage instruct: ``make_instruct_evidence(yes_no=…, field=value, …)``."""
+
+    def make(yes_no: tuple[float, float, float] = YES_NO_SEEN, **changes: Any) -> Evidence:
+        base = make_evidence()
+        dropped = ("caption.", "chair.", "qa.", "ablation.ratio.noise")
+        kept = [m for m in base.measurements if m.stratum is None and not m.name.startswith(dropped)]
+        by_kind = [
+            *group("question", "yes/no questions", 3.1, 0.5, n=389), *group("question", "shape", 40.0, 6.0, n=305),
+            *group("question", "color", 80.0, 9.0, n=306),
+        ]  # fmt: skip
+        samples = []
+        for k in range(9):
+            colour, shape = list(COLOURS)[k % 4], ["circle", "triangle", "rectangle"][k % 3]
+            question, reference = [
+                ("what shape is in the image?", shape),
+                (f"is there a {colour} shape?", "yes"),
+                (f"what color is the {shape}?", colour),
+            ][(k + 1) % 3]
+            samples.append(
+                Sample(
+                    id=f"test-q{k}", images=[picture(colour, shape)], question=question, reference=reference,
+                    bucket="short",
+                    predictions=[
+                        Prediction(step=140, text="a", exact=False),
+                        Prediction(step=280, text=reference if k else "no", exact=bool(k)),
+                        Prediction(step=280, text="teal", condition="shuffled"),
+                        Prediction(step=280, text="no", condition="none"),
+                    ],
+                )
+            )  # fmt: skip
+        modules = [
+            ("self_attn.q_proj", 576, 576), ("self_attn.k_proj", 576, 192), ("self_attn.v_proj", 576, 192),
+            ("self_attn.o_proj", 576, 576), ("mlp.gate_proj", 576, 1536), ("mlp.up_proj", 576, 1536),
+            ("mlp.down_proj", 1536, 576),
+        ]  # fmt: skip
+        adapters = [
+            AdapterRow(name=f"model.layers.{k}.{name}", d_in=a, d_out=b, rank=16, params=16 * (a + b))
+            for k in range(30) for name, a, b in modules
+        ]  # fmt: skip
+        learned = sum(a.params for a in adapters)
+        steps = [float(s) for s in range(70, 421, 70)]
+        answered = answers_by_kind(yes_no)
+        fields: dict[str, Any] = {
+            "run_name": "quickstart_instruct", "stage": "instruct", "samples": samples, "step": 280,
+            "adapters": adapters,
+            "trainable": [
+                *base.trainable,
+                TrainableRow(part="lora", params=learned, trainable=learned, dtype="float32"),
+            ],
+            "measurements": [
+                *kept, *by_kind, *answered,
+                *pope("correct", yes_no[0], 0.51), *pope("shuffled", yes_no[1], 0.52), *pope("none", yes_no[2], 0.97),
+                measurement("retention.loss_base", 3.412, "nats/token", 0.2, better="none", n=40),
+                measurement("retention.loss", 3.441, "nats/token", 0.2, better="lower", n=40),
+                measurement("retention.loss_ratio", 1.0085, "ratio", 0.003, better="lower", n=40),
+                measurement("retention.kl", 0.0312, "nats/token", 0.005, better="lower", n=40),
+                measurement("merge.max_logit_diff", 0.1875, "logits", better="lower", n=32,
+                            caveat="weights are stored in bfloat16, to which a merge rounds"),
+                measurement("merge.changed_pct", 0.31, "%", better="lower", n=2210),
+            ],
+            "gates": [
+                gate("looks_shuffled", 1.6876),
+                gate("retained", 1.0085, "≤ 1.02", measure="retention.loss_ratio", unit="ratio", end="value"),
+                gate("answers_right", answered[0].value, "≥ 0.9", measure="answer.accuracy.correct",
+                     unit="share", end="value"),
+                gate("yes_no_needs_image", yes_no[0] - yes_no[2], "≥ 0.1", yes_no[0] - yes_no[2] >= 0.1,
+                     measure="answer.gain.none", unit="share", end="value", stratum="yes/no"),
+                gate("merges", 0.31, "≤ 1", measure="merge.changed_pct", unit="%", end="value"),
+            ],
+            "candidates": [
+                Candidate(step=140, eval_loss=0.221, delta_shuffled=1.1, collapse=0.08),
+                Candidate(step=280, eval_loss=0.031, delta_shuffled=1.8, collapse=0.04, best=True),
+                Candidate(step=420, eval_loss=0.024, delta_shuffled=0.7, collapse=0.04,
+                          refused="it looks less than before (+0.7 of at most +1.8 nats/token)"),
+            ],
+            "curves": [
+                *(c for c in base.curves if not c.name.startswith("samples")),
+                Curve(name="lr.lora", unit="learning rate", x=steps, y=[1e-3 * (1 - s / 480) for s in steps]),
+                Curve(name="quick_eval.exact", unit="share", x=steps, y=[0.31, 0.62, 0.83, 0.94, 0.965, 0.97]),
+                Curve(name="eval.exact", unit="share", x=[140, 280, 420], y=[0.6, 0.94, 0.9707]),
+            ],
+            "histograms": [Histogram(name="caption.length", unit="words", bins=["1", "2", "3"],
+                                     series={"reference": [389, 0, 0], "correct": [380, 8, 1],
+                                             "shuffled": [380, 8, 1], "none": [350, 30, 9]})],
+            "cost": base.cost.model_copy(update={"steps": 420}),
+            "config_yaml": "run_name: quickstart_instruct\nstage: instruct\nseed: 42\n",
+        }  # fmt: skip
+        return base.model_copy(update=fields | changes)
 
     return make

@@ -19,6 +19,7 @@ from torch import nn
 
 from beholder.train import checkpoint as ck
 from beholder.train.checkpoint import (
+    best_checkpoint,
     check_same_config,
     check_same_fingerprints,
     latest_checkpoint,
@@ -27,6 +28,7 @@ from beholder.train.checkpoint import (
     problem,
     resolve_checkpoint,
     save_checkpoint,
+    set_best,
 )
 from beholder.train.optim import build_optimizer, optimizer_tensors
 from beholder.types import UserError
@@ -112,6 +114,76 @@ def test_tensors_that_share_memory_are_saved_as_what_they_show(tmp_path: Path) -
     )  # fmt: skip
     loaded = ck._read_tensors(path / "connector.safetensors")
     assert torch.equal(loaded["b"], base.T) and torch.equal(loaded["c"], base[1])
+
+
+# -- which one is the best
+
+
+def test_a_run_folder_means_its_best_checkpoint_and_resuming_its_latest(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for step in (2, 4, 6):
+        write(folder, step)
+    assert best_checkpoint(folder) is None and resolve_checkpoint(tmp_path) == folder / "step_6"
+
+    set_best(folder, 4, {"eval_loss": 0.5})
+
+    assert best_checkpoint(folder) == resolve_checkpoint(tmp_path) == resolve_checkpoint(folder) == folder / "step_4"
+    assert resolve_checkpoint(folder / "step_2") == folder / "step_2"
+    assert latest_checkpoint(folder) == resolve_checkpoint(tmp_path, prefer="latest") == folder / "step_6"
+    assert json.loads((folder / "best.json").read_text()) == {"eval_loss": 0.5, "step": 4}
+
+
+def test_the_best_checkpoint_survives_pruning_besides_the_newest(tmp_path: Path) -> None:
+    write(tmp_path, 1, keep=2)
+    write(tmp_path, 2, keep=2)
+    set_best(tmp_path, 1, {})
+
+    for step in (3, 4, 5):
+        write(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["best.json", "step_1", "step_4", "step_5"]
+
+    set_best(tmp_path, 4, {})  # the mark moves on, and what it spared goes with the next save
+    write(tmp_path, 6, keep=2)
+    assert names(tmp_path) == ["best.json", "step_4", "step_5", "step_6"]
+
+
+def test_only_a_whole_checkpoint_can_be_marked_and_the_old_mark_stays(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    flip_a_byte(write(tmp_path, 2) / "connector.safetensors")
+    set_best(tmp_path, 1, {})
+
+    with pytest.raises(UserError, match=r"step 3 cannot be marked as the best.*no MANIFEST"):
+        set_best(tmp_path, 3, {})
+    with pytest.raises(UserError, match=r"connector\.safetensors does not have the content"):
+        set_best(tmp_path, 2, {})
+
+    assert best_checkpoint(tmp_path) == tmp_path / "step_1"
+
+
+def test_a_mark_on_a_missing_or_damaged_step_is_an_error_naming_it_and_what_is_there(tmp_path: Path) -> None:
+    for step in (1, 2):
+        write(tmp_path, step)
+    set_best(tmp_path, 1, {})
+    flip_a_byte(tmp_path / "step_1" / "connector.safetensors")
+    with pytest.raises(UserError, match=r"best\.json marks step_1 .* \(sha256 differs\)"):
+        resolve_checkpoint(tmp_path)
+
+    shutil.rmtree(tmp_path / "step_1")
+    with pytest.raises(
+        UserError, match=r"marks step_1 .* it does not exist\. Name one of those that are there \(step_2\)"
+    ):
+        best_checkpoint(tmp_path)
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_2"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"step": "4"}', "{}"])
+def test_a_damaged_mark_is_an_error_and_does_not_hinder_saving(tmp_path: Path, content: str) -> None:
+    write(tmp_path, 1)
+    (tmp_path / "best.json").write_text(content)
+
+    with pytest.raises(UserError, match=r"best\.json cannot be read"):
+        resolve_checkpoint(tmp_path)
+    assert write(tmp_path, 2) == latest_checkpoint(tmp_path)
 
 
 # -- which one is the latest
@@ -407,6 +479,7 @@ def test_the_written_list_of_changeable_settings_names_real_settings() -> None:
             "run_name": "x",
             "model": {"llm": {"name_or_path": "a"}, "vision": {"name_or_path": "b"}},
             "data": {"json_path": "c"},
+            "scales": {"short": {"train.num_epochs": 1}},
         }
     ).model_dump(mode="json")
     flat = ck.flatten(full)

@@ -22,6 +22,7 @@ from beholder.data.collate import Layout, SampleBuilder, TrainStream
 from beholder.data.images import ImagePipeline
 from beholder.data.mixture import Mixture
 from beholder.data.sources import Records, open_sources
+from beholder.model.lora import adapter_config, adapter_tensors
 from beholder.model.plan import param_groups
 from beholder.model.vlm import VisionLanguageModel, build_vlm
 from beholder.runs import RunDir
@@ -59,8 +60,9 @@ class Tiny:
         )
 
     def model(
-        self, *, dropout: float = 0.0, precision: str = "fp32", seed: int = 7, **connector: Any
-    ) -> VisionLanguageModel:
+        self, *, dropout: float = 0.0, precision: str = "fp32", seed: int = 7, lora: dict[str, Any] | None = None,
+        **connector: Any,
+    ) -> VisionLanguageModel:  # fmt: skip
         cfg = ModelConfig.model_validate({
             "llm": {"name_or_path": str(self.llm), "precision": precision},
             "vision": {"name_or_path": self.vision, "precision": precision},
@@ -68,6 +70,7 @@ class Tiny:
                 "num_visual_tokens": 4, "vision_ln": True, "resampler": {"depth": 1, "num_heads": 4, "dim": 32},
                 "projector": {"hidden": 48, "dropout": dropout}, **connector,
             },
+            "lora": {"enable": lora is not None, **(lora or {})},
         })  # fmt: skip
         return build_vlm(cfg, compute_precision=precision, device=torch.device("cpu"), seed=seed)[0]
 
@@ -118,7 +121,7 @@ class Outcome:
 
 
 def optimizer_for(model: VisionLanguageModel, cfg: TrainConfig) -> torch.optim.Optimizer:
-    groups = param_groups(model, cfg.lr.connector, cfg.weight_decay.connector)
+    groups = param_groups(model, cfg.lr.model_dump(), cfg.weight_decay.model_dump())
     return build_optimizer(groups, cfg.betas)
 
 
@@ -147,7 +150,7 @@ def train(
     state, start = LoopState(), 0
     latest = latest_checkpoint(run.checkpoints, warn=lambda message: None) if resume else None
     if latest is not None:
-        restored = load_for_resume(latest, model.connector, model.connector_info(), optimizer)
+        restored = load_for_resume(latest, model.connector, model.connector_info(), optimizer, model.language)
         start, state = restored.step, LoopState.from_dict(restored.trainer["loop"])
     if dist.is_main:
         run.trim_metrics(start)
@@ -161,6 +164,8 @@ def train(
             optimizer_state=optimizer_tensors(optimizer),
             trainer={"loop": state.as_dict(), "config": {}, "data_cursor": step * stream.samples_per_step},
             keep=cfg.keep_checkpoints,
+            adapter=adapter_tensors(model.language) if model.adapters else None,
+            adapter_config=adapter_config(model.language) if model.adapters else None,
         )  # fmt: skip
 
     reporter = Reporter(

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from beholder.config import GATES, GateConfig, RunConfig, Section
+from beholder.config import SCALES, GateConfig, RunConfig, Section, stage_gates
 from beholder.configfile.inert import drop, inert_settings, without_inert
 from beholder.configfile.tree import MAX_BYTES, ConfigError, Loader, Problem, Tree, compose, override, read_node, show
 from beholder.configfile.validate import validate
@@ -27,7 +27,7 @@ from beholder.types import UserError
 
 __all__ = [
     "ConfigError", "Problem", "config_hash", "diff_configs", "dump_config", "json_schema", "load_config",
-    "parse_config", "without_inert",
+    "parse_config", "scale_overrides", "without_inert",
 ]  # fmt: skip
 
 
@@ -88,16 +88,27 @@ def dump_config(cfg: RunConfig) -> str:
     raw = without_inert(cfg).model_dump(mode="json")
     for inert in inert_settings(cfg):
         drop(raw, inert.path)
-    _drop_unsaid(raw["gates"])
+    _drop_unsaid(raw["gates"], stage_gates(cfg.stage_name))
     _drop_empty(raw)
     return yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
-def _drop_unsaid(gates: dict[str, dict[str, Any]]) -> None:
+def scale_overrides(cfg: RunConfig, scale: str) -> list[str]:
+    """``a.b.c=value`` overrides of ``--scale``: the config's own ``scales``, else the runbook's (`config.SCALES`)."""
+    known = SCALES | cfg.scales
+    if scale not in known:
+        raise UserError(f"--scale {scale!r}: no such scale; this config has {', '.join(known)}")
+    sets = dict(known[scale])
+    if "data.eval_size" in sets and cfg.data.eval_ratio is not None:  # one or the other
+        sets["data.eval_ratio"] = None
+    return [f"{name}={json.dumps(value)}" for name, value in sets.items()]
+
+
+def _drop_unsaid(gates: dict[str, dict[str, Any]], stage: Mapping[str, GateConfig]) -> None:
     """Leaves out of each gate what reading it back would fill in anyway."""
     plain = GateConfig().model_dump(mode="json")
     for name, gate in gates.items():
-        own = GATES[name].model_dump(mode="json") if name in GATES else plain
+        own = stage[name].model_dump(mode="json") if name in stage else plain
         for key in [k for k, value in gate.items() if value == plain[k] == own[k]]:
             del gate[key]
 

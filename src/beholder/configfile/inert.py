@@ -197,6 +197,10 @@ def inert_settings(cfg: RunConfig) -> list[Inert]:
     ]
     for group in ("sources", "eval_sources"):
         for i, source in enumerate(getattr(cfg.data, group)):
+            kinds = {"annotations_path": ("vqa",), "image_pattern": ("vqa", "gqa")}
+            for name in [n for n, of in kinds.items() if isinstance(source, SourceConfig) and source.dataset not in of]:
+                why = f"only {' and '.join(kinds[name])} files have it"
+                found.append(Inert(("data", group, i, name), why, (f"data.{group}.{i}.dataset",)))
             if isinstance(source, SourceConfig) and source.dataset in ("webdataset", "parquet"):
                 why = "webdataset and parquet carry their images"
                 found.append(Inert(("data", group, i, "image_root"), why, (f"data.{group}.{i}.dataset",)))

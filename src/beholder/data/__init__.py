@@ -147,12 +147,13 @@ def _template_text(path: str | None) -> str | None:
 
 
 def open_records(cfg: RunConfig, sources: Sequence[SourceConfig]) -> Records:
-    """Records of ``sources`` with the run's marker and image limit; bad records become named rejects."""
+    """Records of ``sources`` with the run's marker, image limit and stage; bad records become named rejects."""
     return open_sources(
         sources,
         image_token=cfg.prompting.image_token,
         max_images=cfg.prompting.max_images_per_sample,
         on_reject="collect",
+        chat=cfg.stage_name == "instruct",
     )
 
 
@@ -255,6 +256,7 @@ def build_data(
         "split_notes": notes,
         "sources": dict(Counter(records.source_of(int(i)) for i in train_indices)),
         "rejects": dict(Counter(r.reason for r in rejects)),
+        "inserted_markers": records.inserted_markers + (held.inserted_markers if d.eval_sources else 0),
         "duplicates": dict(hygiene.duplicates),
         "target_tokens": {"mean": float(tokens.mean()), "min": int(tokens.min()), "max": int(tokens.max())},
     }

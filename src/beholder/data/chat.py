@@ -1,7 +1,9 @@
 """The one sequence encoder: conversation → token ids + supervision mask + image spans, appended together.
 
 The only file that knows templates and token ids; training, evaluation, preview and generation all come through here.
-Image loading and row layout live elsewhere (`images`, `collate`), and so does everything a tensor is needed for.
+A tokenizer's own chat template is taken apart once for each sequence of roles (`_ChatTemplate`), so that ids and mask
+are built together here too. Image loading and row layout live elsewhere (`images`, `collate`), and so does everything a
+tensor is needed for.
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from datetime import date
 from typing import Any, Literal, NamedTuple
 
+import jinja2
 import numpy as np
 from rich.text import Text
 
@@ -27,7 +31,18 @@ _END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "
 
 
 class EncodeError(UserError):
-    """A sample cannot be laid out as tokens; the message names file, record and id."""
+    """A sample cannot be laid out as tokens; the message names file, record and id.
+
+    Batches name and count such a sample instead of stopping the run, under ``reason``.
+    """
+
+    reason = "cannot_encode"
+
+
+class TooLongError(EncodeError):
+    """A sample does not fit into ``max_seq_len``."""
+
+    reason = "too_long"
 
 
 class Segment(NamedTuple):
@@ -49,9 +64,18 @@ class ChatEncoder:
 
     ``template``: ``caption`` puts the sample's images before ``instruction`` (template A; B with
     ``instruction_multi`` for several images) and takes the assistant text as target. ``conversation`` keeps the
-    record's own user text, turns joined by newlines; records without user text get A or B. ``chat`` comes with stage 2.
+    record's own user text, turns joined by newlines; records without user text get A or B.
 
-    Raises `UserError` when the tokenizer has no end token or ``num_visual_tokens`` leaves no room.
+    ``chat`` writes what the tokenizer's chat template (or the Jinja text ``chat_template``) renders, character for
+    character. Supervised is what the model has to write after the template's generation prompt: each assistant turn,
+    with the blank that some templates put beside it, and its end token. An image may stand anywhere in a user turn,
+    and samples without one are fine. ``system`` goes before conversations that have no system turn; ``thinking`` is
+    the template's ``enable_thinking``. A template that dates its text always gets the date `TEMPLATE_DATE`.
+
+    ``too_long``: what `encode` does with a sample longer than ``max_seq_len``.
+
+    Raises `UserError` when the tokenizer has no end token, ``num_visual_tokens`` leaves no room, or the chat template
+    is missing or of no use.
     """
 
     def __init__(
@@ -65,12 +89,11 @@ class ChatEncoder:
         instruction_multi: str,
         im_start: str = "auto",
         im_end: str = "auto",
+        chat_template: str | None = None,
+        system: str | None = None,
+        thinking: bool = False,
+        too_long: Literal["truncate_answer", "reject"] = "truncate_answer",
     ) -> None:
-        if template == "chat":
-            raise UserError(
-                "prompting.template is chat: the tokenizer's chat template comes with stage 2; "
-                "set prompting.template to caption or conversation"
-            )
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no end token (eos_token), so a target "
@@ -88,13 +111,26 @@ class ChatEncoder:
         self.template = template
         self.instruction = instruction
         self.instruction_multi = instruction_multi
-        self._cache: dict[str, list[int]] = {}
+        self.system = system
+        self.too_long = too_long
+        self._cache: dict[tuple[str, bool], list[int]] = {}
 
         self._control_pattern, self._control_ids = _control_tokens(tokenizer)
         special: dict[str, int] = tokenizer.get_added_vocab()
-        self.eos_ids: list[int] = [tokenizer.eos_token_id]
-        """Ids that end a generated text; the first one ends every target."""
-        self.eos_ids += [special[t] for t in _END_TOKENS if t in special and special[t] not in self.eos_ids]
+        self._chat: _ChatTemplate | None = None
+        self._bare: Any = None
+        self._marks_after_control = False
+        ends: list[int] = []
+        if template == "chat":
+            self._chat = _ChatTemplate(tokenizer, chat_template, thinking=thinking)
+            ends = self._chat.end_ids(system)
+            self._bare = _without_word_mark(tokenizer)
+            self._marks_after_control = self._bare is not None and self._marks_words_after(ends[0])
+        self.eos_ids: list[int] = [*ends]
+        """Ids that end a generated text; the first one ends every target (chat: the last turn of the template)."""
+        for end in [tokenizer.eos_token_id, *(special[t] for t in _END_TOKENS if t in special)]:
+            if end not in self.eos_ids:
+                self.eos_ids.append(end)
         self.bos_ids: list[int] = _leading_ids(tokenizer)
         native = "<|vision_start|>" in special and "<|vision_end|>" in special
         self.im_start_ids = self._bracket(im_start, "<|vision_start|>" if native else "[")
@@ -109,6 +145,10 @@ class ChatEncoder:
             "instruction_multi": instruction_multi, "bos": self.bos_ids, "eos": self.eos_ids[0],
             "im_start": self.im_start_ids, "im_end": self.im_end_ids, "reserved": self.reserved_id,
         }  # fmt: skip
+        if self._chat is not None:
+            facts |= {"chat_template": self._chat.text, "system": system, "thinking": thinking}
+        if too_long != "truncate_answer":  # named only then: runs from before the setting keep their fingerprint
+            facts["too_long"] = too_long
         self.fingerprint: str = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         """sha256 over everything that decides which ids an example gives."""
 
@@ -119,7 +159,12 @@ class ChatEncoder:
         """``example`` with the user turn the model will see. Applying it twice changes nothing.
 
         A question, that is an example with a user turn and no assistant turn, keeps its own words under every template.
+        Under chat the turns are the record's own, after the system turn of ``system`` where there is none.
         """
+        if self.template == "chat":
+            if self.system is None or any(t.role == "system" for t in example.turns):
+                return example
+            return replace(example, turns=(Turn("system", (self.system,)), *example.turns))
         spoken = [t for t in example.turns if t.role == "assistant"]
         asked = any(t.role == "user" for t in example.turns)
         if asked and (self.template == "conversation" or not spoken):
@@ -144,44 +189,53 @@ class ChatEncoder:
         """The whole sample. Longer than ``max_seq_len``: the end of the last target that fits is cut, and nothing else.
 
         A cut target has no end token: the model must not learn to stop there. Raises `EncodeError` when there is
-        nothing to supervise, when the prompt alone does not fit, when an image would be cut, or when images and slots
-        differ.
+        nothing to supervise, when images and slots differ, or when the chat template refuses or rewrites the
+        conversation; `TooLongError` when the prompt alone does not fit, when an image would be cut, or when the sample
+        is too long and ``too_long`` is reject.
         """
         example = self.apply_template(example)
-        draft = self._lay_out(example, example.turns)
+        draft = self._lay_out(example, example.turns, prompt=False)
         if not any(draft.supervise):
             raise EncodeError(f"{example.where}: no assistant turn, so there is nothing to learn from it")
+        if len(draft.ids) > self.max_seq_len and example.answer_text:
+            draft.drop_unsupervised_end()  # what a chat template writes after the last end token teaches nothing
         if len(draft.ids) <= self.max_seq_len:
             return draft.finish(truncated=False)
         prompt = draft.supervise.index(True)
         if prompt >= self.max_seq_len:
             raise self._too_long(example, prompt)
-        stop = self.max_seq_len
-        while not draft.supervise[stop - 1]:  # a later user turn without its answer teaches nothing
-            stop -= 1
-        cut_images = [k for k, (_, end) in draft.spans.items() if end > stop]
-        if cut_images:
-            raise EncodeError(
-                f"{example.where}: image {cut_images[0] + 1} of {len(example.images)} lies beyond prompting."
-                f"max_seq_len {self.max_seq_len} (the sample has {len(draft.ids)} tokens); raise max_seq_len"
+        if self.too_long == "reject":
+            raise TooLongError(
+                f"{example.where}: the sample has {len(draft.ids)} tokens, prompting.max_seq_len is {self.max_seq_len} "
+                "and prompting.too_long is reject; raise max_seq_len or set too_long: truncate_answer"
             )
-        draft.ids, draft.supervise = draft.ids[:stop], draft.supervise[:stop]
+        length = len(draft.ids)
+        del draft.ids[self.max_seq_len :], draft.supervise[self.max_seq_len :]
+        draft.drop_unsupervised_end()  # a later user turn without its answer teaches nothing
+        cut_images = [k for k, (_, end) in draft.spans.items() if end > len(draft.ids)]
+        if cut_images:
+            raise TooLongError(
+                f"{example.where}: image {cut_images[0] + 1} of {len(example.images)} lies beyond prompting."
+                f"max_seq_len {self.max_seq_len} (the sample has {length} tokens); raise max_seq_len"
+            )
         return draft.finish(truncated=True)
 
     def encode_prompt(self, example: Example) -> Encoded:
         """What generation starts from: the ids of `encode` up to where the last assistant turn starts, none supervised.
 
-        A conversation that ends with the user's turn is taken whole. Raises `EncodeError` when it does not fit.
+        A conversation that ends with the user's turn is taken whole. Under chat it ends with the template's generation
+        prompt, which some templates (Qwen3's, when thinking) do not repeat in front of a finished answer. Raises
+        `EncodeError` as `encode` does, `TooLongError` when it does not fit.
         """
         example = self.apply_template(example)
         turns = example.turns[:-1] if example.turns and example.turns[-1].role == "assistant" else example.turns
-        draft = self._lay_out(example, turns)
+        draft = self._lay_out(example, turns, prompt=True)
         if len(draft.ids) > self.max_seq_len:
             raise self._too_long(example, len(draft.ids))
         draft.supervise = [False] * len(draft.ids)
         return draft.finish(truncated=False)
 
-    def _lay_out(self, example: Example, turns: Sequence[Turn]) -> _Draft:
+    def _lay_out(self, example: Example, turns: Sequence[Turn], *, prompt: bool) -> _Draft:
         where = example.where
         slots = sorted(p.index for t in turns for p in t.parts if isinstance(p, ImageSlot))
         if slots != list(range(len(example.images))):
@@ -189,39 +243,84 @@ class ChatEncoder:
                 f"{where}: {len(example.images)} images, but the text has {len(slots)} image places "
                 f"(for images {[s + 1 for s in slots]}); each image needs exactly one place"
             )
-        draft = _Draft()
-        draft.add(self.bos_ids)
-        text = ""  # literal text not yet tokenised: pieces that meet become one run, as the tokenizer would see them
         for i, turn in enumerate(turns):
-            if i and turns[i - 1].role == "assistant":
-                text += "\n"
-            if turn.role == "assistant":
-                draft.add(self._literal_cached(text, where))
-                text = ""
-                if any(isinstance(p, ImageSlot) for p in turn.parts):
-                    raise EncodeError(f"{where}: an image inside an assistant turn; images belong to user turns")
-                target = self.literal(turn.text, where)
-                if not target:
-                    raise EncodeError(f"{where}: assistant turn {i} is empty: {turn.text!r} has no token to supervise")
-                draft.add([*target, self.eos_ids[0]], supervise=True)
-                continue
-            for part in turn.parts:
-                if isinstance(part, ImageSlot):
-                    draft.add(self._literal_cached(text, where))
-                    text = ""
+            if turn.role == "assistant" and any(isinstance(p, ImageSlot) for p in turn.parts):
+                raise EncodeError(f"{where}: an image inside an assistant turn; images belong to user turns")
+            if turn.role == "assistant" and not turn.text:
+                raise EncodeError(f"{where}: assistant turn {i} is empty: '' has no token to supervise")
+        draft = _Draft()
+        text, learned = "", False  # not yet tokenised: pieces that meet become one run, as the tokenizer would see them
+        inside = False
+
+        def tokenise() -> None:
+            nonlocal text, inside
+            if text:
+                ids = (self.literal if learned else self._literal_cached)(text, where, inside=inside)
+                if learned and not ids:
+                    raise EncodeError(f"{where}: an assistant turn is empty: {text!r} has no token to supervise")
+                draft.add(ids, supervise=learned)
+                text, inside = "", True
+
+        pieces = (
+            self._chat_pieces(where, turns, prompt=prompt) if self.template == "chat" else self._plain_pieces(turns)
+        )
+        for what, supervise in pieces:
+            if what is None or not isinstance(what, str) or supervise != learned:
+                tokenise()
+            match what:
+                case str():
+                    text, learned = text + what, supervise
+                case int():
+                    draft.add([what], supervise=supervise)
+                    inside = not self._marks_after_control
+                case ImageSlot():
                     draft.add(self.im_start_ids)
-                    draft.spans[part.index] = (len(draft.ids), len(draft.ids) + self.num_visual_tokens)
+                    draft.spans[what.index] = (len(draft.ids), len(draft.ids) + self.num_visual_tokens)
                     draft.add([self.reserved_id] * self.num_visual_tokens)
                     draft.add(self.im_end_ids)
-                else:
-                    text += part
-            text += "\n"
-        draft.add(self._literal_cached(text, where))
+                    inside = True
+                case None:
+                    pass
+        tokenise()
         return draft
 
-    def _too_long(self, example: Example, prompt: int) -> EncodeError:
+    def _plain_pieces(self, turns: Sequence[Turn]) -> Iterator[_Piece]:
+        """Turns joined by newlines, an end token after each target."""
+        yield from (_Piece(i) for i in self.bos_ids)
+        for i, turn in enumerate(turns):
+            if i and turns[i - 1].role == "assistant":
+                yield _Piece("\n")
+            if turn.role == "assistant":
+                yield _Piece(turn.text, supervise=True)
+                yield _Piece(self.eos_ids[0], supervise=True)
+            else:
+                yield from (_Piece(part) for part in turn.parts)
+                yield _Piece("\n")
+
+    def _chat_pieces(self, where: str, turns: Sequence[Turn], *, prompt: bool) -> list[_Piece]:
+        """What the chat template renders. Raises `EncodeError` when that is not the record's own text."""
+        assert self._chat is not None
+        spoken = [t.role for t in turns if t.role != "system"]
+        if "user" not in spoken:
+            raise EncodeError(f"{where}: the conversation has no user turn; the chat template needs a question")
+        if spoken[0] != "user":
+            raise EncodeError(f"{where}: the conversation starts with the assistant; its first turn must be the user's")
+        try:
+            pieces, blank = self._chat.fill(turns, prompt=prompt)
+        except _TemplateMisfit as e:
+            raise EncodeError(
+                f"{where}: {e}; change the record, or give a template that takes it as prompting.chat_template"
+            ) from e
+        if blank is not None:
+            raise EncodeError(
+                f"{where}: assistant turn {blank} is empty: {turns[blank].text!r} has no token to supervise, because "
+                "the chat template strips it"
+            )
+        return pieces
+
+    def _too_long(self, example: Example, prompt: int) -> TooLongError:
         images = len(example.images)
-        return EncodeError(
+        return TooLongError(
             f"{example.where}: the prompt alone takes {prompt} tokens ({images} images of {self.num_visual_tokens}) "
             f"and prompting.max_seq_len is {self.max_seq_len}, so no target would be left; raise max_seq_len or use "
             "fewer images or visual tokens"
@@ -230,8 +329,11 @@ class ChatEncoder:
     # -------------------------------------------------------------------------------------------------------------
     # Text ↔ ids
 
-    def literal(self, text: str, where: str = "text") -> list[int]:
+    def literal(self, text: str, where: str = "text", *, inside: bool = False) -> list[int]:
         """``text`` as ordinary tokens: never a control token, whatever the text spells.
+
+        ``inside``: under template chat, the text goes on where other text stood, so a tokenizer that marks the first
+        word of a text (Llama's ``▁``) must not do so here.
 
         Tokenizers look for control tokens before they tokenise, and ``split_special_tokens`` only stops them from
         looking for the *special* ones (Qwen's ``<think>`` and ``<tool_call>`` are not marked so). Text that spells any
@@ -246,33 +348,42 @@ class ChatEncoder:
             raise EncodeError(f"{where}: the text is not valid Unicode: {e}") from None
         cuts = sorted({m.start() + 1 for m in self._control_pattern.finditer(text)}) if self._control_pattern else []
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        ids = [i for piece in pieces for i in self._tokenize(piece)]
+        ids = [i for k, piece in enumerate(pieces) for i in self._tokenize(piece, inside=inside or k > 0)]
         if not self._control_ids.isdisjoint(ids):  # a normalizer put one together, such as NFKC or lower-casing
-            ids = [i for character in text for i in self._tokenize(character)]
+            ids = [i for k, character in enumerate(text) for i in self._tokenize(character, inside=inside or k > 0)]
         if not self._control_ids.isdisjoint(ids):
             bad = self.tokenizer.convert_ids_to_tokens(sorted(self._control_ids.intersection(ids)))
             raise EncodeError(f"{where}: the tokenizer turns ordinary text into the control tokens {bad}")
         return ids
 
-    def _tokenize(self, text: str) -> list[int]:
+    def _tokenize(self, text: str, *, inside: bool = False) -> list[int]:
+        if inside and self._bare is not None:
+            self._bare.encode_special_tokens = True  # each time: a copy in another process has forgotten it
+            return list(self._bare.encode(text, add_special_tokens=False).ids)
         out = self.tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
         )
         return list(out["input_ids"])
 
-    def _literal_cached(self, text: str, where: str) -> list[int]:
+    def _literal_cached(self, text: str, where: str, *, inside: bool) -> list[int]:
         """Prompts repeat; targets do not."""
-        ids = self._cache.get(text)
+        ids = self._cache.get((text, inside))
         if ids is None:
-            ids = self.literal(text, where)
+            ids = self.literal(text, where, inside=inside)
             if len(self._cache) < 256:
-                self._cache[text] = ids
+                self._cache[text, inside] = ids
         return ids
+
+    def _marks_words_after(self, control: int) -> bool:
+        """Whether the tokenizer by itself marks a word that follows a control token, or only the first of a text."""
+        spelled = str(self.tokenizer.convert_ids_to_tokens(control))
+        ids = list(self.tokenizer(f"{spelled}a", add_special_tokens=False)["input_ids"])
+        return ids == [control, *self._tokenize("a")]
 
     def _bracket(self, text: str, auto: str) -> list[int]:
         text = auto if text == "auto" else text
         token = self.tokenizer.get_vocab().get(text)
-        return [token] if token is not None else self.literal(text, "prompting.im_start / im_end")
+        return [token] if token is not None else self.literal(text, "prompting.im_start / im_end", inside=True)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Generated ids → text: cut at the first end token, control tokens left out, outer whitespace stripped."""
@@ -328,9 +439,300 @@ class _Draft:
         self.ids += ids
         self.supervise += [supervise] * len(ids)
 
+    def drop_unsupervised_end(self) -> None:
+        while self.supervise and not self.supervise[-1]:
+            self.ids.pop()
+            self.supervise.pop()
+
     def finish(self, *, truncated: bool) -> Encoded:
         spans = tuple(self.spans[k] for k in range(len(self.spans)))
         return Encoded(np.array(self.ids, dtype=np.int64), np.array(self.supervise, dtype=bool), spans, truncated)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Chat templates
+
+TEMPLATE_DATE = date(2024, 7, 26)
+"""What a chat template gets for today: a sample must be laid out alike tomorrow too, or no resume would be exact."""
+
+_DATED = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
+
+
+class _TemplateMisfit(Exception):
+    """The template cannot take the conversation, or shows it as something else. The message says why."""
+
+
+class _Piece(NamedTuple):
+    """What comes next in a sample."""
+
+    what: str | int | ImageSlot | None
+    """Text, the id of a control token, an image, or a border that no token crosses."""
+    supervise: bool = False
+
+
+class _Place(NamedTuple):
+    """Where a rendering shows a turn, and what it strips from its ends."""
+
+    turn: int
+    strip_left: str | None
+    """Characters that go; None: all whitespace; empty: nothing."""
+    strip_right: str | None
+
+
+class _Scaffold(NamedTuple):
+    """All that a chat template writes around the turns of one sequence of roles."""
+
+    texts: tuple[str, ...]
+    """Before the first place, between places, after the last one."""
+    pieces: tuple[tuple[_Piece, ...], ...]
+    """The same, cut into control tokens and plain text."""
+    places: tuple[_Place, ...]
+
+
+_PAD = "\n \n"
+"""Put around a turn to see what is stripped: ``trim`` takes all of it, ``strip('\\n')`` the outer newlines."""
+
+
+class _ChatTemplate:
+    """A chat template taken apart: rendered once for each sequence of roles with marks for turns, then filled in.
+
+    So no rendering is ever searched for the record's text. The filled-in text is compared with the template's own
+    rendering of the record, every time: a template may look into a message and write something else (Qwen3's does for
+    ``</think>``), and that must not go unnoticed.
+    """
+
+    def __init__(self, tokenizer: Any, text: str | None, *, thinking: bool) -> None:
+        self.tokenizer = tokenizer
+        self.thinking = thinking
+        self.text = _frozen_in_time(_template_of(tokenizer) if text is None else text)
+        if thinking and "enable_thinking" not in self.text:
+            raise UserError(
+                "prompting.thinking is true, but the chat template has no enable_thinking; "
+                "leave it out, or give a template that has one (prompting.chat_template)"
+            )
+        self._control_ids = _spellings(tokenizer)
+        self._control = re.compile(_any_of(self._control_ids)) if self._control_ids else None
+        added = {t.content: t for t in getattr(tokenizer, "added_tokens_decoder", {}).values()}
+        self._eats_left = {t for t in self._control_ids if t in added and added[t].lstrip}
+        self._eats_right = {t for t in self._control_ids if t in added and added[t].rstrip}
+        self._scaffolds: dict[tuple[tuple[str, ...], bool], _Scaffold] = {}
+
+    def end_ids(self, system: str | None) -> list[int]:
+        """The control tokens that end assistant turns, that of the last turn first. Raises `UserError`."""
+        roles = ("user", "assistant", "user", "assistant")
+        try:
+            scaffold = self.scaffold(roles, prompt=False)
+            self.scaffold(roles[:1], prompt=True)
+        except _TemplateMisfit as e:
+            raise UserError(
+                f"{e}, so it cannot be used; give another one as prompting.chat_template, or set "
+                "prompting.template: conversation"
+            ) from e
+        if system is not None:
+            try:
+                self.scaffold(("system", *roles[:2]), prompt=False)
+                self.scaffold(("system", *roles[:1]), prompt=True)
+            except _TemplateMisfit as e:
+                raise UserError(
+                    f"prompting.system is given, but {e}; leave it out, or give a template that takes a system turn "
+                    "(prompting.chat_template)"
+                ) from e
+        ends: list[int] = []
+        for pieces, place in zip(scaffold.pieces[:0:-1], scaffold.places[::-1], strict=True):
+            if roles[place.turn] == "assistant":
+                ends.append(next(p.what for p in pieces if isinstance(p.what, int)))
+        return list(dict.fromkeys(ends))
+
+    def fill(self, turns: Sequence[Turn], *, prompt: bool) -> tuple[list[_Piece], int | None]:
+        """The rendering of ``turns`` in pieces; and the number of an assistant turn of which nothing is left, or None.
+
+        ``prompt``: with the generation prompt at the end.
+        """
+        scaffold = self.scaffold(tuple(t.role for t in turns), prompt=prompt)
+        pieces, text = list(scaffold.pieces[0]), scaffold.texts[0]
+        starts: list[tuple[int, int]] = []
+        blank: int | None = None
+        for place, after, written in zip(scaffold.places, scaffold.pieces[1:], scaffold.texts[1:], strict=True):
+            turn = turns[place.turn]
+            own = turn.text.rstrip(place.strip_right).lstrip(place.strip_left)
+            if own == turn.text:
+                shown = turn.parts
+            else:
+                shown = _stripped(turn.parts, place)
+            supervise = turn.role == "assistant"
+            pieces += [_Piece(part, supervise and isinstance(part, str)) for part in shown]
+            pieces += after
+            starts.append((len(text), place.turn))
+            text += own + written
+            if supervise and not own:
+                blank = place.turn
+        rendered = self._render([{"role": t.role, "content": t.text} for t in turns], prompt=prompt)
+        if rendered != text:
+            at = next((k for k, (a, b) in enumerate(zip(rendered, text, strict=False)) if a != b), len(text))
+            near = max([i for start, i in starts if start <= at], default=starts[0][1])
+            raise _TemplateMisfit(
+                f"the chat template rewrites the conversation, near turn {near} ({turns[near].role}): it writes "
+                f"{rendered[max(0, at - 20) : at + 40]!r} where {text[max(0, at - 20) : at + 40]!r} was expected"
+            )
+        return pieces, blank
+
+    def scaffold(self, roles: tuple[str, ...], *, prompt: bool) -> _Scaffold:
+        """The template taken apart for ``roles``."""
+        known = self._scaffolds.get((roles, prompt))
+        if known is None:
+            known = self._take_apart(roles, prompt=prompt)
+            if len(self._scaffolds) < 1024:
+                self._scaffolds[roles, prompt] = known
+        return known
+
+    def _take_apart(self, roles: tuple[str, ...], *, prompt: bool) -> _Scaffold:
+        # Private-use characters: no template has them.
+        marks = [f"\ue0a0{i}\ue0a1" for i in range(len(roles))]
+        plain = self._render_marked(roles, marks, prompt=prompt)
+        for i, mark in enumerate(marks):
+            if plain.count(mark) != 1:
+                times = "leaves out" if mark not in plain else f"shows {plain.count(mark)} times"
+                raise _TemplateMisfit(
+                    f"the chat template {times} turn {i} of a conversation of {_roles(roles)}"
+                    f"{' and a generation prompt' if prompt else ''} (a {roles[i]} turn)"
+                )
+        places: list[_Place] = []
+        texts: list[str] = []
+        pieces: list[tuple[_Piece, ...]] = []
+        at = 0
+        for i in sorted(range(len(marks)), key=lambda i: plain.index(marks[i])):
+            start = plain.index(marks[i])
+            texts.append(plain[at:start])
+            opening = self._opening(roles, marks, i) if roles[i] == "assistant" else None
+            border = len(opening) - at if opening is not None and plain.startswith(opening) else None
+            pieces.append(self._cut(texts[-1], self._is_answer(roles, places), border))
+            padded = self._render_marked(roles, [*marks[:i], _PAD + marks[i] + _PAD, *marks[i + 1 :]], prompt=prompt)
+            at = start + len(marks[i])
+            places.append(_Place(i, *self._stripping(padded, plain[:start], marks[i], plain[at:], roles[i])))
+        texts.append(plain[at:])
+        pieces.append(self._cut(texts[-1], self._is_answer(roles, places), None))
+        return _Scaffold(tuple(texts), tuple(pieces), tuple(places))
+
+    @staticmethod
+    def _is_answer(roles: Sequence[str], places: Sequence[_Place]) -> bool:
+        return bool(places) and roles[places[-1].turn] == "assistant"
+
+    def _opening(self, roles: tuple[str, ...], marks: Sequence[str], turn: int) -> str | None:
+        """What generation of an assistant turn would start from; None where the template cannot tell."""
+        try:
+            return self._render_marked(roles[:turn], marks[:turn], prompt=True)
+        except _TemplateMisfit:
+            return None
+
+    @staticmethod
+    def _stripping(padded: str, before: str, mark: str, after: str, role: str) -> tuple[str | None, str | None]:
+        """What a place strips, told from the same rendering with `_PAD` around its mark."""
+        inside = padded.removeprefix(before).removesuffix(after)
+        left, found, right = inside.partition(mark)
+        kinds: dict[str, str | None] = {_PAD: "", _PAD[1:]: "\n", "": None}
+        mirrored: dict[str, str | None] = {_PAD: "", _PAD[:-1]: "\n", "": None}
+        if not found or left not in kinds or right not in mirrored:
+            raise _TemplateMisfit(f"the chat template rewrites blanks around a {role} turn: {inside!r} for {_PAD!r}")
+        return kinds[left], mirrored[right]
+
+    def _cut(self, text: str, after_answer: bool, opening: int | None) -> tuple[_Piece, ...]:
+        """Scaffold text → pieces.
+
+        ``after_answer``: it starts with the end of an assistant turn, which belongs to what is learned. ``opening``:
+        how much of it generation is given; a blank after that is the model's to write (Mistral's before an answer).
+        """
+        out: list[_Piece] = []
+        if after_answer:
+            end = self._control.search(text) if self._control is not None else None
+            if end is None or text[: end.start()].strip():
+                raise _TemplateMisfit(
+                    f"the chat template ends an assistant turn with {text[:40]!r} instead of a control token of the "
+                    "tokenizer, so nothing would teach the model to stop"
+                )
+            out += self._split(text[: end.end()], supervise=True)
+            if end.group() in self._eats_right:
+                text = text[: end.end()] + text[end.end() :].lstrip()
+            text, opening = text[end.end() :], None if opening is None else opening - end.end()
+        if opening is None or not 0 <= opening < len(text):
+            return (*out, *self._split(text))
+        rest = text[opening:]
+        return (*out, *self._split(text[:opening]), _Piece(None), *self._split(rest, supervise=rest.isspace()))
+
+    def _split(self, text: str, *, supervise: bool = False) -> list[_Piece]:
+        """Control tokens and the text between them, as the tokenizer reads scaffold."""
+        out: list[_Piece] = []
+        at = 0
+        for found in self._control.finditer(text) if self._control is not None else ():
+            before = text[at : found.start()]
+            if found.group() in self._eats_left:
+                before = before.rstrip()
+            out += [_Piece(before, supervise)] if before else []
+            out.append(_Piece(self._control_ids[found.group()], supervise))
+            at = found.end()
+            if found.group() in self._eats_right:
+                at = len(text) - len(text[at:].lstrip())
+        return [*out, _Piece(text[at:], supervise)] if text[at:] else out
+
+    def _render_marked(self, roles: Sequence[str], contents: Sequence[str], *, prompt: bool) -> str:
+        return self._render([{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)], prompt=prompt)
+
+    def _render(self, messages: list[dict[str, str]], *, prompt: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.text, tokenize=False, add_generation_prompt=prompt,
+                enable_thinking=self.thinking, date_string=TEMPLATE_DATE.strftime("%d %b %Y"),
+            )  # fmt: skip
+        except jinja2.TemplateSyntaxError as e:
+            raise _TemplateMisfit(f"the chat template is not valid Jinja (line {e.lineno}: {e.message})") from e
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as e:  # raise_exception, or it wants no text
+            roles = _roles([m["role"] for m in messages])
+            raise _TemplateMisfit(f"the chat template refuses a conversation of {roles}: {e}") from e
+
+
+def _roles(roles: Sequence[str]) -> str:
+    return ", ".join(roles)
+
+
+def _stripped(parts: tuple[Part, ...], place: _Place) -> list[Part]:
+    """The parts with what ``place`` strips off their ends; an image is no blank."""
+    out = list(parts)
+    for k in range(len(out)):
+        part = out[k]
+        if not isinstance(part, str):
+            break
+        out[k] = part = part.lstrip(place.strip_left)
+        if part:
+            break
+    for k in reversed(range(len(out))):
+        part = out[k]
+        if not isinstance(part, str):
+            break
+        out[k] = part = part.rstrip(place.strip_right)
+        if part:
+            break
+    return out
+
+
+def _template_of(tokenizer: Any) -> str:
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as e:
+        raise UserError(
+            f"prompting.template is chat, but the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat "
+            "template; give a Jinja file as prompting.chat_template, set prompting.template: conversation, or use an "
+            "instruction-tuned model"
+        ) from e
+
+
+def _frozen_in_time(template: str) -> str:
+    """The template with calls for today's date replaced by `TEMPLATE_DATE`."""
+    frozen = _DATED.sub(lambda m: json.dumps(TEMPLATE_DATE.strftime(m[1] or m[2] or "")), template)
+    if re.search(r"strftime_now\s*\(", frozen):
+        raise UserError(
+            "the chat template asks for today's date in a way that cannot be frozen, so a sample would be laid out "
+            "differently every day; give a copy with a fixed date as prompting.chat_template"
+        )
+    return frozen
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -343,15 +745,66 @@ def _control_tokens(tokenizer: Any) -> tuple[re.Pattern[str] | None, frozenset[i
     Left out: runs of whitespace, which several families register as added tokens and which are ordinary text, and an
     unknown token that is nothing else, which is where text outside the vocabulary honestly goes.
     """
-    spelled: dict[str, int] = dict(tokenizer.get_added_vocab())
-    spelled |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    controls = {t: i for t, i in spelled.items() if len(t) > 1 and t.replace("▁", "").strip()}
+    controls = _spellings(tokenizer)
     ids = set(controls.values())
     if tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
         ids.discard(tokenizer.unk_token_id)
-    longest_first = sorted(controls, key=lambda t: (-len(t), t))
-    pattern = re.compile(f"(?={'|'.join(map(re.escape, longest_first))})") if controls else None
+    # First characters are looked at first: else the hundreds of reserved tokens of some are tried at every character.
+    first = "".join(sorted({re.escape(t[0]) for t in controls}))
+    pattern = re.compile(f"(?=[{first}])(?={_any_of(controls)})") if controls else None
     return pattern, frozenset(ids)
+
+
+def _spellings(tokenizer: Any) -> dict[str, int]:
+    """Control tokens as they are spelled, with their ids."""
+    spelled: dict[str, int] = dict(tokenizer.get_added_vocab())
+    spelled |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return {t: i for t, i in spelled.items() if len(t) > 1 and t.replace("▁", "").strip()}
+
+
+def _any_of(spellings: Iterable[str]) -> str:
+    """A pattern that prefers the longest spelling, as tokenizers do."""
+    return "|".join(re.escape(t) for t in sorted(spellings, key=lambda t: (-len(t), t)))
+
+
+def _without_word_mark(tokenizer: Any) -> Any:
+    """The tokenizer's inside, without the mark (``▁`` or a space) that it puts before a text of its own accord.
+
+    None when it does no such thing.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[0]
+        if first.startswith("▁"):
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path!r} marks the first word of every text and cannot be told not "
+                "to, so turns of a chat cannot be tokenised one by one; use its fast version (tokenizer.json)"
+            )
+        return None
+    facts = json.loads(backend.to_str())
+
+    def unmarked(part: dict[str, Any] | None) -> dict[str, Any] | None:
+        match part:
+            case {"type": "Prepend"}:
+                return None
+            case {"type": "Metaspace"}:
+                return part | {"prepend_scheme": "never"}
+            case {"type": "ByteLevel"}:
+                return part | {"add_prefix_space": False}
+            case {"type": "Sequence"}:
+                return {k: [u for p in v if (u := unmarked(p))] if isinstance(v, list) else v for k, v in part.items()}
+            case _:
+                return part
+
+    before = [facts["normalizer"], facts["pre_tokenizer"]]
+    after = [unmarked(part) for part in before]
+    if after == before:
+        return None
+    facts["normalizer"], facts["pre_tokenizer"] = after
+    from tokenizers import Tokenizer
+
+    facts["truncation"] = facts["padding"] = None  # state of the last call
+    return Tokenizer.from_str(json.dumps(facts))
 
 
 def _leading_ids(tokenizer: Any) -> list[int]:

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from beholder.config import HygieneLimits, RunConfig, SourceConfig
+from beholder.config import HygieneConfig, HygieneLimits, RunConfig, SourceConfig
 from beholder.configfile import load_config
 from beholder.data.hygiene import HygieneReport, Progress, apply_hygiene
 from beholder.data.images import ImageFacts
-from beholder.data.sources import Records, Reject, guess_source, open_sources
+from beholder.data.sources import INSTRUCTION_KINDS, Records, Reject, guess_source, open_sources
 
 EXAMPLES_PER_REASON = 3
 
@@ -48,13 +48,17 @@ class CheckReport:
     rejects_by_reason: dict[str, int]
     rejects: list[Reject]
     duplicate_captions: dict[str, int]
-    """exact / near: captions that repeat an earlier one"""
+    """exact / near: captions, or whole conversations about an image, that repeat an earlier one"""
     duplicate_ids: int
     """Records whose id an earlier record has. Allowed (LLaVA's instruction data does it), worth knowing."""
     duplicate_images: int | None = None
     """Image files whose bytes an earlier, different file has; None: images were not read"""
     image_sizes: dict[str, Any] | None = None
     """min, median and max of width and height, megapixels, and counts per format; None: images were not read"""
+    inserted_markers: int = 0
+    """Conversations with one image and no marker, which get it in front of their first user turn"""
+    chat: bool = False
+    """Held to the rules of stage instruct: the user speaks first, at least one image, no empty answer"""
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -83,8 +87,12 @@ class CheckReport:
                 table.add_row(f"{low}-{high}" if high > low else str(low), f"{n:,}", "█" * round(40 * n / most))
             console.print(table)
         exact, near = self.duplicate_captions["exact"], self.duplicate_captions["near"]
-        console.print(f"captions that repeat an earlier one: {exact:,} exactly, {near:,} nearly; "
+        what = "conversations" if self.chat else "captions"
+        console.print(f"{what} that repeat an earlier one: {exact:,} exactly, {near:,} nearly; "
                       f"repeated ids: {self.duplicate_ids:,}")  # fmt: skip
+        if self.inserted_markers:
+            console.print(f"conversations with one image and no marker, which get it at their start: "
+                          f"{self.inserted_markers:,}")  # fmt: skip
         if self.image_sizes is not None:
             console.print(f"images that are copies of another: {self.duplicate_images:,}")
             for name, value in self.image_sizes.items():
@@ -101,16 +109,21 @@ class CheckReport:
 
 
 def resolve_data(
-    data: str, *, dataset: Any = None, image_root: str | None = None, overrides: Sequence[str] = ()
+    data: str,
+    *,
+    dataset: Any = None,
+    image_root: str | None = None,
+    annotations: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> tuple[tuple[SourceConfig, ...], RunConfig | None]:
     """What DATA on the command line stands for: a config file (``.yaml`` / ``.yml``), or a record file, folder or glob.
 
-    Returns its sources (held-out ones included) and the config, if it was one.
+    Returns its sources (held-out ones included) and the config, if it was one. ``annotations``: of a VQA question file.
     """
     if data.endswith((".yaml", ".yml")):
         cfg = load_config(data, overrides)
         return (*cfg.data.train_sources, *cfg.data.eval_sources), cfg
-    return (guess_source(data, dataset=dataset, image_root=image_root),), None
+    return (guess_source(data, dataset=dataset, image_root=image_root, annotations=annotations),), None
 
 
 def check_data(
@@ -119,18 +132,25 @@ def check_data(
     *,
     hygiene: HygieneLimits | None = None,
     image_token: str = "<image>",
-    max_images: int = 2,
+    max_images: int | None = None,
+    chat: bool | None = None,
     verify_images: Literal["none", "exists", "decode"] = "exists",
     max_megapixels: float = 50.0,
     progress: Progress | None = None,
 ) -> CheckReport:
     """Open ``sources``, vet every record, and report. Bad records and images are counted, never raised.
 
+    ``chat``: whether records are held to the rules of stage instruct; by default they are when all sources are of an
+    instruction kind (`sources.INSTRUCTION_KINDS`). ``hygiene`` and ``max_images`` default to that stage's own.
     ``tokenizer`` None: lengths are in words and the length limits are not applied (a note says so). ``verify_images``
     decode also reads every image, for sizes and for copies. Raises `UserError` where a file as a whole cannot be read.
     """
-    cfg = hygiene or HygieneLimits()
-    records = open_sources(sources, image_token=image_token, max_images=max_images, on_reject="collect")
+    if chat is None:
+        chat = all(source.dataset in INSTRUCTION_KINDS for source in sources)
+    cfg = hygiene or HygieneConfig().limits("instruct" if chat else "align")
+    records = open_sources(
+        sources, image_token=image_token, max_images=max_images or (1 if chat else 2), on_reject="collect", chat=chat
+    )
     vetted = apply_hygiene(
         records, tokenizer, cfg, verify_images=verify_images, max_megapixels=max_megapixels, on_bad_image="skip",
         progress=progress,
@@ -139,8 +159,8 @@ def check_data(
     facts = vetted.image_facts
     notes = []
     if tokenizer is None:
-        notes.append(f"no tokenizer: lengths are in words, and the limits of {cfg.min_tokens} to {cfg.max_tokens} "
-                     "tokens were not applied")  # fmt: skip
+        limits = f"{cfg.min_tokens} to {cfg.max_tokens}" if cfg.max_tokens < 10**9 else f"at least {cfg.min_tokens}"
+        notes.append(f"no tokenizer: lengths are in words, and the limits of {limits} tokens were not applied")
     if verify_images == "none":
         notes.append("images were not looked for")
     elif verify_images == "exists":
@@ -161,6 +181,8 @@ def check_data(
         duplicate_ids=len(records) - len(set(records.ids())),
         duplicate_images=None if facts is None else len(facts) - len({f.sha256 for f in facts}),
         image_sizes=None if facts is None else _image_sizes(facts),
+        inserted_markers=records.inserted_markers,
+        chat=chat,
         notes=notes,
     )
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from beholder.data.chat import ChatEncoder
+from beholder.data.chat import ChatEncoder, EncodeError
 from beholder.data.images import ImageError
 from beholder.data.mixture import Mixture
 from beholder.types import Batch, Encoded, Example, FeatureReader, ImageInput, ImageRef, UserError
@@ -136,7 +136,8 @@ class SampleBuilder:
 
     Picklable, for loader processes. ``augment_seed``: seeds augmentation together with epoch and sample; None: none.
     ``on_bad_image`` skip: a sample with an unusable image becomes an entry of `Batch.rejected`; nothing takes its
-    place.
+    place. A sample that cannot be laid out (`EncodeError`: too long, a turn order its template refuses) becomes one
+    under either policy: one record must not end a run.
     """
 
     def __init__(
@@ -186,10 +187,12 @@ class SampleBuilder:
         for example, e in zip(examples, epochs, strict=True):
             try:
                 samples.append(self.build(example, e))
+            except EncodeError as error:
+                rejected.append((example.id, f"{error.reason}: {error}"))
             except ImageError as error:
                 if self.on_bad_image == "error":
                     raise
-                rejected.append((example.id, str(error)))
+                rejected.append((example.id, f"{error.reason}: {error}"))
         batch = collate(samples, layout)
         return replace(batch, rejected=rejected, load_s=time.perf_counter() - began)
 

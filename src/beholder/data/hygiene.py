@@ -47,7 +47,7 @@ class HygieneReport:
     counts: dict[str, int]
     """records, accepted, and one entry per reject reason"""
     duplicates: dict[str, int]
-    """exact / near: captions that repeat an earlier one, whether or not they were rejected for it"""
+    """exact / near: captions, or whole conversations about an image, that repeat an earlier one, rejected or not"""
     length_histogram: list[tuple[int, int, int]]
     """(from, to inclusive, records) of all records; the last ``to`` is the longest target"""
     unit: Literal["tokens", "words"] = "tokens"
@@ -100,7 +100,8 @@ def apply_hygiene(
     left = [i for i in left if i not in reasons]
     if progress:
         progress("duplicates", 0, len(left))
-    exact, near = find_duplicates([texts[i] for i in left], cfg.near_threshold)
+    compared = records.compared_texts() if records.chat else texts
+    exact, near = find_duplicates([compared[i] for i in left], cfg.near_threshold)
     for kind, found in (("duplicate_exact", exact), ("duplicate_near", near)):
         if cfg.duplicates == "reject_near" or (cfg.duplicates == "reject_exact" and kind == "duplicate_exact"):
             for j, first in found.items():

@@ -36,6 +36,7 @@ IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BOM = b"\xef\xbb\xbf"
+_FILE_END = "the end of the file: is it cut off?"
 
 
 class RecordError(UserError):
@@ -129,10 +130,21 @@ def json_array(path: str) -> Iterator[Found]:
         hint = "this looks like a record a line; set dataset: jsonl" if first == "{" else "expected '['"
         raise RecordError(f"{path}: begins with {first!r}, not with a JSON array: {hint}")
     with open(path, "rb") as file:
-        yield from _ArrayScanner(path, file).elements()
+        yield from _JsonScanner(path, file).elements()
 
 
-class _ArrayScanner:
+def json_members(path: str, inside: str | None = None) -> Iterator[tuple[str, Found]]:
+    """(name, value) of every field of the one large JSON object a file holds, in order, holding one chunk at a time.
+
+    Under the name ``inside`` lies an array, whose elements come one by one. Raises `RecordError` as `json_array` does.
+    """
+    if (first := first_character(path)) != "{":
+        raise RecordError(f"{path}: begins with {first!r}, not with a JSON object: expected '{{'")
+    with open(path, "rb") as file:
+        yield from _JsonScanner(path, file).members(inside)
+
+
+class _JsonScanner:
     def __init__(self, path: str, file: BinaryIO) -> None:
         self.path, self.file = path, file
         self.base = 0  # byte offset of self.raw[0]
@@ -141,39 +153,75 @@ class _ArrayScanner:
         self.at = 0  # position in self.text
         self.line, self.line_at = 1, 0  # line number of position line_at
         self.count = 0
-
-    def elements(self) -> Iterator[Found]:
+        self.what = "value"
         # Strictness is orjson's part, record by record.
-        scan_once = json.JSONDecoder(strict=False).scan_once  # pyright: ignore[reportAttributeAccessIssue]
+        self.scan_once = json.JSONDecoder(strict=False).scan_once  # pyright: ignore[reportAttributeAccessIssue]
         self._grow()
         if self.raw.startswith(_BOM):
             self.at = len(_BOM)
+
+    def elements(self) -> Iterator[Found]:
+        self.what = "array"
         self._expect("[", "the opening '['")
-        if self._peek() == "]":
+        yield from self._elements()
+        self._end()
+
+    def members(self, inside: str | None) -> Iterator[tuple[str, Found]]:
+        self.what = "object"
+        self._expect("{", "the opening '{'")
+        if self._peek() == "}":
             self.at += 1
             return self._end()
         while True:
-            self._peek()
-            while True:
-                try:
-                    _, end = scan_once(self.text, self.at)
-                except (StopIteration, ValueError, RecursionError) as e:
-                    # Either malformed or merely longer than the chunk: only more text can tell.
-                    if len(self.raw) - self.at < MAX_RECORD_BYTES and self._grow():
-                        continue
-                    raise self._malformed(e) from None
-                # A number may go on in the next chunk: "1" and "1.5" both end well.
-                ended = end < len(self.text) and self.text[end] in " \t\r\n,]"
-                if ended or len(self.raw) - self.at >= MAX_RECORD_BYTES or not self._grow():
-                    break
-            start = self.base + self.at
-            yield Found(start, self.raw[self.at : end], f"line {self._line()}, byte {start:,}")
-            self.count += 1
-            self.at = end
-            if self._peek() == "]":
+            if (got := self._peek()) != '"':
+                raise self._malformed(f"expected a field name in quotes, got {repr(got) if got else _FILE_END}")
+            name = json.loads(self._value().raw.decode("utf-8", "replace"), strict=False)
+            self._expect(":", "':' after a field name")
+            if name == inside:
+                self._expect("[", f"an array under {inside!r}")
+                self.count = 0
+                for found in self._elements():
+                    yield name, found
+            else:
+                yield name, self._value()
+                self.count += 1
+            if self._peek() == "}":
                 self.at += 1
                 return self._end()
+            self._expect(",", "',' or '}' after a value")
+
+    def _elements(self) -> Iterator[Found]:
+        """Of the array whose '[' was just read, to behind its ']'."""
+        if self._peek() == "]":
+            self.at += 1
+            return
+        while True:
+            yield self._value()
+            self.count += 1
+            if self._peek() == "]":
+                self.at += 1
+                return
             self._expect(",", "',' or ']' after a record")
+
+    def _value(self) -> Found:
+        """The next value, whatever it is."""
+        self._peek()
+        while True:
+            try:
+                _, end = self.scan_once(self.text, self.at)
+            except (StopIteration, ValueError, RecursionError) as e:
+                # Either malformed or merely longer than the chunk: only more text can tell.
+                if len(self.raw) - self.at < MAX_RECORD_BYTES and self._grow():
+                    continue
+                raise self._malformed(e) from None
+            # A number may go on in the next chunk: "1" and "1.5" both end well.
+            ended = end < len(self.text) and self.text[end] in " \t\r\n,]}:"
+            if ended or len(self.raw) - self.at >= MAX_RECORD_BYTES or not self._grow():
+                break
+        found = Found(self.base + self.at, self.raw[self.at : end], "")
+        found = found._replace(where=f"line {self._line()}, byte {found.start:,}")
+        self.at = end
+        return found
 
     def _grow(self) -> bool:
         """Drop what is consumed, read more; False at the end of the file."""
@@ -201,12 +249,12 @@ class _ArrayScanner:
     def _expect(self, character: str, what: str) -> None:
         got = self._peek()
         if got != character:
-            raise self._malformed(f"expected {what}, got {repr(got) if got else 'the end of the file: is it cut off?'}")
+            raise self._malformed(f"expected {what}, got {repr(got) if got else _FILE_END}")
         self.at += 1
 
     def _end(self) -> None:
         if got := self._peek():
-            raise self._malformed(f"the array is closed, but {got!r} follows")
+            raise self._malformed(f"the {self.what} is closed, but {got!r} follows")
 
     def _line(self) -> int:
         self.line += self.raw.count(b"\n", self.line_at, self.at)

@@ -1,17 +1,23 @@
 """Record files of every kind → `Example`s, parsed when they are asked for; structurally bad records → named rejects.
 
-Where records lie in a file is `index`' business, what is inside an image `images`', whether a good record is wanted
-`hygiene`'s. A record is checked once, when its file is indexed; after that only byte offsets are held.
+Where records lie in a file is `index`' business, how question and annotation files go together `questions`', what is
+inside an image `images`', whether a good record is wanted `hygiene`'s. A record is checked once, when its file is
+indexed; after that only byte offsets are held.
+
+Stage instruct (``chat``) asks more of a record than an alignment does: a conversation that the user opens, about at
+least one image, in which the assistant always says something. There a conversation with one image and no marker gets
+the marker in front of its first user turn, which is how LLaVA-Instruct and most chat data mean it; this is counted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,15 +26,22 @@ import numpy as np
 import orjson
 
 from beholder.config import DatasetKind, SourceConfig
-from beholder.data import index
+from beholder.data import index, questions
 from beholder.data.index import RecordError
 from beholder.runs import sha256_file
 from beholder.types import Example, ImageRef, ImageSlot, Part, Turn, UserError
 
-__all__ = ["RecordError", "Records", "Reject", "guess_source", "open_sources"]
+__all__ = ["INSTRUCTION_KINDS", "RecordError", "Records", "Reject", "guess_source", "open_sources"]
 
-_INDEX_VERSION = 1
-_ROLES: dict[str, Literal["system", "user", "assistant"]] = {
+INSTRUCTION_KINDS: frozenset[DatasetKind] = frozenset(("llava_instruct", "sharegpt", "vqa", "gqa"))
+"""Kinds that hold conversations and questions, for stage instruct; the others are made for alignment as well."""
+
+_INDEX_VERSION = 2
+"""Raised when a cached index means something else."""
+_FINGERPRINT_VERSION = 1
+"""Raised when the same bytes give other examples: saved splits and checkpoints hold fingerprints."""
+Role = Literal["system", "user", "assistant"]
+_ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
 }  # fmt: skip
 
@@ -60,9 +73,14 @@ class _Parsed(NamedTuple):
     source: str
     images: list[Any]
     """Paths; for tar and parquet ``[label, offset or row, bytes or item]``."""
-    messages: list[tuple[Literal["system", "user", "assistant"], str]]
+    messages: list[tuple[Role, str]]
     interpreted: bool
-    """User turns hold image markers (conversations); a caption record has no user turn."""
+    """Markers in user turns are image slots (conversations); a caption has no user turn, a question is literal text."""
+    in_front: bool = False
+    """The image stands in front of the first user turn, which has no marker of its own."""
+    answers: tuple[str, ...] = ()
+    question_type: str = ""
+    answer_type: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +90,22 @@ class _Rules:
     dataset: DatasetKind
     image_token: str
     max_images: int
+    chat: bool = False
+    image_pattern: str | None = None
 
     @property
     def stored_images(self) -> bool:
         return self.dataset in ("webdataset", "parquet")
+
+    @property
+    def asked(self) -> bool:
+        """Question files: a record's text is put together from two places."""
+        return self.dataset in ("vqa", "gqa")
+
+    @property
+    def identity(self) -> list[object]:
+        """What makes the same bytes other examples. `image_pattern` shows in the records' own texts."""
+        return [self.dataset, self.image_token, self.max_images, *(["chat"] if self.chat else [])]
 
     def parse(self, raw: bytes) -> _Parsed:
         """Raises `_Bad` with a reason and a sentence naming the field, what was got and what was expected."""
@@ -98,26 +128,56 @@ class _Rules:
     def _parse(self, record: dict[str, Any], id: str | None) -> _Parsed:
         if self.stored_images and "!" in record:
             raise _Bad("bad_member", record["!"])
+        if self.asked:
+            return self._question(record, id)
         source = record.get("source")
         if not isinstance(source, str | None):
             raise _Bad("wrong_type", f"source is {_kind(source)}, expected a string")
         images = record["images"] if self.stored_images else _image_paths(record)
         messages, interpreted = _messages(record, self.dataset)
+        if self.chat:
+            _require_dialogue(messages)
+            self._require_few(images)
         num_markers = sum(t.count(self.image_token) for r, t in messages if r == "user") if interpreted else len(images)
-        if num_markers != len(images):
+        in_front = self.chat and len(images) == 1 and num_markers == 0
+        if num_markers != len(images) and not in_front:
             raise _Bad("image_count", f"{len(images)} images but {num_markers} {self.image_token} markers in the user "
                        "turns; the k-th marker takes images[k], so the numbers must agree")  # fmt: skip
-        if not images and not (interpreted and self.dataset in ("jsonl", "llava_instruct")):
+        text_only = interpreted and not self.chat and self.dataset in ("jsonl", "llava_instruct", "sharegpt")
+        if not images and not text_only:
             raise _Bad("no_image", "has no image")
+        self._require_few(images)
+        question_type, answer_type = _text_field(record, "question_type"), _text_field(record, "answer_type")
+        answers = _answers(record)
+        return _Parsed(
+            id, source or "", images, messages, interpreted, in_front, answers, question_type, answer_type
+        )  # fmt: skip
+
+    def _require_few(self, images: list[Any]) -> None:
         if len(images) > self.max_images:
             raise _Bad("too_many_images", f"{len(images)} images, prompting.max_images_per_sample is {self.max_images}")
-        return _Parsed(id, source or "", images, messages, interpreted)
+
+    def _question(self, record: dict[str, Any], id: str | None) -> _Parsed:
+        """A record of `questions`, which has checked the types."""
+        if "!" in record:
+            raise _Bad(*record["!"])
+        if not record["answer"].strip():
+            raise _Bad("empty_answer", "the answer is empty")
+        messages: list[tuple[Role, str]] = [("user", record["question"]), ("assistant", record["answer"])]
+        return _Parsed(
+            id, "", record["images"], messages, interpreted=False, in_front=True, answers=tuple(record["answers"]),
+            question_type=record["question_type"], answer_type=record["answer_type"],
+        )  # fmt: skip
 
     def turns(self, parsed: _Parsed) -> tuple[Turn, ...]:
         turns, next_image = [], 0
         for role, text in parsed.messages:
             parts: list[Part] = [text]
-            if role == "user":  # only here: a marker in an answer or in a system text is literal text
+            if role == "user" and parsed.in_front and next_image == 0:
+                parts = [ImageSlot(0), "\n" + text]
+                next_image = 1
+            elif role == "user" and parsed.interpreted:
+                # Only here: a marker in an answer or in a system text is literal text.
                 pieces = text.split(self.image_token)
                 parts = [pieces[0]]
                 for piece in pieces[1:]:
@@ -126,6 +186,33 @@ class _Rules:
                 parts = [p for p in parts if p != ""]
             turns.append(Turn(role, tuple(parts)))
         return tuple(turns)
+
+
+def _require_dialogue(messages: Sequence[tuple[Role, str]]) -> None:
+    """Raises `_Bad` unless the user speaks first and the assistant never says nothing."""
+    first = next((role for role, _ in messages if role != "system"), None)
+    if first == "assistant":
+        raise _Bad("starts_with_assistant", "the assistant (gpt) speaks before the user has asked anything; stage "
+                   "instruct needs conversations, or questions with answers")  # fmt: skip
+    for k, (role, text) in enumerate(messages):
+        if role == "assistant" and not text.strip():
+            raise _Bad("empty_answer", f"turn {k} is the assistant's and empty, so there is nothing to learn")
+
+
+def _answers(record: dict[str, Any]) -> tuple[str, ...]:
+    value = record.get("answers")
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(a, str) for a in value):
+        raise _Bad("wrong_type", f"answers is {_kind(value)}, expected a list of strings")
+    return tuple(value)
+
+
+def _text_field(record: dict[str, Any], name: str) -> str:
+    value = record.get(name)
+    if not isinstance(value, str | None):
+        raise _Bad("wrong_type", f"{name} is {_kind(value)}, expected a string")
+    return value or ""
 
 
 def _image_paths(record: dict[str, Any]) -> list[str]:
@@ -144,11 +231,15 @@ def _image_paths(record: dict[str, Any]) -> list[str]:
     return paths
 
 
-def _messages(
-    record: dict[str, Any], dataset: DatasetKind
-) -> tuple[list[tuple[Literal["system", "user", "assistant"], str]], bool]:
+def _messages(record: dict[str, Any], dataset: DatasetKind) -> tuple[list[tuple[Role, str]], bool]:
     """(turns as role and text, whether markers in user turns are image slots)."""
-    allowed = ("conversations",) if dataset.startswith("llava") else ("caption", "conversations", "messages")
+    match dataset:
+        case "llava_pretrain" | "llava_instruct":
+            allowed = ("conversations",)
+        case "sharegpt":
+            allowed = ("conversations", "messages")
+        case _:
+            allowed = ("caption", "conversations", "messages")
     given = [name for name in allowed if name in record]
     if len(given) != 1:
         got = f"has {' and '.join(given)}" if given else f"has none of the fields {', '.join(allowed)}"
@@ -168,7 +259,8 @@ def _messages(
         role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
         role, text = turn.get(role_key), turn.get(text_key)
         if not isinstance(role, str) or role not in _ROLES:
-            raise _Bad("wrong_type", f"{name}[{k}].{role_key} is {_kind(role)}, expected one of {', '.join(_ROLES)}")
+            reason = "unknown_role" if isinstance(role, str) else "wrong_type"
+            raise _Bad(reason, f"{name}[{k}].{role_key} is {_kind(role)}, expected one of {', '.join(_ROLES)}")
         if not isinstance(text, str):
             raise _Bad("wrong_type", f"{name}[{k}].{text_key} is {_kind(text)}, expected a string")
         messages.append((_ROLES[role], text))
@@ -219,11 +311,14 @@ class _File:
     digest: str
     """sha256 of the file (JSON), of all record texts and image places (tar, parquet)"""
     num_images: int
+    inserted_markers: int
+    """Conversations that got the marker they lacked"""
     blob: bytes | None
-    """Record texts of tar and parquet files; None: they are read from the file."""
+    """Record texts of tar, parquet and question files; None: they are read from the file."""
     stat: tuple[int, int]
     """(bytes, modification time in ns) at indexing"""
     _fd: int | None = field(default=None, repr=False)
+    _coco: _CocoNames | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -261,6 +356,9 @@ class _File:
             source=source,
             file=self.path,
             row=row,
+            answers=parsed.answers,
+            question_type=parsed.question_type,
+            answer_type=parsed.answer_type,
         )
 
     def refs(self, parsed: _Parsed) -> tuple[ImageRef, ...]:
@@ -270,10 +368,12 @@ class _File:
             case "parquet":
                 return tuple(ImageRef(self.path, name, "parquet", row, 0, item) for name, row, item in parsed.images)
             case _:
-                return tuple(ImageRef(self.image_root, path) for path in parsed.images)
+                if self._coco is None:
+                    self._coco = _CocoNames(self.image_root)
+                return tuple(ImageRef(self.image_root, self._coco.resolve(path)) for path in parsed.images)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fd": None}
+        return {**self.__dict__, "_fd": None, "_coco": None}
 
     def __del__(self) -> None:
         if (fd := getattr(self, "_fd", None)) is not None:  # __init__ may have failed before
@@ -283,6 +383,45 @@ class _File:
 _OPENING = threading.Lock()
 
 
+class _CocoNames:
+    """Finds a COCO image that lies under the other of its two names.
+
+    COCO called an image ``COCO_train2014_000000033471.jpg`` until 2014 and ``000000033471.jpg`` since; LLaVA-Instruct,
+    VQA and their users mix the two. A name that is not there stands for the other spelling of its number, in the same
+    folder, when exactly one such file exists. Otherwise the name stays as it is written, and the image is missing.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._listed: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {}
+
+    def resolve(self, path: str) -> str:
+        """``path``, or the other spelling of it. A folder is listed once and never asked file by file."""
+        folder, name = os.path.split(path)
+        match = _COCO_NAME.fullmatch(name)
+        if match is None or os.path.isabs(path) or ".." in path.split("/"):
+            return path
+        if folder not in self._listed:
+            self._listed[folder] = self._list(folder)
+        names, prefixes = self._listed[folder]
+        if name in names:
+            return path
+        others = [match["number"]] if match["prefix"] else [prefix + match["number"] for prefix in prefixes]
+        found = [other for other in others if other in names]
+        return os.path.join(folder, found[0]) if len(found) == 1 else path
+
+    def _list(self, folder: str) -> tuple[frozenset[str], tuple[str, ...]]:
+        """COCO's names in a folder, and the prefixes that occur."""
+        try:
+            matches = [m for n in os.listdir(os.path.join(self.root, folder)) if (m := _COCO_NAME.fullmatch(n))]
+        except OSError:  # the missing folder is told where its images are asked for
+            return frozenset(), ()
+        return frozenset(m[0] for m in matches), tuple(sorted({m["prefix"] for m in matches if m["prefix"]}))
+
+
+_COCO_NAME = re.compile(r"(?P<prefix>COCO_[a-z]+[0-9]{4}_)?(?P<number>[0-9]{12}\.jpg)")
+
+
 def _index_file(path: str, source: SourceConfig, rules: _Rules) -> _File:
     info = index.require_regular(path)
     stem = Path(path).name.split(".")[0]
@@ -290,10 +429,11 @@ def _index_file(path: str, source: SourceConfig, rules: _Rules) -> _File:
         raise UserError(f"image_root {source.image_root}: is not a folder; image paths of {path} are relative to it")
     image_root = source.image_root or os.path.dirname(os.path.abspath(path))
     content = index.stat_facts(path) if rules.stored_images else sha256_file(path)
-    key = index.cache_key("index", _INDEX_VERSION, rules.dataset, rules.image_token, rules.max_images, content)
+    answers = None if source.annotations_path is None else sha256_file(source.annotations_path)
+    key = index.cache_key("index", _INDEX_VERSION, rules.identity, rules.image_pattern, content, answers)
     cached = index.cache_load(key)
     if cached is None:
-        cached = _scan(path, rules, content if isinstance(content, str) else None)
+        cached = _scan(path, source.annotations_path, rules, content if isinstance(content, str) else None)
         index.cache_save(key, *cached)
     arrays, meta = cached
     return _File(
@@ -301,19 +441,28 @@ def _index_file(path: str, source: SourceConfig, rules: _Rules) -> _File:
         starts=arrays["starts"], stops=arrays["stops"], rows=arrays["rows"], source_ids=arrays["source_ids"],
         source_names=[source.name or name or stem for name in meta["source_names"]],
         rejects=[Reject(id or f"{stem}:{row}", row, path, why, detail) for id, row, why, detail in meta["rejects"]],
-        digest=meta["digest"], num_images=meta["num_images"],
-        blob=arrays["blob"].tobytes() if rules.stored_images else None,
+        digest=meta["digest"], num_images=meta["num_images"], inserted_markers=meta["inserted_markers"],
+        blob=arrays["blob"].tobytes() if rules.stored_images or rules.asked else None,
         stat=(info.st_size, info.st_mtime_ns),
     )  # fmt: skip
 
 
-def _scan(path: str, rules: _Rules, digest: str | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _scan(
+    path: str, annotations: str | None, rules: _Rules, digest: str | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Parse every record once; keep places, sources and rejects."""
     match rules.dataset:
         case "jsonl":
             found = index.json_lines(path)
         case "llava_pretrain" | "llava_instruct":
             found = index.json_array(path)
+        case "sharegpt":
+            found = index.json_array(path) if index.first_character(path) == "[" else index.json_lines(path)
+        case "vqa":
+            assert annotations is not None, "open_sources asks for it"
+            found, digest = questions.vqa_records(path, annotations, rules.image_pattern), None
+        case "gqa":
+            found, digest = questions.gqa_records(path, rules.image_pattern), None
         case "webdataset":
             found = index.tar_records(path)
         case "parquet":
@@ -322,14 +471,14 @@ def _scan(path: str, rules: _Rules, digest: str | None) -> tuple[dict[str, np.nd
     names: dict[str, int] = {}
     rejects: list[tuple[str, int, str, str]] = []
     blob = bytearray()
-    row, num_images = -1, 0
+    row, num_images, inserted_markers = -1, 0, 0
     for row, (start, raw, where) in enumerate(found):
         try:
             parsed = rules.parse(raw)
         except _Bad as e:
             rejects.append((e.id, row, e.reason, f"{where}: {e.detail}"))
             continue
-        if rules.stored_images:
+        if rules.stored_images or rules.asked:
             start = len(blob)
             blob += raw
         starts.append(start)
@@ -337,6 +486,7 @@ def _scan(path: str, rules: _Rules, digest: str | None) -> tuple[dict[str, np.nd
         rows.append(row)
         source_ids.append(names.setdefault(parsed.source, len(names)))
         num_images += len(parsed.images)
+        inserted_markers += parsed.in_front and not rules.asked
     if row < 0:
         raise RecordError(f"{path}: holds no records")
     arrays = {
@@ -345,6 +495,7 @@ def _scan(path: str, rules: _Rules, digest: str | None) -> tuple[dict[str, np.nd
     }  # fmt: skip
     return arrays, {
         "source_names": list(names), "rejects": rejects, "num_images": num_images,
+        "inserted_markers": inserted_markers,
         "digest": digest or hashlib.sha256(blob).hexdigest(),
     }  # fmt: skip
 
@@ -354,16 +505,22 @@ def _scan(path: str, rules: _Rules, digest: str | None) -> tuple[dict[str, np.nd
 
 
 def open_sources(
-    sources: Sequence[SourceConfig], *, image_token: str, max_images: int, on_reject: Literal["error", "collect"]
+    sources: Sequence[SourceConfig],
+    *,
+    image_token: str,
+    max_images: int,
+    on_reject: Literal["error", "collect"],
+    chat: bool = False,
 ) -> Records:
-    """Index every file of ``sources`` in order. No image is opened.
+    """Index every file of ``sources`` in order. No image is opened. ``chat``: hold records to stage instruct's rules.
 
     ``on_reject`` error: raise `RecordError` for the first bad record and say how many there are; collect: they are in
     ``Records.rejects``. A JSON array that is malformed, a damaged tar and a file without records always raise.
     """
     files, origins = [], []
     for origin, source in enumerate(sources):
-        rules = _Rules(source.dataset, image_token, max_images)
+        _require_fitting(source)
+        rules = _Rules(source.dataset, image_token, max_images, chat, source.image_pattern)
         match source.dataset:
             case "webdataset":
                 paths = index.expand(source.json_path, (".tar",))
@@ -374,7 +531,7 @@ def open_sources(
         for path in paths:
             files.append(_index_file(path, source, rules))
             origins.append(origin)
-    records = Records(files, origins, sources)
+    records = Records(files, origins, sources, chat=chat)
     if on_reject == "error" and records.rejects:
         first, more = records.rejects[0], len(records.rejects) - 1
         also = f" ({more} more bad records)" if more else ""
@@ -382,10 +539,30 @@ def open_sources(
     return records
 
 
+def _require_fitting(source: SourceConfig) -> None:
+    """Raises `UserError` where question files' settings and the kind do not go together."""
+    if source.dataset == "vqa" and source.annotations_path is None:
+        raise UserError(
+            f"{source.json_path}: dataset vqa has its answers in a second file; give annotations_path in data.sources "
+            "(--annotations on the command line), such as v2_mscoco_train2014_annotations.json"
+        )
+    if source.dataset != "vqa" and source.annotations_path is not None:
+        raise UserError(f"annotations_path {source.annotations_path}: dataset {source.dataset} has none, only vqa")
+    if source.image_pattern is not None:
+        if source.dataset not in ("vqa", "gqa"):
+            raise UserError(
+                f"image_pattern {source.image_pattern!r}: records of dataset {source.dataset} name their images "
+                "themselves; only vqa and gqa have it"
+            )
+        questions.check_pattern(source.image_pattern)
+
+
 class Records:
     """Random access to the structurally good records of several files (an `ExampleSet`). Picklable."""
 
-    def __init__(self, files: Sequence[_File], origins: Sequence[int], sources: Sequence[SourceConfig]) -> None:
+    def __init__(
+        self, files: Sequence[_File], origins: Sequence[int], sources: Sequence[SourceConfig], *, chat: bool = False
+    ) -> None:
         self._files = list(files)
         self._ends = list(accumulate(len(f) for f in files))
         self.files: list[str] = [f.path for f in files]
@@ -395,6 +572,10 @@ class Records:
         self.source_names: list[str] = list(dict.fromkeys(n for f in files for n in f.source_names))
         self.num_images = sum(f.num_images for f in files)
         """Image references of all records, repeated ones counted again."""
+        self.inserted_markers = sum(f.inserted_markers for f in files)
+        """Conversations with one image and no marker, which got it in front of their first user turn."""
+        self.chat = chat
+        """Held to stage instruct's rules."""
         number = {name: i for i, name in enumerate(self.source_names)}
         empty = np.zeros(0, np.int32)
         local = [np.array([number[n] for n in f.source_names], np.int32) for f in files]
@@ -404,8 +585,8 @@ class Records:
         self.origins: np.ndarray = np.repeat(np.array(origins, np.int32), [len(f) for f in files])
         """int32 [len]: index into ``sources``, the config entry the record came from"""
         self.fingerprint: str = index.cache_key(
-            "records", _INDEX_VERSION,
-            [[*astuple(f.rules), f.digest, f.stem, f.source_names] for f in files],
+            "records", _FINGERPRINT_VERSION,
+            [[*f.rules.identity, f.digest, f.stem, f.source_names] for f in files],
         )  # fmt: skip
         """sha256 over record contents and how they are read, not over paths: a data set may move."""
 
@@ -433,6 +614,15 @@ class Records:
     def target_texts(self, indices: Sequence[int] | None = None) -> list[str]:
         """`Example.target_text` of many records, without building examples."""
         return ["\n".join(t for role, t in p.messages if role == "assistant") for _, p in self._parsed(indices)]
+
+    def compared_texts(self) -> list[str]:
+        """What makes a record the repetition of another: its caption; for a conversation all turns and its images.
+
+        An answer alone says nothing: "yes" to two questions, or to one question about two images, is no repetition.
+        """
+        if not self.chat:
+            return self.target_texts()
+        return ["\n".join((*map(str, p.images), *(t for _, t in p.messages))) for _, p in self._parsed(None)]
 
     def ids(self) -> list[str]:
         """`Example.id` of every record."""
@@ -462,8 +652,10 @@ class Records:
             yield file, file.parse(i)
 
 
-def guess_source(path: str, *, dataset: DatasetKind | None = None, image_root: str | None = None) -> SourceConfig:
-    """The source a bare path stands for: the kind is told by suffix and first character unless ``dataset`` is given."""
+def guess_source(
+    path: str, *, dataset: DatasetKind | None = None, image_root: str | None = None, annotations: str | None = None
+) -> SourceConfig:
+    """The source a bare path stands for: the kind is told by suffix and first bytes unless ``dataset`` is given."""
     if dataset is None:
         first = index.expand(path, (".tar", ".parquet"))[0]
         if first.endswith(".tar"):
@@ -475,10 +667,25 @@ def guess_source(path: str, *, dataset: DatasetKind | None = None, image_root: s
                 case "[":
                     dataset = "llava_pretrain"
                 case "{":
-                    dataset = "jsonl"
+                    dataset = _object_kind(first)
                 case other:
                     raise UserError(
                         f"{path}: begins with {other!r}, so its kind cannot be told; expected a .tar or .parquet file, "
-                        "a JSON array ('[') or a record a line ('{'), or say --dataset"
+                        "a JSON array ('['), a record a line ('{') or a question file, or say --dataset"
                     )
-    return SourceConfig(dataset=dataset, json_path=path, image_root=image_root)
+    return SourceConfig(dataset=dataset, json_path=path, image_root=image_root, annotations_path=annotations)
+
+
+def _object_kind(path: str) -> DatasetKind:
+    """What begins with '{': a question file, or records a line. Reads the first question at most, or the first line."""
+    try:
+        for name, found in index.json_members(path, "questions"):
+            value = orjson.loads(found.raw)
+            if isinstance(value, dict):
+                if name == "questions" and "question_id" in value:
+                    return "vqa"
+                if "question" in value and "imageId" in value:
+                    return "gqa"
+    except (RecordError, orjson.JSONDecodeError):
+        pass  # a second line follows, or it is malformed: reading it as records names what is wrong, line by line
+    return "jsonl"

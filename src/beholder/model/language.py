@@ -4,6 +4,7 @@ Splits a causal LM into embed, decoder and head, so that the head runs on superv
 time that the split computes what the model itself computes. Templates and token ids are `data.chat`'s business.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,20 @@ from beholder.model.weights import DTYPES, check_finite, check_loading_info, fre
 from beholder.types import UserError
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterSite:
+    """One linear layer with an adapter: ``name`` below the causal language model, its shape, what is added."""
+
+    name: str
+    d_in: int
+    d_out: int
+    rank: int
+    params: int
+
+
 class LanguageModel(nn.Module):
-    """A frozen causal LM, used from embeddings. Runs in its storage precision; autocast is never needed nor applied.
+    """A causal LM with frozen weights, used from embeddings, with or without adapters (`model.lora`). Runs in its
+    storage precision; autocast is never needed nor applied.
 
     ``d_text`` is the width of its embeddings, ``vocab`` the rows of its table, ``embed_rms`` the RMS of the table.
     """
@@ -29,6 +42,11 @@ class LanguageModel(nn.Module):
         self.name = name
         self.config = self.model.config.get_text_config()
         self.decoder_checkpointing = gradient_checkpointing
+        self.learning = False
+        self.adapters: list[AdapterSite] = []
+        """What `model.lora.attach` put on it."""
+        self.adapter_dropouts: list[nn.Module] = []
+        """Their dropouts, the only modules that follow the training mode."""
         freeze(self)
         if gradient_checkpointing:
             self._enable_checkpointing()
@@ -57,9 +75,13 @@ class LanguageModel(nn.Module):
         return self.model.config._attn_implementation
 
     def train(self, mode: bool = True) -> "LanguageModel":
-        """Stays in eval mode: dropout in a frozen model is noise. With gradient checkpointing, the checkpointing
-        wrappers (and nothing inside them) are told that training goes on, which is what they look at."""
+        """Stays in eval mode: dropout in a frozen model is noise. Only the dropouts of its adapters follow ``mode``.
+        With gradient checkpointing, the checkpointing wrappers (and nothing inside them) are told that training goes
+        on, which is what they look at."""
         super().train(False)
+        self.learning = mode
+        for dropout in self.adapter_dropouts:
+            dropout.train(mode)
         if self.decoder_checkpointing:
             for layer in self._checkpointed_layers():
                 layer.training = mode
@@ -138,11 +160,13 @@ class LanguageModel(nn.Module):
         top_p: float,
         repetition_penalty: float,
         seed: int,
+        streamer: Any = None,
     ) -> list[list[int]]:
         """New token ids for each prompt given as embeddings ``[T_i, Dh]``, up to and with the end token.
 
         One left-padded batch. ``temperature`` 0 is greedy, and then (in fp32) independent of what else is in the batch.
-        Sampling depends on ``seed`` and the batch, and leaves the global random state alone.
+        Sampling depends on ``seed`` and the batch, and leaves the global random state alone. ``streamer``
+        (transformers' ``put(ids)`` and ``end()``) gets each token as it comes; what it raises ends the writing.
         """
         from transformers import GenerationConfig
 
@@ -161,14 +185,16 @@ class LanguageModel(nn.Module):
             pad_token_id=eos_ids[0], use_cache=True, num_beams=1, **sampling,
         )  # fmt: skip
         devices = [embeds.device] if embeds.device.type == "cuda" else []
-        was_training = [m for m in self._checkpointed_layers() if m.training] if self.decoder_checkpointing else []
-        for layer in was_training:  # a checkpointing layer in training mode drops the key/value cache
-            layer.training = False
-        with torch.random.fork_rng(devices=devices), torch.autocast(embeds.device.type, enabled=False):
-            torch.manual_seed(seed)
-            new = self.model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=settings)
-        for layer in was_training:
-            layer.training = True
+        learning = self.learning
+        self.train(False)  # no dropout; and a checkpointing layer in training mode drops the key/value cache
+        try:
+            with torch.random.fork_rng(devices=devices), torch.autocast(embeds.device.type, enabled=False):
+                torch.manual_seed(seed)
+                new = self.model.generate(
+                    inputs_embeds=embeds, attention_mask=mask, generation_config=settings, streamer=streamer
+                )
+        finally:
+            self.train(learning)
         ends = set(eos_ids)
         out: list[list[int]] = []
         for row in new.tolist():

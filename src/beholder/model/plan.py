@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from beholder.model.weights import hash_module
+from beholder.config import ModelConfig
+from beholder.model.weights import hash_state
 from beholder.types import UserError
 
-PARTS = ("vision", "connector", "language")
+PARTS = ("vision", "connector", "language", "lora")
+"""Whose weights are counted, grouped and hashed apart; ``lora`` are the adapters on ``language``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +24,27 @@ class TrainPlan:
 
     vision: Literal["frozen"] = "frozen"
     connector: Literal["full", "frozen"] = "full"
-    language: Literal["frozen"] = "frozen"
+    language: Literal["lora", "frozen"] = "frozen"
+    """lora: its adapters learn, its own weights do not."""
 
 
 ALIGN = TrainPlan()
 """Stage 1: the connector learns, everything else stays bit-identical."""
+
+INSTRUCT = TrainPlan(language="lora")
+"""Stage 2: connector and adapters learn, everything else stays bit-identical."""
+
+
+def plan_of(cfg: ModelConfig, stage: Literal["align", "instruct"]) -> TrainPlan:
+    """What learns in ``stage``. Raises `UserError` for adapters in a stage that does not train them."""
+    if stage == "align" and cfg.lora.enable:
+        raise UserError(
+            "model.lora.enable is true, but stage align trains the connector alone: set it to false, or stage: instruct"
+        )
+    return TrainPlan(
+        connector="full" if cfg.connector.trainable or stage == "align" else "frozen",
+        language="lora" if cfg.lora.enable else "frozen",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +87,38 @@ def apply_train_plan(model: nn.Module, plan: TrainPlan) -> TrainableTable:
 
     ``model`` has the children ``vision`` (may be None), ``connector`` and ``language``. Trainable weights must be fp32.
     """
-    for part in PARTS:
-        module = getattr(model, part)
-        if module is not None:
-            module.requires_grad_(getattr(plan, part) == "full")
+    learns = {"connector": plan.connector == "full", "lora": plan.language == "lora"}
+    parts = _parameters(model)
+    if learns["lora"] and "lora" not in parts:
+        raise UserError("the plan trains adapters, but the language model has none: set model.lora.enable: true")
+    for part, named in parts.items():
+        for parameter in named.values():
+            parameter.requires_grad_(learns.get(part, False))
     model.train()
     return trainable_table(model)
+
+
+def _parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Per part that is there, its parameters by their names below ``model``."""
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    for child in ("vision", "connector", "language"):
+        module = getattr(model, child)
+        if module is not None:
+            found[child] = {f"{child}.{name}": p for name, p in module.named_parameters()}
+    language: Any = model.language
+    if language.adapters:
+        from beholder.model.lora import adapter_parameters
+
+        names = [f"language.{name}" for name in adapter_parameters(language)]
+        found["lora"] = {name: found["language"].pop(name) for name in names}
+    return found
 
 
 def trainable_table(model: nn.Module) -> TrainableTable:
     """The table of what is trainable now."""
     rows = []
-    for part in PARTS:
-        module = getattr(model, part)
-        if module is None:
-            continue
-        params = list(module.parameters())
+    for part, named in _parameters(model).items():
+        params = list(named.values())
         learns = [p for p in params if p.requires_grad]
         assert all(str(p.dtype) == "torch.float32" for p in learns), f"trainable weights of {part} are not fp32"
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in params})
@@ -105,15 +139,14 @@ def param_groups(
     ``weight_decay``. Raises `UserError` when nothing is trainable.
     """
     groups: list[dict[str, Any]] = []
-    for part in PARTS:
-        module = getattr(model, part)
-        named = [] if module is None else [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    for part, parameters in _parameters(model).items():
+        named = [(n, p) for n, p in parameters.items() if p.requires_grad]
         if not named:
             continue
         rate = lr if isinstance(lr, int | float) else lr[part]
         decay = weight_decay if isinstance(weight_decay, int | float) else weight_decay[part]
         for kind, wanted, wd in (("decay", True, float(decay)), ("no_decay", False, 0.0)):
-            params = [(f"{part}.{n}", p) for n, p in named if _decays(n, p) == wanted]
+            params = [(n, p) for n, p in named if _decays(n, p) == wanted]
             if params:
                 groups.append({"name": f"{part}.{kind}", "params": params, "lr": float(rate), "weight_decay": wd})
     if not groups:
@@ -126,9 +159,21 @@ def _decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def frozen_fingerprint(model: nn.Module) -> dict[str, str]:
-    """sha256 of every part without a trainable weight, to be compared before and after training."""
-    return {
-        part: hash_module(module)
-        for part in PARTS
-        if (module := getattr(model, part)) is not None and not any(p.requires_grad for p in module.parameters())
-    }
+    """sha256 of every part without a trainable weight, to be compared before and after training.
+
+    ``language`` are the weights of the base under the names they have without adapters, so attaching does not change
+    it; adapters that are frozen too are a part of their own.
+    """
+    parts = _parameters(model)
+    frozen = [part for part in PARTS if part in parts and not any(p.requires_grad for p in parts[part].values())]
+    return {part: hash_state(_state(model, part, parts)) for part in frozen}
+
+
+def _state(model: nn.Module, part: str, parts: Mapping[str, Mapping[str, nn.Parameter]]) -> Mapping[str, Tensor]:
+    if part == "lora":
+        return {name: p.detach() for name, p in parts["lora"].items()}
+    if part == "language" and "lora" in parts:
+        from beholder.model.lora import base_state
+
+        return base_state(model.language)  # pyright: ignore[reportArgumentType]
+    return getattr(model, part).state_dict()

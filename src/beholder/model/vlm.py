@@ -1,4 +1,4 @@
-"""The whole model: images through tower and connector into the language model's embeddings, loss and captions out.
+"""The whole model: images through tower and connector into the language model's embeddings, loss and answers out.
 
 `build_vlm` is the one place where model settings become parts. Losses come back per token, so that training, evaluation
 and the ablation share this forward. No loop, no optimizer and no data file is known here.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from beholder.config import ModelConfig
 from beholder.model.connector import Connector, build_connector
 from beholder.model.fusion import check_images, scatter_images, spans_to_positions, supervised_positions
-from beholder.model.language import LanguageModel, load_language
+from beholder.model.language import AdapterSite, LanguageModel, load_language
 from beholder.model.losses import head_nll
 from beholder.model.vision import VisionTower, load_vision
 from beholder.model.weights import DTYPES, sketch_module
@@ -26,7 +26,7 @@ class VisionLanguageModel(nn.Module):
     """Tower, connector and language model. ``vision`` becomes None after `drop_vision`; features then come stored.
 
     The connector keeps fp32 weights and is computed under autocast in ``compute_precision``; the frozen parts compute
-    in the precision they are stored in, so no weight of theirs is ever cast.
+    in the precision they are stored in, so no weight of theirs is ever cast. Adapters have fp32 weights too.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class VisionLanguageModel(nn.Module):
             "vision": {"name": vision.name, "fingerprint": sketch_module(vision.backbone)},
             "language": {"name": language.name, "fingerprint": sketch_module(language.model)},
         }
+        assert not language.adapters, "adapters are attached afterwards: the fingerprint is the base's"
         self.train(False)
 
     @property
@@ -56,6 +57,19 @@ class VisionLanguageModel(nn.Module):
         super().train(mode)
         self.connector.train(mode and any(p.requires_grad for p in self.connector.parameters()))
         return self
+
+    @property
+    def adapters(self) -> list[AdapterSite]:
+        """The adapters on the language model; none without LoRA."""
+        return self.language.adapters
+
+    def adapters_off(self) -> AbstractContextManager[None]:
+        """Inside, the language model is the base, bit for bit (the connector stays what it is)."""
+        if not self.adapters:
+            return nullcontext()
+        from beholder.model import lora
+
+        return lora.adapters_off(self.language)
 
     def drop_vision(self) -> None:
         """Free the tower's memory when every image comes with stored features."""
@@ -142,6 +156,7 @@ class VisionLanguageModel(nn.Module):
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
         seed: int = 0,
+        streamer: Any = None,
     ) -> list[list[int]]:
         """New token ids for each prompt with its images, up to and with the end token; the prompt is not repeated.
 
@@ -163,7 +178,7 @@ class VisionLanguageModel(nn.Module):
             embeds.append(scatter_images(self.language.embed(ids), places.to(self.device), mine)[0])
         return self.language.generate(
             embeds, eos_ids=eos_ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-            repetition_penalty=repetition_penalty, seed=seed,
+            repetition_penalty=repetition_penalty, seed=seed, streamer=streamer,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -178,13 +193,13 @@ class VisionLanguageModel(nn.Module):
 def build_vlm(
     cfg: ModelConfig, *, compute_precision: str, device: torch.device, seed: int
 ) -> tuple[VisionLanguageModel, Any]:
-    """(model, tokenizer) from the settings: tower and language model strictly loaded and frozen, a fresh connector.
+    """(model, tokenizer) from the settings: tower and language model strictly loaded and frozen, a fresh connector and,
+    with ``lora.enable``, fresh adapters, which change nothing before they have learned.
 
-    The connector's weights come from ``seed`` alone, so every rank starts from the same ones. Raises `UserError` for
-    whatever does not fit together. A checkpoint named in ``connector.load_checkpoint`` is loaded by the caller.
+    The connector's and the adapters' weights come from ``seed`` alone, so every rank starts from the same ones. Raises
+    `UserError` for whatever does not fit together. A checkpoint named in ``connector.load_checkpoint`` is loaded by the
+    caller.
     """
-    if cfg.lora.enable:
-        raise UserError("model.lora.enable: adapters on the language model come with stage 2")
     vision = load_vision(cfg.vision, device)
     language, tokenizer = load_language(cfg.llm, device)
     g = vision.geometry
@@ -193,4 +208,9 @@ def build_vlm(
         embed_rms=language.embed_rms, seed=seed,
     ).to(device)  # fmt: skip
     connector.requires_grad_(cfg.connector.trainable)
-    return VisionLanguageModel(vision, connector, language, DTYPES[compute_precision]), tokenizer
+    model = VisionLanguageModel(vision, connector, language, DTYPES[compute_precision])
+    if cfg.lora.enable:  # after the checks of the language model, which are about the base
+        from beholder.model import lora
+
+        lora.attach(language, cfg.lora, seed)
+    return model, tokenizer

@@ -119,10 +119,15 @@ def hash_tensors(tensors: Mapping[str, Tensor], header: str = "") -> str:
 
 
 def hash_module(module: nn.Module, header: str = "") -> str:
-    """`hash_tensors` over everything a checkpoint of ``module`` would hold; tied weights are read once."""
+    """`hash_state` of everything a checkpoint of ``module`` would hold."""
+    return hash_state(module.state_dict(), header)
+
+
+def hash_state(state: Mapping[str, Tensor], header: str = "") -> str:
+    """`hash_tensors` of a module's state; tied weights are read once, under the first of their names."""
     seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
     tensors: dict[str, Tensor] = {}
-    for name, t in module.state_dict().items():
+    for name, t in state.items():
         key = (t.data_ptr(), tuple(t.shape), tuple(t.stride()))
         if t.numel() and key in seen:
             continue

@@ -21,9 +21,10 @@ from beholder.data.collate import Layout, collate
 from beholder.data.images import content_hash
 from beholder.evidence import Measurement
 from beholder.probes import measurement, ratio_of_sums, wilson
+from beholder.probes.answers import without_images
 from beholder.probes.loss import LossModel, SampleLoss, sample_losses
 from beholder.probes.strata import MIN_SAMPLES, groups_of, questions
-from beholder.types import Batch, Encoded, Example, ImageInput, ImageRef, ImageSlot, Part, Turn
+from beholder.types import Batch, Encoded, Example, ImageInput, ImageRef, ImageSlot, Turn
 
 LEAK = 0.05
 """Nats per token above which the lower end of ``audit.leak`` is a finding."""
@@ -148,24 +149,6 @@ def text_losses(
     plain = _text_encoder(encoder)
     samples = [(e.id, plain.encode(without_images(encoder.apply_template(e)))) for e in examples]
     return sample_losses(model, _batches(samples, layout, batch_size))
-
-
-def without_images(example: Example) -> Example:
-    """The example with its images and their places taken out, and the line break after a place.
-
-    Its own words are kept, so it is to be encoded as a conversation: the caption template wants an image.
-    """
-
-    def text(parts: tuple[Part, ...]) -> tuple[Part, ...]:
-        out: list[Part] = []
-        after_image = False
-        for part in parts:
-            if isinstance(part, str):
-                out.append(part.removeprefix("\n") if after_image else part)
-            after_image = not isinstance(part, str)
-        return tuple(p for p in out if p)
-
-    return replace(example, images=(), turns=tuple(replace(t, parts=text(t.parts)) for t in example.turns))
 
 
 # ---------------------------------------------------------------------------------------------------------------

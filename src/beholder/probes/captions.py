@@ -17,6 +17,7 @@ from beholder.config import GenerateConfig
 from beholder.data.images import ImageError
 from beholder.evidence import Condition, Histogram, Measurement
 from beholder.probes import bootstrap, measurement, measuring, wilson
+from beholder.probes.answers import without_images
 from beholder.probes.caption_metrics import (
     MAX_N,
     bleu_score,
@@ -90,13 +91,14 @@ def caption(
     builder: ImageLoader,
     examples: Sequence[Example],
     settings: GenerateConfig = GREEDY,
-    condition: Literal["correct", "zero"] = "correct",
+    condition: Literal["correct", "zero", "none"] = "correct",
     *,
     batch_size: int = 16,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[CaptionRecord]:
-    """Let the model write the last answer of each example, shown its images or (``zero``) an empty one in every place.
+    """Let the model write the last answer of each example, shown its images, (``zero``) an empty one in every place, or
+    (``none``) no image and no place for one: what it says to the words alone. The caption template has no such prompt.
 
     Other samples' images are shown by giving `loss.shuffle_images` of the examples. Greedy captions do not depend on
     the batch size. ``progress(done, total)`` is called after each batch. Raises UserError for a prompt that does not
@@ -107,6 +109,8 @@ def caption(
     eos = set(encoder.eos_ids)
     records: list[CaptionRecord] = []
     with measuring(model):
+        if condition == "none":
+            examples = [without_images(example) for example in examples]
         for start in range(0, len(examples), batch_size):
             chunk: list[Example] = []
             images: list[list[ImageInput]] = []
@@ -230,8 +234,6 @@ def _conditions(records: Sequence[CaptionRecord]) -> list[Condition]:
 
 def _score_condition(records: Sequence[CaptionRecord], name: str, condition: Condition, seed: int) -> list[Measurement]:
     n = len(records)
-    predictions = [tokenize(r.prediction) for r in records]
-    references = [[tokenize(r.reference)] for r in records]
     # What is good with the own image says nothing good or bad with another one; lower is then merely "more sighted".
     usual: Literal["higher", "none"] = "higher" if condition == "correct" else "none"
     out: list[Measurement] = []
@@ -248,16 +250,43 @@ def _score_condition(records: Sequence[CaptionRecord], name: str, condition: Con
         full = f"{name}.{metric}.{condition}"
         out.append(measurement(full, value, unit=unit, better=better, n=n, ci95=ci, caveat=caveat))
 
+    for metric, value, unit, ci, caveat in match_scores(
+        [r.prediction for r in records], [[r.reference] for r in records], seed
+    ):
+        add(metric, value, unit, ci, caveat=caveat)
+    lengths = np.array([len(tokenize(r.prediction)) for r in records], dtype=np.float64)
+    add("length", float(lengths.mean()), "words", bootstrap(lambda k: lengths[k].mean(1), n, seed), better="none")
+    different = len({normalize(r.prediction) for r in records})
+    wanted = len({normalize(r.reference) for r in records})
+    add("distinct", different / n, "share", None, better="none",
+        caveat=f"{different} different captions; the references have {wanted}")  # fmt: skip
+    empty = int((lengths == 0).sum())
+    add("empty", empty / n, "share", wilson(empty, n), better="lower")
+    cut = sum(not r.finished for r in records)
+    add("unfinished", cut / n, "share", wilson(cut, n), better="lower", caveat="cut off by max_new_tokens")
+    return out
+
+
+def match_scores(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], seed: int = 0
+) -> list[tuple[str, float, str, tuple[float, float] | None, str | None]]:
+    """(metric, value, unit, 95 % interval, caveat) of exact match, BLEU-1…4, ROUGE-L and CIDEr-D.
+
+    ``references[k]`` are one or more texts; the same as one of them is an exact match.
+    """
+    n, out = len(predictions), list[tuple[str, float, str, tuple[float, float] | None, str | None]]()
+    said, refs = [tokenize(p) for p in predictions], [[tokenize(r) for r in own] for own in references]
+
     def mean(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
         array = np.array(values, dtype=np.float64)
         return float(array.mean()), bootstrap(lambda k: array[k].mean(1), n, seed)
 
-    hits = sum(exact_match(r.prediction, r.reference) for r in records)
-    add("exact_match", hits / n, "share", wilson(hits, n), caveat="case, spacing and closing punctuation ignored")
+    hits = sum(any(exact_match(p, r) for r in own) for p, own in zip(predictions, references, strict=True))
+    out.append(("exact_match", hits / n, "share", wilson(hits, n), "case, spacing and closing punctuation ignored"))
 
-    sums = bleu_sums(predictions, references)
+    sums = bleu_sums(said, refs)
     whole = bleu_score(sums.correct.sum(0), sums.guess.sum(0), sums.length.sum(0), sums.reference_length.sum(0))
-    longest = max(len(refs[0]) for refs in references)
+    longest = max(len(r) for own in refs for r in own)
     for order in range(1, min(MAX_N, longest) + 1):
         ci = bootstrap(
             lambda k, order=order: bleu_score(
@@ -265,29 +294,15 @@ def _score_condition(records: Sequence[CaptionRecord], name: str, condition: Con
             )[:, order - 1],
             n, seed, resamples=200 if n > 2000 else 1000,
         )  # fmt: skip
-        add(f"bleu{order}", float(whole[order - 1]), "score 0-1", ci)
+        out.append((f"bleu{order}", float(whole[order - 1]), "score 0-1", ci, None))
 
-    add("rouge_l", *_between(mean(rouge_l(predictions, references)), "score 0-1"))
-    short = sum(len(refs[0]) < MAX_N for refs in references)
+    value, ci = mean(rouge_l(said, refs))
+    out.append(("rouge_l", value, "score 0-1", ci, None))
+    short = sum(max(map(len, own)) < MAX_N for own in refs)
     note = "document frequencies from this set; compare only on the same set"
     if short:
         note += f"; {short} of {n} references have fewer than {MAX_N} words, which caps their score below 10"
     if n > 1:  # one sample has no document frequencies
-        add("cider_d", *_between(mean(cider_d(predictions, references)), "score 0-10"), caveat=note)
-
-    add("length", *_between(mean([len(p) for p in predictions]), "words"), better="none")
-    different = len({normalize(r.prediction) for r in records})
-    wanted = len({normalize(r.reference) for r in records})
-    add("distinct", different / n, "share", None, better="none",
-        caveat=f"{different} different captions; the references have {wanted}")  # fmt: skip
-    empty = sum(not p for p in predictions)
-    add("empty", empty / n, "share", wilson(empty, n), better="lower")
-    cut = sum(not r.finished for r in records)
-    add("unfinished", cut / n, "share", wilson(cut, n), better="lower", caveat="cut off by max_new_tokens")
+        value, ci = mean(cider_d(said, refs))
+        out.append(("cider_d", value, "score 0-10", ci, note))
     return out
-
-
-def _between(
-    pair: tuple[float, tuple[float, float] | None], unit: str
-) -> tuple[float, str, tuple[float, float] | None]:
-    return pair[0], unit, pair[1]

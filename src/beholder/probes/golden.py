@@ -24,6 +24,8 @@ from rich.text import Text
 
 from beholder.probes import collapse
 from beholder.probes.caption_metrics import exact_match
+from beholder.probes.categories import category
+from beholder.probes.strata import questions
 from beholder.runs import atomic_write
 from beholder.types import Example, UserError
 
@@ -48,6 +50,10 @@ class GoldenItem:
     image_relpath: str
     label_len: int
     """Target tokens of the whole sample."""
+    category: str = ""
+    """`categories.category` of the question; empty in a set of captions."""
+    prompt_text: str = ""
+    """What the user asked last; empty in a set of captions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,41 +69,74 @@ class GoldenCaption:
     pred_tokens_len: int
     hash: str
     """First 16 hex digits of sha256 over ``pred_text``: a quick diff between steps."""
+    category: str = ""
+    prompt_text: str = ""
 
 
-def choose(buckets: Sequence[str], size: int, seed: int) -> list[int]:
+OPTIONAL = ("category", "prompt_text")
+"""Fields that only sets of questions have."""
+
+
+def choose(buckets: Sequence[str], size: int, seed: int, categories: Sequence[str] | None = None) -> list[int]:
     """``size`` of the samples as indices into ``buckets``, balanced over them, as a pure function of the arguments.
 
     Every bucket gets the same number, the earlier ones one more where it does not divide; a bucket with too few gives
-    its share to the others. Fewer than ``size`` samples: all of them. Buckets are ordered by name.
+    its share to the others. Fewer than ``size`` samples: all of them. Buckets are ordered by name. With ``categories``
+    (one a sample) the size is shared out over these first in the same way, then over the buckets within each.
     """
+    if categories is not None:
+        assert len(categories) == len(buckets), f"{len(categories)} categories, {len(buckets)} buckets"
+        found: list[int] = []
+        for pool, share in _shares(_pools(categories), size):
+            found += [pool[k] for k in choose([buckets[i] for i in pool], share, seed)]
+        return sorted(found)
     rng = np.random.default_rng(seed)
+    pools = {name: [pool[k] for k in rng.permutation(len(pool))] for name, pool in _pools(buckets).items()}
+    return sorted(index for pool, share in _shares(pools, size) for index in pool[:share])
+
+
+def _pools(names: Sequence[str]) -> dict[str, list[int]]:
     pools: dict[str, list[int]] = {}
-    for index, bucket in enumerate(buckets):
-        pools.setdefault(bucket, []).append(index)
-    shuffled = {name: [pool[k] for k in rng.permutation(len(pool))] for name, pool in sorted(pools.items())}
-    taken: dict[str, int] = dict.fromkeys(shuffled, 0)
-    for _ in range(min(size, len(buckets))):  # one at a time to the bucket that has the fewest and has any left
-        name = min((n for n in shuffled if taken[n] < len(shuffled[n])), key=lambda n: (taken[n], n))
+    for index, name in enumerate(names):
+        pools.setdefault(name, []).append(index)
+    return dict(sorted(pools.items()))
+
+
+def _shares(pools: Mapping[str, list[int]], size: int) -> list[tuple[list[int], int]]:
+    """How many of each pool: one at a time to the pool that has given the fewest and has any left."""
+    taken: dict[str, int] = dict.fromkeys(pools, 0)
+    for _ in range(min(size, sum(map(len, pools.values())))):
+        name = min((n for n in pools if taken[n] < len(pools[n])), key=lambda n: (taken[n], n))
         taken[name] += 1
-    return sorted(index for name, pool in shuffled.items() for index in pool[: taken[name]])
+    return [(pool, taken[name]) for name, pool in pools.items()]
 
 
 def golden_set(
-    path: Path, examples: Sequence[Example], *, buckets: Sequence[str], label_len: Sequence[int], size: int, seed: int
+    path: Path,
+    examples: Sequence[Example],
+    *,
+    buckets: Sequence[str],
+    label_len: Sequence[int],
+    size: int,
+    seed: int,
+    by_category: bool = False,
 ) -> list[tuple[int, GoldenItem]]:
     """The golden set as (index into ``examples``, item): read from ``path`` if it is there, else chosen and stored.
 
-    ``examples`` are the held-out samples; ``buckets`` and ``label_len`` (target tokens) are aligned with them. Raises
-    UserError when the file is malformed or empty, or when one of its samples is not among them or reads differently
-    now: the set would then test on training data or on other data.
+    ``examples`` are the held-out samples; ``buckets`` and ``label_len`` (target tokens) are aligned with them.
+    ``by_category``: the samples are questions; the set is balanced over what they ask for (`categories`) before length,
+    and says so. Raises UserError when the file is malformed or empty, or when one of its samples is not among them or
+    reads differently now: the set would then test on training data or on other data.
     """
     assert len(examples) == len(buckets) == len(label_len), (len(examples), len(buckets), len(label_len))
     assert size > 0 and examples, "a golden set needs a size and held-out samples"
     if path.exists():
         return _match(path, load(path), examples)
-    chosen = choose(buckets, size, seed)
-    items = [(index, describe(examples[index], buckets[index], int(label_len[index]))) for index in chosen]
+    kinds = [category(asked(e)) for e in examples] if by_category else None
+    chosen = choose(buckets, size, seed, kinds)
+    items = [
+        (index, describe(examples[index], buckets[index], int(label_len[index]), chats=by_category)) for index in chosen
+    ]
     save(path, [item for _, item in items])
     return items
 
@@ -105,7 +144,8 @@ def golden_set(
 def save(path: Path, rows: Sequence[GoldenItem | GoldenCaption]) -> None:
     """Write JSONL in one step: a reader sees the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, b"".join(orjson.dumps(asdict(row)) + b"\n" for row in rows))
+    plain = [{k: v for k, v in asdict(row).items() if v != "" or k not in OPTIONAL} for row in rows]
+    atomic_write(path, b"".join(orjson.dumps(row) + b"\n" for row in plain))
 
 
 def load(path: Path) -> list[GoldenItem]:
@@ -149,15 +189,23 @@ def _with(item: GoldenItem, prediction: str, tokens_len: int) -> GoldenCaption:
         id=item.id, bucket=item.bucket, gt_text=item.gt_text, pred_text=prediction,
         image_relpath=item.image_relpath, label_len=item.label_len, pred_tokens_len=tokens_len,
         hash=hashlib.sha256(prediction.encode("utf-8", "surrogatepass")).hexdigest()[:16],
+        category=item.category, prompt_text=item.prompt_text,
     )  # fmt: skip
 
 
-def describe(example: Example, bucket: str, label_len: int) -> GoldenItem:
-    """The example as a line of the golden set file."""
+def describe(example: Example, bucket: str, label_len: int, *, chats: bool = False) -> GoldenItem:
+    """The example as a line of the golden set file; ``chats``: with its question and the kind of it."""
+    question = asked(example) if chats else ""
     return GoldenItem(
         id=example.id, bucket=bucket, gt_text=example.answer_text,
         image_relpath=", ".join(ref.path for ref in example.images), label_len=label_len,
+        category=category(question) if chats else "", prompt_text=question,
     )  # fmt: skip
+
+
+def asked(example: Example) -> str:
+    """What the user said before the last answer, without images."""
+    return (questions(example) or [""])[-1].strip()
 
 
 def _match(path: Path, items: Sequence[GoldenItem], examples: Sequence[Example]) -> list[tuple[int, GoldenItem]]:
@@ -362,12 +410,15 @@ def show_step(run_folder: str | Path, step: Step = "last", console: Console | No
     number = run.resolve(step)
     rows = run.captions(number)
     table = Table(title=_plain(f"{run.folder}: golden captions, step {number}"))
-    for name in ("sample", "bucket", "reference", "caption"):
+    chats = any(r.category or r.prompt_text for r in rows)
+    kinds = ("category", "question") if chats else ()
+    for name in ("sample", "bucket", *kinds, "reference", "answer" if chats else "caption"):
         table.add_column(name, overflow="fold")
     table.add_column("exact")
     for r in rows:
         exact = Text("yes", "green") if exact_match(r.pred_text, r.gt_text) else Text("no", "red")
-        table.add_row(_plain(r.id), _plain(r.bucket), _plain(r.gt_text), _plain(r.pred_text), exact)
+        kind = (_plain(r.category), _plain(r.prompt_text)) if chats else ()
+        table.add_row(_plain(r.id), _plain(r.bucket), *kind, _plain(r.gt_text), _plain(r.pred_text), exact)
     console.print(table)
     found = collapse.symptoms([r.pred_text for r in rows], [r.gt_text for r in rows], ids=[r.id for r in rows])
     console.print(Text(f"exact matches {_exact(rows)} of {len(rows)}"))
@@ -443,7 +494,7 @@ def _rows(path: Path, kind: type[GoldenItem] | type[GoldenCaption]) -> Iterator[
         except orjson.JSONDecodeError as e:
             raise UserError(f"{path}:{number}: not valid JSON ({e}); delete the file to have it made again") from e
         got = {key: type(value) for key, value in row.items()} if isinstance(row, dict) else None
-        if got != expected:
+        if got is None or got | {name: str for name in OPTIONAL if name not in got} != expected:
             raise UserError(
                 f"{path}:{number}: expected the fields {_named(expected)}, "
                 f"got {type(row).__name__ if got is None else _named(got)}; delete the file to have it made again"

@@ -72,6 +72,20 @@ Groups = Mapping[str, Sequence[Sequence[str | None]]]
 """Grouping (``by``) -> per sample -> per assistant turn: the stratum it is in, or None for none."""
 
 
+def exact_shares(losses: Sequence[SampleLoss], groups: Sequence[Sequence[str | None]] = ()) -> dict[str | None, float]:
+    """Share of samples whose every supervised token, end token included, was the arg-max; by group, None: all.
+
+    For a sample with one answer that is the share greedy decoding would write exactly. ``groups``: one grouping of
+    `Groups`; samples with several turns count in the overall share alone.
+    """
+    exact = [x.correct == x.tokens for x in losses]
+    by: dict[str | None, list[bool]] = {None: exact}
+    for right, turns in zip(exact, groups, strict=False):  # no groups: only the overall share
+        if len(turns) == 1 and turns[0] is not None:
+            by.setdefault(turns[0], []).append(right)
+    return {k: sum(v) / max(len(v), 1) for k, v in by.items()}
+
+
 def sample_losses(model: LossModel, batches: Iterable[Batch]) -> list[SampleLoss]:
     """Loss sums of every sample, in the order the samples come.
 

@@ -32,15 +32,20 @@ _DIGITS = re.compile(r"[-+]?\d[\d.,:/]*\s*%?")
 def groups_of(examples: Sequence[Example], buckets: Sequence[str]) -> Groups:
     """Strata of every assistant turn, as `loss.summarize_groups` takes them; ``buckets``: length bucket per example.
 
-    ``length``: the sample's bucket. ``turn``: first or later. ``question``: the first two words of what the user
-    asked, or `OTHER_QUESTIONS` for a beginning that fewer than 20 of these samples have (a sample that has it in
-    several turns counts once). ``answer``: VQA's types yes/no, number,
-    other. No name occurs in two groupings.
+    ``length``: the sample's bucket. ``turn``: first or later. ``question``: `Example.question_type` for the last answer
+    of a sample that has one, else the first two words of what the user asked; `OTHER_QUESTIONS` for a kind that fewer
+    than 20 of these samples have (a sample that has it in several turns counts once). ``answer``:
+    `Example.answer_type` for the last answer, else VQA's types by the words: yes/no, number, other. No name occurs in
+    two groupings: easy-VQA's question type "yes/no" is told as "yes/no questions".
     """
     assert len(examples) == len(buckets), f"{len(examples)} examples, {len(buckets)} buckets"
     asked = [questions(example) for example in examples]
-    taken = {*buckets, FIRST, LATER, YES_NO, NUMBER, OTHER_ANSWERS, OTHER_QUESTIONS}
+    answers = [_answer_types(example, {*buckets, FIRST, LATER}) for example in examples]
+    taken = {*buckets, FIRST, LATER, YES_NO, NUMBER, OTHER_ANSWERS, OTHER_QUESTIONS}.union(*answers)
     heads = [[_head(q, taken) for q in own] for own in asked]
+    for example, own in zip(examples, heads, strict=True):
+        if own and example.question_type.strip():
+            own[-1] = _apart(example.question_type.strip(), taken, "questions")
     samples_with = Counter(head for own in heads for head in set(own))
     return {
         "length": [[bucket] * len(own) for bucket, own in zip(buckets, asked, strict=True)],
@@ -49,8 +54,24 @@ def groups_of(examples: Sequence[Example], buckets: Sequence[str]) -> Groups:
             [None if h is None else h if samples_with[h] >= MIN_SAMPLES else OTHER_QUESTIONS for h in own]
             for own in heads
         ],
-        "answer": [[answer_type(t.text) for t in example.turns if t.role == "assistant"] for example in examples],
+        "answer": answers,
     }
+
+
+def _answer_types(example: Example, taken: set[str]) -> list[str]:
+    """By assistant turn. What a data set says of the answer is about the last one."""
+    types = [answer_type(t.text) for t in example.turns if t.role == "assistant"]
+    given = example.answer_type.strip()
+    if types and given:
+        types[-1] = OTHER_ANSWERS if given == "other" else _apart(given, taken, "answers")
+    return types
+
+
+def _apart(name: str, taken: set[str], what: str) -> str:
+    """A data set's own name of a kind, told apart from strata of other groupings."""
+    while name in taken:
+        name = f"{name} {what}"
+    return name
 
 
 def questions(example: Example) -> list[str]:

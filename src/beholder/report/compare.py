@@ -24,9 +24,10 @@ from rich.text import Text
 from beholder.config import RunConfig
 from beholder.configfile import diff_configs, parse_config
 from beholder.evidence import Evidence, GateResult, Measurement, load_evidence
+from beholder.report.content import measured_step
 from beholder.report.markdown import escaped, table
 from beholder.report.page import page
-from beholder.report.words import fmt, fmt_ci, visible
+from beholder.report.words import fmt, fmt_ci, metric_name, number, unit_of, visible
 from beholder.types import UserError
 
 NAMES_OF_A_RUN = ("run_name", "output_dir")
@@ -65,6 +66,8 @@ class MeasurementRow:
     unit: str
     better: Literal["lower", "higher", "none"]
     values: tuple[Measurement | None, ...]
+    told: str = ""
+    """The measurement's name for people, where it has one."""
     comparable: bool = True
     """Whether the runs were measured on the same samples, in the same tokens."""
 
@@ -124,7 +127,7 @@ class Comparison:
             ],
             "measurements": [
                 {
-                    "key": m.key, "unit": m.unit, "better": m.better,
+                    "key": m.key, "told": m.told, "unit": m.unit, "better": m.better,
                     "values": [v and v.model_dump(mode="json") for v in m.values],
                     "against_first": [m.mark(i) for i in range(len(m.values))],
                 }
@@ -136,12 +139,19 @@ class Comparison:
     def to_html(self) -> str:
         """A page of its own: no script, no network, light and dark."""
         return page(
-            "compare.html", c=self, value=_text, gate=_gate_text, fmt=fmt, fmt_ci=fmt_ci, mark=MeasurementRow.mark
+            "compare.html",
+            c=self,
+            measured=measured,
+            value=_text,
+            gate=_gate_text,
+            fmt=fmt,
+            fmt_ci=fmt_ci,
+            mark=MeasurementRow.mark,
         )
 
     def to_markdown(self) -> str:
         out = [f"# {len(self.runs)} runs side by side", ""]
-        out += [f"- **{escaped(r.name)}**: {r.status}, {r.created}, `{r.folder}`" for r in self.runs]
+        out += [f"- **{escaped(r.name)}**: {r.status}, {r.created}{measured(r)}, `{r.folder}`" for r in self.runs]
         for warning in self.warnings:
             out += ["", f"> **{escaped(warning)}**"]
         for title, headings, rows in self._tables():
@@ -276,7 +286,10 @@ def _measurements(runs: Sequence[Run], *, comparable: bool) -> list[MeasurementR
     for key in dict.fromkeys(k for f in found for k in f):
         values = tuple(f.get(key) for f in found)
         one = next(v for v in values if v is not None)
-        rows.append(MeasurementRow(one.key, one.unit, one.better, values, comparable))
+        stages = {r.evidence.stage for r in runs}
+        name = metric_name(one.name, stages.pop() if len(stages) == 1 else "")
+        told = "" if name == one.name else name
+        rows.append(MeasurementRow(one.key, unit_of(one.name, one.unit), one.better, values, told, comparable))
     return rows
 
 
@@ -296,6 +309,12 @@ def _gates(runs: Sequence[Run]) -> tuple[GateRow, ...]:
     return tuple(rows)
 
 
+def measured(run: Run) -> str:
+    """``, measured: step 280 of 420, the best``, for a run that chose among its checkpoints; else nothing."""
+    told = measured_step(run.evidence)
+    return f", {told}" if told else ""
+
+
 def _other_samples(runs: Sequence[Run], settings: Sequence[Setting]) -> list[str]:
     """Why the numbers are not about the same thing; empty when nothing says so."""
     found = []
@@ -311,6 +330,9 @@ def _other_samples(runs: Sequence[Run], settings: Sequence[Setting]) -> list[str
 
 
 def _other_training(runs: Sequence[Run]) -> Iterator[str]:
+    if len({r.evidence.stage for r in runs}) > 1:
+        stages = ", ".join(f"{r.name}: {r.evidence.stage}" for r in runs)
+        yield f"The stages differ ({stages}): they learned different things, from different text."
     unfinished = [f"{r.name} ({r.status.replace('_', ' ')})" for r in runs if r.status != "succeeded"]
     if unfinished:
         yield f"Not finished: {', '.join(unfinished)}. Their numbers are those of an unfinished training."
@@ -352,9 +374,11 @@ def _text(value: Any) -> str:
 def _gate_text(result: GateResult | None) -> str:
     if result is None:
         return "–"
-    number = "not measured" if result.value is None else f"{result.value:.4g} {result.unit}".rstrip()
+    value = "not measured" if result.value is None else f"{result.value:.4g} {result.unit}".rstrip()
+    if result.value is not None and unit_of(result.measure, result.unit) == "points":
+        value = f"{number(result.value, 'points')} points"
     worst = f" in {result.stratum}" if result.stratum else ""
-    return f"{'passed' if result.passed else 'FAILED'}: {number}{worst}"
+    return f"{'passed' if result.passed else 'FAILED'}: {value}{worst}"
 
 
 def _with_ci(row: MeasurementRow, i: int) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from beholder.evidence import (
-    CONDITIONS,
+    AdapterRow,
     Condition,
     Cost,
     Evidence,
@@ -23,16 +23,19 @@ from beholder.evidence import (
     WordStat,
 )
 from beholder.report import plots
+from beholder.report.answers import ALL_CONDITIONS, all_answers
 from beholder.report.verdicts import Group, groups
 from beholder.report.words import (
-    CONDITION_NAMES,
-    METRIC_NAMES,
     NBSP,
+    condition_names,
     count,
     duration,
     fmt,
     fmt_ci,
+    listed,
     metric_name,
+    number,
+    plural,
     reliance_level,
     signed,
 )
@@ -59,35 +62,53 @@ def warnings(e: Evidence) -> list[str]:
     if changed:
         out.append(f"Frozen weights changed: {', '.join(changed)}. Every other number is suspect.")
     if e.text_only is not None and not e.text_only.equal:
-        out.append("The language model answers text differently than before: its logits are not bit-equal.")
+        off = ", even with its adapters off" if e.adapters else ""
+        out.append(f"The language model answers text differently than before{off}: its logits are not bit-equal.")
+    if e.candidates and not any(c.best for c in e.candidates):
+        out.append("No checkpoint was fit to be the best: the last one was measured. “Can I promote it?” says why.")
     if e.data.label_zero_pct:
         out.append(f"{e.data.label_zero_pct:.2g} % of the training samples had no supervised token.")
     empty = e.get("caption.empty.correct")
     if empty is not None and empty.value >= 0.05:
-        out.append(f"{fmt(empty)} of the captions are empty.")
+        out.append(f"{fmt(empty)} of the {written(e)}s are empty.")
     return out
+
+
+def written(e: Evidence) -> str:
+    """What the model was taught to write: a ``caption`` or an ``answer``."""
+    return "answer" if e.stage == "instruct" else "caption"
 
 
 def key_numbers(e: Evidence) -> list[tuple[str, str, str]]:
     """(label, number, small print) of the row under the verdicts."""
     out: list[tuple[str, str, str]] = []
     wanted = (
+        "answer.accuracy.correct", "answer.gain.none", "pope.f1.correct", "retention.loss_ratio", "collapse.worst",
+        "clipscore.correct", "eval.token_accuracy", "eval.perplexity",
+    ) if e.stage == "instruct" else (
         "caption.exact_match.correct", "caption.cider_d.correct", "qa.accuracy.correct", "chair.s.correct",
         "clipscore.correct", "collapse.worst", "eval.token_accuracy", "eval.perplexity",
     )  # fmt: skip
-    short = {"chair.s.correct": "absent object named", "collapse.worst": "worst collapse"}
+    short = {
+        "chair.s.correct": "absent object named", "collapse.worst": "worst collapse",
+        "answer.accuracy.correct": "answers right", "answer.gain.none": "gain over no image",
+        "pope.f1.correct": "yes/no questions, F1", "retention.loss_ratio": "text loss over the base's",
+    }  # fmt: skip
     for name in wanted:
         if (m := e.get(name)) is not None:
             parts = [fmt_ci(m), f"n{NBSP}{count(m.n)}"]
             if name == "qa.accuracy.correct" and (level := e.get("qa.accuracy.chance")) is not None:
                 parts.append(f"guessing {fmt(level)}")
-            out.append((short.get(name, metric_name(name)), fmt(m), " · ".join(filter(None, parts))))
+            if name == "answer.accuracy.correct" and (blind := e.get("answer.accuracy.none")) is not None:
+                parts.append(f"no image {fmt(blind)}")
+            out.append((short.get(name, metric_name(name, e.stage)), fmt(m), " · ".join(filter(None, parts))))
     frozen = [row.intact for row in e.trainable if row.intact is not None]
     if frozen:
         out.append(("frozen weights", "unchanged" if all(frozen) else "CHANGED", f"sha256 of {len(frozen)} parts"))
     if e.text_only is not None:
         t = e.text_only
-        out.append(("on text alone", "bit-equal" if t.equal else "CHANGED", f"{count(t.logits)} logits"))
+        label = "adapters off, on text" if e.adapters else "on text alone"
+        out.append((label, "bit-equal" if t.equal else "CHANGED", f"{count(t.logits)} logits"))
     return out
 
 
@@ -116,7 +137,7 @@ def progress_bars(e: Evidence) -> list[Bar]:
     ]
     found = [(label, kind, m) for label, kind, m in pair if m is not None]
     if (m := e.get("band.text_only")) is not None and found:
-        found.append((METRIC_NAMES["band.text_only"], "chance", m))
+        found.append((metric_name(m.name, e.stage), "chance", m))
     top = max((m.value for _, _, m in found), default=0.0) or 1.0
     return [Bar(label, kind, m.value / top, fmt(m, unit=False), fmt_ci(m)) for label, kind, m in found]
 
@@ -147,11 +168,12 @@ def learn_rows(e: Evidence) -> list[Measurement]:
 
 def condition_bars(e: Evidence, prefix: str) -> list[Bar]:
     """The same measurement with the right image and the wrong ones; shares also beside the chance level."""
-    found = [(c, m) for c in CONDITIONS if (m := e.get(f"{prefix}.{c}")) is not None]
+    found = [(c, m) for c in ALL_CONDITIONS if (m := e.get(f"{prefix}.{c}")) is not None]
     if not found:
         return []
     top = 1.0 if found[0][1].unit == "share" else max(m.value for _, m in found) or 1.0
-    bars = [Bar(CONDITION_NAMES[c], c, max(0.0, m.value) / top, fmt(m, unit=False), fmt_ci(m)) for c, m in found]
+    names = condition_names(e.stage)
+    bars = [Bar(names[c], c, max(0.0, m.value) / top, fmt(m, unit=False), fmt_ci(m)) for c, m in found]
     if (m := e.get(f"{prefix}.chance")) is not None:
         bars.append(Bar("blind guessing", "chance", m.value / top, fmt(m)))
     return bars
@@ -160,8 +182,8 @@ def condition_bars(e: Evidence, prefix: str) -> list[Bar]:
 def delta_lanes(e: Evidence) -> plots.Lanes | None:
     """How much each wrong image raises the loss, paired by sample, with its interval."""
     rows = [
-        (CONDITION_NAMES[c], c, m, f"n{NBSP}{count(m.n)}")
-        for c in CONDITIONS
+        (condition_names(e.stage)[c], c, m, f"n{NBSP}{count(m.n)}")
+        for c in ALL_CONDITIONS
         if (m := e.get(f"ablation.delta.{c}")) is not None
     ]
     axis = "loss with the wrong image minus loss with its own, nats/token; 0: the image does not matter"
@@ -190,14 +212,16 @@ def answer_table(e: Evidence) -> tuple[list[Condition], list[AnswerRow]]:
     """Captions, named objects, answers to questions and CLIPScore, under each condition any of them was measured."""
     kinds = r"(caption|chair|qa|(ref)?clipscore)(\.|$)"
     found = [m for m in e.measurements if m.stratum is None and re.match(kinds, m.name)]
-    shown: list[Condition] = [c for c in CONDITIONS if any(m.name.endswith(f".{c}") for m in found)]
+    shown: list[Condition] = [c for c in ALL_CONDITIONS if any(m.name.endswith(f".{c}") for m in found)]
     arrows = {"higher": "↑", "lower": "↓", "none": ""}
     out: list[AnswerRow] = []
     for m in found:
         stem, _, condition = m.name.rpartition(".")
         if condition == "correct":
             values = [e.get(f"{stem}.{c}") for c in shown]
-            out.append(AnswerRow(metric_name(m.name), arrows[m.better], m.caveat, values, e.get(f"{stem}.chance")))
+            out.append(
+                AnswerRow(metric_name(m.name, e.stage), arrows[m.better], m.caveat, values, e.get(f"{stem}.chance"))
+            )
     return shown, out
 
 
@@ -267,6 +291,16 @@ def groupings(e: Evidence) -> list[Grouping]:
         lanes = plots.lanes(rows, reference=1.0 if key == "ratio" else 0.0, axis=axis) if rows else None
         out.append(Grouping(by, members, lanes, columns))
     return out
+
+
+def standings(e: Evidence) -> dict[str, str]:
+    """What the marks of groups mean. Beside answers that are judged by themselves they are about the loss alone."""
+    loss_alone = all_answers(e) is not None
+    return {
+        "blind": "its loss does not need it" if loss_alone else "answered without looking",
+        "weak": "barely", "few": "too few to judge", "looks": "its loss needs it" if loss_alone else "looks",
+        "unknown": "",
+    }  # fmt: skip
 
 
 def symptom_rows(e: Evidence) -> list[Measurement]:
@@ -360,6 +394,100 @@ def _card(sample: Sample, steps: Sequence[int]) -> Card:
 
 def _state(p: Prediction | None) -> State:
     return "unknown" if p is None or p.exact is None else "right" if p.exact else "wrong"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What instruction tuning adds
+
+
+def retention_bars(e: Evidence) -> list[Bar]:
+    """Loss on plain text of the base and of the adapted model, as shares of the larger one."""
+    pair = [("base, adapters off", "before", "retention.loss_base"), ("adapters on", "cost", "retention.loss")]
+    found = [(label, kind, m) for label, kind, name in pair if (m := e.get(name)) is not None]
+    top = max((m.value for _, _, m in found), default=0.0) or 1.0
+    return [Bar(label, kind, m.value / top, fmt(m, unit=False), fmt_ci(m)) for label, kind, m in found]
+
+
+def retention_rows(e: Evidence) -> list[Measurement]:
+    """What the adapters cost on plain text, and what merging them into the weights changes."""
+    return [m for m in e.measurements if m.stratum is None and m.name.startswith(("retention.", "merge."))]
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """The adapted layers that share a name."""
+
+    name: str
+    count: int
+    shapes: str
+    """In → out, such as ``576 → 1,536``; several where they differ."""
+    rank: str
+    params: str
+    """Of one layer."""
+    total: int
+
+
+def footprint(adapters: Sequence[AdapterRow]) -> list[Footprint]:
+    """The adapted layers by the last part of their names, in the order in which they come."""
+    by_name: dict[str, list[AdapterRow]] = {}
+    for row in adapters:
+        by_name.setdefault(row.name.rpartition(".")[2], []).append(row)
+    return [
+        Footprint(
+            name=name,
+            count=len(rows),
+            shapes=listed(list(dict.fromkeys(f"{count(r.d_in)} → {count(r.d_out)}" for r in rows)), 2),
+            rank=_span([r.rank for r in rows]),
+            params=_span([r.params for r in rows]),
+            total=sum(r.params for r in rows),
+        )
+        for name, rows in by_name.items()
+    ]
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return count(low) if low == high else f"{count(low)}–{count(high)}"
+
+
+def footprint_told(e: Evidence) -> str:
+    """How many layers have adapters and how large they are beside the language model."""
+    total = sum(r.params for r in e.adapters)
+    base = next((r.params for r in e.trainable if r.part == "language"), 0)
+    share = f", {100 * total / base:.2g}{NBSP}% of the language model’s {count(base)}" if base else ""
+    return f"{plural(len(e.adapters), 'layer')} of the language model, {count(total)} parameters{share}."
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateRow:
+    """A measured checkpoint as the page shows it."""
+
+    step: int
+    loss: str
+    delta: str
+    collapse: str
+    state: Literal["best", "refused", "fit"]
+    verdict: str
+
+
+def candidate_rows(e: Evidence) -> list[CandidateRow]:
+    """The checkpoints the best one was chosen from, in the order of their steps."""
+    out: list[CandidateRow] = []
+    for c in sorted(e.candidates, key=lambda c: c.step):
+        state: Literal["best", "refused", "fit"] = "best" if c.best else "refused" if c.refused else "fit"
+        told = {"best": "the best", "refused": c.refused, "fit": "higher held-out loss"}[state]
+        delta = "" if c.delta_shuffled is None else signed(c.delta_shuffled)
+        collapse = "" if c.collapse is None else number(c.collapse, "share")
+        out.append(CandidateRow(c.step, number(c.eval_loss, "nats/token"), delta, collapse, state, told))
+    return out
+
+
+def measured_step(e: Evidence) -> str:
+    """Which checkpoint the numbers are about, where a run chose among several; else empty."""
+    if not e.candidates or e.step is None:
+        return ""
+    best = any(c.best and c.step == e.step for c in e.candidates)
+    return f"measured: step {count(e.step)} of {count(e.cost.steps)}{', the best' if best else ''}"
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 
 from beholder.evidence import Evidence, Measurement
-from beholder.report import content
+from beholder.report import answers, content
 from beholder.report.verdicts import Verdict, gate_rows, grouping_name, verdicts
 from beholder.report.words import (
-    CONDITION_NAMES,
+    condition_names,
     count,
     flatten,
     fmt,
@@ -28,6 +28,7 @@ def render_markdown(e: Evidence) -> str:
     said = {v.key: v for v in verdicts(e)}
     lines = [f"# {escaped(e.run_name)}: stage {escaped(e.stage)}, {e.status.value}", ""]
     facts = [f"{escaped(k)}: {escaped(v)}" for k, v in e.summary.items()]
+    facts += [escaped(text)] if (text := content.measured_step(e)) else []
     lines += [" · ".join([*facts, escaped(e.created)]), ""]
     lines += [f"> **{escaped(w)}**\n" for w in content.warnings(e)]
     lines += [
@@ -62,32 +63,43 @@ def _heading(v: Verdict) -> list[str]:
 
 def _learn(e: Evidence, v: Verdict) -> list[str]:
     rows = [
-        [metric_name(m.name), m.stratum or "all", "" if b is None else with_ci(b), with_ci(m), count(m.n)]
+        [metric_name(m.name, e.stage), m.stratum or "all", "" if b is None else with_ci(b), with_ci(m), count(m.n)]
         for m, b in content.eval_rows(e)
     ]
     lines = [*_heading(v), *table(["held-out", "samples", "before", "after", "n"], rows)]
-    compared = [[metric_name(m.name), fmt(m), fmt_ci(m), count(m.n), m.caveat or ""] for m in content.learn_rows(e)]
+    compared = [
+        [metric_name(m.name, e.stage), fmt(m), fmt_ci(m), count(m.n), m.caveat or ""] for m in content.learn_rows(e)
+    ]
     lines += table(["compared", "value", "95 %", "n", "note"], compared)
-    levels = [[metric_name(m.name), with_ci(m), count(m.n), m.caveat or ""] for m in content.bands(e)]
-    return lines + table(["reference band", "held-out loss", "n", "note"], levels)
+    levels = [[metric_name(m.name, e.stage), with_ci(m), count(m.n), m.caveat or ""] for m in content.bands(e)]
+    lines += table(["reference band", "held-out loss", "n", "note"], levels)
+    for c in e.curves:
+        if c.name == "quick_eval.exact" and c.x:
+            points = [f"step {x:,.0f} {100 * y:.1f} %" for x, y in zip(c.x, c.y, strict=True)]
+            every = max(1, -(-len(points) // 12))  # a dozen tell the course; the last one is always told
+            told = points[::-1][::every][::-1]
+            lines += [f"Answers exactly right on the quick subset: {', '.join(told)}.", ""]
+    return lines
 
 
 def _look(e: Evidence, v: Verdict) -> list[str]:
     ablation = [m for m in e.measurements if m.name.startswith("ablation.") and m.stratum is None]
+    names = condition_names(e.stage)
     lines = [*_heading(v)]
     lines += table(
         ["image ablation", "value", "95 %", "n"],
-        [[metric_name(m.name), fmt(m), fmt_ci(m), count(m.n)] for m in ablation],
+        [[metric_name(m.name, e.stage), fmt(m), fmt_ci(m), count(m.n)] for m in ablation],
     )
-    shown, answers = content.answer_table(e)
+    lines += _answers(e)
+    shown, scores = content.answer_table(e)
     rows = [
         [
             f"{r.name} {r.better}".strip(), *("" if m is None else with_ci(m) for m in r.values),
             "" if r.chance is None else fmt(r.chance),
         ]
-        for r in answers
+        for r in scores
     ]  # fmt: skip
-    lines += table(["what it writes", *(CONDITION_NAMES[c] for c in shown), "guessing"], rows)
+    lines += table(["what it writes", *(names[c] for c in shown), "guessing"], rows)
     if (level := e.get("caption.exact_match.chance")) is not None:
         lines += [f"Always writing the most frequent reference would be exactly right {fmt(level)} of the time.", ""]
     for title, words in content.word_tables(e):
@@ -97,6 +109,33 @@ def _look(e: Evidence, v: Verdict) -> list[str]:
     if told:
         lines += ["Word by word (nats lost without the image, where 0.5 or more):", ""]
         lines += [f"- {_marked(c.words)}" for c in told[:24]] + [""]
+    return lines
+
+
+def _answers(e: Evidence) -> list[str]:
+    """Answers by kind of question, with and without the image, and those to yes/no questions."""
+    names, (shown, over) = condition_names(e.stage), answers.conditions_of(e)
+    marks = {"liar": "❌ right without looking", "blind": "❌ the image adds nothing", "few": "too few to judge"}
+    marks |= {"looks": "✓ looks", "unknown": ""}
+    overall = answers.all_answers(e)
+    rows = [] if overall is None else [("all questions", "", overall)]
+    rows += [
+        (k.stratum, grouping_name(by), k) for by, kinds in answers.answer_kinds(e).items() for k in kinds
+    ]  # fmt: skip
+    cells = [
+        [
+            label, by, marks[k.standing],
+            *("" if (m := k.right.get(c)) is None else with_ci(m) for c in shown),
+            *("" if (m := k.gains.get(c)) is None else with_ci(m) for c in over), count(k.n),
+        ]
+        for label, by, k in rows
+    ]  # fmt: skip
+    head = ["answers right", "by", "", *(names[c] for c in shown), *(f"gain over {names[c]}" for c in over), "n"]
+    lines = table(head, cells)
+    pope = answers.pope_table(e)
+    if pope:
+        scored = [[names[c], *("" if m is None else with_ci(m) for _, m in values)] for c, values in pope]
+        lines += table(["yes/no questions (POPE)", *(what for what, _ in pope[0][1])], scored)
     return lines
 
 
@@ -114,32 +153,36 @@ def _fail(e: Evidence, v: Verdict) -> list[str]:
         "ratio": "loss ratio, another image", "delta": "loss difference, another image", "loss": "held-out loss",
         "match": "exact match", "answers": "answers right",
     }  # fmt: skip
-    standing = {"blind": "answered without looking", "weak": "barely", "few": "too few to judge", "looks": "looks"}
+    standing = content.standings(e)
     for g in content.groupings(e):
         rows: list[list[str]] = []
         for group in g.groups:
             values: list[Measurement | None] = [getattr(group, c) for c in g.columns]
             cells = ["" if m is None else with_ci(m) for m in values]
-            rows.append([group.stratum, standing.get(group.standing, ""), *cells, count(group.n)])
+            rows.append([group.stratum, standing[group.standing], *cells, count(group.n)])
         head = [f"by {grouping_name(g.by)}", "", *(titles[c] for c in g.columns), "n"]
         lines += table(head, rows)
-    symptoms = [[metric_name(m.name), with_ci(m), count(m.n), m.caveat or ""] for m in content.symptom_rows(e)]
+    symptoms = [[metric_name(m.name, e.stage), with_ci(m), count(m.n), m.caveat or ""] for m in content.symptom_rows(e)]
     lines += table(["symptom", "value", "n", "note"], symptoms)
+    kept = [[metric_name(m.name, e.stage), with_ci(m), count(m.n), m.caveat or ""] for m in content.retention_rows(e)]
+    lines += table(["on plain text", "value", "n", "note"], kept)
 
     album = content.album(e)
     if not album.cards:
         return lines
     lines += ["### Samples it never trained on", "", *(f"- {escaped(text)}" for text in album.told), ""]
-    others = [
-        c for c in CONDITION_NAMES if c != "correct" and any(p.condition == c for k in album.cards for p in k.others)
-    ]
+    names = condition_names(e.stage)
+    others = [c for c in names if c != "correct" and any(p.condition == c for k in album.cards for p in k.others)]
     sign = {"right": "✓ ", "wrong": "✗ ", "unknown": ""}
+    asked = any(card.sample.question for card in album.cards)
     sample_rows: list[list[str]] = []
     for card in album.cards:
         own = [f"{sign[s.state]}{'' if s.prediction is None else s.prediction.text}" for s in card.shown]
         rest = [next((p.text for p in card.others if p.condition == c), "") for c in others]
-        sample_rows.append([card.sample.id, card.sample.reference, *own, *rest])
-    head = ["id", "reference", *(f"step {s}" for s in album.steps), *(CONDITION_NAMES[c] for c in others)]
+        asked_here = [card.sample.question] if asked else []
+        sample_rows.append([card.sample.id, *asked_here, card.sample.reference, *own, *rest])
+    steps = [f"step {s}" for s in album.steps]
+    head = ["id", *(["question"] if asked else []), "reference", *steps, *(names[c] for c in others)]
     return lines + table(head, sample_rows)
 
 
@@ -155,6 +198,11 @@ def _promote(e: Evidence, v: Verdict) -> list[str]:
     lines = [*_heading(v), *table(["", "gate", "protects", "measure", "number", "must be", "note"], rows)]
     for text in content.promotion(e):
         lines += [escaped(text), ""]
+    tried = [
+        [f"{'★ ' if r.state == 'best' else ''}{count(r.step)}", r.loss, r.delta, r.collapse, r.verdict]
+        for r in content.candidate_rows(e)
+    ]
+    lines += table(["checkpoint of step", "held-out loss", "another image costs", "worst collapse", ""], tried)
     lines += [
         "### Gaps",
         "",
@@ -174,7 +222,17 @@ def _record(e: Evidence) -> list[str]:
     if e.text_only is not None:
         t = e.text_only
         word = "bit-equal before and after" if t.equal else f"NOT equal (largest difference {t.max_abs_difference})"
-        lines += [f"On text alone: {count(t.logits)} logits of {t.prompts} prompts are {word}.", ""]
+        off = ", with its adapters off" if e.adapters else ""
+        lines += [f"On text alone{off}: {count(t.logits)} logits of {t.prompts} prompts are {word}.", ""]
+    if e.adapters:
+        lines += ["## Where the adapters are", "", escaped(content.footprint_told(e)), ""]
+        lines += table(
+            ["module", "layers", "in → out", "rank", "parameters each", "in all"],
+            [
+                [f.name, count(f.count), f.shapes, f.rank, f.params, count(f.total)]
+                for f in content.footprint(e.adapters)
+            ],
+        )
     d = e.data
     lines += [
         "## Data",

@@ -24,6 +24,7 @@ from beholder.report.words import MINUS, fmt, fmt_ci, number, visible
 # Matplotlib wants hex colours; each of these stands for a CSS variable and is replaced in the SVG text.
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
 _SERIES = ("#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005")
+MAX_LINES = len(_SERIES)
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--line"} | {c: f"--s{k}" for k, c in enumerate(_SERIES, 1)}
 
 LOG_FROM = 20.0
@@ -47,9 +48,11 @@ def curves(
     width: float = 13.6,
     height: float = 3.9,
     bands: Sequence[tuple[str, float]] = (),
+    log: bool | None = None,
 ) -> Plot:
     """Up to five labelled curves over optimizer steps; ``title`` is read out by screen readers.
 
+    ``log``: whether the axis is logarithmic; None decides by the range of the values.
     ``bands``: labelled levels drawn across, in the unit of the curves, to read them against.
 
     A measured curve with more than 40 points is drawn faint, with its running mean on top (time constant: a thirtieth
@@ -57,7 +60,8 @@ def curves(
     """
     assert 0 < len(lines) <= len(_SERIES)
     values = [y for _, curve in lines for y in curve.y]
-    log = bool(values) and min(values) > 0 and max(values) / min(values) >= LOG_FROM
+    if log is None:
+        log = bool(values) and min(values) > 0 and max(values) / min(values) >= LOG_FROM
     from matplotlib.ticker import LogLocator
 
     with _figure(width, height) as (figure, axes):
@@ -228,6 +232,8 @@ def histogram(
     assert names
     # The conditions keep the colours they have elsewhere on the page.
     fixed = {"reference": 0, "correct": 1, "shuffled": 2, "zero": 3, "noise": 4}
+    if "zero" not in names:
+        fixed["none"] = 3
     slots = [fixed[n] for n in names] if set(names) <= set(fixed) else list(range(len(names)))
     slot = 0.84 / len(names)
     with _figure(width, height) as (figure, axes):

@@ -7,10 +7,11 @@ What is shown is decided in `report.verdicts` and `report.content`; `report.mark
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from beholder.evidence import Curve, Evidence, load_evidence
-from beholder.report import content, plots, verdicts, words
+from beholder.report import answers, content, plots, verdicts, words
 from beholder.report.markdown import render_markdown
 from beholder.report.page import page
 from beholder.runs import atomic_write
@@ -35,6 +36,7 @@ def render(evidence: Evidence | str | Path, folder: str | Path) -> tuple[Path, P
 
 def render_html(e: Evidence) -> str:
     """One self-contained page: inline CSS, SVG and pictures, no script, nothing fetched."""
+    condition_names = words.condition_names(e.stage)
     return page(
         "template.html",
         e=e,
@@ -45,17 +47,23 @@ def render_html(e: Evidence) -> str:
         small_plots=small_plots(e),
         histograms=[
             (
-                {"caption.length": "Length of the captions"}.get(h.name, h.name),
-                plots.histogram(h, title=f"Histogram of {h.name}", labels=words.CONDITION_NAMES),
+                {"caption.length": f"Length of the {content.written(e)}s"}.get(h.name, h.name),
+                plots.histogram(
+                    h, title=f"Histogram of {h.name}", labels=condition_names
+                ),
             )
             for h in e.histograms
             if h.bins and h.series
         ],
+        exact_plot=exact_plot(e),
         answers=content.answer_table(e),
+        kinds=answers.answer_kinds(e),
+        overall=answers.all_answers(e),
+        pope=answers.pope_table(e),
         provenance=words.flatten(e.provenance),
-        content=content, words=words, grouping_name=verdicts.grouping_name,
-        fmt=words.fmt, fmt_ci=words.fmt_ci, count=words.count, metric_name=words.metric_name,
-        condition_names=words.CONDITION_NAMES,
+        content=content, words=words, talk=answers, grouping_name=verdicts.grouping_name,
+        fmt=words.fmt, fmt_ci=words.fmt_ci, count=words.count, metric_name=partial(words.metric_name, stage=e.stage),
+        condition_names=condition_names,
     )  # fmt: skip
 
 
@@ -63,14 +71,37 @@ def loss_plot(e: Evidence) -> plots.Plot | None:
     """Training and held-out loss over steps, beside the bands; the baseline is the held-out curve at step 0."""
     names = (("train.loss", "training"), ("eval.loss", "held-out"), ("quick_eval.loss", "held-out, quick subset"))
     lines = [(label, c) for name, label in names if (c := _curve(e, name)) is not None]
-    levels = [(words.metric_name(m.name), m.value) for m in content.bands(e)]
+    levels = [(words.metric_name(m.name, e.stage), m.value) for m in content.bands(e)]
     return plots.curves(lines, title="Loss over optimizer steps", bands=levels) if lines else None
+
+
+def exact_curves(e: Evidence) -> list[tuple[str, Curve]]:
+    """Shares of exactly right answers over steps: overall, then ``quick_eval.exact/<kind>`` of kinds of question."""
+    whole = (("quick_eval.exact", "quick subset"), ("eval.exact", "all held-out"))
+    lines = [(label, c) for name, label in whole if (c := _curve(e, name)) is not None]
+    kinds = sorted((c for c in e.curves if c.x and c.name.startswith("quick_eval.exact/")), key=lambda c: c.name)
+    lines += [(f"{c.name.partition('/')[2]} (quick)", c) for c in kinds]
+    return lines[: plots.MAX_LINES]
+
+
+def exact_plot(e: Evidence) -> plots.Plot | None:
+    """Answers exactly right over steps, in per cent."""
+    lines = [
+        (label, c.model_copy(update={"y": [100 * y for y in c.y], "unit": "% of answers"}))
+        for label, c in exact_curves(e)
+    ]
+    title = "Answers exactly right over optimizer steps"
+    return plots.curves(lines, title=title, height=3.0, log=False) if lines else None
 
 
 def small_plots(e: Evidence) -> list[tuple[str, plots.Plot]]:
     """Every other curve, small: learning rate, gradient norm, speed, …"""
-    rest = [c for c in e.curves if c.x and c.name not in ("train.loss", "eval.loss", "quick_eval.loss")]
-    names = {"lr.connector": "Learning rate of the connector", "grad_norm": "Gradient norm before clipping"}
+    large = {"train.loss", "eval.loss", "quick_eval.loss", *(c.name for _, c in exact_curves(e))}
+    rest = [c for c in e.curves if c.x and c.name not in large]
+    names = {
+        "lr.connector": "Learning rate of the connector", "lr.lora": "Learning rate of the adapters",
+        "grad_norm": "Gradient norm before clipping",
+    }  # fmt: skip
     return [
         (
             name := names.get(c.name, c.name),

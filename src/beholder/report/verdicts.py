@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from beholder.config import GATES
+from beholder.config import GATES, INSTRUCT_GATES
 from beholder.evidence import CONDITIONS, Evidence, GateResult, Measurement, Status
+from beholder.report.answers import JUDGED_FROM as FEWEST
+from beholder.report.answers import AnswerKind, all_answers, shown_without_looking
 from beholder.report.words import (
-    CONDITION_NAMES,
     GROUPING_NAMES,
     SPELLED_UNITS,
     bound,
+    condition_names,
     count,
     duration,
     fmt,
@@ -28,18 +30,18 @@ from beholder.report.words import (
     number,
     plural,
     signed,
+    unit_of,
 )
 
 Tone = Literal["good", "weak", "bad", "unknown", "plain"]
 
-RATIO = "ablation.ratio.shuffled"
 JUDGED_FROM = GATES["looks_everywhere"].min_n
 """Groups with fewer samples are shown but not judged: their intervals say little."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clearly:
-    """From where on the loss with another sample's image over that with the own one is more than measurable."""
+    """Where a ratio stops being a trifle, such as that of the loss with another sample's image over the own one's."""
 
     bound: str
     """``> 1.05``, as `GateResult.bound`."""
@@ -47,8 +49,9 @@ class Clearly:
 
     @classmethod
     def of(cls, e: Evidence, gate: str) -> Clearly:
-        """What the run declared as its ``looks_clearly`` or ``looks_everywhere``; else what runs declare by default."""
-        declared = next((g for g in e.gates if g.name == gate and g.measure == RATIO), GATES[gate])
+        """What the run declared as its gate of that name about a ratio; else what runs declare by default."""
+        usual = INSTRUCT_GATES[gate]
+        declared = next((g for g in e.gates if g.name == gate and g.measure == usual.measure), usual)
         return cls(declared.bound, declared.end)
 
     def met(self, m: Measurement) -> bool:
@@ -131,9 +134,12 @@ def verdicts(e: Evidence) -> list[Verdict]:
     return [learned(e), looks(e), fails(e), costs(e), promotes(e)]
 
 
-def _by_its_gates(e: Evidence, verdict: Verdict, *about: str) -> Verdict:
-    """The verdict, no longer good when a gate about it, named by how its name begins, was declared and did not pass."""
-    failed = [_gate_row(e, g) for g in e.failed_gates if g.name.startswith(about)]
+def _by_its_gates(e: Evidence, verdict: Verdict, *about: str, measures: tuple[str, ...] = ()) -> Verdict:
+    """The verdict, no longer good when a gate about it was declared and did not pass.
+
+    ``about`` says how its name begins, ``measures`` how the name of its measurement does.
+    """
+    failed = [_gate_row(e, g) for g in e.failed_gates if g.name.startswith(about) or g.measure.startswith(measures)]
     if verdict.tone != "good" or not failed:
         return verdict
     answer = f"{verdict.answer.removesuffix('.')}, but not as declared."
@@ -195,6 +201,14 @@ def looks(e: Evidence) -> Verdict:
         f"{JUDGED_FROM} samples (ratio: {Clearly.of(e, 'looks_everywhere')}), and no gate about looking failed; barely "
         "when only the first holds."
     )
+    answers = all_answers(e)
+    if answers is not None:
+        rule += (
+            " Its answers must be right more often with the image than without it and than with another sample's "
+            f"(paired 95 % interval of the gain above 0), overall and for every kind of question of at least {FEWEST} "
+            "samples."
+        )
+    names = condition_names(e.stage)
 
     def say(tone: Tone, answer: str, why: str) -> Verdict:
         return Verdict("look", "Does it look at the image?", tone, answer, why, rule)
@@ -206,22 +220,50 @@ def looks(e: Evidence) -> Verdict:
     why = f"Shown another sample's image, its loss changes by {signed(delta.value)} nats/token{times}."
     others = [(c, m) for c in CONDITIONS[2:] if (m := e.get(f"ablation.delta.{c}")) is not None]
     if others:
-        why += f" {'; '.join(f'{CONDITION_NAMES[c]} {signed(m.value)}' for c, m in others).capitalize()}."
+        why += f" {'; '.join(f'{names[c]} {signed(m.value)}' for c, m in others).capitalize()}."
     blind, level = e.get("caption.exact_match.zero"), e.get("caption.exact_match.chance")
     own = e.get("caption.exact_match.correct")
-    if own is not None and blind is not None and level is not None:
+    if answers is not None:
+        why += f" Its answers: {_compared(answers)}."
+    elif own is not None and blind is not None and level is not None:
         why += f" Captions exactly right: {fmt(own)}; with no image {fmt(blind)}, where guessing gives {fmt(level)}."
     if delta.ci95 is None or delta.ci95[0] <= 0:
         return say("bad", "No, it does not look.", why + " A low loss is not sight.")
+    if answers is not None and answers.standing in ("liar", "blind"):
+        why += " They are no more often right for seeing the image: being right is not sight either."
+        return say("bad", "No: its answers do not need the image.", why)
     if ratio is not None and (ratio.ci95 is None or not clearly.met(ratio)):
         return say("weak", "Barely.", why)
-    idle = [CONDITION_NAMES[c] for c, m in others if m.ci95 is None or m.ci95[0] <= 0]
+    idle = [names[c] for c, m in others if m.ci95 is None or m.ci95[0] <= 0]
     if idle:
         return say("weak", "Not against everything.", f"{why} Its loss was not shown to rise with: {listed(idle)}.")
     where = [g for g in all_groups(e) if g.standing in ("blind", "weak")]
-    if where:
-        return say("weak", "On average, not everywhere.", f"{why} Not, or barely, for: {_told(where)}.")
-    return _by_its_gates(e, say("good", "Yes, it looks.", why), "looks_")
+    guessed = shown_without_looking(e)
+    if where or guessed:
+        why += f" Not, or barely, for: {_told(where)}." if where else ""
+        why += f" {_guessed(guessed)}" if guessed else ""
+        return say("weak", "On average, not everywhere.", why)
+    if answers is not None and answers.standing in ("few", "unknown"):
+        return say("weak", "Its loss does; its answers are too few.", f"{why} A gain from the image was not shown.")
+    return _by_its_gates(e, say("good", "Yes, it looks.", why), "looks_", measures=("answer.gain.",))
+
+
+def _compared(answers: AnswerKind) -> str:
+    """``97.1 % right; 41.0 % with no image, +56.1 points over it (+52.0 … +60.1)``."""
+    own, blind, gain = answers.right.get("correct"), answers.right.get("none"), answers.gains.get("none")
+    parts = [f"{fmt(own)} right"] if own is not None else []
+    parts += [f"with no image {fmt(blind)}"] if blind is not None else []
+    parts += [f"{fmt(gain)} gained{_interval(gain)}"] if gain is not None else []
+    return "; ".join(parts)
+
+
+def _guessed(kinds: list[AnswerKind]) -> str:
+    """A sentence that names the kinds of question answered no better with the image than without."""
+    liars = [k.told for k in kinds if k.standing == "liar"]
+    rest = [k.told for k in kinds if k.standing != "liar"]
+    told = [f"Right without looking: {listed(liars, 3)}."] if liars else []
+    told += [f"Answered no better with the image: {listed(rest, 3)}."] if rest else []
+    return " ".join(told)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -258,6 +300,14 @@ def fails(e: Evidence) -> Verdict:
         f"loss of a group of at least {JUDGED_FROM} samples (interval reaches 0). Good only while no gate "
         "about it failed. Nothing found is not a proof."
     )
+    answers, ratio = all_answers(e), e.get("retention.loss_ratio")
+    if answers is not None:
+        rule += (
+            f" Bad as well when a kind of question (of {FEWEST} samples or more) is answered no better with the image."
+        )
+    kept = Clearly.of(e, "retained")
+    if ratio is not None:
+        rule += f" Weak when the loss on plain text, adapters on over off, is not {kept}."
 
     def say(tone: Tone, answer: str, why: str) -> Verdict:
         return Verdict("fail", "Where does it fail?", tone, answer, why, rule)
@@ -265,13 +315,21 @@ def fails(e: Evidence) -> Verdict:
     members = list(all_groups(e))
     blind = [g for g in members if g.standing == "blind"]
     weak = [g for g in members if g.standing == "weak"]
-    why = [f"Answered without looking: {_told(blind)}."] if blind else []
+    guessed = shown_without_looking(e)
+    why = [_guessed(guessed)] if guessed else []
+    why += [f"Answered without looking: {_told(blind)}."] if blind else []
     why += [f"Barely looked at: {_told(weak)}."] if weak else []
     if e.findings:
         why.insert(0, f"{_short(e.findings[0])}{f' And {len(e.findings) - 1} more.' if len(e.findings) > 1 else ''}")
-    if e.findings or blind:
+    forgot = ratio is not None and not kept.met(ratio)
+    if forgot:
+        assert ratio is not None
+        why.append(f"It forgets language: on plain text its loss is {fmt(ratio)} that of the base.")
+    if e.findings or blind or guessed:
         parts = [plural(len(e.findings), "finding")] if e.findings else []
+        parts += [plural(len(guessed), "kind") + " of question answered without looking"] if guessed else []
         parts += [plural(len(blind), "group") + " not looked at"] if blind else []
+        parts += ["language forgotten"] if forgot else []
         return say("bad", ", ".join(parts).capitalize() + ".", " ".join(why))
     judged = [g for g in members if g.standing in ("weak", "looks")]
     if judged:
@@ -279,15 +337,21 @@ def fails(e: Evidence) -> Verdict:
         why.append(f"The group that needs the image least: {_told([weakest])}.")
     if (worst := e.get("collapse.worst")) is not None:
         why.append(f"Worst collapse symptom: {fmt(worst)} of the outputs.")
-    if (match := e.get("caption.exact_match.correct")) is not None:
+    own = None if answers is None else answers.right.get("correct")
+    if own is not None:
+        why.append(f"Answers not right: {number(1 - own.value, 'share')}.")
+    elif (match := e.get("caption.exact_match.correct")) is not None:
         why.append(f"Captions not exactly right: {number(1 - match.value, 'share')}.")
-    if weak:
-        return say("weak", f"{plural(len(weak), 'weak group')}.", " ".join(why))
+    if weak or forgot:
+        parts = [plural(len(weak), "weak group")] if weak else []
+        parts += ["language forgotten"] if forgot else []
+        return say("weak", ", ".join(parts).capitalize() + ".", " ".join(why))
     if not judged and worst is None:
         why.insert(0, "Neither groups of samples nor collapse were measured.")
         return say("unknown", "Not measured.", " ".join(why))
     found = say("good", "Nothing stands out.", " ".join(why))
-    return _by_its_gates(e, found, "looks_everywhere", "no_collapse", "no_leak")
+    about = ("answer.accuracy.", "answer.exact.", "pope.", "retention.", "merge.")
+    return _by_its_gates(e, found, "looks_everywhere", "no_collapse", "no_leak", measures=about)
 
 
 def _told(members: list[Group]) -> str:
@@ -353,16 +417,18 @@ def gate_rows(e: Evidence) -> list[GateRow]:
 
 def _gate_row(e: Evidence, g: GateResult) -> GateRow:
     m = e.get(g.measure, g.stratum)
+    read_in = unit_of(g.measure, g.unit or ("" if m is None else m.unit))
     state: Literal["failed", "unknown", "passed"] = "passed" if g.passed else "unknown" if g.value is None else "failed"
     if g.value is None:
         shown = (g.note if g.passed else "not measured") if m is None else f"{fmt(m)}, no interval"
     else:
-        shown = number(g.value, g.unit)
-    unit = g.unit if g.value is not None and g.unit in SPELLED_UNITS else ""
+        shown = number(g.value, read_in)
+    unit = read_in if g.value is not None and read_in in SPELLED_UNITS else ""
     interval = "" if m is None else fmt_ci(m)
     if interval and g.end != "value":
         interval = f"{'lower' if g.end == 'low' else 'upper'} end of {interval}"
-    return GateRow(g, state, metric_name(g.measure), shown, unit, interval, bound(g.bound, g.unit), g.stratum or "")
+    what = metric_name(g.measure, e.stage)
+    return GateRow(g, state, what, shown, unit, interval, bound(g.bound, read_in), g.stratum or "")
 
 
 def promotes(e: Evidence) -> Verdict:
@@ -389,9 +455,12 @@ def promotes(e: Evidence) -> Verdict:
         return say("unknown", "Not judged.", "No gate was declared when this run was measured.")
     if counted:
         return say("bad", f"No: {' and '.join(counted)}.", why)
-    return say(
-        "good", f"Yes: {'the gate' if len(rows) == 1 else f'all {total}'} passed.", "A later stage may start from it."
-    )
+    best = next((c for c in e.candidates if c.best), None)
+    start = "A later stage may start from it."
+    if best is not None:
+        among = f"the best of {len(e.candidates)} checkpoints" if len(e.candidates) > 1 else "its best checkpoint"
+        start = f"A later stage starts from step {count(best.step)}, {among}."
+    return say("good", f"Yes: {'the gate' if len(rows) == 1 else f'all {total}'} passed.", start)
 
 
 def grouping_name(by: str) -> str:

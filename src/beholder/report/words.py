@@ -9,12 +9,17 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from beholder.evidence import Measurement, WordStat
 
-CONDITION_NAMES = {"correct": "its own image", "shuffled": "another image", "zero": "no image", "noise": "noise"}
+CONDITION_NAMES: dict[str, str] = {
+    "correct": "its own image", "shuffled": "another image", "zero": "no image", "noise": "noise",
+    "none": "no image at all",
+}  # fmt: skip
+_CHAT_CONDITION_NAMES: dict[str, str] = CONDITION_NAMES | {"zero": "an empty image", "none": "no image"}
+"""A model that answers is also asked without any image, so an empty one is no longer "no image"."""
 
 NBSP = "\u00a0"
 MINUS = "\u2212"
@@ -39,7 +44,23 @@ METRIC_NAMES = {
     "audit.trained.leak": "leak from earlier turns, trained model",
     "data.truncated_pct": "targets cut to length", "data.label_zero_pct": "samples with nothing supervised",
     "frozen.changed": "frozen parts that changed", "text.changed": "text prompts answered differently",
+    "retention.loss_base": "loss on plain text, adapters off", "retention.loss": "loss on plain text, adapters on",
+    "retention.loss_ratio": "loss on plain text, on over off", "retention.kl": "divergence from the base (KL)",
+    "merge.max_logit_diff": "largest change of a logit by merging",
+    "merge.changed_pct": "next tokens changed by merging",
 }  # fmt: skip
+
+_CHAT_METRIC_NAMES = {
+    "band.untrained": "before this training", "distinct": "different answers", "empty": "empty answers",
+    "unfinished": "cut-off answers", "chair.s": "answers naming an absent object (CHAIR-s)",
+    "learn.delta_text": "held-out loss below the base model's without image",
+    "text.changed": "text prompts answered differently, adapters off",
+}  # fmt: skip
+"""What reads differently when the model was taught to chat."""
+
+_ANSWER_NAMES = {"accuracy": "answers right", "exact": "answers exactly right", "gain": "answers right, gain"}
+
+POPE_NAMES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1", "yes_rate": "says yes"}
 
 GROUPING_NAMES = {"length": "target length", "turn": "turn", "question": "question", "answer": "kind of answer",
                   "kind": "kind of made-up question"}  # fmt: skip
@@ -56,21 +77,33 @@ def reliance_level(delta: float) -> int:
     return -1 if delta < -0.1 else sum(delta >= edge for edge in (0.1, 0.5, 1.5, 3.0))
 
 
+def condition_names(stage: str) -> Mapping[str, str]:
+    """What the conditions are called in a report of that stage."""
+    return _CHAT_CONDITION_NAMES if stage == "instruct" else CONDITION_NAMES
+
+
 def fmt(m: Measurement, unit: bool = True) -> str:
     """A measurement's value as a person writes it: ``97.6 %``, ``0.0643 nats/token``, ``54x``."""
-    return number(m.value, m.unit) + (f" {m.unit}" if unit and m.unit in SPELLED_UNITS else "")
+    shown = unit_of(m.name, m.unit)
+    return number(m.value, shown) + (f" {shown}" if unit and shown in SPELLED_UNITS else "")
 
 
 def fmt_ci(m: Measurement | WordStat) -> str:
     """Such as ``96.1 to 98.5 %`` with a dash; empty when there is no interval."""
     if m.ci95 is None:
         return ""
-    low, high = (number(v, m.unit if isinstance(m, Measurement) else "nats") for v in m.ci95)
+    low, high = (number(v, unit_of(m.name, m.unit) if isinstance(m, Measurement) else "nats") for v in m.ci95)
     low = low.removesuffix(f"{NBSP}%").removesuffix("×")
-    return f"{low} … {high}" if low.startswith("-") or high.startswith("-") else f"{low}–{high}"
+    with_signs = low.startswith(("-", "+", MINUS)) or high.startswith("-")
+    return f"{low} … {high}" if with_signs else f"{low}–{high}"
 
 
-SPELLED_UNITS = ("nats/token", "nats", "parts", "prompts")
+def unit_of(name: str, unit: str) -> str:
+    """The unit a measurement is read in: a difference of two shares is ``points``, never ``%``."""
+    return "points" if name.startswith("answer.gain.") and unit == "share" else unit
+
+
+SPELLED_UNITS = ("nats/token", "nats", "parts", "prompts", "points", "logits")
 """Units that follow their number in words; the others are in its form (``%``, ``x``) or in the metric's name."""
 
 
@@ -80,6 +113,8 @@ def number(value: float, unit: str) -> str:
         case "share":
             percent = 100 * value
             return f"{percent:.0f}{NBSP}%" if percent in (0, 100) else f"{percent:.1f}{NBSP}%"
+        case "points":
+            return f"{100 * value:+.1f}".replace("-", MINUS)
         case "%":
             return f"{value:.3g}{NBSP}%"
         case "ratio":
@@ -102,6 +137,8 @@ def bound(text: str, unit: str) -> str:
         match unit:
             case "share":
                 return f"{100 * float(m[0]):g}{NBSP}%"
+            case "points":
+                return f"{100 * float(m[0]):g} points"
             case "%":
                 return f"{m[0]}{NBSP}%"
             case "ratio":
@@ -142,17 +179,33 @@ def duration(seconds: float) -> str:
     return f"{s // 60} min {s % 60:02d} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02d} min"
 
 
-def metric_name(name: str) -> str:
-    """A measurement's name for people: ``caption.exact_match.correct`` → ``exact match``."""
-    if name in METRIC_NAMES:
-        return METRIC_NAMES[name]
+def metric_name(name: str, stage: str = "") -> str:
+    """A measurement's name for people: ``caption.exact_match.correct`` → ``exact match``.
+
+    Some read differently in a report of stage ``instruct``.
+    """
+    names = METRIC_NAMES | _CHAT_METRIC_NAMES if stage == "instruct" else METRIC_NAMES
+    if name in names:
+        return names[name]
     parts = name.split(".")
-    if len(parts) == 3 and parts[0] == "caption":
-        return METRIC_NAMES.get(parts[1], parts[1])
-    if len(parts) == 3 and parts[0] == "ablation":
-        what = {"loss": "loss", "delta": "loss difference", "ratio": "loss ratio"}.get(parts[1], parts[1])
-        return f"{what}, {CONDITION_NAMES.get(parts[2], parts[2])}"
-    return METRIC_NAMES.get(".".join(parts[:2]), name)
+    if len(parts) != 3:
+        return names.get(".".join(parts[:2]), name)
+    probe, what, condition = parts
+    # Answers are scored under "none" beside, or instead of, "zero": their names are those of stage instruct anywhere.
+    shown = condition_names("instruct" if probe in ("answer", "pope") else stage)
+    image = shown.get(condition, condition)
+    match probe:
+        case "caption":
+            return names.get(what, what)
+        case "ablation":
+            said = {"loss": "loss", "delta": "loss difference", "ratio": "loss ratio"}.get(what, what)
+            return f"{said}, {image}"
+        case "answer":
+            return f"{_ANSWER_NAMES.get(what, what)}{' over' if what == 'gain' else ','} {image}"
+        case "pope":
+            return f"yes/no questions: {POPE_NAMES.get(what, what)}, {image}"
+        case _:
+            return names.get(f"{probe}.{what}", name)
 
 
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:

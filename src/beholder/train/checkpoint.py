@@ -1,12 +1,17 @@
 """Checkpoints: written so that no crash can spoil them, read only when their hashes hold.
 
-A checkpoint is a folder ``step_<n>`` with the connector, the optimizer state and the position in the run, as
-safetensors and JSON; never a pickle. What is trained and when it is saved is decided elsewhere.
+A checkpoint is a folder ``step_<n>`` with the connector, the adapters if there are any, the optimizer state and the
+position in the run, as safetensors and JSON; never a pickle. Adapters lie in it as PEFT writes them, so
+``PeftModel.from_pretrained(base, "…/step_<n>")`` reads the folder. What is trained and when it is saved is decided
+elsewhere; so is which step is the best, which ``best.json`` beside the folders remembers.
 
 Where a stage's weights come from, in this order (`stages` follows it):
 1. resume this run: the latest checkpoint of the same run folder (``--resume auto``), or the one that is named;
-2. start from another run: ``model.connector.load_checkpoint``, the connector only, optimizer and step fresh;
-3. fresh: the connector's own initialisation from the seed. Frozen parts always come from their own files.
+2. start from another run: ``model.connector.load_checkpoint``, the connector only, optimizer, adapters and step fresh;
+3. fresh: the connector's and the adapters' own initialisation from the seed. Frozen parts always come from their own
+   files.
+To use a run (generate, chat, start the next stage from it), its best checkpoint is taken, where none is marked the
+latest.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import safetensors
@@ -28,7 +33,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from beholder.runs import Warn, fsync_dir, sha256_file, to_json, warn_to_stderr, write_durably
+from beholder.model.language import LanguageModel
+from beholder.runs import Warn, atomic_write, fsync_dir, sha256_file, to_json, warn_to_stderr, write_durably
 from beholder.train.optim import load_optimizer_tensors
 from beholder.types import UserError
 
@@ -37,6 +43,9 @@ MANIFEST = "MANIFEST.json"
 CONNECTOR, CONNECTOR_INFO, OPTIMIZER, TRAINER = (
     "connector.safetensors", "connector.json", "optimizer.safetensors", "trainer.json",
 )  # fmt: skip
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""PEFT's own names, which its ``from_pretrained`` looks for."""
+BEST = "best.json"
 _STEP = re.compile(r"step_(\d+)")
 _LEFTOVER = re.compile(r"\.(?:tmp|old|prune)-\d+-(\d+)")
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
@@ -55,15 +64,19 @@ def save_checkpoint(
     optimizer_state: Mapping[str, Tensor],
     trainer: Mapping[str, Any],
     keep: int,
+    adapter: Mapping[str, Tensor] | None = None,
+    adapter_config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``folder/step_<step>`` so that at every instant at least the checkpoints of before are whole.
 
     Files go into ``.tmp-<step>-<pid>/`` and are flushed, then a manifest of sizes and hashes, then the folder; only
-    then it gets its name, and only then old ones beyond the newest ``keep`` (at least 2) are removed.
+    then it gets its name, and only then old ones beyond the newest ``keep`` (at least 2) are removed; the one marked as
+    best never is. ``adapter`` and ``adapter_config`` (`model.lora.adapter_tensors`, `adapter_config`) come together.
     ``trainer`` carries ``config`` (resolved, as a dict), ``config_hash`` and ``data_cursor`` besides whatever the
     caller needs to go on. A full disk is a `UserError`; the earlier checkpoints stay as they are.
     """
     assert keep >= 2, keep
+    assert (adapter is None) == (adapter_config is None), "an adapter and its config come together"
     folder.mkdir(parents=True, exist_ok=True)
     _clean_leftovers(folder)
     payloads = {
@@ -73,6 +86,9 @@ def save_checkpoint(
         OPTIMIZER: safetensors.torch.save(_plain(optimizer_state)),
         TRAINER: (to_json({**trainer, "step": step}, indent=2) + "\n").encode(),
     }
+    if adapter is not None and adapter_config is not None:
+        payloads[ADAPTER] = safetensors.torch.save(_plain(adapter), metadata={"format": "pt"})
+        payloads[ADAPTER_CONFIG] = (to_json(dict(adapter_config), indent=2) + "\n").encode()
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -120,11 +136,12 @@ def _clean_leftovers(folder: Path) -> None:
 
 
 def _prune(folder: Path, keep: int, spare: Path) -> None:
-    """Remove all but the newest ``keep`` checkpoints and ``spare``, the one just written (a run that was resumed from
-    an earlier step has higher numbers beside it). One that is visibly broken does not count as kept."""
+    """Remove all but the newest ``keep`` checkpoints, the best, and ``spare``, the one just written (a run that was
+    resumed from an earlier step has higher numbers beside it). One that is visibly broken does not count as kept."""
     kept = 0
+    best = _pointed(folder)
     for step, path in _steps(folder):
-        if kept >= keep and path != spare:
+        if kept >= keep and path not in (spare, best):
             doomed = folder / f".prune-{step}-{os.getpid()}"
             with suppress(OSError):  # renamed first: a half-deleted folder never carries a checkpoint's name
                 path.rename(doomed)
@@ -154,7 +171,10 @@ def problem(path: Path, *, hashes: bool = True) -> str | None:
             return f"its format is {manifest['format']!r}, this version reads {FORMAT!r}"
         if f"step_{manifest['step']}" != path.name and _STEP.fullmatch(path.name):
             return f"its manifest is of step {manifest['step']}"
+        adapter = {ADAPTER, ADAPTER_CONFIG}
         missing_entries = {CONNECTOR, CONNECTOR_INFO, OPTIMIZER, TRAINER} - set(files)
+        if adapter & set(files):
+            missing_entries |= adapter - set(files)
         if missing_entries:
             return f"its manifest does not list {', '.join(sorted(missing_entries))}"
         for name, facts in files.items():
@@ -186,10 +206,68 @@ def latest_checkpoint(folder: Path, *, warn: Warn = warn_to_stderr) -> Path | No
     return None
 
 
-def resolve_checkpoint(path: str | Path, *, warn: Warn = warn_to_stderr) -> Path:
+def set_best(checkpoints: Path, step: int, facts: Mapping[str, Any]) -> None:
+    """Mark ``step_<step>`` as the run's best: ``best.json``, written at once or not at all, with ``facts`` (why) beside
+    the step. The mark saves that checkpoint from being pruned. Raises `UserError` when it is not there or not whole."""
+    path = checkpoints / f"step_{step}"
+    reason = problem(path)
+    if reason is not None:
+        raise UserError(f"step {step} cannot be marked as the best: {path}: {reason}")
+    atomic_write(checkpoints / BEST, to_json({**facts, "step": step}, indent=2) + "\n")
+
+
+def best_facts(checkpoints: Path) -> dict[str, Any] | None:
+    """What ``best.json`` says (``step`` and why it was chosen), or None where no step is marked."""
+    file = checkpoints / BEST
+    try:
+        said = json.loads(file.read_bytes())
+        if not isinstance(said["step"], int):
+            raise ValueError(f"step is {said['step']!r}")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"{file} cannot be read ({type(e).__name__}: {e}). Remove it to use the latest checkpoint, or name a "
+            "step_<n> folder."
+        ) from e
+    return said
+
+
+def best_checkpoint(checkpoints: Path) -> Path | None:
+    """The verified checkpoint that is marked as the best, or None where none is marked.
+
+    Raises `UserError` when the marked one is missing or damaged: another one must not silently take its place.
+    """
+    facts = best_facts(checkpoints)
+    if facts is None:
+        return None
+    path = checkpoints / f"step_{facts['step']}"
+    reason = problem(path) if path.is_dir() else "it does not exist"
+    if reason is not None:
+        there = ", ".join(p.name for _, p in _steps(checkpoints) if p != path) or "none"
+        raise UserError(
+            f"{checkpoints / BEST} marks {path.name} as the best checkpoint, which cannot be used: {reason}. Name one "
+            f"of those that are there ({there}), or remove {BEST} to use the latest."
+        )
+    return path
+
+
+def _pointed(checkpoints: Path) -> Path | None:
+    """The folder that is marked as the best, whatever its state; a damaged mark spares nothing."""
+    try:
+        facts = best_facts(checkpoints)
+    except UserError:
+        return None
+    return None if facts is None else checkpoints / f"step_{facts['step']}"
+
+
+def resolve_checkpoint(
+    path: str | Path, *, prefer: Literal["best", "latest"] = "best", warn: Warn = warn_to_stderr
+) -> Path:
     """The checkpoint folder a person means by a run folder, a ``checkpoints`` folder or a ``step_<n>`` folder.
 
-    A `UserError` says what is wrong with anything else.
+    Of a run, the one marked as its best, or the latest where none is; ``prefer="latest"`` (to resume) passes the mark
+    over. A `UserError` says what is wrong with anything else.
     """
     path = Path(path)
     if path.suffix.lower() in _PICKLES:
@@ -209,6 +287,9 @@ def resolve_checkpoint(path: str | Path, *, warn: Warn = warn_to_stderr) -> Path
             raise UserError(f"checkpoint {path} cannot be used: {reason}. Use another step of the same run.")
         return path
     inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    best = best_checkpoint(inside) if prefer == "best" else None
+    if best is not None:
+        return best
     reasons: list[str] = []
     found = latest_checkpoint(inside, warn=lambda m: (reasons.append(m), warn(m))[0])
     if found is None:
@@ -237,13 +318,17 @@ def load_for_resume(
     connector: nn.Module,
     info: Mapping[str, Any],
     optimizer: torch.optim.Optimizer,
+    language: LanguageModel | None = None,
 ) -> TrainState:
-    """Put the connector's weights and the optimizer's state back, bit for bit, from checkpoint folder ``path``.
+    """Put the weights of the connector and of ``language``'s adapters and the optimizer's state back, bit for bit, from
+    checkpoint folder ``path``. ``language`` None: a run without adapters.
 
-    Verifies the manifest first. Compare ``TrainState.trainer["config"]`` with the current config (`check_same_config`)
-    before building anything large: `read_trainer` gives it without loading weights.
+    Verifies the manifest first. Raises `UserError` for a checkpoint with adapters and a config without, or the reverse.
+    Compare ``TrainState.trainer["config"]`` with the current config (`check_same_config`) before building anything
+    large: `read_trainer` gives it without loading weights.
     """
-    path = resolve_checkpoint(path)
+    path = resolve_checkpoint(path, prefer="latest")
+    load_adapter(path, language)
     load_connector(path, connector, info)
     load_optimizer_tensors(optimizer, _read_tensors(path / OPTIMIZER))
     trainer = read_trainer(path)
@@ -258,6 +343,69 @@ def read_trainer(path: Path) -> dict[str, Any]:
 def read_connector_info(path: Path) -> dict[str, Any]:
     """``connector.json`` of a verified checkpoint folder: what the connector was built for."""
     return json.loads((path / CONNECTOR_INFO).read_bytes())
+
+
+def has_adapter(path: Path) -> bool:
+    """Whether a verified checkpoint folder holds adapters."""
+    return ADAPTER in json.loads((path / MANIFEST).read_bytes())["files"]
+
+
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """``adapter_config.json`` of a verified checkpoint folder with adapters, in PEFT's words."""
+    return json.loads((path / ADAPTER_CONFIG).read_bytes())
+
+
+def load_adapter(path: str | Path, language: LanguageModel | None) -> None:
+    """Load a checkpoint's adapters strictly into ``language``, bit for bit; None: a model without language adapters.
+
+    ``path`` is anything `resolve_checkpoint` takes. Raises `UserError` naming the config field at fault: adapters in
+    the checkpoint and none in the config or the reverse, another rank or alpha, other modules, another base, weights
+    that are not finite. Nothing is loaded then. Without adapters on both sides nothing is to be done.
+    """
+    path = resolve_checkpoint(path)
+    here, there = language is not None and bool(language.adapters), has_adapter(path)
+    if there and not here:
+        raise UserError(
+            f"checkpoint {path} has adapters on the language model, but this config has none; its connector was "
+            "trained with them. Set model.lora as in the config.yaml of its run folder."
+        )
+    if here and not there:
+        raise UserError(
+            f"this config has adapters on the language model (model.lora.enable: true), but checkpoint {path} has "
+            "none: it is of a run without them (stage align). To start stage instruct from it, name it in "
+            "model.connector.load_checkpoint instead, which takes its connector alone."
+        )
+    if language is None or not here:
+        return
+    from beholder.model import lora
+
+    config, own = read_adapter_config(path), lora.adapter_config(language)
+    complaints = [
+        f"{_ADAPTER_FIELDS.get(key, key)}: checkpoint {_show(config[key])}, config {_show(own[key])}"
+        for key in sorted((config.keys() & own.keys()) - _ADAPTER_FREE)
+        if config[key] != own[key]
+    ]
+    base, name = config.get("base_model_name_or_path"), own["base_model_name_or_path"]
+    if complaints:
+        raise UserError(
+            f"the adapters in {path} (on {base}) do not fit this config (on {name}):\n  "
+            + "\n  ".join(complaints)
+            + "\nUse the config the checkpoint was trained with (config.yaml in its run folder), or another checkpoint."
+        )
+    try:
+        lora.load_adapter_tensors(language, _read_tensors(path / ADAPTER))
+    except UserError as e:
+        raise UserError(f"the adapters in {path} (on {base}; this config: {name}) cannot be used: {e}") from e
+
+
+_ADAPTER_FIELDS = {"r": "model.lora.r", "lora_alpha": "model.lora.alpha", "bias": "model.lora.bias"}
+"""Config field of settings in ``adapter_config.json``."""
+
+_ADAPTER_FREE = {
+    # The modules are compared by the weights themselves, the base by their shapes and the run's fingerprints.
+    "target_modules", "base_model_name_or_path", "revision", "peft_version", "lora_dropout", "inference_mode",
+}  # fmt: skip
+"""Entries that may differ: none changes what the loaded adapters compute."""
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -387,7 +535,7 @@ MAY_CHANGE = (
     # what is shown, saved and measured
     "train.save_every", "train.keep_checkpoints", "train.log_every", "train.tqdm_disable", "train.progress_percent",
     "train.full_eval_every", "train.quick_eval_size", "train.quick_eval_steps",
-    "eval", "ablation",
+    "eval", "ablation", "gates", "scales",
 )  # fmt: skip
 """Settings (or whole sections) that may differ between an interrupted run and its resumption: none moves a weight."""
 

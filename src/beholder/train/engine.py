@@ -50,9 +50,12 @@ class StepStream(Protocol):
 
 
 class Callback(Protocol):
-    """Called on every process after every optimizer step, before the checkpoint of that step is written."""
+    """Called on every process after every optimizer step, before the checkpoint of that step is written.
 
-    def on_step(self, step: int, record: Record) -> None: ...
+    True asks for a checkpoint of this step although none is due, on every process alike.
+    """
+
+    def on_step(self, step: int, record: Record) -> bool | None: ...
 
 
 @dataclass
@@ -232,14 +235,14 @@ def fit(
             reporter.step(record)
 
             # -- callbacks, checkpoint, stop
-            stop = _agree(signals, dist)
+            stop, keep = _agree(signals, dist), False
             if stop is None:
                 for callback in callbacks:
-                    callback.on_step(step, record)
+                    keep = bool(callback.on_step(step, record)) or keep
                 stop = _agree(signals, dist) if callbacks else None
             elif callbacks:
                 state.pending = record
-            if step % cfg.save_every == 0 or step == total_steps or stop is not None:
+            if step % cfg.save_every == 0 or step == total_steps or stop is not None or keep:
                 dist.on_main(lambda step=step: _save(run, save, step))
             state.pending = None
             if stop is not None:

@@ -1,0 +1,220 @@
+"""Whether the answers are right, and whether they are right because of the image.
+
+The same questions under different images (`probes.captions` writes the answers): a high accuracy that stays without the
+image is no sight, so every accuracy stands beside its gain. What "right" means is `probes.vqa`'s, which kinds of
+questions there are is `probes.strata`'s.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from beholder.evidence import Condition, Measurement
+from beholder.probes import bootstrap, measurement, wilson
+from beholder.probes.caption_metrics import exact_match
+from beholder.probes.strata import MIN_SAMPLES, YES_NO, answer_type
+from beholder.probes.vqa import vqa_accuracy
+from beholder.types import Example, Part
+
+if TYPE_CHECKING:
+    from beholder.probes.captions import CaptionRecord
+
+GROUPINGS = ("question", "answer")
+"""Of the strata those that answers are told by."""
+
+_FIRST_WORD = re.compile(r"\W*(\w+)")
+
+
+def score(
+    examples: Sequence[Example],
+    by: Mapping[Condition, Sequence[CaptionRecord]],
+    groups: Mapping[str, Sequence[str | None]],
+    *,
+    seed: int = 0,
+) -> list[Measurement]:
+    """``answer.accuracy.<condition>``, ``answer.exact.<condition>``, ``answer.gain.<condition>`` and ``pope.…``.
+
+    Accuracy is VQA accuracy over `Example.answers`; where there are none, over the last turn alone. Exact is the last
+    turn's text up to case, spacing and closing punctuation. Gain is the accuracy with the own image minus the one under
+    another condition, paired by question: what the image is worth. All three overall and for every stratum of the
+    groupings `GROUPINGS` in ``groups`` (stratum of each example's last answer, or None); a grouping with a single
+    stratum says nothing new. Then `pope` over the questions whose reference is yes or no.
+
+    ``by[condition][k]`` is what was written for ``examples[k]``.
+    """
+    assert examples and "correct" in by, "answers are scored against those with the own image"
+    for condition, records in by.items():
+        assert [r.id for r in records] == [e.id for e in examples], f"{condition}: answers to other questions"
+    texts = {condition: [r.prediction for r in records] for condition, records in by.items()}
+    references = [references_of(e) for e in examples]
+    accuracy = {
+        c: np.array([vqa_accuracy(text, given) for text, given in zip(said, references, strict=True)])
+        for c, said in texts.items()
+    }
+    exact = {
+        c: np.array([exact_match(text, e.answer_text) for text, e in zip(said, examples, strict=True)], dtype=float)
+        for c, said in texts.items()
+    }
+    rule = accuracy_rule(references)
+    out: list[Measurement] = []
+    for grouping, stratum, k in _parts(len(examples), groups):
+        few = f"only {len(k)} questions" if len(k) < MIN_SAMPLES else None
+        for name, values, what in (
+            ("accuracy", accuracy, rule),
+            ("exact", exact, "case, spacing and closing punctuation ignored"),
+        ):
+            for condition, own in values.items():
+                value, ci = mean_share(own[k], seed)
+                out.append(
+                    measurement(
+                        f"answer.{name}.{condition}", value, unit="share",
+                        better="higher" if condition == "correct" else "none", n=len(k), ci95=ci, by=grouping,
+                        stratum=stratum, caveat="; ".join(filter(None, [what, few])),
+                    )
+                )  # fmt: skip
+        for condition, own in accuracy.items():
+            if condition == "correct":
+                continue
+            gain = (accuracy["correct"] - own)[k]
+            out.append(
+                measurement(
+                    f"answer.gain.{condition}", float(gain.mean()), unit="share", better="higher", n=len(k),
+                    ci95=bootstrap(lambda rows, gain=gain: gain[rows].mean(1), len(k), seed), by=grouping,
+                    stratum=stratum,
+                    caveat="; ".join(filter(None, ["paired: the same questions with and without their image"
+                                                   if condition == "none" else
+                                                   "paired: the same questions with the right and the wrong image",
+                                                   few])),
+                )
+            )  # fmt: skip
+    asked = [k for k, e in enumerate(examples) if answer_type(e.answer_text) == YES_NO]
+    if asked:
+        wanted = [says_yes(examples[k].answer_text) is True for k in asked]
+        for condition, said in texts.items():
+            out += pope([said[k] for k in asked], wanted, condition, seed=seed)
+    return out
+
+
+def references_of(example: Example) -> tuple[str, ...]:
+    """The answers people gave; the last turn where the record names none."""
+    return example.answers or (example.answer_text,)
+
+
+def accuracy_rule(references: Sequence[Sequence[str]]) -> str:
+    """What "right" means for these references, for a caveat."""
+    counts = sorted({len(given) for given in references})
+    if counts == [1]:
+        return "one reference a question: equal after the official VQA normalisation"
+    many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"official VQA accuracy over {many} answers a question"
+
+
+def mean_share(values: np.ndarray, seed: int = 0) -> tuple[float, tuple[float, float] | None]:
+    """Mean of shares and its 95 % interval: Wilson's where every one is right or wrong, else a bootstrap."""
+    n = len(values)
+    if np.isin(values, (0.0, 1.0)).all():
+        return float(values.mean()), wilson(int(values.sum()), n)
+    return float(values.mean()), bootstrap(lambda k: values[k].mean(1), n, seed)
+
+
+def without_images(example: Example) -> Example:
+    """The example with its images and their places taken out, and the line break that set a place apart from the text.
+
+    That is the one after a place, or before a place that ends its turn. Its own words are kept, so it is to be encoded
+    as a conversation or a chat: the caption template wants an image.
+    """
+
+    def text(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        out: list[Part] = []
+        after_image = False
+        for part in parts:
+            if isinstance(part, str):
+                out.append(part.removeprefix("\n") if after_image else part)
+            after_image = not isinstance(part, str)
+        if after_image and out and isinstance(out[-1], str):
+            out[-1] = out[-1].removesuffix("\n")
+        return tuple(p for p in out if p)
+
+    return replace(example, images=(), turns=tuple(replace(t, parts=text(t.parts)) for t in example.turns))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Yes and no (POPE)
+
+
+def says_yes(text: str) -> bool | None:
+    """Whether the first word is yes (True) or no (False); None where it is neither.
+
+    Stricter than POPE's own script (Li et al. 2023), which takes whatever does not say no or not in its first sentence
+    for a yes: an empty or evasive answer is wrong here.
+    """
+    found = _FIRST_WORD.match(text)
+    return {"yes": True, "no": False}.get(found[1].lower()) if found else None
+
+
+def pope(
+    predictions: Sequence[str], wanted: Sequence[bool], condition: str | None = None, *, seed: int = 0
+) -> list[Measurement]:
+    """``pope.<accuracy|precision|recall|f1|yes_rate>[.<condition>]``; yes is the positive class.
+
+    An answer that begins with neither word (`says_yes`) is wrong, and no yes. Precision is absent when the model never
+    says yes, recall when no reference does: there is nothing to divide by.
+    """
+    assert predictions and len(predictions) == len(wanted)
+    said = [says_yes(p) for p in predictions]
+    yes, right = np.array([s is True for s in said]), np.array([s == w for s, w in zip(said, wanted, strict=True)])
+    want, n = np.array(wanted, dtype=bool), len(said)
+    hit, called, there = int((yes & want).sum()), int(yes.sum()), int(want.sum())
+    neither = sum(s is None for s in said)
+    about = f"{there} of {n} references are yes"
+    if neither:
+        about += f"; {neither} answers begin with neither yes nor no and are wrong"
+    if n < MIN_SAMPLES:
+        about += f"; only {n} questions"
+    out: list[Measurement] = []
+
+    def add(what: str, value: float, size: int, ci: tuple[float, float] | None) -> None:
+        usual = condition in (None, "correct") and what != "yes_rate"
+        out.append(
+            measurement(
+                f"pope.{what}" + (f".{condition}" if condition else ""), value, unit="share",
+                better="higher" if usual else "none", n=size, ci95=ci, caveat=about,
+            )
+        )  # fmt: skip
+
+    add("accuracy", float(right.mean()), n, wilson(int(right.sum()), n))
+    if called:
+        add("precision", hit / called, called, wilson(hit, called))
+    if there:
+        add("recall", hit / there, there, wilson(hit, there))
+    if called + there:
+        f1 = _f1(yes, want)
+        add("f1", 2 * hit / (called + there), n, bootstrap(f1, n, seed))
+    add("yes_rate", called / n, n, wilson(called, n))
+    return out
+
+
+def _f1(yes: np.ndarray, want: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """F1 of resampled rows: 2 hits / (said yes + are yes)."""
+    both = (yes & want).astype(np.float64)
+    total = yes.astype(np.float64) + want
+    return lambda k: 2 * both[k].sum(1) / total[k].sum(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _parts(n: int, groups: Mapping[str, Sequence[str | None]]) -> Iterator[tuple[str | None, str | None, np.ndarray]]:
+    """(grouping, stratum, indices): all, then every stratum by name."""
+    yield None, None, np.arange(n)
+    for grouping in GROUPINGS:
+        strata = groups.get(grouping, ())
+        assert not strata or len(strata) == n, f"{grouping}: {len(strata)} strata for {n} answers"
+        names = sorted({s for s in strata if s is not None})
+        for stratum in names if len(names) > 1 else ():
+            yield grouping, stratum, np.array([k for k, s in enumerate(strata) if s == stratum])

@@ -1,0 +1,48 @@
+"""Which of a run's checkpoints is its best: the lowest held-out loss among those that look and do not babble (S2-7).
+
+A pure function of what was measured at each of them; measuring stands in `assessment`, the named pointer in
+`train.checkpoint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from beholder.evidence import Candidate
+
+KEPT = 0.5
+"""A checkpoint must keep this share of the largest image reliance seen so far: a falling loss that is bought by looking
+less is what instruction tuning does when it goes wrong."""
+MAX_COLLAPSE = 0.5
+"""As the gate ``no_collapse``: golden outputs that are empty, looping or all alike."""
+
+
+def choose(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates in order of their steps, each with why it may not be the best, and at most one marked best.
+
+    Of equal losses the later one. A candidate whose image reliance or golden outputs were not measured is not refused
+    for it: a run may be configured without them, and its gates then say so.
+    """
+    steps = sorted({c.step: c for c in candidates}.values(), key=lambda c: c.step)
+    most = max((c.delta_shuffled for c in steps if c.delta_shuffled is not None), default=0.0)
+    judged = [c.model_copy(update={"refused": _refusal(c, most), "best": False}) for c in steps]
+    allowed = [c for c in judged if not c.refused]
+    if not allowed:
+        return judged
+    best = min(allowed, key=lambda c: (c.eval_loss, -c.step))
+    return [c.model_copy(update={"best": c.step == best.step}) for c in judged]
+
+
+def best_of(candidates: Sequence[Candidate]) -> Candidate | None:
+    """The one that `choose` marks, or None when all are refused."""
+    return next((c for c in choose(candidates) if c.best), None)
+
+
+def _refusal(c: Candidate, most: float) -> str:
+    if c.delta_shuffled is not None and c.delta_shuffled <= 0:
+        return f"another sample's image does not make it worse ({c.delta_shuffled:+.3g} nats/token)"
+    if c.delta_shuffled is not None and c.delta_shuffled < KEPT * most:
+        return f"it looks less than before ({c.delta_shuffled:+.3g} of at most {most:+.3g} nats/token)"
+    if c.collapse is not None and c.collapse > MAX_COLLAPSE:
+        return f"{c.collapse:.0%} of its golden outputs are empty, looping or all alike"
+    return ""

@@ -1,0 +1,241 @@
+"""A file of questions in, a file of answers out: ``beholder generate RUN --from FILE --out FILE``.
+
+Reads the common shapes of question files (a record a line, a JSON array, VQA's question file), says what is wrong with
+them before a model is loaded, and goes on where an interrupted call stopped. The answers are `inference`'s; what they
+are worth is `scoring`'s business.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+
+from beholder.data.images import check_exists
+from beholder.inference import Request, Vlm
+from beholder.runs import sha256_file
+from beholder.train.checkpoint import MANIFEST
+from beholder.types import ImageRef, UserError
+
+_TEXTS = ("prompt", "question", "text", "messages", "conversations")
+_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One record of a question file."""
+
+    key: Literal["id", "question_id"]
+    id: str | int
+    request: Request
+
+
+def read_questions(
+    path: Path, image_root: Path | None = None, *, prompt: str | None = None, image_pattern: str | None = None
+) -> list[Question]:
+    """Every question of a file, or a `UserError` that names ``file:line`` of the first one that cannot be asked.
+
+    A record has an ``id`` or ``question_id``, what is said (``prompt``, ``question`` or ``text``; or ``messages`` /
+    ``conversations``, of which trailing answers are left out; or nothing, when ``prompt`` is for all or the run has an
+    instruction) and what it is about (``image``, ``images``, or VQA's ``image_id``, whose file goes by
+    ``image_pattern``). Images lie in ``image_root``, default the file's own folder.
+    """
+    root = image_root or path.parent
+    if not root.is_dir():
+        raise UserError(f"--image-root {root} is not a folder")
+    questions: list[Question] = []
+    seen: dict[str | int, str] = {}
+    for where, record, pattern in _records(path, image_pattern):
+        try:
+            question = _question(record, root, prompt, pattern, where)
+            if question.id in seen:
+                raise UserError(f"{question.key} {question.id!r} was asked before, at {seen[question.id]}")
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        seen[question.id] = where
+        questions.append(question)
+    if not questions:
+        raise UserError(f"{path}: holds no questions")
+    _find_images(questions)
+    return questions
+
+
+def answer_file(
+    vlm: Vlm,
+    questions: Sequence[Question],
+    out: Path,
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 64,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> int:
+    """Answer what ``out`` does not answer yet, greedily, a line of JSON each; the number of new answers.
+
+    A line is ``{"id" or "question_id", "answer", "by"}``; ``by`` names the checkpoint and how it was asked, so that the
+    answers of two runs never mix: an ``out`` of another one is refused.
+    """
+    by = (
+        f"{vlm.cfg.run_name}/{vlm.checkpoint.name} {sha256_file(vlm.checkpoint / MANIFEST)[:8]}, greedy, "
+        f"at most {max_new_tokens} tokens"
+    )
+    done = _answered(out, by, {q.id for q in questions})
+    left = [q for q in questions if q.id not in done]
+    answers = vlm.generate_many((q.request for q in left), batch_size=batch_size, max_new_tokens=max_new_tokens)
+    asked = iter(left)
+    with out.open("ab") as file:
+        for start in range(0, len(left), batch_size):
+            for question, answer in zip(islice(asked, batch_size), islice(answers, batch_size), strict=True):
+                file.write(orjson.dumps({question.key: question.id, "answer": answer, "by": by}) + b"\n")
+            file.flush()
+            if progress is not None:
+                progress("answers", min(start + batch_size, len(left)), len(left))
+    return len(left)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def _records(path: Path, image_pattern: str | None) -> Iterator[tuple[str, Any, str]]:
+    """(``file:line`` or ``file: record k``, record, file name pattern of an ``image_id``)."""
+    try:
+        raw = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror or e}); give a file of questions") from e
+    try:
+        whole = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        whole = None  # more than one value: a record a line
+    if isinstance(whole, dict) and isinstance(whole.get("questions"), list):
+        subtype = whole.get("data_subtype")
+        # COCO's names: of the 2014 images with the split in front, since 2017 the number alone.
+        coco = f"COCO_{str(subtype).replace('-dev', '')}_{{image_id:012d}}.jpg" if subtype else "{image_id:012d}.jpg"
+        for k, record in enumerate(whole["questions"]):
+            yield f"{path}: question {k}", record, image_pattern or coco
+        return
+    pattern = image_pattern or "{image_id}.jpg"
+    if isinstance(whole, list):
+        for k, record in enumerate(whole):
+            yield f"{path}: record {k}", record, pattern
+        return
+    for number, line in enumerate(raw.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError as e:
+            raise UserError(f"{path}:{number}: malformed JSON at character {e.pos}: {e.msg}") from None
+        yield f"{path}:{number}", record, pattern
+
+
+def _question(record: Any, root: Path, prompt: str | None, pattern: str, where: str) -> Question:
+    if not isinstance(record, dict):
+        raise UserError(f"the record is a {type(record).__name__}, expected an object with id, image and prompt")
+    key: Literal["id", "question_id"] = "question_id" if "id" not in record else "id"
+    id = record.get(key)
+    if isinstance(id, bool) or not isinstance(id, str | int):
+        raise UserError(f"{key} is {id!r}, expected a text or a number; every answer is found again by its id")
+    given = [name for name in _TEXTS if name in record]
+    if len(given) > 1:
+        raise UserError(f"has {' and '.join(given)}, expected one of them")
+    refs = [ImageRef(root=str(root), path=name) for name in _images(record, pattern)]
+    if not given:
+        return Question(key, id, Request(prompt, refs, where))
+    value = record[given[0]]
+    if given[0] in ("messages", "conversations"):
+        messages = _messages(value, given[0])
+    elif isinstance(value, str) and value.strip():
+        messages = [{"role": "user", "content": value}]
+    else:
+        raise UserError(f"{given[0]} is {value!r}, expected a text")
+    return Question(key, id, Request(messages, refs, where))
+
+
+def _images(record: dict[str, Any], pattern: str) -> list[str]:
+    given = [name for name in ("image", "images", "image_id") if record.get(name) is not None]
+    if len(given) > 1:
+        given = [name for name in given if name != "image_id"]  # many files have the number beside the name
+    if len(given) > 1:
+        raise UserError("has both image and images, expected one of them")
+    if not given:
+        return []
+    value = record[given[0]]
+    if given[0] == "image_id":
+        try:
+            return [pattern.format(image_id=value)]
+        except (ValueError, KeyError, IndexError) as e:
+            raise UserError(f"image_id {value!r} does not fit the file name pattern {pattern!r} ({e})") from None
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{given[0]} is {value!r}, expected a path or a list of paths below --image-root")
+    return names
+
+
+def _messages(value: Any, name: str) -> list[dict[str, str]]:
+    """The conversation up to the last thing the user says."""
+    if not isinstance(value, list):
+        raise UserError(f"{name} is a {type(value).__name__}, expected a list of turns")
+    messages: list[dict[str, str]] = []
+    for k, turn in enumerate(value):
+        if not isinstance(turn, dict):
+            raise UserError(f"{name}[{k}] is a {type(turn).__name__}, expected an object with role and content")
+        role, text = (
+            (turn.get("from"), turn.get("value")) if "from" in turn else (turn.get("role"), turn.get("content"))
+        )
+        if role not in _ROLES:
+            raise UserError(f"{name}[{k}] is said by {role!r}, expected one of {', '.join(_ROLES)}")
+        if not isinstance(text, str):
+            raise UserError(f"{name}[{k}]: its text is a {type(text).__name__}, expected a string")
+        messages.append({"role": _ROLES[role], "content": text})
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return messages
+
+
+def _find_images(questions: Sequence[Question]) -> None:
+    """Raises `UserError` for the first image that is not there; it would otherwise stop the work in the middle."""
+    pairs = [
+        (question.request.where, ref)
+        for question in questions
+        if isinstance(question.request.images, list)
+        for ref in question.request.images
+        if isinstance(ref, ImageRef)
+    ]
+    for (where, _), error in zip(pairs, check_exists(ref for _, ref in pairs), strict=True):
+        if error is not None:
+            raise UserError(f"{where}: {error}; images are looked for below --image-root")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Going on
+
+
+def _answered(out: Path, by: str, asked: set[str | int]) -> set[str | int]:
+    """Ids that ``out`` answers already. A line that was torn by an interruption is cut off."""
+    if not out.parent.is_dir() or out.is_dir():
+        raise UserError(f"--out {out}: expected a file in an existing folder")
+    if not out.exists():
+        return set()
+    raw = out.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    done: set[str | int] = set()
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            answer = json.loads(line)
+            id, told = answer.get("id", answer.get("question_id")), answer["by"]
+        except (ValueError, AttributeError, KeyError):
+            raise UserError(f"{out}:{number}: not an answer of this command; give another --out") from None
+        if told != by:
+            raise UserError(f"{out}:{number}: answered by {told}, but this is {by}; give another --out, or remove it")
+        if id not in asked:
+            raise UserError(f"{out}:{number}: answers {id!r}, which these questions do not ask; give another --out")
+        done.add(id)
+    if len(whole) < len(raw):
+        with out.open("r+b") as file:
+            file.truncate(len(whole))
+    return done

@@ -1,0 +1,329 @@
+"""Scores of plain answer files against plain reference files, so that anyone can check the arithmetic of a report.
+
+No model and no run is needed: ``beholder score vqa|pope|caption`` reads two JSON or JSONL files and calls the functions
+that runs are scored with (`probes.vqa`, `probes.answers`, `probes.captions`). Which fields a file may have stands at
+`read_predictions` and `read_references`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from beholder.evidence import Measurement
+from beholder.probes import measurement
+from beholder.probes.answers import accuracy_rule, mean_share, pope, says_yes
+from beholder.probes.caption_metrics import exact_match
+from beholder.probes.captions import match_scores
+from beholder.probes.vqa import vqa_accuracy
+from beholder.types import UserError
+
+Kind = Literal["vqa", "pope", "caption"]
+
+MAX_TOLD = 10
+"""Ids that an error names."""
+_IDS = {"vqa": ("question_id", "id"), "pope": ("question_id", "id"), "caption": ("image_id", "id")}
+_TEXTS = ("answer", "prediction", "text", "caption")
+_CONTAINERS = ("annotations", "questions")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is right for one id."""
+
+    texts: tuple[str, ...]
+    question_type: str = ""
+    answer_type: str = ""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The scores of one file of answers."""
+
+    kind: Kind
+    predictions: str
+    references: str
+    n: int
+    """Questions, or pictures."""
+    measurements: list[Measurement] = field(default_factory=list)
+
+    def get(self, name: str, stratum: str | None = None) -> Measurement | None:
+        return next((m for m in self.measurements if m.name == name and m.stratum == stratum), None)
+
+    def print(self, console: Console | None = None) -> None:
+        """A table: value, 95 % interval and number of answers of every score; what to know about them below."""
+        console = console or Console()
+        table = Table(title=Text(f"{self.predictions} against {self.references}"), title_justify="left")
+        table.add_column("score", overflow="fold")
+        for heading in ("value", "95 % interval", "n"):
+            table.add_column(heading, justify="right")
+        for m in self.measurements:
+            name = m.name if m.stratum is None else f"  {m.by}: {m.stratum}"
+            ends = "" if m.ci95 is None else " to ".join(_shown(end, m.unit) for end in m.ci95)
+            table.add_row(Text(name), _shown(m.value, m.unit), ends, f"{m.n:,}")
+        console.print(table)
+        for caveat in dict.fromkeys(m.caveat for m in self.measurements if m.caveat and m.stratum is None):
+            console.print(Text(f"· {caveat}"), soft_wrap=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: what was scored, and every measurement."""
+        return {
+            "kind": self.kind, "predictions": self.predictions, "references": self.references, "n": self.n,
+            "measurements": [m.model_dump(mode="json") for m in self.measurements],
+        }  # fmt: skip
+
+
+def score_files(kind: Kind, predictions: str | Path, references: str | Path) -> Score:
+    """Score answers against references: every reference needs exactly one answer, and every answer a reference.
+
+    ``vqa``: official VQA accuracy, overall, by question type and by answer type, and the share that is the most
+    frequent reference exactly. ``pope``: accuracy, precision, recall, F1 and yes-rate of yes/no answers. ``caption``:
+    exact match, BLEU-1…4, ROUGE-L and CIDEr-D against one or more captions. Raises UserError for a file that cannot be
+    read, a record without id or text, and ids that are missing, unknown or there twice, naming them.
+    """
+    predictions, references = Path(predictions), Path(references)
+    said, id_field = read_predictions(predictions, kind)
+    right = read_references(references, kind, id_field)
+    missing, extra = [id for id in right if id not in said], [id for id in said if id not in right]
+    if missing or extra:
+        wrong = [f"{len(missing)} of {len(right)} references have no answer ({_some(missing)})"] * bool(missing)
+        wrong += [f"{len(extra)} of {len(said)} answers have no reference ({_some(extra)})"] * bool(extra)
+        raise UserError(
+            f"{predictions} does not answer {references}: {'; '.join(wrong)}. Ids are compared as text; score a part "
+            "by giving a reference file of that part"
+        )
+    texts, given = [said[id] for id in right], list(right.values())
+    scored = {"vqa": _vqa, "pope": _pope, "caption": _captions}[kind](texts, given)
+    return Score(kind, str(predictions), str(references), len(texts), scored)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def read_predictions(path: Path, kind: Kind) -> tuple[dict[str, str], str]:
+    """Id -> answer, and the field the ids were in.
+
+    A JSON array (the result format of VQA and COCO) or JSONL of objects with an id (``question_id`` or ``id``; captions
+    also ``image_id``) and a text under ``answer``, ``prediction``, ``text`` or ``caption``.
+    """
+    records = list(_records(path))
+    if not records:
+        raise UserError(f"{path}: no answers in it, expected a JSON array or JSONL of {{question_id, answer}} or alike")
+    id_field = next((name for name in _IDS[kind] if name in records[0][1]), _IDS[kind][-1])
+    out: dict[str, str] = {}
+    twice: list[str] = []
+    for where, record in records:
+        id = _id(record, (id_field,), where)
+        text = next((record[name] for name in _TEXTS if name in record), None)
+        if not isinstance(text, str):
+            raise UserError(
+                f"{where}: expected a string under one of {', '.join(_TEXTS)}, got {_what(text)} in the fields "
+                f"{', '.join(record) or '(none)'}"
+            )
+        twice += [id] * (id in out)
+        out[id] = text
+    if twice:
+        raise UserError(
+            f"{path}: {len(twice)} ids are answered more than once ({_some(twice)}); expected one answer each"
+        )
+    return out, id_field
+
+
+def read_references(path: Path, kind: Kind, id_field: str | None = None) -> dict[str, Reference]:
+    """Id -> what is right, from one of these files:
+
+    - a VQA annotation file (``annotations`` with ``question_id``, ``answers``, ``question_type``, ``answer_type``) or,
+      for captions, COCO's (``annotations`` with ``image_id`` and ``caption``, one or more a picture);
+    - a GQA question file, an object of questions by id;
+    - a JSON array or JSONL of objects with an id and ``answers`` (texts, or objects with ``answer``), ``answer``,
+      ``label``, ``captions``, ``caption`` or ``messages`` (the assistant's last turn), and perhaps ``question_type``
+      and ``answer_type``. POPE's label files are of this shape.
+
+    ``id_field``: where the answers have their ids; it goes first where a record has several.
+    """
+    names = list(dict.fromkeys([id_field or _IDS[kind][0], *_IDS[kind]]))
+    out: dict[str, Reference] = {}
+    twice: list[str] = []
+    several = False
+    for where, record in _records(path):
+        container = kind == "caption" and "image_id" in record and isinstance(record.get("caption"), str)
+        id = _id(record, ["image_id"] if container else names, where)
+        found = _reference(record, kind, where)
+        if id in out and container:  # COCO: a picture has five
+            several = True
+            found = Reference(out[id].texts + found.texts)
+        elif id in out:
+            twice.append(id)
+        out[id] = found
+    if twice:
+        raise UserError(
+            f"{path}: {len(twice)} ids are there more than once ({_some(twice)}); expected one reference each"
+            + (", or captions under image_id" if several else "")
+        )
+    if not out:
+        raise UserError(f"{path}: no references in it; expected an annotation file, or JSON or JSONL with an id each")
+    return out
+
+
+def _reference(record: Mapping[str, Any], kind: Kind, where: str) -> Reference:
+    order = {
+        "vqa": ("answers", "answer", "label", "multiple_choice_answer"), "pope": ("label", "answer", "answers"),
+        "caption": ("captions", "caption", "answers", "answer"),
+    }[kind]  # fmt: skip
+    value = next((record[name] for name in order if name in record), None)
+    turns = record.get("messages", record.get("conversations"))
+    if value is None and isinstance(turns, list):
+        value = _last_answer(turns)
+    listed = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    found = [t.get("answer") if isinstance(t, dict) else t for t in listed]
+    texts = tuple(t for t in found if isinstance(t, str))
+    if not texts or len(texts) < len(found):
+        raise UserError(
+            f"{where}: expected what is right under one of {', '.join(order)} or messages (a text or a list of them), "
+            f"got {_what(value)} in the fields {', '.join(record) or '(none)'}"
+        )
+    if kind == "pope" and says_yes(texts[0]) is None:
+        raise UserError(f"{where}: the reference is {texts[0]!r}, expected yes or no; score other answers with vqa")
+    return Reference(texts, _kind_of(record), _text_of(record.get("answer_type")))
+
+
+def _last_answer(turns: Sequence[Any]) -> str | None:
+    last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
+    speaker = last.get("role", last.get("from"))
+    text = last.get("content", last.get("value"))
+    return text if speaker in ("assistant", "gpt") and isinstance(text, str) else None
+
+
+def _kind_of(record: Mapping[str, Any]) -> str:
+    """``question_type``, or GQA's semantic and structural type as `data.questions` joins them."""
+    types = record.get("types")
+    if isinstance(types, dict):
+        return "/".join(t for t in (types.get("semantic"), types.get("structural")) if isinstance(t, str) and t)
+    return _text_of(record.get("question_type"))
+
+
+def _text_of(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, record) of a JSON array, an annotation file, an object of records by id, or JSONL."""
+    try:
+        raw = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror or e}); expected a JSON or JSONL file") from e
+    try:
+        whole: Any = orjson.loads(raw)
+    except orjson.JSONDecodeError as e:
+        if raw.lstrip()[:1] == b"[":
+            raise UserError(f"{path}: not valid JSON ({e})") from e
+        yield from _lines(path, raw)
+        return
+    if isinstance(whole, dict):
+        inner = next((whole[name] for name in _CONTAINERS if isinstance(whole.get(name), list)), None)
+        if inner is not None:
+            whole = inner
+        elif whole and all(isinstance(v, dict) for v in whole.values()):  # GQA
+            for key, record in whole.items():
+                yield f"{path}: question {key!r}", {"question_id": key, "id": key} | record
+            return
+        else:
+            whole = [whole]  # JSONL of one line
+    if not isinstance(whole, list):
+        raise UserError(f"{path}: expected a JSON array, an annotation file or JSONL, got {_what(whole)}")
+    for number, record in enumerate(whole, start=1):
+        yield _checked(f"{path}: record {number}", record)
+
+
+def _lines(path: Path, raw: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(raw.splitlines(), start=1):
+        if line.strip():
+            try:
+                record = orjson.loads(line)
+            except orjson.JSONDecodeError as e:
+                raise UserError(f"{path}:{number}: not valid JSON ({e}); expected one object a line") from e
+            yield _checked(f"{path}:{number}", record)
+
+
+def _checked(where: str, record: object) -> tuple[str, dict[str, Any]]:
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected an object with an id and a text, got {_what(record)}")
+    return where, record
+
+
+def _id(record: Mapping[str, Any], names: Sequence[str], where: str) -> str:
+    value = next((record[name] for name in names if name in record), None)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise UserError(
+            f"{where}: expected a number or text under {' or '.join(names)}, got {_what(value)} in the fields "
+            f"{', '.join(record) or '(none)'}"
+        )
+    return str(value)
+
+
+def _what(value: object) -> str:
+    return "nothing" if value is None else type(value).__name__
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:MAX_TOLD]) + (", …" if len(ids) > MAX_TOLD else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Arithmetic
+
+
+def _vqa(texts: Sequence[str], given: Sequence[Reference]) -> list[Measurement]:
+    accuracy = np.array([vqa_accuracy(text, r.texts) for text, r in zip(texts, given, strict=True)])
+    exact = np.array(
+        [exact_match(text, max(r.texts, key=r.texts.count)) for text, r in zip(texts, given, strict=True)], dtype=float
+    )
+    rule = accuracy_rule([r.texts for r in given])
+    out: list[Measurement] = []
+
+    def add(name: str, values: np.ndarray, caveat: str, by: str | None = None, stratum: str | None = None) -> None:
+        value, ci = mean_share(values)
+        out.append(
+            measurement(
+                name,
+                value,
+                unit="share",
+                better="higher",
+                n=len(values),
+                ci95=ci,
+                by=by,
+                stratum=stratum,
+                caveat=caveat,
+            )
+        )
+
+    add("vqa.accuracy", accuracy, rule)
+    for by, kinds in (("question", [r.question_type for r in given]), ("answer", [r.answer_type for r in given])):
+        for kind in sorted({k for k in kinds if k}):
+            add("vqa.accuracy", accuracy[[k == kind for k in kinds]], rule, by, kind)
+    add("vqa.exact", exact, "the most frequent reference; case, spacing and closing punctuation ignored")
+    return out
+
+
+def _pope(texts: Sequence[str], given: Sequence[Reference]) -> list[Measurement]:
+    return pope(texts, [says_yes(r.texts[0]) is True for r in given])
+
+
+def _captions(texts: Sequence[str], given: Sequence[Reference]) -> list[Measurement]:
+    return [
+        measurement(f"caption.{name}", value, unit=unit, better="higher", n=len(texts), ci95=ci, caveat=caveat)
+        for name, value, unit, ci, caveat in match_scores(texts, [r.texts for r in given])
+    ]
+
+
+def _shown(value: float, unit: str) -> str:
+    return f"{100 * value:.2f} %" if unit == "share" else f"{value:.4f}"

@@ -1,0 +1,213 @@
+"""The conversation at the terminal: what is remembered, what each command does, how it is interrupted."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from tests.conftest import TinyParts
+from tests.talking import untrained_run
+
+from beholder.config import SourceConfig
+from beholder.data.sources import open_sources
+from beholder.inference import ContextFullError, Vlm, load
+from beholder.talk import Conversation, printable, talk
+from beholder.types import UserError
+
+
+@pytest.fixture(scope="module")
+def vlm(tiny_parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> Vlm:
+    return load(untrained_run(tiny_parts, tmp_path_factory.mktemp("talk")), device="cpu")
+
+
+@pytest.fixture
+def image(tiny_parts: TinyParts) -> Path:
+    return min(tiny_parts.images.glob("*.png"))
+
+
+def scripted(conversation: Conversation, *lines: str) -> tuple[str, str]:
+    """What a script of ``lines`` is answered, and told besides."""
+    out, notes = io.StringIO(), io.StringIO()
+    talk(conversation, source=io.StringIO("".join(f"{line}\n" for line in lines)), out=out, notes=notes)
+    return out.getvalue(), notes.getvalue()
+
+
+def test_a_script_gets_the_answers_alone_on_its_output(vlm: Vlm, image: Path) -> None:
+    out, _ = scripted(Conversation(vlm, image, max_new_tokens=8), "What colour?", "", "Sure?", "/quit", "Never asked")
+
+    first = vlm.chat("What colour?", image, max_new_tokens=8)
+    said = [("user", "What colour?"), ("assistant", first), ("user", "Sure?")]
+    second = vlm.chat([{"role": r, "content": c} for r, c in said], image, max_new_tokens=8)
+    assert out == f"{printable(first)}\n{printable(second)}\n"
+
+
+def test_the_system_text_comes_first_and_starts_over(vlm: Vlm, image: Path) -> None:
+    conversation = Conversation(vlm, image, "Be brief.", max_new_tokens=4)
+
+    scripted(conversation, "What?")
+    assert [m["role"] for m in conversation.messages] == ["system", "user", "assistant"]
+    _, notes = scripted(conversation, "/system Answer in one word.")
+
+    assert conversation.messages == [{"role": "system", "content": "Answer in one word."}]
+    assert "starts over" in notes
+    scripted(conversation, "/system")
+    assert conversation.messages == []
+
+
+def test_another_image_starts_over_and_a_missing_one_changes_nothing(vlm: Vlm, tiny_parts: TinyParts) -> None:
+    first, other = sorted(tiny_parts.images.glob("*.png"))[:2]
+    conversation = Conversation(vlm, first, max_new_tokens=4)
+    scripted(conversation, "What?")
+
+    with pytest.raises(UserError, match=r"nowhere\.png"):
+        scripted(conversation, "/image nowhere.png")
+    kept = (conversation.image, len(conversation.turns))
+    scripted(conversation, f"/image '{other}'")
+
+    assert kept == (first, 2)
+    assert (conversation.image, conversation.turns) == (other, [])
+
+
+def test_reset_keeps_image_and_system_text(vlm: Vlm, image: Path) -> None:
+    conversation = Conversation(vlm, image, "Be brief.", max_new_tokens=4)
+
+    again = [scripted(conversation, "What?", "/reset")[0] for _ in range(2)]
+
+    assert again[0] == again[1]
+    assert (conversation.image, conversation.system, conversation.turns) == (image, "Be brief.", [])
+
+
+def test_a_saved_conversation_is_a_record_to_train_on(vlm: Vlm, image: Path, tmp_path: Path) -> None:
+    conversation = Conversation(vlm, image, "Be brief.", max_new_tokens=8)
+    file = tmp_path / "talk.jsonl"
+    scripted(conversation, "What?", "Sure?")
+    conversation.image = Path(image.name)  # as if started in the image folder
+
+    scripted(conversation, f"/save {file}")
+
+    source = SourceConfig(dataset="jsonl", json_path=str(file), image_root=str(image.parent))
+    (example,) = open_sources([source], image_token="<image>", max_images=1, on_reject="error", chat=True)
+    assert [t.role for t in example.turns] == ["system", "user", "assistant", "user", "assistant"]
+    assert example.turns[1].text == "<image>\nWhat?" and example.turns[3].text == "Sure?"
+    assert example.turns[2].text == conversation.turns[1]["content"]
+    with pytest.raises(UserError, match="there already"):
+        scripted(conversation, f"/save {file}")
+
+
+def test_a_typed_marker_cannot_be_saved_as_an_image_place(vlm: Vlm, image: Path, tmp_path: Path) -> None:
+    conversation = Conversation(vlm, image, max_new_tokens=4)
+
+    with pytest.raises(UserError, match="<image> as text"):
+        scripted(conversation, "is <image> a word?", f"/save {tmp_path / 'talk.jsonl'}")
+
+    assert not (tmp_path / "talk.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/picture a.png", "/picture is no command; there are /image"),
+        ("/image", "needs a FILE"),
+        ("/save ", "needs a FILE"),
+        ("/save /nowhere/at/all.jsonl", "is no folder"),
+    ],
+)
+def test_a_wrong_command_ends_a_script_and_says_what_there_is(vlm: Vlm, line: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        scripted(Conversation(vlm), line)
+
+
+def test_help_lists_every_command(vlm: Vlm) -> None:
+    from beholder.talk import COMMANDS
+
+    _, notes = scripted(Conversation(vlm), "/help")
+
+    assert all(command in notes for command in COMMANDS)
+
+
+def test_a_full_context_says_so_and_suggests_reset(vlm: Vlm, image: Path) -> None:
+    conversation = Conversation(vlm, image, max_new_tokens=4)
+    scripted(conversation, "What?")
+
+    with pytest.raises(ContextFullError, match=r"no room for an answer.*: /reset"):
+        scripted(conversation, "x" * vlm.context)
+
+    assert len(conversation.turns) == 2, "a question without an answer is not remembered"
+
+
+def test_a_conversation_longer_than_training_is_noted_once(vlm: Vlm, image: Path) -> None:
+    conversation = Conversation(vlm, image, max_new_tokens=4)
+
+    _, notes = scripted(conversation, "x" * 40, "x" * 40, "x" * 40)
+
+    assert notes.count("longer than the 128 tokens") == 1
+
+
+def test_a_cut_answer_is_noted(vlm: Vlm, image: Path) -> None:
+    stream = vlm.stream("What?", image, max_new_tokens=3)
+    list(stream)
+    assert not stream.complete, "the case under test"
+
+    _, notes = scripted(Conversation(vlm, image, max_new_tokens=3), "What?")
+
+    assert "cut after 3 tokens" in notes
+
+
+class Interrupting(io.StringIO):
+    """Output during which the user presses Ctrl-C after some pieces."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+
+    def write(self, text: str) -> int:
+        if text != "\n":
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        return super().write(text)
+
+
+def test_ctrl_c_keeps_what_was_said_and_a_second_one_leaves(vlm: Vlm, image: Path) -> None:
+    conversation = Conversation(vlm, image, max_new_tokens=200)
+    out, notes = Interrupting(after=2), io.StringIO()
+    lines = iter(["What?\n", KeyboardInterrupt(), "Never read\n"])
+
+    class Keyboard(io.StringIO):
+        def readline(self, *_: object) -> str:  # type: ignore[override]
+            line = next(lines)
+            if isinstance(line, KeyboardInterrupt):
+                raise line
+            return line
+
+    talk(conversation, source=Keyboard(), out=out, notes=notes)
+
+    assert next(lines) == "Never read\n"
+    assert "stopped" in notes.getvalue()
+    whole = vlm.chat("What?", image, max_new_tokens=200)
+    (_, answer) = conversation.turns
+    assert 0 < len(answer["content"]) < len(whole) and whole.startswith(answer["content"])
+
+
+def test_a_run_without_conversations_is_refused_at_the_start(tiny_parts: TinyParts, tmp_path: Path) -> None:
+    align = untrained_run(tiny_parts, tmp_path, **{"stage": "align", "model.lora": {"enable": False}})
+
+    with pytest.raises(UserError, match="taught to describe images"):
+        Conversation(load(align, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\tb\nc", "a\tb\nc"),
+        ("\x1b[2Jgone", "\\u001b[2Jgone"),
+        ("\u202eabc", "\\u202eabc"),
+        ("👩\u200d🔬", "👩\u200d🔬"),
+        ("\r\x07\x9b", "\\u000d\\u0007\\u009b"),
+        ("größer 犬", "größer 犬"),
+    ],
+)
+def test_what_the_model_says_has_no_power_over_the_terminal(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    assert "".join(map(printable, text)) == shown

@@ -1,0 +1,219 @@
+"""Checkpoints with adapters: PEFT's own format, exact resume, and refusals that name the cause. Real tiny Qwen3."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import Tiny, exact_log, settings, train
+from torch import Tensor
+
+from beholder.model.language import LanguageModel
+from beholder.model.lora import adapter_config, adapter_tensors
+from beholder.model.vlm import VisionLanguageModel
+from beholder.runs import RunDir
+from beholder.smoke import tiny_llm
+from beholder.train.checkpoint import (
+    MANIFEST,
+    has_adapter,
+    load_adapter,
+    load_connector,
+    load_for_resume,
+    problem,
+    save_checkpoint,
+)
+from beholder.train.optim import build_optimizer, optimizer_tensors
+from beholder.types import UserError
+
+LORA = {"r": 4, "alpha": 8, "dropout": 0.2}
+RATES = {"lr": {"connector": 3e-3, "lora": 3e-3}}
+
+
+def trained(tiny: Tiny, folder: Path, steps: int = 2, **model: Any) -> tuple[VisionLanguageModel, Path]:
+    """A model with adapters after a few steps, and its checkpoint."""
+    run = RunDir(folder)
+    outcome = train(tiny, run, settings(**RATES), total_steps=steps, model=tiny.model(**{"lora": LORA, **model}))
+    outcome.model.eval()
+    return outcome.model, run.checkpoints / f"step_{steps}"
+
+
+def weights(model: VisionLanguageModel) -> dict[str, Tensor]:
+    adapters = {k: t.clone() for k, t in adapter_tensors(model.language).items()}
+    return adapters | {k: t.clone() for k, t in model.connector.state_dict().items()}
+
+
+def identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def rewritten(folder: Path, model: VisionLanguageModel, **changes: Any) -> Path:
+    """A checkpoint of the model with other entries in its adapter config."""
+    return save_checkpoint(
+        folder, 1, connector=model.connector.state_dict(), connector_info=model.connector_info(), optimizer_state={},
+        trainer={}, keep=2, adapter=adapter_tensors(model.language),
+        adapter_config=adapter_config(model.language) | changes,
+    )  # fmt: skip
+
+
+def test_adapter_files_lie_flat_in_the_folder_and_are_in_the_manifest(tiny: Tiny, tmp_path: Path) -> None:
+    _, path = trained(tiny, tmp_path)
+
+    files = json.loads((path / MANIFEST).read_text())["files"]
+    assert {"adapter_model.safetensors", "adapter_config.json"} < set(files) and has_adapter(path)
+    assert {p.name for p in path.iterdir()} == {*files, MANIFEST}
+    assert problem(path) is None
+    (path / "adapter_config.json").write_text("{}")
+    assert "adapter_config.json" in str(problem(path))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21 on transformers 5.23
+def test_peft_loads_the_step_folder_on_the_plain_base_and_gives_the_same_logits_bit_for_bit(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model, path = trained(tiny, tmp_path)
+    ids = torch.arange(24).reshape(2, 12) + 30
+
+    base = AutoModelForCausalLM.from_pretrained(str(tiny.llm), dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, str(path)).eval()
+
+    # The same attention on both sides; ours is another kernel, which rounds otherwise.
+    model.language.model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        on = theirs(input_ids=ids).logits
+        assert torch.equal(model.language.model(input_ids=ids).logits, on)
+        with theirs.disable_adapter():
+            assert not torch.equal(theirs(input_ids=ids).logits, on), "the adapters do nothing"
+
+
+def test_adapters_reload_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
+    model, path = trained(tiny, tmp_path)
+    fresh = tiny.model(lora=LORA, seed=99)
+
+    load_adapter(path, fresh.language)
+    load_connector(path, fresh.connector, fresh.connector_info())
+
+    assert identical(weights(fresh), weights(model))
+
+
+def test_straight_run_equals_stopped_and_resumed_run_bit_for_bit_with_adapter_dropout(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    cfg = settings(micro_batch_size=2, gradient_accum=2, save_every=2, keep_checkpoints=2, **RATES)
+    straight = train(tiny, RunDir(tmp_path / "a"), cfg, total_steps=5, model=tiny.model(lora=LORA, dropout=0.1))
+    run = RunDir(tmp_path / "b")
+    torch.manual_seed(1234)  # nothing may depend on the generator's past
+
+    class Stop(Exception):
+        pass
+
+    class StopAfter:
+        def on_step(self, step: int, record: dict[str, Any]) -> None:
+            if step == 3:
+                raise Stop
+
+    with pytest.raises(Stop):
+        train(tiny, run, cfg, total_steps=5, model=tiny.model(lora=LORA, dropout=0.1), callbacks=[StopAfter()])
+    resumed = train(tiny, run, cfg, total_steps=5, model=tiny.model(lora=LORA, dropout=0.1))
+
+    assert resumed.result.steps_run == 3
+    assert exact_log(run) == exact_log(RunDir(tmp_path / "a"))
+    assert identical(weights(resumed.model), weights(straight.model))
+    assert identical(optimizer_tensors(resumed.optimizer), optimizer_tensors(straight.optimizer))
+
+
+def test_adapter_dropout_is_drawn_anew_in_every_step_from_the_runs_seed(tiny: Tiny, tmp_path: Path) -> None:
+    """Learning rate 0 over a fixed seed: only the dropout can move the loss. B is 0 at first, so A alone would not."""
+    _, path = trained(tiny, tmp_path / "run")
+    still = settings(lr={"connector": 0.0, "lora": 0.0}, weight_decay={"connector": 0.0, "lora": 0.0})
+
+    def loss(seed: int, name: str) -> float:
+        fresh = tiny.model(lora=LORA | {"dropout": 0.5})
+        load_adapter(path, fresh.language)
+        last = train(tiny, RunDir(tmp_path / name), still, total_steps=1, model=fresh, seed=seed).result.last
+        assert last is not None
+        return last["loss"]
+
+    assert loss(1, "a") == loss(1, "b") != loss(2, "c")
+
+
+def test_another_rank_alpha_or_kind_of_adapter_is_refused_with_its_field(tiny: Tiny, tmp_path: Path) -> None:
+    model, path = trained(tiny, tmp_path / "run", 1)
+    odd = rewritten(tmp_path / "odd", model, use_rslora=True)
+
+    for lora, says in (
+        (LORA | {"r": 8}, "model.lora.r: checkpoint 4, config 8"),
+        (LORA | {"alpha": 16}, "model.lora.alpha: checkpoint 8, config 16"),
+        (LORA | {"target_modules": ["q_proj"]}, "the file has adapters on .*mlp.down_proj .*model.lora.target_modules"),
+    ):
+        with pytest.raises(UserError, match=says):
+            load_adapter(path, tiny.model(lora=lora).language)
+    with pytest.raises(UserError, match="use_rslora: checkpoint true, config false"):
+        load_adapter(odd, model.language)
+    load_adapter(path, tiny.model(lora=LORA | {"dropout": 0.0}).language)  # changes nothing that is loaded
+
+
+def test_adapters_of_another_base_are_refused_with_both_names(tiny: Tiny, tmp_path: Path) -> None:
+    _, path = trained(tiny, tmp_path / "run", 1)
+    other = Tiny(tiny_llm(tmp_path / "wide", hidden_size=96), tiny.vision, tiny.records, tiny.images)
+
+    with pytest.raises(UserError, match=r"(?s)llm; this config: .*wide\).*model.llm.name_or_path: adapters of another"):
+        load_adapter(path, other.model(lora=LORA).language)
+
+
+def test_a_checkpoint_with_adapters_does_not_load_without_them_nor_the_reverse(tiny: Tiny, tmp_path: Path) -> None:
+    model, with_adapters = trained(tiny, tmp_path / "instruct", 1)
+    plain = train(tiny, RunDir(tmp_path / "align"), settings(), total_steps=1).model
+    without = RunDir(tmp_path / "align").checkpoints / "step_1"
+    before = weights(model)
+
+    def optimizer(of: VisionLanguageModel) -> torch.optim.Optimizer:
+        named = [(n, p) for n, p in of.named_parameters() if p.requires_grad]
+        return build_optimizer([{"name": "all", "params": named, "lr": 0.1, "weight_decay": 0.0}], (0.9, 0.99))
+
+    for language in (plain.language, None):
+        with pytest.raises(UserError, match="has adapters on the language model, but this config has none"):
+            load_for_resume(with_adapters, plain.connector, plain.connector_info(), optimizer(plain), language)
+    with pytest.raises(
+        UserError, match=r"model\.lora\.enable: true.*has none.*model\.connector\.load_checkpoint instead"
+    ):
+        load_for_resume(without, model.connector, model.connector_info(), optimizer(model), model.language)
+    assert identical(weights(model), before), "something was loaded"
+    load_adapter(without, plain.language)  # nothing on both sides
+
+
+def test_stage_2_starts_from_a_stage_1_checkpoint_with_its_connector_alone(tiny: Tiny, tmp_path: Path) -> None:
+    aligned = train(tiny, RunDir(tmp_path), settings(), total_steps=1).model
+    model = tiny.model(lora=LORA, seed=99)
+    fresh = {k: t.clone() for k, t in adapter_tensors(model.language).items()}
+
+    load_connector(tmp_path, model.connector, model.connector_info())
+
+    assert identical(dict(model.connector.state_dict()), dict(aligned.connector.state_dict()))
+    assert identical(adapter_tensors(model.language), fresh)
+    other = tiny.model(lora=LORA, vision_ln=False)
+    with pytest.raises(UserError, match=r"model\.connector\.vision_ln: checkpoint true, config false"):
+        load_connector(tmp_path, other.connector, other.connector_info())
+
+
+def test_a_manifest_with_half_an_adapter_is_damaged(tiny: Tiny, tmp_path: Path) -> None:
+    _, path = trained(tiny, tmp_path, 1)
+    manifest = json.loads((path / MANIFEST).read_text())
+    del manifest["files"]["adapter_config.json"]
+    (path / MANIFEST).write_text(json.dumps(manifest))
+
+    assert problem(path) == "its manifest does not list adapter_config.json"
+
+
+def test_an_adapter_without_its_config_cannot_be_saved(tiny: Tiny, tmp_path: Path) -> None:
+    language: LanguageModel = tiny.model(lora=LORA).language
+    with pytest.raises(AssertionError, match="come together"):
+        save_checkpoint(
+            tmp_path, 1, connector={}, connector_info={}, optimizer_state={}, trainer={}, keep=2,
+            adapter=adapter_tensors(language),
+        )  # fmt: skip
