@@ -1,7 +1,7 @@
 """Our instruction-tuning step (connector + LoRA) against one in the seed's shape, interleaved, on tiny parts.
 
-    python benchmarks/instruct_step.py                        # 2,000 samples, 5 rounds, under 4 min on two quiet cores
-    python benchmarks/instruct_step.py --quick                # 200 samples, 3 rounds of 8, under 40 s
+    python benchmarks/instruct_step.py                        # 2,000 samples, 5 rounds of 16
+    python benchmarks/instruct_step.py --quick                # 200 samples, 3 rounds of 8
     python benchmarks/instruct_step.py --shape smollm2 --samples 100 --rounds 3   # SmolLM2-135M + SigLIP-B/16 in size
 
 Samples have LLaVA-Instruct's form and mix (37 % conversations of 2 to 5 turns, 15 % detailed descriptions, 48 %
@@ -591,6 +591,7 @@ def main(argv: list[str] | None = None) -> None:
         console.print(f"matrix products of the seed's shape here: {own_shares(model, tokens)}")
         console.print(f"of the seed's own pair at this length:    {shares_of_work(*REAL_SHARES, tokens)}")
         used = efficiency(data, cfg)
+        console.print("positions used: " + ", ".join(f"{v.name} {share:.1%}" for v, share in used.items()))
         del model
 
         precise = _in_precision(cfg, "fp32")

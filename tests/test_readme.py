@@ -1,12 +1,14 @@
 """Every command of the README and CONTRIBUTING works as it stands there.
 
 The commands run unchanged in a folder that looks like the reader's: ``configs/stage1_align.yaml`` is the real recipe
-on tiny parts, ``outputs/quickstart`` a finished run, ``data/`` a small picture set. Commands that install or download
-are checked against what they name. A command of a form this file does not know fails, so none goes untested.
+on tiny parts, ``outputs/quickstart`` two finished runs, ``data/`` a small picture set. Commands that install or
+download are checked against what they name. A command of a form this file does not know fails, so none goes untested.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
 import shlex
@@ -59,7 +61,16 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reader")
     recipe = ROOT / "configs" / "stage1_align.yaml"
     small = smoke_config(load_config(recipe), folder / "parts").model_copy(update={"output_dir": None})
+    # Of the gates those that random parts can pass, so that a later stage may start from the run.
+    gates = {name: gate.model_copy(update={"enable": name == "frozen"}) for name, gate in small.gates.items()}
+    small = small.model_copy(update={"gates": gates})
+    second = smoke_config(load_config(ROOT / "configs" / "stage2_sft_single.yaml"), folder / "parts2")
+    second = second.model_copy(update={
+        "output_dir": None, "scales": {"smoke": {"train.train_steps": 2}},
+        "model": small.model.model_copy(update={"lora": second.model.lora}),
+    })  # fmt: skip
     (folder / "configs").mkdir()
+    (folder / "configs" / "stage2_sft_single.yaml").write_text(dump_config(second), encoding="utf-8")
     shutil.copytree(ROOT / "configs" / "shapes", folder / "configs" / "shapes")
     (folder / "configs" / "stage1_align.yaml").write_text(dump_config(small), encoding="utf-8")
     (folder / "configs" / "quickstart").mkdir()
@@ -70,9 +81,14 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data" / "records.jsonl").rename(folder / "data" / "captions.jsonl")
     picture = next(p for p in sorted((folder / "data").rglob("*.png")))
     shutil.copy(picture, folder / "picture.png")
+    question = {"id": "1", "image": picture.name, "prompt": "what color is it?", "answers": ["red"]}
+    (folder / "data" / "questions.jsonl").write_text(json.dumps(question) + "\n", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        run_stage(small.model_copy(update={"run_name": "quickstart"}))
+        run_stage(small.model_copy(update={"output_dir": "outputs/quickstart/align"}))
+        connector = second.model.connector.model_copy(update={"load_checkpoint": "outputs/quickstart/align"})
+        model = second.model.model_copy(update={"connector": connector})
+        run_stage(second.model_copy(update={"output_dir": "outputs/quickstart/instruct", "model": model}))
     return folder
 
 
@@ -85,6 +101,7 @@ def at_reader(reader: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("command", BEHOLDER)
 def test_beholder_commands_run(at_reader: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", shlex.split(command))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))  # what `chat` reads
     with pytest.raises(SystemExit) as ended:
         cli.main()
     # doctor answers 1 on a machine that is not fit, and a run on tiny random parts 3, because its gates fail

@@ -228,7 +228,7 @@ def find_start(cfg: RunConfig, run: RunDir, resume: str) -> Path | None:
     if not resume:
         raise UserError("--resume is empty; give auto, never, or a run or checkpoint folder")
     if resume not in ("auto", "never"):
-        found = checkpoint.resolve_checkpoint(resume)
+        found = checkpoint.resolve_checkpoint(resume, prefer="latest")
         latest = checkpoint.latest_checkpoint(run.checkpoints) if run.checkpoints.is_dir() else None
         if latest is not None and found.resolve() != latest.resolve():
             raise UserError(
@@ -262,6 +262,7 @@ def fresh_folder(run: RunDir) -> None:
     run.trim_metrics(-1)
     for path in (
         run.path / BASELINE,
+        run.checkpoints / "best.json",
         *run.splits.glob("split_*.json"),
         *run.qual.glob("step_*.jsonl"),
         run.path / "golden.jsonl",

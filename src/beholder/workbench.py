@@ -398,6 +398,7 @@ class Workbench:
                 label_len=[self.data.eval_label_len[i] for i in among],
                 size=e.golden_size,
                 seed=e.golden_seed,
+                by_category=self.cfg.stage_name == "instruct",
             )
             wanted = min(e.golden_size, len(among))
             if len(chosen) != wanted:

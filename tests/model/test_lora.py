@@ -295,13 +295,10 @@ def test_packing_changes_neither_losses_nor_adapter_gradients(adapted: Built) ->
         grads = [p.grad for p in lora.adapter_parameters(adapted.model.language).values() if p.grad is not None]
         found.append((float(nll.detach().sum()), torch.cat([g.reshape(-1) for g in grads])))
 
-    print("MEAS", float((found[0][1]-found[1][1]).norm()/found[0][1].norm()))
     (padded, padded_grads), (packed, packed_grads) = found
     assert packed == pytest.approx(padded, rel=1e-6)
-    # fp32, other shapes of the same products: measured MEAS of their size.
-    assert float((packed_grads - padded_grads).norm() / padded_grads.norm()) < 1e-5, print(
-        float((packed_grads - padded_grads).norm() / padded_grads.norm())
-    )
+    # fp32, other shapes of the same products: measured 2.6e-7 of their size.
+    assert float((packed_grads - padded_grads).norm() / padded_grads.norm()) < 1e-5
 
 
 def test_an_adapters_gradient_agrees_with_finite_differences(adapted: Built) -> None:

@@ -348,3 +348,23 @@ def test_a_group_is_told_when_enough_samples_have_it(encoder: ChatEncoder):
     assert "audit.answerable.alone/say the" in m and "audit.leak/say the" in m
     assert not any(key.endswith("/spell it") for key in m)
     assert "audit.answerable.alone/what colour" in m and "audit.answerable.context/what colour" not in m
+
+
+def test_a_chat_is_audited_in_its_own_format(bench: Any):
+    encoder = ChatEncoder(
+        bench.tokenizer, num_visual_tokens=4, max_seq_len=256, template="chat", instruction="", instruction_multi=""
+    )
+    turns = (
+        Turn("user", (ImageSlot(0), "\nWhat colour is it?")), Turn("assistant", ("red",)),
+        Turn("user", ("Is it round?",)), Turn("assistant", ("no",)),
+    )  # fmt: skip
+    examples = [replace(e, turns=turns) for e in bench.held_out[:6]]
+
+    losses = audit.text_losses(bench.model, encoder, bench.padded, examples)
+    found = audit.audit(bench.model, encoder, bench.padded, examples, 12)
+
+    # One byte is one token here; the loss is over the end tokens too, the audit's is not.
+    assert [x.turns for x in losses] == [(len("red") + 1, len("no") + 1)] * 6
+    assert {(t.answer, t.tokens) for t in found.turns} == {("red", 3), ("no", 2)}
+    words = encoder.encode(audit.without_images(examples[0]))
+    assert words.image_spans == () and "<|im_start|>" in bench.tokenizer.decode(words.ids)

@@ -80,8 +80,48 @@ def test_another_seed_chooses_others():
     assert golden.choose(["all"] * 200, 32, 1) != golden.choose(["all"] * 200, 32, 2)
 
 
+def test_questions_are_balanced_over_what_they_ask_before_length():
+    kinds = ["colour"] * 100 + ["count"] * 100 + ["OCR"] * 3
+    buckets = ["short" if k % 10 else "long" for k in range(203)]
+
+    chosen = golden.choose(buckets, 43, 5, kinds)
+
+    assert Counter(kinds[i] for i in chosen) == {"colour": 20, "count": 20, "OCR": 3}
+    assert Counter(buckets[i] for i in chosen if kinds[i] == "colour") == {"short": 10, "long": 10}
+    assert chosen == golden.choose(buckets, 43, 5, kinds)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Persisting
+
+
+def test_a_set_of_questions_says_what_is_asked_and_of_which_kind(tmp_path: Path):
+    asked = ("What colour is it?", "How many are there?")
+    examples = [
+        replace(e, turns=(Turn("user", (ImageSlot(0), "\n", asked[k % 2])), e.turns[1])) for k, e in enumerate(HELD_OUT)
+    ]
+    path = tmp_path / "golden.jsonl"
+    settings: dict[str, Any] = {"buckets": ["short"] * 24, "label_len": range(24), "size": 6, "seed": 1}
+
+    items = golden.golden_set(path, examples, **settings, by_category=True)
+    rows = golden.join([i for _, i in items], [CaptionRecord(i.id, i.gt_text, "x", "correct", 1) for _, i in items])
+    golden.save(golden.captions_path(tmp_path / "qual", 3, 6), rows)
+    told = printed(lambda console: golden.show_step(tmp_path, 3, console))
+
+    assert Counter(i.category for _, i in items) == {"colour": 3, "count": 3}
+    assert {(i.category, i.prompt_text) for _, i in items} == {("colour", asked[0]), ("count", asked[1])}
+    assert golden.golden_set(path, examples, **settings, by_category=True) == items
+    assert golden.load_captions(golden.captions_path(tmp_path / "qual", 3, 6)) == rows
+    assert "category" in told and "How many are there?" in told
+
+
+def test_a_file_of_questions_without_their_kind_is_read(tmp_path: Path):
+    path = tmp_path / "golden.jsonl"
+    make(path)
+
+    items = golden.load(path)
+
+    assert {(i.category, i.prompt_text) for i in items} == {("", "")}
 
 
 def test_the_set_is_chosen_once_and_read_back_for_ever(tmp_path: Path):

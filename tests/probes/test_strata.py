@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +29,29 @@ def test_every_turn_gets_its_length_turn_question_and_answer_stratum():
     assert groups["question"][0] == ["what colour", "is it"]
     assert groups["question"][20] == ["other questions"]  # one is too few for a group of its own
     assert groups["answer"][0] == ["other answers", "yes/no"] and groups["answer"][20] == ["number"]
+
+
+def test_a_data_sets_own_kinds_go_before_the_words():
+    colour = [replace(talk(f"c{k}", ("is it red", "yes")), question_type="color") for k in range(20)]
+    yes_no = [replace(talk(f"y{k}", ("is it red", "yes")), question_type="yes/no") for k in range(20)]
+    rare = [replace(talk("r", ("what is it", "a")), question_type="rare", answer_type="other")]
+
+    groups = strata.groups_of([*colour, *yes_no, *rare], ["short"] * 41)
+
+    assert groups["question"] == [["color"]] * 20 + [["yes/no questions"]] * 20 + [["other questions"]]
+    assert groups["answer"] == [["yes/no"]] * 40 + [["other answers"]]
+
+
+def test_what_a_data_set_says_of_the_question_is_about_the_last_answer():
+    examples = [
+        replace(talk(str(k), ("what is it", "a dog"), ("and here", "3")), question_type="count", answer_type="digit")
+        for k in range(20)
+    ]
+
+    groups = strata.groups_of(examples, ["digit"] * 20)
+
+    assert groups["question"] == [["what is", "count"]] * 20
+    assert groups["answer"] == [["other answers", "digit answers"]] * 20  # "digit" is a length bucket here
 
 
 def test_a_question_that_few_samples_ask_often_is_rare():
@@ -98,10 +123,13 @@ TEXT = st.sampled_from(
 )
 
 
-@given(st.lists(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4), max_size=30), st.data())
+@given(st.lists(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4), max_size=30), st.data(), TEXT, TEXT)
 @settings(deadline=None)  # a busy machine is no failure
-def test_groupings_cover_every_turn_and_share_no_name(talks: list[list[tuple[str, str]]], data: st.DataObject):
+def test_groupings_cover_every_turn_and_share_no_name(
+    talks: list[list[tuple[str, str]]], data: st.DataObject, question_type: str, answer_type: str
+):
     examples = [talk(str(k), *rounds) for k, rounds in enumerate(talks * 5)]  # heads often enough to have a group
+    examples[::3] = [replace(e, question_type=question_type, answer_type=answer_type) for e in examples[::3]]
     buckets = data.draw(st.lists(st.sampled_from(["short", "long"]), min_size=len(examples), max_size=len(examples)))
 
     groups = strata.groups_of(examples, buckets)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 MAX_LOGITS = 2**25
 """Logits held at once: 128 MiB in fp32."""
+CPU_ROWS = 128
+"""Positions whose logits are held at once on a CPU: larger chunks fall out of its cache between the product, the
+softmax and its gradient (0.28 s instead of 0.50 s for 920 positions of a 32,768-word vocabulary)."""
 
 
 def token_nll(logits: Float[Tensor, "k v"], targets: Int[Tensor, "k"]) -> tuple[Float[Tensor, "k"], Bool[Tensor, "k"]]:
@@ -66,5 +69,8 @@ def head_nll(
     """
     if hidden.shape[0] == 0:
         return hidden.float().sum(-1), torch.zeros(0, dtype=torch.bool, device=hidden.device)
-    nll, correct = _FrozenHeadNll.apply(hidden, targets, head, max(1, max_logits // vocab))  # pyright: ignore[reportGeneralTypeIssues]
+    rows = max(1, max_logits // vocab)
+    if hidden.device.type == "cpu":
+        rows = min(rows, CPU_ROWS)
+    nll, correct = _FrozenHeadNll.apply(hidden, targets, head, rows)  # pyright: ignore[reportGeneralTypeIssues]
     return nll, correct

@@ -165,7 +165,12 @@ class _Plan:
 
 
 def _text_encoder(encoder: ChatEncoder) -> ChatEncoder:
-    """The same encoder for conversations: under the caption template a sample without images is an error in data."""
+    """The same encoder for conversations: under the caption template a sample without images is an error in data.
+
+    A chat stays one: its model reads nothing else, and its samples may be without images.
+    """
+    if encoder.template == "chat":
+        return encoder
     plain = copy.copy(encoder)
     plain.template = "conversation"
     return plain
@@ -264,8 +269,7 @@ def _encode(encoder: ChatEncoder, example: Example, turns: Sequence[Turn], limit
         return None
     if encoded.truncated or len(encoded.ids) > limit:
         return None
-    stop = len(encoded.ids) - 1
-    start = stop
+    start = stop = int(np.flatnonzero(encoded.supervise)[-1])  # a chat template may write something after the end token
     while start > 0 and encoded.supervise[start - 1]:
         start -= 1
     supervise = np.zeros_like(encoded.supervise)

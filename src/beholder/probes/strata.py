@@ -40,7 +40,7 @@ def groups_of(examples: Sequence[Example], buckets: Sequence[str]) -> Groups:
     """
     assert len(examples) == len(buckets), f"{len(examples)} examples, {len(buckets)} buckets"
     asked = [questions(example) for example in examples]
-    answers = [_answer_types(example, {*buckets, FIRST, LATER}) for example in examples]
+    answers = [_answer_types(example, {*buckets, FIRST, LATER, OTHER_QUESTIONS}) for example in examples]
     taken = {*buckets, FIRST, LATER, YES_NO, NUMBER, OTHER_ANSWERS, OTHER_QUESTIONS}.union(*answers)
     heads = [[_head(q, taken) for q in own] for own in asked]
     for example, own in zip(examples, heads, strict=True):

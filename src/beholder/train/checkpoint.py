@@ -7,7 +7,8 @@ elsewhere; so is which step is the best, which ``best.json`` beside the folders 
 
 Where a stage's weights come from, in this order (`stages` follows it):
 1. resume this run: the latest checkpoint of the same run folder (``--resume auto``), or the one that is named;
-2. start from another run: ``model.connector.load_checkpoint``, the connector only, optimizer, adapters and step fresh;
+2. start from another run: ``model.connector.load_checkpoint``, its connector and, where it has any, its adapters (a run
+   of stage align has none, so they start fresh); optimizer and step fresh;
 3. fresh: the connector's and the adapters' own initialisation from the seed. Frozen parts always come from their own
    files.
 To use a run (generate, chat, start the next stage from it), its best checkpoint is taken, where none is marked the

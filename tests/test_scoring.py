@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from beholder.runs import to_json
+from beholder.scoring import Score, score_files
+from beholder.types import UserError
+
+PEOPLE = {
+    1: (["yes"] * 10, "is the", "yes/no", "yes"),
+    2: (["2"] * 8 + ["two"] * 2, "how many", "number", "Two."),
+    3: (["red"] * 2 + ["blue"] * 8, "what color", "other", "red"),
+    4: (["no"] * 10, "is the", "yes/no", "No"),  # all agree, so the official code compares letter by letter
+}
+"""Id -> what ten people said, question type, answer type, prediction."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def write(path: Path, content: Any) -> Path:
+    text = "".join(json.dumps(r) + "\n" for r in content) if path.suffix == ".jsonl" else json.dumps(content)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def vqa_files(folder: Path) -> tuple[Path, Path]:
+    annotations = [
+        {
+            "question_id": id, "image_id": 7, "question_type": kind, "answer_type": answer_type,
+            "multiple_choice_answer": answers[0],
+            "answers": [{"answer": a, "answer_id": k, "answer_confidence": "yes"} for k, a in enumerate(answers, 1)],
+        }
+        for id, (answers, kind, answer_type, _) in PEOPLE.items()
+    ]  # fmt: skip
+    results = [{"question_id": id, "answer": p} for id, (*_, p) in PEOPLE.items()][::-1]
+    return write(folder / "results.json", results), write(folder / "annotations.json", {"annotations": annotations})
+
+
+def value(score: Score, name: str, stratum: str | None = None) -> float:
+    m = score.get(name, stratum)
+    assert m is not None, (name, stratum)
+    return m.value
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def test_vqa_files_are_scored_officially_by_question_and_by_answer_type(folder: Path):
+    score = score_files("vqa", *vqa_files(folder))
+
+    third = (2 * (1 / 3) + 8 * (2 / 3)) / 10  # for two of ten, one other says it; for the other eight, two do
+    assert score.n == 4
+    assert value(score, "vqa.accuracy") == pytest.approx((1 + 1 + third + 0) / 4)
+    assert value(score, "vqa.accuracy", "yes/no") == 0.5
+    assert value(score, "vqa.accuracy", "what color") == pytest.approx(third)
+    assert {m.stratum for m in score.measurements if m.by == "question"} == {"is the", "how many", "what color"}
+    assert {m.stratum for m in score.measurements if m.by == "answer"} == {"yes/no", "number", "other"}
+    assert value(score, "vqa.exact") == 2 / 4  # "yes" and "No"; the most frequent answers are "2" and "blue"
+
+
+def test_pope_files_are_scored_with_precision_recall_and_yes_rate(folder: Path):
+    labels = [{"question_id": k, "image": "a.jpg", "text": "Is there a dog?", "label": x}
+              for k, x in enumerate(["yes", "yes", "no", "no"])]  # fmt: skip
+    answers = [{"question_id": k, "answer": x} for k, x in enumerate(["Yes, there is.", "no", "yes", "No."])]
+
+    score = score_files("pope", write(folder / "a.jsonl", answers), write(folder / "l.jsonl", labels))
+
+    names = ("accuracy", "precision", "recall", "f1", "yes_rate")
+    assert [value(score, f"pope.{name}") for name in names] == [0.5, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_captions_are_scored_against_several_references_of_coco(folder: Path):
+    coco = {"images": [{"id": 1}, {"id": 2}], "annotations": [
+        {"id": 10, "image_id": 1, "caption": "A dog runs on the beach."}, {"id": 11, "image_id": 1, "caption": "a dog"},
+        {"id": 12, "image_id": 2, "caption": "Two men at a table."},
+    ]}  # fmt: skip
+    said = [{"image_id": 2, "caption": "Two men at a table"}, {"image_id": 1, "caption": "A cat sleeps on the sofa"}]
+
+    score = score_files("caption", write(folder / "r.json", said), write(folder / "c.json", coco))
+
+    assert score.n == 2
+    assert value(score, "caption.exact_match") == 0.5
+    assert 0.3 < value(score, "caption.bleu1") < 1
+    assert {m.name for m in score.measurements} == {
+        "caption.exact_match", "caption.bleu1", "caption.bleu2", "caption.bleu3", "caption.bleu4", "caption.rouge_l",
+        "caption.cider_d",
+    }  # fmt: skip
+
+
+def test_record_files_are_references_and_generated_answers_predictions(folder: Path):
+    records = [
+        {
+            "id": f"q{k}", "images": ["a.png"], "question_type": "shape",
+            "messages": [{"role": "user", "content": "<image>\nwhat?"}, {"role": "assistant", "content": "circle"}],
+        }
+        for k in range(3)
+    ]  # fmt: skip
+    answers = [{"id": f"q{k}", "answer": a, "by": "run"} for k, a in enumerate(["circle", "Circle.", "square"])]
+
+    score = score_files("vqa", write(folder / "a.jsonl", answers), write(folder / "r.jsonl", records))
+
+    assert value(score, "vqa.accuracy") == value(score, "vqa.accuracy", "shape") == pytest.approx(2 / 3)
+
+
+def test_gqa_question_files_are_references(folder: Path):
+    verify, query = {"semantic": "attr", "structural": "verify"}, {"semantic": "obj", "structural": "query"}
+    gqa = {
+        "07": {"question": "Is it red?", "answer": "yes", "imageId": "1", "types": verify},
+        "08": {"question": "What is it?", "answer": "dog", "imageId": "1", "types": query},
+    }
+    answers = [{"question_id": "07", "answer": "yes"}, {"question_id": "08", "answer": "cat"}]
+
+    score = score_files("vqa", write(folder / "a.json", answers), write(folder / "g.json", gqa))
+
+    assert value(score, "vqa.accuracy") == 0.5 and value(score, "vqa.accuracy", "attr/verify") == 1
+
+
+def test_one_line_is_a_file_too(folder: Path):
+    score = score_files(
+        "vqa", write(folder / "a.jsonl", [{"id": 1, "prediction": "a dog"}]),
+        write(folder / "r.jsonl", [{"id": 1, "answers": ["dog"]}]),
+    )  # fmt: skip
+
+    assert value(score, "vqa.accuracy") == 1 and value(score, "vqa.exact") == 0
+
+
+def test_the_score_is_printed_and_is_plain_data(folder: Path):
+    score = score_files("vqa", *vqa_files(folder))
+    stream = io.StringIO()
+
+    score.print(Console(file=stream, width=200))
+
+    told = json.loads(to_json(score.to_json()))
+    assert (told["kind"], told["n"]) == ("vqa", 4)
+    assert {m["name"] for m in told["measurements"]} == {"vqa.accuracy", "vqa.exact"}
+    assert "question: what color" in stream.getvalue() and "official VQA accuracy over 10 answers" in stream.getvalue()
+    assert "65.00 %" in stream.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Wrong files
+
+
+def answers_of(folder: Path, ids: list[Any]) -> Path:
+    return write(folder / "a.jsonl", [{"id": k, "answer": "x"} for k in ids])
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([1, 2], r"1 of 3 references have no answer \(3\)"),
+        ([1, 2, 3, 9, "x"], r"2 of 5 answers have no reference \(9, x\)"),
+        ([1, 2, 2, 3], r"1 ids are answered more than once \(2\)"),
+        ([], "no answers in it"),
+    ],
+)
+def test_missing_unknown_and_repeated_ids_are_named(folder: Path, ids: list[Any], message: str):
+    references = write(folder / "r.jsonl", [{"id": str(k), "answer": "x"} for k in (1, 2, 3)])
+
+    with pytest.raises(UserError, match=message):
+        score_files("vqa", answers_of(folder, ids), references)
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "message"),
+    [
+        ("vqa", {"id": 1}, r"r\.jsonl:1: expected what is right under one of answers, answer"),
+        ("vqa", {"id": 1, "answers": []}, "got list"),
+        ("vqa", {"id": 1, "answers": ["a", 3]}, "got list"),
+        ("vqa", {"answer": "a"}, r"under id or question_id, got nothing in the fields answer"),
+        ("vqa", {"id": True, "answer": "a"}, "got bool"),
+        ("pope", {"id": 1, "label": "red"}, "the reference is 'red', expected yes or no"),
+        ("vqa", "a", r"r\.jsonl:1: expected an object with an id and a text, got str"),
+        ("vqa", {"id": 1, "messages": [{"role": "user", "content": "?"}]}, "got nothing"),
+    ],
+)
+def test_a_reference_that_cannot_be_used_is_named_with_file_and_line(
+    folder: Path, kind: Any, record: Any, message: str
+):
+    references = write(folder / "r.jsonl", [record, {"id": 2, "answer": "yes"}])
+
+    with pytest.raises(UserError, match=message):
+        score_files(kind, answers_of(folder, [1, 2]), references)
+
+
+def test_repeated_references_are_an_error(folder: Path):
+    references = write(folder / "r.jsonl", [{"id": 1, "answer": "a"}, {"id": 1, "answer": "b"}])
+
+    with pytest.raises(UserError, match=r"1 ids are there more than once \(1\)"):
+        score_files("vqa", answers_of(folder, [1]), references)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"id": 1, "answer": "a"}\nnonsense\n', r"a\.jsonl:2: not valid JSON"),
+        ('[{"id": 1,', r"a\.jsonl: not valid JSON"),
+        ("3", "expected a JSON array, an annotation file or JSONL, got int"),
+        ('{"id": 1, "said": "a"}\n', "expected a string under one of answer, prediction, text, caption, got nothing"),
+        ('{"id": 1, "answer": 4}\n', "got int"),
+    ],
+)
+def test_a_file_of_answers_that_cannot_be_read_is_named(folder: Path, text: str, message: str):
+    (folder / "a.jsonl").write_text(text)
+    references = write(folder / "r.jsonl", [{"id": 1, "answer": "a"}])
+
+    with pytest.raises(UserError, match=message):
+        score_files("vqa", folder / "a.jsonl", references)
+
+
+def test_an_absent_file_is_an_error(folder: Path):
+    with pytest.raises(UserError, match=r"absent\.json: cannot be read"):
+        score_files("vqa", folder / "absent.json", folder / "absent.json")
