@@ -39,8 +39,8 @@ ANSWER_CONDITIONS: tuple[Condition, ...] = ("correct", "shuffled", "none")
 """Answers of a model that was taught to chat: the blind baseline is the same model, asked without any image."""
 ANSWER = captions.GREEDY.model_copy(update={"max_new_tokens": 24})
 """An answer to a short question is a sentence at most."""
-NUM_MERGED = 8
-"""Texts whose logits are compared with the adapters merged and apart; all their logits are held at once."""
+NUM_MERGED = 128
+"""Held-out samples that are asked with the adapters merged as well."""
 TELL_COLLAPSE = 0.2
 """Share of outputs from which a symptom of collapse is told in words; the gate's own bound is in the config."""
 
@@ -158,7 +158,7 @@ def assess(
         questions(bench, tell)
     could_be_guessed(bench, tell)  # could one do without looking
     if bench.model.adapters:
-        keeps(bench, tell)  # is it still the language model it was
+        keeps(bench, correct, tell)  # is it still the language model it was
 
     with bench.model.adapters_off():
         text = textonly.compare(before.text, textonly.text_logits(bench.model, bench.tokenizer))
@@ -394,32 +394,42 @@ def could_be_guessed(bench: Workbench, tell: Told) -> None:
             bench.gaps += [] if image is not None else found.gaps
 
 
-def keeps(bench: Workbench, tell: Told) -> None:
-    """What the adapters cost on plain text, and whether they can be merged into the weights."""
+def keeps(bench: Workbench, correct: Sequence[loss.SampleLoss], tell: Told) -> None:
+    """What the adapters cost on plain text, and whether they can be merged into the weights.
+
+    ``correct``: losses of every held-out sample with the adapters apart.
+    """
     model, seed = bench.model, bench.cfg.measure_seed
+    chosen = bench.ablation_sample[:NUM_MERGED]
     with bench.phase("retention"):
         texts = retention.load_texts(bench.cfg.eval.retention_path)
         kept = retention.measure(model, bench.tokenizer, texts, seed=seed)
-        apart = textonly.text_logits(model, bench.tokenizer, texts[:NUM_MERGED])
+        apart = textonly.text_logits(model, bench.tokenizer)
         with merged(model.language):
-            together = textonly.text_logits(model, bench.tokenizer, texts[:NUM_MERGED])
+            together = textonly.text_logits(model, bench.tokenizer)
+            answered = bench.losses(bench.examples(chosen))
     tell.measured += kept
     tell.findings += retention.findings(kept) if bench.cfg.eval.retention_path is None else []
-    gap = max(float((a.double() - b.double()).abs().max()) for a, b in zip(apart.logits, together.logits, strict=True))
-    other = sum(
-        int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in zip(apart.logits, together.logits, strict=True)
-    )  # fmt: skip
-    places = sum(a[..., 0].numel() for a in apart.logits)
+    pairs = list(zip(apart.logits, together.logits, strict=True))
+    gap = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
+    tokens = sum(a[..., 0].numel() for a, _ in pairs)
+    other = sum(int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in pairs)
+    turned = sum(
+        (correct[i].correct == correct[i].tokens) != (x.correct == x.tokens)
+        for i, x in zip(chosen, answered, strict=True)
+    )
     why = f"weights are stored in {str(model.language.dtype).removeprefix('torch.')}, to which a merge rounds"
-    tell.measured += [
-        Measurement(
-            name="merge.max_logit_diff", value=gap, unit="logits", better="lower", n=len(apart.logits), caveat=why
+    for name, value, unit, n, caveat in (
+        ("max_logit_diff", gap, "logits", len(pairs), f"on the prompts of the text-only suite; {why}"),
+        ("changed_pct", 100 * other / tokens, "%", tokens, f"next tokens of plain text that become another; {why}"),
+        (
+            "answers_changed_pct", 100 * turned / max(len(chosen), 1), "%", max(len(chosen), 1),
+            "held-out samples that were exactly right and are not when merged, or the reverse",
         ),
-        Measurement(
-            name="merge.changed_pct", value=100 * other / places, unit="%", better="lower", n=places,
-            caveat="next tokens that are another one when the adapters are merged",
-        ),
-    ]  # fmt: skip
+    ):  # fmt: skip
+        tell.measured.append(
+            Measurement(name=f"merge.{name}", value=value, unit=unit, better="lower", n=n, caveat=caveat)
+        )
 
 
 def truncated(bench: Workbench) -> Measurement:

@@ -541,7 +541,7 @@ INSTRUCT_GATES: dict[str, GateConfig] = GATES | {
         above=0, end="low", strata=True,
     ),
     "merges": _gate(
-        "merge.changed_pct", "adapters merged into the weights write the same next tokens", at_most=1
+        "merge.answers_changed_pct", "with its adapters merged into the weights it answers as before", at_most=1
     ),
 }  # fmt: skip
 """The gates of every instruction tuning (S2-5, S2-7): the alignment's, about a model whose adapters learn."""

@@ -223,7 +223,7 @@ def _say_figures(bench: Workbench, e: Evidence) -> None:
         "caption.cider_d.correct", "chair.s.correct", "qa.accuracy.correct", "qa.accuracy.zero", "qa.accuracy.chance",
         "answer.accuracy.correct", "answer.accuracy.shuffled", "answer.accuracy.none", "answer.gain.none",
         "pope.f1.correct", "pope.yes_rate.correct", "retention.loss_base", "retention.loss", "retention.loss_ratio",
-        "retention.kl", "merge.max_logit_diff", "merge.changed_pct",
+        "retention.kl", "merge.max_logit_diff", "merge.changed_pct", "merge.answers_changed_pct",
         "audit.answerable.alone", "audit.leak", "collapse.worst",
     ):  # fmt: skip
         if m := e.get(name):

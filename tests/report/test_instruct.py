@@ -399,7 +399,7 @@ def test_hostile_questions_kinds_modules_and_reasons_stay_text(make_instruct_evi
         ("answer.exact.shuffled", "answers exactly right, another image"),
         ("pope.f1.none", "yes/no questions: F1, no image"),
         ("retention.kl", "divergence from the base (KL)"),
-        ("merge.changed_pct", "next tokens changed by merging"),
+        ("merge.changed_pct", "next tokens of plain text changed by merging"),
     ],
 )
 def test_measurements_of_answers_have_names_for_people_in_any_stage(name: str, told: str):

@@ -47,7 +47,8 @@ METRIC_NAMES = {
     "retention.loss_base": "loss on plain text, adapters off", "retention.loss": "loss on plain text, adapters on",
     "retention.loss_ratio": "loss on plain text, on over off", "retention.kl": "divergence from the base (KL)",
     "merge.max_logit_diff": "largest change of a logit by merging",
-    "merge.changed_pct": "next tokens changed by merging",
+    "merge.changed_pct": "next tokens of plain text changed by merging",
+    "merge.answers_changed_pct": "answers changed by merging",
 }  # fmt: skip
 
 _CHAT_METRIC_NAMES = {
