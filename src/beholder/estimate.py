@@ -449,7 +449,7 @@ def _target_lengths(cfg: RunConfig, examples: Sequence[Example], tokenizer: Any,
     if examples and tokenizer is not None:
         encoded = tokenizer([e.target_text for e in examples], add_special_tokens=False)["input_ids"]
         lengths = np.array([len(ids) for ids in encoded])
-        h = cfg.data.hygiene
+        h = cfg.hygiene
         kept = lengths[(lengths >= h.min_tokens) & (lengths <= h.max_tokens)]
         if len(kept):
             return kept

@@ -555,10 +555,7 @@ class _ChatTemplate:
         for place, after, written in zip(scaffold.places, scaffold.pieces[1:], scaffold.texts[1:], strict=True):
             turn = turns[place.turn]
             own = turn.text.rstrip(place.strip_right).lstrip(place.strip_left)
-            if own == turn.text:
-                shown = turn.parts
-            else:
-                shown = _stripped(turn.parts, place)
+            shown = turn.parts if own == turn.text else _stripped(turn.parts, place)
             supervise = turn.role == "assistant"
             pieces += [_Piece(part, supervise and isinstance(part, str)) for part in shown]
             pieces += after
@@ -650,9 +647,9 @@ class _ChatTemplate:
                     "tokenizer, so nothing would teach the model to stop"
                 )
             out += self._split(text[: end.end()], supervise=True)
-            if end.group() in self._eats_right:
-                text = text[: end.end()] + text[end.end() :].lstrip()
-            text, opening = text[end.end() :], None if opening is None else opening - end.end()
+            rest = text[end.end() :].lstrip() if end.group() in self._eats_right else text[end.end() :]
+            opening = None if opening is None else opening - (len(text) - len(rest))
+            text = rest
         if opening is None or not 0 <= opening < len(text):
             return (*out, *self._split(text))
         rest = text[opening:]
