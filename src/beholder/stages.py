@@ -366,9 +366,7 @@ def settle(bench: Workbench, total: int) -> tuple[int, list[loss.SampleLoss]]:
     if best is None or best == total:
         return total, correct
     bench.load(bench.run.checkpoints / f"step_{best}")
-    bench.reporter.line(
-        "best", f"step {best}: the lowest held-out loss of those that look; its weights are measured"
-    )
+    bench.reporter.line("best", f"step {best}: the lowest held-out loss of those that look; its weights are measured")
     return best, bench.eval_losses()
 
 
