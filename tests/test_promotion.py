@@ -34,6 +34,14 @@ def test_a_checkpoint_that_does_not_look_or_babbles_is_refused() -> None:
     assert best_of([blind, babbling]) is None
 
 
+def test_what_must_be_kept_is_measured_by_pruned_candidates_too() -> None:
+    told = [at(2, 3.0, 1.0), at(4, 2.5, 0.6), at(6, 2.4, 0.45), at(8, 2.0, 0.32), at(10, 1.5, 0.2)]
+
+    best = best_of(told, on_disk={4, 8, 10})
+
+    assert best is not None and best.step == 4  # by those on disk alone, 10 keeps a third of what 2 had
+
+
 def test_of_equal_losses_the_later_one_is_the_best() -> None:
     best = best_of([at(200, 0.3), at(100, 0.3)])
 

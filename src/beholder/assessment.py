@@ -145,8 +145,9 @@ def assess(
     exact = loss.exact_shares(correct)[None]
     bench.reporter.eval(tell.measured[0].value, step=step, epoch=None, exact=exact)
     if bench.dist.is_main:
-        seen = {"eval_loss": tell.measured[0].value, "eval_examples": len(correct), "eval_exact": exact}
-        bench.run.log({"step": step, **seen})
+        seen = {"step": step, "eval_loss": tell.measured[0].value, "eval_examples": len(correct), "eval_exact": exact}
+        if seen not in bench.run.metrics():  # told by a process that died since
+            bench.run.log(seen)
     learned(bench, before, correct, tell)
 
     items = bench.golden_items

@@ -39,6 +39,7 @@ from beholder.probes import captions, golden, loss, strata, textonly
 from beholder.promotion import choose
 from beholder.report import render
 from beholder.runs import atomic_write, now, to_json
+from beholder.train.checkpoint import steps_on_disk
 from beholder.types import UserError
 from beholder.workbench import Workbench
 
@@ -145,7 +146,7 @@ def make_evidence(
         samples=_samples(bench, tell, items, step),
         text_only=text,
         adapters=[AdapterRow(**asdict(site)) for site in bench.model.adapters],
-        candidates=choose(candidates),
+        candidates=choose(candidates, {step, *steps_on_disk(run.checkpoints)}),
         step=step,
         cost=known or _cost(bench, logged, trained),
         provenance={k: v for k, v in run.read_json("run.json").items() if k not in CHANGES},

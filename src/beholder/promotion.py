@@ -6,7 +6,7 @@ A pure function of what was measured at each of them; measuring stands in `asses
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from beholder.evidence import Candidate
 
@@ -17,25 +17,26 @@ MAX_COLLAPSE = 0.5
 """As the gate ``no_collapse``: golden outputs that are empty, looping or all alike."""
 
 
-def choose(candidates: Sequence[Candidate]) -> list[Candidate]:
+def choose(candidates: Sequence[Candidate], on_disk: Collection[int] | None = None) -> list[Candidate]:
     """The candidates in order of their steps, each with why it may not be the best, and at most one marked best.
 
-    Of equal losses the later one. A candidate whose image reliance or golden outputs were not measured is not refused
-    for it: a run may be configured without them, and its gates then say so.
+    ``on_disk``: steps whose checkpoint is still there, of which the best is taken; None: all. What a candidate must
+    keep is measured by all of them, pruned or not. Of equal losses the later one. A candidate whose image reliance or
+    golden outputs were not measured is not refused for it: a run may be configured without them, and its gates say so.
     """
     steps = sorted({c.step: c for c in candidates}.values(), key=lambda c: c.step)
     most = max((c.delta_shuffled for c in steps if c.delta_shuffled is not None), default=0.0)
     judged = [c.model_copy(update={"refused": _refusal(c, most), "best": False}) for c in steps]
-    allowed = [c for c in judged if not c.refused]
+    allowed = [c for c in judged if not c.refused and (on_disk is None or c.step in on_disk)]
     if not allowed:
         return judged
     best = min(allowed, key=lambda c: (c.eval_loss, -c.step))
     return [c.model_copy(update={"best": c.step == best.step}) for c in judged]
 
 
-def best_of(candidates: Sequence[Candidate]) -> Candidate | None:
+def best_of(candidates: Sequence[Candidate], on_disk: Collection[int] | None = None) -> Candidate | None:
     """The one that `choose` marks, or None when all are refused."""
-    return next((c for c in choose(candidates) if c.best), None)
+    return next((c for c in choose(candidates, on_disk) if c.best), None)
 
 
 def _refusal(c: Candidate, most: float) -> str:

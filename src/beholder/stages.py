@@ -344,7 +344,7 @@ def candidates(bench: Workbench) -> list[Candidate]:
 def point_to_best(bench: Workbench) -> int | None:
     """Make the pointer name the best candidate that is on disk; its step, or None when none may be the best."""
     folder = bench.run.checkpoints
-    best = best_of([c for c in candidates(bench) if (folder / f"step_{c.step}").is_dir()])
+    best = best_of(candidates(bench), checkpoint.steps_on_disk(folder))
     if best is None:
         return None
     checkpoint.set_best(folder, best.step, best.model_dump(mode="json"))
@@ -359,7 +359,7 @@ def settle(bench: Workbench, total: int) -> tuple[int, list[loss.SampleLoss]]:
     """
     correct = bench.eval_losses()
     last = summarize_step(bench, correct, total)
-    if bench.dist.is_main:
+    if bench.dist.is_main and all(c.step != total for c in candidates(bench)):  # told by a process that died since
         bench.run.log({"step": total, "candidate": last.model_dump(mode="json")})
         bench.run.sync_metrics()
     best: int | None = bench.dist.on_main(lambda: point_to_best(bench))

@@ -163,6 +163,11 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+def steps_on_disk(checkpoints: Path) -> set[int]:
+    """Steps of everything named like a checkpoint."""
+    return {step for step, _ in _steps(checkpoints)}
+
+
 def problem(path: Path, *, hashes: bool = True) -> str | None:
     """Why the checkpoint folder ``path`` may not be loaded, or None when its manifest verifies."""
     try:
