@@ -122,3 +122,11 @@ def test_a_gate_on_a_group_that_was_not_measured_does_not_pass_and_names_those_t
     result = one(GateConfig(measure="a", at_least=0, stratum="color"), measured("a", 1.0, stratum="colour"))
 
     assert not result.passed and "not measured; groups: colour" in told(result)
+
+
+def test_a_gate_on_a_group_too_small_to_judge_does_not_pass() -> None:
+    ms = [measured("a", 0.9), measured("a", 1.0, n=3, stratum="shape")]
+
+    result = one(GateConfig(measure="a", at_least=0.5, stratum="shape"), *ms)
+
+    assert not result.passed and "3 samples are fewer than min_n 20" in told(result)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,9 @@ from safetensors.torch import load_file
 from tests.conftest import MakeConfig, TinyParts
 
 from beholder.config import RunConfig
+from beholder.configfile import dump_config
 from beholder.evidence import Evidence, Status, load_evidence
+from beholder.inference import load
 from beholder.model.vlm import build_vlm
 from beholder.remeasure import evaluate_run
 from beholder.runs import sha256_file
@@ -124,7 +130,7 @@ def test_evidence_tells_answers_with_and_without_the_image_in_every_condition(ev
         "answer.accuracy.correct", "answer.accuracy.shuffled", "answer.accuracy.none", "answer.gain.none",
         "answer.gain.shuffled", "pope.yes_rate.correct", "retention.loss", "retention.loss_base",
         "retention.loss_ratio", "retention.kl", "merge.max_logit_diff",
-        "merge.changed_pct", "merge.answers_changed_pct", "ablation.delta.shuffled",
+        "merge.changed_pct", "merge.tokens_changed_pct", "ablation.delta.shuffled",
         "ablation.delta.zero", "ablation.delta.noise", "learn.delta", "audit.trained.leak",
     ):  # fmt: skip
         assert evidence.get(name) is not None, name
@@ -246,3 +252,117 @@ def test_the_adapters_start_from_the_seed_alone(instruct: MakeConfig, tmp_path: 
 
     one, two = (dict(m.named_parameters()) for m in (first, second))
     assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_run_the_stage_of_one(instruct: MakeConfig, tmp_path: Path) -> None:
+    """Same samples, same losses up to the order of sums, the same best checkpoint, and one evidence."""
+    sets = {"model.lora.dropout": 0.0, "train.full_eval_every": 2, "ablation.run_every": "end"}
+    one, two = instruct(tmp_path / "one", **sets), instruct(tmp_path / "two", **sets)
+    config = tmp_path / "two.yaml"
+    config.write_text(dump_config(two), encoding="utf-8")
+    run_stage(one, promote_anyway=True)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "beholder", "run",
+         str(config), "--promote-anyway"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src"), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=800, check=False,
+    )  # fmt: skip
+
+    assert "exitcode  : 3" in done.stderr, done.stdout + done.stderr  # four steps on random parts pass no gates
+    a, b = (load_evidence(tmp_path / name / "run") for name in ("one", "two"))
+    for (step, alone), (same, shared) in zip(
+        losses_of(tmp_path / "one/run"), losses_of(tmp_path / "two/run"), strict=True
+    ):
+        assert step == same and shared == pytest.approx(alone, rel=1e-4)  # sums in another order, then AdamW's division
+    assert [c.step for c in b.candidates] == [c.step for c in a.candidates] and b.step == a.step
+    for name in ("eval.loss", "retention.loss", "ablation.delta.shuffled"):
+        (x, y) = (e.get(name) for e in (a, b))
+        assert x is not None and y is not None and y.n == x.n and y.value == pytest.approx(x.value, rel=1e-3, abs=1e-4)
+    assert [s.id for s in b.samples] == [s.id for s in a.samples]
+
+
+def test_long_answers_are_judged_by_their_loss_and_the_gates_on_answers_step_back(
+    instruct: MakeConfig, questions: Path, tiny_parts: TinyParts, tmp_path: Path
+) -> None:
+    records = [json.loads(line) for line in questions.read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        answer = record["messages"][1]
+        answer["content"] = f"I think that what you see there is {answer['content']}."
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+
+    evidence = run_stage(
+        instruct(tmp_path, **{"data.json_path": str(path), "data.image_root": str(tiny_parts.images)}),
+        promote_anyway=True,
+    ).evidence
+
+    assert evidence is not None and evidence.get("answer.accuracy.correct") is None
+    assert not {g.name for g in evidence.gates} & {"answers_look", "answers_look_closely"}
+    assert any(gap.startswith("Gate answers_look: not judged") for gap in evidence.gaps)
+    assert evidence.get("ablation.delta.shuffled") is not None
+
+
+def test_a_frozen_connector_stays_as_it_was_loaded_and_resumes(
+    instruct: MakeConfig, aligned: Path, tmp_path: Path
+) -> None:
+    cfg = instruct(tmp_path, **{"model.connector.trainable": False, "train.train_steps": 2})
+
+    evidence = run_stage(cfg, promote_anyway=True).evidence
+
+    assert evidence is not None
+    row = next(r for r in evidence.trainable if r.part == "connector")
+    assert row.trainable == 0 and row.intact is True
+    before = load_file(checkpoint.resolve_checkpoint(aligned) / "connector.safetensors")
+    after = load_file(tmp_path / "run" / "checkpoints" / "step_2" / "connector.safetensors")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert evaluate_run(str(tmp_path / "run")).step == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Afterwards
+
+
+def edited(run: Path, folder: Path, old: str, new: str) -> Path:
+    copy = folder / "copy"
+    shutil.copytree(run, copy)
+    config = (copy / "config.yaml").read_text(encoding="utf-8")
+    assert old in config
+    (copy / "config.yaml").write_text(config.replace(old, new, 1), encoding="utf-8")
+    return copy
+
+
+def test_a_run_whose_template_is_another_now_is_refused_unless_the_call_says_how_to_prompt(
+    finished: Path, tmp_path: Path
+) -> None:
+    copy = edited(finished, tmp_path, "prompting:\n", "prompting:\n  system: Be brief.\n")
+
+    with pytest.raises(UserError, match="not what the run was trained with"):
+        load(copy, device="cpu")
+
+    assert load(copy, device="cpu", overrides=["prompting.system=Be brief."]).step == 4
+
+
+def test_a_run_folder_is_no_consent_to_run_code(finished: Path, tmp_path: Path) -> None:
+    copy = edited(finished, tmp_path, "trust_remote_code: false", "trust_remote_code: true")
+
+    for use in (lambda: load(copy, device="cpu"), lambda: evaluate_run(str(copy))):
+        with pytest.raises(UserError, match="runs code that comes with the model"):
+            use()
+
+
+def test_the_merged_folder_loads_without_peft_and_says_the_same(finished: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    vlm = load(finished, device="cpu")
+    ids = torch.tensor([vlm.tokenizer("what color is it?")["input_ids"]])
+
+    vlm.save_merged(tmp_path / "merged")
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        theirs = plain(input_ids=ids, use_cache=False).logits
+    # fp32: one rounding of each weight by the merge, sums in another order.
+    torch.testing.assert_close(vlm.model.text_logits(ids), theirs, rtol=1e-4, atol=1e-4)

@@ -14,6 +14,7 @@ from tests.talking import untrained_run
 
 from beholder.inference import Vlm, load
 from beholder.questionnaire import answer_file, read_questions
+from beholder.scoring import read_predictions
 from beholder.types import UserError
 
 
@@ -136,6 +137,53 @@ def test_answers_of_another_checkpoint_or_other_settings_never_mix(
     assert out.read_bytes() == before
 
 
+def test_answers_to_other_questions_with_the_same_ids_are_refused(
+    vlm: Vlm, write: WriteLines, names: list[str], tiny_parts: TinyParts, tmp_path: Path
+) -> None:
+    asked = {"id": 1, "image": names[0], "prompt": "What?"}
+    out, other_root = tmp_path / "answers.jsonl", tmp_path / "other"
+    other_root.mkdir()
+    (other_root / names[0]).write_bytes((tiny_parts.images / names[1]).read_bytes())
+    answer_file(vlm, read_questions(write(asked), tiny_parts.images), out, max_new_tokens=8)
+    before = out.read_bytes()
+
+    for record, root in (
+        (asked | {"prompt": "Why?"}, tiny_parts.images),
+        (asked | {"image": names[1]}, tiny_parts.images),
+        (asked, other_root),
+    ):
+        with pytest.raises(UserError, match=r"answers\.jsonl:1: answers 1, but .*another question.*give another --out"):
+            answer_file(vlm, read_questions(write(record), root), out, max_new_tokens=8)
+
+    assert out.read_bytes() == before
+    assert read_predictions(out, "vqa")[0] == {"1": json.loads(before)["answer"]}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"answer": None}, {"answer": 3}, {"id": True}, {"id": 1.0}, {"id": [1]}, {"by": 1}, {"asked": None}]
+)
+def test_a_line_that_is_no_answer_does_not_count_as_one(
+    vlm: Vlm, write: WriteLines, names: list[str], tiny_parts: TinyParts, tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    questions = read_questions(write({"id": 1, "image": names[0], "prompt": "What?"}), tiny_parts.images)
+    out = tmp_path / "answers.jsonl"
+    answer_file(vlm, questions, out, max_new_tokens=8)
+    (line,) = answers(out)
+    out.write_text(json.dumps({k: v for k, v in (line | wrong).items() if v is not None}) + "\n")
+
+    with pytest.raises(UserError, match=r"answers\.jsonl:1: not an answer of this command"):
+        answer_file(vlm, questions, out, max_new_tokens=8)
+
+
+def test_a_pattern_without_a_place_is_refused(write: WriteLines, tiny_parts: TinyParts, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"image_pattern 'a\.png': .*expected a file name with \{image_id\}"):
+        read_questions(write({"id": 1, "image_id": 1}), tiny_parts.images, image_pattern="a.png")
+    file = tmp_path / "vqa.json"
+    file.write_text(json.dumps({"data_subtype": "{x}", "questions": [{"question_id": 1, "image_id": 1}]}))
+    with pytest.raises(UserError, match=r"vqa\.json: data_subtype is '\{x\}', expected the name of a part of COCO"):
+        read_questions(file)
+
+
 def test_a_file_of_something_else_is_not_written_to(
     vlm: Vlm, write: WriteLines, names: list[str], tiny_parts: TinyParts
 ) -> None:
@@ -168,6 +216,14 @@ GOOD = {"id": "good", "prompt": "What?"}
         ({"id": 1, "messages": "hi"}, "messages is a str, expected a list of turns"),
         ({"id": 1, "messages": [{"role": "tool", "content": "a"}]}, "is said by 'tool', expected one of human"),
         ({"id": 1, "messages": [{"role": "user", "content": 1}]}, "its text is a int"),
+        ({"id": 1, "messages": [{"role": ["user"], "content": "a"}]}, r"is said by \['user'\], expected one of human"),
+        ({"id": 1, "messages": []}, "messages has no user turn"),
+        ({"id": 1, "conversations": [{"from": "gpt", "value": "a"}]}, "conversations has no user turn"),
+        (
+            {"id": 1, "messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
+            "ends with a system turn",
+        ),
+        ({"id": 1, "prompt": "a", "image_id": [1]}, "image_id is"),
     ],
 )
 def test_a_record_that_cannot_be_asked_is_named_by_file_and_line(
@@ -177,6 +233,11 @@ def test_a_record_that_cannot_be_asked_is_named_by_file_and_line(
 
     with pytest.raises(UserError, match=rf"{re.escape(str(file))}:3: .*({message})"):
         read_questions(file, tiny_parts.images)
+
+
+def test_ids_that_are_one_text_are_one_id(write: WriteLines) -> None:
+    with pytest.raises(UserError, match=r"id '1' was asked before, at .*:1"):
+        read_questions(write({"id": 1, "prompt": "a"}, {"id": "1", "prompt": "b"}))
 
 
 def test_an_empty_file_and_a_missing_folder_are_told(write: WriteLines, tmp_path: Path) -> None:

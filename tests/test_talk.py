@@ -111,11 +111,28 @@ def test_a_typed_marker_cannot_be_saved_as_an_image_place(vlm: Vlm, image: Path,
         ("/image", "needs a FILE"),
         ("/save ", "needs a FILE"),
         ("/save /nowhere/at/all.jsonl", "is no folder"),
+        (f"/save {'x' * 5000}", "cannot be written"),
+        ("/image a\0b.png", "is not a file name: no name contains a NUL"),
+        ("/save a\0b", "is not a file name"),
+        (
+            "/image ~nosuchuser/x.png",
+            r"there is no user ~nosuchuser; for a file of that name type \./~nosuchuser/x.png",
+        ),
+        ("/save '~nosuchuser/x'", "there is no user"),
     ],
 )
 def test_a_wrong_command_ends_a_script_and_says_what_there_is(vlm: Vlm, line: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         scripted(Conversation(vlm), line)
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_input_that_is_not_utf8_is_told(vlm: Vlm, errors: str) -> None:
+    """Python reads standard input strictly, or in the C locale with foreign bytes smuggled through."""
+    source = io.TextIOWrapper(io.BytesIO("größer?\n".encode("latin-1")), encoding="utf-8", errors=errors)
+
+    with pytest.raises(UserError, match="standard input is not UTF-8"):
+        talk(Conversation(vlm), source=source, out=io.StringIO(), notes=io.StringIO())
 
 
 def test_help_lists_every_command(vlm: Vlm) -> None:

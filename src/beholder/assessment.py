@@ -143,7 +143,7 @@ def assess(
     correct = bench.eval_losses() if correct is None else correct  # did it learn
     tell.measured += [*bench.eval_summary(correct), truncated(bench)]
     exact = loss.exact_shares(correct)[None]
-    bench.reporter.eval(tell.measured[0].value, step=step, epoch=None, exact=exact)
+    bench.reporter.eval(tell.measured[0].value, step=step, more=[("exact", exact)])
     if bench.dist.is_main:
         seen = {"step": step, "eval_loss": tell.measured[0].value, "eval_examples": len(correct), "eval_exact": exact}
         if seen not in bench.run.metrics():  # told by a process that died since
@@ -159,7 +159,7 @@ def assess(
         questions(bench, tell)
     could_be_guessed(bench, tell)  # could one do without looking
     if bench.model.adapters:
-        keeps(bench, correct, tell)  # is it still the language model it was
+        keeps(bench, tell)  # is it still the language model it was
 
     with bench.model.adapters_off():
         text = textonly.compare(before.text, textonly.text_logits(bench.model, bench.tokenizer))
@@ -295,9 +295,8 @@ def describes(bench: Workbench, tell: Told) -> None:
         by = {c: bench.captions(examples, greedy, c, cfg.eval.batch_size, label) for c in conditions}
     tell.captions = {i: [by[c][k] for c in conditions] for k, i in enumerate(chosen)}
     records = [r for c in conditions for r in by[c]]
-    if chats:  # the answer that was written is the last turn's
-        last = {k: [turns[-1] if turns else None for turns in v] for k, v in bench.groups(chosen).items()}
-        tell.measured += answers.score(examples, by, last, seed=seed)
+    if chats:
+        judge_answers(bench, chosen, by, tell)
     groups = {k: [turns[0] if len(turns) == 1 else None for turns in v] for k, v in bench.groups(chosen).items()}
     tell.measured += captions.score(records, seed=seed, groups=groups)
     tell.histograms.append(captions.length_histogram(records))
@@ -338,6 +337,32 @@ def describes(bench: Workbench, tell: Told) -> None:
                 device=bench.dist.device,
                 seed=seed,
             )
+
+
+def judge_answers(
+    bench: Workbench, chosen: Sequence[int], by: Mapping[Condition, Sequence[captions.CaptionRecord]], tell: Told
+) -> None:
+    """Answers that are right or wrong as a whole, scored by kind of question; longer ones are judged by their loss.
+
+    Where no question has a short answer the gates on answers do not apply, and the report says so.
+    """
+    examples = bench.examples(chosen)
+    short = [k for k, e in enumerate(examples) if answers.is_short(e)]
+    if len(short) < len(examples):
+        bench.gaps.append(
+            f"Accuracy: {len(examples) - len(short)} of {len(examples)} answers are longer than "
+            f"{answers.SHORT_WORDS} words, which are not right or wrong as a whole; they are judged by their loss."
+        )
+    if not short:
+        tell.inapplicable = {name for name, g in bench.cfg.gates.items() if (g.measure or "").startswith("answer.")}
+        return
+    # the answer that was written is the last turn's
+    groups = bench.groups([chosen[k] for k in short])
+    last = {name: [turns[-1] if turns else None for turns in own] for name, own in groups.items()}
+    tell.measured += answers.score(
+        [examples[k] for k in short], {c: [r[k] for k in short] for c, r in by.items()}, last,
+        seed=bench.cfg.measure_seed,
+    )  # fmt: skip
 
 
 def questions(bench: Workbench, tell: Told) -> None:
@@ -395,42 +420,48 @@ def could_be_guessed(bench: Workbench, tell: Told) -> None:
             bench.gaps += [] if image is not None else found.gaps
 
 
-def keeps(bench: Workbench, correct: Sequence[loss.SampleLoss], tell: Told) -> None:
-    """What the adapters cost on plain text, and whether they can be merged into the weights.
-
-    ``correct``: losses of every held-out sample with the adapters apart.
-    """
-    model, seed = bench.model, bench.cfg.measure_seed
-    chosen = bench.ablation_sample[:NUM_MERGED]
+def keeps(bench: Workbench, tell: Told) -> None:
+    """What the adapters cost on plain text, and whether they can be merged into the weights."""
     with bench.phase("retention"):
         texts = retention.load_texts(bench.cfg.eval.retention_path)
-        kept = retention.measure(model, bench.tokenizer, texts, seed=seed)
-        apart = textonly.text_logits(model, bench.tokenizer)
-        with merged(model.language):
-            together = textonly.text_logits(model, bench.tokenizer)
-            answered = bench.losses(bench.examples(chosen))
-    tell.measured += kept
-    tell.findings += retention.findings(kept) if bench.cfg.eval.retention_path is None else []
-    pairs = list(zip(apart.logits, together.logits, strict=True))
+        kept = retention.measure(bench.model, bench.tokenizer, texts, seed=bench.cfg.measure_seed)
+        tell.measured += kept
+        tell.findings += retention.findings(kept) if bench.cfg.eval.retention_path is None else []
+        # On one process: a merge keeps a copy of every adapted weight in the memory of the machine.
+        tell.measured += bench.dist.on_main(lambda: merging(bench))
+
+
+def merging(bench: Workbench) -> list[Measurement]:
+    """The same prompts and held-out samples, in the same batches, with the adapters apart and merged."""
+    model, chosen = bench.model, bench.ablation_sample[:NUM_MERGED]
+
+    def look() -> tuple[textonly.TextLogits, list[loss.SampleLoss]]:
+        batches = bench.data.eval_batches(bench.examples(chosen), bench.store, bench.cfg)
+        return textonly.text_logits(model, bench.tokenizer), loss.sample_losses(model, batches)
+
+    text, apart = look()
+    with merged(model.language):
+        text_merged, together = look()
+    pairs = list(zip(text.logits, text_merged.logits, strict=True))
     gap = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
-    tokens = sum(a[..., 0].numel() for a, _ in pairs)
+    places = sum(a[..., 0].numel() for a, _ in pairs)
     other = sum(int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in pairs)
-    turned = sum(
-        (correct[i].correct == correct[i].tokens) != (x.correct == x.tokens)
-        for i, x in zip(chosen, answered, strict=True)
-    )
+    tokens = sum(x.tokens for x in apart)
+    turned = sum(abs(x.correct - y.correct) for x, y in zip(apart, together, strict=True))
     why = f"weights are stored in {str(model.language.dtype).removeprefix('torch.')}, to which a merge rounds"
-    for name, value, unit, n, caveat in (
+    found = (
         ("max_logit_diff", gap, "logits", len(pairs), f"on the prompts of the text-only suite; {why}"),
-        ("changed_pct", 100 * other / tokens, "%", tokens, f"next tokens of plain text that become another; {why}"),
+        ("changed_pct", 100 * other / places, "%", places, f"next tokens of plain text that become another; {why}"),
         (
-            "answers_changed_pct", 100 * turned / max(len(chosen), 1), "%", max(len(chosen), 1),
-            "held-out samples that were exactly right and are not when merged, or the reverse",
+            "tokens_changed_pct", 100 * turned / max(tokens, 1), "%", max(len(apart), 1),
+            "tokens of held-out answers that only one of the two predicts; those that change sides within a sample "
+            "cancel",
         ),
-    ):  # fmt: skip
-        tell.measured.append(
-            Measurement(name=f"merge.{name}", value=value, unit=unit, better="lower", n=n, caveat=caveat)
-        )
+    )  # fmt: skip
+    return [
+        Measurement(name=f"merge.{name}", value=value, unit=unit, better="lower", n=n, caveat=caveat)
+        for name, value, unit, n, caveat in found
+    ]
 
 
 def truncated(bench: Workbench) -> Measurement:

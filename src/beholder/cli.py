@@ -467,8 +467,13 @@ def ablate(
 
     Python: beholder.remeasure.ablate_run.
     """
+    from beholder.evidence import CONDITIONS
     from beholder.remeasure import ablate_run
 
+    wrong_images = [c for c in CONDITIONS if c != "correct"]
+    for name in condition or []:
+        if name not in wrong_images:
+            raise UserError(f"--condition {name}: expected one of {', '.join(wrong_images)}")
     result = ablate_run(
         run_folder, num_samples=num_samples, conditions=condition, words=words, overrides=sets or []
     )  # fmt: skip

@@ -541,7 +541,8 @@ INSTRUCT_GATES: dict[str, GateConfig] = GATES | {
         above=0, end="low", strata=True,
     ),
     "merges": _gate(
-        "merge.answers_changed_pct", "with its adapters merged into the weights it answers as before", at_most=1
+        "merge.tokens_changed_pct", "with its adapters merged into the weights it predicts the answers as before",
+        at_most=2,
     ),
 }  # fmt: skip
 """The gates of every instruction tuning (S2-5, S2-7): the alignment's, about a model whose adapters learn."""
@@ -670,6 +671,10 @@ class RunConfig(Section):
             wrong.append("nothing would be trained: model.lora.enable and model.connector.trainable are false")
         if self.stage_name == "align" and not self.model.connector.trainable:
             wrong.append("stage align trains the connector, but model.connector.trainable is false")
+        if self.stage_name == "instruct" and self.template == "caption":
+            wrong.append(
+                "stage instruct answers questions, and prompting.template caption has none; use chat or conversation"
+            )
         if self.stage_name == "instruct" and self.prompting.max_images_per_sample > 1:
             wrong.append(
                 "stage instruct takes one image a sample; set prompting.max_images_per_sample: 1 (several images come "

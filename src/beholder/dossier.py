@@ -73,6 +73,8 @@ class Told:
     captions: dict[int, list[captions.CaptionRecord]] = field(default_factory=dict)
     """By index of the held-out sample, one record a condition."""
     words: dict[int, list[WordReliance]] = field(default_factory=dict)
+    inapplicable: set[str] = field(default_factory=set)
+    """Gates about what this data does not hold."""
     word_stats: list[WordStat] = field(default_factory=list)
 
 
@@ -138,7 +140,7 @@ def make_evidence(
         data=facts,
         baseline=before.measurements,
         measurements=measured,
-        gates=judge(cfg.gates, measured),
+        gates=judge({name: g for name, g in cfg.gates.items() if name not in tell.inapplicable}, measured),
         findings=tell.findings,
         words=tell.word_stats,
         curves=_curves(steps, before),
@@ -151,7 +153,10 @@ def make_evidence(
         cost=known or _cost(bench, logged, trained),
         provenance={k: v for k, v in run.read_json("run.json").items() if k not in CHANGES},
         config_yaml=dump_config(cfg),
-        gaps=bench.gaps,
+        gaps=[
+            *bench.gaps,
+            *(f"Gate {name}: not judged, no held-out answer is short." for name in sorted(tell.inapplicable)),
+        ],
     )
     _say_figures(bench, evidence)
     if bench.dist.is_main:
@@ -224,7 +229,7 @@ def _say_figures(bench: Workbench, e: Evidence) -> None:
         "caption.cider_d.correct", "chair.s.correct", "qa.accuracy.correct", "qa.accuracy.zero", "qa.accuracy.chance",
         "answer.accuracy.correct", "answer.accuracy.shuffled", "answer.accuracy.none", "answer.gain.none",
         "pope.f1.correct", "pope.yes_rate.correct", "retention.loss_base", "retention.loss", "retention.loss_ratio",
-        "retention.kl", "merge.max_logit_diff", "merge.changed_pct", "merge.answers_changed_pct",
+        "retention.kl", "merge.max_logit_diff", "merge.changed_pct", "merge.tokens_changed_pct",
         "audit.answerable.alone", "audit.leak", "collapse.worst",
     ):  # fmt: skip
         if m := e.get(name):

@@ -40,6 +40,8 @@ def _judge(name: str, gate: GateConfig, measurements: Sequence[Measurement]) -> 
         return result(False, None, None, f"not measured{groups_there}")
     if groups and len(small) == len(groups):
         return result(False, overall, None, f"no group has {gate.min_n} samples, so none could be judged by itself")
+    if gate.stratum is not None and overall.n < gate.min_n:
+        return result(False, overall, None, f"{overall.n} samples are fewer than min_n {gate.min_n}")
     numbers = [(m, _number(m, gate)) for m in judged]
     unknown = [m for m, number in numbers if number is None]
     if unknown:

@@ -22,6 +22,7 @@ from beholder.configfile import load_config
 from beholder.data import build_encoder
 from beholder.data.chat import ChatEncoder
 from beholder.data.images import ImagePipeline
+from beholder.model.lora import save_merged
 from beholder.model.vlm import VisionLanguageModel, build_vlm
 from beholder.train import checkpoint
 from beholder.train.distributed import pick_device
@@ -75,6 +76,15 @@ class Vlm:
     pipeline: ImagePipeline
     step: int
     checkpoint: Path
+
+    def save_merged(self, folder: str | Path) -> None:
+        """Write the language model with its adapters merged in as a plain Hugging Face folder (without the eyes).
+
+        It loads without peft. Raises `UserError` when the run has no adapters or ``folder`` is not empty.
+        """
+        if not self.model.adapters:
+            raise UserError("this run has no adapters to merge; its language model is the base, unchanged")
+        save_merged(self.model.language, self.tokenizer, Path(folder))
 
     def generate(
         self,
@@ -404,6 +414,17 @@ def _write_into(write: Callable[[Any], None], channel: _Channel) -> None:
 # Loading
 
 
+def check_consent(cfg: RunConfig, overrides: Sequence[str]) -> None:
+    """Refuses code that comes with a checkpoint unless this very call allows it: a run's own config is no consent."""
+    for part, trusted in (("llm", cfg.model.llm.trust_remote_code), ("vision", cfg.model.vision.trust_remote_code)):
+        name = f"model.{part}.trust_remote_code"
+        if trusted and not any(o.partition("=")[0].strip() == name for o in overrides):
+            raise UserError(
+                f"the run's config sets {name}, which runs code that comes with the model; allow it with --set "
+                f"{name}=true if you trust it"
+            )
+
+
 def load(run: str | Path, *, device: str = "auto", overrides: Sequence[str] = ()) -> Vlm:
     """The model of a run folder (its best checkpoint, else its latest verified one) or of one of its
     ``checkpoints/step_<n>`` folders.
@@ -416,11 +437,21 @@ def load(run: str | Path, *, device: str = "auto", overrides: Sequence[str] = ()
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} has no config.yaml beside its checkpoints; give a folder that `beholder run` wrote")
     cfg = load_config(folder / "config.yaml", overrides)
+    check_consent(cfg, overrides)
     model, tokenizer = build_vlm(
         cfg.model, compute_precision=cfg.train.precision, device=pick_device(device), seed=cfg.seed
     )
     checkpoint.load_connector(where, model.connector, model.connector_info())
     checkpoint.load_adapter(where, model.language)
+    trainer = checkpoint.read_trainer(where)
+    trained_with = trainer.get("fingerprints", {}).get("encoder")
+    own = build_encoder(cfg, tokenizer, model.num_visual_tokens).fingerprint
+    if trained_with not in (None, own) and not any(o.startswith("prompting.") for o in overrides):
+        raise UserError(
+            f"{where}: the tokenizer or its chat template is not what the run was trained with, so its prompts would be "
+            "others. Put the original files back (model.llm.name_or_path, prompting.chat_template), or say how to "
+            "prompt with --set prompting.…"
+        )
     # How long a training sample may be does not bound a conversation; the language model's positions do (`_prompt`).
     unbounded = cfg.prompting.model_copy(update={"max_seq_len": 10**9})
     return Vlm(
@@ -429,6 +460,6 @@ def load(run: str | Path, *, device: str = "auto", overrides: Sequence[str] = ()
         tokenizer=tokenizer,
         encoder=build_encoder(cfg.model_copy(update={"prompting": unbounded}), tokenizer, model.num_visual_tokens),
         pipeline=ImagePipeline(model.geometry, cfg.data.max_megapixels),
-        step=int(checkpoint.read_trainer(where)["step"]),
+        step=int(trainer["step"]),
         checkpoint=where,
     )

@@ -7,16 +7,18 @@ are worth is `scoring`'s business.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import orjson
 
-from beholder.data.images import check_exists
+from beholder.data.images import check_exists, content_hash
+from beholder.data.questions import ImageNames, coco_names, image_names
 from beholder.inference import Request, Vlm
 from beholder.runs import sha256_file
 from beholder.train.checkpoint import MANIFEST
@@ -48,16 +50,20 @@ def read_questions(
     root = image_root or path.parent
     if not root.is_dir():
         raise UserError(f"--image-root {root} is not a folder")
+    names = None if image_pattern is None else image_names(image_pattern)
     questions: list[Question] = []
-    seen: dict[str | int, str] = {}
-    for where, record, pattern in _records(path, image_pattern):
+    seen: dict[str, str] = {}  # by the text of the id: that is how answers and references find each other
+    for where, record, naming in _records(path, names):
         try:
-            question = _question(record, root, prompt, pattern, where)
-            if question.id in seen:
-                raise UserError(f"{question.key} {question.id!r} was asked before, at {seen[question.id]}")
+            question = _question(record, root, prompt, naming, where)
+            if str(question.id) in seen:
+                raise UserError(
+                    f"{question.key} {question.id!r} was asked before, at {seen[str(question.id)]}; ids are compared "
+                    "as text"
+                )
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        seen[question.id] = where
+        seen[str(question.id)] = where
         questions.append(question)
     if not questions:
         raise UserError(f"{path}: holds no questions")
@@ -76,21 +82,25 @@ def answer_file(
 ) -> int:
     """Answer what ``out`` does not answer yet, greedily, a line of JSON each; the number of new answers.
 
-    A line is ``{"id" or "question_id", "answer", "by"}``; ``by`` names the checkpoint and how it was asked, so that the
-    answers of two runs never mix: an ``out`` of another one is refused.
+    A line is ``{"id" or "question_id", "answer", "by", "asked"}``; ``by`` names the checkpoint and how it was asked,
+    ``asked`` digests the question: its text and the bytes of its images. An ``out`` of another run, or whose questions
+    were others, is refused, so answers never mix.
     """
     by = (
         f"{vlm.cfg.run_name}/{vlm.checkpoint.name} {sha256_file(vlm.checkpoint / MANIFEST)[:8]}, greedy, "
         f"at most {max_new_tokens} tokens"
     )
-    done = _answered(out, by, {q.id for q in questions})
-    left = [q for q in questions if q.id not in done]
+    hash_image = cache(content_hash)  # question files ask about the same image again and again
+    done = _answered(out, by, {str(q.id): q for q in questions}, lambda question: _digest(question, hash_image))
+    left = [q for q in questions if str(q.id) not in done]
     answers = vlm.generate_many((q.request for q in left), batch_size=batch_size, max_new_tokens=max_new_tokens)
-    asked = iter(left)
+    pending = iter(left)
     with out.open("ab") as file:
         for start in range(0, len(left), batch_size):
-            for question, answer in zip(islice(asked, batch_size), islice(answers, batch_size), strict=True):
-                file.write(orjson.dumps({question.key: question.id, "answer": answer, "by": by}) + b"\n")
+            for question, answer in zip(islice(pending, batch_size), islice(answers, batch_size), strict=True):
+                asked = _digest(question, hash_image)
+                line = {question.key: question.id, "answer": answer, "by": by, "asked": asked}
+                file.write(orjson.dumps(line) + b"\n")
             file.flush()
             if progress is not None:
                 progress("answers", min(start + batch_size, len(left)), len(left))
@@ -101,8 +111,8 @@ def answer_file(
 # Reading
 
 
-def _records(path: Path, image_pattern: str | None) -> Iterator[tuple[str, Any, str]]:
-    """(``file:line`` or ``file: record k``, record, file name pattern of an ``image_id``)."""
+def _records(path: Path, names: ImageNames | None) -> Iterator[tuple[str, Any, ImageNames]]:
+    """(``file:line`` or ``file: record k``, record, file names by ``image_id``: ``names`` or the format's own)."""
     try:
         raw = path.read_bytes()
     except OSError as e:
@@ -112,16 +122,14 @@ def _records(path: Path, image_pattern: str | None) -> Iterator[tuple[str, Any, 
     except orjson.JSONDecodeError:
         whole = None  # more than one value: a record a line
     if isinstance(whole, dict) and isinstance(whole.get("questions"), list):
-        subtype = whole.get("data_subtype")
-        # COCO's names: of the 2014 images with the split in front, since 2017 the number alone.
-        coco = f"COCO_{str(subtype).replace('-dev', '')}_{{image_id:012d}}.jpg" if subtype else "{image_id:012d}.jpg"
+        naming = names or coco_names(whole.get("data_subtype"), str(path))
         for k, record in enumerate(whole["questions"]):
-            yield f"{path}: question {k}", record, image_pattern or coco
+            yield f"{path}: question {k}", record, naming
         return
-    pattern = image_pattern or "{image_id}.jpg"
+    naming = names or image_names("{image_id}.jpg")
     if isinstance(whole, list):
         for k, record in enumerate(whole):
-            yield f"{path}: record {k}", record, pattern
+            yield f"{path}: record {k}", record, naming
         return
     for number, line in enumerate(raw.splitlines(), 1):
         if not line.strip():
@@ -130,20 +138,20 @@ def _records(path: Path, image_pattern: str | None) -> Iterator[tuple[str, Any, 
             record = orjson.loads(line)
         except orjson.JSONDecodeError as e:
             raise UserError(f"{path}:{number}: malformed JSON at character {e.pos}: {e.msg}") from None
-        yield f"{path}:{number}", record, pattern
+        yield f"{path}:{number}", record, naming
 
 
-def _question(record: Any, root: Path, prompt: str | None, pattern: str, where: str) -> Question:
+def _question(record: Any, root: Path, prompt: str | None, naming: ImageNames, where: str) -> Question:
     if not isinstance(record, dict):
         raise UserError(f"the record is a {type(record).__name__}, expected an object with id, image and prompt")
     key: Literal["id", "question_id"] = "question_id" if "id" not in record else "id"
     id = record.get(key)
-    if isinstance(id, bool) or not isinstance(id, str | int):
+    if not _is_id(id):
         raise UserError(f"{key} is {id!r}, expected a text or a number; every answer is found again by its id")
     given = [name for name in _TEXTS if name in record]
     if len(given) > 1:
         raise UserError(f"has {' and '.join(given)}, expected one of them")
-    refs = [ImageRef(root=str(root), path=name) for name in _images(record, pattern)]
+    refs = [ImageRef(root=str(root), path=name) for name in _images(record, naming)]
     if not given:
         return Question(key, id, Request(prompt, refs, where))
     value = record[given[0]]
@@ -156,7 +164,7 @@ def _question(record: Any, root: Path, prompt: str | None, pattern: str, where: 
     return Question(key, id, Request(messages, refs, where))
 
 
-def _images(record: dict[str, Any], pattern: str) -> list[str]:
+def _images(record: dict[str, Any], naming: ImageNames) -> list[str]:
     given = [name for name in ("image", "images", "image_id") if record.get(name) is not None]
     if len(given) > 1:
         given = [name for name in given if name != "image_id"]  # many files have the number beside the name
@@ -167,9 +175,9 @@ def _images(record: dict[str, Any], pattern: str) -> list[str]:
     value = record[given[0]]
     if given[0] == "image_id":
         try:
-            return [pattern.format(image_id=value)]
-        except (ValueError, KeyError, IndexError) as e:
-            raise UserError(f"image_id {value!r} does not fit the file name pattern {pattern!r} ({e})") from None
+            return [naming.of(value)]
+        except ValueError as error:
+            raise UserError(str(error)) from None
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{given[0]} is {value!r}, expected a path or a list of paths below --image-root")
@@ -187,14 +195,22 @@ def _messages(value: Any, name: str) -> list[dict[str, str]]:
         role, text = (
             (turn.get("from"), turn.get("value")) if "from" in turn else (turn.get("role"), turn.get("content"))
         )
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise UserError(f"{name}[{k}] is said by {role!r}, expected one of {', '.join(_ROLES)}")
         if not isinstance(text, str):
             raise UserError(f"{name}[{k}]: its text is a {type(text).__name__}, expected a string")
         messages.append({"role": _ROLES[role], "content": text})
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
+    if not any(message["role"] == "user" for message in messages):
+        raise UserError(f"{name} has no user turn, so nothing is asked")
+    if messages[-1]["role"] != "user":
+        raise UserError(f"{name} ends with a {messages[-1]['role']} turn, expected what the user says")
     return messages
+
+
+def _is_id(value: object) -> TypeGuard[str | int]:
+    return isinstance(value, str | int) and not isinstance(value, bool)
 
 
 def _find_images(questions: Sequence[Question]) -> None:
@@ -215,27 +231,55 @@ def _find_images(questions: Sequence[Question]) -> None:
 # Going on
 
 
-def _answered(out: Path, by: str, asked: set[str | int]) -> set[str | int]:
-    """Ids that ``out`` answers already. A line that was torn by an interruption is cut off."""
+def _digest(question: Question, hash_image: Callable[[ImageRef], str]) -> str:
+    """What was asked, in a few characters: the messages and the bytes of the images, whatever the files are called."""
+    images = question.request.images
+    assert isinstance(images, list), "questions of a file have a list of images"
+    try:
+        hashes = [hash_image(ref) for ref in images if isinstance(ref, ImageRef)]
+    except UserError as error:
+        raise UserError(f"{question.request.where}: {error}") from error
+    return hashlib.sha256(orjson.dumps([question.request.messages, hashes])).hexdigest()[:16]
+
+
+def _answered(out: Path, by: str, asked: Mapping[str, Question], digest: Callable[[Question], str]) -> set[str]:
+    """Ids, as text, that ``out`` answers already. A line that was torn by an interruption is cut off."""
     if not out.parent.is_dir() or out.is_dir():
         raise UserError(f"--out {out}: expected a file in an existing folder")
     if not out.exists():
         return set()
     raw = out.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
-    done: set[str | int] = set()
+    done: set[str] = set()
     for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            answer = json.loads(line)
-            id, told = answer.get("id", answer.get("question_id")), answer["by"]
-        except (ValueError, AttributeError, KeyError):
-            raise UserError(f"{out}:{number}: not an answer of this command; give another --out") from None
+        where = f"{out}:{number}"
+        id, told, told_asked = _answer_line(line, where)
         if told != by:
-            raise UserError(f"{out}:{number}: answered by {told}, but this is {by}; give another --out, or remove it")
-        if id not in asked:
-            raise UserError(f"{out}:{number}: answers {id!r}, which these questions do not ask; give another --out")
-        done.add(id)
+            raise UserError(f"{where}: answered by {told}, but this is {by}; give another --out, or remove it")
+        question = asked.get(str(id))
+        if question is None:
+            raise UserError(f"{where}: answers {id!r}, which these questions do not ask; give another --out")
+        if told_asked != digest(question):
+            raise UserError(
+                f"{where}: answers {id!r}, but that is another question now ({question.request.where}): its text or "
+                "its image changed; give another --out, or remove it to answer everything again"
+            )
+        done.add(str(id))
     if len(whole) < len(raw):
         with out.open("r+b") as file:
             file.truncate(len(whole))
     return done
+
+
+def _answer_line(line: bytes, where: str) -> tuple[str | int, str, str]:
+    """(id, by, asked) of a line that `answer_file` wrote; `UserError` for any other line."""
+    try:
+        told = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        told = None
+    if isinstance(told, dict):
+        id = told.get("id", told.get("question_id"))
+        texts = [told.get(name) for name in ("answer", "by", "asked")]
+        if _is_id(id) and all(isinstance(text, str) for text in texts):
+            return id, told["by"], told["asked"]
+    raise UserError(f"{where}: not an answer of this command; give another --out")

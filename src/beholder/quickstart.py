@@ -29,6 +29,7 @@ from beholder.configfile import parse_config, scale_overrides
 from beholder.evidence import CONDITIONS, Condition, Evidence, Measurement, Sample
 from beholder.gates import verdict
 from beholder.stages import Outcome, run_stage
+from beholder.types import UserError
 
 Part = Literal["align", "instruct"]
 RECIPES: dict[Part, str] = {"align": "quickstart_align.yaml", "instruct": "quickstart_instruct.yaml"}
@@ -57,7 +58,7 @@ def recipe(
         else (assets.questions_train, assets.questions_test)
     )
     places = [
-        f"output_dir={json.dumps(str(out / part))}",
+        f"output_dir={json.dumps(str(folder_of(out, part, scale)))}",
         f"model.llm.name_or_path={json.dumps(str(assets.llm))}",
         f"model.vision.weights={json.dumps(str(assets.vision_weights))}",
         f"data.sources={source(train, assets.images_train, 'easy_vqa train')}",
@@ -66,8 +67,14 @@ def recipe(
     ]
     if part == "instruct":
         places.append(f"model.connector.load_checkpoint={json.dumps(str(out / 'align'))}")
-    scaled = scale_overrides(parse_config(text, RECIPES[part], places), scale) if scale else []
+    wanted = scale if part == "instruct" else None
+    scaled = scale_overrides(parse_config(text, RECIPES[part], places), wanted) if wanted else []
     return parse_config(text, RECIPES[part], [*places, *scaled, *_for(part, overrides)])
+
+
+def folder_of(out: Path, part: Part, scale: str | None) -> Path:
+    """``out/align``, ``out/instruct``, ``out/instruct_full``: runs of other lengths do not share a folder."""
+    return out / (f"{part}_{scale}" if scale and part == "instruct" else part)
 
 
 def _for(part: Part, overrides: Sequence[str]) -> Iterator[str]:
@@ -96,19 +103,23 @@ def run_quickstart(
     console = console or Console(highlight=False)
     started = time.perf_counter()
     assets = prepare_quickstart(say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
-    outcome = run_stage(recipe(assets, out, overrides), resume=resume)
+    if resume not in ("auto", "never"):
+        raise UserError("--resume of the quickstart is auto or never; resume one part of it with beholder run")
+    parts = {part: recipe(assets, out, overrides, part=part, scale=scale) for part in RECIPES}  # both, before training
+    outcome = run_stage(parts["align"], resume=resume)
     if outcome.evidence is not None and outcome.is_main:
         print_alignment(outcome.evidence, console)
     if outcome.evidence is None or not outcome.evidence.promotable:
         return outcome
-    outcome = run_stage(recipe(assets, out, overrides, part="instruct", scale=scale), resume=resume)
+    outcome = run_stage(parts["instruct"], resume=resume)
     if outcome.evidence is not None and outcome.is_main:
         print_answers(outcome.evidence, console)
         console.print(f"\nFinished in {(time.perf_counter() - started) / 60:.1f} min.", highlight=False)
-        for part in RECIPES:
-            console.print(f"Report of {part}: {escape(str((out / part / 'report.html').resolve()))}", soft_wrap=True)
+        for part, cfg in parts.items():
+            report = Path(cfg.run_dir) / "report.html"
+            console.print(f"Report of {part}: {escape(str(report.resolve()))}", soft_wrap=True)
         image = assets.images_test / "0.png"
-        talk = f"beholder chat {out / 'instruct'} --image {image}"
+        talk = f"beholder chat {parts['instruct'].run_dir} --image {image}"
         console.print(f"Talk to it: {escape(talk)}", soft_wrap=True)
     return outcome
 

@@ -21,7 +21,8 @@ from beholder.assessment import assess, by_word, measure_before
 from beholder.config import RunConfig
 from beholder.configfile import diff_configs, load_config
 from beholder.evidence import Condition, Measurement, load_evidence
-from beholder.model.plan import TrainableTable, apply_train_plan, plan_of
+from beholder.inference import check_consent
+from beholder.model.plan import TrainableTable, apply_train_plan, frozen_fingerprint, plan_of
 from beholder.probes import audit, loss, reliance
 from beholder.runs import RunDir, atomic_write, to_json
 from beholder.stages import Outcome, sole_writer, split_name, stop_signals
@@ -49,6 +50,7 @@ def reopen(folder: str, overrides: Sequence[str]) -> Iterator[Opened]:
     path = run_folder(folder)
     saved = load_config(path / "config.yaml")
     cfg = load_config(path / "config.yaml", overrides)
+    check_consent(cfg, overrides)
     measured_only = ("eval.", "ablation.", "gates.", "features.", "device", "train.num_threads", "data.num_workers")
     # Parts and data may have been moved; fingerprints, not paths, say whether they are the same.
     moved = ("model.llm.name_or_path", "model.vision.name_or_path", "model.vision.weights", *checkpoint.MOVED_DATA)
@@ -67,6 +69,7 @@ def reopen(folder: str, overrides: Sequence[str]) -> Iterator[Opened]:
             bench = open_bench(cfg, run, dist, split_file=run.splits / split_name(cfg))
             table = apply_train_plan(bench.model, plan_of(cfg.model, cfg.stage_name))
             bench.load(where)
+            bench.frozen = frozen_fingerprint(bench.model)
             trainer = checkpoint.read_trainer(where)
             checkpoint.check_same_fingerprints(trainer["fingerprints"], bench.fingerprints)
             bench.resumed = bench.remeasured = True

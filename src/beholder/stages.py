@@ -28,9 +28,9 @@ from beholder.gates import verdict
 from beholder.model.connector import resolve_num_tokens
 from beholder.model.language import load_tokenizer
 from beholder.model.lora import adapter_config, adapter_tensors, render_sites
-from beholder.model.plan import apply_train_plan, param_groups, plan_of
+from beholder.model.plan import apply_train_plan, frozen_fingerprint, param_groups, plan_of
 from beholder.model.vision import load_vision
-from beholder.probes import loss
+from beholder.probes import golden, loss
 from beholder.promotion import best_of
 from beholder.runs import RunDir, atomic_write, provenance
 from beholder.train import checkpoint
@@ -100,6 +100,7 @@ def train_and_measure(cfg: RunConfig, run: RunDir, dist: Dist, source: Path | No
         param_groups(bench.model, asdict_of(cfg.train.lr), asdict_of(cfg.train.weight_decay)), cfg.train.betas
     )
     start, state = start_from(bench, source, optimizer)  # from where
+    bench.frozen = frozen_fingerprint(bench.model)  # a connector that stays as it is has its weights only now
     bench.resumed = start > 0
     bench.gaps += [promoted] if promoted else []
     save = saver(bench, optimizer, state)
@@ -294,6 +295,9 @@ def start_from(bench: Workbench, source: Path | None, optimizer: Any) -> tuple[i
         checkpoint.check_same_fingerprints(done.trainer["fingerprints"], bench.fingerprints)
         if bench.dist.is_main:
             bench.run.trim_metrics(done.step)
+            for step, path in golden.steps_of(bench.run.qual):
+                if step > done.step:  # of a history that is made again
+                    path.unlink()
         bench.dist.barrier()
         bench.reporter.line("resume", f"from {source} after step {done.step}")
         return done.step, LoopState.from_dict(done.trainer["loop"])
@@ -346,8 +350,10 @@ def point_to_best(bench: Workbench) -> int | None:
     folder = bench.run.checkpoints
     best = best_of(candidates(bench), checkpoint.steps_on_disk(folder))
     if best is None:
+        checkpoint.clear_best(folder)
         return None
-    checkpoint.set_best(folder, best.step, best.model_dump(mode="json"))
+    if (checkpoint.best_facts(folder) or {}).get("step") != best.step:
+        checkpoint.set_best(folder, best.step, best.model_dump(mode="json"))
     return best.step
 
 
@@ -415,11 +421,14 @@ class Watch:
         measured = bench.eval_summary(losses) if full else loss.summarize(losses, "eval", seed=0)
         by_length = {str(m.stratum): m.value for m in measured if m.name == "eval.loss" and m.by == "length"}
         exact = loss.exact_shares(losses, bench.groups(indices)["question"])
-        shown = {"exact": exact.pop(None), **({str(k): v for k, v in exact.items()} if len(exact) > 1 else {})}
-        bench.reporter.eval(measured[0].value, step=step, epoch=None, **by_length, **shown)
-        buckets = {f"{name}_loss_{stratum}": value for stratum, value in by_length.items()}
-        kinds = {f"{name}_exact" if k == "exact" else f"{name}_exact/{k}": value for k, value in shown.items()}
-        self._log(step, {f"{name}_loss": measured[0].value, "eval_examples": len(losses), **buckets, **kinds})
+        overall = exact.pop(None)
+        kinds = [(str(k), share) for k, share in exact.items()] if len(exact) > 1 else []
+        bench.reporter.eval(measured[0].value, step=step, more=[*by_length.items(), ("exact", overall), *kinds])
+        self._log(step, {
+            f"{name}_loss": measured[0].value, "eval_examples": len(losses), f"{name}_exact": overall,
+            **{f"{name}_loss_{stratum}": value for stratum, value in by_length.items()},
+            **{f"{name}_exact/{kind}": share for kind, share in kinds},
+        })  # fmt: skip
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
         if self.bench.dist.is_main:

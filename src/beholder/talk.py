@@ -113,7 +113,7 @@ def talk(conversation: Conversation, *, source: TextIO, out: TextIO, notes: Text
     error is raised.
     """
     terminal = source.isatty()
-    read = _terminal_lines(notes) if terminal else lambda: source.readline() or None
+    read = _utf8(_terminal_lines(notes) if terminal else lambda: source.readline() or None)
 
     def note(text: str) -> None:
         print(printable(text), file=notes, flush=True)
@@ -167,6 +167,21 @@ def _terminal_lines(notes: TextIO) -> Callable[[], str | None]:
     return read
 
 
+def _utf8(read: Callable[[], str | None]) -> Callable[[], str | None]:
+    """``read``, with a `UserError` for bytes that are no text, however the platform's standard input hands them on."""
+
+    def checked() -> str | None:
+        try:
+            line = read()
+            if line is not None:
+                line.encode()  # in the C locale foreign bytes arrive as surrogates, which no tokenizer takes
+        except UnicodeError as error:
+            raise UserError(f"standard input is not UTF-8 ({error}); convert it, as with iconv -t UTF-8") from None
+        return line
+
+    return checked
+
+
 def _respond(conversation: Conversation, line: str, out: TextIO, note: Callable[[str], None]) -> None:
     """One line of the user: a command, or something said to the model."""
     if line.startswith("/"):
@@ -210,11 +225,7 @@ def _command(conversation: Conversation, line: str, note: Callable[[str], None])
             note("the conversation starts over")
         case "/save" if rest:
             path = _path(rest)
-            if path.exists():
-                raise UserError(f"{path} is there already; give another name")
-            if not path.parent.is_dir():
-                raise UserError(f"{path.parent} is no folder; give a file in an existing one")
-            atomic_write(path, to_json(conversation.record()) + "\n")
+            _save(conversation, path)
             note(f"saved to {path}")
         case "/image" | "/save":
             raise UserError(f"{name} needs a FILE, as in `{name} {'cat.jpg' if name == '/image' else 'talk.jsonl'}`")
@@ -224,10 +235,28 @@ def _command(conversation: Conversation, line: str, note: Callable[[str], None])
             raise UserError(f"{name} is no command; there are {', '.join(COMMANDS)}")
 
 
+def _save(conversation: Conversation, path: Path) -> None:
+    record = to_json(conversation.record()) + "\n"
+    try:
+        if path.exists():
+            raise UserError(f"{path} is there already; give another name")
+        if not path.parent.is_dir():
+            raise UserError(f"{path.parent} is no folder; give a file in an existing one")
+        atomic_write(path, record)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error}); give another name") from None
+
+
 def _path(typed: str) -> Path:
     """A path as a person types or drops it, with or without quotes around it."""
+    if "\0" in typed:
+        raise UserError(f"{typed!r} is not a file name: no name contains a NUL character")
     quoted = len(typed) > 1 and typed[0] == typed[-1] and typed[0] in "'\""
-    return Path(typed[1:-1] if quoted else typed).expanduser()
+    path = Path(typed[1:-1] if quoted else typed)
+    try:
+        return path.expanduser()
+    except RuntimeError:  # ~name of nobody
+        raise UserError(f"{path}: there is no user {path.parts[0]}; for a file of that name type ./{path}") from None
 
 
 def printable(text: str) -> str:

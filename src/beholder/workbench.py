@@ -84,7 +84,8 @@ class Workbench:
     def fingerprints(self) -> dict[str, str]:
         """What must not have changed when a run is resumed."""
         return {
-            **{part: digest for part, digest in self.frozen.items()},
+            # not the connector: it has its weights only once a checkpoint is loaded
+            **{part: digest for part, digest in self.frozen.items() if part != "connector"},
             "data": self.data.train.fingerprint,
             "encoder": self.data.encoder.fingerprint,
         }

@@ -629,6 +629,11 @@ def test_a_tokenizer_without_a_chat_template_is_told_the_ways_out(tmp_path: Path
     ("{% for m in messages %}{{ m.content[0].text }}<|im_end|>{% endfor %}", "leaves out turn 0|refuses"),
     (CHATML.replace("m.content", "m.content|upper ~ m.content"), "shows 2 times turn 0"),
     ("{{ raise_exception('tools only') }}", "refuses a conversation of .*: tools only"),
+    ("{{ 1 // 0 }}", "refuses a conversation of .*: ZeroDivisionError"),
+    ("{{ 'x' * 10 ** 18 }}", "refuses a conversation of .*: MemoryError"),
+    ("{{ 'x' * 10 ** 30 }}", "refuses a conversation of .*: OverflowError"),
+    ("{{ messages.pop }}{{ messages[0].x.y }}", "refuses a conversation of"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses a conversation of .*: RecursionError"),
     ("{% set f = '%Y' %}{{ strftime_now(f) }}" + CHATML, "cannot be frozen"),
 ])  # fmt: skip
 def test_templates_that_are_of_no_use_are_refused_at_once(

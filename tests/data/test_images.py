@@ -441,6 +441,12 @@ def test_from_file_follows_the_path_the_user_typed(tmp_path: Path) -> None:
         ImagePipeline(SQUARE, 50).from_file(str(tmp_path / "gone.png"))
 
 
+@pytest.mark.parametrize("path", ["a\0b.png", ""])
+def test_from_file_refuses_what_is_no_file_name(path: str) -> None:
+    with pytest.raises(ImageError, match=r"is not a file name \[missing_image\]"):
+        ImagePipeline(SQUARE, 50).from_file(path)
+
+
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (257, 113), (64, 64)])
 def test_shortest_edge_is_resize_then_centre_crop(size: tuple[int, int]) -> None:
     image = Image.effect_noise(size, 80).convert("RGB")

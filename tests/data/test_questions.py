@@ -123,7 +123,21 @@ def test_a_pattern_names_the_images_instead(tmp_path: Path) -> None:
     assert [e.images[0].path for e in records] == ["v/000042.png", "v/000043.png"]
 
 
-@pytest.mark.parametrize("pattern", ["x.png", "{id}.png", "{image_id}{}.png", "{image_id.__class__}.png", "{image_id"])
+@pytest.mark.parametrize(
+    "subtype", ["{image_id.__class__}", "{x}", "{image_id:9999999999d}", "../val2014", "val", 2014]
+)
+def test_a_split_that_is_no_name_is_an_error_unless_a_pattern_names_the_images(tmp_path: Path, subtype: Any) -> None:
+    with pytest.raises(UserError, match=r"q\.json: data_subtype is .*expected the name of a part of COCO"):
+        vqa(tmp_path, [asked(1)], [annotated(1)], data_subtype=subtype)
+
+    (example,) = vqa(tmp_path, [asked(1)], [annotated(1)], data_subtype=subtype, pattern="{{{image_id}}}.jpg")
+    assert example.images[0].path == "{42}.jpg"
+
+
+@pytest.mark.parametrize("pattern", [
+    "x.png", "{id}.png", "{image_id}{}.png", "{image_id.__class__}.png", "{image_id", "{image_id[0]}", "{image_id!r}",
+    "{image_id}{image_id}", "{image_id:9999999999d}", "{image_id:{image_id}d}", "{image_id:x}", "{image_id}\0",
+])  # fmt: skip
 def test_a_pattern_without_its_place_or_with_another_is_an_error(tmp_path: Path, pattern: str) -> None:
     with pytest.raises(UserError, match=r"image_pattern .*expected a file name with \{image_id\}"):
         vqa(tmp_path, [asked(1)], [annotated(1)], pattern=pattern)
@@ -136,6 +150,10 @@ UNUSABLE: list[tuple[Any, Any, str, str]] = [
     (asked(1, image_id="cat"), annotated(1), "wrong_type", "image 'cat' has no place in"),
     ({"question": "?"}, annotated(1), "wrong_type", "question_id is missing"),
     ("text", annotated(1), "wrong_type", "not a JSON object"),
+    (asked(1, question="\ud800"), annotated(1), "bad_json", "not valid Unicode at character 48 of the question"),
+    (asked(1), annotated(1, "red", "\udc00"), "bad_json", "not valid Unicode at character 122 of the annotation"),
+    (asked(1, image_id=10**30), annotated(1), "wrong_type", "image_id 1e+30 is too large"),
+    (asked(1, image_id="1" * 31), annotated(1), "wrong_type", "image_id has 31 digits, which is too large"),
     (asked(1), {"question_id": 1}, "wrong_type", "answers of the annotation"),
     (asked(1), {"question_id": 1, "answers": [{"answer": 3}]}, "wrong_type", "answers of the annotation"),
     (asked(1), {"question_id": 1, "answers": []}, "wrong_type", "answers of the annotation"),
@@ -239,6 +257,17 @@ def test_gqa_questions_without_an_answer_are_named(tmp_path: Path) -> None:
         ("2", "no_target"), ("3", "wrong_type"), ("4", "wrong_type"), ("5", "empty_answer"), ("6", "wrong_type"),
         ("7", "wrong_type"),
     ]  # fmt: skip
+
+
+def test_half_a_surrogate_pair_in_a_gqa_file_costs_its_question_alone(tmp_path: Path) -> None:
+    good = {"question": "?", "answer": "yes", "imageId": "1"}
+
+    records = gqa(tmp_path, {"\ud800": good, "2": {**good, "answer": "\udc00"}, "3": good})
+
+    assert records.ids() == ["3"]
+    assert [(r.id, r.reason) for r in records.rejects] == [("\\ud800", "bad_json"), ("2", "bad_json")]
+    assert "key is not valid Unicode" in records.rejects[0].detail
+    assert "not valid Unicode at character" in records.rejects[1].detail
 
 
 # ---------------------------------------------------------------------------------------------------------------

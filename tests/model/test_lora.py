@@ -76,6 +76,7 @@ def test_the_default_patterns_name_every_linear_layer_of_the_decoder_once_and_in
         ("self_attn.q_proj", ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
         (r"model\.layers\.1\.mlp\.(up|down)_proj", ["model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"]),
         ("model.layers.0.mlp.up_proj", ["model.layers.0.mlp.up_proj"]),
+        (r"[\w.]+\.0\.(?!mlp).*(?:q|k)_proj", ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]),
     ],
 )
 def test_a_pattern_is_the_end_of_a_name_or_a_regular_expression_of_all_of_it(
@@ -106,6 +107,25 @@ def test_a_pattern_that_hits_nothing_or_something_else_is_refused_with_the_reaso
 ) -> None:
     with pytest.raises(UserError, match=says):
         lora.resolve_targets(build().model.language.model, ["q_proj", pattern], 2)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        (r"((\w|\.)+)+!", "a repeated group holds a repetition or a choice itself"),
+        (r"(?:\w|.)+!", "a repeated group holds a repetition or a choice itself"),
+        (r"(?:[(\w]?){9,}!", "a repeated group holds a repetition or a choice itself"),
+        (".*" * 20 + "!", "might take for ever"),
+        ("(.|.)" * 35 + "!", "might take for ever"),
+        (".?" * 60 + "!", "might take for ever"),
+        ("(?x)(\\w+) +!", r"only \(\?:…\) and the looks around"),
+        ("q_proj|" * 40 + "k_proj", "has 286 characters, a regular expression may have 200"),
+        ("a{99999999999}", "nor a regular expression: the repetition number is too large"),
+    ],
+)
+def test_an_expression_that_might_search_for_ever_is_refused(build: Build, pattern: str, says: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.lora\.target_modules .*{says}"):
+        lora.resolve_targets(build().model.language.model, [pattern], 2)
 
 
 def test_a_pattern_that_leaks_into_the_vision_tower_is_refused_and_a_narrower_one_is_not(build: Build) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import Tiny, exact_log, settings, train
+from tiny_run import Tiny, exact_log, settings, train, vouch_for
 from torch import Tensor
 
 from beholder.model.language import LanguageModel
@@ -156,6 +156,21 @@ def test_another_rank_alpha_or_kind_of_adapter_is_refused_with_its_field(tiny: T
     with pytest.raises(UserError, match="use_rslora: checkpoint true, config false"):
         load_adapter(odd, model.language)
     load_adapter(path, tiny.model(lora=LORA | {"dropout": 0.0}).language)  # changes nothing that is loaded
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    ("{}", "lacks peft_type, r, lora_alpha, use_rslora, use_dora, rank_pattern, alpha_pattern, bias"),
+    ("[1]", r"holds \[1\], expected a JSON object"),
+    ("x{", r"is not a JSON file \(JSONDecodeError"),
+])  # fmt: skip
+def test_an_adapter_config_that_tells_too_little_is_refused(
+    tiny: Tiny, tmp_path: Path, content: str, says: str
+) -> None:
+    model, path = trained(tiny, tmp_path, 1)
+    vouch_for(path, "adapter_config.json", content)
+
+    with pytest.raises(UserError, match=rf"adapter_config\.json {says}"):
+        load_adapter(path, model.language)
 
 
 def test_adapters_of_another_base_are_refused_with_both_names(tiny: Tiny, tmp_path: Path) -> None:

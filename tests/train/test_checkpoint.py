@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import fill_disk
+from tiny_run import fill_disk, vouch_for
 from torch import nn
 
 from beholder.train import checkpoint as ck
@@ -224,6 +224,39 @@ def test_a_manifest_cannot_point_outside_its_folder(tmp_path: Path) -> None:
     manifest["files"]["../../secret"] = manifest["files"]["trainer.json"]
     (path / "MANIFEST.json").write_text(json.dumps(manifest))
     assert "outside the folder" in (problem(path) or "")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[]", r"holds \[\], expected a JSON object"),
+        ("\x80", "is not a JSON file"),
+        ("[" * 99_999, "is not a JSON file"),
+    ],
+)
+def test_a_file_of_another_shape_is_an_error_naming_it_though_the_manifest_vouches_for_it(
+    tmp_path: Path, content: str, says: str
+) -> None:
+    path = write(tmp_path, 5)
+    vouch_for(path, "trainer.json", content)
+    vouch_for(path, "connector.json", content)
+
+    with pytest.raises(UserError, match=rf"trainer\.json {says}"):
+        ck.read_trainer(path)
+    with pytest.raises(UserError, match=rf"connector\.json {says}"):
+        load_connector(path, Parts(), INFO)
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    ('{"config": {}}', "step is null"), ('{"step": 5}', "config is null"),
+    ('{"step": 5, "config": []}', r"config is \["),
+])  # fmt: skip
+def test_a_trainer_file_has_a_step_and_a_config(tmp_path: Path, content: str, says: str) -> None:
+    path = write(tmp_path, 5)
+    vouch_for(path, "trainer.json", content)
+
+    with pytest.raises(UserError, match=rf"trainer\.json: {says}"):
+        ck.read_trainer(path)
 
 
 def test_highest_step_is_by_number_not_by_name(tmp_path: Path) -> None:

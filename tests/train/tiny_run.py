@@ -7,6 +7,8 @@ kill_resume.py kills it.
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +29,7 @@ from beholder.model.plan import param_groups
 from beholder.model.vlm import VisionLanguageModel, build_vlm
 from beholder.runs import RunDir
 from beholder.smoke import colour_set, tiny_llm, tiny_vision
-from beholder.train.checkpoint import latest_checkpoint, load_for_resume, save_checkpoint
+from beholder.train.checkpoint import MANIFEST, latest_checkpoint, load_for_resume, save_checkpoint
 from beholder.train.distributed import Dist
 from beholder.train.engine import Callback, FitResult, LoopState, fit
 from beholder.train.objectives import Objective, next_token
@@ -201,3 +203,12 @@ def fill_disk(monkeypatch: Any, num_bytes: int) -> None:
         return written
 
     monkeypatch.setattr(os, "write", write)
+
+
+def vouch_for(checkpoint: Path, name: str, content: str) -> None:
+    """Put other content into a file of a checkpoint and into its manifest, as somebody does who edits one by hand."""
+    raw = content.encode("latin-1")
+    (checkpoint / name).write_bytes(raw)
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest["files"][name] = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))

@@ -138,6 +138,11 @@ def build_encoder(cfg: RunConfig, tokenizer: Any, num_visual_tokens: int) -> Cha
 
 
 def _template_text(path: str | None) -> str | None:
+    """The text of ``prompting.chat_template``, a file of the person's choosing.
+
+    A template is sandboxed (it reaches no files and no private attributes) but trusted for running time and size:
+    nothing stops one that counts for ever.
+    """
     if path is None:
         return None
     try:

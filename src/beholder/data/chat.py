@@ -489,6 +489,13 @@ class _Scaffold(NamedTuple):
     places: tuple[_Place, ...]
 
 
+_RENDERING_FAULTS = (
+    # raise_exception and what the sandbox forbids
+    jinja2.TemplateError,
+    # whatever else a template's own code can come to: it divides, calls itself, asks for more than there is
+    ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
+
 _PAD = "\n \n"
 """Put around a turn to see what is stripped: ``trim`` takes all of it, ``strip('\\n')`` the outer newlines."""
 
@@ -499,6 +506,9 @@ class _ChatTemplate:
     So no rendering is ever searched for the record's text. The filled-in text is compared with the template's own
     rendering of the record, every time: a template may look into a message and write something else (Qwen3's does for
     ``</think>``), and that must not go unnoticed.
+
+    A template is code of the person's choosing. It runs in Jinja's sandbox (no files, no private attributes), which
+    bounds neither its running time nor the size of what it writes: in these it is trusted.
     """
 
     def __init__(self, tokenizer: Any, text: str | None, *, thinking: bool) -> None:
@@ -681,9 +691,11 @@ class _ChatTemplate:
             )  # fmt: skip
         except jinja2.TemplateSyntaxError as e:
             raise _TemplateMisfit(f"the chat template is not valid Jinja (line {e.lineno}: {e.message})") from e
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as e:  # raise_exception, or it wants no text
+        except _RENDERING_FAULTS as e:
             roles = _roles([m["role"] for m in messages])
-            raise _TemplateMisfit(f"the chat template refuses a conversation of {roles}: {e}") from e
+            told = isinstance(e, jinja2.TemplateError) and str(e)
+            why = told or f"{type(e).__name__} ({str(e) or 'no more is known'})"
+            raise _TemplateMisfit(f"the chat template refuses a conversation of {roles}: {why}") from e
 
 
 def _roles(roles: Sequence[str]) -> str:

@@ -515,6 +515,8 @@ class ImagePipeline:
 
     def from_file(self, path: str) -> torch.Tensor:
         """uint8 [3, H, W] of a path that the user typed: the path itself is the permission to open it."""
+        if not path or "\0" in path:
+            raise ImageError(repr(path), "missing_image", "is not a file name")
         real = os.path.realpath(path)
         return self(ImageRef(root=os.path.dirname(real), path=os.path.basename(real)))
 

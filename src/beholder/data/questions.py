@@ -6,10 +6,12 @@ its text is put together here and kept by `sources`, like that of a shard. Nothi
 
 from __future__ import annotations
 
+import json
+import re
 import string
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -18,26 +20,81 @@ from beholder.data.index import Found, RecordError
 from beholder.types import UserError
 
 
-def check_pattern(pattern: str) -> None:
-    """Raises `UserError` unless ``pattern`` is a file name with ``{image_id}`` and no other place in it."""
+class ImageNames(NamedTuple):
+    """File names of images by their ``image_id``: a number or name between two texts, which are written as they are.
+
+    A pattern is taken apart once and never formatted: ``str.format`` would look into what it is given
+    (``{image_id.__class__}``) and write as many zeros as it is asked for.
+    """
+
+    before: str
+    spec: str
+    """Empty, or the width of a number: ``012d``"""
+    after: str
+
+    def of(self, image_id: Any, field: str = "image_id") -> str:
+        """The name of an image. Raises `ValueError` with what is wrong with ``image_id``, as a JSON file gives it."""
+        if fault := _id_fault(image_id):
+            raise ValueError(f"{field} {fault}")
+        if not self.spec:
+            return f"{self.before}{image_id}{self.after}"
+        if isinstance(image_id, str):  # GQA writes its numbers as text
+            if not re.fullmatch("-?[0-9]+", image_id):
+                pattern = f"{self.before}{{image_id:{self.spec}}}{self.after}"
+                raise ValueError(f"image {image_id[:40]!r} has no place in {pattern!r}, which wants a number")
+            if len(image_id) > _MAX_DIGITS:
+                raise ValueError(f"{field} has {len(image_id)} digits, which is too large for the number of an image")
+            image_id = int(image_id)
+        return f"{self.before}{image_id:{self.spec}}{self.after}"
+
+
+_MAX_DIGITS = 20
+"""Of a JSON number that stays an integer: 64 bits."""
+
+
+def image_names(pattern: str) -> ImageNames:
+    """The names a person's pattern gives. Raises `UserError` unless it is a file name with ``{image_id}`` and no other
+    place in it."""
     expected = "expected a file name with {image_id} in it, as in COCO_val2014_{image_id:012d}.jpg"
+    if "\0" in pattern or not _is_unicode(pattern):
+        raise UserError(f"image_pattern {_shown(pattern)!r}: has a character that no file name has; {expected}")
     try:
-        fields = {name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None}
-        if fields == {"image_id"}:
-            _fill(pattern, 1)
-            return
+        parts = list(string.Formatter().parse(pattern))
     except ValueError as e:
         raise UserError(f"image_pattern {pattern!r}: {e}; {expected}") from None
-    raise UserError(f"image_pattern {pattern!r}: {expected}")
+    places = [k for k, (_, field, _, _) in enumerate(parts) if field is not None]
+    if len(places) != 1:
+        raise UserError(f"image_pattern {pattern!r}: has {len(places)} places in braces, not one; {expected}")
+    _, field, spec, conversion = parts[places[0]]
+    if field != "image_id" or conversion is not None or re.fullmatch("(?:0?[0-9]{1,2}d)?", spec or "") is None:
+        raise UserError(f"image_pattern {pattern!r}: its place is neither {{image_id}} nor one with a width of at most "
+                        f"two digits, such as {{image_id:012d}}; {expected}")  # fmt: skip
+    before = "".join(text for text, *_ in parts[: places[0] + 1])
+    return ImageNames(before, spec or "", "".join(text for text, *_ in parts[places[0] + 1 :]))
 
 
-def _fill(pattern: str, image_id: int | str) -> str:
-    if isinstance(image_id, str):
-        try:
-            return pattern.format(image_id=image_id)
-        except ValueError:  # {image_id:012d} wants a number, and GQA writes its numbers as text
-            image_id = int(image_id)
-    return pattern.format(image_id=image_id)
+def check_pattern(pattern: str) -> None:
+    """Raises `UserError` as `image_names` does."""
+    image_names(pattern)
+
+
+def coco_names(subtype: Any, path: str) -> ImageNames:
+    """COCO's names for the ``data_subtype`` of the question file at ``path``, or for a file without one.
+
+    Raises `UserError` for anything else than the name of a part of COCO: this text becomes part of file names.
+    """
+    if subtype is None or subtype == "":  # as COCO writes them since 2017
+        return ImageNames("", "012d", ".jpg")
+    if not isinstance(subtype, str) or _COCO_PART.fullmatch(subtype) is None:
+        raise UserError(
+            f"{path}: data_subtype is {_shown(str(subtype))[:60]!r}, expected the name of a part of COCO, such as "
+            "val2014; give the images' file names as image_pattern, such as {image_id:012d}.jpg"
+        )
+    # test-dev2015 is a part of test2015, and its images are called after the whole.
+    return ImageNames(f"COCO_{subtype.replace('-dev', '')}_", "012d", ".jpg")
+
+
+_COCO_PART = re.compile("[A-Za-z]{1,40}(?:-dev)?[0-9]{4}(?:-[A-Za-z0-9]{1,40})?")
 
 
 def vqa_records(path: str, annotations: str, pattern: str | None) -> Iterator[Found]:
@@ -51,69 +108,69 @@ def vqa_records(path: str, annotations: str, pattern: str | None) -> Iterator[Fo
     """
     answers = _annotations(annotations)
     asked: list[tuple[str, bytes]] = []
-    seen: list[str] = []
-    subtype = None
+    seen: dict[str, None] = {}
+    subtype: Any = None
     for name, found in index.json_members(path, "questions"):
-        seen += [name] if name not in seen else []
+        seen[name] = None
         if name == "questions":
             asked.append((found.where, found.raw))
-        elif name == "data_subtype":
-            subtype = _load(found.raw)
+        elif name == "data_subtype" and pattern is None:
+            subtype = _header(path, name, found)
     if "questions" not in seen:
         hint = "; this is the annotation file: json_path is the question file" if "annotations" in seen else ""
-        raise RecordError(f"{path}: no questions under 'questions', its fields are {', '.join(seen) or 'none'}{hint}")
-    if pattern is None:
-        plain = not isinstance(subtype, str) or not subtype
-        # test-dev2015 is a part of test2015, and its images are called after the whole.
-        pattern = "{image_id:012d}.jpg" if plain else f"COCO_{str(subtype).replace('-dev', '')}_{{image_id:012d}}.jpg"
+        raise RecordError(f"{path}: no questions under 'questions', its fields are {_first(seen)}{hint}")
+    names = coco_names(subtype, path) if pattern is None else image_names(pattern)
     for where, raw in asked:
-        yield Found(0, orjson.dumps(_vqa_record(raw, answers, annotations, pattern)), where)
+        yield Found(0, orjson.dumps(_vqa_record(raw, answers, annotations, names)), where)
 
 
-def _vqa_record(raw: bytes, answers: dict[str, bytes], annotations: str, pattern: str) -> dict[str, Any]:
-    question = _load(raw)
+def _vqa_record(raw: bytes, answers: dict[str, bytes], annotations: str, names: ImageNames) -> dict[str, Any]:
+    try:
+        question = orjson.loads(raw)
+    except orjson.JSONDecodeError as e:
+        return _unusable(_lenient_id(raw), "bad_json", _malformed("question", e))
     if not isinstance(question, dict):
         return _unusable(None, "wrong_type", "the question is not a JSON object")
     key, text, image_id = question.get("question_id"), question.get("question"), question.get("image_id")
-    if not _is_id(key):
-        return _unusable(None, "wrong_type", "question_id is missing, or neither an integer nor a string")
+    if fault := _id_fault(key):
+        return _unusable(None, "wrong_type", f"question_id {fault}")
     if not isinstance(text, str) or not text.strip():
         return _unusable(key, "wrong_type", "question is missing, empty, or not a string")
-    if not _is_id(image_id):
-        return _unusable(key, "wrong_type", "image_id is missing, or neither an integer nor a string")
     if str(key) not in answers:
         return _unusable(key, "no_annotation", f"question {key} has no annotation in {annotations}")
     given = orjson.loads(answers[str(key)])
     if "!" in given:
         return _unusable(key, *given["!"])
-    return _record(key, image_id, pattern, question=text, **given)
+    return _record(key, image_id, "image_id", names, question=text, **given)
 
 
 def _annotations(path: str) -> dict[str, bytes]:
     """Question id → the JSON of what is kept of its annotation, small and unparsed: VQA-v2 has 443,757 of 860 bytes."""
     found_answers: dict[str, bytes] = {}
     names: dict[str, str] = {}
-    seen: list[str] = []
+    seen: dict[str, None] = {}
     for name, found in index.json_members(path, "annotations"):
-        seen += [name] if name not in seen else []
+        seen[name] = None
         if name == "question_types":  # OK-VQA: {"one": "Vehicles and Transportation", …}
-            names = _type_names(_load(found.raw))
+            names = _type_names(_header(path, name, found))
         if name != "annotations":
             continue
-        annotation = _load(found.raw)
-        key = annotation.get("question_id") if isinstance(annotation, dict) else None
-        if not isinstance(annotation, dict) or not _is_id(key):
-            raise RecordError(
-                f"{path}: {found.where}: this annotation has no question_id, so it belongs to no question"
-            )
+        try:
+            annotation: Any = orjson.loads(found.raw)
+            spoiled = None
+            key = annotation.get("question_id") if isinstance(annotation, dict) else None
+        except orjson.JSONDecodeError as e:
+            annotation, spoiled, key = None, _malformed("annotation", e), _lenient_id(found.raw)
+        if fault := _id_fault(key):
+            why = spoiled or f"its question_id {fault}"
+            raise RecordError(f"{path}: {found.where}: this annotation belongs to no question: {why}")
         if str(key) in found_answers:
             raise RecordError(f"{path}: {found.where}: question {key} is annotated a second time, expected once")
-        found_answers[str(key)] = orjson.dumps(_kept(annotation))
+        kept = {"!": ["bad_json", f"{path}: {found.where}: {spoiled}"]} if spoiled else _kept(annotation)
+        found_answers[str(key)] = orjson.dumps(kept)
     if "annotations" not in seen:
         hint = "; this is a question file: annotations_path is its annotation file" if "questions" in seen else ""
-        raise RecordError(
-            f"{path}: no annotations under 'annotations', its fields are {', '.join(seen) or 'none'}{hint}"
-        )
+        raise RecordError(f"{path}: no annotations under 'annotations', its fields are {_first(seen)}{hint}")
     if names:
         for key, raw in found_answers.items():
             kept = orjson.loads(raw)
@@ -148,19 +205,23 @@ def gqa_records(path: str, pattern: str | None) -> Iterator[Found]:
     The kind of a question is GQA's semantic and structural type (``attr/verify``). Without ``pattern`` image
     ``2405722`` is ``2405722.jpg``.
     """
+    names = ImageNames("", "", ".jpg") if pattern is None else image_names(pattern)
     for key, found in index.json_members(path):
-        record = _gqa_record(key, _load(found.raw), pattern or "{image_id}.jpg")
-        yield Found(0, orjson.dumps(record), found.where)
+        yield Found(0, orjson.dumps(_gqa_record(key, found.raw, names)), found.where)
 
 
-def _gqa_record(key: str, question: Any, pattern: str) -> dict[str, Any]:
+def _gqa_record(key: str, raw: bytes, names: ImageNames) -> dict[str, Any]:
+    if not _is_unicode(key):
+        return _unusable(key, "bad_json", "the question's key is not valid Unicode: it has half of a surrogate pair")
+    try:
+        question = orjson.loads(raw)
+    except orjson.JSONDecodeError as e:
+        return _unusable(key, "bad_json", _malformed("question", e))
     if not isinstance(question, dict):
         return _unusable(key, "wrong_type", "the question is not a JSON object")
     text, image_id, answer = question.get("question"), question.get("imageId"), question.get("answer")
     if not isinstance(text, str) or not text.strip():
         return _unusable(key, "wrong_type", "question is missing, empty, or not a string")
-    if not _is_id(image_id):
-        return _unusable(key, "wrong_type", "imageId is missing, or neither an integer nor a string")
     if answer is None:
         return _unusable(key, "no_target", "the question has no answer (a test file?), so there is nothing to learn")
     if not isinstance(answer, str):
@@ -168,29 +229,67 @@ def _gqa_record(key: str, question: Any, pattern: str) -> dict[str, Any]:
     types = question.get("types")
     kinds = [types.get(name) for name in ("semantic", "structural")] if isinstance(types, dict) else []
     return _record(
-        key, image_id, pattern, question=text, answer=answer, answers=[answer], answer_type="",
+        key, image_id, "imageId", names, question=text, answer=answer, answers=[answer], answer_type="",
         question_type="/".join(kind for kind in kinds if isinstance(kind, str) and kind),
     )  # fmt: skip
 
 
-def _record(key: Any, image_id: Any, pattern: str, **fields: Any) -> dict[str, Any]:
+def _record(key: Any, image_id: Any, field: str, names: ImageNames, **fields: Any) -> dict[str, Any]:
     try:
-        return {"id": str(key), "images": [_fill(pattern, image_id)], **fields}
-    except ValueError:
-        return _unusable(key, "wrong_type", f"image {image_id!r} has no place in {pattern!r}, which wants a number")
+        return {"id": str(key), "images": [names.of(image_id, field)], **fields}
+    except ValueError as e:
+        return _unusable(key, "wrong_type", str(e))
 
 
-def _load(raw: bytes) -> Any:
-    """The JSON value; None where only the lenient scanner took it for JSON, so that the record is told as unusable."""
+def _header(path: str, name: str, found: Found) -> Any:
+    """The value of a field beside the records. Raises `RecordError` where only the lenient scanner took it for JSON."""
     try:
-        return orjson.loads(raw)
-    except orjson.JSONDecodeError:
+        return orjson.loads(found.raw)
+    except orjson.JSONDecodeError as e:
+        raise RecordError(f"{path}: {found.where}: {_malformed(name, e)}") from None
+
+
+def _malformed(what: str, e: orjson.JSONDecodeError) -> str:
+    return f"not valid JSON or not valid Unicode at character {e.pos} of the {what}: {e.msg}"
+
+
+def _lenient_id(raw: bytes) -> Any:
+    """question_id of a record that is not valid: whose record it is can be told all the same. None where it cannot."""
+    try:
+        value = json.loads(raw.decode("utf-8", "replace"), strict=False)
+    except (ValueError, RecursionError):
         return None
+    key = value.get("question_id") if isinstance(value, dict) else None
+    return key if _id_fault(key) is None else None
 
 
-def _is_id(value: object) -> bool:
-    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, str) and value != "")
+def _id_fault(value: object) -> str | None:
+    """What is wrong with an id, as the end of a sentence."""
+    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, str) and value):
+        return None
+    if isinstance(value, float) and abs(value) >= 2**63:  # what the parser makes of an integer beyond 64 bits
+        return f"{value:g} is too large: an integer has at most 64 bits"
+    return "is missing, or neither an integer nor a string"
+
+
+def _is_unicode(text: str) -> bool:
+    """Not so where a JSON escape left half of a surrogate pair, which nothing can store."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _first(names: Collection[str]) -> str:
+    """A few names for a message; GQA's file has a million."""
+    some = ", ".join(_shown(name)[:40] for name in list(names)[:8]) or "none"
+    return some + (", …" if len(names) > 8 else "")
 
 
 def _unusable(key: Any, reason: str, detail: str) -> dict[str, Any]:
-    return {"id": None if key is None else str(key), "!": [reason, detail]}
+    return {"id": None if key is None else _shown(str(key)), "!": [reason, detail]}

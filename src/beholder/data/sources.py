@@ -36,7 +36,7 @@ __all__ = ["INSTRUCTION_KINDS", "RecordError", "Records", "Reject", "guess_sourc
 INSTRUCTION_KINDS: frozenset[DatasetKind] = frozenset(("llava_instruct", "sharegpt", "vqa", "gqa"))
 """Kinds that hold conversations and questions, for stage instruct; the others are made for alignment as well."""
 
-_INDEX_VERSION = 2
+_INDEX_VERSION = 3
 """Raised when a cached index means something else."""
 _FINGERPRINT_VERSION = 1
 """Raised when the same bytes give other examples: saved splits and checkpoints hold fingerprints."""

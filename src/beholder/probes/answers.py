@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 GROUPINGS = ("question", "answer")
 """Of the strata those that answers are told by."""
 
+SHORT_WORDS = 5
+"""99 of 100 answers of VQA have one to three (Antol et al. 2015); a paragraph is never equal to its reference."""
+
 _FIRST_WORD = re.compile(r"\W*(\w+)")
 
 
@@ -98,6 +101,11 @@ def score(
         for condition, said in texts.items():
             out += pope([said[k] for k in asked], wanted, condition, seed=seed)
     return out
+
+
+def is_short(example: Example) -> bool:
+    """Whether the answer is right or wrong as a whole: people gave several, or it has at most `SHORT_WORDS` words."""
+    return bool(example.answers) or len(example.answer_text.split()) <= SHORT_WORDS
 
 
 def references_of(example: Example) -> tuple[str, ...]:

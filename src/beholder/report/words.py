@@ -48,7 +48,7 @@ METRIC_NAMES = {
     "retention.loss_ratio": "loss on plain text, on over off", "retention.kl": "divergence from the base (KL)",
     "merge.max_logit_diff": "largest change of a logit by merging",
     "merge.changed_pct": "next tokens of plain text changed by merging",
-    "merge.answers_changed_pct": "answers changed by merging",
+    "merge.tokens_changed_pct": "tokens of answers changed by merging",
 }  # fmt: skip
 
 _CHAT_METRIC_NAMES = {

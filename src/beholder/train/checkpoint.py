@@ -222,6 +222,13 @@ def set_best(checkpoints: Path, step: int, facts: Mapping[str, Any]) -> None:
     atomic_write(checkpoints / BEST, to_json({**facts, "step": step}, indent=2) + "\n")
 
 
+def clear_best(checkpoints: Path) -> None:
+    """Unmark the best: no step may be it any more."""
+    if (checkpoints / BEST).exists():
+        (checkpoints / BEST).unlink()
+        fsync_dir(checkpoints)
+
+
 def best_facts(checkpoints: Path) -> dict[str, Any] | None:
     """What ``best.json`` says (``step`` and why it was chosen), or None where no step is marked."""
     file = checkpoints / BEST
@@ -343,22 +350,55 @@ def load_for_resume(
 
 def read_trainer(path: Path) -> dict[str, Any]:
     """``trainer.json`` of a verified checkpoint folder: config, config hash, data cursor, step."""
-    return json.loads((path / TRAINER).read_bytes())
+    trainer = _read_object(path / TRAINER)
+    step, config = trainer.get("step"), trainer.get("config")
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise UserError(f"{path / TRAINER}: step is {_show(step)}, expected a number. {_ANOTHER}")
+    if not isinstance(config, dict):
+        raise UserError(f"{path / TRAINER}: config is {_show(config)[:60]}, expected an object. {_ANOTHER}")
+    return trainer
 
 
 def read_connector_info(path: Path) -> dict[str, Any]:
     """``connector.json`` of a verified checkpoint folder: what the connector was built for."""
-    return json.loads((path / CONNECTOR_INFO).read_bytes())
+    return _read_object(path / CONNECTOR_INFO)
 
 
 def has_adapter(path: Path) -> bool:
     """Whether a verified checkpoint folder holds adapters."""
-    return ADAPTER in json.loads((path / MANIFEST).read_bytes())["files"]
+    return ADAPTER in _read_object(path / MANIFEST)["files"]
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
     """``adapter_config.json`` of a verified checkpoint folder with adapters, in PEFT's words."""
-    return json.loads((path / ADAPTER_CONFIG).read_bytes())
+    config = _read_object(path / ADAPTER_CONFIG)
+    missing = [key for key in _ADAPTER_REQUIRED if key not in config]
+    if missing:
+        raise UserError(
+            f"{path / ADAPTER_CONFIG} lacks {', '.join(missing)}: without these nobody can tell what its adapters "
+            f"compute. {_ANOTHER}"
+        )
+    return config
+
+
+_ADAPTER_REQUIRED = (
+    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias",
+)  # fmt: skip
+"""Entries of ``adapter_config.json`` that change what adapters compute."""
+
+_ANOTHER = "Use another step of the same run."
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object a file of a checkpoint holds. Raises `UserError` for anything else: a manifest vouches for the
+    bytes that somebody wrote, not for their sense."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not a JSON file ({type(e).__name__}: {e}). {_ANOTHER}") from e
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {_show(value)[:60]}, expected a JSON object. {_ANOTHER}")
+    return value
 
 
 def load_adapter(path: str | Path, language: LanguageModel | None) -> None:

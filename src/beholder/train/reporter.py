@@ -7,7 +7,7 @@ measured is `engine`'s; the durable record of it is ``metrics.jsonl``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from rich.console import Console
@@ -91,10 +91,17 @@ class Reporter:
         tail = "" if full_train is None else f" full_train={full_train}"
         self.line("data", f"full_len={full_len} subset_train={subset_train} subset_eval={subset_eval}{tail}")
 
-    def eval(self, loss: float, *, step: int | None = None, epoch: int | None = None, **more: float) -> None:
-        """``[eval] step=200 loss=3.9716`` or ``[eval] epoch=0 loss=3.5800``; further numbers follow it."""
+    def eval(
+        self,
+        loss: float,
+        *,
+        step: int | None = None,
+        epoch: int | None = None,
+        more: Sequence[tuple[str, float]] = (),
+    ) -> None:
+        """``[eval] step=200 loss=3.9716`` or ``[eval] epoch=0 loss=3.5800``; ``more`` (name, number) follows it."""
         where = f"epoch={epoch}" if step is None else f"step={step}"
-        tail = "".join(f" {k}={v:.4f}" for k, v in more.items())
+        tail = "".join(f" {k}={v:.4f}" for k, v in more)
         self.line("eval", f"{where} loss={loss:.4f}{tail}")
 
     def eta_s(self, step: int) -> float | None:
