@@ -448,7 +448,7 @@ def load(run: str | Path, *, device: str = "auto", overrides: Sequence[str] = ()
     own = build_encoder(cfg, tokenizer, model.num_visual_tokens).fingerprint
     if trained_with not in (None, own) and not any(o.startswith("prompting.") for o in overrides):
         raise UserError(
-            f"{where}: the tokenizer or its chat template is not what the run was trained with, so its prompts would be "
+            f"{where}: the tokenizer or its chat template is not what the run was trained with, so its prompts are "
             "others. Put the original files back (model.llm.name_or_path, prompting.chat_template), or say how to "
             "prompt with --set prompting.…"
         )
