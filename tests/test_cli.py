@@ -322,6 +322,7 @@ def test_a_wrong_line_of_a_scripted_chat_is_exit_code_2(chatty: Path) -> None:
     assert "/picture is no command" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow  # a whole answer and a half, at the pace of a terminal
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are a POSIX thing")
 def test_at_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(chatty: Path, tiny_parts: TinyParts) -> None:
     import pty

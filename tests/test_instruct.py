@@ -337,7 +337,7 @@ def edited(run: Path, folder: Path, old: str, new: str) -> Path:
 def test_a_run_whose_template_is_another_now_is_refused_unless_the_call_says_how_to_prompt(
     finished: Path, tmp_path: Path
 ) -> None:
-    copy = edited(finished, tmp_path, "prompting:\n", "prompting:\n  system: Be brief.\n")
+    copy = edited(finished, tmp_path, "  system: null\n", "  system: Be brief.\n")
 
     with pytest.raises(UserError, match="not what the run was trained with"):
         load(copy, device="cpu")

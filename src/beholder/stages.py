@@ -364,7 +364,7 @@ def settle(bench: Workbench, total: int) -> tuple[int, list[loss.SampleLoss]]:
     put back. When none may be the best it is the last, whose gates then tell why.
     """
     correct = bench.eval_losses()
-    last = summarize_step(bench, correct, total)
+    last = summarize_step(bench, correct, total, write=True)
     if bench.dist.is_main and all(c.step != total for c in candidates(bench)):  # told by a process that died since
         bench.run.log({"step": total, "candidate": last.model_dump(mode="json")})
         bench.run.sync_metrics()
@@ -398,7 +398,8 @@ class Watch:
         if step == self.total:
             return False
         full = self._due(cfg.train.full_eval_every, step)
-        if self.golden and (self._golden_due(step) or (full and cfg.eval.run_golden_every != "end")):
+        saved = cfg.eval.run_golden_every == "save"  # as a candidate is
+        if self.golden and (self._golden_due(step) or (full and saved)):
             write_golden(bench, self.golden, step)
         ablate = self._due(cfg.ablation.run_every, step)
         if ablate or full:
@@ -407,7 +408,9 @@ class Watch:
             measured = bench.ablation(losses)[0] if ablate else []
             if measured:
                 self._log(step, {m.key: m.value for m in measured})
-            self._log(step, {"candidate": summarize_step(bench, losses, step, measured).model_dump(mode="json")})
+            self._log(
+                step, {"candidate": summarize_step(bench, losses, step, measured, write=saved).model_dump(mode="json")}
+            )
             return True
         if cfg.train.quick_eval_size and cfg.train.quick_eval_steps and step % cfg.train.quick_eval_steps == 0:
             with bench.phase("evaluation"):

@@ -236,7 +236,11 @@ def test_the_two_losses_on_text_stand_beside_each_other_on_one_scale(make_instru
     assert (base.label, adapted.label, adapted.share) == ("base, adapters off", "adapters on", 1.0)
     assert base.share == pytest.approx(3.412 / 3.441)
     text = text_of(page_of(e)).replace("\u00a0", " ")
-    for part in ("divergence from the base (KL) 0.0312 nats/token", "0.188 logits", "next tokens changed by merging"):
+    for part in (
+        "divergence from the base (KL) 0.0312 nats/token",
+        "0.188 logits",
+        "next tokens of plain text changed by merging",
+    ):
         assert part in text, part
         assert part.split(" 0")[0] in plain(render_markdown(e))
 
