@@ -216,6 +216,27 @@ def test_the_best_checkpoint_is_kept_named_measured_and_used_although_later_ones
     assert again.evidence.get("eval.loss") == loss
 
 
+def test_a_run_at_less_strength_trains_the_same_weights_and_uses_less_of_them(
+    instruct: MakeConfig, finished: Path, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("beholder.stages.Watch.on_step", _die_after_3)
+        with pytest.raises(RuntimeError, match="planted"):
+            run_stage(instruct(tmp_path, **{"model.lora.strength": 0.5}), promote_anyway=True)
+    run_stage(instruct(tmp_path, **{"model.lora.strength": 0.5}), promote_anyway=True)
+
+    run = tmp_path / "run"
+    assert losses_of(run) == losses_of(finished) and hashes(run, 4) == hashes(finished, 4)
+    weaker, full = load_evidence(run), load_evidence(finished)
+    kl = [e.get("retention.kl") for e in (weaker, full)]
+    assert kl[0] is not None and kl[1] is not None and 0 < kl[0].value < kl[1].value
+    assert (weaker.adapter_strength, full.adapter_strength) == (0.5, 1.0)
+    written = json.loads((run / "checkpoints" / "step_4" / "adapter_config.json").read_text())
+    assert written["lora_alpha"] == 16  # of 32
+    assert "Used at 0.5 of the strength" in (run / "report.html").read_text(encoding="utf-8")
+    assert load(str(run)).model.language.train(False).adapted[0].scaling["default"] == 16 / 4
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft asks transformers by the old name
 def test_the_adapter_folder_is_what_peft_loads_on_the_base(
     finished: Path, instruct: MakeConfig, tmp_path: Path

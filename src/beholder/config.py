@@ -137,6 +137,10 @@ class LoraConfig(Section):
     """The adapter's output is scaled by alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Dropout on the adapter's input while training."""
+    strength: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Outside training (evaluations, checkpoints as others load them, chat) adapters are scaled by this too: a model
+    on the line from the language model's own weights (0) to the trained ones (1). Below 1 it keeps more of the language
+    (WiSE-FT, Wortsman et al. 2022)."""
     bias: Literal["none"] = "none"
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Linear layers of the language model that get an adapter: the last part of a module's name (``q_proj``), several

@@ -148,6 +148,7 @@ def make_evidence(
         samples=_samples(bench, tell, items, step),
         text_only=text,
         adapters=[AdapterRow(**asdict(site)) for site in bench.model.adapters],
+        adapter_strength=cfg.model.lora.strength,
         candidates=choose(candidates, {step, *steps_on_disk(run.checkpoints)}),
         step=step,
         cost=known or _cost(bench, logged, trained),

@@ -335,6 +335,8 @@ class Evidence(Record):
     text_only: TextOnly | None = None
     adapters: list[AdapterRow] = []
     """Every adapted layer of the language model."""
+    adapter_strength: FiniteFloat = 1.0
+    """Of what the adapters learned, the share that is used outside training (``model.lora.strength``)."""
     candidates: list[Candidate] = []
     """The checkpoints the best one was chosen from."""
     step: int | None = None

@@ -96,6 +96,8 @@ def train_and_measure(cfg: RunConfig, run: RunDir, dist: Dist, source: Path | No
     bench.reporter.line("plan", "\n" + str(table))
     if bench.model.adapters:
         bench.reporter.line("adapters", "\n" + render_sites(bench.model.adapters))
+        if (strength := cfg.model.lora.strength) < 1:
+            bench.reporter.line("adapters", f"outside training at {strength:g} of their strength: model.lora.strength")
     optimizer = build_optimizer(
         param_groups(bench.model, asdict_of(cfg.train.lr), asdict_of(cfg.train.weight_decay)), cfg.train.betas
     )

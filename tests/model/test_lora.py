@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from beholder.config import LoraConfig
 from beholder.model import lora
@@ -203,19 +203,25 @@ def test_attaching_leaves_the_global_random_state_alone(build: Build) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def dropouts(language: LanguageModel) -> set[nn.Module]:
+    return {
+        m for layer in language.modules() if isinstance(layer, lora.AdaptedLinear) for m in layer.lora_dropout.modules()
+    }
+
+
 def test_only_the_adapters_dropouts_follow_the_training_mode(build: Build) -> None:
     language = build(lora=ON.model_copy(update={"dropout": 0.5})).model.language
     stirred(language)
     positions = torch.arange(9).expand(2, 9)
 
     def hidden() -> Tensor:
-        torch.manual_seed(len(language.adapter_dropouts))
+        torch.manual_seed(14)
         return language.hidden(language.embed(IDS), positions)
 
     language.train()
     training, again = hidden(), hidden()
     assert torch.equal(training, again)
-    assert {id(m) for m in language.modules() if m.training} == {id(m) for m in language.adapter_dropouts}
+    assert {m for m in language.modules() if m.training} == dropouts(language)
     language.train(False)
     assert not torch.equal(hidden(), training)
     torch.manual_seed(1)
@@ -235,7 +241,45 @@ def test_generation_in_training_mode_drops_nothing_and_goes_back_to_training(bui
     calm = say()
     language.train()
     assert say() == calm
-    assert all(m.training for m in language.adapter_dropouts)
+    assert all(m.training for m in dropouts(language))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_outside_training_the_adapters_have_the_asked_strength(build: Build, precision: str) -> None:
+    """Powers of two, so that scaling is exact."""
+    weaker = build(precision=precision, lora=ON.model_copy(update={"strength": 0.25})).model.language
+    full = build(precision=precision, lora=ON).model.language
+    positions = torch.arange(9).expand(2, 9)
+
+    def hidden(language: LanguageModel, mode: bool) -> Tensor:
+        language.train(mode)
+        return language.hidden(language.embed(IDS), positions)
+
+    stirred(weaker)
+    stirred(full)
+    as_trained = hidden(full, True)
+    assert torch.equal(hidden(weaker, True), as_trained)
+    assert torch.equal(hidden(full, False), as_trained)
+    rested = hidden(weaker, False)
+    assert not torch.equal(rested, as_trained)
+    stirred(full, size=0.25 * 0.1)
+    assert torch.equal(rested, hidden(full, False))
+
+
+def test_adapters_merge_and_are_written_at_the_strength_they_are_used_at(build: Build) -> None:
+    language = build(lora=ON.model_copy(update={"strength": 0.3})).model.language
+    stirred(language)
+    positions = torch.arange(9).expand(2, 9)
+
+    apart = language.hidden(language.embed(IDS), positions)
+    with lora.merged(language):
+        together = language.hidden(language.embed(IDS), positions)
+
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+    assert lora.adapter_config(language)["lora_alpha"] == pytest.approx(0.3 * ON.alpha)
+    assert (
+        a_layer(language).scaling[lora.ADAPTER] == lora.adapter_config(language)["lora_alpha"] / ON.r
+    )  # as PEFT reads it
 
 
 def test_dropout_in_16_bits_leaves_the_expected_output_unchanged(build: Build) -> None:

@@ -70,13 +70,14 @@ def test_adapter_files_lie_flat_in_the_folder_and_are_in_the_manifest(tiny: Tiny
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21 on transformers 5.23
+@pytest.mark.parametrize("strength", [1.0, 0.7])
 def test_peft_loads_the_step_folder_on_the_plain_base_and_gives_the_same_logits_bit_for_bit(
-    tiny: Tiny, tmp_path: Path
+    tiny: Tiny, tmp_path: Path, strength: float
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model, path = trained(tiny, tmp_path)
+    model, path = trained(tiny, tmp_path, lora=LORA | {"strength": strength})
     ids = torch.arange(24).reshape(2, 12) + 30
 
     base = AutoModelForCausalLM.from_pretrained(str(tiny.llm), dtype=torch.float32)

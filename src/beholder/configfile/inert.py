@@ -35,8 +35,8 @@ INERT: tuple[Rule, ...] = (
         lambda c: c.stage == "align", "stage align trains no adapters", "stage",
     ),
     Rule(
-        "model.lora.r model.lora.alpha model.lora.dropout model.lora.bias model.lora.target_modules train.lr.lora "
-        "train.weight_decay.lora",
+        "model.lora.r model.lora.alpha model.lora.dropout model.lora.strength model.lora.bias "
+        "model.lora.target_modules train.lr.lora train.weight_decay.lora",
         lambda c: c.stage_name != "instruct" or not c.model.lora.enable,
         "there are no adapters (stage align, or model.lora.enable: false)", "stage model.lora.enable",
     ),

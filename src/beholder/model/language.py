@@ -6,7 +6,7 @@ time that the split computes what the model itself computes. Templates and token
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +29,12 @@ class AdapterSite:
     params: int
 
 
+class Adapted(Protocol):
+    """A layer with an adapter, as far as the language model knows it (`model.lora.AdaptedLinear`)."""
+
+    def learn(self, mode: bool, /) -> None: ...
+
+
 class LanguageModel(nn.Module):
     """A causal LM with frozen weights, used from embeddings, with or without adapters (`model.lora`). Runs in its
     storage precision; autocast is never needed nor applied.
@@ -45,8 +51,8 @@ class LanguageModel(nn.Module):
         self.learning = False
         self.adapters: list[AdapterSite] = []
         """What `model.lora.attach` put on it."""
-        self.adapter_dropouts: list[nn.Module] = []
-        """Their dropouts, the only modules that follow the training mode."""
+        self.adapted: list[Adapted] = []
+        """The layers that have one; of the language model only these follow the training mode."""
         freeze(self)
         if gradient_checkpointing:
             self._enable_checkpointing()
@@ -75,13 +81,13 @@ class LanguageModel(nn.Module):
         return self.model.config._attn_implementation
 
     def train(self, mode: bool = True) -> "LanguageModel":
-        """Stays in eval mode: dropout in a frozen model is noise. Only the dropouts of its adapters follow ``mode``.
-        With gradient checkpointing, the checkpointing wrappers (and nothing inside them) are told that training goes
-        on, which is what they look at."""
+        """Stays in eval mode: dropout in a frozen model is noise. Only its adapters follow ``mode``, their dropouts and
+        their strength. With gradient checkpointing, the checkpointing wrappers (and nothing inside them) are told that
+        training goes on, which is what they look at."""
         super().train(False)
         self.learning = mode
-        for dropout in self.adapter_dropouts:
-            dropout.train(mode)
+        for layer in self.adapted:
+            layer.learn(mode)
         if self.decoder_checkpointing:
             for layer in self._checkpointed_layers():
                 layer.training = mode

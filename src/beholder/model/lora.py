@@ -215,7 +215,18 @@ class AdaptedLinear(PeftLinear):
     into the base's output and input gradient in place. It costs a rounding of ``x A`` and of each gradient product
     (2^-9 of the adapter's own contribution in bf16); weights, optimizer and sums over micro-batches stay fp32. Over an
     fp32 base it is PEFT's computation, bit for bit. ``benchmarks/lora_step.py`` prints what it saves.
+
+    While it learns, its scaling is alpha / r; else that times ``model.lora.strength``, which is what its checkpoint's
+    ``lora_alpha`` says. Between the base and the trained weights lies a model that has kept more of the base (WiSE-FT,
+    Wortsman et al. 2022, arXiv:2109.01903).
     """
+
+    scalings: tuple[float, float]
+    """At rest, and while learning."""
+
+    def learn(self, mode: bool) -> None:
+        self.scaling[ADAPTER] = self.scalings[mode]
+        self.lora_dropout.train(mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
@@ -315,11 +326,17 @@ def attach(language: LanguageModel, cfg: LoraConfig, seed: int) -> list[AdapterS
             down.copy_(torch.empty(down.shape).uniform_(-bound, bound, generator=draw))
             up.zero_()
     language.adapters = sites
-    language.adapter_dropouts = [
-        m for layer in placed.values() for m in layer.lora_dropout.modules() if isinstance(m, nn.Dropout)
-    ]
+    language.adapted = list(placed.values())
+    for layer in placed.values():
+        layer.scalings = (_alpha_at_rest(cfg) / cfg.r, cfg.alpha / cfg.r)
+    language.model.peft_config[ADAPTER].lora_alpha = _alpha_at_rest(cfg)
     language.train(False)
     return sites
+
+
+def _alpha_at_rest(cfg: LoraConfig) -> float:
+    """What others must know as alpha to compute what this model does outside training."""
+    return cfg.alpha if cfg.strength == 1 else cfg.alpha * cfg.strength
 
 
 def _peft_config(cfg: LoraConfig, sites: Sequence[AdapterSite]) -> PeftLoraConfig:

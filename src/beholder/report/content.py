@@ -455,7 +455,8 @@ def footprint_told(e: Evidence) -> str:
     total = sum(r.params for r in e.adapters)
     base = next((r.params for r in e.trainable if r.part == "language"), 0)
     share = f", {100 * total / base:.2g}{NBSP}% of the language model’s {count(base)}" if base else ""
-    return f"{plural(len(e.adapters), 'layer')} of the language model, {count(total)} parameters{share}."
+    weaker = f" Used at {e.adapter_strength:g} of the strength they were trained at." if e.adapter_strength < 1 else ""
+    return f"{plural(len(e.adapters), 'layer')} of the language model, {count(total)} parameters{share}.{weaker}"
 
 
 @dataclass(frozen=True, slots=True)

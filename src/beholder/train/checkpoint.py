@@ -444,7 +444,7 @@ def load_adapter(path: str | Path, language: LanguageModel | None) -> None:
         raise UserError(f"the adapters in {path} (on {base}; this config: {name}) cannot be used: {e}") from e
 
 
-_ADAPTER_FIELDS = {"r": "model.lora.r", "lora_alpha": "model.lora.alpha", "bias": "model.lora.bias"}
+_ADAPTER_FIELDS = {"r": "model.lora.r", "lora_alpha": "model.lora.alpha * strength", "bias": "model.lora.bias"}
 """Config field of settings in ``adapter_config.json``."""
 
 _ADAPTER_FREE = {
