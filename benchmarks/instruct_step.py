@@ -43,7 +43,7 @@ from rich.table import Table
 from beholder import smoke
 from beholder.config import RunConfig
 from beholder.data import Data, build_data
-from beholder.data.collate import Layout, Sample, collate
+from beholder.data.collate import Layout, Sample, collate_window
 from beholder.features import FeatureStore
 from beholder.model import lora
 from beholder.model.plan import INSTRUCT, apply_train_plan, param_groups
@@ -101,7 +101,7 @@ class Variant:
     name: str
     ours: bool
     micro_batch: int | None
-    """Samples in one forward and backward pass; None: all of the step's."""
+    """Samples in one forward and backward pass; None: all of the step's. Packed: the rows that these fill."""
     packing: bool = False
 
 
@@ -109,7 +109,7 @@ REFERENCE = Variant("seed's shape, one by one", False, 1)
 PADDED_REFERENCE = Variant("seed's shape, four padded", False, 4)
 OURS_SINGLE = Variant("ours, one by one", True, 1)
 OURS_PADDED = Variant("ours, all padded", True, None)
-OURS = Variant("ours, packed to 2048", True, None, packing=True)
+OURS = Variant("ours, packed to 2048", True, 1, packing=True)
 VARIANTS = (REFERENCE, PADDED_REFERENCE, OURS_SINGLE, OURS_PADDED, OURS)
 
 
@@ -396,7 +396,8 @@ def efficiency(data: Data, cfg: RunConfig) -> dict[Variant, float]:
     for v in VARIANTS:
         layout = Layout(v.packing, MAX_SEQ_LEN, cfg.prompting.pad_to_multiple_of if v.ours else 1)
         micro = v.micro_batch or size
-        batches = [collate(samples[i : i + micro], layout) for i in range(0, whole, micro)]
+        window = size if v.packing else micro
+        batches = [b for i in range(0, whole, window) for b in collate_window(samples[i : i + window], layout, micro)]
         shares[v] = sum(b.num_tokens for b in batches) / sum(b.input_ids.numel() for b in batches)
     return shares
 

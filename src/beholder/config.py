@@ -200,7 +200,7 @@ class HygieneConfig(Section):
 
     def limits(self, stage: Literal["align", "instruct"]) -> HygieneLimits:
         """What holds in ``stage``, its defaults filled in."""
-        low, high, spam = (5, 60, CAPTION_SPAM) if stage == "align" else (1, 10**9, ())
+        low, high, spam = (5, 60, CAPTION_SPAM) if stage == "align" else (1, None, ())
         return HygieneLimits(
             min_tokens=low if self.min_tokens is None else self.min_tokens,
             max_tokens=high if self.max_tokens is None else self.max_tokens,
@@ -219,11 +219,17 @@ class HygieneLimits:
     """`HygieneConfig` with the stage's defaults filled in."""
 
     min_tokens: int = 5
-    max_tokens: int = 60
+    max_tokens: int | None = 60
+    """None: no limit."""
     spam: tuple[str, ...] = CAPTION_SPAM
     duplicates: Literal["report", "reject_exact", "reject_near"] = "report"
     near_threshold: float = 0.9
     source_cap: int | None = None
+
+    @property
+    def told_limits(self) -> str:
+        """``5 to 60`` or ``at least 1``, in tokens."""
+        return f"at least {self.min_tokens}" if self.max_tokens is None else f"{self.min_tokens} to {self.max_tokens}"
 
 
 class DataConfig(Section):
@@ -367,7 +373,8 @@ class TrainConfig(Section):
     train_steps: Positive | None = None
     """Optimizer steps."""
     micro_batch_size: Positive = 8
-    """Samples in one forward and backward pass."""
+    """Samples in one forward and backward pass. When packed: the rows that so many fill on average, at least one, so
+    that a micro-batch of 1 is packed too (up to 64 samples of a step share rows)."""
     gradient_accum: Positive = 1
     """micro_batch_size x gradient_accum samples make one optimizer step, however many processes share them."""
     packing: bool = True

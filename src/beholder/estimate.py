@@ -40,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from beholder.config import ConnectorConfig, LlmConfig, RunConfig, VisionConfig
 from beholder.data import build_encoder, open_records
 from beholder.data.chat import EncodeError
+from beholder.data.collate import WINDOW
 from beholder.model import vision as vision_door
 from beholder.model.connector import build_connector
 from beholder.model.language import load_tokenizer
@@ -391,25 +392,29 @@ def _plan_sequence(cfg: RunConfig, num_visual: int, examples: Sequence[Example],
     prompt_mean = prompt + (result.data.get("images_per_sample", 1.0) - 1) * num_visual
     limit = cfg.prompting.max_seq_len
     mean = min(float(prompt_mean + targets.mean() + 1), limit)
-    longest = prompt + cfg.hygiene.max_tokens + 1
-    micro = cfg.train.micro_batch_size
+    most = int(targets.max()) if cfg.hygiene.max_tokens is None else cfg.hygiene.max_tokens
+    longest = prompt + most + 1
+    micro, samples = cfg.train.micro_batch_size, float(cfg.train.micro_batch_size)
     pack_len = cfg.train.pack_len or limit
     if cfg.train.packing:
         # First-fit-decreasing leaves about half a sample free in each row.
-        per_row = max(1.0, min(pack_len / mean - 0.5, float(micro)))
-        rows, row_length = micro / per_row, min(float(pack_len), per_row * mean + 0.5 * mean)
+        window = max(micro, min(cfg.effective_batch, WINDOW))
+        per_row = max(1.0, min(pack_len / mean - 0.5, float(window)))
+        rows, row_length = max(1.0, micro / per_row), min(float(pack_len), per_row * mean + 0.5 * mean)
+        samples = rows * per_row
     else:
         draws = np.random.default_rng(0).choice(targets, size=(256, micro))
         rows, row_length = float(micro), min(float(prompt_mean + draws.max(1).mean() + 1), limit)
     result.sequence = {
         "visual_tokens_per_image": num_visual, "prompt_tokens": prompt, "target_tokens_mean": float(targets.mean()),
-        "target_tokens_limit": cfg.hygiene.max_tokens, "tokens_mean": mean, "tokens_longest": min(longest, limit),
+        "target_tokens_limit": most, "tokens_mean": mean, "tokens_longest": min(longest, limit),
         "tokens_limit": limit, "rows_of_a_micro_batch": rows, "row_length": row_length,
+        "samples_of_a_micro_batch": samples,
     }  # fmt: skip
     if longest > limit:
         gaps.append(
-            f"captions longer than {limit - prompt - 1} tokens are cut: prompting.max_seq_len is {limit}, a sample may "
-            f"need {longest}"
+            f"targets longer than {limit - prompt - 1} tokens do not fit (prompting.too_long: "
+            f"{cfg.prompting.too_long}): prompting.max_seq_len is {limit}, a sample may need {longest}"
         )
 
 
@@ -450,10 +455,12 @@ def _target_lengths(cfg: RunConfig, examples: Sequence[Example], tokenizer: Any,
         encoded = tokenizer([e.target_text for e in examples], add_special_tokens=False)["input_ids"]
         lengths = np.array([len(ids) for ids in encoded])
         h = cfg.hygiene
-        kept = lengths[(lengths >= h.min_tokens) & (lengths <= h.max_tokens)]
+        kept = lengths[
+            (lengths >= h.min_tokens) & (lengths <= (lengths.max() if h.max_tokens is None else h.max_tokens))
+        ]
         if len(kept):
             return kept
-        gaps.append(f"of {len(lengths)} sampled captions none has {h.min_tokens} to {h.max_tokens} target tokens")
+        gaps.append(f"of {len(lengths)} sampled captions none has {h.told_limits} target tokens")
     gaps.append(f"target length: {TYPICAL_TARGET_TOKENS:g} tokens assumed (LLaVA-Pretrain's mean)")
     return np.array([TYPICAL_TARGET_TOKENS])
 
@@ -478,8 +485,8 @@ def _plan_memory(
 ) -> None:
     s, seq = BYTES[cfg.model.llm.precision], result.sequence
     positions = seq["rows_of_a_micro_batch"] * seq["row_length"]
-    images = cfg.train.micro_batch_size * result.data.get("images_per_sample", 1.0)
-    logits = min(cfg.train.micro_batch_size * (seq["target_tokens_mean"] + 1) * language.vocab, MAX_LOGITS)
+    images = seq["samples_of_a_micro_batch"] * result.data.get("images_per_sample", 1.0)
+    logits = min(seq["samples_of_a_micro_batch"] * (seq["target_tokens_mean"] + 1) * language.vocab, MAX_LOGITS)
     autocast = 0 if cfg.train.precision == "fp32" else 2
     result.memory = {
         "language_model_weights": language.params * s,
@@ -513,7 +520,7 @@ def _plan_time(
     stored = 0.0
     if result.store_bytes is not None:
         stored = result.store_bytes / (result.data["images"] * vision.num_patches * vision.d_vision * 2)
-    positions = seq["rows_of_a_micro_batch"] * seq["row_length"] * cfg.train.gradient_accum
+    positions = seq["rows_of_a_micro_batch"] * seq["row_length"] * samples / seq["samples_of_a_micro_batch"]
     result.flops_per_step = {
         "language_model": language.flops(
             positions,

@@ -8,7 +8,7 @@ are worth is `scoring`'s business.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -18,14 +18,14 @@ from typing import Any, Literal, TypeGuard
 import orjson
 
 from beholder.data.images import check_exists, content_hash
-from beholder.data.questions import ImageNames, coco_names, image_names
+from beholder.data.questions import ImageNames, coco_names, image_names, plain_records
+from beholder.data.sources import BadRecord, image_paths, turn_said
 from beholder.inference import Request, Vlm
 from beholder.runs import sha256_file
 from beholder.train.checkpoint import MANIFEST
 from beholder.types import ImageRef, UserError
 
 _TEXTS = ("prompt", "question", "text", "messages", "conversations")
-_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,16 @@ def read_questions(
     root = image_root or path.parent
     if not root.is_dir():
         raise UserError(f"--image-root {root} is not a folder")
-    names = None if image_pattern is None else image_names(image_pattern)
+    file = plain_records(path, "a file of questions: a record a line, a JSON array, or VQA's or GQA's question file")
+    if image_pattern is not None:
+        naming = image_names(image_pattern)
+    elif file.beside is not None:
+        naming = coco_names(file.beside.get("data_subtype"), str(path))
+    else:
+        naming = image_names("{image_id}.jpg")
     questions: list[Question] = []
     seen: dict[str, str] = {}  # by the text of the id: that is how answers and references find each other
-    for where, record, naming in _records(path, names):
+    for where, record in file.records:
         try:
             question = _question(record, root, prompt, naming, where)
             if str(question.id) in seen:
@@ -61,7 +67,7 @@ def read_questions(
                     f"{question.key} {question.id!r} was asked before, at {seen[str(question.id)]}; ids are compared "
                     "as text"
                 )
-        except UserError as error:
+        except (UserError, BadRecord) as error:
             raise UserError(f"{where}: {error}") from None
         seen[str(question.id)] = where
         questions.append(question)
@@ -111,36 +117,6 @@ def answer_file(
 # Reading
 
 
-def _records(path: Path, names: ImageNames | None) -> Iterator[tuple[str, Any, ImageNames]]:
-    """(``file:line`` or ``file: record k``, record, file names by ``image_id``: ``names`` or the format's own)."""
-    try:
-        raw = path.read_bytes()
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror or e}); give a file of questions") from e
-    try:
-        whole = orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        whole = None  # more than one value: a record a line
-    if isinstance(whole, dict) and isinstance(whole.get("questions"), list):
-        naming = names or coco_names(whole.get("data_subtype"), str(path))
-        for k, record in enumerate(whole["questions"]):
-            yield f"{path}: question {k}", record, naming
-        return
-    naming = names or image_names("{image_id}.jpg")
-    if isinstance(whole, list):
-        for k, record in enumerate(whole):
-            yield f"{path}: record {k}", record, naming
-        return
-    for number, line in enumerate(raw.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError as e:
-            raise UserError(f"{path}:{number}: malformed JSON at character {e.pos}: {e.msg}") from None
-        yield f"{path}:{number}", record, naming
-
-
 def _question(record: Any, root: Path, prompt: str | None, naming: ImageNames, where: str) -> Question:
     if not isinstance(record, dict):
         raise UserError(f"the record is a {type(record).__name__}, expected an object with id, image and prompt")
@@ -165,41 +141,22 @@ def _question(record: Any, root: Path, prompt: str | None, naming: ImageNames, w
 
 
 def _images(record: dict[str, Any], naming: ImageNames) -> list[str]:
-    given = [name for name in ("image", "images", "image_id") if record.get(name) is not None]
-    if len(given) > 1:
-        given = [name for name in given if name != "image_id"]  # many files have the number beside the name
-    if len(given) > 1:
-        raise UserError("has both image and images, expected one of them")
-    if not given:
-        return []
-    value = record[given[0]]
-    if given[0] == "image_id":
-        try:
-            return [naming.of(value)]
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"{given[0]} is {value!r}, expected a path or a list of paths below --image-root")
-    return names
+    paths = image_paths(record)
+    id_field = next((name for name in ("image_id", "imageId") if record.get(name) is not None), None)
+    if paths or id_field is None:  # many files have the number beside the name
+        return paths
+    try:
+        return [naming.of(record[id_field], id_field)]
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _messages(value: Any, name: str) -> list[dict[str, str]]:
     """The conversation up to the last thing the user says."""
     if not isinstance(value, list):
         raise UserError(f"{name} is a {type(value).__name__}, expected a list of turns")
-    messages: list[dict[str, str]] = []
-    for k, turn in enumerate(value):
-        if not isinstance(turn, dict):
-            raise UserError(f"{name}[{k}] is a {type(turn).__name__}, expected an object with role and content")
-        role, text = (
-            (turn.get("from"), turn.get("value")) if "from" in turn else (turn.get("role"), turn.get("content"))
-        )
-        if not isinstance(role, str) or role not in _ROLES:
-            raise UserError(f"{name}[{k}] is said by {role!r}, expected one of {', '.join(_ROLES)}")
-        if not isinstance(text, str):
-            raise UserError(f"{name}[{k}]: its text is a {type(text).__name__}, expected a string")
-        messages.append({"role": _ROLES[role], "content": text})
+    said = [turn_said(turn, f"{name}[{k}]") for k, turn in enumerate(value)]
+    messages = [{"role": role, "content": text} for role, text in said]
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not any(message["role"] == "user" for message in messages):

@@ -71,7 +71,7 @@ def reopen(folder: str, overrides: Sequence[str]) -> Iterator[Opened]:
             bench.load(where)
             bench.frozen = frozen_fingerprint(bench.model)
             trainer = checkpoint.read_trainer(where)
-            checkpoint.check_same_fingerprints(trainer["fingerprints"], bench.fingerprints)
+            checkpoint.check_same_fingerprints(checkpoint.entry(trainer, "fingerprints"), bench.fingerprints)
             bench.resumed = bench.remeasured = True
             told = run.read_json("run.json").get("promoted") if run.run_path.exists() else None
             bench.gaps += [told] if told else []

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import orjson
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from beholder.data.questions import plain_records
+from beholder.data.sources import BadRecord, turn_said
 from beholder.evidence import Measurement
 from beholder.probes import measurement
 from beholder.probes.answers import accuracy_rule, mean_share, pope, says_yes
@@ -32,7 +33,6 @@ MAX_TOLD = 10
 """Ids that an error names."""
 _IDS = {"vqa": ("question_id", "id"), "pope": ("question_id", "id"), "caption": ("image_id", "id")}
 _TEXTS = ("answer", "prediction", "text", "caption")
-_CONTAINERS = ("annotations", "questions")
 
 
 @dataclass(frozen=True)
@@ -197,10 +197,11 @@ def _reference(record: Mapping[str, Any], kind: Kind, where: str) -> Reference:
 
 
 def _last_answer(turns: Sequence[Any]) -> str | None:
-    last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
-    speaker = last.get("role", last.get("from"))
-    text = last.get("content", last.get("value"))
-    return text if speaker in ("assistant", "gpt") and isinstance(text, str) else None
+    try:
+        role, text = turn_said(turns[-1], "the last turn")
+    except (BadRecord, IndexError):
+        return None
+    return text if role == "assistant" else None
 
 
 def _kind_of(record: Mapping[str, Any]) -> str:
@@ -216,48 +217,12 @@ def _text_of(value: object) -> str:
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, record) of a JSON array, an annotation file, an object of records by id, or JSONL."""
-    try:
-        raw = path.read_bytes()
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror or e}); expected a JSON or JSONL file") from e
-    try:
-        whole: Any = orjson.loads(raw)
-    except orjson.JSONDecodeError as e:
-        if raw.lstrip()[:1] == b"[":
-            raise UserError(f"{path}: not valid JSON ({e})") from e
-        yield from _lines(path, raw)
-        return
-    if isinstance(whole, dict):
-        inner = next((whole[name] for name in _CONTAINERS if isinstance(whole.get(name), list)), None)
-        if inner is not None:
-            whole = inner
-        elif whole and all(isinstance(v, dict) for v in whole.values()):  # GQA
-            for key, record in whole.items():
-                yield f"{path}: question {key!r}", {"question_id": key, "id": key} | record
-            return
-        else:
-            whole = [whole]  # JSONL of one line
-    if not isinstance(whole, list):
-        raise UserError(f"{path}: expected a JSON array, an annotation file or JSONL, got {_what(whole)}")
-    for number, record in enumerate(whole, start=1):
-        yield _checked(f"{path}: record {number}", record)
-
-
-def _lines(path: Path, raw: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(raw.splitlines(), start=1):
-        if line.strip():
-            try:
-                record = orjson.loads(line)
-            except orjson.JSONDecodeError as e:
-                raise UserError(f"{path}:{number}: not valid JSON ({e}); expected one object a line") from e
-            yield _checked(f"{path}:{number}", record)
-
-
-def _checked(where: str, record: object) -> tuple[str, dict[str, Any]]:
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected an object with an id and a text, got {_what(record)}")
-    return where, record
+    for where, record in plain_records(
+        path, "a JSON array, an annotation file, or JSONL with an object a line"
+    ).records:
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: expected an object with an id and a text, got {_what(record)}")
+        yield where, record
 
 
 def _id(record: Mapping[str, Any], names: Sequence[str], where: str) -> str:
@@ -292,19 +257,9 @@ def _vqa(texts: Sequence[str], given: Sequence[Reference]) -> list[Measurement]:
 
     def add(name: str, values: np.ndarray, caveat: str, by: str | None = None, stratum: str | None = None) -> None:
         value, ci = mean_share(values)
-        out.append(
-            measurement(
-                name,
-                value,
-                unit="share",
-                better="higher",
-                n=len(values),
-                ci95=ci,
-                by=by,
-                stratum=stratum,
-                caveat=caveat,
-            )
-        )
+        out.append(measurement(
+            name, value, unit="share", better="higher", n=len(values), ci95=ci, by=by, stratum=stratum, caveat=caveat,
+        ))  # fmt: skip
 
     add("vqa.accuracy", accuracy, rule)
     for by, kinds in (("question", [r.question_type for r in given]), ("answer", [r.answer_type for r in given])):

@@ -517,7 +517,7 @@ def _smoke_data(cfg: RunConfig, folder: Path, num_records: int) -> Any:
         "hygiene": data.hygiene.model_copy(update={
             # Byte tokens: a caption has 8 to 60 of them, a conversation up to 180, whatever bounds the recipe has.
             "min_tokens": min(cfg.hygiene.min_tokens, 5 if cfg.stage_name == "align" else 1),
-            "max_tokens": max(cfg.hygiene.max_tokens, 200),
+            "max_tokens": None if cfg.hygiene.max_tokens is None else max(cfg.hygiene.max_tokens, 200),
             # The same 72 captions come back every 72 pictures, by design.
             "duplicates": "report",
         }),

@@ -294,7 +294,7 @@ def start_from(bench: Workbench, source: Path | None, optimizer: Any) -> tuple[i
     if source is not None:
         language = bench.model.language if bench.model.adapters else None
         done = checkpoint.load_for_resume(source, bench.model.connector, info, optimizer, language)
-        checkpoint.check_same_fingerprints(done.trainer["fingerprints"], bench.fingerprints)
+        checkpoint.check_same_fingerprints(checkpoint.entry(done.trainer, "fingerprints"), bench.fingerprints)
         if bench.dist.is_main:
             bench.run.trim_metrics(done.step)
             for step, path in golden.steps_of(bench.run.qual):
@@ -302,7 +302,7 @@ def start_from(bench: Workbench, source: Path | None, optimizer: Any) -> tuple[i
                     path.unlink()
         bench.dist.barrier()
         bench.reporter.line("resume", f"from {source} after step {done.step}")
-        return done.step, LoopState.from_dict(done.trainer["loop"])
+        return done.step, LoopState.from_dict(checkpoint.entry(done.trainer, "loop"))
     origin = bench.cfg.model.connector.load_checkpoint
     if origin is not None:
         where = checkpoint.resolve_checkpoint(origin)

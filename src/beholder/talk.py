@@ -7,12 +7,12 @@ Answers go to standard output and everything else to standard error, so ``echo "
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from beholder.data.chat import printable
 from beholder.inference import ContextFullError, Vlm
 from beholder.runs import atomic_write, to_json
 from beholder.types import UserError
@@ -257,14 +257,3 @@ def _path(typed: str) -> Path:
         return path.expanduser()
     except RuntimeError:  # ~name of nobody
         raise UserError(f"{path}: there is no user {path.parts[0]}; for a file of that name type ./{path}") from None
-
-
-def printable(text: str) -> str:
-    """``text`` without power over a terminal: newlines and tabs kept, other control, format and direction characters
-    as escapes. It may be given in pieces."""
-    return "".join(
-        f"\\u{ord(c):04x}"
-        if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\n\t\N{ZERO WIDTH JOINER}"
-        else c
-        for c in text
-    )

@@ -20,7 +20,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from beholder.data.chat import ChatEncoder
-from beholder.data.collate import Layout, Sample, SampleBuilder, TrainStream, collate, eval_batches, pack
+from beholder.data.collate import (
+    WINDOW,
+    Layout,
+    Sample,
+    SampleBuilder,
+    TrainStream,
+    collate,
+    collate_window,
+    eval_batches,
+    pack,
+)
 from beholder.data.images import ImageError, ImagePipeline
 from beholder.data.mixture import Mixture
 from beholder.smoke import tiny_tokenizer
@@ -364,11 +374,12 @@ def test_a_step_is_the_same_wherever_the_stream_starts(encoder: ChatEncoder, roo
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 6])
 @pytest.mark.parametrize("micro", [(1, 6), (2, 3), (6, 1)])
+@pytest.mark.parametrize("layout", [PADDED, PACKED], ids=["padded", "packed"])
 def test_processes_share_a_step_without_changing_it(
-    encoder: ChatEncoder, root: Path, world_size: int, micro: tuple[int, int]
+    encoder: ChatEncoder, root: Path, world_size: int, micro: tuple[int, int], layout: Layout
 ) -> None:
     make = builder(encoder, augment="random_crop")
-    options: dict[str, Any] = {"micro_batch_size": micro[0], "gradient_accum": micro[1]}
+    options: dict[str, Any] = {"layout": layout, "micro_batch_size": micro[0], "gradient_accum": micro[1]}
     alone = list(stream(examples(root), make, **options).steps(3, 6))
     ranks = [stream(examples(root), make, **options, rank=r, world_size=world_size) for r in range(world_size)]
     shares = [list(s.steps(3, 6)) for s in ranks]
@@ -376,20 +387,73 @@ def test_processes_share_a_step_without_changing_it(
     for number, step in enumerate(alone):
         together = [batch for share in shares for batch in share[number]]
         assert per_sample(together) == per_sample(step)
-        assert len({len(share[number]) for share in shares}) == 1, "as many backward passes on every rank"
-        assert all(len(batch.ids) <= micro[0] for batch in together)
+        if not layout.packing:
+            assert len({len(share[number]) for share in shares}) == 1, "as many backward passes on every rank"
+            assert all(len(batch.ids) <= micro[0] for batch in together)
         sizes = [sum(len(b.ids) for b in share[number]) for share in shares]
         assert max(sizes) - min(sizes) <= 1
 
 
 def test_one_process_gets_exactly_the_micro_batches_it_asked_for(encoder: ChatEncoder, root: Path) -> None:
-    one = stream(examples(root), builder(encoder), multi_image_fraction=0.0)
+    one = stream(examples(root), builder(encoder), PADDED, multi_image_fraction=0.0)
 
     steps = list(one.steps(0, 8))
 
     assert [[len(b.ids) for b in step] for step in steps] == [[3, 3]] * 8
     first_epoch = [name for step in steps for b in step for name in b.ids][:23]
     assert sorted(first_epoch) == sorted(e.id for e in examples(root).examples)
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40),
+    micro=st.integers(1, 12),
+    layout=st.builds(Layout, st.booleans(), st.integers(60, 200), st.sampled_from([1, 8])),
+)
+def test_a_window_becomes_micro_batches_of_about_the_size_asked_for(
+    lengths: list[int], micro: int, layout: Layout
+) -> None:
+    window = [sample(i, n, images=i % 3) for i, n in enumerate(lengths)]
+
+    batches = collate_window(window, layout, micro)
+
+    assert sorted(name for b in batches for name in b.ids) == sorted(name for name, _, _ in window)
+    for batch in batches:
+        assert_laid_out(batch, [s for s in window if s[0] in batch.ids], layout)
+    if not layout.packing:
+        assert [len(b.ids) for b in batches] == [
+            len(window[i : i + micro]) for i in range(0, max(1, len(window)), micro)
+        ]
+        return
+    rows = [b.input_ids.shape[0] for b in batches]
+    assert sum(rows) == max(1, len(pack(lengths, layout.pack_len)))
+    assert max(rows) <= max(1, micro), "no more than as many rows as samples were asked for"
+    assert max(rows) - 1 < sum(rows) * micro / max(1, len(lengths)), "no more than their share of the rows"
+    if micro >= len(lengths):
+        assert len(batches) == 1
+
+
+def test_micro_batches_of_one_sample_are_packed_over_the_step(encoder: ChatEncoder, root: Path) -> None:
+    options: dict[str, Any] = {"micro_batch_size": 1, "gradient_accum": 20, "multi_image_fraction": 0.0}
+    (nothing,) = collate_window([], PACKED, 1)
+    assert nothing.ids == [] and nothing.input_ids.shape[0] == 1, "a process without samples still takes part"
+    single = next(stream(examples(root), builder(encoder), PADDED, **options).steps(0, 1))
+    packed = next(stream(examples(root), builder(encoder), PACKED, **options).steps(0, 1))
+
+    assert len(single) == 20 and per_sample(packed) == per_sample(single)
+    assert all(b.input_ids.shape[0] == 1 and b.input_ids.shape[1] <= PACKED.pack_len for b in packed)
+    assert len(packed) < 20 / 3
+
+
+def test_a_large_step_is_packed_in_windows(encoder: ChatEncoder, root: Path) -> None:
+    large = stream(examples(root), builder(encoder), micro_batch_size=4, gradient_accum=25, multi_image_fraction=0.0)
+
+    sizes = [len(large.positions(3, w)) for w in range(large.windows_per_step)]
+    (step,) = large.steps(3, 4)
+
+    assert sizes == [50, 50] and WINDOW == 64
+    assert sum(len(b.ids) for b in step) == 100
+    assert np.concatenate([large.positions(3, w) for w in range(2)]).tolist() == list(range(300, 400))
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 4), (3, 12), (0.5, 2), (0.01, 1), (6, 23), (0.1 * 60, 23)])

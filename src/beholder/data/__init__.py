@@ -212,7 +212,7 @@ def build_data(
         held = open_records(cfg, d.eval_sources)
         # Held-out records are measured as they are: a caption that training would reject as too short or as a
         # duplicate is still a question the model must answer. Only what cannot be used at all is left out.
-        lenient = HygieneLimits(min_tokens=1, max_tokens=10**9, spam=(), duplicates="report")
+        lenient = HygieneLimits(min_tokens=1, max_tokens=None, spam=(), duplicates="report")
         held_hygiene = _vet(held, tokenizer, lenient, cfg, progress)
         rejects += [*held.rejects, *held_hygiene.rejects]
         if d.eval_size is not None and d.eval_size > len(held_hygiene.accepted):

@@ -414,7 +414,9 @@ class ChatEncoder:
             text = self.tokenizer.decode(
                 encoded.ids[i:stop].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
-            out.append(Segment("target" if encoded.supervise[i] else "prompt", _visible(str(text))))
+            out.append(
+                Segment("target" if encoded.supervise[i] else "prompt", printable(str(text)).replace("\n", "⏎\n"))
+            )
             i = stop
         return out
 
@@ -736,7 +738,7 @@ def _template_of(tokenizer: Any) -> str:
 def _frozen_in_time(template: str) -> str:
     """The template with calls for today's date replaced by `TEMPLATE_DATE`."""
     frozen = _DATED.sub(lambda m: json.dumps(TEMPLATE_DATE.strftime(m[1] or m[2] or "")), template)
-    if re.search(r"strftime_now\s*\(", frozen):
+    if re.search(r"strftime_now(?!\s+is\s+(?:not\s+)?defined)", frozen):  # called, or kept under another name
         raise UserError(
             "the chat template asks for today's date in a way that cannot be frozen, so a sample would be laid out "
             "differently every day; give a copy with a fixed date as prompting.chat_template"
@@ -840,14 +842,12 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _visible(text: str) -> str:
-    """Newlines shown and kept; other control, format (bidi) and unassigned characters as escapes."""
-    out = []
-    for c in text:
-        if c == "\n":
-            out.append("⏎\n")
-        elif unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c != "\u200d":  # joiner: emoji sequences
-            out.append(f"\\u{ord(c):04x}")
-        else:
-            out.append(c)
-    return "".join(out)
+def printable(text: str) -> str:
+    """``text`` without power over a terminal: newlines and tabs kept, other control, format and direction characters
+    as escapes. It may be given in pieces."""
+    return "".join(
+        f"\\u{ord(c):04x}"
+        if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\n\t\N{ZERO WIDTH JOINER}"
+        else c
+        for c in text
+    )

@@ -159,8 +159,7 @@ def check_data(
     facts = vetted.image_facts
     notes = []
     if tokenizer is None:
-        limits = f"{cfg.min_tokens} to {cfg.max_tokens}" if cfg.max_tokens < 10**9 else f"at least {cfg.min_tokens}"
-        notes.append(f"no tokenizer: lengths are in words, and the limits of {limits} tokens were not applied")
+        notes.append(f"no tokenizer: lengths are in words, and the limits of {cfg.told_limits} tokens were not applied")
     if verify_images == "none":
         notes.append("images were not looked for")
     elif verify_images == "exists":

@@ -49,18 +49,43 @@ def collate(samples: Sequence[Sample], layout: Layout) -> Batch:
     longest. Both depend on the lengths alone, ties broken by order. No samples: one row of padding, so that every
     process can still take part in the step. Raises `UserError` naming a sample longer than ``pack_len``.
     """
+    return _batch(samples, _rows(samples, layout), layout)
+
+
+def collate_window(samples: Sequence[Sample], layout: Layout, micro_batch_size: int) -> list[Batch]:
+    """The samples of several micro-batches, as batches of about ``micro_batch_size`` samples each; at least one batch.
+
+    Padded: that many samples each, in order. Packed: all samples share the rows, and a batch is the rows that so many
+    samples fill on average, one at least. So micro-batches of a single sample are packed as well, and memory is what
+    ``micro_batch_size`` samples need or one row of ``pack_len``.
+    """
+    rows = _rows(samples, layout)
+    step = max(1, math.ceil(len(rows) * micro_batch_size / max(1, len(samples))))
+    batches: list[Batch] = []
+    for start in range(0, len(rows), step):
+        chosen = rows[start : start + step]
+        mine = sorted(i for row in chosen for i in row)
+        number = {i: k for k, i in enumerate(mine)}
+        batches.append(_batch([samples[i] for i in mine], [[number[i] for i in row] for row in chosen], layout))
+    return batches
+
+
+def _rows(samples: Sequence[Sample], layout: Layout) -> list[list[int]]:
+    """Which samples make up each row; at least one row."""
+    if not layout.packing:
+        return [[i] for i in range(len(samples))] or [[]]
     lengths = [len(encoded.ids) for _, encoded, _ in samples]
-    if layout.packing:
-        for (sample_id, _, _), length in zip(samples, lengths, strict=True):
-            if length > layout.pack_len:
-                raise UserError(
-                    f"sample {sample_id!r} has {length} tokens, but train.pack_len is {layout.pack_len}; "
-                    "raise pack_len, or lower prompting.max_seq_len to cut long targets"
-                )
-        rows = pack(lengths, layout.pack_len)
-    else:
-        rows = [[i] for i in range(len(samples))]
-    rows = rows or [[]]
+    for (sample_id, _, _), length in zip(samples, lengths, strict=True):
+        if length > layout.pack_len:
+            raise UserError(
+                f"sample {sample_id!r} has {length} tokens, but train.pack_len is {layout.pack_len}; "
+                "raise pack_len, or lower prompting.max_seq_len to cut long targets"
+            )
+    return pack(lengths, layout.pack_len) or [[]]
+
+
+def _batch(samples: Sequence[Sample], rows: Sequence[Sequence[int]], layout: Layout) -> Batch:
+    lengths = [len(encoded.ids) for _, encoded, _ in samples]
     width = max(1, *(sum(lengths[i] for i in row) for row in rows)) if samples else 1
     width = -(-width // layout.pad_to_multiple_of) * layout.pad_to_multiple_of
 
@@ -180,6 +205,13 @@ class SampleBuilder:
 
     def batch(self, examples: Sequence[Example], layout: Layout, epoch: int | Sequence[int] = 0) -> Batch:
         """The batch of ``examples``. ``epoch``: one for all, or one per example."""
+        (batch,) = self.batches(examples, layout, max(1, len(examples)), epoch)
+        return batch
+
+    def batches(
+        self, examples: Sequence[Example], layout: Layout, micro_batch_size: int, epoch: int | Sequence[int] = 0
+    ) -> list[Batch]:
+        """The micro-batches of ``examples`` (`collate_window`); the first one carries what was rejected."""
         began = time.perf_counter()
         epochs = [epoch] * len(examples) if isinstance(epoch, int) else list(epoch)
         samples: list[Sample] = []
@@ -193,8 +225,8 @@ class SampleBuilder:
                 if self.on_bad_image == "error":
                     raise
                 rejected.append((example.id, f"{error.reason}: {error}"))
-        batch = collate(samples, layout)
-        return replace(batch, rejected=rejected, load_s=time.perf_counter() - began)
+        first, *rest = collate_window(samples, layout, micro_batch_size)
+        return [replace(first, rejected=rejected, load_s=time.perf_counter() - began), *rest]
 
 
 def eval_batches(
@@ -210,13 +242,19 @@ def eval_batches(
 # Training stream
 
 
+WINDOW = 64
+"""Samples of a step that share rows when they are packed. More would hardly fill rows better (97 % with 16 of them,
+benchmarks/instruct_step.py), and a loader process holds the images of this many at a time."""
+
+
 class TrainStream:
     """Micro-batches of every optimizer step, for one rank.
 
     Step s covers positions [s·E, (s+1)·E) of the mixture, E = ``micro_batch_size`` x ``gradient_accum`` samples however
-    many processes share them. Rank r takes the r-th of ``world_size`` nearly equal slices. Every rank gets the same
-    number of micro-batches, because data-parallel processes must run backward equally often. So what is in a step
-    depends on neither the worker count nor the world size, and a resume is ``steps(start, …)``.
+    many processes share them. Rank r takes the r-th of ``world_size`` nearly equal slices, and lays it out in windows:
+    of one micro-batch when padded, of up to `WINDOW` samples when packed, which then become as many micro-batches as
+    their rows need (`collate_window`), on one rank perhaps more than on another. What is in a step depends on neither
+    the worker count nor the world size, and a resume is ``steps(start, …)``.
     """
 
     def __init__(
@@ -247,7 +285,9 @@ class TrainStream:
         self.micro_batch_size = micro_batch_size
         self.rank = rank
         self.world_size = world_size
-        self.micro_batches_per_step = math.ceil(math.ceil(self.samples_per_step / world_size) / micro_batch_size)
+        share = math.ceil(self.samples_per_step / world_size)
+        window = max(micro_batch_size, min(share, WINDOW)) if layout.packing else micro_batch_size
+        self.windows_per_step = math.ceil(share / window)
         self.num_workers = num_workers
         self.prefetch_factor = prefetch_factor
         self.pin_memory = pin_memory
@@ -258,17 +298,18 @@ class TrainStream:
         # The small difference keeps 0.1 * 30 samples from costing a step for the sake of 3.0000000000000004.
         return max(1, math.ceil(num_epochs * len(self.mixture) / self.samples_per_step - 1e-9))
 
-    def positions(self, step: int, micro: int) -> np.ndarray:
-        """int64: mixture positions of one micro-batch of this rank."""
+    def positions(self, step: int, window: int) -> np.ndarray:
+        """int64: mixture positions of one window of this rank."""
         start = step * self.samples_per_step
         mine = np.array_split(np.arange(start, start + self.samples_per_step), self.world_size)[self.rank]
-        return np.array_split(mine, self.micro_batches_per_step)[micro]
+        return np.array_split(mine, self.windows_per_step)[window]
 
-    def load(self, step: int, micro: int) -> Batch:
-        """One micro-batch, built in this process."""
-        positions = self.positions(step, micro).tolist()
+    def load(self, step: int, window: int) -> list[Batch]:
+        """The micro-batches of one window, built in this process."""
+        positions = self.positions(step, window).tolist()
         examples = [self.mixture.example_at(p) for p in positions]
-        return self.builder.batch(examples, self.layout, [self.mixture.epoch_of(p) for p in positions])
+        epochs = [self.mixture.epoch_of(p) for p in positions]
+        return self.builder.batches(examples, self.layout, self.micro_batch_size, epochs)
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """The micro-batches of steps ``start``, …, ``stop - 1``, a list per step.
@@ -285,10 +326,9 @@ class TrainStream:
             yield from self._segment(first, last)
 
     def _segment(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        n = self.micro_batches_per_step
         loader = DataLoader(
-            _MicroBatches(self, start, stop),
-            batch_size=None,  # an item is a whole micro-batch
+            _Windows(self, start, stop),
+            batch_size=None,  # an item is a whole window
             shuffle=False,
             num_workers=self.num_workers,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
@@ -300,11 +340,11 @@ class TrainStream:
             items = iter(loader)
         try:
             step: list[Batch] = []
-            for item in items:
+            for number, item in enumerate(items, 1):
                 if isinstance(item, _Failure):
                     raise UserError(item.message)
-                step.append(item.unpack() if isinstance(item, _Parcel) else item)
-                if len(step) == n:
+                step += [part.unpack() if isinstance(part, _Parcel) else part for part in item]
+                if number % self.windows_per_step == 0:
                     yield step
                     step = []
         finally:
@@ -315,23 +355,23 @@ class TrainStream:
                 stop_workers()
 
 
-class _MicroBatches(Dataset[Any]):
-    """Item j is micro-batch j % n of step start + j // n."""
+class _Windows(Dataset[Any]):
+    """Item j is the micro-batches of window j % n of step start + j // n."""
 
     def __init__(self, stream: TrainStream, start: int, stop: int) -> None:
         self.stream = stream
         self.start = start
-        self.count = max(0, stop - start) * stream.micro_batches_per_step
+        self.count = max(0, stop - start) * stream.windows_per_step
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, j: int) -> Any:
-        step, micro = divmod(j, self.stream.micro_batches_per_step)
+        step, window = divmod(j, self.stream.windows_per_step)
         if not self.stream.num_workers:
-            return self.stream.load(self.start + step, micro)
+            return self.stream.load(self.start + step, window)
         try:
-            return _Parcel.of(self.stream.load(self.start + step, micro))
+            return [_Parcel.of(batch) for batch in self.stream.load(self.start + step, window)]
         except UserError as e:
             # As a value: the loader would bury the message in a traceback and rebuild the exception by guesswork.
             return _Failure(str(e))

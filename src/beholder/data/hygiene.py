@@ -82,7 +82,7 @@ def apply_hygiene(
             reasons[i] = "empty_caption", "the target text is empty"
         elif tokenizer is not None and num < cfg.min_tokens:
             reasons[i] = "too_short", f"{num} tokens, hygiene.min_tokens is {cfg.min_tokens}: {_clip(text)}"
-        elif tokenizer is not None and num > cfg.max_tokens:
+        elif tokenizer is not None and cfg.max_tokens is not None and num > cfg.max_tokens:
             reasons[i] = "too_long", f"{num} tokens, hygiene.max_tokens is {cfg.max_tokens}: {_clip(text)}"
         elif phrase := spam.find(text):
             reasons[i] = "spam", f"contains {phrase!r}: {_clip(text)}"

@@ -1,7 +1,9 @@
 """Question files (VQA-v2, OK-VQA, GQA) as records: one question about one image, and what people answered.
 
 A question file is one large JSON object, and VQA's answers lie in a second one, so a record has no bytes of its own:
-its text is put together here and kept by `sources`, like that of a shard. Nothing is read twice or held whole.
+its text is put together here and kept by `sources`, like that of a shard. VQA's questions and answers are in memory
+while they are brought together (2.1 GB for VQA-v2's 444,000). `plain_records` reads such files for commands that ask or
+score every record of them.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
@@ -18,6 +21,57 @@ import orjson
 from beholder.data import index
 from beholder.data.index import Found, RecordError
 from beholder.types import UserError
+
+
+class PlainFile(NamedTuple):
+    """A file of records that is held whole."""
+
+    beside: dict[str, Any] | None
+    """What an object has beside its records, such as VQA's ``data_subtype``; None: the records are the file."""
+    records: list[tuple[str, Any]]
+    """(``file:line`` or ``file: record k``, any JSON value)"""
+
+
+def plain_records(path: Path, expected: str) -> PlainFile:
+    """The records of a JSON array, of an object with ``questions`` or ``annotations`` (VQA, COCO), of an object of
+    records by their ``question_id`` (GQA), or of a file with a record a line.
+
+    Raises `UserError`, which ends with what was ``expected``, for a file that cannot be read or holds something else.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror or e}); expected {expected}") from e
+    try:
+        whole: Any = orjson.loads(raw)
+    except orjson.JSONDecodeError as e:
+        if raw.lstrip()[:1] == b"[":
+            raise UserError(f"{path}: malformed JSON at character {e.pos}: {e.msg}; expected {expected}") from None
+        return PlainFile(None, list(_plain_lines(path, raw, expected)))
+    beside: dict[str, Any] | None = None
+    if isinstance(whole, dict):
+        name = next((name for name in ("annotations", "questions") if isinstance(whole.get(name), list)), None)
+        if name is not None:
+            beside, whole = {k: v for k, v in whole.items() if k != name}, whole[name]
+        elif whole and all(isinstance(v, dict) for v in whole.values()):
+            by_id = [(f"{path}: question {key!r}", {"question_id": key} | record) for key, record in whole.items()]
+            return PlainFile(None, by_id)
+        else:
+            return PlainFile(None, [(f"{path}:1", whole)])
+    if not isinstance(whole, list):
+        raise UserError(f"{path}: holds a {type(whole).__name__}; expected {expected}")
+    return PlainFile(beside, [(f"{path}: record {k}", record) for k, record in enumerate(whole)])
+
+
+def _plain_lines(path: Path, raw: bytes, expected: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(raw.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}:{number}", orjson.loads(line)
+        except orjson.JSONDecodeError as e:
+            told = f"{path}:{number}: malformed JSON at character {e.pos}: {e.msg}; expected {expected}"
+            raise UserError(told) from None
 
 
 class ImageNames(NamedTuple):

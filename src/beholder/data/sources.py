@@ -31,7 +31,10 @@ from beholder.data.index import RecordError
 from beholder.runs import sha256_file
 from beholder.types import Example, ImageRef, ImageSlot, Part, Turn, UserError
 
-__all__ = ["INSTRUCTION_KINDS", "RecordError", "Records", "Reject", "guess_source", "open_sources"]
+__all__ = [
+    "INSTRUCTION_KINDS", "BadRecord", "RecordError", "Records", "Reject", "guess_source", "image_paths", "open_sources",
+    "turn_said",
+]  # fmt: skip
 
 INSTRUCTION_KINDS: frozenset[DatasetKind] = frozenset(("llava_instruct", "sharegpt", "vqa", "gqa"))
 """Kinds that hold conversations and questions, for stage instruct; the others are made for alignment as well."""
@@ -62,7 +65,9 @@ class Reject:
 # One record
 
 
-class _Bad(Exception):
+class BadRecord(Exception):
+    """Why a record cannot be used: a slug that counts go by, and a sentence."""
+
     def __init__(self, reason: str, detail: str, id: str = "") -> None:
         super().__init__(detail)
         self.reason, self.detail, self.id = reason, detail, id
@@ -108,32 +113,32 @@ class _Rules:
         return [self.dataset, self.image_token, self.max_images, *(["chat"] if self.chat else [])]
 
     def parse(self, raw: bytes) -> _Parsed:
-        """Raises `_Bad` with a reason and a sentence naming the field, what was got and what was expected."""
+        """Raises `BadRecord` with a reason and a sentence naming the field, what was got and what was expected."""
         try:
             record = orjson.loads(raw)
         except orjson.JSONDecodeError as e:
-            raise _Bad("bad_json", f"malformed JSON at character {e.pos} of the record: {e.msg}") from None
+            raise BadRecord("bad_json", f"malformed JSON at character {e.pos} of the record: {e.msg}") from None
         if not isinstance(record, dict):
-            raise _Bad("wrong_type", f"the record is {_kind(record)}, expected an object")
+            raise BadRecord("wrong_type", f"the record is {_kind(record)}, expected an object")
         id = record.get("id")
         if isinstance(id, int) and not isinstance(id, bool):
             id = str(id)
         elif not isinstance(id, str | None):
-            raise _Bad("wrong_type", f"id is {_kind(id)}, expected a string or an integer")
+            raise BadRecord("wrong_type", f"id is {_kind(id)}, expected a string or an integer")
         try:
             return self._parse(record, id)
-        except _Bad as e:
-            raise _Bad(e.reason, e.detail, id or "") from None
+        except BadRecord as e:
+            raise BadRecord(e.reason, e.detail, id or "") from None
 
     def _parse(self, record: dict[str, Any], id: str | None) -> _Parsed:
         if self.stored_images and "!" in record:
-            raise _Bad("bad_member", record["!"])
+            raise BadRecord("bad_member", record["!"])
         if self.asked:
             return self._question(record, id)
         source = record.get("source")
         if not isinstance(source, str | None):
-            raise _Bad("wrong_type", f"source is {_kind(source)}, expected a string")
-        images = record["images"] if self.stored_images else _image_paths(record)
+            raise BadRecord("wrong_type", f"source is {_kind(source)}, expected a string")
+        images = record["images"] if self.stored_images else image_paths(record)
         messages, interpreted = _messages(record, self.dataset)
         if self.chat:
             _require_dialogue(messages)
@@ -141,11 +146,14 @@ class _Rules:
         num_markers = sum(t.count(self.image_token) for r, t in messages if r == "user") if interpreted else len(images)
         in_front = self.chat and len(images) == 1 and num_markers == 0
         if num_markers != len(images) and not in_front:
-            raise _Bad("image_count", f"{len(images)} images but {num_markers} {self.image_token} markers in the user "
-                       "turns; the k-th marker takes images[k], so the numbers must agree")  # fmt: skip
+            raise BadRecord(
+                "image_count",
+                f"{len(images)} images but {num_markers} {self.image_token} markers in the user turns; the k-th marker "
+                "takes images[k], so the numbers must agree",
+            )
         text_only = interpreted and not self.chat and self.dataset in ("jsonl", "llava_instruct", "sharegpt")
         if not images and not text_only:
-            raise _Bad("no_image", "has no image")
+            raise BadRecord("no_image", "has no image")
         self._require_few(images)
         question_type, answer_type = _text_field(record, "question_type"), _text_field(record, "answer_type")
         answers = _answers(record)
@@ -155,14 +163,16 @@ class _Rules:
 
     def _require_few(self, images: list[Any]) -> None:
         if len(images) > self.max_images:
-            raise _Bad("too_many_images", f"{len(images)} images, prompting.max_images_per_sample is {self.max_images}")
+            raise BadRecord(
+                "too_many_images", f"{len(images)} images, prompting.max_images_per_sample is {self.max_images}"
+            )
 
     def _question(self, record: dict[str, Any], id: str | None) -> _Parsed:
         """A record of `questions`, which has checked the types."""
         if "!" in record:
-            raise _Bad(*record["!"])
+            raise BadRecord(*record["!"])
         if not record["answer"].strip():
-            raise _Bad("empty_answer", "the answer is empty")
+            raise BadRecord("empty_answer", "the answer is empty")
         messages: list[tuple[Role, str]] = [("user", record["question"]), ("assistant", record["answer"])]
         return _Parsed(
             id, "", record["images"], messages, interpreted=False, in_front=True, answers=tuple(record["answers"]),
@@ -189,14 +199,14 @@ class _Rules:
 
 
 def _require_dialogue(messages: Sequence[tuple[Role, str]]) -> None:
-    """Raises `_Bad` unless the user speaks first and the assistant never says nothing."""
+    """Raises `BadRecord` unless the user speaks first and the assistant never says nothing."""
     first = next((role for role, _ in messages if role != "system"), None)
     if first == "assistant":
-        raise _Bad("starts_with_assistant", "the assistant (gpt) speaks before the user has asked anything; stage "
+        raise BadRecord("starts_with_assistant", "the assistant (gpt) speaks before the user has asked anything; stage "
                    "instruct needs conversations, or questions with answers")  # fmt: skip
     for k, (role, text) in enumerate(messages):
         if role == "assistant" and not text.strip():
-            raise _Bad("empty_answer", f"turn {k} is the assistant's and empty, so there is nothing to learn")
+            raise BadRecord("empty_answer", f"turn {k} is the assistant's and empty, so there is nothing to learn")
 
 
 def _answers(record: dict[str, Any]) -> tuple[str, ...]:
@@ -204,30 +214,31 @@ def _answers(record: dict[str, Any]) -> tuple[str, ...]:
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(a, str) for a in value):
-        raise _Bad("wrong_type", f"answers is {_kind(value)}, expected a list of strings")
+        raise BadRecord("wrong_type", f"answers is {_kind(value)}, expected a list of strings")
     return tuple(value)
 
 
 def _text_field(record: dict[str, Any], name: str) -> str:
     value = record.get(name)
     if not isinstance(value, str | None):
-        raise _Bad("wrong_type", f"{name} is {_kind(value)}, expected a string")
+        raise BadRecord("wrong_type", f"{name} is {_kind(value)}, expected a string")
     return value or ""
 
 
-def _image_paths(record: dict[str, Any]) -> list[str]:
+def image_paths(record: dict[str, Any]) -> list[str]:
+    """Paths under ``images`` or ``image``, a text or a list of them. Raises `BadRecord`."""
     given = [(name, record[name]) for name in ("images", "image") if record.get(name) is not None]
     if not given:
         return []
     if len(given) > 1:
-        raise _Bad("wrong_type", "has both image and images, expected one of them")
+        raise BadRecord("wrong_type", "has both image and images, expected one of them")
     name, value = given[0]
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, list):
-        raise _Bad("wrong_type", f"{name} is {_kind(value)}, expected a path or a list of paths")
+        raise BadRecord("wrong_type", f"{name} is {_kind(value)}, expected a path or a list of paths")
     for k, path in enumerate(paths):
         if not isinstance(path, str) or not path:
-            raise _Bad("wrong_type", f"{name}[{k}] is {_kind(path)}, expected a non-empty path")
+            raise BadRecord("wrong_type", f"{name}[{k}] is {_kind(path)}, expected a non-empty path")
     return paths
 
 
@@ -243,30 +254,36 @@ def _messages(record: dict[str, Any], dataset: DatasetKind) -> tuple[list[tuple[
     given = [name for name in allowed if name in record]
     if len(given) != 1:
         got = f"has {' and '.join(given)}" if given else f"has none of the fields {', '.join(allowed)}"
-        raise _Bad("wrong_type" if given else "missing_field", f"{got}, expected exactly one")
+        raise BadRecord("wrong_type" if given else "missing_field", f"{got}, expected exactly one")
     name = given[0]
     value = record[name]
     if name == "caption":
         if not isinstance(value, str):
-            raise _Bad("wrong_type", f"caption is {_kind(value)}, expected a string")
+            raise BadRecord("wrong_type", f"caption is {_kind(value)}, expected a string")
         return [("assistant", value)], False
     if not isinstance(value, list):
-        raise _Bad("wrong_type", f"{name} is {_kind(value)}, expected a list of turns")
-    messages = []
-    for k, turn in enumerate(value):
-        if not isinstance(turn, dict):
-            raise _Bad("wrong_type", f"{name}[{k}] is {_kind(turn)}, expected an object with from and value")
-        role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
-        role, text = turn.get(role_key), turn.get(text_key)
-        if not isinstance(role, str) or role not in _ROLES:
-            reason = "unknown_role" if isinstance(role, str) else "wrong_type"
-            raise _Bad(reason, f"{name}[{k}].{role_key} is {_kind(role)}, expected one of {', '.join(_ROLES)}")
-        if not isinstance(text, str):
-            raise _Bad("wrong_type", f"{name}[{k}].{text_key} is {_kind(text)}, expected a string")
-        messages.append((_ROLES[role], text))
+        raise BadRecord("wrong_type", f"{name} is {_kind(value)}, expected a list of turns")
+    messages = [turn_said(turn, f"{name}[{k}]") for k, turn in enumerate(value)]
     if not any(role == "assistant" for role, _ in messages):
-        raise _Bad("no_target", f"{name} has no turn of the assistant (gpt), so there is nothing to learn")
+        raise BadRecord("no_target", f"{name} has no turn of the assistant (gpt), so there is nothing to learn")
     return messages, True
+
+
+def turn_said(turn: Any, where: str) -> tuple[Role, str]:
+    """(role, text) of a turn, in either of its spellings: ``from`` and ``value``, or ``role`` and ``content``.
+
+    Raises `BadRecord` naming the field below ``where``.
+    """
+    if not isinstance(turn, dict):
+        raise BadRecord("wrong_type", f"{where} is {_kind(turn)}, expected an object with from and value")
+    role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
+    role, text = turn.get(role_key), turn.get(text_key)
+    if not isinstance(role, str) or role not in _ROLES:
+        reason = "unknown_role" if isinstance(role, str) else "wrong_type"
+        raise BadRecord(reason, f"{where}.{role_key} is {_kind(role)}, expected one of {', '.join(_ROLES)}")
+    if not isinstance(text, str):
+        raise BadRecord("wrong_type", f"{where}.{text_key} is {_kind(text)}, expected a string")
+    return _ROLES[role], text
 
 
 def _kind(value: object) -> str:
@@ -344,7 +361,7 @@ class _File:
     def parse(self, i: int) -> _Parsed:
         try:
             return self.rules.parse(self.raw(i))
-        except _Bad as e:
+        except BadRecord as e:
             raise RecordError(f"{self.path}: record {self.rows[i]} changed since it was indexed: {e.detail}") from None
 
     def example(self, i: int, source: str) -> Example:
@@ -475,7 +492,7 @@ def _scan(
     for row, (start, raw, where) in enumerate(found):
         try:
             parsed = rules.parse(raw)
-        except _Bad as e:
+        except BadRecord as e:
             rejects.append((e.id, row, e.reason, f"{where}: {e.detail}"))
             continue
         if rules.stored_images or rules.asked:

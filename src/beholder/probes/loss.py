@@ -122,7 +122,7 @@ def _turn_lengths(batch: Batch) -> list[list[int]]:
     """Supervised tokens of each assistant turn of each sample, in row order.
 
     A turn starts where the position before, in the same row, is not supervised or belongs to another sample: between
-    two turns there is always a token that nobody has to predict (`data.chat` puts a line break there).
+    two turns stands the user's, which nobody has to predict.
     """
     supervise, sample = batch.supervise.cpu(), batch.sample_index.cpu()
     goes_on = torch.zeros_like(supervise)

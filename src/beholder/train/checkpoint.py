@@ -359,9 +359,22 @@ def read_trainer(path: Path) -> dict[str, Any]:
     return trainer
 
 
+def entry(trainer: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object that a run writes into ``trainer.json`` (``fingerprints``, ``loop``). Raises `UserError` without it."""
+    value = trainer.get(name)
+    if not isinstance(value, dict):
+        raise UserError(f"{TRAINER}: {name} is {_show(value)[:60]}, expected an object. {_ANOTHER}")
+    return value
+
+
 def read_connector_info(path: Path) -> dict[str, Any]:
     """``connector.json`` of a verified checkpoint folder: what the connector was built for."""
-    return _read_object(path / CONNECTOR_INFO)
+    info = _read_object(path / CONNECTOR_INFO)
+    if not info:
+        raise UserError(
+            f"{path / CONNECTOR_INFO} is empty: nobody can tell what its connector was built for. {_ANOTHER}"
+        )
+    return info
 
 
 def has_adapter(path: Path) -> bool:
