@@ -694,7 +694,7 @@ class RunConfig(Section):
         if self.prompting.max_images_per_sample < 2 and self.data.multi_image_fraction > 0:
             wrong.append("data.multi_image_fraction needs prompting.max_images_per_sample of at least 2")
         limits = self.hygiene
-        if limits.min_tokens > limits.max_tokens:
+        if limits.max_tokens is not None and limits.min_tokens > limits.max_tokens:
             wrong.append(
                 f"data.hygiene.min_tokens is {limits.min_tokens}, larger than data.hygiene.max_tokens "
                 f"{limits.max_tokens}"

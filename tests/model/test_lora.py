@@ -272,10 +272,13 @@ def test_adapters_merge_and_are_written_at_the_strength_they_are_used_at(build: 
     positions = torch.arange(9).expand(2, 9)
 
     apart = language.hidden(language.embed(IDS), positions)
+    language.train()
     with lora.merged(language):
         together = language.hidden(language.embed(IDS), positions)
+    assert language.learning
 
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+    language.train(False)
     assert lora.adapter_config(language)["lora_alpha"] == pytest.approx(0.3 * ON.alpha)
     assert (
         a_layer(language).scaling[lora.ADAPTER] == lora.adapter_config(language)["lora_alpha"] / ON.r

@@ -409,12 +409,15 @@ def adapters_off(language: LanguageModel) -> Iterator[None]:
 
 @contextmanager
 def merged(language: LanguageModel) -> Iterator[None]:
-    """Inside, the adapters are part of the base's weights (summed in fp32, rounded once); afterwards the base is
-    restored bit for bit from copies, which need the adapted layers' size in main memory."""
+    """Inside, the adapters are part of the base's weights (summed in fp32, rounded once), at the strength they have
+    outside training; afterwards the base is restored bit for bit from copies, which need the adapted layers' size in
+    main memory."""
     layers = list(_adapted(language).values())
+    learning = language.learning
     assert not any(layer.merged or layer.disable_adapters for layer in layers), "adapters are merged or off already"
     kept: list[tuple[AdaptedLinear, Tensor]] = []
     try:
+        language.train(False)
         with torch.no_grad():
             for layer in layers:
                 weight = layer.get_base_layer().weight
@@ -429,6 +432,7 @@ def merged(language: LanguageModel) -> Iterator[None]:
                 assert isinstance(weight, Tensor)
                 weight.copy_(copy)
                 layer.merged_adapters.clear()
+        language.train(learning)
 
 
 # ---------------------------------------------------------------------------------------------------------------
