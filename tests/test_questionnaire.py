@@ -211,12 +211,21 @@ GOOD = {"id": "good", "prompt": "What?"}
         ({"id": 1, "prompt": " "}, "prompt is ' ', expected a text"),
         ({"id": 1, "prompt": "a", "image": "nowhere.png"}, "nowhere.png.*--image-root"),
         ({"id": 1, "prompt": "a", "image": "../questions.jsonl"}, "outside|leaves|not in"),
-        ({"id": 1, "prompt": "a", "image": 3}, "image is 3, expected a path"),
+        ({"id": 1, "prompt": "a", "image": 3}, "image is the number 3, expected a path"),
         ({"id": 1, "prompt": "a", "image": "a.png", "images": ["a.png"]}, "has both image and images"),
         ({"id": 1, "messages": "hi"}, "messages is a str, expected a list of turns"),
-        ({"id": 1, "messages": [{"role": "tool", "content": "a"}]}, "is said by 'tool', expected one of human"),
-        ({"id": 1, "messages": [{"role": "user", "content": 1}]}, "its text is a int"),
-        ({"id": 1, "messages": [{"role": ["user"], "content": "a"}]}, r"is said by \['user'\], expected one of human"),
+        (
+            {"id": 1, "messages": [{"role": "tool", "content": "a"}]},
+            r"messages\[0\].role is the string 'tool', expected one of human",
+        ),
+        (
+            {"id": 1, "messages": [{"role": "user", "content": 1}]},
+            r"messages\[0\].content is the number 1, expected a string",
+        ),
+        (
+            {"id": 1, "messages": [{"role": ["user"], "content": "a"}]},
+            r"messages\[0\].role is a list, expected one of human",
+        ),
         ({"id": 1, "messages": []}, "messages has no user turn"),
         ({"id": 1, "conversations": [{"from": "gpt", "value": "a"}]}, "conversations has no user turn"),
         (

@@ -203,9 +203,9 @@ def test_repeated_references_are_an_error(folder: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"id": 1, "answer": "a"}\nnonsense\n', r"a\.jsonl:2: not valid JSON"),
-        ('[{"id": 1,', r"a\.jsonl: not valid JSON"),
-        ("3", "expected a JSON array, an annotation file or JSONL, got int"),
+        ('{"id": 1, "answer": "a"}\nnonsense\n', r"a\.jsonl:2: malformed JSON at character 0"),
+        ('[{"id": 1,', r"a\.jsonl: malformed JSON at character 10"),
+        ("3", "holds a int; expected a JSON array"),
         ('{"id": 1, "said": "a"}\n', "expected a string under one of answer, prediction, text, caption, got nothing"),
         ('{"id": 1, "answer": 4}\n', "got int"),
     ],

@@ -510,7 +510,7 @@ def test_skipped_samples_travel_with_the_batch_through_workers(encoder: ChatEnco
 def test_signals_to_the_group_leave_the_trainer_time_to_finish_its_step(encoder: ChatEncoder, root: Path) -> None:
     """Ctrl-C and a scheduler's SIGTERM also reach the loader processes; the trainer must not be disturbed by that."""
     before = _children()
-    steps = stream(examples(root), builder(encoder), num_workers=2).steps(0, 500)
+    steps = stream(examples(root), builder(encoder), PADDED, num_workers=2).steps(0, 500)
     next(steps)
     workers = _children() - before
     assert len(workers) == 2

@@ -149,7 +149,7 @@ def test_another_rank_alpha_or_kind_of_adapter_is_refused_with_its_field(tiny: T
 
     for lora, says in (
         (LORA | {"r": 8}, "model.lora.r: checkpoint 4, config 8"),
-        (LORA | {"alpha": 16}, "model.lora.alpha: checkpoint 8, config 16"),
+        (LORA | {"alpha": 16}, r"model.lora.alpha \* strength: checkpoint 8, config 16"),
         (LORA | {"target_modules": ["q_proj"]}, "the file has adapters on .*mlp.down_proj .*model.lora.target_modules"),
     ):
         with pytest.raises(UserError, match=says):

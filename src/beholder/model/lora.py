@@ -334,7 +334,7 @@ def attach(language: LanguageModel, cfg: LoraConfig, seed: int) -> list[AdapterS
     return sites
 
 
-def _alpha_at_rest(cfg: LoraConfig) -> float:
+def _alpha_at_rest(cfg: LoraConfig) -> int | float:
     """What others must know as alpha to compute what this model does outside training."""
     return cfg.alpha if cfg.strength == 1 else cfg.alpha * cfg.strength
 
