@@ -251,8 +251,8 @@ class TokenLosses:
     """fp32 [K], nats."""
     sample: torch.Tensor
     """int64 [K]: index into ``Batch.ids``."""
-    correct: torch.Tensor
-    """bool [K]: the token was the arg-max (no graph)."""
+    correct: torch.Tensor | None
+    """bool [K]: the token was the arg-max. None while gradients are recorded: training has no use for it."""
 
 
 class FeatureReader(Protocol):

@@ -50,12 +50,15 @@ def test_loss_is_the_language_models_own_cross_entropy_over_all_positions(build:
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
 
     out = built.model(batch)
+    with torch.no_grad():
+        measured = built.model(batch)
 
-    assert out.nll.numel() == batch.num_targets
+    assert out.nll.numel() == batch.num_targets and out.correct is None
     # The head runs on K rows instead of B x T: another blocking of the same sums. Worst seen 2e-6.
     torch.testing.assert_close(out.nll, expected[labels[:, 1:].flatten() != -100], rtol=1e-5, atol=1e-5)
     right = logits[:, :-1].argmax(-1) == batch.input_ids[:, 1:]
-    assert torch.equal(out.correct, right[batch.supervise[:, 1:]])
+    assert measured.correct is not None and torch.equal(measured.correct, right[batch.supervise[:, 1:]])
+    assert torch.equal(measured.nll, out.nll)
 
 
 def test_a_sample_has_the_same_loss_in_any_company(tiny: Built) -> None:
@@ -151,7 +154,8 @@ def test_greedy_generation_follows_the_teacher_forced_loss(tiny: Built) -> None:
     ids = np.concatenate([prompt.ids, np.array(new)])
     supervise = np.arange(len(ids)) >= len(prompt.ids)
     encoded = Encoded(ids, supervise, prompt.image_spans)
-    out = tiny.model(collate([("s", encoded, [tiny.picture(1)])], Layout(False, 4096, 1)))
+    with torch.no_grad():
+        out = tiny.model(collate([("s", encoded, [tiny.picture(1)])], Layout(False, 4096, 1)))
 
     assert bool(out.correct.all())
 

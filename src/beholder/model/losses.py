@@ -28,27 +28,24 @@ class _FrozenHeadNll(torch.autograd.Function):
 
     A token's loss depends on its own hidden state alone, so d nll_k / d hidden_k can be taken while the chunk's logits
     exist and merely scaled by the incoming gradient later: no logits are kept and nothing is computed twice. Right only
-    for a head without trained weights.
+    for a head without trained weights. d nll / d logits = softmax - onehot is written over the log-probabilities;
+    autograd would fill and read two more arrays of this size (``benchmarks/head_step.py``).
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], rows: int
-    ) -> tuple[Tensor, Tensor]:
-        needs_grad = bool(ctx.needs_input_grad[0])
-        nll, correct, grads = [], [], []
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], rows: int) -> Tensor:
+        nll, grads = [], []
         for start in range(0, hidden.shape[0], rows):
-            chunk = hidden[start : start + rows].detach().requires_grad_(needs_grad)
-            with torch.set_grad_enabled(needs_grad):
-                chunk_nll, chunk_correct = token_nll(head(chunk), targets[start : start + rows])
-            if needs_grad:
-                grads.append(torch.autograd.grad(chunk_nll, chunk, torch.ones_like(chunk_nll))[0])
-            nll.append(chunk_nll.detach())
-            correct.append(chunk_correct)
-        ctx.save_for_backward(*([torch.cat(grads)] if needs_grad else []))
-        right = torch.cat(correct)
-        ctx.mark_non_differentiable(right)
-        return torch.cat(nll), right
+            chunk = hidden[start : start + rows].detach().requires_grad_()
+            own = targets[start : start + rows, None]
+            with torch.enable_grad():
+                logits = head(chunk)
+            slope = torch.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
+            nll.append(-slope.gather(1, own)[:, 0])
+            slope.exp_().scatter_add_(1, own, torch.full_like(own, -1, dtype=torch.float32))
+            grads.append(torch.autograd.grad(logits, chunk, slope.to(logits.dtype))[0])
+        ctx.save_for_backward(torch.cat(grads))
+        return torch.cat(nll)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
@@ -62,15 +59,19 @@ def head_nll(
     targets: Int[Tensor, "k"],
     vocab: int,
     max_logits: int = MAX_LOGITS,
-) -> tuple[Float[Tensor, "k"], Bool[Tensor, "k"]]:
+) -> tuple[Float[Tensor, "k"], Bool[Tensor, "k"] | None]:
     """`token_nll` of ``head(hidden)`` for a *frozen* head, never holding more than ``max_logits`` logits.
 
-    K = 0 gives two empty tensors that still hang on the graph of ``hidden``.
+    While gradients of ``hidden`` are recorded nobody asks for the arg-max, which costs as much as the softmax: None
+    then. K = 0 gives an empty tensor that still hangs on the graph of ``hidden``.
     """
+    learning = torch.is_grad_enabled() and hidden.requires_grad
     if hidden.shape[0] == 0:
-        return hidden.float().sum(-1), torch.zeros(0, dtype=torch.bool, device=hidden.device)
+        return hidden.float().sum(-1), None if learning else targets == targets
     rows = max(1, max_logits // vocab)
     if hidden.device.type == "cpu":
         rows = min(rows, CPU_ROWS)
-    nll, correct = _FrozenHeadNll.apply(hidden, targets, head, rows)  # pyright: ignore[reportGeneralTypeIssues]
-    return nll, correct
+    if learning:
+        return _FrozenHeadNll.apply(hidden, targets, head, rows), None  # pyright: ignore[reportReturnType]
+    parts = [token_nll(head(h), t) for h, t in zip(hidden.detach().split(rows), targets.split(rows), strict=True)]
+    return torch.cat([nll for nll, _ in parts]), torch.cat([correct for _, correct in parts])

@@ -99,6 +99,7 @@ def sample_losses(model: LossModel, batches: Iterable[Batch]) -> list[SampleLoss
             if n == 0:  # every sample of it was rejected
                 continue
             out = model(batch)
+            assert out.correct is not None, "measured without gradients"
             sample, token_nll = out.sample.cpu(), out.nll.detach().cpu().double()
             nll = torch.zeros(n, dtype=torch.float64).index_add_(0, sample, token_nll)
             tokens = torch.bincount(sample, minlength=n)
