@@ -16,7 +16,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from beholder import estimate
-from beholder.config import ConnectorConfig, LlmConfig, RunConfig, VisionConfig
+from beholder.config import ConnectorConfig, LlmConfig, LoraConfig, RunConfig, VisionConfig
 from beholder.data import build_data
 from beholder.estimate import (
     LanguageShape,
@@ -30,7 +30,8 @@ from beholder.estimate import (
 from beholder.features import estimate_bytes
 from beholder.model.connector import build_connector
 from beholder.model.language import load_language
-from beholder.model.plan import ALIGN, apply_train_plan
+from beholder.model.lora import adapter_parameters, attach
+from beholder.model.plan import ALIGN, apply_train_plan, plan_of
 from beholder.model.vision import load_vision
 from beholder.model.vlm import build_vlm
 from beholder.smoke import tiny_llm, tiny_vision
@@ -275,6 +276,56 @@ def test_missing_records_are_a_gap_and_steps_stay_unknown(tmp_path, tiny_config)
     assert any("none.jsonl" in gap for gap in found.gaps)
     assert any("target length" in gap for gap in found.gaps)
     assert found.memory["total"] > estimate.RUNTIME_BYTES
+
+
+def test_an_instruction_tuning_is_planned_with_its_adapters(tmp_path, tiny_config):
+    sets = {"stage": "instruct", "model.lora.enable": True, "model.lora.r": 4, "model.connector.load_checkpoint": "x",
+            "prompting.max_images_per_sample": 1}  # fmt: skip
+    cfg: RunConfig = tiny_config(tmp_path, **sets)
+    model, _ = build_vlm(cfg.model, compute_precision="fp32", device=CPU, seed=0)
+    real = apply_train_plan(model, plan_of(cfg.model, "instruct"))
+
+    found = plan(cfg, measure=False)
+    frozen = plan(tiny_config(tmp_path, **sets, **{"model.connector.trainable": False}), measure=False)
+
+    assert {r.part: (r.params, r.trainable) for r in found.trainable.rows} == {
+        r.part: (r.params, r.trainable) for r in real.rows
+    }
+    adapters = next(r.params for r in real.rows if r.part == "lora")
+    assert found.memory["adapters_gradients_and_AdamW"] == 16 * adapters
+    assert found.flops_per_step["adapters"] == 6 * adapters * cfg.effective_batch * found.sequence["tokens_mean"]
+    assert frozen.memory["connector_gradients_and_AdamW"] < found.memory["connector_gradients_and_AdamW"] / 3
+    assert "captions" not in " ".join(found.gaps)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_adapters_keep_the_bytes_and_cost_the_flops_that_are_counted(tmp_path, precision):
+    language, plain = small_language(tmp_path, "qwen3", precision)
+    lora = LoraConfig(enable=True, r=4, alpha=8, dropout=0.0)
+    cfg = LlmConfig(name_or_path=str(tmp_path / "llm"), precision=precision)  # pyright: ignore[reportArgumentType]
+    shape, size = language_shape(cfg, lora=lora), 4 if precision == "fp32" else 2
+    rows, length = 2, 96
+    embeds = torch.randn(rows, length, 128, dtype=language.dtype).requires_grad_()
+    positions = torch.arange(length).expand(rows, -1)
+
+    def kept() -> float:
+        return saved_bytes(lambda: language.hidden(embeds, positions), storages(language))[0]
+
+    def flops() -> int:
+        with FlopCounterMode(display=False) as counter:
+            language.hidden(embeds, positions).sum().backward()
+        return counter.get_total_flops()
+
+    bytes_before, flops_before = kept(), flops()
+    attach(language, lora, seed=0)
+    for weight in adapter_parameters(language).values():
+        weight.requires_grad_(True)
+
+    assert shape.adapter_params == sum(s.params for s in language.adapters)
+    estimated = [s.activation_bytes(rows * length, size, length) for s in (plain, shape)]
+    assert kept() - bytes_before == pytest.approx(estimated[1] - estimated[0], rel=0.25)
+    if precision == "fp32":  # the counter does not know addmm_, which adds into the 16-bit output
+        assert flops() - flops_before == pytest.approx(6 * shape.adapter_params * rows * length, rel=0.03)
 
 
 def test_what_does_not_fit_is_said(tmp_path, tiny_config):

@@ -270,7 +270,7 @@ class DataConfig(Section):
     num_workers: Annotated[int, Field(ge=0)] = 0
     """Processes that decode and encode ahead of training, per rank. 0: in the training process."""
     prefetch_factor: Positive = 2
-    """Micro-batches each worker keeps ready."""
+    """What each worker keeps ready: micro-batches, or with packing what shares rows (up to 64 samples)."""
     pin_memory: bool = False
     """Page-locked host memory for faster copies to a GPU."""
     persistent_workers: bool = True

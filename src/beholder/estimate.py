@@ -10,6 +10,9 @@ width h, q query heads, k key/value heads of size d, MLP width m, vocabulary V, 
 - language model, FLOPs: forward 2·B·T + 4·L·q·d·T·R, backward to its inputs the same product plus 2 times the
   attention; R is the length attention is computed over: the sample's on a CPU (`model.attention`), the row's elsewhere.
   No weight gradients: it is frozen. One more forward with gradient checkpointing.
+- adapters with A weights: 6·A·T, forward, backward to their inputs and to their weights. 16 bytes a weight for weight,
+  gradient and AdamW moments, and s bytes a position for every different input of an adapted layer, which the frozen
+  layer alone would not keep.
 - head: 4·h·V·K, forward and backward, on the supervised positions only.
 - connector: counted by running it forward and backward on the meta device.
 - tower: counted the same way, forward; once per image with the feature store, at every step without.
@@ -18,7 +21,8 @@ width h, q query heads, k key/value heads of size d, MLP width m, vocabulary V, 
   in s bytes (s·(q+2k)·d + q·R·(4+s), CPU) or what a fused kernel keeps with repeated heads (4·s·q·d). Families that
   normalise queries and keys keep them in fp32 too (4·(q+k)·d). With checkpointing: one layer's, plus s·h a layer.
 - logits: at most `model.losses.MAX_LOGITS` at once, as computed, in fp32, and as gradient.
-- connector, gradients and AdamW moments: 16 bytes a weight, plus a copy in the compute type under autocast.
+- connector, gradients and AdamW moments: 16 bytes a weight (4 when it stays as it is), plus a copy in the compute type
+  under autocast.
 """
 
 from __future__ import annotations
@@ -37,13 +41,14 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from beholder.config import ConnectorConfig, LlmConfig, RunConfig, VisionConfig
+from beholder.config import ConnectorConfig, LlmConfig, LoraConfig, RunConfig, VisionConfig
 from beholder.data import build_encoder, open_records
 from beholder.data.chat import EncodeError
 from beholder.data.collate import WINDOW
 from beholder.model import vision as vision_door
 from beholder.model.connector import build_connector
 from beholder.model.language import load_tokenizer
+from beholder.model.lora import resolve_targets
 from beholder.model.losses import MAX_LOGITS
 from beholder.model.plan import TrainableRow, TrainableTable
 from beholder.types import Example, ImageRef, ImageSlot, Turn, UserError
@@ -73,6 +78,9 @@ class LanguageShape:
     layer_params: int
     """Weights inside the decoder layers: neither embeddings nor head."""
     qk_norm: bool
+    adapter_params: int = 0
+    adapter_inputs: int = 0
+    """Width of all different inputs of adapted layers, added up over the model."""
 
     def flops(self, tokens: float, attended: float, checkpointing: bool = False) -> float:
         """Forward and backward to the inputs; ``attended`` is R of the module's formulae."""
@@ -96,6 +104,7 @@ class LanguageShape:
             layer += self.heads * attended * (4 if s == 4 else 4 + s)
         if self.qk_norm:
             layer += 4 * (self.heads + self.kv_heads) * self.head_dim
+        layer += s * self.adapter_inputs / self.layers
         if checkpointing:
             return tokens * (layer + self.layers * s * self.hidden)
         return tokens * layer * self.layers
@@ -204,7 +213,8 @@ def plan(
             _check_named_file(option, path)
     gaps: list[str] = []
     device = _device(cfg)
-    language = _try(gaps, lambda: language_shape(cfg.model.llm, llm_config))
+    lora = cfg.model.lora if cfg.model.lora.enable and cfg.stage_name == "instruct" else None
+    language = _try(gaps, lambda: language_shape(cfg.model.llm, llm_config, lora))
     vision = _try(gaps, lambda: vision_shape(cfg.model.vision, vision_config))
     connector = None
     if language and vision:
@@ -223,8 +233,9 @@ def plan(
 # Shapes
 
 
-def language_shape(cfg: LlmConfig, config_file: Path | None = None) -> LanguageShape:
-    """Sizes of the language model without its weights. Raises `UserError` where no configuration can be found."""
+def language_shape(cfg: LlmConfig, config_file: Path | None = None, lora: LoraConfig | None = None) -> LanguageShape:
+    """Sizes of the language model and of its adapters, without weights. Raises `UserError` where no configuration is
+    found, and as `model.lora.resolve_targets` does."""
     from transformers import AutoModelForCausalLM
 
     config = _config("llm", cfg.name_or_path, cfg.revision, cfg.trust_remote_code, config_file)
@@ -235,7 +246,13 @@ def language_shape(cfg: LlmConfig, config_file: Path | None = None) -> LanguageS
     layers = [p for name, p in model.named_parameters() if ".layers." in name or ".h." in name]
     if not layers:
         raise UserError(f"model.llm {cfg.name_or_path}: no decoder layers found in {type(model).__name__}")
+    sites = resolve_targets(model, lora.target_modules, lora.r) if lora else []
+    # Queries, keys and values read one tensor, gate and up another: the same width below the same module. What leads
+    # out of a module reads its own.
+    inputs = {(*_parent_and_role(s.name), s.d_in) for s in sites}
     return LanguageShape(
+        adapter_params=sum(s.params for s in sites),
+        adapter_inputs=sum(width for *_, width in inputs),
         layers=text.num_hidden_layers,
         hidden=model.get_input_embeddings().weight.shape[1],
         heads=heads,
@@ -247,6 +264,11 @@ def language_shape(cfg: LlmConfig, config_file: Path | None = None) -> LanguageS
         layer_params=sum(p.numel() for p in layers),
         qk_norm=any("q_norm" in name for name, _ in model.named_parameters()),
     )
+
+
+def _parent_and_role(name: str) -> tuple[str, str]:
+    parent, _, last = name.rpartition(".")
+    return parent, last if last in ("o_proj", "down_proj", "out_proj", "dense", "fc2", "c_proj") else ""
 
 
 def vision_shape(cfg: VisionConfig, config_file: Path | None = None) -> VisionShape:
@@ -370,6 +392,8 @@ def _table(
         rows.append(TrainableRow("connector", connector.params, learns, "float32"))
     if language:
         rows.append(TrainableRow("language", language.params, 0, TORCH_NAMES[cfg.model.llm.precision]))
+        if adapters := language.adapter_params:
+            rows.append(TrainableRow("lora", adapters, adapters, "float32"))
     return TrainableTable(tuple(rows))
 
 
@@ -491,7 +515,8 @@ def _plan_memory(
     result.memory = {
         "language_model_weights": language.params * s,
         "vision_tower_weights": vision.params * BYTES[cfg.model.vision.precision],
-        "connector_gradients_and_AdamW": connector.params * (16 + autocast),
+        "connector_gradients_and_AdamW": connector.params * ((16 if cfg.model.connector.trainable else 4) + autocast),
+        **({"adapters_gradients_and_AdamW": 16 * language.adapter_params} if language.adapter_params else {}),
         "language_model_activations": language.activation_bytes(
             positions, s, seq["tokens_mean"] if result.device == "cpu" else None, cfg.model.llm.gradient_checkpointing
         ),
@@ -521,12 +546,14 @@ def _plan_time(
     if result.store_bytes is not None:
         stored = result.store_bytes / (result.data["images"] * vision.num_patches * vision.d_vision * 2)
     positions = seq["rows_of_a_micro_batch"] * seq["row_length"] * samples / seq["samples_of_a_micro_batch"]
+    tokens = samples * seq["tokens_mean"]
     result.flops_per_step = {
         "language_model": language.flops(
             positions,
             seq["tokens_mean" if result.device == "cpu" else "row_length"],
             cfg.model.llm.gradient_checkpointing,
         ),
+        **({"adapters": 6.0 * language.adapter_params * tokens} if language.adapter_params else {}),
         "head": language.head_flops(samples * (seq["target_tokens_mean"] + 1)),
         "connector": images * connector.flops_per_image,
         "vision_tower": images * vision.flops_per_image * (1 - stored),
