@@ -434,7 +434,8 @@ def keeps(bench: Workbench, tell: Told) -> None:
         tell.measured += kept
         tell.findings += retention.findings(kept) if bench.cfg.eval.retention_path is None else []
         # On one process: a merge keeps a copy of every adapted weight in the memory of the machine.
-        tell.measured += bench.dist.on_main(lambda: merging(bench))
+        found = bench.dist.on_main(lambda: [m.model_dump(mode="json") for m in merging(bench)])
+        tell.measured += [Measurement.model_validate(m) for m in found]
 
 
 def merging(bench: Workbench) -> list[Measurement]:
