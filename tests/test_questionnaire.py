@@ -196,6 +196,37 @@ def test_a_file_of_something_else_is_not_written_to(
     assert file.read_bytes() == before
 
 
+def test_questions_with_their_answers_in_one_file_are_asked_and_an_annotation_file_is_none(tmp_path: Path) -> None:
+    (tmp_path / "COCO_val2014_000000000042.jpg").write_bytes(b"x")
+    question = {"image_id": 42, "question": "Why?", "question_id": 42000}
+    annotation = {"question_id": 42000, "image_id": 42, "answers": [{"answer": "so"}]}
+    file = tmp_path / "q.json"
+
+    for beside in ([annotation], []):
+        file.write_text(json.dumps({"data_subtype": "val2014", "questions": [question], "annotations": beside}))
+        (asked,) = read_questions(file)
+        assert asked.request.messages == [{"role": "user", "content": "Why?"}]
+    file.write_text(json.dumps({"data_subtype": "val2014", "annotations": [annotation]}))
+    with pytest.raises(UserError, match="question_id is None"):
+        read_questions(file)
+
+
+def test_gqa_questions_are_asked_by_their_ids_and_an_odd_member_is_named(tmp_path: Path) -> None:
+    (tmp_path / "9.jpg").write_bytes(b"x")
+    file = tmp_path / "gqa.json"
+    file.write_text(json.dumps({"q1": {"imageId": "9", "question": "Red?"}}))
+
+    (asked,) = read_questions(file)
+
+    assert asked.id == "q1" and asked.request.messages == [{"role": "user", "content": "Red?"}]
+    file.write_text(json.dumps({"q1": {"imageId": "9", "question": "Red?"}, "n": 3}))
+    with pytest.raises(UserError, match="record 'n': the record is a int"):
+        read_questions(file)
+    file.write_text("{}")
+    with pytest.raises(UserError, match="holds no questions"):
+        read_questions(file)
+
+
 GOOD = {"id": "good", "prompt": "What?"}
 
 

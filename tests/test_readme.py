@@ -129,8 +129,7 @@ def test_torchrun_commands_run(at_reader: Path, command: str) -> None:
         [*torchrun, *arguments, "--set", "run_name=two-processes"],
         env=environment, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
-    # Tiny random parts fail their gates: the main process ends with 3, which torchrun reports as its own 1.
-    assert done.returncode == 1 and re.search(r"exitcode\s*: 3\b", done.stderr), done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("command", sorted(set(MAKE)))

@@ -218,6 +218,15 @@ def test_a_file_of_answers_that_cannot_be_read_is_named(folder: Path, text: str,
         score_files("vqa", folder / "a.jsonl", references)
 
 
+def test_captions_by_id_are_references_too(folder: Path):
+    (folder / "r.json").write_text(json.dumps({"img1": {"captions": ["a b c d"]}}))
+    write(folder / "p.jsonl", [{"id": "img1", "caption": "a b c d"}])
+
+    exact = score_files("caption", folder / "p.jsonl", folder / "r.json").get("caption.exact_match")
+
+    assert exact is not None and exact.value == 1
+
+
 def test_an_absent_file_is_an_error(folder: Path):
     with pytest.raises(UserError, match=r"absent\.json: cannot be read"):
         score_files("vqa", folder / "absent.json", folder / "absent.json")

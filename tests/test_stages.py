@@ -14,7 +14,7 @@ from beholder.evidence import Status, load_evidence
 from beholder.inference import load
 from beholder.remeasure import evaluate_run
 from beholder.runs import sha256_file
-from beholder.stages import preview_config, run_stage
+from beholder.stages import as_read_now, preview_config, run_stage
 from beholder.train.guardrails import NonFiniteError
 from beholder.types import UserError
 
@@ -94,6 +94,29 @@ def test_resumed_from_a_checkpoint_equals_the_straight_run(tiny_config: MakeConf
 
 def _crash(*_: object, **__: object) -> None:
     raise RuntimeError("planted")
+
+
+def test_a_checkpoint_older_than_a_setting_goes_on_with_what_was_done_before(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    run_stage(tiny_config(tmp_path, **{"train.save_every": 2}))
+    saved = json.loads((tmp_path / "run" / "checkpoints" / "step_2" / "trainer.json").read_text())["config"]
+    assert saved["model"]["lora"].pop("strength") == 1.0
+
+    assert as_read_now(saved)["model"]["lora"]["strength"] == 1.0
+    saved["model"]["lora"]["gone"] = 3
+    assert as_read_now(saved) == saved, "a setting that is gone is told by the comparison"
+
+
+def test_all_missing_files_are_named_at_once_and_no_folder_is_left(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, **{
+        "data.json_path": str(tmp_path / "gone.jsonl"), "data.image_root": str(tmp_path / "nowhere"),
+        "model.llm.name_or_path": "nobody/never-fetched",
+    })  # fmt: skip
+
+    with pytest.raises(UserError, match=r"no file \S*gone\.jsonl; no folder \S*nowhere"):
+        run_stage(cfg)
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluate_measures_the_same_numbers_again(tiny_config: MakeConfig, tmp_path: Path) -> None:

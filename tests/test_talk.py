@@ -10,11 +10,10 @@ from tests.conftest import TinyParts
 from tests.talking import untrained_run
 
 from beholder.config import SourceConfig
-from beholder.data.chat import printable
 from beholder.data.sources import open_sources
 from beholder.inference import ContextFullError, Vlm, load
 from beholder.talk import Conversation, talk
-from beholder.types import UserError
+from beholder.types import UserError, printable
 
 
 @pytest.fixture(scope="module")

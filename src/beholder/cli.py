@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from beholder.types import UserError
+from beholder.types import UserError, printable
 
 if TYPE_CHECKING:
     from beholder.config import RunConfig
@@ -45,6 +45,22 @@ app = typer.Typer(
 )
 golden_app = typer.Typer(help="Look at the captions of the fixed golden set, step by step.", no_args_is_help=True)
 app.add_typer(golden_app, name="golden")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from beholder import __version__
+
+        typer.echo(f"beholder {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _all(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
 
 Sets = Annotated[
     list[str] | None,
@@ -513,7 +529,7 @@ def audit(
     _tell(audit_data(load_config(config, sets or []), num_turns=num_turns, part=part), json)
 
 
-@golden_app.command("show", epilog=_example("beholder golden show outputs/quickstart --step last"))
+@golden_app.command("show", epilog=_example("beholder golden show outputs/quickstart/align --step last"))
 def golden_show(
     run_folder: RunArg,
     step: Annotated[str, typer.Option(help="A step, first or last.")] = "last",
@@ -628,7 +644,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        err.print(f"[bold red]error:[/bold red] {escape(printable(str(error)))}", soft_wrap=True)
         sys.exit(EXIT_USER)
     except KeyboardInterrupt:
         err.print("interrupted")
@@ -637,6 +653,6 @@ def main() -> None:
         from beholder.train.guardrails import NonFiniteError
 
         if isinstance(error, NonFiniteError | FloatingPointError):
-            err.print(f"[bold red]stopped:[/bold red] {escape(str(error))}", soft_wrap=True)
+            err.print(f"[bold red]stopped:[/bold red] {escape(printable(str(error)))}", soft_wrap=True)
             sys.exit(EXIT_GUARDRAIL)
         raise

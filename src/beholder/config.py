@@ -373,8 +373,9 @@ class TrainConfig(Section):
     train_steps: Positive | None = None
     """Optimizer steps."""
     micro_batch_size: Positive = 8
-    """Samples in one forward and backward pass. When packed: the rows that so many fill on average, at least one, so
-    that a micro-batch of 1 is packed too (up to 64 samples of a step share rows)."""
+    """Samples in one forward and backward pass. When packed: whole rows, as many as so many samples fill on average,
+    at least one; so a micro-batch of 1 is packed too (up to 64 samples of a step share rows), in the memory of a row of
+    ``pack_len``."""
     gradient_accum: Positive = 1
     """micro_batch_size x gradient_accum samples make one optimizer step, however many processes share them."""
     packing: bool = True

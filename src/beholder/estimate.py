@@ -424,8 +424,9 @@ def _plan_sequence(cfg: RunConfig, num_visual: int, examples: Sequence[Example],
         # First-fit-decreasing leaves about half a sample free in each row.
         window = max(micro, min(cfg.effective_batch, WINDOW))
         per_row = max(1.0, min(pack_len / mean - 0.5, float(window)))
-        rows, row_length = max(1.0, micro / per_row), min(float(pack_len), per_row * mean + 0.5 * mean)
-        samples = rows * per_row
+        rows = float(max(1, math.ceil(window / per_row) * micro // window))  # as `collate_window` does
+        row_length = min(float(pack_len), per_row * mean + 0.5 * mean)
+        samples = min(rows * per_row, float(window))
     else:
         draws = np.random.default_rng(0).choice(targets, size=(256, micro))
         rows, row_length = float(micro), min(float(prompt_mean + draws.max(1).mean() + 1), limit)

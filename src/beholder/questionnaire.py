@@ -50,7 +50,8 @@ def read_questions(
     root = image_root or path.parent
     if not root.is_dir():
         raise UserError(f"--image-root {root} is not a folder")
-    file = plain_records(path, "a file of questions: a record a line, a JSON array, or VQA's or GQA's question file")
+    expected = "a file of questions: a record a line, a JSON array, or VQA's or GQA's question file"
+    file = plain_records(path, expected, ("questions",))
     if image_pattern is not None:
         naming = image_names(image_pattern)
     elif file.beside is not None:

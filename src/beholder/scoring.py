@@ -25,7 +25,7 @@ from beholder.probes.answers import accuracy_rule, mean_share, pope, says_yes
 from beholder.probes.caption_metrics import exact_match
 from beholder.probes.captions import match_scores
 from beholder.probes.vqa import vqa_accuracy
-from beholder.types import UserError
+from beholder.types import UserError, printable
 
 Kind = Literal["vqa", "pope", "caption"]
 
@@ -61,14 +61,14 @@ class Score:
     def print(self, console: Console | None = None) -> None:
         """A table: value, 95 % interval and number of answers of every score; what to know about them below."""
         console = console or Console()
-        table = Table(title=Text(f"{self.predictions} against {self.references}"), title_justify="left")
+        table = Table(title=Text(printable(f"{self.predictions} against {self.references}")), title_justify="left")
         table.add_column("score", overflow="fold")
         for heading in ("value", "95 % interval", "n"):
             table.add_column(heading, justify="right")
         for m in self.measurements:
             name = m.name if m.stratum is None else f"  {m.by}: {m.stratum}"
             ends = "" if m.ci95 is None else " to ".join(_shown(end, m.unit) for end in m.ci95)
-            table.add_row(Text(name), _shown(m.value, m.unit), ends, f"{m.n:,}")
+            table.add_row(Text(printable(name)), _shown(m.value, m.unit), ends, f"{m.n:,}")
         console.print(table)
         for caveat in dict.fromkeys(m.caveat for m in self.measurements if m.caveat and m.stratum is None):
             console.print(Text(f"· {caveat}"), soft_wrap=True)
@@ -217,9 +217,8 @@ def _text_of(value: object) -> str:
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for where, record in plain_records(
-        path, "a JSON array, an annotation file, or JSONL with an object a line"
-    ).records:
+    expected = "a JSON array, an annotation file, or JSONL with an object a line"
+    for where, record in plain_records(path, expected, ("annotations", "questions")).records:
         if not isinstance(record, dict):
             raise UserError(f"{where}: expected an object with an id and a text, got {_what(record)}")
         yield where, record

@@ -6,6 +6,8 @@ down in `train.checkpoint`.
 
 from __future__ import annotations
 
+import glob
+import json
 import math
 import signal
 import threading
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 
 from beholder.assessment import BASELINE, assess, measure_before, summarize_step, write_golden
@@ -67,8 +70,10 @@ def run_stage(cfg: RunConfig, *, resume: str = "auto", promote_anyway: bool = Fa
     """
     if cfg.sweep is not None:
         raise UserError("this config holds a sweep; run it with: beholder sweep CONFIG (or remove its sweep section)")
-    dist = init_distributed(cfg.device)
     run = RunDir(cfg.run_dir)
+    if not run.checkpoints.is_dir():
+        check_files(cfg)
+    dist = init_distributed(cfg.device)
     try:
         with stop_signals(), sole_writer(run, dist):
             source = find_start(cfg, run, resume)
@@ -140,6 +145,19 @@ def train_and_measure(cfg: RunConfig, run: RunDir, dist: Dist, source: Path | No
 
 # ---------------------------------------------------------------------------------------------------------------
 # Before: the folder, where to start, what is measured first
+
+
+def check_files(cfg: RunConfig) -> None:
+    """`UserError` naming every record file and image folder that is not there, before any weight is fetched."""
+    missing: list[str] = []
+    for source in (*cfg.data.train_sources, *cfg.data.eval_sources):
+        for path in filter(None, (source.json_path, source.annotations_path)):
+            if not Path(path).exists() and not glob.glob(path):
+                missing.append(f"no file {path}")
+        if source.image_root is not None and not Path(source.image_root).is_dir():
+            missing.append(f"no folder {source.image_root}")
+    if missing:
+        raise UserError("data: " + "; ".join(dict.fromkeys(missing)))
 
 
 def check_promoted(cfg: RunConfig, anyway: bool) -> str | None:
@@ -247,9 +265,17 @@ def find_start(cfg: RunConfig, run: RunDir, resume: str) -> Path | None:
             )
     if found is not None:
         # Paths may only differ when the data turns out to be the same; `start_from` compares the fingerprints.
-        saved = checkpoint.read_trainer(found)["config"]
+        saved = as_read_now(checkpoint.read_trainer(found)["config"])
         checkpoint.check_same_config(saved, cfg.model_dump(mode="json"), same_data=True)
     return found
+
+
+def as_read_now(saved: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's config with the defaults of settings that are younger than it: they are what was done before."""
+    try:
+        return RunConfig.model_validate_json(json.dumps(saved), strict=True).model_dump(mode="json")
+    except ValidationError:  # a setting is gone or means something else; the comparison names it
+        return saved
 
 
 def is_finished(run: RunDir, source: Path | None) -> bool:

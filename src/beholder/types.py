@@ -1,12 +1,13 @@
 """The nouns every room shares: examples, encoded samples, batches, losses.
 
-Only plain records live here; no I/O, no model code, no settings. A record crosses rooms, so each field states
-its shape and unit. Letters: B rows, T positions, K supervised tokens, M images, N visual tokens per image,
-P patches per image, Dv tower width, Dh language-model width.
+Only plain records live here (and how text of others is shown); no I/O, no model code, no settings. A record crosses
+rooms, so each field states its shape and unit. Letters: B rows, T positions, K supervised tokens, M images, N visual
+tokens per image, P patches per image, Dv tower width, Dh language-model width.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -21,6 +22,17 @@ class UserError(ValueError):
 
     The command line prints it without a traceback; a notebook sees an ordinary ``ValueError``.
     """
+
+
+def printable(text: str) -> str:
+    """``text`` without power over a terminal: newlines and tabs kept, other control, format and direction characters
+    as escapes. It may be given in pieces."""
+    return "".join(
+        f"\\u{ord(c):04x}"
+        if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\n\t\N{ZERO WIDTH JOINER}"
+        else c
+        for c in text
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import date
@@ -21,7 +20,7 @@ import jinja2
 import numpy as np
 from rich.text import Text
 
-from beholder.types import Encoded, Example, ImageSlot, Part, Turn, UserError
+from beholder.types import Encoded, Example, ImageSlot, Part, Turn, UserError, printable
 
 _LAYOUT_VERSION = 1
 """Part of the fingerprint: raise it when the same example would be laid out as other ids."""
@@ -840,14 +839,3 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         facts = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
     facts["special"] = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def printable(text: str) -> str:
-    """``text`` without power over a terminal: newlines and tabs kept, other control, format and direction characters
-    as escapes. It may be given in pieces."""
-    return "".join(
-        f"\\u{ord(c):04x}"
-        if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\n\t\N{ZERO WIDTH JOINER}"
-        else c
-        for c in text
-    )

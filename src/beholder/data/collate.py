@@ -55,12 +55,12 @@ def collate(samples: Sequence[Sample], layout: Layout) -> Batch:
 def collate_window(samples: Sequence[Sample], layout: Layout, micro_batch_size: int) -> list[Batch]:
     """The samples of several micro-batches, as batches of about ``micro_batch_size`` samples each; at least one batch.
 
-    Padded: that many samples each, in order. Packed: all samples share the rows, and a batch is the rows that so many
-    samples fill on average, one at least. So micro-batches of a single sample are packed as well, and memory is what
-    ``micro_batch_size`` samples need or one row of ``pack_len``.
+    Padded: that many samples each, in order. Packed: all samples share the rows, and a batch is as many whole rows as
+    that many samples fill on average, one at least. So micro-batches of a single sample are packed as well, and a batch
+    has no more positions than ``micro_batch_size`` average samples in whole rows, or than one row of ``pack_len``.
     """
     rows = _rows(samples, layout)
-    step = max(1, math.ceil(len(rows) * micro_batch_size / max(1, len(samples))))
+    step = max(1, len(rows) * micro_batch_size // max(1, len(samples)))
     batches: list[Batch] = []
     for start in range(0, len(rows), step):
         chosen = rows[start : start + step]

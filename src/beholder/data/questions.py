@@ -12,7 +12,7 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +32,9 @@ class PlainFile(NamedTuple):
     """(``file:line`` or ``file: record k``, any JSON value)"""
 
 
-def plain_records(path: Path, expected: str) -> PlainFile:
-    """The records of a JSON array, of an object with ``questions`` or ``annotations`` (VQA, COCO), of an object of
-    records by their ``question_id`` (GQA), or of a file with a record a line.
+def plain_records(path: Path, expected: str, lists: Sequence[str]) -> PlainFile:
+    """The records of a JSON array, of an object with them under the first of ``lists`` (``questions`` or
+    ``annotations``: VQA, COCO), of an object of records by their id (GQA), or of a file with a record a line.
 
     Raises `UserError`, which ends with what was ``expected``, for a file that cannot be read or holds something else.
     """
@@ -50,14 +50,16 @@ def plain_records(path: Path, expected: str) -> PlainFile:
         return PlainFile(None, list(_plain_lines(path, raw, expected)))
     beside: dict[str, Any] | None = None
     if isinstance(whole, dict):
-        name = next((name for name in ("annotations", "questions") if isinstance(whole.get(name), list)), None)
+        name = next((name for name in lists if isinstance(whole.get(name), list)), None)
         if name is not None:
             beside, whole = {k: v for k, v in whole.items() if k != name}, whole[name]
-        elif whole and all(isinstance(v, dict) for v in whole.values()):
-            by_id = [(f"{path}: question {key!r}", {"question_id": key} | record) for key, record in whole.items()]
-            return PlainFile(None, by_id)
+        elif not whole.keys() & {"id", "question_id", "image_id"} and any(isinstance(v, dict) for v in whole.values()):
+            return PlainFile(None, [
+                (f"{path}: record {key!r}", {"question_id": key, "id": key} | v if isinstance(v, dict) else v)
+                for key, v in whole.items()
+            ])  # fmt: skip
         else:
-            return PlainFile(None, [(f"{path}:1", whole)])
+            return PlainFile(None, [(f"{path}:1", whole)] if whole else [])
     if not isinstance(whole, list):
         raise UserError(f"{path}: holds a {type(whole).__name__}; expected {expected}")
     return PlainFile(beside, [(f"{path}: record {k}", record) for k, record in enumerate(whole)])

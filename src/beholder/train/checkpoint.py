@@ -639,6 +639,8 @@ def check_same_config(
 def check_same_fingerprints(saved: Mapping[str, str], current: Mapping[str, str]) -> None:
     """`UserError` naming each part (data, tower, language model, …) whose content is not that of the checkpoint."""
     changed = [k for k in saved.keys() & current.keys() if saved[k] != current[k]]
+    if odd := [k for k in changed if not isinstance(saved[k], str)]:
+        raise UserError(f"{TRAINER}: the fingerprints of {', '.join(odd)} are no text. {_ANOTHER}")
     if changed:
         raise UserError(
             "this run cannot go on: what is behind these parts changed since the checkpoint:\n  "

@@ -26,7 +26,7 @@ from beholder.train.guardrails import NonFiniteError, only, samples_with_bad_los
 from beholder.train.objectives import Objective
 from beholder.train.optim import lr_at, set_lr, trainable_parameters
 from beholder.train.reporter import Reporter
-from beholder.types import Batch
+from beholder.types import Batch, UserError
 
 __all__ = ["Callback", "FitResult", "LoopState", "NonFiniteError", "StepStream", "fit"]
 
@@ -74,6 +74,14 @@ class LoopState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoopState:
+        """Of `as_dict`. Raises `UserError` for anything else."""
+        numbers = [values.get("loss_scale"), values.get("clean_steps")]
+        if (
+            values.keys() != cls().as_dict().keys()
+            or not all(isinstance(n, int | float) for n in numbers)
+            or not isinstance(values["pending"], dict | None)
+        ):
+            raise UserError(f"the loop's state in trainer.json is {str(values)[:80]}; use another step of the same run")
         return cls(**values)
 
 
