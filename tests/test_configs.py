@@ -46,6 +46,13 @@ def test_a_shipped_config_opens_with_command_time_and_expected_numbers(path: Pat
     assert path.relative_to(ROOT).as_posix() in header
 
 
+def test_the_seeds_stage_2_has_a_golden_set_of_64_asked_greedily() -> None:
+    cfg = load_config(SEED_STAGE2)
+
+    assert cfg.golden_size == 64 and cfg.eval.golden_generate.max_new_tokens == 128
+    assert cfg.data.len_buckets == (0, 64, 128, 999999) and cfg.eval.golden_generate.temperature == 0
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

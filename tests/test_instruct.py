@@ -134,6 +134,7 @@ def test_evidence_tells_answers_with_and_without_the_image_in_every_condition(ev
         "ablation.delta.zero", "ablation.delta.noise", "learn.delta", "audit.trained.leak",
     ):  # fmt: skip
         assert evidence.get(name) is not None, name
+    assert [c.step for c in evidence.candidates] == [2, 4], "what is saved may be the best"
     assert {g.name for g in evidence.gates} >= {"retained", "answers_look", "merges", "text_unchanged", "frozen"}
     assert evidence.samples[0].question and evidence.samples[0].reference
     assert {p.condition for p in evidence.samples[0].predictions} >= {"correct", "none"}

@@ -222,6 +222,10 @@ def check(
         typer.Option(help="Kind of DATA; guessed from the file when not given."),
     ] = None,
     annotations: Annotated[Path | None, typer.Option(help="vqa: the annotation file with the answers.")] = None,
+    stage: Annotated[
+        Literal["align", "instruct"] | None,
+        typer.Option(help="Whose rules records are held to; by default instruct's for conversations and questions."),
+    ] = None,
     image_root: Annotated[Path | None, typer.Option(help="Folder the image paths are relative to.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Hub name, folder or GGUF file, to count tokens.")] = None,
     decode: Annotated[bool, typer.Option("--decode", help="Decode every image and find equal ones.")] = False,
@@ -243,8 +247,8 @@ def check(
     is_config = data.suffix in (".yaml", ".yml")
     if sets and not is_config:
         raise UserError("--set overrides settings of a config file, but DATA is a record file; remove it")
-    if is_config and (dataset or annotations or image_root):
-        raise UserError("--dataset, --annotations and --image-root describe a record file, but DATA is a config file")
+    if is_config and (dataset or annotations or image_root or stage):
+        raise UserError("--dataset, --annotations, --stage and --image-root describe a record file; DATA is a config")
     sources, cfg = resolve_data(
         str(data),
         dataset=dataset,
@@ -259,7 +263,7 @@ def check(
         hygiene=cfg.hygiene if cfg else None,
         image_token=cfg.prompting.image_token if cfg else "<image>",
         max_images=cfg.prompting.max_images_per_sample if cfg else None,
-        chat=cfg.stage_name == "instruct" if cfg else None,
+        chat=cfg.stage_name == "instruct" if cfg else None if stage is None else stage == "instruct",
         verify_images="decode" if decode else "exists",
         max_megapixels=cfg.data.max_megapixels if cfg else 50.0,
         progress=_progress_line(),

@@ -401,7 +401,8 @@ class TrainConfig(Section):
     log_every: Positive = 20
     """Steps between log lines; metrics.jsonl gets every step."""
     full_eval_every: Cadence | Positive = "epoch"
-    """When the whole held-out set is evaluated."""
+    """When the whole held-out set is evaluated. epoch, in stage instruct: at every ``save_every`` too, because the best
+    checkpoint is chosen among those that were (S2-7)."""
     quick_eval_size: Annotated[int, Field(ge=0)] = 0
     """Held-out samples of a quick evaluation."""
     quick_eval_steps: Annotated[int, Field(ge=0)] = 0
@@ -427,8 +428,9 @@ class EvalConfig(Section):
     """Samples a forward pass; the numbers do not depend on it."""
     golden_set_path: str | None = None
     """File of the fixed set; made on first use. Default inside the run folder."""
-    golden_size: Annotated[int, Field(ge=0)] = 32
-    """Samples of the fixed set that is captioned during training."""
+    golden_size: Annotated[int, Field(ge=0)] | None = None
+    """Samples of the fixed set that is captioned or asked during training. Default 32 in stage align, 64 in stage
+    instruct."""
     golden_seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 123
     run_golden_every: Literal["save", "epoch", "end", "never"] | Positive = "save"
     golden_batch_size: Positive = 8
@@ -658,6 +660,12 @@ class RunConfig(Section):
     @property
     def stage_name(self) -> Literal["align", "instruct"]:
         return stage_of(self.stage, self.model)
+
+    @property
+    def golden_size(self) -> int:
+        """Samples of the fixed set that are asked for; fewer when fewer are held out."""
+        default = 32 if self.stage_name == "align" else 64
+        return default if self.eval.golden_size is None else self.eval.golden_size
 
     @property
     def hygiene(self) -> HygieneLimits:

@@ -469,8 +469,8 @@ def smoke_config(cfg: RunConfig, folder: Path | str, *, num_records: int = 64, s
             "num_threads": 1,
         }),
         "eval": ev.model_copy(update={
-            "batch_size": min(ev.batch_size, 8), "golden_size": min(ev.golden_size, 3),
-            "golden_set_path": str(folder / "golden.jsonl") if ev.golden_set_path and ev.golden_size else None,
+            "batch_size": min(ev.batch_size, 8), "golden_size": min(cfg.golden_size, 3),
+            "golden_set_path": str(folder / "golden.jsonl") if ev.golden_set_path and cfg.golden_size else None,
             "run_golden_every": ev.run_golden_every if isinstance(ev.run_golden_every, str) else max(1, steps // 2),
             "golden_generate": ev.golden_generate.model_copy(update={"max_new_tokens": 6}),
             "caption_samples": min(ev.caption_samples, 4), "qa_samples": min(ev.qa_samples, 4),

@@ -426,6 +426,8 @@ class Watch:
         if step == self.total:
             return False
         full = self._due(cfg.train.full_eval_every, step)
+        if cfg.stage_name == "instruct" and cfg.train.full_eval_every == "epoch":
+            full |= step % cfg.train.save_every == 0
         saved = cfg.eval.run_golden_every == "save"  # as a candidate is
         if self.golden and (self._golden_due(step) or (full and saved)):
             write_golden(bench, self.golden, step)

@@ -386,7 +386,7 @@ class Workbench:
     def golden_items(self) -> list[tuple[int, golden.GoldenItem]]:
         """The fixed set as (index into ``eval_examples``, item); made and stored by all processes at once."""
         e = self.cfg.eval
-        if not e.golden_size or e.run_golden_every == "never" or not self.describable:
+        if not self.cfg.golden_size or e.run_golden_every == "never" or not self.describable:
             return []
         path = self.run.path / "golden.jsonl" if e.golden_set_path is None else Path(e.golden_set_path)
 
@@ -397,11 +397,11 @@ class Workbench:
                 self.examples(among),
                 buckets=[self.data.eval_buckets[i] for i in among],
                 label_len=[self.data.eval_label_len[i] for i in among],
-                size=e.golden_size,
+                size=self.cfg.golden_size,
                 seed=e.golden_seed,
                 by_category=self.cfg.stage_name == "instruct",
             )
-            wanted = min(e.golden_size, len(among))
+            wanted = min(self.cfg.golden_size, len(among))
             if len(chosen) != wanted:
                 raise UserError(
                     f"{path} holds {len(chosen)} samples, eval.golden_size asks for {wanted}; change the setting, or "

@@ -78,6 +78,19 @@ def test_without_decoding_or_tokenizer_the_report_says_what_was_not_done(data: S
     assert any("not decoded" in n for n in report.notes)
 
 
+def test_which_stages_rules_hold_is_said_and_can_be_chosen(tmp_path: Path) -> None:
+    path = tmp_path / "said.jsonl"
+    turns = [{"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Hi."}]
+    path.write_text(json.dumps({"id": "1", "messages": [*turns, *turns]}) + "\n", encoding="utf-8")
+    source = SourceConfig(dataset="jsonl", json_path=str(path))
+
+    guessed, asked = check_data([source]), check_data([source], chat=True)
+
+    assert any("stage align" in note and "--stage instruct" in note for note in guessed.notes)
+    assert not guessed.rejects and [r.reason for r in asked.rejects] == ["starts_with_assistant"]
+    assert not any("--stage" in note for note in asked.notes)
+
+
 def test_json_reject_log_and_print_agree(data: SourceConfig, tmp_path: Path) -> None:
     report = check_data([data])
     report.write_rejects(tmp_path / "rejects.jsonl")

@@ -25,7 +25,7 @@ class Rule:
 
 
 def _never_captioned(c: RunConfig) -> bool:
-    return c.eval.golden_size == 0 or c.eval.run_golden_every == "never"
+    return c.golden_size == 0 or c.eval.run_golden_every == "never"
 
 
 # fmt: off
@@ -153,11 +153,11 @@ INERT: tuple[Rule, ...] = (
     ),
     Rule(
         "eval.run_golden_every",
-        lambda c: c.eval.golden_size == 0, "eval.golden_size is 0", "eval.golden_size",
+        lambda c: c.golden_size == 0, "eval.golden_size is 0", "eval.golden_size",
     ),
     Rule(
         "eval.golden_size",
-        lambda c: c.eval.golden_size > 0 and c.eval.run_golden_every == "never",
+        lambda c: c.eval.golden_size is not None and c.golden_size > 0 and c.eval.run_golden_every == "never",
         "eval.run_golden_every is never", "eval.run_golden_every",
     ),
     Rule(

@@ -141,10 +141,12 @@ def check_data(
     """Open ``sources``, vet every record, and report. Bad records and images are counted, never raised.
 
     ``chat``: whether records are held to the rules of stage instruct; by default they are when all sources are of an
-    instruction kind (`sources.INSTRUCTION_KINDS`). ``hygiene`` and ``max_images`` default to that stage's own.
+    instruction kind (`sources.INSTRUCTION_KINDS`), and a note says so. ``hygiene`` and ``max_images`` default to that
+    stage's own.
     ``tokenizer`` None: lengths are in words and the length limits are not applied (a note says so). ``verify_images``
     decode also reads every image, for sizes and for copies. Raises `UserError` where a file as a whole cannot be read.
     """
+    guessed = chat is None
     if chat is None:
         chat = all(source.dataset in INSTRUCTION_KINDS for source in sources)
     cfg = hygiene or HygieneConfig().limits("instruct" if chat else "align")
@@ -158,6 +160,10 @@ def check_data(
     rejects = [*records.rejects, *vetted.rejects]
     facts = vetted.image_facts
     notes = []
+    if guessed:
+        kinds = ", ".join(dict.fromkeys(source.dataset for source in sources))
+        here, other = ("instruct", "align") if chat else ("align", "instruct")
+        notes.append(f"records of {kinds} are held to the rules of stage {here}; for the other's say --stage {other}")
     if tokenizer is None:
         notes.append(f"no tokenizer: lengths are in words, and the limits of {cfg.told_limits} tokens were not applied")
     if verify_images == "none":

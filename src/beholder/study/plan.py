@@ -82,7 +82,7 @@ def plan_sweep(config: str | Path, overrides: Sequence[str] = ()) -> Plan:
             "run_name": name,
             "output_dir": str(folder / name),
         }
-        if base.eval.golden_set_path is None and base.eval.golden_size and base.eval.run_golden_every != "never":
+        if base.eval.golden_set_path is None and base.golden_size and base.eval.run_golden_every != "never":
             given["eval.golden_set_path"] = str(folder / "golden.jsonl")
         lines = [
             *overrides,
