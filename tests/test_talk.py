@@ -82,9 +82,10 @@ def test_a_saved_conversation_is_a_record_to_train_on(vlm: Vlm, image: Path, tmp
     conversation = Conversation(vlm, image, "Be brief.", max_new_tokens=8)
     file = tmp_path / "talk.jsonl"
     scripted(conversation, "What?", "Sure?")
-    conversation.image = Path(image.name)  # as if started in the image folder
 
-    scripted(conversation, f"/save {file}")
+    notes = scripted(conversation, f"/save {file}")[1]
+
+    assert f"--stage instruct --image-root {image.parent}" in notes
 
     source = SourceConfig(dataset="jsonl", json_path=str(file), image_root=str(image.parent))
     (example,) = open_sources([source], image_token="<image>", max_images=1, on_reject="error", chat=True)

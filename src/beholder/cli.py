@@ -443,6 +443,9 @@ def score(
 ) -> None:
     """Score a file of answers against references, with the arithmetic that runs are scored with. No model is loaded.
 
+    Predictions: {"question_id": 1, "answer": "yes"} a line or in a JSON array; caption: {"image_id": 1, "caption": "A
+    dog."}. References: VQA's, COCO's or GQA's own files, or {"question_id": 1, "answers": ["yes", …]} a line.
+
     Python: beholder.scoring.score_files.
     """
     from beholder.runs import to_json
@@ -455,7 +458,7 @@ def score(
         result.print(_console())
 
 
-@app.command(epilog=_example("beholder evaluate outputs/quickstart"))
+@app.command(epilog=_example("beholder evaluate outputs/quickstart/instruct"))
 def evaluate(
     run_folder: RunArg,
     sets: Annotated[
@@ -611,7 +614,7 @@ def compare(
         typer.echo(f"written to {out}", err=True)
 
 
-@app.command(epilog=_example("beholder report outputs/quickstart"))
+@app.command(epilog=_example("beholder report outputs/quickstart/instruct"))
 def report(run_folder: RunArg) -> None:
     """Render report.html and report.md again, from evidence.json alone. Python: beholder.report.render."""
     from beholder.report import render

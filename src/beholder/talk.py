@@ -91,8 +91,9 @@ class Conversation:
             if stream.text:
                 self.turns += [said, {"role": "assistant", "content": stream.text}]
 
-    def record(self) -> dict[str, object]:
-        """The conversation as a record of kind jsonl; a marker typed by the user would be read as an image place."""
+    def record(self, image: str | None) -> dict[str, object]:
+        """The conversation as a record of kind jsonl, its image under the name ``image``; a marker typed by the user
+        would be read as an image place."""
         token = self.vlm.cfg.prompting.image_token
         if any(token in turn["content"] for turn in self.turns if turn["role"] == "user"):
             raise UserError(f"the conversation contains {token} as text, which a record file would take for an image")
@@ -101,7 +102,7 @@ class Conversation:
             first = next((k for k, turn in enumerate(messages) if turn["role"] == "user"), None)
             if first is not None:
                 messages[first] = {**messages[first], "content": f"{token}\n{messages[first]['content']}"}
-        images = [] if self.image is None else [str(self.image)]
+        images = [] if image is None else [image]
         return {"id": f"chat-{self.vlm.cfg.run_name}", "images": images, "messages": messages, "source": "chat"}
 
 
@@ -224,8 +225,8 @@ def _command(conversation: Conversation, line: str, note: Callable[[str], None])
             note("the conversation starts over")
         case "/save" if rest:
             path = _path(rest)
-            _save(conversation, path)
-            note(f"saved to {path}")
+            root = _save(conversation, path)
+            note(f"saved to {path}; to look it over: beholder check {path} --stage instruct --image-root {root}")
         case "/image" | "/save":
             raise UserError(f"{name} needs a FILE, as in `{name} {'cat.jpg' if name == '/image' else 'talk.jsonl'}`")
         case "/help":
@@ -234,14 +235,21 @@ def _command(conversation: Conversation, line: str, note: Callable[[str], None])
             raise UserError(f"{name} is no command; there are {', '.join(COMMANDS)}")
 
 
-def _save(conversation: Conversation, path: Path) -> None:
-    record = to_json(conversation.record()) + "\n"
+def _save(conversation: Conversation, path: Path) -> Path:
+    """Write the record; gives the folder that its image's name is relative to: the record's own where it lies below."""
+    root, image = path.parent, conversation.image
+    if image is not None:
+        below = image.resolve().is_relative_to(root.resolve())
+        root = root if below else image.parent
+        image = image.resolve().relative_to(root.resolve()) if below else Path(image.name)
+    record = to_json(conversation.record(None if image is None else image.as_posix())) + "\n"
     try:
         if path.exists():
             raise UserError(f"{path} is there already; give another name")
         if not path.parent.is_dir():
             raise UserError(f"{path.parent} is no folder; give a file in an existing one")
         atomic_write(path, record)
+        return root
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error}); give another name") from None
 
