@@ -163,10 +163,7 @@ def test_an_alignment_that_failed_its_gates_is_refused_and_said_when_promoted_an
 def test_resumed_with_dropout_in_the_adapters_equals_the_straight_run(
     instruct: MakeConfig, finished: Path, tmp_path: Path
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("beholder.stages.Watch.on_step", _die_after_3)
-        with pytest.raises(RuntimeError, match="planted"):
-            run_stage(instruct(tmp_path), promote_anyway=True)
+    _interrupt(instruct(tmp_path))
     run = tmp_path / "run"
     assert [p.name for p in (run / "checkpoints").glob("step_*")] == ["step_2"]
 
@@ -175,6 +172,14 @@ def test_resumed_with_dropout_in_the_adapters_equals_the_straight_run(
     assert outcome.status == Status.SUCCEEDED
     assert losses_of(run) == losses_of(finished)
     assert hashes(run, 4) == hashes(finished, 4)
+
+
+def _interrupt(cfg: RunConfig) -> None:
+    """The run dies after its third step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("beholder.stages.Watch.on_step", _die_after_3)
+        with pytest.raises(RuntimeError, match="planted"):
+            run_stage(cfg, promote_anyway=True)
 
 
 def _die_after_3(watch: object, step: int, record: object) -> None:
@@ -220,11 +225,9 @@ def test_the_best_checkpoint_is_kept_named_measured_and_used_although_later_ones
 def test_a_run_at_less_strength_trains_the_same_weights_and_uses_less_of_them(
     instruct: MakeConfig, finished: Path, tmp_path: Path
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("beholder.stages.Watch.on_step", _die_after_3)
-        with pytest.raises(RuntimeError, match="planted"):
-            run_stage(instruct(tmp_path, **{"model.lora.strength": 0.5}), promote_anyway=True)
-    run_stage(instruct(tmp_path, **{"model.lora.strength": 0.5}), promote_anyway=True)
+    cfg = instruct(tmp_path, **{"model.lora.strength": 0.5})
+    _interrupt(cfg)
+    run_stage(cfg, promote_anyway=True)
 
     run = tmp_path / "run"
     assert losses_of(run) == losses_of(finished) and hashes(run, 4) == hashes(finished, 4)

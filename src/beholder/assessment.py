@@ -192,10 +192,12 @@ def summarize_step(
     delta = next((m.value for m in ablated if m.name == "ablation.delta.shuffled" and m.stratum is None), None)
     items = bench.golden_items
     worst: float | None = None
-    if items and (write or has_golden(bench, items, step)):
+    there = bool(items) and has_golden(bench, items, step)
+    if items and write and not there:
+        write_golden(bench, items, step)
+        there = True
+    if there:
         path = golden.captions_path(bench.run.qual, step, len(items))
-        if not has_golden(bench, items, step):
-            write_golden(bench, items, step)
         rows = bench.dist.on_main(lambda: [(r.pred_text, r.gt_text) for r in golden.load_captions(path)])
         found = collapse.symptoms([p for p, _ in rows], [t for _, t in rows], seed=bench.cfg.measure_seed)
         worst = max((s.share for s in found), default=None)

@@ -248,7 +248,10 @@ def check(
     if sets and not is_config:
         raise UserError("--set overrides settings of a config file, but DATA is a record file; remove it")
     if is_config and (dataset or annotations or image_root or stage):
-        raise UserError("--dataset, --annotations, --stage and --image-root describe a record file; DATA is a config")
+        raise UserError(
+            "--dataset, --annotations, --stage and --image-root describe a record file; DATA is a config file, which"
+            " says these itself; remove them"
+        )
     sources, cfg = resolve_data(
         str(data),
         dataset=dataset,
@@ -257,13 +260,14 @@ def check(
         overrides=sets or [],
     )
     llm = LlmConfig(name_or_path=tokenizer) if tokenizer else cfg.model.llm if cfg else None
+    rules = cfg.stage_name if cfg else stage
     result = check_data(
         sources,
         load_tokenizer(llm) if llm else None,
         hygiene=cfg.hygiene if cfg else None,
         image_token=cfg.prompting.image_token if cfg else "<image>",
         max_images=cfg.prompting.max_images_per_sample if cfg else None,
-        chat=cfg.stage_name == "instruct" if cfg else None if stage is None else stage == "instruct",
+        chat=None if rules is None else rules == "instruct",
         verify_images="decode" if decode else "exists",
         max_megapixels=cfg.data.max_megapixels if cfg else 50.0,
         progress=_progress_line(),

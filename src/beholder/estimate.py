@@ -45,6 +45,7 @@ from beholder.config import ConnectorConfig, LlmConfig, LoraConfig, RunConfig, V
 from beholder.data import build_encoder, open_records
 from beholder.data.chat import EncodeError
 from beholder.data.collate import WINDOW
+from beholder.data.sources import missing_files
 from beholder.model import vision as vision_door
 from beholder.model.connector import build_connector
 from beholder.model.language import load_tokenizer
@@ -446,10 +447,8 @@ def _plan_sequence(cfg: RunConfig, num_visual: int, examples: Sequence[Example],
 def _sample_records(cfg: RunConfig, result: Plan, num: int = 1000) -> list[Example]:
     """Up to ``num`` records spread over the files; fills ``result.data`` and ``result.steps``."""
     result.steps = cfg.train.train_steps
-    paths = [s.json_path for s in cfg.data.train_sources]
-    missing = [p for p in paths if not any(c in p for c in "*?[") and not Path(p).exists()]
-    if missing:
-        result.gaps.append(f"number and length of the records, hence steps: no file {', '.join(missing)}")
+    if missing := missing_files(cfg.data.train_sources):
+        result.gaps.append(f"number and length of the records, hence steps: {'; '.join(missing)}")
         return []
     records = _try(result.gaps, lambda: open_records(cfg, cfg.data.train_sources))
     if records is None or not len(records):

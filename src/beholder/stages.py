@@ -6,7 +6,6 @@ down in `train.checkpoint`.
 
 from __future__ import annotations
 
-import glob
 import json
 import math
 import signal
@@ -26,6 +25,7 @@ from beholder.config import RunConfig
 from beholder.configfile import config_hash, dump_config
 from beholder.data import build_data
 from beholder.data.preview import PreviewItem, preview
+from beholder.data.sources import missing_files
 from beholder.evidence import Candidate, Evidence, Status, load_evidence
 from beholder.gates import verdict
 from beholder.model.connector import resolve_num_tokens
@@ -71,8 +71,9 @@ def run_stage(cfg: RunConfig, *, resume: str = "auto", promote_anyway: bool = Fa
     if cfg.sweep is not None:
         raise UserError("this config holds a sweep; run it with: beholder sweep CONFIG (or remove its sweep section)")
     run = RunDir(cfg.run_dir)
-    if not run.checkpoints.is_dir():
-        check_files(cfg)
+    missing = missing_files((*cfg.data.train_sources, *cfg.data.eval_sources))
+    if missing and not run.checkpoints.is_dir():  # before any weight is fetched
+        raise UserError(f"data: {'; '.join(missing)}")
     dist = init_distributed(cfg.device)
     try:
         with stop_signals(), sole_writer(run, dist):
@@ -145,19 +146,6 @@ def train_and_measure(cfg: RunConfig, run: RunDir, dist: Dist, source: Path | No
 
 # ---------------------------------------------------------------------------------------------------------------
 # Before: the folder, where to start, what is measured first
-
-
-def check_files(cfg: RunConfig) -> None:
-    """`UserError` naming every record file and image folder that is not there, before any weight is fetched."""
-    missing: list[str] = []
-    for source in (*cfg.data.train_sources, *cfg.data.eval_sources):
-        for path in filter(None, (source.json_path, source.annotations_path)):
-            if not Path(path).exists() and not glob.glob(path):
-                missing.append(f"no file {path}")
-        if source.image_root is not None and not Path(source.image_root).is_dir():
-            missing.append(f"no folder {source.image_root}")
-    if missing:
-        raise UserError("data: " + "; ".join(dict.fromkeys(missing)))
 
 
 def check_promoted(cfg: RunConfig, anyway: bool) -> str | None:

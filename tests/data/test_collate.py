@@ -60,7 +60,10 @@ def sample(number: int, length: int, images: int = 0) -> Sample:
     for start, stop in spans:
         supervise[start:stop] = False
     ids = number * 1000 + np.arange(length, dtype=np.int64)
-    inputs = [ImageInput(pixels=torch.full((3, 2, 2), 10 * number + k, dtype=torch.uint8)) for k in range(images)]
+    inputs = [
+        ImageInput(pixels=torch.tensor([number, k, 0], dtype=torch.uint8).view(3, 1, 1).repeat(1, 2, 2))
+        for k in range(images)
+    ]
     return f"s{number}", Encoded(ids, supervise, spans, truncated=bool(rng.integers(0, 2))), inputs
 
 

@@ -11,6 +11,7 @@ the marker in front of its first user turn, which is how LLaVA-Instruct and most
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
@@ -32,8 +33,8 @@ from beholder.runs import sha256_file
 from beholder.types import Example, ImageRef, ImageSlot, Part, Turn, UserError
 
 __all__ = [
-    "INSTRUCTION_KINDS", "BadRecord", "RecordError", "Records", "Reject", "guess_source", "image_paths", "open_sources",
-    "turn_said",
+    "INSTRUCTION_KINDS", "BadRecord", "RecordError", "Records", "Reject", "guess_source", "image_paths",
+    "missing_files", "open_sources", "turn_said",
 ]  # fmt: skip
 
 INSTRUCTION_KINDS: frozenset[DatasetKind] = frozenset(("llava_instruct", "sharegpt", "vqa", "gqa"))
@@ -519,6 +520,18 @@ def _scan(
 
 # ---------------------------------------------------------------------------------------------------------------
 # All files
+
+
+def missing_files(sources: Sequence[SourceConfig]) -> list[str]:
+    """What of ``sources`` is not there, each once: ``no file a.jsonl``, ``no folder images``. Nothing is opened."""
+    found: list[str] = []
+    for source in sources:
+        for path in filter(None, (source.json_path, source.annotations_path)):
+            if not os.path.exists(path) and not glob.glob(path):
+                found.append(f"no file {path}")
+        if source.image_root is not None and not os.path.isdir(source.image_root):
+            found.append(f"no folder {source.image_root}")
+    return list(dict.fromkeys(found))
 
 
 def open_sources(
