@@ -119,17 +119,24 @@ def test_the_python_example_runs(at_reader: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("command", TORCHRUN)
 @pytest.mark.slow
-def test_torchrun_commands_run(at_reader: Path, command: str) -> None:
+def test_torchrun_commands_run_and_a_failed_gate_ends_the_main_process_with_3(at_reader: Path, command: str) -> None:
     program, *arguments = shlex.split(command)
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     assert program == "torchrun"
-    # Another folder: the single-process test has finished the run of the same name.
-    done = subprocess.run(
-        [*torchrun, *arguments, "--set", "run_name=two-processes"],
-        env=environment, capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
+
+    def run(*settings: str) -> subprocess.CompletedProcess[str]:
+        given = [part for setting in settings for part in ("--set", setting)]
+        return subprocess.run(
+            [*torchrun, *arguments, *given], env=environment, capture_output=True, text=True, timeout=500, check=False
+        )
+
+    # Other folders: the single-process test has finished the run of the same name.
+    done = run("run_name=two-processes")
     assert done.returncode == 0, done.stdout + done.stderr
+    done = run("run_name=two-processes-failing", "gates.learned.enable=true", "gates.learned.above=1e9")
+    # torchrun reports the main process's 3 as its own 1
+    assert done.returncode == 1 and re.search(r"exitcode\s*: 3\b", done.stderr), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("command", sorted(set(MAKE)))

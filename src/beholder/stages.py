@@ -71,9 +71,9 @@ def run_stage(cfg: RunConfig, *, resume: str = "auto", promote_anyway: bool = Fa
     if cfg.sweep is not None:
         raise UserError("this config holds a sweep; run it with: beholder sweep CONFIG (or remove its sweep section)")
     run = RunDir(cfg.run_dir)
-    missing = missing_files((*cfg.data.train_sources, *cfg.data.eval_sources))
-    if missing and not run.checkpoints.is_dir():  # before any weight is fetched
-        raise UserError(f"data: {'; '.join(missing)}")
+    started = run.checkpoints.is_dir()
+    if not started and (missing := missing_files((*cfg.data.train_sources, *cfg.data.eval_sources))):
+        raise UserError(f"data: {'; '.join(missing)}")  # before any weight is fetched
     dist = init_distributed(cfg.device)
     try:
         with stop_signals(), sole_writer(run, dist):

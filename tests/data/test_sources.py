@@ -23,7 +23,7 @@ from PIL import Image
 from beholder.config import DatasetKind, SourceConfig
 from beholder.data import index, sources
 from beholder.data.images import read_bytes
-from beholder.data.sources import RecordError, Records, guess_source, open_sources
+from beholder.data.sources import RecordError, Records, guess_source, missing_files, open_sources
 from beholder.types import ImageSlot, UserError
 
 
@@ -757,6 +757,19 @@ def test_parquet_without_the_needed_columns_is_an_error(tmp_path: Path, columns:
 
     with pytest.raises(UserError, match=what):
         open_one(tmp_path / "p.parquet", "parquet")
+
+
+def test_the_image_folder_is_missed_where_images_are_read_from_it_and_not_where_the_records_hold_them(
+    tmp_path: Path,
+) -> None:
+    there, nowhere = tmp_path / "there", str(tmp_path / "nowhere")
+    there.write_bytes(b"")
+
+    def source(dataset: DatasetKind) -> SourceConfig:
+        return SourceConfig(dataset=dataset, json_path=str(there), image_root=nowhere)
+
+    assert missing_files([source("jsonl")]) == [f"no folder {nowhere}"]
+    assert missing_files([source("parquet"), source("webdataset")]) == []
 
 
 def test_a_file_that_is_not_parquet_is_an_error(tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ __all__ = [
     "missing_files", "open_sources", "turn_said",
 ]  # fmt: skip
 
+_STORED_IMAGES: frozenset[DatasetKind] = frozenset(("webdataset", "parquet"))
+"""Kinds whose images lie in the record file itself: ``image_root`` is not used."""
 INSTRUCTION_KINDS: frozenset[DatasetKind] = frozenset(("llava_instruct", "sharegpt", "vqa", "gqa"))
 """Kinds that hold conversations and questions, for stage instruct; the others are made for alignment as well."""
 
@@ -101,7 +103,7 @@ class _Rules:
 
     @property
     def stored_images(self) -> bool:
-        return self.dataset in ("webdataset", "parquet")
+        return self.dataset in _STORED_IMAGES
 
     @property
     def asked(self) -> bool:
@@ -529,7 +531,8 @@ def missing_files(sources: Sequence[SourceConfig]) -> list[str]:
         for path in filter(None, (source.json_path, source.annotations_path)):
             if not os.path.exists(path) and not glob.glob(path):
                 found.append(f"no file {path}")
-        if source.image_root is not None and not os.path.isdir(source.image_root):
+        stored = source.dataset in _STORED_IMAGES
+        if source.image_root is not None and not stored and not os.path.isdir(source.image_root):
             found.append(f"no folder {source.image_root}")
     return list(dict.fromkeys(found))
 
