@@ -10,10 +10,9 @@ import yaml
 
 from beholder.config import RunConfig
 from beholder.configfile import dump_config, load_config, parse_config, scale_overrides
-from beholder.evidence import Status
 from beholder.smoke import smoke_config
 from beholder.stages import run_stage
-from beholder.types import UserError
+from beholder.types import Status, UserError
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -14,8 +14,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from beholder import evidence as ev
-from beholder.evidence import Cost, Curve, DataFacts, Evidence, Histogram, Measurement, Sample, Status, TrainableRow
-from beholder.types import UserError
+from beholder.evidence import Cost, Curve, DataFacts, Evidence, Histogram, Measurement, Sample, TrainableRow
+from beholder.types import Status, UserError
 
 
 def measurement(**changes: Any) -> Measurement:

@@ -16,7 +16,7 @@ from tests.conftest import MakeConfig, TinyParts
 
 from beholder.config import RunConfig
 from beholder.configfile import dump_config
-from beholder.evidence import Evidence, Status, load_evidence
+from beholder.evidence import Evidence, load_evidence
 from beholder.inference import load
 from beholder.model.vlm import build_vlm
 from beholder.remeasure import evaluate_run
@@ -24,7 +24,7 @@ from beholder.runs import sha256_file
 from beholder.smoke import COLOURS, SHAPES
 from beholder.stages import run_stage
 from beholder.train import checkpoint
-from beholder.types import UserError
+from beholder.types import Status, UserError
 
 FILES = ("adapter_model.safetensors", "connector.safetensors", "optimizer.safetensors")
 

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from beholder.evidence import Status
 from beholder.runs import RunDir, atomic_write, provenance, sha256_file, to_json, write_durably
-from beholder.types import UserError
+from beholder.types import Status, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 

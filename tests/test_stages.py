@@ -10,13 +10,13 @@ import pytest
 from safetensors.torch import load_file
 from tests.conftest import MakeConfig, TinyParts
 
-from beholder.evidence import Status, load_evidence
+from beholder.evidence import load_evidence
 from beholder.inference import load
 from beholder.remeasure import evaluate_run
 from beholder.runs import sha256_file
 from beholder.stages import as_read_now, preview_config, run_stage
 from beholder.train.guardrails import NonFiniteError
-from beholder.types import UserError
+from beholder.types import Status, UserError
 
 
 def connector_of(run: Path, step: int) -> str:

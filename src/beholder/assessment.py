@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from beholder.dossier import Before, GoldenItems, Told, make_evidence
-from beholder.evidence import Candidate, Condition, Cost, Evidence, Measurement, Status, WordReliance
+from beholder.evidence import Candidate, Condition, Cost, Evidence, Measurement, WordReliance
 from beholder.model.lora import merged
 from beholder.model.plan import TrainableTable, frozen_fingerprint
 from beholder.probes import (
@@ -28,7 +28,7 @@ from beholder.probes import (
     retention,
     textonly,
 )
-from beholder.types import UserError
+from beholder.types import Status, UserError
 from beholder.workbench import Workbench
 
 BASELINE = "baseline.json"

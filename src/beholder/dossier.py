@@ -25,7 +25,6 @@ from beholder.evidence import (
     Measurement,
     Prediction,
     Sample,
-    Status,
     TextOnly,
     TrainableRow,
     WordReliance,
@@ -40,7 +39,7 @@ from beholder.promotion import choose
 from beholder.report import render
 from beholder.runs import atomic_write, now, to_json
 from beholder.train.checkpoint import steps_on_disk
-from beholder.types import UserError
+from beholder.types import Status, UserError
 from beholder.workbench import Workbench
 
 CHANGES = ("status", "updated", "step", "best_step", "phases_s", "gates_failed", "error", "signal")

@@ -32,14 +32,13 @@ import io
 import itertools
 import json
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError, model_validator
 
-from beholder.types import UserError
+from beholder.types import Status, UserError
 
 SCHEMA_VERSION = 1
 """Raised when a reader of the old shape would misread the new one."""
@@ -53,16 +52,6 @@ CONDITIONS: tuple[Condition, ...] = ("correct", "shuffled", "zero", "noise")
 
 DataUri = Annotated[str, Field(pattern=r"^data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}$")]
 """An inline picture. The pattern keeps an `evidence.json` from elsewhere from pointing the report at a URL."""
-
-
-class Status(StrEnum):
-    """How a run ended, honestly: a crash is never ``cancelled``."""
-
-    RUNNING = "running"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    STOPPED_BY_GUARDRAIL = "stopped_by_guardrail"
-    CANCELLED = "cancelled"
 
 
 class Record(BaseModel):

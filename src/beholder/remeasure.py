@@ -24,8 +24,8 @@ from beholder.evidence import Condition, Measurement, load_evidence
 from beholder.inference import check_consent
 from beholder.model.plan import TrainableTable, apply_train_plan, frozen_fingerprint, plan_of
 from beholder.probes import audit, loss, reliance
-from beholder.runs import RunDir, atomic_write, to_json
-from beholder.stages import Outcome, sole_writer, split_name, stop_signals
+from beholder.runs import RunDir, atomic_write, stop_signals, to_json
+from beholder.stages import Outcome, sole_writer, split_name
 from beholder.train import checkpoint
 from beholder.train.distributed import init_distributed, shutdown_distributed
 from beholder.types import UserError

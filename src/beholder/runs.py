@@ -13,8 +13,10 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,8 +27,7 @@ from typing import Any, NoReturn
 import filelock
 import psutil
 
-from beholder.evidence import Status
-from beholder.types import UserError
+from beholder.types import Status, UserError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ORPHAN_WAIT_S = 15.0
@@ -186,46 +187,10 @@ class RunDir:
 
     @contextmanager
     def lock(self) -> Iterator[RunDir]:
-        """Hold the folder for this process; a second one gets a `UserError` that names the holder.
-
-        The lock is the operating system's, so it is gone the moment its holder is, also after SIGKILL: there is
-        no stale lock file to remove by hand.
-        """
+        """Hold the folder for this process; a second one gets a `UserError` that names the holder."""
         self.create()
-        lock = filelock.FileLock(self.path / ".lock")
-        info_path = self.path / ".lock.json"
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            holder = self._holder(info_path)
-            here = holder.get("host") in (None, platform.node())
-            try:
-                # Loader processes of a killed run may have inherited the lock; they end within seconds.
-                lock.acquire(timeout=_ORPHAN_WAIT_S if here and not _is_alive(holder) else 0)
-            except filelock.Timeout:
-                raise UserError(
-                    f"the run folder {self.path} is in use by {_describe(holder)}. Two runs cannot share a folder: "
-                    "wait for it, stop it (kill -TERM lets it save), or set another run_name or output_dir."
-                ) from None
-        try:
-            me = psutil.Process()
-            atomic_write(
-                info_path,
-                to_json({"pid": me.pid, "host": platform.node(), "started": me.create_time(), "command": sys.argv}),
-            )
+        with held(self.path, "run"):
             yield self
-        finally:
-            with suppress(OSError):
-                info_path.unlink()
-            lock.release()
-
-    @staticmethod
-    def _holder(info_path: Path) -> dict[str, Any]:
-        with suppress(OSError, ValueError):
-            info = json.loads(info_path.read_text())
-            if isinstance(info, dict):
-                return info
-        return {}
 
     # -- metrics.jsonl
 
@@ -325,6 +290,62 @@ class RunDir:
         self.write_json("run.json", {**record, **facts, "status": Status(status).value, "updated": now()})
 
 
+@contextmanager
+def held(folder: Path, what: str) -> Iterator[None]:
+    """Hold an existing ``folder`` for this process; a second one gets a `UserError` that names the holder.
+
+    The lock is the operating system's, so it is gone the moment its holder is, also after SIGKILL: there is no stale
+    lock file to remove by hand. ``what``: whose folder it is, for the message.
+    """
+    lock = filelock.FileLock(folder / ".lock")
+    info_path = folder / ".lock.json"
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        holder = _holder(info_path)
+        here = holder.get("host") in (None, platform.node())
+        try:
+            # Loader processes of a killed run may have inherited the lock; they end within seconds.
+            lock.acquire(timeout=_ORPHAN_WAIT_S if here and not _is_alive(holder) else 0)
+        except filelock.Timeout:
+            raise UserError(
+                f"the {what} folder {folder} is in use by {_describe(holder)}. Two {what}s cannot share a folder: "
+                "wait for it, stop it (kill -TERM lets it save), or set another run_name or output_dir."
+            ) from None
+    try:
+        me = psutil.Process()
+        atomic_write(
+            info_path,
+            to_json({"pid": me.pid, "host": platform.node(), "started": me.create_time(), "command": sys.argv}),
+        )
+        yield
+    finally:
+        with suppress(OSError):
+            info_path.unlink()
+        lock.release()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether another process holds ``folder``."""
+    if not (folder / ".lock").exists():
+        return False
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def _holder(info_path: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        info = json.loads(info_path.read_text())
+        if isinstance(info, dict):
+            return info
+    return {}
+
+
 def now() -> str:
     """UTC, ISO 8601, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -346,6 +367,33 @@ def _describe(holder: Mapping[str, Any]) -> str:
         minutes = (time.time() - float(holder["started"])) / 60
         since = f", running for {minutes:.0f} min"
     return f"process {holder.get('pid')} on {holder.get('host')}{since}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the process like an exception, so that its record and lock are put in order.
+
+    A signal that is ignored stays so: nohup ignores SIGHUP on purpose. Inside the training loop `train.engine` takes
+    over: there they finish the step and save.
+    """
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    numbers = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals nowhere else
+        numbers = []
+    previous = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------

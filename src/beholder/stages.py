@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from beholder.configfile import config_hash, dump_config
 from beholder.data import build_data
 from beholder.data.preview import PreviewItem, preview
 from beholder.data.sources import missing_files
-from beholder.evidence import Candidate, Evidence, Status, load_evidence
+from beholder.evidence import Candidate, Evidence, load_evidence
 from beholder.gates import verdict
 from beholder.model.connector import resolve_num_tokens
 from beholder.model.language import load_tokenizer
@@ -35,14 +33,14 @@ from beholder.model.plan import apply_train_plan, frozen_fingerprint, param_grou
 from beholder.model.vision import load_vision
 from beholder.probes import golden, loss
 from beholder.promotion import best_of
-from beholder.runs import RunDir, atomic_write, provenance
+from beholder.runs import RunDir, atomic_write, provenance, stop_signals
 from beholder.train import checkpoint
 from beholder.train.distributed import Dist, init_distributed, shutdown_distributed
 from beholder.train.engine import LoopState, Record, fit
 from beholder.train.guardrails import NonFiniteError
 from beholder.train.objectives import next_token
 from beholder.train.optim import build_optimizer, optimizer_tensors
-from beholder.types import UserError
+from beholder.types import Status, UserError
 from beholder.workbench import Workbench, open_bench
 
 
@@ -178,27 +176,6 @@ def check_promoted(cfg: RunConfig, anyway: bool) -> str | None:
 def split_name(cfg: RunConfig) -> str:
     """``split_seed{seed}_eval{n}.json``, n as asked for."""
     return f"split_seed{cfg.measure_seed}_eval{cfg.data.eval_size or cfg.data.eval_ratio or 'default'}.json"
-
-
-@contextmanager
-def stop_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the process like an exception, so that its record and lock are put in order.
-
-    Inside the training loop `train.engine` takes over: there they finish the step and save.
-    """
-
-    def stop(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    if threading.current_thread() is not threading.main_thread():  # Python delivers signals nowhere else
-        numbers = []
-    previous = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:  # the command line imports this file and must answer --help without loading torch
@@ -22,6 +23,16 @@ class UserError(ValueError):
 
     The command line prints it without a traceback; a notebook sees an ordinary ``ValueError``.
     """
+
+
+class Status(StrEnum):
+    """How a run ended, honestly: a crash is never ``cancelled``."""
+
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    STOPPED_BY_GUARDRAIL = "stopped_by_guardrail"
+    CANCELLED = "cancelled"
 
 
 def printable(text: str) -> str:

@@ -23,13 +23,13 @@ from beholder.evidence import (
     Measurement,
     Prediction,
     Sample,
-    Status,
     TextOnly,
     TrainableRow,
     WordReliance,
     WordStat,
     thumbnail,
 )
+from beholder.types import Status
 
 COLOURS = {"red": (214, 45, 45), "blue": (52, 92, 214), "green": (38, 150, 75), "yellow": (240, 200, 50)}
 

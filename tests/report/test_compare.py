@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from beholder.configfile import dump_config, parse_config
-from beholder.evidence import Evidence, GateResult, Measurement, Status
+from beholder.evidence import Evidence, GateResult, Measurement
 from beholder.report.compare import Comparison, compare_runs
-from beholder.types import UserError
+from beholder.types import Status, UserError
 
 CONFIG = """
 run_name: a

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.report.conftest import gate, group, measurement, text_of
 
-from beholder.evidence import Cost, Curve, DataFacts, Evidence, Measurement, Prediction, Status, WordReliance, WordStat
+from beholder.evidence import Cost, Curve, DataFacts, Evidence, Measurement, Prediction, WordReliance, WordStat
 from beholder.report import plots, render_html, render_markdown
 from beholder.report.content import (
     MAX_STEPS,
@@ -29,6 +29,7 @@ from beholder.report.content import (
 from beholder.report.content import warnings as told_warnings
 from beholder.report.verdicts import fails, gate_rows, groups, learned, looks, promotes, verdicts
 from beholder.report.words import RELIANCE_LEVELS, bound, metric_name, reliance_level
+from beholder.types import Status
 
 MakeEvidence = Callable[..., Evidence]
 

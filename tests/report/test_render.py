@@ -17,7 +17,6 @@ from beholder.evidence import (
     Measurement,
     Prediction,
     Sample,
-    Status,
     TextOnly,
     TrainableRow,
     WordReliance,
@@ -27,7 +26,7 @@ from beholder.report import render, render_html, render_markdown
 from beholder.report.content import warnings
 from beholder.report.verdicts import learned, looks
 from beholder.report.words import duration, fmt, fmt_ci, visible
-from beholder.types import UserError
+from beholder.types import Status, UserError
 
 MakeEvidence = Callable[..., Evidence]
 

@@ -18,7 +18,6 @@ from beholder.evidence import (
     Measurement,
     Prediction,
     Sample,
-    Status,
     WordReliance,
     WordStat,
 )
@@ -39,6 +38,7 @@ from beholder.report.words import (
     reliance_level,
     signed,
 )
+from beholder.types import Status
 
 MAX_STEPS = 12
 """Steps one can flip through; of more, evenly spread ones with the first and the last."""

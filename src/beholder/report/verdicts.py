@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from beholder.config import GATES, INSTRUCT_GATES
-from beholder.evidence import CONDITIONS, Evidence, GateResult, Measurement, Status
+from beholder.evidence import CONDITIONS, Evidence, GateResult, Measurement
 from beholder.report.answers import JUDGED_FROM as FEWEST
 from beholder.report.answers import AnswerKind, all_answers, shown_without_looking
 from beholder.report.words import (
@@ -32,6 +32,7 @@ from beholder.report.words import (
     signed,
     unit_of,
 )
+from beholder.types import Status
 
 Tone = Literal["good", "weak", "bad", "unknown", "plain"]
 

@@ -16,10 +16,9 @@ from typing import Any
 
 from beholder.config import RunConfig, SweepConfig
 from beholder.configfile import ConfigError, config_hash, diff_configs, load_config
-from beholder.evidence import Status
 from beholder.runs import to_json
 from beholder.study.record import Value, titles, word
-from beholder.types import UserError
+from beholder.types import Status, UserError
 
 FIXED = (
     "run_name", "output_dir", "sweep", "gates", "data.split_seed", "data.split_mode", "data.eval_size",

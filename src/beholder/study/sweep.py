@@ -18,20 +18,17 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import filelock
 from rich.console import Console
 from rich.text import Text
 
@@ -40,9 +37,9 @@ from beholder.configfile import dump_config
 from beholder.evidence import Evidence, load_evidence
 from beholder.report.compare import held_out_hashes
 from beholder.report.words import duration
-from beholder.runs import atomic_write, now, to_json
+from beholder.runs import atomic_write, held, is_held, now, stop_signals
 from beholder.study.page import print_record, render_sweep
-from beholder.study.plan import Plan, Planned, check_folders, is_finished, plan_sweep, read_json
+from beholder.study.plan import Plan, Planned, check_folders, is_finished, plan_sweep
 from beholder.study.record import RECORD, SUMMARY, Row, SweepRecord, summary_csv
 from beholder.study.score import Entry, flags, rank, score
 from beholder.types import UserError
@@ -101,7 +98,13 @@ def run_sweep(
     plan = plan_sweep(config, overrides)
     if (plan.folder / "run.json").exists():
         raise UserError(f"{plan.folder} is the folder of a single run; set another run_name or output_dir for a sweep")
-    with _sole_sweep(plan.folder):
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as e:
+        raise UserError(
+            f"{plan.folder} cannot be made: {e.filename} is a file. Set output_dir to something else."
+        ) from e
+    with held(plan.folder, "sweep"):
         check_folders(plan)
         for run in plan.runs:
             for file in (run.config_file, run.log):
@@ -140,7 +143,7 @@ class _Runner:
         if self.done:
             self._say(f"{len(self.done)} of {len(self.plan.runs)} runs are finished already")
         live = self.console.is_terminal and bool(self.left)
-        with _stop_signals(), self.console.status("") if live else nullcontext() as status:
+        with stop_signals(), self.console.status("") if live else nullcontext() as status:
             told = time.monotonic()
             try:
                 while self.left or self.running:
@@ -169,7 +172,7 @@ class _Runner:
             if not free:
                 return
             since = self.busy_since.setdefault(run.name, time.monotonic())
-            if _is_busy(run.folder) and time.monotonic() - since < BUSY_WAIT_S:
+            if is_held(run.folder) and time.monotonic() - since < BUSY_WAIT_S:
                 continue
             self.left.remove(run)
             slot = free.pop(0)
@@ -276,63 +279,6 @@ def _child_setup() -> Callable[[], None]:
             libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
     return setup
-
-
-def _is_busy(folder: Path) -> bool:
-    """Whether another process holds the run folder's lock."""
-    if not (folder / ".lock").exists():
-        return False
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        return True
-    lock.release()
-    return False
-
-
-@contextmanager
-def _sole_sweep(folder: Path) -> Iterator[None]:
-    """Hold the sweep's folder for this process."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as e:
-        raise UserError(f"{folder} cannot be made: {e.filename} is a file. Set output_dir to something else.") from e
-    lock, holder = filelock.FileLock(folder / ".lock"), folder / ".lock.json"
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        who = read_json(holder) or {}
-        name = f"process {who['pid']} on {who['host']}" if {"pid", "host"} <= who.keys() else "another process"
-        raise UserError(
-            f"the sweep folder {folder} is in use by {name}: wait for it, stop it (Ctrl-C lets its runs save), or set "
-            "another run_name or output_dir"
-        ) from None
-    try:
-        atomic_write(holder, to_json({"pid": os.getpid(), "host": platform.node()}))
-        yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
-
-
-@contextmanager
-def _stop_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP stop the sweep like Ctrl-C does."""
-
-    def stop(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    # nohup ignores SIGHUP on purpose.
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    if threading.current_thread() is not threading.main_thread():  # Python delivers signals nowhere else
-        numbers = []
-    previous = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _progress(run: Planned) -> str:
