@@ -30,7 +30,7 @@ import torch
 import yaml
 
 from beholder.config import RunConfig
-from beholder.configfile import parse_config
+from beholder.config.file import parse_config
 from beholder.smoke import colour_source, tiny_llm, tiny_vision
 
 torch.set_num_threads(1)

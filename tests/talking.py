@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tests.conftest import TinyParts, make_config
 
-from beholder.configfile import dump_config
+from beholder.config.file import dump_config
 from beholder.model.lora import adapter_config, adapter_tensors, load_adapter_tensors
 from beholder.model.vlm import VisionLanguageModel, build_vlm
 from beholder.train import checkpoint

@@ -18,7 +18,7 @@ from tests.conftest import MakeConfig, TinyParts
 from typer.testing import CliRunner
 
 from beholder.cli import app
-from beholder.configfile import dump_config
+from beholder.config.file import dump_config
 from beholder.runs import sha256_file
 from beholder.types import UserError
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beholder.config import GATES, RunConfig
-from beholder.configfile import (
+from beholder.config.file import (
     ConfigError,
     config_hash,
     diff_configs,
@@ -24,8 +24,8 @@ from beholder.configfile import (
     parse_config,
     without_inert,
 )
-from beholder.configfile.inert import INERT, inert_settings
-from beholder.configfile.tree import MAX_NODES
+from beholder.config.inert import INERT, inert_settings
+from beholder.config.tree import MAX_NODES
 from beholder.types import UserError
 
 SEED_STAGE2 = Path(__file__).parents[1] / "configs" / "stage2_sft_single.yaml"

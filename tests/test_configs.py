@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from beholder.config import RunConfig
-from beholder.configfile import dump_config, load_config, parse_config, scale_overrides
+from beholder.config.file import dump_config, load_config, parse_config, scale_overrides
 from beholder.smoke import smoke_config
 from beholder.stages import run_stage
 from beholder.types import Status, UserError

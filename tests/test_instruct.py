@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.conftest import MakeConfig, TinyParts
 
 from beholder.config import RunConfig
-from beholder.configfile import dump_config
+from beholder.config.file import dump_config
 from beholder.evidence import Evidence, load_evidence
 from beholder.inference import load
 from beholder.model.vlm import build_vlm

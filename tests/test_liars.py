@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from beholder.config import RunConfig
-from beholder.configfile import load_config, parse_config
+from beholder.config.file import load_config, parse_config
 from beholder.evidence import Evidence
 from beholder.model.vision import VisionTower
 from beholder.smoke import colour_set, tiny_llm, tiny_vision

@@ -22,7 +22,7 @@ import pytest
 
 from beholder import assets, cli
 from beholder.config import SweepConfig
-from beholder.configfile import dump_config, load_config
+from beholder.config.file import dump_config, load_config
 from beholder.smoke import colour_set, smoke_config
 from beholder.stages import run_stage
 

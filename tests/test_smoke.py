@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from beholder.config import DatasetKind, RunConfig, SourceConfig, VisionConfig
-from beholder.configfile import load_config, parse_config
+from beholder.config.file import load_config, parse_config
 from beholder.data import open_records
 from beholder.data.images import ImagePipeline
 from beholder.data.sources import INSTRUCTION_KINDS, open_sources

@@ -312,7 +312,7 @@ def test_two_processes_run_the_stage_of_one(tiny_config: MakeConfig, tmp_path: P
     import subprocess
     import sys
 
-    from beholder.configfile import dump_config
+    from beholder.config.file import dump_config
 
     run_stage(tiny_config(tmp_path / "one"))
     config = tmp_path / "two.yaml"

@@ -13,7 +13,7 @@ __all__ = ["RunConfig", "UserError", "__version__", "load", "load_config", "run_
 
 if TYPE_CHECKING:
     from beholder.config import RunConfig
-    from beholder.configfile import load_config
+    from beholder.config.file import load_config
     from beholder.inference import load
     from beholder.stages import run_stage
     from beholder.types import UserError
@@ -22,7 +22,7 @@ _HOME = {
     "RunConfig": "beholder.config",
     "UserError": "beholder.types",
     "load": "beholder.inference",
-    "load_config": "beholder.configfile",
+    "load_config": "beholder.config.file",
     "run_stage": "beholder.stages",
 }
 

@@ -129,7 +129,7 @@ def run(
     With --scale NAME other than full the run folder gets _NAME at its end, unless --set output_dir says where. With
     torchrun: torchrun --nproc_per_node=2 -m beholder run CONFIG is the same job on two processes.
     """
-    from beholder.configfile import load_config
+    from beholder.config.file import load_config
     from beholder.stages import run_stage
 
     cfg = load_config(config, sets or []) if scale is None else _scaled(config, sets or [], scale)
@@ -142,7 +142,7 @@ def run(
 
 def _scaled(config: Path, sets: list[str], scale: str) -> RunConfig:
     """The config at a named scale, in a run folder of its own."""
-    from beholder.configfile import load_config, scale_overrides
+    from beholder.config.file import load_config, scale_overrides
 
     settings = scale_overrides(load_config(config, sets), scale)
     cfg = load_config(config, [*settings, *sets])
@@ -313,7 +313,7 @@ def preview(
 
     Python: beholder.stages.preview_config.
     """
-    from beholder.configfile import load_config
+    from beholder.config.file import load_config
     from beholder.stages import preview_config
 
     preview_config(load_config(config, sets or []), num, out, _console())
@@ -331,7 +331,7 @@ def plan(
 
     Python: beholder.estimate.plan.
     """
-    from beholder.configfile import load_config
+    from beholder.config.file import load_config
     from beholder.estimate import plan as make_plan
 
     result = make_plan(load_config(config, sets or []), llm_config=llm_config, vision_config=vision_config)
@@ -534,7 +534,7 @@ def audit(
 
     Python: beholder.remeasure.audit_data.
     """
-    from beholder.configfile import load_config
+    from beholder.config.file import load_config
     from beholder.remeasure import audit_data
 
     _tell(audit_data(load_config(config, sets or []), num_turns=num_turns, part=part), json)
@@ -639,10 +639,10 @@ def doctor() -> None:
 
 @app.command(epilog=_example("beholder schema > beholder.schema.json"))
 def schema() -> None:
-    """Print the config's JSON schema, for editors. Python: beholder.configfile.json_schema."""
+    """Print the config's JSON schema, for editors. Python: beholder.config.file.json_schema."""
     import json as jsonlib
 
-    from beholder.configfile import json_schema
+    from beholder.config.file import json_schema
 
     typer.echo(jsonlib.dumps(json_schema(), indent=2))
 

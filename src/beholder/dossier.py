@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from beholder.configfile import dump_config
+from beholder.config.file import dump_config
 from beholder.evidence import (
     AdapterRow,
     Candidate,

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from beholder.config import RunConfig
-from beholder.configfile import load_config
+from beholder.config.file import load_config
 from beholder.data import build_encoder
 from beholder.data.chat import ChatEncoder
 from beholder.data.images import ImagePipeline

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from beholder.assets import Assets, prepare_quickstart
 from beholder.config import RunConfig
-from beholder.configfile import parse_config, scale_overrides
+from beholder.config.file import parse_config, scale_overrides
 from beholder.evidence import CONDITIONS, Condition, Evidence, Measurement, Sample
 from beholder.gates import verdict
 from beholder.stages import Outcome, run_stage

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from beholder.assessment import assess, by_word, measure_before
 from beholder.config import RunConfig
-from beholder.configfile import diff_configs, load_config
+from beholder.config.file import diff_configs, load_config
 from beholder.evidence import Condition, Measurement, load_evidence
 from beholder.inference import check_consent
 from beholder.model.plan import TrainableTable, apply_train_plan, frozen_fingerprint, plan_of

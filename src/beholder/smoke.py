@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from beholder.config import DatasetKind, RunConfig, SourceConfig
-from beholder.configfile import dump_config, parse_config, without_inert
+from beholder.config.file import dump_config, parse_config, without_inert
 from beholder.data.sources import INSTRUCTION_KINDS
 from beholder.model.weights import quiet_transformers
 from beholder.train.distributed import init_distributed

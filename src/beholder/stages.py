@@ -20,7 +20,7 @@ from rich.console import Console
 
 from beholder.assessment import BASELINE, assess, measure_before, summarize_step, write_golden
 from beholder.config import RunConfig
-from beholder.configfile import config_hash, dump_config
+from beholder.config.file import config_hash, dump_config
 from beholder.data import build_data
 from beholder.data.preview import PreviewItem, preview
 from beholder.data.sources import missing_files

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from beholder.configfile import dump_config, parse_config
+from beholder.config.file import dump_config, parse_config
 from beholder.evidence import Evidence, GateResult, Measurement
 from beholder.report.compare import Comparison, compare_runs
 from beholder.types import Status, UserError

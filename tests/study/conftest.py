@@ -12,7 +12,7 @@ import pytest
 import yaml
 from tests.conftest import MakeConfig
 
-from beholder.configfile import dump_config
+from beholder.config.file import dump_config
 
 WriteSweep = Callable[..., Path]
 

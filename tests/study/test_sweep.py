@@ -25,7 +25,7 @@ from tests.conftest import MakeConfig
 from tests.study.conftest import GRID, WriteSweep
 
 from beholder.config import SweepConfig
-from beholder.configfile import config_hash, load_config
+from beholder.config.file import config_hash, load_config
 from beholder.evidence import load_evidence
 from beholder.study import sweep as sweep_module
 from beholder.study.plan import _points, check_folders, plan_sweep
@@ -147,7 +147,7 @@ def test_a_folder_with_a_run_of_other_settings_is_an_error_that_names_them(
     plan = plan_sweep(write_sweep(tmp_path))
     folder = plan.runs[0].folder
     folder.mkdir(parents=True)
-    from beholder.configfile import dump_config
+    from beholder.config.file import dump_config
 
     other = load_config(tmp_path / "sweep.yaml", ["train.train_steps=7"]).model_copy(update={"sweep": None})
     (folder / "config.yaml").write_text(dump_config(other))

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from beholder.config import HygieneConfig, HygieneLimits, RunConfig, SourceConfig
-from beholder.configfile import load_config
+from beholder.config.file import load_config
 from beholder.data.hygiene import HygieneReport, Progress, apply_hygiene
 from beholder.data.images import ImageFacts
 from beholder.data.sources import INSTRUCTION_KINDS, Records, Reject, guess_source, open_sources

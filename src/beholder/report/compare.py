@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from beholder.config import RunConfig
-from beholder.configfile import diff_configs, parse_config
+from beholder.config.file import diff_configs, parse_config
 from beholder.evidence import Evidence, GateResult, Measurement, load_evidence
 from beholder.report.content import measured_step
 from beholder.report.markdown import escaped, table

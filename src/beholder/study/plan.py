@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from beholder.config import RunConfig, SweepConfig
-from beholder.configfile import ConfigError, config_hash, diff_configs, load_config
+from beholder.config.file import ConfigError, config_hash, diff_configs, load_config
 from beholder.runs import to_json
 from beholder.study.record import Value, titles, word
 from beholder.types import Status, UserError

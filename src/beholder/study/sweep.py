@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.text import Text
 
 from beholder.config import SweepConfig
-from beholder.configfile import dump_config
+from beholder.config.file import dump_config
 from beholder.evidence import Evidence, load_evidence
 from beholder.report.compare import held_out_hashes
 from beholder.report.words import duration

@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from beholder.config import RunConfig
-from beholder.configfile.tree import SettingPath
+from beholder.config.run import RunConfig
+from beholder.config.tree import SettingPath
 
 
 def _plain(annotation: Any) -> Any:

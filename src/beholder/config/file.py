@@ -1,12 +1,7 @@
-"""Reads YAML into `config.RunConfig` and says everything that is wrong at once, each as ``file:line:col``.
+"""YAML -> `RunConfig`, or everything that is wrong at once, each as ``file:line:col``.
 
 Also: command-line overrides, the dump that loads back to an equal config, the hash, the difference of two configs, and
-the JSON schema for editors. The settings themselves are in `config`.
-
-    tree      YAML text and overrides -> plain data with the place of every setting
-    validate  plain data -> `RunConfig`, or all complaints
-    words     what a setting takes, and which name was meant
-    inert     settings that have no effect beside others
+the JSON schema for editors.
 """
 
 from __future__ import annotations
@@ -19,10 +14,13 @@ from typing import Any
 
 import yaml
 
-from beholder.config import SCALES, GateConfig, RunConfig, Section, stage_gates
-from beholder.configfile.inert import drop, inert_settings, without_inert
-from beholder.configfile.tree import MAX_BYTES, ConfigError, Loader, Problem, Tree, compose, override, read_node, show
-from beholder.configfile.validate import validate
+from beholder.config.inert import drop, inert_settings, without_inert
+from beholder.config.run import RunConfig
+from beholder.config.section import Section
+from beholder.config.stages import GateConfig, stage_gates
+from beholder.config.studies import SCALES
+from beholder.config.tree import MAX_BYTES, ConfigError, Loader, Problem, Tree, compose, override, read_node, show
+from beholder.config.validate import validate
 from beholder.types import UserError
 
 __all__ = [

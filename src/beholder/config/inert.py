@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from beholder.config import RunConfig, SourceConfig
-from beholder.configfile.tree import SettingPath
+from beholder.config.data import SourceConfig
+from beholder.config.run import RunConfig
+from beholder.config.tree import SettingPath
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from beholder.config import GateConfig, RunConfig, Section, complete_gates, stage_of
-from beholder.configfile.inert import inert_settings
-from beholder.configfile.tree import MAX_DEPTH, SettingPath, Tree, dotted, get_at, show
-from beholder.configfile.words import annotation_at, expected, items_of, nearest, options_of, section_of, values_of
+from beholder.config.inert import inert_settings
+from beholder.config.run import RunConfig
+from beholder.config.section import Section
+from beholder.config.stages import GateConfig, complete_gates, stage_of
+from beholder.config.tree import MAX_DEPTH, SettingPath, Tree, dotted, get_at, show
+from beholder.config.wording import annotation_at, expected, items_of, nearest, options_of, section_of, values_of
 
 
 def validate(tree: Tree) -> RunConfig | None:

@@ -1,0 +1,83 @@
+"""The one config schema: every setting of every stage, its type, default, unit and meaning, and how it is read.
+
+    section           what every group of settings has in common
+    parts data run    the settings themselves
+    stages            what tells the stages apart
+    studies           several runs as one question
+    file              YAML -> `RunConfig`, overrides, the dump that loads back, hash, difference, JSON schema
+    tree validate     YAML -> plain data with places -> config, or everything that is wrong, as ``file:line:col``
+    inert wording     settings without effect; what a setting takes and which name was meant
+
+The field docstrings become the JSON schema's descriptions (``beholder schema``), so an editor shows them.
+"""
+
+from beholder.config.data import (
+    CAPTION_SPAM,
+    DataConfig,
+    DatasetKind,
+    FeaturesConfig,
+    HygieneConfig,
+    HygieneLimits,
+    PromptingConfig,
+    SourceConfig,
+)
+from beholder.config.parts import (
+    ConnectorConfig,
+    LlmConfig,
+    LoraConfig,
+    ModelConfig,
+    ProjectorConfig,
+    ResamplerConfig,
+    VisionConfig,
+)
+from beholder.config.run import (
+    AblationConfig,
+    EvalConfig,
+    GenerateConfig,
+    LearningRates,
+    PerGroup,
+    RunConfig,
+    TrainConfig,
+    WeightDecays,
+)
+from beholder.config.section import Cadence, Fraction, Positive, Section
+from beholder.config.stages import GATES, INSTRUCT_GATES, GateConfig, complete_gates, stage_gates, stage_of
+from beholder.config.studies import SCALES, SweepConfig
+
+__all__ = [
+    "CAPTION_SPAM",
+    "GATES",
+    "INSTRUCT_GATES",
+    "SCALES",
+    "AblationConfig",
+    "Cadence",
+    "ConnectorConfig",
+    "DataConfig",
+    "DatasetKind",
+    "EvalConfig",
+    "FeaturesConfig",
+    "Fraction",
+    "GateConfig",
+    "GenerateConfig",
+    "HygieneConfig",
+    "HygieneLimits",
+    "LearningRates",
+    "LlmConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "PerGroup",
+    "Positive",
+    "ProjectorConfig",
+    "PromptingConfig",
+    "ResamplerConfig",
+    "RunConfig",
+    "Section",
+    "SourceConfig",
+    "SweepConfig",
+    "TrainConfig",
+    "VisionConfig",
+    "WeightDecays",
+    "complete_gates",
+    "stage_gates",
+    "stage_of",
+]

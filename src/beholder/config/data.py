@@ -1,0 +1,199 @@
+"""Settings of the data: sources, hygiene, splits, the feature store, and how a sample is laid out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from beholder.config.section import Fraction, Positive, Section
+
+# ---------------------------------------------------------------------------------------------------------------
+# data
+
+DatasetKind = Literal["jsonl", "llava_pretrain", "llava_instruct", "sharegpt", "vqa", "gqa", "webdataset", "parquet"]
+"""jsonl: ``{"id","images":[…],"caption" | "messages" | "conversations","source"}`` a line. llava_pretrain: one JSON
+array of conversations. llava_instruct: the same shape, multi-turn. sharegpt: conversations with system turns, as a JSON
+array or a record a line. vqa: VQA-v2's or OK-VQA's question file, with its annotation file. gqa: GQA's question file.
+webdataset: tar shards. parquet: rows with image bytes."""
+
+
+class SourceConfig(Section):
+    dataset: DatasetKind = "jsonl"
+    json_path: str
+    """The record file; for webdataset and parquet a file, a folder or a glob; for vqa and gqa the question file."""
+    annotations_path: str | None = None
+    """vqa: the annotation file with the ten answers of each question."""
+    image_pattern: str | None = None
+    """vqa, gqa: file name of an image below ``image_root``, with ``{image_id}``, as in
+    ``COCO_val2014_{image_id:012d}.jpg``. Default for vqa COCO's own name for the question file's split, else
+    ``{image_id:012d}.jpg``; for gqa ``{image_id}.jpg``."""
+    image_root: str | None = None
+    """Folder that image paths are relative to and may not leave. Not used by webdataset and parquet."""
+    name: str | None = None
+    """Source name in counts and caps; default the record's own ``source``, else the file's stem."""
+    cap: Positive | None = None
+    """At most this many accepted samples from this source."""
+
+
+class HygieneConfig(Section):
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Samples with fewer target tokens are rejected. Default 5 in stage align, 1 in stage instruct."""
+    max_tokens: Positive | None = None
+    """Samples with more target tokens, over all turns, are rejected. Default 60 in stage align, none in instruct."""
+    spam: tuple[str, ...] | None = None
+    """Samples that contain one of these phrases (case-insensitive, whole words) are rejected. Default the marks of
+    scraped captions in stage align (watermark, stock photo, …), none in stage instruct."""
+    duplicates: Literal["report", "reject_exact", "reject_near"] = "report"
+    """Captions that repeat an earlier one. near: same words up to case, punctuation and small edits."""
+    near_threshold: Fraction = 0.9
+    """Estimated Jaccard similarity of word sets from which two captions count as near-duplicates."""
+    source_cap: Positive | None = None
+    """At most this many accepted samples per value of the record's ``source``."""
+
+    def limits(self, stage: Literal["align", "instruct"]) -> HygieneLimits:
+        """What holds in ``stage``, its defaults filled in."""
+        low, high, spam = (5, 60, CAPTION_SPAM) if stage == "align" else (1, None, ())
+        return HygieneLimits(
+            min_tokens=low if self.min_tokens is None else self.min_tokens,
+            max_tokens=high if self.max_tokens is None else self.max_tokens,
+            spam=spam if self.spam is None else self.spam,
+            duplicates=self.duplicates, near_threshold=self.near_threshold, source_cap=self.source_cap,
+        )  # fmt: skip
+
+
+CAPTION_SPAM = (
+    "watermark", "stock photo", "stock image", "royalty free", "download", "click here", "click to",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class HygieneLimits:
+    """`HygieneConfig` with the stage's defaults filled in."""
+
+    min_tokens: int = 5
+    max_tokens: int | None = 60
+    """None: no limit."""
+    spam: tuple[str, ...] = CAPTION_SPAM
+    duplicates: Literal["report", "reject_exact", "reject_near"] = "report"
+    near_threshold: float = 0.9
+    source_cap: int | None = None
+
+    @property
+    def told_limits(self) -> str:
+        """``5 to 60`` or ``at least 1``, in tokens."""
+        return f"at least {self.min_tokens}" if self.max_tokens is None else f"{self.min_tokens} to {self.max_tokens}"
+
+
+class DataConfig(Section):
+    dataset: DatasetKind = "jsonl"
+    """Kind of ``json_path``; see also ``sources`` for several."""
+    json_path: str | None = None
+    """Training records. Give this or ``sources``."""
+    image_root: str | None = None
+    """Folder that image paths are relative to and may not leave."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several record files instead of ``json_path``."""
+    eval_sources: tuple[SourceConfig, ...] = ()
+    """Held-out records of their own. When given, ``split_mode`` must be ``none``: nothing is split off."""
+    split_mode: Literal["ratio", "stratified_len", "none"] | None = None
+    """How held-out samples are taken from the training records. Default ratio, or none with ``eval_sources``."""
+    eval_ratio: Fraction | None = None
+    """ratio: share of the records held out (default 0.02). Give this or ``eval_size``."""
+    eval_size: Positive | None = None
+    """Held-out samples; with ``eval_sources`` at most this many of theirs."""
+    split_seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
+    """Decides which samples are used and held out, and which images are swapped; default ``seed``. Runs that differ
+    in ``seed`` alone are measured on the same samples when this is the same."""
+    len_buckets: tuple[int, ...] = (0, 10, 20, 9999)
+    """Upper bounds of the target-length buckets in tokens: ``[0, 10, 20, 9999]`` means <=10, 11-20, >=21."""
+    max_samples: Positive | None = None
+    """Use only this many records (train + eval), drawn by the seed."""
+    multi_image_fraction: Fraction = 0.0
+    """Share of training samples that join two captioned images under template B (at most 2 images a sample)."""
+    augment: Literal["none", "random_crop"] = "none"
+    """random_crop: 80-100 % of the area, seeded by (seed, epoch, sample). Switches the feature store off."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """A missing or undecodable image: stop, or reject the sample, count it and name it."""
+    verify_images: Literal["none", "exists", "decode"] = "exists"
+    """What is checked of every image before training starts."""
+    max_megapixels: Annotated[float, Field(gt=0)] = 50.0
+    """Larger images are refused before they are decoded."""
+    hygiene: HygieneConfig = HygieneConfig()
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that decode and encode ahead of training, per rank. 0: in the training process."""
+    prefetch_factor: Positive = 2
+    """What each worker keeps ready: micro-batches, or with packing what shares rows (up to 64 samples)."""
+    pin_memory: bool = False
+    """Page-locked host memory for faster copies to a GPU."""
+    persistent_workers: bool = True
+    """Keep workers alive between epochs."""
+
+    def impossible(self) -> list[str]:
+        wrong: list[str] = []
+        if bool(self.json_path) == bool(self.sources):
+            wrong.append("give exactly one of json_path and sources")
+        if self.sources and self.image_root:
+            wrong.append("image_root belongs to json_path; with sources, give image_root in each source")
+        if self.eval_sources and self.split_mode not in (None, "none"):
+            wrong.append(f"split_mode is {self.split_mode} but eval_sources are given; set split_mode: none")
+        if self.eval_ratio is not None and self.eval_size is not None:
+            wrong.append("give eval_ratio or eval_size, not both")
+        if self.split_mode == "stratified_len" and self.eval_size is None:
+            wrong.append("split_mode stratified_len needs eval_size")
+        if list(self.len_buckets) != sorted(set(self.len_buckets)) or len(self.len_buckets) < 2:
+            wrong.append("len_buckets must be at least two increasing numbers, such as [0, 10, 20, 9999]")
+        return wrong
+
+    @property
+    def train_sources(self) -> tuple[SourceConfig, ...]:
+        if self.sources:
+            return self.sources
+        assert self.json_path is not None
+        return (SourceConfig(dataset=self.dataset, json_path=self.json_path, image_root=self.image_root),)
+
+    @property
+    def split(self) -> Literal["ratio", "stratified_len", "none"]:
+        return self.split_mode or ("none" if self.eval_sources else "ratio")
+
+
+class FeaturesConfig(Section):
+    enabled: bool = True
+    """Compute frozen-tower features once and keep them on disk."""
+    dir: str | None = None
+    """Folder of the store, shared by all runs. Default ``$BEHOLDER_CACHE/features``, else
+    ``~/.cache/beholder/features``."""
+    max_gb: Annotated[float, Field(gt=0)] = 20.0
+    """Size cap in GB (1e9 bytes). Images that do not fit go through the tower at every step."""
+
+
+class PromptingConfig(Section):
+    image_token: str = "<image>"
+    """Marker of an image in the user turns of record files."""
+    max_images_per_sample: Positive = 2
+    """Samples with more images are rejected."""
+    max_seq_len: Positive = 1536
+    """Longest sample in tokens, image positions included. Longer captions are cut and counted."""
+    too_long: Literal["truncate_answer", "reject"] = "truncate_answer"
+    """A sample longer than ``max_seq_len``: cut the end of its last answer and count it, or reject, name and count it.
+    One whose prompt alone is too long is rejected in either case."""
+    template: Literal["caption", "conversation", "chat"] | None = None
+    """caption: templates A and B. conversation: the records' own user text, no chat template. chat: the tokenizer's
+    chat template. Default caption in stage align, chat in stage instruct."""
+    chat_template: str | None = None
+    """chat: a Jinja file to use instead of the tokenizer's own template."""
+    system: str | None = None
+    """chat: system text put before conversations that have none. Default: whatever the template does by itself."""
+    thinking: bool = False
+    """chat: for templates with a reasoning mode (Qwen3), whether a prompt leaves it open (``enable_thinking``)."""
+    instruction: str = "Describe the image in one sentence."
+    """Template A's text after the image."""
+    instruction_multi: str = "Describe each image in order, one sentence per image."
+    """Template B's text after the images."""
+    im_start: str = "auto"
+    """Text whose existing tokens open an image; auto: the tokenizer's own vision token, else ``[``."""
+    im_end: str = "auto"
+    """Text whose existing tokens close an image; auto: the tokenizer's own vision token, else ``]``."""
+    pad_to_multiple_of: Positive = 8
+    """Row lengths are rounded up to this."""

@@ -1,0 +1,130 @@
+"""Settings of the model: language model, vision tower, connector, adapters."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from beholder.config.section import Positive, Section
+
+# ---------------------------------------------------------------------------------------------------------------
+# model
+
+
+class LlmConfig(Section):
+    name_or_path: str
+    """Hub name, local folder, or a ``.gguf`` file of a causal language model."""
+    revision: str | None = None
+    """Hub commit or tag."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
+    """Attention kernel. Packing is proven for sdpa and eager on CPU; each kernel is checked again at start-up."""
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    """Storage and compute type of the frozen weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    use_cache: Literal[False] = False
+    """Key/value cache while training; generation always uses one."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint. Off unless you say so."""
+
+
+class VisionConfig(Section):
+    name_or_path: str
+    """Hub name or local folder of a Hugging Face vision tower, or ``timm/<name>``."""
+    revision: str | None = None
+    """Hub commit or tag."""
+    weights: str | None = None
+    """``timm/…`` only: a local ``.safetensors`` file to load strictly, instead of timm's own download."""
+    freeze: Literal[True] = True
+    """The tower stays bit-identical."""
+    feature_layer: int = -1
+    """Hidden layer whose patch tokens are used: -1 is the tower's final output, -2 the layer before."""
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    """Compute type of the tower."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint. Off unless you say so."""
+
+
+class ResamplerConfig(Section):
+    kind: Literal["perceiver", "mean_pool", "grid", "pixel_shuffle", "none"] = "perceiver"
+    """perceiver: learned latents attend to the patches. mean_pool: one token. grid: average-pooled square.
+    pixel_shuffle: neighbouring patches stacked into channels. none: every patch is a token."""
+    num_latents: Positive | None = None
+    """Visual tokens per image; must equal ``connector.num_visual_tokens`` when both are given."""
+    depth: Positive = 2
+    """perceiver: number of cross-attention blocks."""
+    num_heads: Positive = 8
+    """perceiver: attention heads."""
+    dim: Positive | None = None
+    """perceiver: width Dr; default the tower's width."""
+    latent_std: Annotated[float, Field(gt=0)] = 1.0
+    """perceiver: standard deviation the latents are drawn with. See `model.connector.Perceiver` for why it is 1."""
+
+
+class ProjectorConfig(Section):
+    kind: Literal["mlp", "linear"] = "mlp"
+    """mlp: Linear, GELU, Linear. linear: one matrix."""
+    hidden: Positive | None = None
+    """mlp: hidden width; default the language model's width."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """mlp: dropout after the activation; 0 to 0.1 is usual."""
+
+
+class ConnectorConfig(Section):
+    load_checkpoint: str | None = None
+    """A run folder or a checkpoint folder whose connector this run starts from."""
+    trainable: bool = True
+    num_visual_tokens: Positive | None = None
+    """N, the language-model positions one image takes. Default 64 for the perceiver; fixed by the other kinds."""
+    vision_ln: bool = False
+    """LayerNorm on the patch features. Must match the checkpoint that is loaded."""
+    resampler: ResamplerConfig = ResamplerConfig()
+    projector: ProjectorConfig = ProjectorConfig()
+    output_norm: Literal["rms", "none"] = "rms"
+    """rms: visual tokens start at the RMS of the language model's embedding table, with a learned gain."""
+
+    def impossible(self) -> list[str]:
+        r = self.resampler
+        wrong: list[str] = []
+        if r.num_latents and self.num_visual_tokens and r.num_latents != self.num_visual_tokens:
+            wrong.append(
+                f"num_visual_tokens is {self.num_visual_tokens} but resampler.num_latents is {r.num_latents}; "
+                "they are the same number, give one of them or make them equal"
+            )
+        if r.kind == "mean_pool" and (self.num_visual_tokens or r.num_latents or 1) != 1:
+            wrong.append("resampler.kind mean_pool gives 1 visual token; remove num_visual_tokens or set it to 1")
+        return wrong
+
+    @property
+    def tokens_asked(self) -> int | None:
+        """N as the user asked for it, or None when the resampler kind decides."""
+        n = self.num_visual_tokens or self.resampler.num_latents
+        return n if n or self.resampler.kind != "perceiver" else 64
+
+
+class LoraConfig(Section):
+    enable: bool = False
+    """Train low-rank adapters on the language model (stage 2)."""
+    r: Positive = 16
+    """Rank of the two matrices of an adapter."""
+    alpha: Positive = 32
+    """The adapter's output is scaled by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Dropout on the adapter's input while training."""
+    strength: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Outside training (evaluations, checkpoints as others load them, chat) adapters are scaled by this too: a model
+    on the line from the language model's own weights (0) to the trained ones (1). Below 1 it keeps more of the language
+    (WiSE-FT, Wortsman et al. 2022)."""
+    bias: Literal["none"] = "none"
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers of the language model that get an adapter: the last part of a module's name (``q_proj``), several
+    parts (``self_attn.q_proj``), or a regular expression that matches the whole name below the language model. Each
+    must match something, and nothing outside the language model's layers; the resolved list is printed and counted."""
+
+
+class ModelConfig(Section):
+    llm: LlmConfig
+    vision: VisionConfig
+    connector: ConnectorConfig = ConnectorConfig()
+    lora: LoraConfig = LoraConfig()

@@ -1,0 +1,234 @@
+"""One run: its training, its measuring, and the config that holds every section.
+
+Paths are relative to the working directory, as on a command line.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from beholder.config.data import DataConfig, FeaturesConfig, HygieneLimits, PromptingConfig
+from beholder.config.parts import ModelConfig
+from beholder.config.section import Cadence, Fraction, Positive, Section
+from beholder.config.stages import GateConfig, complete_gates, stage_gates, stage_of
+from beholder.config.studies import SweepConfig
+
+# ---------------------------------------------------------------------------------------------------------------
+# train, eval
+
+
+class PerGroup(Section):
+    connector: Annotated[float, Field(ge=0)]
+    lora: Annotated[float, Field(ge=0)] = 0.0
+
+
+class LearningRates(PerGroup):
+    connector: Annotated[float, Field(ge=0)] = 1e-4
+    """Peak learning rate of the connector."""
+    lora: Annotated[float, Field(ge=0)] = 5e-5
+    """Peak learning rate of the adapters (stage 2)."""
+
+
+class WeightDecays(PerGroup):
+    connector: Annotated[float, Field(ge=0)] = 0.01
+    """On the connector's matrices; norms, biases and latents always get 0."""
+    lora: Annotated[float, Field(ge=0)] = 0.0
+
+
+class TrainConfig(Section):
+    num_epochs: Annotated[float, Field(gt=0)] = 1
+    """Passes over the training samples. Ignored when ``train_steps`` is given."""
+    train_steps: Positive | None = None
+    """Optimizer steps."""
+    micro_batch_size: Positive = 8
+    """Samples in one forward and backward pass. When packed: whole rows, as many as so many samples fill on average,
+    at least one; so a micro-batch of 1 is packed too (up to 64 samples of a step share rows), in the memory of a row of
+    ``pack_len``."""
+    gradient_accum: Positive = 1
+    """micro_batch_size x gradient_accum samples make one optimizer step, however many processes share them."""
+    packing: bool = True
+    """Lay several samples into one row, with restarting positions and block-diagonal attention."""
+    pack_len: Positive | None = None
+    """Longest packed row in tokens; default max_seq_len."""
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    """Compute type; trainable weights and optimizer state are always fp32."""
+    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest global gradient norm."""
+    lr: LearningRates = LearningRates()
+    weight_decay: WeightDecays = WeightDecays()
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    warmup_ratio: Fraction = 0.03
+    """Share of the steps with a linearly rising learning rate."""
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    min_lr_ratio: Fraction = 0.1
+    """Share of the peak the schedule ends at."""
+    save_every: Positive = 1000
+    """Steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 3
+    """Checkpoints kept; never fewer than two."""
+    log_every: Positive = 20
+    """Steps between log lines; metrics.jsonl gets every step."""
+    full_eval_every: Cadence | Positive = "epoch"
+    """When the whole held-out set is evaluated. epoch, in stage instruct: at every ``save_every`` too, because the best
+    checkpoint is chosen among those that were (S2-7)."""
+    quick_eval_size: Annotated[int, Field(ge=0)] = 0
+    """Held-out samples of a quick evaluation."""
+    quick_eval_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps between quick evaluations; 0: none."""
+    tqdm_disable: bool = False
+    """No live progress bar, even on a terminal."""
+    progress_percent: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Share of an epoch between ``[progress]`` lines."""
+    num_threads: Positive | None = None
+    """CPU threads of a process; default torch's."""
+
+
+class GenerateConfig(Section):
+    temperature: Annotated[float, Field(ge=0)] = 0.2
+    """0: greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    max_new_tokens: Positive = 64
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+
+
+class EvalConfig(Section):
+    batch_size: Positive = 16
+    """Samples a forward pass; the numbers do not depend on it."""
+    golden_set_path: str | None = None
+    """File of the fixed set; made on first use. Default inside the run folder."""
+    golden_size: Annotated[int, Field(ge=0)] | None = None
+    """Samples of the fixed set that is captioned or asked during training. Default 32 in stage align, 64 in stage
+    instruct."""
+    golden_seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 123
+    run_golden_every: Literal["save", "epoch", "end", "never"] | Positive = "save"
+    golden_batch_size: Positive = 8
+    golden_generate: GenerateConfig = GenerateConfig()
+    caption_samples: Annotated[int, Field(ge=0)] = 256
+    """Held-out samples whose last answer is written at the end, greedily. align: captions, scored by exact match, BLEU,
+    ROUGE-L, CIDEr-D and CHAIR; instruct: answers, scored by VQA accuracy, POPE and exact match as well. 0: none."""
+    answer_tokens: Positive = 64
+    """Longest answer written for them, in tokens."""
+    qa_samples: Annotated[int, Field(ge=0)] = 200
+    """align: questions made from the held-out captions ("What is in the image?", "What colour is the …?"); 0: none."""
+    retention_path: str | None = None
+    """instruct: a text file, a passage a line, on which the language model with and without its adapters is compared.
+    Default a fixed set of the package (English, other languages, code, arithmetic, dialogue)."""
+    object_list: str | None = None
+    """Objects for CHAIR and the questions: a text file, one ``name: synonym, synonym`` a line. Default COCO's 80."""
+    clip_model: str | None = None
+    """CLIP folder or hub name for CLIPScore; none: not measured."""
+    audit_turns: Annotated[int, Field(ge=0)] = 128
+    """Held-out answers that the language model is scored on without any image, and the trained model with an empty one
+    (leakage audit); 0: none."""
+
+
+class AblationConfig(Section):
+    run_every: Cadence | Positive = "end"
+    """When the loss with the wrong images is measured besides the end."""
+    num_samples: Annotated[int, Field(ge=2)] = 256
+    """Held-out samples of the measurement; shuffling needs at least two."""
+    conditions: tuple[Literal["shuffled", "zero", "noise"], ...] = ("shuffled", "zero", "noise")
+    """The wrong images: another sample's, one whose normalised pixels are 0, one whose normalised pixels are drawn
+    from N(0, 1)."""
+
+
+class RunConfig(Section):
+    """One run: a stage, its parts, its data, its training and its evidence."""
+
+    run_name: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$")]
+    """Name of the run; part of a path, so without slashes and not starting with a dot."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
+    """Decides order, split, initial weights and dropout."""
+    stage: Literal["align", "instruct"] | None = None
+    """Default: instruct when ``model.lora.enable`` is set, else align."""
+    output_dir: str | None = None
+    """Run folder; default ``outputs/<run_name>``."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the model runs."""
+    model: ModelConfig
+    data: DataConfig
+    features: FeaturesConfig = FeaturesConfig()
+    prompting: PromptingConfig = PromptingConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    ablation: AblationConfig = AblationConfig()
+    gates: Annotated[dict[str, GateConfig], Field(default_factory=dict, validate_default=True)]
+    """What the evidence must show before the run may be built upon; the stage's own gates unless changed by name."""
+    scales: Annotated[dict[str, dict[str, bool | int | float | str | None]], Field(default_factory=dict)]
+    """Named sets of settings (dotted name: value) for ``beholder run CONFIG --scale NAME``, in place of the runbook's
+    smoke, trial and full."""
+    sweep: SweepConfig | None = None
+    """Only for ``beholder sweep``."""
+
+    @field_validator("gates")
+    @classmethod
+    def _complete(cls, given: dict[str, GateConfig], info: ValidationInfo) -> dict[str, GateConfig]:
+        return complete_gates(given, stage_of(info.data.get("stage"), info.data.get("model")))
+
+    @property
+    def measure_seed(self) -> int:
+        """Decides which samples are held out and how images are swapped."""
+        return self.seed if self.data.split_seed is None else self.data.split_seed
+
+    @property
+    def stage_name(self) -> Literal["align", "instruct"]:
+        return stage_of(self.stage, self.model)
+
+    @property
+    def golden_size(self) -> int:
+        """Samples of the fixed set that are asked for; fewer when fewer are held out."""
+        default = 32 if self.stage_name == "align" else 64
+        return default if self.eval.golden_size is None else self.eval.golden_size
+
+    @property
+    def hygiene(self) -> HygieneLimits:
+        """What hygiene holds training records to in this stage."""
+        return self.data.hygiene.limits(self.stage_name)
+
+    @property
+    def run_dir(self) -> str:
+        return self.output_dir or f"outputs/{self.run_name}"
+
+    @property
+    def template(self) -> Literal["caption", "conversation", "chat"]:
+        return self.prompting.template or ("chat" if self.stage_name == "instruct" else "caption")
+
+    @property
+    def effective_batch(self) -> int:
+        """Samples of one optimizer step, over all processes."""
+        return self.train.micro_batch_size * self.train.gradient_accum
+
+    def impossible(self) -> list[str]:
+        wrong: list[str] = []
+        if self.stage_name == "instruct" and not self.model.lora.enable and not self.model.connector.trainable:
+            wrong.append("nothing would be trained: model.lora.enable and model.connector.trainable are false")
+        if self.stage_name == "align" and not self.model.connector.trainable:
+            wrong.append("stage align trains the connector, but model.connector.trainable is false")
+        if self.stage_name == "instruct" and self.template == "caption":
+            wrong.append(
+                "stage instruct answers questions, and prompting.template caption has none; use chat or conversation"
+            )
+        if self.stage_name == "instruct" and self.prompting.max_images_per_sample > 1:
+            wrong.append(
+                "stage instruct takes one image a sample; set prompting.max_images_per_sample: 1 (several images come "
+                "with stage multi)"
+            )
+        if self.prompting.max_images_per_sample < 2 and self.data.multi_image_fraction > 0:
+            wrong.append("data.multi_image_fraction needs prompting.max_images_per_sample of at least 2")
+        limits = self.hygiene
+        if limits.max_tokens is not None and limits.min_tokens > limits.max_tokens:
+            wrong.append(
+                f"data.hygiene.min_tokens is {limits.min_tokens}, larger than data.hygiene.max_tokens "
+                f"{limits.max_tokens}"
+            )
+        for name, gate in self.gates.items():
+            if gate.strata and gate.stratum is not None:
+                wrong.append(f"gates.{name}: strata judges every group and stratum one of them; give one of the two")
+            if gate.measure is None:
+                own = ", ".join(stage_gates(self.stage_name))
+                wrong.append(f"gates.{name} has no measure; name what it judges, or use one of the stage's own: {own}")
+            elif not gate.bound:
+                wrong.append(f"gates.{name} has no bound; give above, at_least or at_most")
+        return wrong
