@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from beholder.config import GATES, GateConfig
 from beholder.evidence import Measurement
-from beholder.gates import judge, told
+from beholder.evidence.gates import judge, told
 
 
 def measured(name: str, value: float, **more: Any) -> Measurement:

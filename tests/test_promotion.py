@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beholder.evidence import Candidate
-from beholder.promotion import KEPT, best_of, choose
+from beholder.evidence.best import KEPT, best_of, choose
 
 
 def at(step: int, eval_loss: float, delta: float | None = 1.0, collapse: float | None = 0.0) -> Candidate:

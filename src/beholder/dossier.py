@@ -32,10 +32,10 @@ from beholder.evidence import (
     thin,
     thumbnail,
 )
-from beholder.gates import judge, told, verdict
+from beholder.evidence.best import choose
+from beholder.evidence.gates import judge, told, verdict
 from beholder.model.plan import TrainableTable
 from beholder.probes import captions, golden, loss, strata, textonly
-from beholder.promotion import choose
 from beholder.report import render
 from beholder.runs import atomic_write, now, to_json
 from beholder.train.checkpoint import steps_on_disk

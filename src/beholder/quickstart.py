@@ -27,7 +27,7 @@ from beholder.assets import Assets, prepare_quickstart
 from beholder.config import RunConfig
 from beholder.config.file import parse_config, scale_overrides
 from beholder.evidence import CONDITIONS, Condition, Evidence, Measurement, Sample
-from beholder.gates import verdict
+from beholder.evidence.gates import verdict
 from beholder.stages import Outcome, run_stage
 from beholder.types import UserError
 

@@ -25,14 +25,14 @@ from beholder.data import build_data
 from beholder.data.preview import PreviewItem, preview
 from beholder.data.sources import missing_files
 from beholder.evidence import Candidate, Evidence, load_evidence
-from beholder.gates import verdict
+from beholder.evidence.best import best_of
+from beholder.evidence.gates import verdict
 from beholder.model.connector import resolve_num_tokens
 from beholder.model.language import load_tokenizer
 from beholder.model.lora import adapter_config, adapter_tensors, render_sites
 from beholder.model.plan import apply_train_plan, frozen_fingerprint, param_groups, plan_of
 from beholder.model.vision import load_vision
 from beholder.probes import golden, loss
-from beholder.promotion import best_of
 from beholder.runs import RunDir, atomic_write, provenance, stop_signals
 from beholder.train import checkpoint
 from beholder.train.distributed import Dist, init_distributed, shutdown_distributed

@@ -7,7 +7,6 @@ over seeds is a question for ``beholder sweep`` with ``sweep.seeds``.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +22,7 @@ from rich.text import Text
 
 from beholder.config import RunConfig
 from beholder.config.file import diff_configs, parse_config
-from beholder.evidence import Evidence, GateResult, Measurement, load_evidence
+from beholder.evidence import Evidence, GateResult, Measurement, held_out_hashes, load_evidence
 from beholder.report.content import measured_step
 from beholder.report.markdown import escaped, table
 from beholder.report.page import page
@@ -220,27 +219,6 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
         only_in=_only_in(runs, rows),
         warnings=(*unread, *apart, *_other_training(runs)),
     )
-
-
-def held_out_hashes(runs: Sequence[tuple[Path, Evidence]]) -> list[str | None]:
-    """For each run folder with its evidence, a hash over the samples it was measured on.
-
-    Those of the evidence when all have one. Older records have none: then those over the split files, None when there
-    is no such file or the held-out samples have files of their own (``data.eval_sources``).
-    """
-    if all(e.data.held_out_sha256 for _, e in runs):
-        return [e.data.held_out_sha256 for _, e in runs]
-    return [_listed(f if f.is_dir() else f.parent) for f, _ in runs]
-
-
-def _listed(folder: Path) -> str | None:
-    for file in sorted((folder / "splits").glob("split_*.json")):
-        with suppress(OSError, ValueError, AttributeError):
-            items = json.loads(file.read_bytes()).get("eval")
-            if items:
-                what = json.dumps(items, sort_keys=True, ensure_ascii=True)
-                return hashlib.sha256(what.encode()).hexdigest()
-    return None
 
 
 def _settings(runs: Sequence[Run]) -> tuple[list[Setting], list[str]]:

@@ -34,8 +34,7 @@ from rich.text import Text
 
 from beholder.config import SweepConfig
 from beholder.config.file import dump_config
-from beholder.evidence import Evidence, load_evidence
-from beholder.report.compare import held_out_hashes
+from beholder.evidence import Evidence, held_out_hashes, load_evidence
 from beholder.report.words import duration
 from beholder.runs import atomic_write, held, is_held, now, stop_signals
 from beholder.study.page import print_record, render_sweep

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from beholder.evidence import Candidate
+from beholder.evidence.record import Candidate
 
 KEPT = 0.5
 """A checkpoint must keep this share of the largest image reliance seen so far: a falling loss that is bought by looking

@@ -28,10 +28,12 @@ Strata come in groupings (``by``): ``length`` (short, medium, long), ``turn`` (f
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import itertools
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -407,6 +409,27 @@ def load_evidence(path: str | Path) -> Evidence:
     except FileNotFoundError as e:
         raise UserError(f"{file}: no such file; a run writes it when it ends (beholder run CONFIG)") from e
     return Evidence.from_json(text, name=str(file))
+
+
+def held_out_hashes(runs: Sequence[tuple[Path, Evidence]]) -> list[str | None]:
+    """For each run folder with its evidence, a hash over the samples it was measured on.
+
+    Those of the evidence when all have one. Older records have none: then those over the split files, None when there
+    is no such file or the held-out samples have files of their own (``data.eval_sources``).
+    """
+    if all(e.data.held_out_sha256 for _, e in runs):
+        return [e.data.held_out_sha256 for _, e in runs]
+    return [_split_hash(f if f.is_dir() else f.parent) for f, _ in runs]
+
+
+def _split_hash(folder: Path) -> str | None:
+    for file in sorted((folder / "splits").glob("split_*.json")):
+        with suppress(OSError, ValueError, AttributeError):
+            items = json.loads(file.read_bytes()).get("eval")
+            if items:
+                what = json.dumps(items, sort_keys=True, ensure_ascii=True)
+                return hashlib.sha256(what.encode()).hexdigest()
+    return None
 
 
 def thin(name: str, unit: str, points: Sequence[tuple[float, float]], limit: int = 600) -> Curve:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from beholder.config import GateConfig
-from beholder.evidence import Evidence, GateResult, Measurement
+from beholder.evidence.record import Evidence, GateResult, Measurement
 
 
 def judge(gates: Mapping[str, GateConfig], measurements: Sequence[Measurement]) -> list[GateResult]:

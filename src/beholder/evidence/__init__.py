@@ -1,0 +1,60 @@
+"""What a result is.
+
+record   measurements and everything that is needed to read them: what ``evidence.json`` holds
+gates    bounds on measurements, judged
+best     which of a run's checkpoints is its best
+"""
+
+from beholder.evidence.record import (
+    CONDITIONS,
+    SCHEMA_VERSION,
+    AdapterRow,
+    Candidate,
+    Condition,
+    Cost,
+    Curve,
+    DataFacts,
+    DataUri,
+    Evidence,
+    GateResult,
+    Histogram,
+    Measurement,
+    Prediction,
+    Record,
+    Sample,
+    TextOnly,
+    TrainableRow,
+    WordReliance,
+    WordStat,
+    held_out_hashes,
+    load_evidence,
+    thin,
+    thumbnail,
+)
+
+__all__ = [
+    "CONDITIONS",
+    "SCHEMA_VERSION",
+    "AdapterRow",
+    "Candidate",
+    "Condition",
+    "Cost",
+    "Curve",
+    "DataFacts",
+    "DataUri",
+    "Evidence",
+    "GateResult",
+    "Histogram",
+    "Measurement",
+    "Prediction",
+    "Record",
+    "Sample",
+    "TextOnly",
+    "TrainableRow",
+    "WordReliance",
+    "WordStat",
+    "held_out_hashes",
+    "load_evidence",
+    "thin",
+    "thumbnail",
+]
