@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from beholder.data.chat import ChatEncoder, EncodeError, tokenizer_fingerprint
+from beholder.data.chat import ChatEncoder, EncodeError
+from beholder.data.tokens import tokenizer_fingerprint
 from beholder.smoke import tiny_tokenizer
 from beholder.types import Encoded, Example, ImageRef, ImageSlot, Part, Turn, UserError
 

@@ -1,7 +1,7 @@
 """The one sequence encoder: conversation → token ids + supervision mask + image spans, appended together.
 
 The only file that knows templates and token ids; training, evaluation, preview and generation all come through here.
-A tokenizer's own chat template is taken apart once for each sequence of roles (`_ChatTemplate`), so that ids and mask
+A tokenizer's own chat template is taken apart once for each sequence of roles (`ChatTemplate`), so that ids and mask
 are built together here too. Image loading and row layout live elsewhere (`images`, `collate`), and so does everything a
 tensor is needed for.
 """
@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from datetime import date
 from typing import Any, Literal, NamedTuple
 
-import jinja2
 import numpy as np
 from rich.text import Text
 
+from beholder.data.chat_template import ChatTemplate, Piece, TemplateMisfit
+from beholder.data.tokens import END_TOKENS, control_tokens, leading_ids, tokenizer_fingerprint, without_word_mark
 from beholder.types import Encoded, Example, ImageSlot, Part, Turn, UserError, printable
 
 _LAYOUT_VERSION = 1
 """Part of the fingerprint: raise it when the same example would be laid out as other ids."""
-
-_END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "</s>", "<eos>")
-"""Special tokens that end a text in the common families; generation stops at any the tokenizer has as a special one."""
 
 
 class EncodeError(UserError):
@@ -114,23 +110,23 @@ class ChatEncoder:
         self.too_long = too_long
         self._cache: dict[tuple[str, bool], list[int]] = {}
 
-        self._control_pattern, self._control_ids = _control_tokens(tokenizer)
+        self._control_pattern, self._control_ids = control_tokens(tokenizer)
         special: dict[str, int] = tokenizer.get_added_vocab()
-        self._chat: _ChatTemplate | None = None
+        self._chat: ChatTemplate | None = None
         self._bare: Any = None
         self._marks_after_control = False
         ends: list[int] = []
         if template == "chat":
-            self._chat = _ChatTemplate(tokenizer, chat_template, thinking=thinking)
+            self._chat = ChatTemplate(tokenizer, chat_template, thinking=thinking)
             ends = self._chat.end_ids(system)
-            self._bare = _without_word_mark(tokenizer)
+            self._bare = without_word_mark(tokenizer)
             self._marks_after_control = self._bare is not None and self._marks_words_after(ends[0])
         self.eos_ids: list[int] = [*ends]
         """Ids that end a generated text; the first one ends every target (chat: the last turn of the template)."""
-        for end in [tokenizer.eos_token_id, *(special[t] for t in _END_TOKENS if t in special)]:
+        for end in [tokenizer.eos_token_id, *(special[t] for t in END_TOKENS if t in special)]:
             if end not in self.eos_ids:
                 self.eos_ids.append(end)
-        self.bos_ids: list[int] = _leading_ids(tokenizer)
+        self.bos_ids: list[int] = leading_ids(tokenizer)
         native = "<|vision_start|>" in special and "<|vision_end|>" in special
         self.im_start_ids = self._bracket(im_start, "<|vision_start|>" if native else "[")
         self.im_end_ids = self._bracket(im_end, "<|vision_end|>" if native else "]")
@@ -283,20 +279,20 @@ class ChatEncoder:
         tokenise()
         return draft
 
-    def _plain_pieces(self, turns: Sequence[Turn]) -> Iterator[_Piece]:
+    def _plain_pieces(self, turns: Sequence[Turn]) -> Iterator[Piece]:
         """Turns joined by newlines, an end token after each target."""
-        yield from (_Piece(i) for i in self.bos_ids)
+        yield from (Piece(i) for i in self.bos_ids)
         for i, turn in enumerate(turns):
             if i and turns[i - 1].role == "assistant":
-                yield _Piece("\n")
+                yield Piece("\n")
             if turn.role == "assistant":
-                yield _Piece(turn.text, supervise=True)
-                yield _Piece(self.eos_ids[0], supervise=True)
+                yield Piece(turn.text, supervise=True)
+                yield Piece(self.eos_ids[0], supervise=True)
             else:
-                yield from (_Piece(part) for part in turn.parts)
-                yield _Piece("\n")
+                yield from (Piece(part) for part in turn.parts)
+                yield Piece("\n")
 
-    def _chat_pieces(self, where: str, turns: Sequence[Turn], *, prompt: bool) -> list[_Piece]:
+    def _chat_pieces(self, where: str, turns: Sequence[Turn], *, prompt: bool) -> list[Piece]:
         """What the chat template renders. Raises `EncodeError` when that is not the record's own text."""
         assert self._chat is not None
         spoken = [t.role for t in turns if t.role != "system"]
@@ -306,7 +302,7 @@ class ChatEncoder:
             raise EncodeError(f"{where}: the conversation starts with the assistant; its first turn must be the user's")
         try:
             pieces, blank = self._chat.fill(turns, prompt=prompt)
-        except _TemplateMisfit as e:
+        except TemplateMisfit as e:
             raise EncodeError(
                 f"{where}: {e}; change the record, or give a template that takes it as prompting.chat_template"
             ) from e
@@ -448,394 +444,3 @@ class _Draft:
     def finish(self, *, truncated: bool) -> Encoded:
         spans = tuple(self.spans[k] for k in range(len(self.spans)))
         return Encoded(np.array(self.ids, dtype=np.int64), np.array(self.supervise, dtype=bool), spans, truncated)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Chat templates
-
-TEMPLATE_DATE = date(2024, 7, 26)
-"""What a chat template gets for today: a sample must be laid out alike tomorrow too, or no resume would be exact."""
-
-_DATED = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
-
-
-class _TemplateMisfit(Exception):
-    """The template cannot take the conversation, or shows it as something else. The message says why."""
-
-
-class _Piece(NamedTuple):
-    """What comes next in a sample."""
-
-    what: str | int | ImageSlot | None
-    """Text, the id of a control token, an image, or a border that no token crosses."""
-    supervise: bool = False
-
-
-class _Place(NamedTuple):
-    """Where a rendering shows a turn, and what it strips from its ends."""
-
-    turn: int
-    strip_left: str | None
-    """Characters that go; None: all whitespace; empty: nothing."""
-    strip_right: str | None
-
-
-class _Scaffold(NamedTuple):
-    """All that a chat template writes around the turns of one sequence of roles."""
-
-    texts: tuple[str, ...]
-    """Before the first place, between places, after the last one."""
-    pieces: tuple[tuple[_Piece, ...], ...]
-    """The same, cut into control tokens and plain text."""
-    places: tuple[_Place, ...]
-
-
-_RENDERING_FAULTS = (
-    # raise_exception and what the sandbox forbids
-    jinja2.TemplateError,
-    # whatever else a template's own code can come to: it divides, calls itself, asks for more than there is
-    ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
-)  # fmt: skip
-
-_PAD = "\n \n"
-"""Put around a turn to see what is stripped: ``trim`` takes all of it, ``strip('\\n')`` the outer newlines."""
-
-
-class _ChatTemplate:
-    """A chat template taken apart: rendered once for each sequence of roles with marks for turns, then filled in.
-
-    So no rendering is ever searched for the record's text. The filled-in text is compared with the template's own
-    rendering of the record, every time: a template may look into a message and write something else (Qwen3's does for
-    ``</think>``), and that must not go unnoticed.
-
-    A template is code of the person's choosing. It runs in Jinja's sandbox (no files, no private attributes), which
-    bounds neither its running time nor the size of what it writes: in these it is trusted.
-    """
-
-    def __init__(self, tokenizer: Any, text: str | None, *, thinking: bool) -> None:
-        self.tokenizer = tokenizer
-        self.thinking = thinking
-        self.text = _frozen_in_time(_template_of(tokenizer) if text is None else text)
-        if thinking and "enable_thinking" not in self.text:
-            raise UserError(
-                "prompting.thinking is true, but the chat template has no enable_thinking; "
-                "leave it out, or give a template that has one (prompting.chat_template)"
-            )
-        self._control_ids = _spellings(tokenizer)
-        self._control = re.compile(_any_of(self._control_ids)) if self._control_ids else None
-        added = {t.content: t for t in getattr(tokenizer, "added_tokens_decoder", {}).values()}
-        self._eats_left = {t for t in self._control_ids if t in added and added[t].lstrip}
-        self._eats_right = {t for t in self._control_ids if t in added and added[t].rstrip}
-        self._scaffolds: dict[tuple[tuple[str, ...], bool], _Scaffold] = {}
-
-    def end_ids(self, system: str | None) -> list[int]:
-        """The control tokens that end assistant turns, that of the last turn first. Raises `UserError`."""
-        roles = ("user", "assistant", "user", "assistant")
-        try:
-            scaffold = self.scaffold(roles, prompt=False)
-            self.scaffold(roles[:1], prompt=True)
-        except _TemplateMisfit as e:
-            raise UserError(
-                f"{e}, so it cannot be used; give another one as prompting.chat_template, or set "
-                "prompting.template: conversation"
-            ) from e
-        if system is not None:
-            try:
-                self.scaffold(("system", *roles[:2]), prompt=False)
-                self.scaffold(("system", *roles[:1]), prompt=True)
-            except _TemplateMisfit as e:
-                raise UserError(
-                    f"prompting.system is given, but {e}; leave it out, or give a template that takes a system turn "
-                    "(prompting.chat_template)"
-                ) from e
-        ends: list[int] = []
-        for pieces, place in zip(scaffold.pieces[:0:-1], scaffold.places[::-1], strict=True):
-            if roles[place.turn] == "assistant":
-                ends.append(next(p.what for p in pieces if isinstance(p.what, int)))
-        return list(dict.fromkeys(ends))
-
-    def fill(self, turns: Sequence[Turn], *, prompt: bool) -> tuple[list[_Piece], int | None]:
-        """The rendering of ``turns`` in pieces; and the number of an assistant turn of which nothing is left, or None.
-
-        ``prompt``: with the generation prompt at the end.
-        """
-        scaffold = self.scaffold(tuple(t.role for t in turns), prompt=prompt)
-        pieces, text = list(scaffold.pieces[0]), scaffold.texts[0]
-        starts: list[tuple[int, int]] = []
-        blank: int | None = None
-        for place, after, written in zip(scaffold.places, scaffold.pieces[1:], scaffold.texts[1:], strict=True):
-            turn = turns[place.turn]
-            own = turn.text.rstrip(place.strip_right).lstrip(place.strip_left)
-            shown = turn.parts if own == turn.text else _stripped(turn.parts, place)
-            supervise = turn.role == "assistant"
-            pieces += [_Piece(part, supervise and isinstance(part, str)) for part in shown]
-            pieces += after
-            starts.append((len(text), place.turn))
-            text += own + written
-            if supervise and not own:
-                blank = place.turn
-        rendered = self._render([{"role": t.role, "content": t.text} for t in turns], prompt=prompt)
-        if rendered != text:
-            at = next((k for k, (a, b) in enumerate(zip(rendered, text, strict=False)) if a != b), len(text))
-            near = max([i for start, i in starts if start <= at], default=starts[0][1])
-            raise _TemplateMisfit(
-                f"the chat template rewrites the conversation, near turn {near} ({turns[near].role}): it writes "
-                f"{rendered[max(0, at - 20) : at + 40]!r} where {text[max(0, at - 20) : at + 40]!r} was expected"
-            )
-        return pieces, blank
-
-    def scaffold(self, roles: tuple[str, ...], *, prompt: bool) -> _Scaffold:
-        """The template taken apart for ``roles``."""
-        known = self._scaffolds.get((roles, prompt))
-        if known is None:
-            known = self._take_apart(roles, prompt=prompt)
-            if len(self._scaffolds) < 1024:
-                self._scaffolds[roles, prompt] = known
-        return known
-
-    def _take_apart(self, roles: tuple[str, ...], *, prompt: bool) -> _Scaffold:
-        # Private-use characters: no template has them.
-        marks = [f"\ue0a0{i}\ue0a1" for i in range(len(roles))]
-        plain = self._render_marked(roles, marks, prompt=prompt)
-        for i, mark in enumerate(marks):
-            if plain.count(mark) != 1:
-                times = "leaves out" if mark not in plain else f"shows {plain.count(mark)} times"
-                raise _TemplateMisfit(
-                    f"the chat template {times} turn {i} of a conversation of {_roles(roles)}"
-                    f"{' and a generation prompt' if prompt else ''} (a {roles[i]} turn)"
-                )
-        places: list[_Place] = []
-        texts: list[str] = []
-        pieces: list[tuple[_Piece, ...]] = []
-        at = 0
-        for i in sorted(range(len(marks)), key=lambda i: plain.index(marks[i])):
-            start = plain.index(marks[i])
-            texts.append(plain[at:start])
-            opening = self._opening(roles, marks, i) if roles[i] == "assistant" else None
-            border = len(opening) - at if opening is not None and plain.startswith(opening) else None
-            pieces.append(self._cut(texts[-1], self._is_answer(roles, places), border))
-            padded = self._render_marked(roles, [*marks[:i], _PAD + marks[i] + _PAD, *marks[i + 1 :]], prompt=prompt)
-            at = start + len(marks[i])
-            places.append(_Place(i, *self._stripping(padded, plain[:start], marks[i], plain[at:], roles[i])))
-        texts.append(plain[at:])
-        pieces.append(self._cut(texts[-1], self._is_answer(roles, places), None))
-        return _Scaffold(tuple(texts), tuple(pieces), tuple(places))
-
-    @staticmethod
-    def _is_answer(roles: Sequence[str], places: Sequence[_Place]) -> bool:
-        return bool(places) and roles[places[-1].turn] == "assistant"
-
-    def _opening(self, roles: tuple[str, ...], marks: Sequence[str], turn: int) -> str | None:
-        """What generation of an assistant turn would start from; None where the template cannot tell."""
-        try:
-            return self._render_marked(roles[:turn], marks[:turn], prompt=True)
-        except _TemplateMisfit:
-            return None
-
-    @staticmethod
-    def _stripping(padded: str, before: str, mark: str, after: str, role: str) -> tuple[str | None, str | None]:
-        """What a place strips, told from the same rendering with `_PAD` around its mark."""
-        inside = padded.removeprefix(before).removesuffix(after)
-        left, found, right = inside.partition(mark)
-        kinds: dict[str, str | None] = {_PAD: "", _PAD[1:]: "\n", "": None}
-        mirrored: dict[str, str | None] = {_PAD: "", _PAD[:-1]: "\n", "": None}
-        if not found or left not in kinds or right not in mirrored:
-            raise _TemplateMisfit(f"the chat template rewrites blanks around a {role} turn: {inside!r} for {_PAD!r}")
-        return kinds[left], mirrored[right]
-
-    def _cut(self, text: str, after_answer: bool, opening: int | None) -> tuple[_Piece, ...]:
-        """Scaffold text → pieces.
-
-        ``after_answer``: it starts with the end of an assistant turn, which belongs to what is learned. ``opening``:
-        how much of it generation is given; a blank after that is the model's to write (Mistral's before an answer).
-        """
-        out: list[_Piece] = []
-        if after_answer:
-            end = self._control.search(text) if self._control is not None else None
-            if end is None or text[: end.start()].strip():
-                raise _TemplateMisfit(
-                    f"the chat template ends an assistant turn with {text[:40]!r} instead of a control token of the "
-                    "tokenizer, so nothing would teach the model to stop"
-                )
-            out += self._split(text[: end.end()], supervise=True)
-            rest = text[end.end() :].lstrip() if end.group() in self._eats_right else text[end.end() :]
-            opening = None if opening is None else opening - (len(text) - len(rest))
-            text = rest
-        if opening is None or not 0 <= opening < len(text):
-            return (*out, *self._split(text))
-        rest = text[opening:]
-        return (*out, *self._split(text[:opening]), _Piece(None), *self._split(rest, supervise=rest.isspace()))
-
-    def _split(self, text: str, *, supervise: bool = False) -> list[_Piece]:
-        """Control tokens and the text between them, as the tokenizer reads scaffold."""
-        out: list[_Piece] = []
-        at = 0
-        for found in self._control.finditer(text) if self._control is not None else ():
-            before = text[at : found.start()]
-            if found.group() in self._eats_left:
-                before = before.rstrip()
-            out += [_Piece(before, supervise)] if before else []
-            out.append(_Piece(self._control_ids[found.group()], supervise))
-            at = found.end()
-            if found.group() in self._eats_right:
-                at = len(text) - len(text[at:].lstrip())
-        return [*out, _Piece(text[at:], supervise)] if text[at:] else out
-
-    def _render_marked(self, roles: Sequence[str], contents: Sequence[str], *, prompt: bool) -> str:
-        return self._render([{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)], prompt=prompt)
-
-    def _render(self, messages: list[dict[str, str]], *, prompt: bool) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.text, tokenize=False, add_generation_prompt=prompt,
-                enable_thinking=self.thinking, date_string=TEMPLATE_DATE.strftime("%d %b %Y"),
-            )  # fmt: skip
-        except jinja2.TemplateSyntaxError as e:
-            raise _TemplateMisfit(f"the chat template is not valid Jinja (line {e.lineno}: {e.message})") from e
-        except _RENDERING_FAULTS as e:
-            roles = _roles([m["role"] for m in messages])
-            told = isinstance(e, jinja2.TemplateError) and str(e)
-            why = told or f"{type(e).__name__} ({str(e) or 'no more is known'})"
-            raise _TemplateMisfit(f"the chat template refuses a conversation of {roles}: {why}") from e
-
-
-def _roles(roles: Sequence[str]) -> str:
-    return ", ".join(roles)
-
-
-def _stripped(parts: tuple[Part, ...], place: _Place) -> list[Part]:
-    """The parts with what ``place`` strips off their ends; an image is no blank."""
-    out = list(parts)
-    for k in range(len(out)):
-        part = out[k]
-        if not isinstance(part, str):
-            break
-        out[k] = part = part.lstrip(place.strip_left)
-        if part:
-            break
-    for k in reversed(range(len(out))):
-        part = out[k]
-        if not isinstance(part, str):
-            break
-        out[k] = part = part.rstrip(place.strip_right)
-        if part:
-            break
-    return out
-
-
-def _template_of(tokenizer: Any) -> str:
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError as e:
-        raise UserError(
-            f"prompting.template is chat, but the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat "
-            "template; give a Jinja file as prompting.chat_template, set prompting.template: conversation, or use an "
-            "instruction-tuned model"
-        ) from e
-
-
-def _frozen_in_time(template: str) -> str:
-    """The template with calls for today's date replaced by `TEMPLATE_DATE`."""
-    frozen = _DATED.sub(lambda m: json.dumps(TEMPLATE_DATE.strftime(m[1] or m[2] or "")), template)
-    if re.search(r"strftime_now(?!\s+is\s+(?:not\s+)?defined)", frozen):  # called, or kept under another name
-        raise UserError(
-            "the chat template asks for today's date in a way that cannot be frozen, so a sample would be laid out "
-            "differently every day; give a copy with a fixed date as prompting.chat_template"
-        )
-    return frozen
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What a tokenizer hides
-
-
-def _control_tokens(tokenizer: Any) -> tuple[re.Pattern[str] | None, frozenset[int]]:
-    """Spellings (every start position matches, overlaps included) and ids of tokens that literal text must not become.
-
-    Left out: runs of whitespace, which several families register as added tokens and which are ordinary text, and an
-    unknown token that is nothing else, which is where text outside the vocabulary honestly goes.
-    """
-    controls = _spellings(tokenizer)
-    ids = set(controls.values())
-    if tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
-        ids.discard(tokenizer.unk_token_id)
-    # First characters are looked at first: else the hundreds of reserved tokens of some are tried at every character.
-    first = "".join(sorted({re.escape(t[0]) for t in controls}))
-    pattern = re.compile(f"(?=[{first}])(?={_any_of(controls)})") if controls else None
-    return pattern, frozenset(ids)
-
-
-def _spellings(tokenizer: Any) -> dict[str, int]:
-    """Control tokens as they are spelled, with their ids."""
-    spelled: dict[str, int] = dict(tokenizer.get_added_vocab())
-    spelled |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    return {t: i for t, i in spelled.items() if len(t) > 1 and t.replace("▁", "").strip()}
-
-
-def _any_of(spellings: Iterable[str]) -> str:
-    """A pattern that prefers the longest spelling, as tokenizers do."""
-    return "|".join(re.escape(t) for t in sorted(spellings, key=lambda t: (-len(t), t)))
-
-
-def _without_word_mark(tokenizer: Any) -> Any:
-    """The tokenizer's inside, without the mark (``▁`` or a space) that it puts before a text of its own accord.
-
-    None when it does no such thing.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[0]
-        if first.startswith("▁"):
-            raise UserError(
-                f"the tokenizer {tokenizer.name_or_path!r} marks the first word of every text and cannot be told not "
-                "to, so turns of a chat cannot be tokenised one by one; use its fast version (tokenizer.json)"
-            )
-        return None
-    facts = json.loads(backend.to_str())
-
-    def unmarked(part: dict[str, Any] | None) -> dict[str, Any] | None:
-        match part:
-            case {"type": "Prepend"}:
-                return None
-            case {"type": "Metaspace"}:
-                return part | {"prepend_scheme": "never"}
-            case {"type": "ByteLevel"}:
-                return part | {"add_prefix_space": False}
-            case {"type": "Sequence"}:
-                return {k: [u for p in v if (u := unmarked(p))] if isinstance(v, list) else v for k, v in part.items()}
-            case _:
-                return part
-
-    before = [facts["normalizer"], facts["pre_tokenizer"]]
-    after = [unmarked(part) for part in before]
-    if after == before:
-        return None
-    facts["normalizer"], facts["pre_tokenizer"] = after
-    from tokenizers import Tokenizer
-
-    facts["truncation"] = facts["padding"] = None  # state of the last call
-    return Tokenizer.from_str(json.dumps(facts))
-
-
-def _leading_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text of its own accord: its beginning-of-text token, or nothing."""
-    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    full = list(tokenizer("a")["input_ids"])
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return full[:start]
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """sha256 over what decides how text becomes ids: two tokenizers with equal fingerprints encode alike."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        facts = json.loads(backend.to_str())
-        # State of the last call, not of the tokenizer.
-        facts.pop("truncation", None)
-        facts.pop("padding", None)
-    else:
-        facts = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
-    facts["special"] = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

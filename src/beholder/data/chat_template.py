@@ -1,0 +1,308 @@
+"""A tokenizer's chat template taken apart, so that ids and mask are built together and not found again in a text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import date
+from typing import Any, NamedTuple
+
+import jinja2
+
+from beholder.data.tokens import any_of, spellings
+from beholder.types import ImageSlot, Part, Turn, UserError
+
+# ---------------------------------------------------------------------------------------------------------------
+# Chat templates
+
+TEMPLATE_DATE = date(2024, 7, 26)
+"""What a chat template gets for today: a sample must be laid out alike tomorrow too, or no resume would be exact."""
+
+_DATED = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
+
+
+class TemplateMisfit(Exception):
+    """The template cannot take the conversation, or shows it as something else. The message says why."""
+
+
+class Piece(NamedTuple):
+    """What comes next in a sample."""
+
+    what: str | int | ImageSlot | None
+    """Text, the id of a control token, an image, or a border that no token crosses."""
+    supervise: bool = False
+
+
+class _Place(NamedTuple):
+    """Where a rendering shows a turn, and what it strips from its ends."""
+
+    turn: int
+    strip_left: str | None
+    """Characters that go; None: all whitespace; empty: nothing."""
+    strip_right: str | None
+
+
+class _Scaffold(NamedTuple):
+    """All that a chat template writes around the turns of one sequence of roles."""
+
+    texts: tuple[str, ...]
+    """Before the first place, between places, after the last one."""
+    pieces: tuple[tuple[Piece, ...], ...]
+    """The same, cut into control tokens and plain text."""
+    places: tuple[_Place, ...]
+
+
+_RENDERING_FAULTS = (
+    # raise_exception and what the sandbox forbids
+    jinja2.TemplateError,
+    # whatever else a template's own code can come to: it divides, calls itself, asks for more than there is
+    ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
+
+_PAD = "\n \n"
+"""Put around a turn to see what is stripped: ``trim`` takes all of it, ``strip('\\n')`` the outer newlines."""
+
+
+class ChatTemplate:
+    """A chat template taken apart: rendered once for each sequence of roles with marks for turns, then filled in.
+
+    So no rendering is ever searched for the record's text. The filled-in text is compared with the template's own
+    rendering of the record, every time: a template may look into a message and write something else (Qwen3's does for
+    ``</think>``), and that must not go unnoticed.
+
+    A template is code of the person's choosing. It runs in Jinja's sandbox (no files, no private attributes), which
+    bounds neither its running time nor the size of what it writes: in these it is trusted.
+    """
+
+    def __init__(self, tokenizer: Any, text: str | None, *, thinking: bool) -> None:
+        self.tokenizer = tokenizer
+        self.thinking = thinking
+        self.text = _frozen_in_time(_template_of(tokenizer) if text is None else text)
+        if thinking and "enable_thinking" not in self.text:
+            raise UserError(
+                "prompting.thinking is true, but the chat template has no enable_thinking; "
+                "leave it out, or give a template that has one (prompting.chat_template)"
+            )
+        self._control_ids = spellings(tokenizer)
+        self._control = re.compile(any_of(self._control_ids)) if self._control_ids else None
+        added = {t.content: t for t in getattr(tokenizer, "added_tokens_decoder", {}).values()}
+        self._eats_left = {t for t in self._control_ids if t in added and added[t].lstrip}
+        self._eats_right = {t for t in self._control_ids if t in added and added[t].rstrip}
+        self._scaffolds: dict[tuple[tuple[str, ...], bool], _Scaffold] = {}
+
+    def end_ids(self, system: str | None) -> list[int]:
+        """The control tokens that end assistant turns, that of the last turn first. Raises `UserError`."""
+        roles = ("user", "assistant", "user", "assistant")
+        try:
+            scaffold = self.scaffold(roles, prompt=False)
+            self.scaffold(roles[:1], prompt=True)
+        except TemplateMisfit as e:
+            raise UserError(
+                f"{e}, so it cannot be used; give another one as prompting.chat_template, or set "
+                "prompting.template: conversation"
+            ) from e
+        if system is not None:
+            try:
+                self.scaffold(("system", *roles[:2]), prompt=False)
+                self.scaffold(("system", *roles[:1]), prompt=True)
+            except TemplateMisfit as e:
+                raise UserError(
+                    f"prompting.system is given, but {e}; leave it out, or give a template that takes a system turn "
+                    "(prompting.chat_template)"
+                ) from e
+        ends: list[int] = []
+        for pieces, place in zip(scaffold.pieces[:0:-1], scaffold.places[::-1], strict=True):
+            if roles[place.turn] == "assistant":
+                ends.append(next(p.what for p in pieces if isinstance(p.what, int)))
+        return list(dict.fromkeys(ends))
+
+    def fill(self, turns: Sequence[Turn], *, prompt: bool) -> tuple[list[Piece], int | None]:
+        """The rendering of ``turns`` in pieces; and the number of an assistant turn of which nothing is left, or None.
+
+        ``prompt``: with the generation prompt at the end.
+        """
+        scaffold = self.scaffold(tuple(t.role for t in turns), prompt=prompt)
+        pieces, text = list(scaffold.pieces[0]), scaffold.texts[0]
+        starts: list[tuple[int, int]] = []
+        blank: int | None = None
+        for place, after, written in zip(scaffold.places, scaffold.pieces[1:], scaffold.texts[1:], strict=True):
+            turn = turns[place.turn]
+            own = turn.text.rstrip(place.strip_right).lstrip(place.strip_left)
+            shown = turn.parts if own == turn.text else _stripped(turn.parts, place)
+            supervise = turn.role == "assistant"
+            pieces += [Piece(part, supervise and isinstance(part, str)) for part in shown]
+            pieces += after
+            starts.append((len(text), place.turn))
+            text += own + written
+            if supervise and not own:
+                blank = place.turn
+        rendered = self._render([{"role": t.role, "content": t.text} for t in turns], prompt=prompt)
+        if rendered != text:
+            at = next((k for k, (a, b) in enumerate(zip(rendered, text, strict=False)) if a != b), len(text))
+            near = max([i for start, i in starts if start <= at], default=starts[0][1])
+            raise TemplateMisfit(
+                f"the chat template rewrites the conversation, near turn {near} ({turns[near].role}): it writes "
+                f"{rendered[max(0, at - 20) : at + 40]!r} where {text[max(0, at - 20) : at + 40]!r} was expected"
+            )
+        return pieces, blank
+
+    def scaffold(self, roles: tuple[str, ...], *, prompt: bool) -> _Scaffold:
+        """The template taken apart for ``roles``."""
+        known = self._scaffolds.get((roles, prompt))
+        if known is None:
+            known = self._take_apart(roles, prompt=prompt)
+            if len(self._scaffolds) < 1024:
+                self._scaffolds[roles, prompt] = known
+        return known
+
+    def _take_apart(self, roles: tuple[str, ...], *, prompt: bool) -> _Scaffold:
+        # Private-use characters: no template has them.
+        marks = [f"\ue0a0{i}\ue0a1" for i in range(len(roles))]
+        plain = self._render_marked(roles, marks, prompt=prompt)
+        for i, mark in enumerate(marks):
+            if plain.count(mark) != 1:
+                times = "leaves out" if mark not in plain else f"shows {plain.count(mark)} times"
+                raise TemplateMisfit(
+                    f"the chat template {times} turn {i} of a conversation of {_roles(roles)}"
+                    f"{' and a generation prompt' if prompt else ''} (a {roles[i]} turn)"
+                )
+        places: list[_Place] = []
+        texts: list[str] = []
+        pieces: list[tuple[Piece, ...]] = []
+        at = 0
+        for i in sorted(range(len(marks)), key=lambda i: plain.index(marks[i])):
+            start = plain.index(marks[i])
+            texts.append(plain[at:start])
+            opening = self._opening(roles, marks, i) if roles[i] == "assistant" else None
+            border = len(opening) - at if opening is not None and plain.startswith(opening) else None
+            pieces.append(self._cut(texts[-1], self._is_answer(roles, places), border))
+            padded = self._render_marked(roles, [*marks[:i], _PAD + marks[i] + _PAD, *marks[i + 1 :]], prompt=prompt)
+            at = start + len(marks[i])
+            places.append(_Place(i, *self._stripping(padded, plain[:start], marks[i], plain[at:], roles[i])))
+        texts.append(plain[at:])
+        pieces.append(self._cut(texts[-1], self._is_answer(roles, places), None))
+        return _Scaffold(tuple(texts), tuple(pieces), tuple(places))
+
+    @staticmethod
+    def _is_answer(roles: Sequence[str], places: Sequence[_Place]) -> bool:
+        return bool(places) and roles[places[-1].turn] == "assistant"
+
+    def _opening(self, roles: tuple[str, ...], marks: Sequence[str], turn: int) -> str | None:
+        """What generation of an assistant turn would start from; None where the template cannot tell."""
+        try:
+            return self._render_marked(roles[:turn], marks[:turn], prompt=True)
+        except TemplateMisfit:
+            return None
+
+    @staticmethod
+    def _stripping(padded: str, before: str, mark: str, after: str, role: str) -> tuple[str | None, str | None]:
+        """What a place strips, told from the same rendering with `_PAD` around its mark."""
+        inside = padded.removeprefix(before).removesuffix(after)
+        left, found, right = inside.partition(mark)
+        kinds: dict[str, str | None] = {_PAD: "", _PAD[1:]: "\n", "": None}
+        mirrored: dict[str, str | None] = {_PAD: "", _PAD[:-1]: "\n", "": None}
+        if not found or left not in kinds or right not in mirrored:
+            raise TemplateMisfit(f"the chat template rewrites blanks around a {role} turn: {inside!r} for {_PAD!r}")
+        return kinds[left], mirrored[right]
+
+    def _cut(self, text: str, after_answer: bool, opening: int | None) -> tuple[Piece, ...]:
+        """Scaffold text → pieces.
+
+        ``after_answer``: it starts with the end of an assistant turn, which belongs to what is learned. ``opening``:
+        how much of it generation is given; a blank after that is the model's to write (Mistral's before an answer).
+        """
+        out: list[Piece] = []
+        if after_answer:
+            end = self._control.search(text) if self._control is not None else None
+            if end is None or text[: end.start()].strip():
+                raise TemplateMisfit(
+                    f"the chat template ends an assistant turn with {text[:40]!r} instead of a control token of the "
+                    "tokenizer, so nothing would teach the model to stop"
+                )
+            out += self._split(text[: end.end()], supervise=True)
+            rest = text[end.end() :].lstrip() if end.group() in self._eats_right else text[end.end() :]
+            opening = None if opening is None else opening - (len(text) - len(rest))
+            text = rest
+        if opening is None or not 0 <= opening < len(text):
+            return (*out, *self._split(text))
+        rest = text[opening:]
+        return (*out, *self._split(text[:opening]), Piece(None), *self._split(rest, supervise=rest.isspace()))
+
+    def _split(self, text: str, *, supervise: bool = False) -> list[Piece]:
+        """Control tokens and the text between them, as the tokenizer reads scaffold."""
+        out: list[Piece] = []
+        at = 0
+        for found in self._control.finditer(text) if self._control is not None else ():
+            before = text[at : found.start()]
+            if found.group() in self._eats_left:
+                before = before.rstrip()
+            out += [Piece(before, supervise)] if before else []
+            out.append(Piece(self._control_ids[found.group()], supervise))
+            at = found.end()
+            if found.group() in self._eats_right:
+                at = len(text) - len(text[at:].lstrip())
+        return [*out, Piece(text[at:], supervise)] if text[at:] else out
+
+    def _render_marked(self, roles: Sequence[str], contents: Sequence[str], *, prompt: bool) -> str:
+        return self._render([{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)], prompt=prompt)
+
+    def _render(self, messages: list[dict[str, str]], *, prompt: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.text, tokenize=False, add_generation_prompt=prompt,
+                enable_thinking=self.thinking, date_string=TEMPLATE_DATE.strftime("%d %b %Y"),
+            )  # fmt: skip
+        except jinja2.TemplateSyntaxError as e:
+            raise TemplateMisfit(f"the chat template is not valid Jinja (line {e.lineno}: {e.message})") from e
+        except _RENDERING_FAULTS as e:
+            roles = _roles([m["role"] for m in messages])
+            told = isinstance(e, jinja2.TemplateError) and str(e)
+            why = told or f"{type(e).__name__} ({str(e) or 'no more is known'})"
+            raise TemplateMisfit(f"the chat template refuses a conversation of {roles}: {why}") from e
+
+
+def _roles(roles: Sequence[str]) -> str:
+    return ", ".join(roles)
+
+
+def _stripped(parts: tuple[Part, ...], place: _Place) -> list[Part]:
+    """The parts with what ``place`` strips off their ends; an image is no blank."""
+    out = list(parts)
+    for k in range(len(out)):
+        part = out[k]
+        if not isinstance(part, str):
+            break
+        out[k] = part = part.lstrip(place.strip_left)
+        if part:
+            break
+    for k in reversed(range(len(out))):
+        part = out[k]
+        if not isinstance(part, str):
+            break
+        out[k] = part = part.rstrip(place.strip_right)
+        if part:
+            break
+    return out
+
+
+def _template_of(tokenizer: Any) -> str:
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as e:
+        raise UserError(
+            f"prompting.template is chat, but the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat "
+            "template; give a Jinja file as prompting.chat_template, set prompting.template: conversation, or use an "
+            "instruction-tuned model"
+        ) from e
+
+
+def _frozen_in_time(template: str) -> str:
+    """The template with calls for today's date replaced by `TEMPLATE_DATE`."""
+    frozen = _DATED.sub(lambda m: json.dumps(TEMPLATE_DATE.strftime(m[1] or m[2] or "")), template)
+    if re.search(r"strftime_now(?!\s+is\s+(?:not\s+)?defined)", frozen):  # called, or kept under another name
+        raise UserError(
+            "the chat template asks for today's date in a way that cannot be frozen, so a sample would be laid out "
+            "differently every day; give a copy with a fixed date as prompting.chat_template"
+        )
+    return frozen
