@@ -18,8 +18,9 @@ from PIL import Image
 from beholder.config import DatasetKind, RunConfig, SourceConfig, VisionConfig
 from beholder.config.file import load_config, parse_config
 from beholder.data import open_records
+from beholder.data.formats import INSTRUCTION_KINDS
 from beholder.data.images import ImagePipeline
-from beholder.data.sources import INSTRUCTION_KINDS, open_sources
+from beholder.data.sources import open_sources
 from beholder.model.vision import load_vision
 from beholder.smoke import (
     COLOURS,

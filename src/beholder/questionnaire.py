@@ -17,9 +17,9 @@ from typing import Any, Literal, TypeGuard
 
 import orjson
 
+from beholder.data.formats import BadRecord, image_paths, turn_said
 from beholder.data.images import check_exists, content_hash
 from beholder.data.questions import ImageNames, coco_names, image_names, plain_records
-from beholder.data.sources import BadRecord, image_paths, turn_said
 from beholder.inference import Request, Vlm
 from beholder.runs import sha256_file
 from beholder.train.checkpoint import MANIFEST

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from beholder.data.formats import BadRecord, turn_said
 from beholder.data.questions import plain_records
-from beholder.data.sources import BadRecord, turn_said
 from beholder.evidence import Measurement
 from beholder.probes import measurement
 from beholder.probes.answers import accuracy_rule, mean_share, pope, says_yes

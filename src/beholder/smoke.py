@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from beholder.config import DatasetKind, RunConfig, SourceConfig
 from beholder.config.file import dump_config, parse_config, without_inert
-from beholder.data.sources import INSTRUCTION_KINDS
+from beholder.data.formats import INSTRUCTION_KINDS
 from beholder.model.weights import quiet_transformers
 from beholder.train.distributed import init_distributed
 

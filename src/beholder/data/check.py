@@ -20,9 +20,10 @@ from rich.text import Text
 
 from beholder.config import HygieneConfig, HygieneLimits, RunConfig, SourceConfig
 from beholder.config.file import load_config
+from beholder.data.formats import INSTRUCTION_KINDS
 from beholder.data.hygiene import HygieneReport, Progress, apply_hygiene
 from beholder.data.images import ImageFacts
-from beholder.data.sources import INSTRUCTION_KINDS, Records, Reject, guess_source, open_sources
+from beholder.data.sources import Records, Reject, guess_source, open_sources
 
 EXAMPLES_PER_REASON = 3
 
@@ -141,7 +142,7 @@ def check_data(
     """Open ``sources``, vet every record, and report. Bad records and images are counted, never raised.
 
     ``chat``: whether records are held to the rules of stage instruct; by default they are when all sources are of an
-    instruction kind (`sources.INSTRUCTION_KINDS`), and a note says so. ``hygiene`` and ``max_images`` default to that
+    instruction kind (`formats.INSTRUCTION_KINDS`), and a note says so. ``hygiene`` and ``max_images`` default to that
     stage's own.
     ``tokenizer`` None: lengths are in words and the length limits are not applied (a note says so). ``verify_images``
     decode also reads every image, for sizes and for copies. Raises `UserError` where a file as a whole cannot be read.

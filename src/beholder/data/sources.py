@@ -1,12 +1,8 @@
-"""Record files of every kind → `Example`s, parsed when they are asked for; structurally bad records → named rejects.
+"""Record files → `Example`s, parsed when they are asked for; structurally bad records → named rejects.
 
-Where records lie in a file is `index`' business, how question and annotation files go together `questions`', what is
-inside an image `images`', whether a good record is wanted `hygiene`'s. A record is checked once, when its file is
-indexed; after that only byte offsets are held.
-
-Stage instruct (``chat``) asks more of a record than an alignment does: a conversation that the user opens, about at
-least one image, in which the assistant always says something. There a conversation with one image and no marker gets
-the marker in front of its first user turn, which is how LLaVA-Instruct and most chat data mean it; this is counted.
+Which layouts there are is `formats`' business, where records lie in a file `index`', how question and annotation files
+go together `questions`', what is inside an image `images`', whether a good record is wanted `hygiene`'s. A record is
+checked once, when its file is indexed; after that only byte offsets are held.
 """
 
 from __future__ import annotations
@@ -21,35 +17,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import orjson
 
 from beholder.config import DatasetKind, SourceConfig
 from beholder.data import index, questions
+from beholder.data.formats import FORMATS, BadRecord, Parsed, Rules
 from beholder.data.index import RecordError
 from beholder.runs import sha256_file
-from beholder.types import Example, ImageRef, ImageSlot, Part, Turn, UserError
+from beholder.types import Example, ImageRef, UserError
 
 __all__ = [
-    "INSTRUCTION_KINDS", "BadRecord", "RecordError", "Records", "Reject", "guess_source", "image_paths",
-    "missing_files", "open_sources", "turn_said",
+    "RecordError", "Records", "Reject", "guess_source", "missing_files", "open_sources",
 ]  # fmt: skip
-
-_STORED_IMAGES: frozenset[DatasetKind] = frozenset(("webdataset", "parquet"))
-"""Kinds whose images lie in the record file itself: ``image_root`` is not used."""
-INSTRUCTION_KINDS: frozenset[DatasetKind] = frozenset(("llava_instruct", "sharegpt", "vqa", "gqa"))
-"""Kinds that hold conversations and questions, for stage instruct; the others are made for alignment as well."""
 
 _INDEX_VERSION = 3
 """Raised when a cached index means something else."""
 _FINGERPRINT_VERSION = 1
 """Raised when the same bytes give other examples: saved splits and checkpoints hold fingerprints."""
-Role = Literal["system", "user", "assistant"]
-_ROLES: dict[str, Role] = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,248 +52,6 @@ class Reject:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# One record
-
-
-class BadRecord(Exception):
-    """Why a record cannot be used: a slug that counts go by, and a sentence."""
-
-    def __init__(self, reason: str, detail: str, id: str = "") -> None:
-        super().__init__(detail)
-        self.reason, self.detail, self.id = reason, detail, id
-
-
-class _Parsed(NamedTuple):
-    id: str | None
-    source: str
-    images: list[Any]
-    """Paths; for tar and parquet ``[label, offset or row, bytes or item]``."""
-    messages: list[tuple[Role, str]]
-    interpreted: bool
-    """Markers in user turns are image slots (conversations); a caption has no user turn, a question is literal text."""
-    in_front: bool = False
-    """The image stands in front of the first user turn, which has no marker of its own."""
-    answers: tuple[str, ...] = ()
-    question_type: str = ""
-    answer_type: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Rules:
-    """How the records of one file are read."""
-
-    dataset: DatasetKind
-    image_token: str
-    max_images: int
-    chat: bool = False
-    image_pattern: str | None = None
-
-    @property
-    def stored_images(self) -> bool:
-        return self.dataset in _STORED_IMAGES
-
-    @property
-    def asked(self) -> bool:
-        """Question files: a record's text is put together from two places."""
-        return self.dataset in ("vqa", "gqa")
-
-    @property
-    def identity(self) -> list[object]:
-        """What makes the same bytes other examples. `image_pattern` shows in the records' own texts."""
-        return [self.dataset, self.image_token, self.max_images, *(["chat"] if self.chat else [])]
-
-    def parse(self, raw: bytes) -> _Parsed:
-        """Raises `BadRecord` with a reason and a sentence naming the field, what was got and what was expected."""
-        try:
-            record = orjson.loads(raw)
-        except orjson.JSONDecodeError as e:
-            raise BadRecord("bad_json", f"malformed JSON at character {e.pos} of the record: {e.msg}") from None
-        if not isinstance(record, dict):
-            raise BadRecord("wrong_type", f"the record is {_kind(record)}, expected an object")
-        id = record.get("id")
-        if isinstance(id, int) and not isinstance(id, bool):
-            id = str(id)
-        elif not isinstance(id, str | None):
-            raise BadRecord("wrong_type", f"id is {_kind(id)}, expected a string or an integer")
-        try:
-            return self._parse(record, id)
-        except BadRecord as e:
-            raise BadRecord(e.reason, e.detail, id or "") from None
-
-    def _parse(self, record: dict[str, Any], id: str | None) -> _Parsed:
-        if self.stored_images and "!" in record:
-            raise BadRecord("bad_member", record["!"])
-        if self.asked:
-            return self._question(record, id)
-        source = record.get("source")
-        if not isinstance(source, str | None):
-            raise BadRecord("wrong_type", f"source is {_kind(source)}, expected a string")
-        images = record["images"] if self.stored_images else image_paths(record)
-        messages, interpreted = _messages(record, self.dataset)
-        if self.chat:
-            _require_dialogue(messages)
-            self._require_few(images)
-        num_markers = sum(t.count(self.image_token) for r, t in messages if r == "user") if interpreted else len(images)
-        in_front = self.chat and len(images) == 1 and num_markers == 0
-        if num_markers != len(images) and not in_front:
-            raise BadRecord(
-                "image_count",
-                f"{len(images)} images but {num_markers} {self.image_token} markers in the user turns; the k-th marker "
-                "takes images[k], so the numbers must agree",
-            )
-        text_only = interpreted and not self.chat and self.dataset in ("jsonl", "llava_instruct", "sharegpt")
-        if not images and not text_only:
-            raise BadRecord("no_image", "has no image")
-        self._require_few(images)
-        question_type, answer_type = _text_field(record, "question_type"), _text_field(record, "answer_type")
-        answers = _answers(record)
-        return _Parsed(
-            id, source or "", images, messages, interpreted, in_front, answers, question_type, answer_type
-        )  # fmt: skip
-
-    def _require_few(self, images: list[Any]) -> None:
-        if len(images) > self.max_images:
-            raise BadRecord(
-                "too_many_images", f"{len(images)} images, prompting.max_images_per_sample is {self.max_images}"
-            )
-
-    def _question(self, record: dict[str, Any], id: str | None) -> _Parsed:
-        """A record of `questions`, which has checked the types."""
-        if "!" in record:
-            raise BadRecord(*record["!"])
-        if not record["answer"].strip():
-            raise BadRecord("empty_answer", "the answer is empty")
-        messages: list[tuple[Role, str]] = [("user", record["question"]), ("assistant", record["answer"])]
-        return _Parsed(
-            id, "", record["images"], messages, interpreted=False, in_front=True, answers=tuple(record["answers"]),
-            question_type=record["question_type"], answer_type=record["answer_type"],
-        )  # fmt: skip
-
-    def turns(self, parsed: _Parsed) -> tuple[Turn, ...]:
-        turns, next_image = [], 0
-        for role, text in parsed.messages:
-            parts: list[Part] = [text]
-            if role == "user" and parsed.in_front and next_image == 0:
-                parts = [ImageSlot(0), "\n" + text]
-                next_image = 1
-            elif role == "user" and parsed.interpreted:
-                # Only here: a marker in an answer or in a system text is literal text.
-                pieces = text.split(self.image_token)
-                parts = [pieces[0]]
-                for piece in pieces[1:]:
-                    parts += [ImageSlot(next_image), piece]
-                    next_image += 1
-                parts = [p for p in parts if p != ""]
-            turns.append(Turn(role, tuple(parts)))
-        return tuple(turns)
-
-
-def _require_dialogue(messages: Sequence[tuple[Role, str]]) -> None:
-    """Raises `BadRecord` unless the user speaks first and the assistant never says nothing."""
-    first = next((role for role, _ in messages if role != "system"), None)
-    if first == "assistant":
-        raise BadRecord("starts_with_assistant", "the assistant (gpt) speaks before the user has asked anything; stage "
-                   "instruct needs conversations, or questions with answers")  # fmt: skip
-    for k, (role, text) in enumerate(messages):
-        if role == "assistant" and not text.strip():
-            raise BadRecord("empty_answer", f"turn {k} is the assistant's and empty, so there is nothing to learn")
-
-
-def _answers(record: dict[str, Any]) -> tuple[str, ...]:
-    value = record.get("answers")
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(a, str) for a in value):
-        raise BadRecord("wrong_type", f"answers is {_kind(value)}, expected a list of strings")
-    return tuple(value)
-
-
-def _text_field(record: dict[str, Any], name: str) -> str:
-    value = record.get(name)
-    if not isinstance(value, str | None):
-        raise BadRecord("wrong_type", f"{name} is {_kind(value)}, expected a string")
-    return value or ""
-
-
-def image_paths(record: dict[str, Any]) -> list[str]:
-    """Paths under ``images`` or ``image``, a text or a list of them. Raises `BadRecord`."""
-    given = [(name, record[name]) for name in ("images", "image") if record.get(name) is not None]
-    if not given:
-        return []
-    if len(given) > 1:
-        raise BadRecord("wrong_type", "has both image and images, expected one of them")
-    name, value = given[0]
-    paths = [value] if isinstance(value, str) else value
-    if not isinstance(paths, list):
-        raise BadRecord("wrong_type", f"{name} is {_kind(value)}, expected a path or a list of paths")
-    for k, path in enumerate(paths):
-        if not isinstance(path, str) or not path:
-            raise BadRecord("wrong_type", f"{name}[{k}] is {_kind(path)}, expected a non-empty path")
-    return paths
-
-
-def _messages(record: dict[str, Any], dataset: DatasetKind) -> tuple[list[tuple[Role, str]], bool]:
-    """(turns as role and text, whether markers in user turns are image slots)."""
-    match dataset:
-        case "llava_pretrain" | "llava_instruct":
-            allowed = ("conversations",)
-        case "sharegpt":
-            allowed = ("conversations", "messages")
-        case _:
-            allowed = ("caption", "conversations", "messages")
-    given = [name for name in allowed if name in record]
-    if len(given) != 1:
-        got = f"has {' and '.join(given)}" if given else f"has none of the fields {', '.join(allowed)}"
-        raise BadRecord("wrong_type" if given else "missing_field", f"{got}, expected exactly one")
-    name = given[0]
-    value = record[name]
-    if name == "caption":
-        if not isinstance(value, str):
-            raise BadRecord("wrong_type", f"caption is {_kind(value)}, expected a string")
-        return [("assistant", value)], False
-    if not isinstance(value, list):
-        raise BadRecord("wrong_type", f"{name} is {_kind(value)}, expected a list of turns")
-    messages = [turn_said(turn, f"{name}[{k}]") for k, turn in enumerate(value)]
-    if not any(role == "assistant" for role, _ in messages):
-        raise BadRecord("no_target", f"{name} has no turn of the assistant (gpt), so there is nothing to learn")
-    return messages, True
-
-
-def turn_said(turn: Any, where: str) -> tuple[Role, str]:
-    """(role, text) of a turn, in either of its spellings: ``from`` and ``value``, or ``role`` and ``content``.
-
-    Raises `BadRecord` naming the field below ``where``.
-    """
-    if not isinstance(turn, dict):
-        raise BadRecord("wrong_type", f"{where} is {_kind(turn)}, expected an object with from and value")
-    role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
-    role, text = turn.get(role_key), turn.get(text_key)
-    if not isinstance(role, str) or role not in _ROLES:
-        reason = "unknown_role" if isinstance(role, str) else "wrong_type"
-        raise BadRecord(reason, f"{where}.{role_key} is {_kind(role)}, expected one of {', '.join(_ROLES)}")
-    if not isinstance(text, str):
-        raise BadRecord("wrong_type", f"{where}.{text_key} is {_kind(text)}, expected a string")
-    return _ROLES[role], text
-
-
-def _kind(value: object) -> str:
-    """A JSON value as a message shows it."""
-    match value:
-        case None:
-            return "null or absent"
-        case bool():
-            return f"the boolean {str(value).lower()}"
-        case int() | float():
-            return f"the number {value}"
-        case str():
-            return f"the string {value[:40]!r}"
-        case list():
-            return "a list"
-        case _:
-            return "an object"
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # One file
 
 
@@ -316,7 +61,7 @@ class _File:
 
     path: str
     image_root: str
-    rules: _Rules
+    rules: Rules
     stem: str
     starts: np.ndarray
     """int64 [n]: first byte of record i, in the file or in ``blob``"""
@@ -361,7 +106,7 @@ class _File:
                 self._fd = fd
         return self._fd
 
-    def parse(self, i: int) -> _Parsed:
+    def parse(self, i: int) -> Parsed:
         try:
             return self.rules.parse(self.raw(i))
         except BadRecord as e:
@@ -381,13 +126,13 @@ class _File:
             answer_type=parsed.answer_type,
         )
 
-    def refs(self, parsed: _Parsed) -> tuple[ImageRef, ...]:
-        match self.rules.dataset:
-            case "webdataset":
+    def refs(self, parsed: Parsed) -> tuple[ImageRef, ...]:
+        match self.rules.format.images:
+            case "tar":
                 return tuple(ImageRef(self.path, name, "tar", at, size) for name, at, size in parsed.images)
             case "parquet":
                 return tuple(ImageRef(self.path, name, "parquet", row, 0, item) for name, row, item in parsed.images)
-            case _:
+            case "file":
                 if self._coco is None:
                     self._coco = _CocoNames(self.image_root)
                 return tuple(ImageRef(self.image_root, self._coco.resolve(path)) for path in parsed.images)
@@ -442,13 +187,13 @@ class _CocoNames:
 _COCO_NAME = re.compile(r"(?P<prefix>COCO_[a-z]+[0-9]{4}_)?(?P<number>[0-9]{12}\.jpg)")
 
 
-def _index_file(path: str, source: SourceConfig, rules: _Rules) -> _File:
+def _index_file(path: str, source: SourceConfig, rules: Rules) -> _File:
     info = index.require_regular(path)
     stem = Path(path).name.split(".")[0]
-    if source.image_root is not None and not rules.stored_images and not os.path.isdir(source.image_root):
+    if source.image_root is not None and rules.format.images == "file" and not os.path.isdir(source.image_root):
         raise UserError(f"image_root {source.image_root}: is not a folder; image paths of {path} are relative to it")
     image_root = source.image_root or os.path.dirname(os.path.abspath(path))
-    content = index.stat_facts(path) if rules.stored_images else sha256_file(path)
+    content = index.stat_facts(path) if rules.format.images != "file" else sha256_file(path)
     answers = None if source.annotations_path is None else sha256_file(source.annotations_path)
     key = index.cache_key("index", _INDEX_VERSION, rules.identity, rules.image_pattern, content, answers)
     cached = index.cache_load(key)
@@ -462,31 +207,17 @@ def _index_file(path: str, source: SourceConfig, rules: _Rules) -> _File:
         source_names=[source.name or name or stem for name in meta["source_names"]],
         rejects=[Reject(id or f"{stem}:{row}", row, path, why, detail) for id, row, why, detail in meta["rejects"]],
         digest=meta["digest"], num_images=meta["num_images"], inserted_markers=meta["inserted_markers"],
-        blob=arrays["blob"].tobytes() if rules.stored_images or rules.asked else None,
+        blob=arrays["blob"].tobytes() if rules.format.copied else None,
         stat=(info.st_size, info.st_mtime_ns),
     )  # fmt: skip
 
 
 def _scan(
-    path: str, annotations: str | None, rules: _Rules, digest: str | None
+    path: str, annotations: str | None, rules: Rules, digest: str | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Parse every record once; keep places, sources and rejects."""
-    match rules.dataset:
-        case "jsonl":
-            found = index.json_lines(path)
-        case "llava_pretrain" | "llava_instruct":
-            found = index.json_array(path)
-        case "sharegpt":
-            found = index.json_array(path) if index.first_character(path) == "[" else index.json_lines(path)
-        case "vqa":
-            assert annotations is not None, "open_sources asks for it"
-            found, digest = questions.vqa_records(path, annotations, rules.image_pattern), None
-        case "gqa":
-            found, digest = questions.gqa_records(path, rules.image_pattern), None
-        case "webdataset":
-            found = index.tar_records(path)
-        case "parquet":
-            found = index.parquet_records(path)
+    form = rules.format
+    found = form.find(path, rules, annotations)
     starts, stops, rows, source_ids = [], [], [], []
     names: dict[str, int] = {}
     rejects: list[tuple[str, int, str, str]] = []
@@ -498,7 +229,7 @@ def _scan(
         except BadRecord as e:
             rejects.append((e.id, row, e.reason, f"{where}: {e.detail}"))
             continue
-        if rules.stored_images or rules.asked:
+        if form.copied:
             start = len(blob)
             blob += raw
         starts.append(start)
@@ -506,7 +237,7 @@ def _scan(
         rows.append(row)
         source_ids.append(names.setdefault(parsed.source, len(names)))
         num_images += len(parsed.images)
-        inserted_markers += parsed.in_front and not rules.asked
+        inserted_markers += parsed.in_front and not form.asked
     if row < 0:
         raise RecordError(f"{path}: holds no records")
     arrays = {
@@ -516,7 +247,7 @@ def _scan(
     return arrays, {
         "source_names": list(names), "rejects": rejects, "num_images": num_images,
         "inserted_markers": inserted_markers,
-        "digest": digest or hashlib.sha256(blob).hexdigest(),
+        "digest": digest if digest and not form.copied else hashlib.sha256(blob).hexdigest(),
     }  # fmt: skip
 
 
@@ -531,8 +262,8 @@ def missing_files(sources: Sequence[SourceConfig]) -> list[str]:
         for path in filter(None, (source.json_path, source.annotations_path)):
             if not os.path.exists(path) and not glob.glob(path):
                 found.append(f"no file {path}")
-        stored = source.dataset in _STORED_IMAGES
-        if source.image_root is not None and not stored and not os.path.isdir(source.image_root):
+        own_files = FORMATS[source.dataset].images == "file"
+        if source.image_root is not None and own_files and not os.path.isdir(source.image_root):
             found.append(f"no folder {source.image_root}")
     return list(dict.fromkeys(found))
 
@@ -553,14 +284,9 @@ def open_sources(
     files, origins = [], []
     for origin, source in enumerate(sources):
         _require_fitting(source)
-        rules = _Rules(source.dataset, image_token, max_images, chat, source.image_pattern)
-        match source.dataset:
-            case "webdataset":
-                paths = index.expand(source.json_path, (".tar",))
-            case "parquet":
-                paths = index.expand(source.json_path, (".parquet",))
-            case _:
-                paths = [source.json_path]
+        rules = Rules(source.dataset, image_token, max_images, chat, source.image_pattern)
+        suffixes = rules.format.suffixes
+        paths = index.expand(source.json_path, suffixes) if suffixes else [source.json_path]
         for path in paths:
             files.append(_index_file(path, source, rules))
             origins.append(origin)
@@ -674,7 +400,7 @@ class Records:
         for i, (file, parsed) in zip(chosen, self._parsed(indices), strict=True):
             yield int(i), file.refs(parsed)
 
-    def _parsed(self, indices: Sequence[int] | None) -> Iterator[tuple[_File, _Parsed]]:
+    def _parsed(self, indices: Sequence[int] | None) -> Iterator[tuple[_File, Parsed]]:
         if indices is None:
             for file in self._files:
                 for i in range(len(file)):
