@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from beholder.config import LlmConfig, LoraConfig
-from beholder.model import lora
+from beholder.model import adapters
 from beholder.model.language import load_language
 from beholder.smoke import tiny_llm
 
@@ -45,7 +45,7 @@ def measure(folder: str, checkpointing: bool, tokens: int, device: str) -> dict[
     where = torch.device(device)
     cfg = LlmConfig(name_or_path=folder, precision="bf16", gradient_checkpointing=checkpointing)
     language, _ = load_language(cfg, where)
-    lora.attach(language, LoraConfig(enable=True, dropout=0.05), seed=0)
+    adapters.attach(language, LoraConfig(enable=True, dropout=0.05), seed=0)
     language.train()
     weights = {p.untyped_storage().data_ptr() for p in language.parameters()}
     positions = torch.arange(tokens, device=where)[None]

@@ -33,9 +33,10 @@ from beholder.config import ConnectorConfig, LlmConfig, ModelConfig, VisionConfi
 from beholder.data.chat import ChatEncoder
 from beholder.data.collate import Layout, Sample, collate
 from beholder.data.images import ImagePipeline
+from beholder.model.build import build_vlm
 from beholder.model.connector import build_connector
 from beholder.model.plan import ALIGN, apply_train_plan, param_groups
-from beholder.model.vlm import VisionLanguageModel, build_vlm
+from beholder.model.vlm import VisionLanguageModel
 from beholder.types import Example, ImageInput, ImageRef, Turn
 
 CPU = torch.device("cpu")

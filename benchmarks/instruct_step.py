@@ -45,10 +45,11 @@ from beholder.config import RunConfig
 from beholder.data import Data, build_data
 from beholder.data.collate import Layout, Sample, collate_window
 from beholder.features import FeatureStore
-from beholder.model import lora
+from beholder.model import adapters
+from beholder.model.build import build_vlm
 from beholder.model.plan import INSTRUCT, apply_train_plan, param_groups
 from beholder.model.vision import VisionTower
-from beholder.model.vlm import VisionLanguageModel, build_vlm
+from beholder.model.vlm import VisionLanguageModel
 from beholder.model.weights import DTYPES, quiet_transformers
 from beholder.train.objectives import next_token
 from beholder.train.optim import build_optimizer, trainable_parameters
@@ -255,21 +256,21 @@ class Reference:
                 bias="none", task_type="CAUSAL_LM", target_modules=list(cfg.model.lora.target_modules),
             )  # fmt: skip
             self.model: Any = get_peft_model(base, settings)
-        kept = set_peft_model_state_dict(self.model, lora.adapter_tensors(start.language))
+        kept = set_peft_model_state_dict(self.model, adapters.adapter_tensors(start.language))
         assert not kept.unexpected_keys, kept.unexpected_keys
         self.model.train()
         other = fresh_model(cfg)
         assert other.vision is not None
         self.tower: Any = other.vision.backbone
         self.connector = other.connector.train()
-        adapters = [p for p in self.model.parameters() if p.requires_grad]
-        self.trained = [*self.connector.parameters(), *adapters]
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        self.trained = [*self.connector.parameters(), *learned]
         decays = [p for p in self.connector.parameters() if p.ndim >= 2]
         rest = [p for p in self.connector.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW([
             {"params": decays, "lr": 1e-4, "weight_decay": 0.01},
             {"params": rest, "lr": 1e-4, "weight_decay": 0.0},
-            {"params": adapters, "lr": 5e-5, "weight_decay": 0.0},
+            {"params": learned, "lr": 5e-5, "weight_decay": 0.0},
         ])  # fmt: skip
         self.builder = data.builder(None, train=False, cfg=cfg)
 
@@ -330,7 +331,7 @@ class Ours:
     ) -> None:
         self.variant = variant
         self.model = fresh_model(cfg)
-        lora.load_adapter_tensors(self.model.language, lora.adapter_tensors(start.language))
+        adapters.load_adapter_tensors(self.model.language, adapters.adapter_tensors(start.language))
         apply_train_plan(self.model, INSTRUCT)
         self.model.drop_vision()
         t = cfg.train
@@ -374,7 +375,7 @@ def make_runners(cfg: RunConfig, data: Data, store: FeatureReader) -> dict[Varia
     start = fresh_model(cfg)
     draw = torch.Generator().manual_seed(cfg.seed)
     with torch.no_grad():
-        for name, weight in lora.adapter_parameters(start.language).items():
+        for name, weight in adapters.adapter_parameters(start.language).items():
             if "lora_B" in name:
                 weight.normal_(0, 0.01, generator=draw)
     return {v: Ours(cfg, v, start, data, store) if v.ours else Reference(cfg, v, start, data) for v in VARIANTS}
@@ -492,7 +493,7 @@ def shares_of_work(tower: float, patches: int, decoder: float, head: float, toke
 
 def own_shares(model: VisionLanguageModel, tokens: float) -> str:
     assert model.vision is not None
-    base = lora.base_state(model.language.model)
+    base = adapters.base_state(model.language.model)
     decoder = sum(w.numel() for name, w in base.items() if ".layers." in name)
     tower = sum(p.numel() for p in model.vision.parameters())
     head = model.language.vocab * model.language.d_text

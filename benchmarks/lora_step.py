@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor
 
 from beholder.config import LlmConfig, LoraConfig
-from beholder.model import lora
+from beholder.model import adapted_linear, adapters
 from beholder.model.language import LanguageModel, load_language, load_tokenizer
 
 FOLDER = "data/quickstart/llm/SmolLM2-135M-Instruct"
@@ -32,14 +33,14 @@ TEXT = (
 def prepared(layer: type[torch.nn.Module], dropout: float, precision: Literal["fp32", "bf16"]) -> LanguageModel:
     language, _ = load_language(LlmConfig(name_or_path=FOLDER, precision=precision), torch.device("cpu"))
     if layer is not torch.nn.Linear:
-        lora.attach(language, LoraConfig(enable=True, dropout=dropout), seed=0)
+        adapters.attach(language, LoraConfig(enable=True, dropout=dropout), seed=0)
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():  # fresh ones are 0 and would hide every difference
-            for name, weight in lora.adapter_parameters(language).items():
+            for name, weight in adapters.adapter_parameters(language).items():
                 if "lora_B" in name:
                     weight.normal_(0, 0.002, generator=draw)
         for module in language.modules():
-            if isinstance(module, lora.AdaptedLinear):
+            if isinstance(module, adapted_linear.AdaptedLinear):
                 module.forward = layer.forward.__get__(module)  # the computation that is measured
     language.train()
     return language
@@ -69,12 +70,12 @@ def main() -> None:
     if not Path(FOLDER).is_dir():
         parser.exit(1, f"{FOLDER} is missing; run `beholder assets` first\n")
     models = {
-        "PEFT's layer, fp32 base": prepared(lora.PeftLinear, 0.0, "fp32"),
+        "PEFT's layer, fp32 base": prepared(PeftLinear, 0.0, "fp32"),
         "base": prepared(torch.nn.Linear, 0.0, "bf16"),
-        "PEFT's layer": prepared(lora.PeftLinear, 0.0, "bf16"),
-        "ours": prepared(lora.AdaptedLinear, 0.0, "bf16"),
-        "PEFT's layer, dropout 0.05": prepared(lora.PeftLinear, 0.05, "bf16"),
-        "ours, dropout 0.05": prepared(lora.AdaptedLinear, 0.05, "bf16"),
+        "PEFT's layer": prepared(PeftLinear, 0.0, "bf16"),
+        "ours": prepared(adapted_linear.AdaptedLinear, 0.0, "bf16"),
+        "PEFT's layer, dropout 0.05": prepared(PeftLinear, 0.05, "bf16"),
+        "ours, dropout 0.05": prepared(adapted_linear.AdaptedLinear, 0.05, "bf16"),
     }
     text: list[int] = load_tokenizer(LlmConfig(name_or_path=FOLDER))(TEXT)["input_ids"]
     starts = torch.arange(args.samples)[:, None]  # each sample begins one token later

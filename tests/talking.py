@@ -9,8 +9,9 @@ import torch
 from tests.conftest import TinyParts, make_config
 
 from beholder.config.file import dump_config
-from beholder.model.lora import adapter_config, adapter_tensors, load_adapter_tensors
-from beholder.model.vlm import VisionLanguageModel, build_vlm
+from beholder.model.adapters import adapter_config, adapter_tensors, load_adapter_tensors
+from beholder.model.build import build_vlm
+from beholder.model.vlm import VisionLanguageModel
 from beholder.train import checkpoint
 
 CHATTY = {

@@ -28,12 +28,12 @@ from beholder.estimate import (
     vision_shape,
 )
 from beholder.features import estimate_bytes
+from beholder.model.adapters import adapter_parameters, attach
+from beholder.model.build import build_vlm
 from beholder.model.connector import build_connector
 from beholder.model.language import load_language
-from beholder.model.lora import adapter_parameters, attach
 from beholder.model.plan import ALIGN, apply_train_plan, plan_of
 from beholder.model.vision import load_vision
-from beholder.model.vlm import build_vlm
 from beholder.smoke import tiny_llm, tiny_vision
 
 CPU = torch.device("cpu")

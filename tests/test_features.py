@@ -28,9 +28,9 @@ from beholder.config import FeaturesConfig, RunConfig
 from beholder.data import build_data
 from beholder.data.images import ImagePipeline
 from beholder.features import FeatureStore, FillReport, estimate_bytes, store_dir
+from beholder.model.build import build_vlm
 from beholder.model.plan import ALIGN, apply_train_plan
 from beholder.model.vision import load_vision
-from beholder.model.vlm import build_vlm
 from beholder.train.objectives import next_token
 from beholder.types import ImageGeometry, ImageRef, UserError
 

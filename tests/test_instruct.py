@@ -18,7 +18,7 @@ from beholder.config import RunConfig
 from beholder.config.file import dump_config
 from beholder.evidence import Evidence, load_evidence
 from beholder.inference import load
-from beholder.model.vlm import build_vlm
+from beholder.model.build import build_vlm
 from beholder.remeasure import evaluate_run
 from beholder.runs import sha256_file
 from beholder.smoke import COLOURS, SHAPES

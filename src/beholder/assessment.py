@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 from beholder.dossier import Before, GoldenItems, Told, make_evidence
 from beholder.evidence import Candidate, Condition, Cost, Evidence, Measurement, WordReliance
-from beholder.model.lora import merged
+from beholder.model.adapters import merged
 from beholder.model.plan import TrainableTable, frozen_fingerprint
 from beholder.probes import (
     answers,

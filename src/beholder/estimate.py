@@ -49,8 +49,8 @@ from beholder.data.sources import missing_files
 from beholder.model import vision as vision_door
 from beholder.model.connector import build_connector
 from beholder.model.language import load_tokenizer
-from beholder.model.lora import resolve_targets
 from beholder.model.losses import MAX_LOGITS
+from beholder.model.placement import resolve_targets
 from beholder.model.plan import TrainableRow, TrainableTable
 from beholder.types import Example, ImageRef, ImageSlot, Turn, UserError
 

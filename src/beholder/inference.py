@@ -22,8 +22,9 @@ from beholder.config.file import load_config
 from beholder.data import build_encoder
 from beholder.data.chat import ChatEncoder
 from beholder.data.images import ImagePipeline
-from beholder.model.lora import save_merged
-from beholder.model.vlm import VisionLanguageModel, build_vlm
+from beholder.model.adapters import save_merged
+from beholder.model.build import build_vlm
+from beholder.model.vlm import VisionLanguageModel
 from beholder.train import checkpoint
 from beholder.train.distributed import pick_device
 from beholder.types import Encoded, Example, ImageInput, ImageRef, ImageSlot, Part, Turn, UserError

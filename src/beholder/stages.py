@@ -27,9 +27,10 @@ from beholder.data.sources import missing_files
 from beholder.evidence import Candidate, Evidence, load_evidence
 from beholder.evidence.best import best_of
 from beholder.evidence.gates import verdict
+from beholder.model.adapters import adapter_config, adapter_tensors
 from beholder.model.connector import resolve_num_tokens
 from beholder.model.language import load_tokenizer
-from beholder.model.lora import adapter_config, adapter_tensors, render_sites
+from beholder.model.placement import render_sites
 from beholder.model.plan import apply_train_plan, frozen_fingerprint, param_groups, plan_of
 from beholder.model.vision import load_vision
 from beholder.probes import golden, loss

@@ -26,8 +26,9 @@ from beholder.data.images import ImageError, content_hash
 from beholder.data.sources import Reject
 from beholder.evidence import Condition, Measurement
 from beholder.features import FeatureStore, FillReport, store_dir
+from beholder.model.build import build_vlm
 from beholder.model.plan import frozen_fingerprint
-from beholder.model.vlm import VisionLanguageModel, build_vlm
+from beholder.model.vlm import VisionLanguageModel
 from beholder.probes import audit, captions, golden, hallucination, loss, strata
 from beholder.runs import RunDir, to_json
 from beholder.train import checkpoint

@@ -13,7 +13,8 @@ import torch
 from beholder.config import ConnectorConfig, LlmConfig, LoraConfig, ModelConfig, ResamplerConfig, VisionConfig
 from beholder.data.chat import ChatEncoder
 from beholder.data.collate import Layout, collate
-from beholder.model.vlm import VisionLanguageModel, build_vlm
+from beholder.model.build import build_vlm
+from beholder.model.vlm import VisionLanguageModel
 from beholder.smoke import tiny_llm, tiny_vision
 from beholder.types import Batch, Encoded, Example, ImageInput, ImageRef, ImageSlot, Turn
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from beholder.config import LoraConfig
-from beholder.model import lora
+from beholder.model import adapted_linear, adapters, placement
 from beholder.model.language import LanguageModel
 from beholder.model.plan import ALIGN, INSTRUCT, apply_train_plan, frozen_fingerprint, param_groups, plan_of
 from beholder.model.vlm import VisionLanguageModel
@@ -28,7 +28,7 @@ def stirred(language: LanguageModel, size: float = 0.1, seed: int = 5) -> None:
     """B as if it had learned; fresh, it is 0 and hides everything."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, weight in lora.adapter_parameters(language).items():
+        for name, weight in adapters.adapter_parameters(language).items():
             if "lora_B" in name:
                 weight.copy_(size * torch.randn(weight.shape, generator=draw))
 
@@ -43,7 +43,7 @@ def gradients_of(built: Built, seed: int = 7) -> dict[str, Tensor]:
 
 
 def a_layer(language: LanguageModel) -> Any:
-    return next(m for m in language.modules() if isinstance(m, lora.AdaptedLinear))
+    return next(m for m in language.modules() if isinstance(m, adapted_linear.AdaptedLinear))
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def adapted(build: Build) -> Built:
 def test_the_default_patterns_name_every_linear_layer_of_the_decoder_once_and_in_order(build: Build) -> None:
     model = build().model.language.model
 
-    sites = lora.resolve_targets(model, LoraConfig().target_modules, 4)
+    sites = placement.resolve_targets(model, LoraConfig().target_modules, 4)
 
     expected = [
         (n, m.in_features, m.out_features)
@@ -82,12 +82,12 @@ def test_the_default_patterns_name_every_linear_layer_of_the_decoder_once_and_in
 def test_a_pattern_is_the_end_of_a_name_or_a_regular_expression_of_all_of_it(
     build: Build, pattern: str, expected: list[str]
 ) -> None:
-    assert [s.name for s in lora.resolve_targets(build().model.language.model, [pattern], 2)] == expected
+    assert [s.name for s in placement.resolve_targets(build().model.language.model, [pattern], 2)] == expected
 
 
 def test_a_pattern_does_not_match_a_part_of_a_word(build: Build) -> None:
     with pytest.raises(UserError, match="'proj' matches no module"):
-        lora.resolve_targets(build().model.language.model, ["proj"], 2)
+        placement.resolve_targets(build().model.language.model, ["proj"], 2)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_pattern_that_hits_nothing_or_something_else_is_refused_with_the_reaso
     build: Build, pattern: str, says: str
 ) -> None:
     with pytest.raises(UserError, match=says):
-        lora.resolve_targets(build().model.language.model, ["q_proj", pattern], 2)
+        placement.resolve_targets(build().model.language.model, ["q_proj", pattern], 2)
 
 
 @pytest.mark.parametrize(
@@ -125,16 +125,16 @@ def test_a_pattern_that_hits_nothing_or_something_else_is_refused_with_the_reaso
 )
 def test_an_expression_that_might_search_for_ever_is_refused(build: Build, pattern: str, says: str) -> None:
     with pytest.raises(UserError, match=rf"model\.lora\.target_modules .*{says}"):
-        lora.resolve_targets(build().model.language.model, [pattern], 2)
+        placement.resolve_targets(build().model.language.model, [pattern], 2)
 
 
 def test_a_pattern_that_leaks_into_the_vision_tower_is_refused_and_a_narrower_one_is_not(build: Build) -> None:
     whole = build(vision="siglip").model
 
     with pytest.raises(UserError, match=r"vision\.backbone\.encoder\.layers\.\*\.self_attn\.q_proj \(2\) there"):
-        lora.resolve_targets(whole, ["q_proj"], 2)
+        placement.resolve_targets(whole, ["q_proj"], 2)
 
-    sites = lora.resolve_targets(whole, [r"language\.model\.model\.layers\..*\.q_proj"], 2)
+    sites = placement.resolve_targets(whole, [r"language\.model\.model\.layers\..*\.q_proj"], 2)
     assert [s.name for s in sites] == [f"language.model.model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
 
 
@@ -153,14 +153,14 @@ def test_a_transformers_vision_language_model_is_protected_from_the_same_leak() 
     )
 
     with pytest.raises(UserError, match="vision_tower"):
-        lora.resolve_targets(whole, ["q_proj"], 2)
-    assert len(lora.resolve_targets(whole, ["gate_proj"], 2)) == 2
+        placement.resolve_targets(whole, ["q_proj"], 2)
+    assert len(placement.resolve_targets(whole, ["gate_proj"], 2)) == 2
 
 
 def test_the_printed_list_counts_modules_and_parameters(build: Build) -> None:
-    sites = lora.resolve_targets(build().model.language.model, ["q_proj", "down_proj"], 4)
+    sites = placement.resolve_targets(build().model.language.model, ["q_proj", "down_proj"], 4)
 
-    lines = lora.render_sites(sites).splitlines()
+    lines = placement.render_sites(sites).splitlines()
 
     assert [line.split()[0] for line in lines] == ["adapter", "q_proj", "down_proj", "total"]
     assert lines[1].split()[1:] == ["2", "64", "x", "64", "4", "1,024"]
@@ -184,7 +184,7 @@ def test_fresh_adapters_change_no_logit_and_no_weight_of_the_base(build: Build, 
 def test_adapter_weights_are_fp32_over_a_bf16_base_and_drawn_from_the_seed_alone(build: Build) -> None:
     def weights(seed: int) -> dict[str, Tensor]:
         torch.rand(seed)  # another past of the global generator
-        return lora.adapter_tensors(build(precision="bf16", lora=ON, seed=seed).model.language)
+        return adapters.adapter_tensors(build(precision="bf16", lora=ON, seed=seed).model.language)
 
     one, again, other = weights(3), weights(3), weights(4)
 
@@ -198,14 +198,17 @@ def test_attaching_leaves_the_global_random_state_alone(build: Build) -> None:
     language = build().model.language
     before = torch.get_rng_state()
 
-    lora.attach(language, ON, seed=1)
+    adapters.attach(language, ON, seed=1)
 
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def dropouts(language: LanguageModel) -> set[nn.Module]:
     return {
-        m for layer in language.modules() if isinstance(layer, lora.AdaptedLinear) for m in layer.lora_dropout.modules()
+        m
+        for layer in language.modules()
+        if isinstance(layer, adapted_linear.AdaptedLinear)
+        for m in layer.lora_dropout.modules()
     }
 
 
@@ -273,15 +276,15 @@ def test_adapters_merge_and_are_written_at_the_strength_they_are_used_at(build: 
 
     apart = language.hidden(language.embed(IDS), positions)
     language.train()
-    with lora.merged(language):
+    with adapters.merged(language):
         together = language.hidden(language.embed(IDS), positions)
     assert language.learning
 
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
     language.train(False)
-    assert lora.adapter_config(language)["lora_alpha"] == pytest.approx(0.3 * ON.alpha)
+    assert adapters.adapter_config(language)["lora_alpha"] == pytest.approx(0.3 * ON.alpha)
     assert (
-        a_layer(language).scaling[lora.ADAPTER] == lora.adapter_config(language)["lora_alpha"] / ON.r
+        a_layer(language).scaling[adapted_linear.ADAPTER] == adapters.adapter_config(language)["lora_alpha"] / ON.r
     )  # as PEFT reads it
 
 
@@ -304,7 +307,7 @@ def test_dropout_in_16_bits_leaves_the_expected_output_unchanged(build: Build) -
 
 def test_kept_entries_have_the_asked_probability() -> None:
     torch.manual_seed(0)
-    keep = lora._keep(torch.zeros(1001, 999, dtype=torch.bfloat16), 0.05) != 0
+    keep = adapted_linear._keep(torch.zeros(1001, 999, dtype=torch.bfloat16), 0.05) != 0
 
     # 1e6 draws: standard error 2.2e-4.
     assert keep.shape == (1001, 999) and abs(1 - float(keep.float().mean()) - 0.05) < 1e-3
@@ -317,7 +320,7 @@ def test_the_16_bit_computation_has_the_gradients_of_the_plain_formula(build: Bu
     language = build(precision="bf16", lora=ON.model_copy(update={"dropout": dropout})).model.language
     stirred(language)
     layer = a_layer(language)
-    down, up = lora._weights(layer)
+    down, up = adapted_linear.adapter_weights(layer)
     language.train()
     x = torch.randn(3, 50, layer.in_features, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     probe = torch.randn(3, 50, layer.out_features, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -326,7 +329,9 @@ def test_the_16_bit_computation_has_the_gradients_of_the_plain_formula(build: Bu
     out = layer(x)
     ours = torch.autograd.grad(out, [x, down, up], probe)
     torch.manual_seed(4)
-    keep = lora._keep(x.reshape(-1, x.shape[-1]), dropout).view(x.shape) != 0 if dropout else torch.ones_like(x)
+    keep = (
+        adapted_linear._keep(x.reshape(-1, x.shape[-1]), dropout).view(x.shape) != 0 if dropout else torch.ones_like(x)
+    )
     wide = x.detach().float().requires_grad_()
     scaling = ON.alpha / ON.r
     plain = wide @ layer.base_layer.weight.float().t() + (wide * keep / (1 - dropout)) @ down.t() @ up.t() * scaling
@@ -359,7 +364,7 @@ def test_packing_changes_neither_losses_nor_adapter_gradients(adapted: Built) ->
         batch = adapted.batch(packing=packing)
         nll = adapted.model(batch).nll
         nll.sum().backward()
-        grads = [p.grad for p in lora.adapter_parameters(adapted.model.language).values() if p.grad is not None]
+        grads = [p.grad for p in adapters.adapter_parameters(adapted.model.language).values() if p.grad is not None]
         found.append((float(nll.detach().sum()), torch.cat([g.reshape(-1) for g in grads])))
 
     (padded, padded_grads), (packed, packed_grads) = found
@@ -443,20 +448,20 @@ def test_with_adapters_off_logits_are_the_bases_bit_for_bit_and_on_they_are_back
         assert torch.equal(model.text_logits(IDS), base.text_logits(IDS))
 
     assert torch.equal(model.text_logits(IDS), on)
-    assert all(p.requires_grad for p in lora.adapter_parameters(model.language).values())
+    assert all(p.requires_grad for p in adapters.adapter_parameters(model.language).values())
 
 
 def test_adapters_come_back_on_after_an_error_and_stay_frozen_if_they_were(adapted: Built) -> None:
     model = adapted.model
     on = model.text_logits(IDS)
-    for weight in lora.adapter_parameters(model.language).values():
+    for weight in adapters.adapter_parameters(model.language).values():
         weight.requires_grad_(False)
 
     with pytest.raises(ZeroDivisionError), model.adapters_off(), model.adapters_off():
         _ = 1 / 0
 
     assert torch.equal(model.text_logits(IDS), on)
-    assert not any(p.requires_grad for p in lora.adapter_parameters(model.language).values())
+    assert not any(p.requires_grad for p in adapters.adapter_parameters(model.language).values())
 
 
 def test_a_model_without_adapters_can_be_asked_to_switch_them_off(tiny: Built) -> None:
@@ -473,7 +478,7 @@ def test_merged_logits_agree_and_the_base_is_restored_bit_for_bit(build: Build, 
     model.eval()
     before, on = frozen_fingerprint(model), model.text_logits(IDS).float()
 
-    with lora.merged(model.language):
+    with adapters.merged(model.language):
         merged = model.text_logits(IDS).float()
         assert frozen_fingerprint(model)["language"] != before["language"]
 
@@ -487,7 +492,7 @@ def test_merged_logits_agree_and_the_base_is_restored_bit_for_bit(build: Build, 
 def test_the_base_is_restored_after_an_error_while_merged(adapted: Built) -> None:
     before = frozen_fingerprint(adapted.model) | {"logits": adapted.model.text_logits(IDS).sum()}
 
-    with pytest.raises(ZeroDivisionError), lora.merged(adapted.model.language):
+    with pytest.raises(ZeroDivisionError), adapters.merged(adapted.model.language):
         _ = 1 / 0
 
     assert frozen_fingerprint(adapted.model) | {"logits": adapted.model.text_logits(IDS).sum()} == before
@@ -497,14 +502,14 @@ def test_the_base_is_restored_after_an_error_while_merged(adapted: Built) -> Non
 
 
 def test_tensors_have_pefts_names_and_come_back_bit_for_bit(build: Build, adapted: Built) -> None:
-    tensors = lora.adapter_tensors(adapted.model.language)
+    tensors = adapters.adapter_tensors(adapted.model.language)
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in tensors and len(tensors) == 28
     other = build(lora=ON, seed=8).model
 
-    lora.load_adapter_tensors(other.language, tensors)
+    adapters.load_adapter_tensors(other.language, tensors)
 
     assert torch.equal(other.text_logits(IDS), adapted.model.text_logits(IDS))
-    assert all(torch.equal(t, tensors[k]) for k, t in lora.adapter_tensors(other.language).items())
+    assert all(torch.equal(t, tensors[k]) for k, t in adapters.adapter_tensors(other.language).items())
 
 
 def spoil_nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -531,18 +536,18 @@ def test_tensors_that_do_not_fit_are_refused_with_the_field_and_nothing_is_loade
     adapted: Built, spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]], says: str
 ) -> None:
     language = adapted.model.language
-    before = {k: t.clone() for k, t in lora.adapter_tensors(language).items()}
+    before = {k: t.clone() for k, t in adapters.adapter_tensors(language).items()}
 
     with pytest.raises(UserError, match=says):
-        lora.load_adapter_tensors(language, spoil({k: t.clone() for k, t in before.items()}))
+        adapters.load_adapter_tensors(language, spoil({k: t.clone() for k, t in before.items()}))
 
-    assert all(torch.equal(t, before[k]) for k, t in lora.adapter_tensors(language).items())
+    assert all(torch.equal(t, before[k]) for k, t in adapters.adapter_tensors(language).items())
 
 
 def test_the_adapters_config_is_json_that_peft_reads_with_the_explicit_modules(adapted: Built, tmp_path: Path) -> None:
     from peft import PeftConfig
 
-    written = lora.adapter_config(adapted.model.language)
+    written = adapters.adapter_config(adapted.model.language)
     (tmp_path / "adapter_config.json").write_text(json.dumps(written))
 
     read: Any = PeftConfig.from_pretrained(str(tmp_path))
@@ -557,7 +562,7 @@ def test_a_merged_folder_loads_without_peft_and_has_the_adapted_logits(adapted: 
     model = adapted.model
     before, on = frozen_fingerprint(model), model.text_logits(IDS)
 
-    lora.save_merged(model.language, adapted.tokenizer, tmp_path / "merged")
+    adapters.save_merged(model.language, adapted.tokenizer, tmp_path / "merged")
 
     both: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, output_loading_info=True)
     loaded, info = both
@@ -568,7 +573,7 @@ def test_a_merged_folder_loads_without_peft_and_has_the_adapted_logits(adapted: 
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("a cat")["input_ids"]
     assert frozen_fingerprint(model) == before
     with pytest.raises(UserError, match="is not empty"):
-        lora.save_merged(model.language, adapted.tokenizer, tmp_path / "merged")
+        adapters.save_merged(model.language, adapted.tokenizer, tmp_path / "merged")
 
 
 # -- the plan

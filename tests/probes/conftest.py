@@ -16,7 +16,8 @@ from beholder.data.chat import ChatEncoder
 from beholder.data.collate import Layout, SampleBuilder, eval_batches
 from beholder.data.images import ImagePipeline
 from beholder.data.sources import open_sources
-from beholder.model.vlm import VisionLanguageModel, build_vlm
+from beholder.model.build import build_vlm
+from beholder.model.vlm import VisionLanguageModel
 from beholder.smoke import colour_set, tiny_llm, tiny_vision
 from beholder.types import Batch, Example
 

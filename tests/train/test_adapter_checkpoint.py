@@ -11,8 +11,8 @@ import torch
 from tiny_run import Tiny, exact_log, settings, train, vouch_for
 from torch import Tensor
 
+from beholder.model.adapters import adapter_config, adapter_tensors
 from beholder.model.language import LanguageModel
-from beholder.model.lora import adapter_config, adapter_tensors
 from beholder.model.vlm import VisionLanguageModel
 from beholder.runs import RunDir
 from beholder.smoke import tiny_llm

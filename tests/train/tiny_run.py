@@ -24,9 +24,10 @@ from beholder.data.collate import Layout, SampleBuilder, TrainStream
 from beholder.data.images import ImagePipeline
 from beholder.data.mixture import Mixture
 from beholder.data.sources import Records, open_sources
-from beholder.model.lora import adapter_config, adapter_tensors
+from beholder.model.adapters import adapter_config, adapter_tensors
+from beholder.model.build import build_vlm
 from beholder.model.plan import param_groups
-from beholder.model.vlm import VisionLanguageModel, build_vlm
+from beholder.model.vlm import VisionLanguageModel
 from beholder.runs import RunDir
 from beholder.smoke import colour_set, tiny_llm, tiny_vision
 from beholder.train.checkpoint import MANIFEST, latest_checkpoint, load_for_resume, save_checkpoint

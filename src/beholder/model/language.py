@@ -4,7 +4,6 @@ Splits a causal LM into embed, decoder and head, so that the head runs on superv
 time that the split computes what the model itself computes. Templates and token ids are `data.chat`'s business.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,19 +13,9 @@ from torch import Tensor, nn
 
 from beholder.config import LlmConfig
 from beholder.model import attention
+from beholder.model.placement import AdapterSite
 from beholder.model.weights import DTYPES, check_finite, check_loading_info, freeze, quiet_transformers
 from beholder.types import UserError
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterSite:
-    """One linear layer with an adapter: ``name`` below the causal language model, its shape, what is added."""
-
-    name: str
-    d_in: int
-    d_out: int
-    rank: int
-    params: int
 
 
 class Adapted(Protocol):

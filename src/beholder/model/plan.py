@@ -107,7 +107,7 @@ def _parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
             found[child] = {f"{child}.{name}": p for name, p in module.named_parameters()}
     language: Any = model.language
     if language.adapters:
-        from beholder.model.lora import adapter_parameters
+        from beholder.model.adapters import adapter_parameters
 
         names = [f"language.{name}" for name in adapter_parameters(language)]
         found["lora"] = {name: found["language"].pop(name) for name in names}
@@ -173,7 +173,7 @@ def _state(model: nn.Module, part: str, parts: Mapping[str, Mapping[str, nn.Para
     if part == "lora":
         return {name: p.detach() for name, p in parts["lora"].items()}
     if part == "language" and "lora" in parts:
-        from beholder.model.lora import base_state
+        from beholder.model.adapters import base_state
 
         return base_state(model.language)  # pyright: ignore[reportArgumentType]
     return getattr(model, part).state_dict()

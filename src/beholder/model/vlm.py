@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from beholder.config import ModelConfig
-from beholder.model.connector import Connector, build_connector
+from beholder.model.connector import Connector
 from beholder.model.fusion import check_images, scatter_images, spans_to_positions, supervised_positions
-from beholder.model.language import AdapterSite, LanguageModel, load_language
+from beholder.model.language import LanguageModel
 from beholder.model.losses import head_nll
-from beholder.model.vision import VisionTower, load_vision
-from beholder.model.weights import DTYPES, sketch_module
+from beholder.model.placement import AdapterSite
+from beholder.model.vision import VisionTower
+from beholder.model.weights import sketch_module
 from beholder.types import Batch, Encoded, ImageInput, TokenLosses, UserError
 
 
@@ -67,9 +67,9 @@ class VisionLanguageModel(nn.Module):
         """Inside, the language model is the base, bit for bit (the connector stays what it is)."""
         if not self.adapters:
             return nullcontext()
-        from beholder.model import lora
+        from beholder.model import adapters
 
-        return lora.adapters_off(self.language)
+        return adapters.adapters_off(self.language)
 
     def drop_vision(self) -> None:
         """Free the tower's memory when every image comes with stored features."""
@@ -188,29 +188,3 @@ class VisionLanguageModel(nn.Module):
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         hidden = self.language.hidden(self.language.embed(ids), positions)
         return self.language.head(hidden.reshape(-1, hidden.shape[-1])).view(*ids.shape, -1)
-
-
-def build_vlm(
-    cfg: ModelConfig, *, compute_precision: str, device: torch.device, seed: int
-) -> tuple[VisionLanguageModel, Any]:
-    """(model, tokenizer) from the settings: tower and language model strictly loaded and frozen, a fresh connector and,
-    with ``lora.enable``, fresh adapters, which change nothing before they have learned.
-
-    The connector's and the adapters' weights come from ``seed`` alone, so every rank starts from the same ones. Raises
-    `UserError` for whatever does not fit together. A checkpoint named in ``connector.load_checkpoint`` is loaded by the
-    caller.
-    """
-    vision = load_vision(cfg.vision, device)
-    language, tokenizer = load_language(cfg.llm, device)
-    g = vision.geometry
-    connector = build_connector(
-        cfg.connector, num_patches=g.num_patches, d_vision=g.d_vision, d_text=language.d_text,
-        embed_rms=language.embed_rms, seed=seed,
-    ).to(device)  # fmt: skip
-    connector.requires_grad_(cfg.connector.trainable)
-    model = VisionLanguageModel(vision, connector, language, DTYPES[compute_precision])
-    if cfg.lora.enable:  # after the checks of the language model, which are about the base
-        from beholder.model import lora
-
-        lora.attach(language, cfg.lora, seed)
-    return model, tokenizer

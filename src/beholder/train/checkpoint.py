@@ -436,9 +436,9 @@ def load_adapter(path: str | Path, language: LanguageModel | None) -> None:
         )
     if language is None or not here:
         return
-    from beholder.model import lora
+    from beholder.model import adapters
 
-    config, own = read_adapter_config(path), lora.adapter_config(language)
+    config, own = read_adapter_config(path), adapters.adapter_config(language)
     complaints = [
         f"{_ADAPTER_FIELDS.get(key, key)}: checkpoint {_show(config[key])}, config {_show(own[key])}"
         for key in sorted((config.keys() & own.keys()) - _ADAPTER_FREE)
@@ -452,7 +452,7 @@ def load_adapter(path: str | Path, language: LanguageModel | None) -> None:
             + "\nUse the config the checkpoint was trained with (config.yaml in its run folder), or another checkpoint."
         )
     try:
-        lora.load_adapter_tensors(language, _read_tensors(path / ADAPTER))
+        adapters.load_adapter_tensors(language, _read_tensors(path / ADAPTER))
     except UserError as e:
         raise UserError(f"the adapters in {path} (on {base}; this config: {name}) cannot be used: {e}") from e
 

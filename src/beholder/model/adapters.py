@@ -1,0 +1,245 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on the language model: the only door to peft.
+
+Which layers get one is resolved here into an explicit list, and refused when a pattern hits nothing or something else.
+Attaching, switching off, merging, reading and writing adapters all live here; the base's weights are never changed.
+What learns is `plan`'s business, files are `train.checkpoint`'s. Importing it takes seconds (peft brings transformers):
+others import it where they use it.
+"""
+
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from torch import Tensor, nn
+
+from beholder.config import LoraConfig
+from beholder.model.adapted_linear import ADAPTER, AdaptedLinear, adapter_weights
+from beholder.model.language import LanguageModel
+from beholder.model.placement import FIELD, AdapterSite, counted, resolve_targets
+from beholder.model.weights import check_finite, listed, quiet_transformers
+from beholder.types import UserError
+
+KEY_PREFIX = "base_model.model."
+"""What PEFT puts before the names of the causal language model in its files."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Attach
+
+
+def attach(language: LanguageModel, cfg: LoraConfig, seed: int) -> list[AdapterSite]:
+    """Put an adapter on every layer ``cfg.target_modules`` names; gives them in the model's order.
+
+    A is drawn from ``seed`` alone (U(±1/sqrt(d_in)), PEFT's own), B is 0: the model computes what it did before. The
+    adapters' weights are fp32 whatever the base is stored in; the base's are untouched and frozen. Raises `UserError`
+    as `resolve_targets` does.
+    """
+    assert not language.adapters, "the language model has adapters already"
+    sites = resolve_targets(language.model, cfg.target_modules, cfg.r)
+    config = _peft_config(cfg, sites)
+    config._register_custom_module({nn.Linear: AdaptedLinear})
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # PEFT draws weights of its own first
+        # peft 0.21 asks transformers 5.23 in words that the latter is about to drop.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        inject_adapter_in_model(config, language.model, adapter_name=ADAPTER)
+    placed = _adapted(language)
+    assert list(placed) == [s.name for s in sites], "PEFT placed adapters elsewhere than resolved"
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for site, layer in zip(sites, placed.values(), strict=True):
+            layer.lora_A.float()  # PEFT makes them in the base's precision
+            layer.lora_B.float()
+            down, up = adapter_weights(layer)
+            bound = 1 / math.sqrt(site.d_in)
+            down.copy_(torch.empty(down.shape).uniform_(-bound, bound, generator=draw))
+            up.zero_()
+    language.adapters = sites
+    language.adapted = list(placed.values())
+    for layer in placed.values():
+        layer.scalings = (_alpha_at_rest(cfg) / cfg.r, cfg.alpha / cfg.r)
+    language.model.peft_config[ADAPTER].lora_alpha = _alpha_at_rest(cfg)
+    language.train(False)
+    return sites
+
+
+def _alpha_at_rest(cfg: LoraConfig) -> int | float:
+    """What others must know as alpha to compute what this model does outside training."""
+    return cfg.alpha if cfg.strength == 1 else cfg.alpha * cfg.strength
+
+
+def _peft_config(cfg: LoraConfig, sites: Sequence[AdapterSite]) -> PeftLoraConfig:
+    return PeftLoraConfig(
+        r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, bias=cfg.bias, task_type="CAUSAL_LM",
+        target_modules=[s.name for s in sites],
+    )  # fmt: skip
+
+
+def adapter_parameters(language: LanguageModel) -> dict[str, nn.Parameter]:
+    """The adapters' weights by their names in ``language.named_parameters()``."""
+    ours = {id(w) for layer in _adapted(language).values() for w in adapter_weights(layer)}
+    return {name: p for name, p in language.named_parameters() if id(p) in ours}
+
+
+def _adapted(language: LanguageModel) -> dict[str, AdaptedLinear]:
+    return {name: m for name, m in language.model.named_modules() if isinstance(m, AdaptedLinear)}
+
+
+def base_state(module: nn.Module) -> dict[str, Tensor]:
+    """``module.state_dict()`` as it was before adapters were attached: same names, same order, none of theirs."""
+    layers = [name for name, m in module.named_modules() if isinstance(m, AdaptedLinear)]
+    state = dict(module.state_dict())
+    if not layers:
+        return state
+    undone: dict[str, Tensor] = {}
+    inside = {f"{layer}.": f"{layer}.base_layer." for layer in layers}
+    for key, tensor in state.items():
+        layer = next((k for k in _prefixes(key) if k in inside), None)
+        if layer is None:
+            undone[key] = tensor
+        elif key.startswith(inside[layer]):
+            undone[layer + key.removeprefix(inside[layer])] = tensor
+    return undone
+
+
+def _prefixes(key: str) -> Iterator[str]:
+    """``a.``, ``a.b.`` of ``a.b.c``."""
+    return (key[: m.end()] for m in re.finditer(r"\.", key))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Off, merged
+
+
+@contextmanager
+def adapters_off(language: LanguageModel) -> Iterator[None]:
+    """Inside, the language model computes what the base does, bit for bit; afterwards everything is as before."""
+    layers = list(_adapted(language).values())
+    assert not any(layer.merged for layer in layers), "merged adapters cannot be switched off"
+    were_off = [layer.disable_adapters for layer in layers]
+    learned = [[w.requires_grad for w in adapter_weights(layer)] for layer in layers]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer, off, flags in zip(layers, were_off, learned, strict=True):
+            layer.enable_adapters(not off)
+            for weight, flag in zip(adapter_weights(layer), flags, strict=True):  # PEFT couples the two
+                weight.requires_grad_(flag)
+
+
+@contextmanager
+def merged(language: LanguageModel) -> Iterator[None]:
+    """Inside, the adapters are part of the base's weights (summed in fp32, rounded once), at the strength they have
+    outside training; afterwards the base is restored bit for bit from copies, which need the adapted layers' size in
+    main memory."""
+    layers = list(_adapted(language).values())
+    learning = language.learning
+    assert not any(layer.merged or layer.disable_adapters for layer in layers), "adapters are merged or off already"
+    kept: list[tuple[AdaptedLinear, Tensor]] = []
+    try:
+        language.train(False)
+        with torch.no_grad():
+            for layer in layers:
+                weight = layer.get_base_layer().weight
+                assert isinstance(weight, Tensor)
+                kept.append((layer, weight.detach().to("cpu", copy=True)))
+                layer.merge(safe_merge=False)
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, copy in kept:
+                weight = layer.get_base_layer().weight
+                assert isinstance(weight, Tensor)
+                weight.copy_(copy)
+                layer.merged_adapters.clear()
+        language.train(learning)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# In and out
+
+
+def adapter_tensors(language: LanguageModel) -> dict[str, Tensor]:
+    """The adapters' weights under PEFT's file names: ``base_model.model.<module>.lora_A.weight``."""
+    return {
+        f"{KEY_PREFIX}{name}.lora_{which}.weight": weight.detach()
+        for name, layer in _adapted(language).items()
+        for which, weight in zip("AB", adapter_weights(layer), strict=True)
+    }
+
+
+@torch.no_grad()
+def load_adapter_tensors(language: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
+    """Put `adapter_tensors` back, bit for bit. Strict: `UserError` naming the config field for other modules, another
+    rank, another base, another type or weights that are not finite; nothing is loaded then."""
+    own = adapter_tensors(language)
+    complaints: list[str] = []
+    missing, unexpected = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    for keys, what in ((unexpected, "the file has adapters on"), (missing, "this config also puts adapters on")):
+        if keys:
+            modules = {k.removeprefix(KEY_PREFIX).partition(".lora_")[0] for k in keys}
+            complaints.append(f"{what} {counted(sorted(modules))} ({FIELD}, or another model.llm.name_or_path)")
+    ranks, shapes = set(), []
+    for key in sorted(own.keys() & tensors.keys()):
+        theirs, ours = tuple(tensors[key].shape), tuple(own[key].shape)
+        if theirs == ours:
+            continue
+        side = 0 if ".lora_A." in key else 1
+        if len(theirs) == 2 and theirs[1 - side] == ours[1 - side]:
+            ranks.add((theirs[side], ours[side]))
+        else:
+            shapes.append(f"{key} is {list(theirs)} in the file, {list(ours)} here")
+    complaints += [f"model.lora.r: the file {a}, this config {b}" for a, b in sorted(ranks)]
+    if shapes:
+        complaints.append(f"{listed(shapes, 3)} (model.llm.name_or_path: adapters of another language model)")
+    types = sorted({str(tensors[k].dtype).removeprefix("torch.") for k in own.keys() & tensors.keys()} - {"float32"})
+    if types:
+        complaints.append(f"its weights are {', '.join(types)}, not float32")
+    if complaints:
+        raise UserError("the adapters do not fit this config:\n  " + "\n  ".join(complaints))
+    bad = [k for k, t in tensors.items() if not bool(torch.isfinite(t).all())]
+    if bad:
+        raise UserError(f"adapter weights are NaN or infinite: {listed(bad, 3)}. The run they come from had diverged.")
+    for key, weight in own.items():
+        weight.copy_(tensors[key])
+
+
+def adapter_config(language: LanguageModel) -> dict[str, Any]:
+    """``adapter_config.json`` as PEFT writes it, with the explicit list of modules and the base's name."""
+    config: PeftLoraConfig = language.model.peft_config[ADAPTER]
+    written = config.to_dict()
+    # PEFT may have shortened the list to last names, which is the same on this model and not on every other.
+    written["target_modules"] = [s.name for s in language.adapters]
+    written["base_model_name_or_path"] = language.name
+    written["inference_mode"] = True
+    written["peft_type"] = "LORA"
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in sorted(written.items())}
+
+
+def save_merged(language: LanguageModel, tokenizer: Any, folder: Path) -> None:
+    """A plain Hugging Face folder of the language model with its adapters merged in; loads without peft.
+
+    ``folder`` must not hold anything yet. Raises `UserError` for that and for merged weights that are not finite.
+    """
+    from transformers import GenerationConfig
+
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; name a new folder for the merged language model")
+    model = language.model
+    with merged(language), quiet_transformers():
+        check_finite(model, f"{language.name} with its adapters merged")
+        blank = model.generation_config
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+        try:
+            model.save_pretrained(folder, state_dict=base_state(model), safe_serialization=True)
+        finally:
+            model.generation_config = blank
+    tokenizer.save_pretrained(folder)

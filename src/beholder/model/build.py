@@ -1,0 +1,38 @@
+"""The one place where model settings become parts and parts a model."""
+
+from typing import Any
+
+import torch
+
+from beholder.config import ModelConfig
+from beholder.model.connector import build_connector
+from beholder.model.language import load_language
+from beholder.model.vision import load_vision
+from beholder.model.vlm import VisionLanguageModel
+from beholder.model.weights import DTYPES
+
+
+def build_vlm(
+    cfg: ModelConfig, *, compute_precision: str, device: torch.device, seed: int
+) -> tuple[VisionLanguageModel, Any]:
+    """(model, tokenizer) from the settings: tower and language model strictly loaded and frozen, a fresh connector and,
+    with ``lora.enable``, fresh adapters, which change nothing before they have learned.
+
+    The connector's and the adapters' weights come from ``seed`` alone, so every rank starts from the same ones. Raises
+    `UserError` for whatever does not fit together. A checkpoint named in ``connector.load_checkpoint`` is loaded by the
+    caller.
+    """
+    vision = load_vision(cfg.vision, device)
+    language, tokenizer = load_language(cfg.llm, device)
+    g = vision.geometry
+    connector = build_connector(
+        cfg.connector, num_patches=g.num_patches, d_vision=g.d_vision, d_text=language.d_text,
+        embed_rms=language.embed_rms, seed=seed,
+    ).to(device)  # fmt: skip
+    connector.requires_grad_(cfg.connector.trainable)
+    model = VisionLanguageModel(vision, connector, language, DTYPES[compute_precision])
+    if cfg.lora.enable:  # after the checks of the language model, which are about the base
+        from beholder.model import adapters
+
+        adapters.attach(language, cfg.lora, seed)
+    return model, tokenizer
