@@ -23,7 +23,7 @@ from beholder.remeasure import evaluate_run
 from beholder.runs import sha256_file
 from beholder.smoke import COLOURS, SHAPES
 from beholder.stages import run_stage
-from beholder.train import checkpoint
+from beholder.train import checkpoint, restore
 from beholder.types import Status, UserError
 
 FILES = ("adapter_model.safetensors", "connector.safetensors", "optimizer.safetensors")
@@ -251,7 +251,7 @@ def test_the_adapter_folder_is_what_peft_loads_on_the_base(
     cfg = instruct(tmp_path)
     model, tokenizer = build_vlm(cfg.model, compute_precision="fp32", device=torch.device("cpu"), seed=cfg.seed)
     where = checkpoint.resolve_checkpoint(finished)
-    checkpoint.load_adapter(where, model.language)
+    restore.load_adapter(where, model.language)
     ids = torch.tensor([tokenizer("what color is it?")["input_ids"]])
     base = AutoModelForCausalLM.from_pretrained(cfg.model.llm.name_or_path, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, str(where)).eval()

@@ -15,7 +15,7 @@ from beholder.inference import load
 from beholder.remeasure import evaluate_run
 from beholder.runs import sha256_file
 from beholder.stages import as_read_now, preview_config, run_stage
-from beholder.train.guardrails import NonFiniteError
+from beholder.train.nonfinite import NonFiniteError
 from beholder.types import Status, UserError
 
 

@@ -661,7 +661,7 @@ def main() -> None:
         err.print("interrupted")
         sys.exit(EXIT_SIGINT)
     except Exception as error:
-        from beholder.train.guardrails import NonFiniteError
+        from beholder.train.nonfinite import NonFiniteError
 
         if isinstance(error, NonFiniteError | FloatingPointError):
             err.print(f"[bold red]stopped:[/bold red] {escape(printable(str(error)))}", soft_wrap=True)

@@ -25,7 +25,7 @@ from beholder.data.images import ImagePipeline
 from beholder.model.adapters import save_merged
 from beholder.model.build import build_vlm
 from beholder.model.vlm import VisionLanguageModel
-from beholder.train import checkpoint
+from beholder.train import checkpoint, restore
 from beholder.train.distributed import pick_device
 from beholder.types import Encoded, Example, ImageInput, ImageRef, ImageSlot, Part, Turn, UserError
 
@@ -442,9 +442,9 @@ def load(run: str | Path, *, device: str = "auto", overrides: Sequence[str] = ()
     model, tokenizer = build_vlm(
         cfg.model, compute_precision=cfg.train.precision, device=pick_device(device), seed=cfg.seed
     )
-    checkpoint.load_connector(where, model.connector, model.connector_info())
-    checkpoint.load_adapter(where, model.language)
-    trainer = checkpoint.read_trainer(where)
+    restore.load_connector(where, model.connector, model.connector_info())
+    restore.load_adapter(where, model.language)
+    trainer = restore.read_trainer(where)
     trained_with = trainer.get("fingerprints", {}).get("encoder")
     own = build_encoder(cfg, tokenizer, model.num_visual_tokens).fingerprint
     if trained_with not in (None, own) and not any(o.startswith("prompting.") for o in overrides):

@@ -26,7 +26,7 @@ from beholder.model.plan import TrainableTable, apply_train_plan, frozen_fingerp
 from beholder.probes import audit, loss, reliance
 from beholder.runs import RunDir, atomic_write, stop_signals, to_json
 from beholder.stages import Outcome, sole_writer, split_name
-from beholder.train import checkpoint
+from beholder.train import checkpoint, restore, same_run
 from beholder.train.distributed import init_distributed, shutdown_distributed
 from beholder.types import UserError
 from beholder.workbench import Workbench, open_bench
@@ -53,7 +53,7 @@ def reopen(folder: str, overrides: Sequence[str]) -> Iterator[Opened]:
     check_consent(cfg, overrides)
     measured_only = ("eval.", "ablation.", "gates.", "features.", "device", "train.num_threads", "data.num_workers")
     # Parts and data may have been moved; fingerprints, not paths, say whether they are the same.
-    moved = ("model.llm.name_or_path", "model.vision.name_or_path", "model.vision.weights", *checkpoint.MOVED_DATA)
+    moved = ("model.llm.name_or_path", "model.vision.name_or_path", "model.vision.weights", *same_run.MOVED_DATA)
     refused = [f for f, _, _ in diff_configs(saved, cfg) if not f.startswith(measured_only + moved)]
     if refused:
         raise UserError(
@@ -70,8 +70,8 @@ def reopen(folder: str, overrides: Sequence[str]) -> Iterator[Opened]:
             table = apply_train_plan(bench.model, plan_of(cfg.model, cfg.stage_name))
             bench.load(where)
             bench.frozen = frozen_fingerprint(bench.model)
-            trainer = checkpoint.read_trainer(where)
-            checkpoint.check_same_fingerprints(checkpoint.entry(trainer, "fingerprints"), bench.fingerprints)
+            trainer = restore.read_trainer(where)
+            same_run.check_same_fingerprints(restore.entry(trainer, "fingerprints"), bench.fingerprints)
             bench.resumed = bench.remeasured = True
             told = run.read_json("run.json").get("promoted") if run.run_path.exists() else None
             bench.gaps += [told] if told else []
@@ -99,7 +99,7 @@ def evaluate_run(folder: str, overrides: Sequence[str] = ()) -> Outcome:
         before = measure_before(bench, fresh=False)
         known = load_evidence(bench.run.path).cost if (bench.run.path / "evidence.json").is_file() else None
         latest = checkpoint.latest_checkpoint(bench.run.checkpoints)
-        trained = opened.step if latest is None else int(checkpoint.read_trainer(latest)["step"])
+        trained = opened.step if latest is None else int(restore.read_trainer(latest)["step"])
         known = None if known is not None and known.steps != trained else known  # of an earlier state
         evidence = assess(
             bench, opened.table, before, step=opened.step, trained=trained, status=status, known=known

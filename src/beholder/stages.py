@@ -35,10 +35,10 @@ from beholder.model.plan import apply_train_plan, frozen_fingerprint, param_grou
 from beholder.model.vision import load_vision
 from beholder.probes import golden, loss
 from beholder.runs import RunDir, atomic_write, provenance, stop_signals
-from beholder.train import checkpoint
+from beholder.train import checkpoint, restore, same_run
 from beholder.train.distributed import Dist, init_distributed, shutdown_distributed
 from beholder.train.engine import LoopState, Record, fit
-from beholder.train.guardrails import NonFiniteError
+from beholder.train.nonfinite import NonFiniteError
 from beholder.train.objectives import next_token
 from beholder.train.optim import build_optimizer, optimizer_tensors
 from beholder.types import Status, UserError
@@ -159,7 +159,7 @@ def check_promoted(cfg: RunConfig, anyway: bool) -> str | None:
     else:
         known = load_evidence(folder)
         judged = known.cost.steps if known.step is None else known.step
-        if known.promotable and judged == checkpoint.read_trainer(where)["step"]:
+        if known.promotable and judged == restore.read_trainer(where)["step"]:
             return None
         why = f"{folder}: {verdict(known)}"
         if known.promotable:
@@ -231,8 +231,8 @@ def find_start(cfg: RunConfig, run: RunDir, resume: str) -> Path | None:
             )
     if found is not None:
         # Paths may only differ when the data turns out to be the same; `start_from` compares the fingerprints.
-        saved = as_read_now(checkpoint.read_trainer(found)["config"])
-        checkpoint.check_same_config(saved, cfg.model_dump(mode="json"), same_data=True)
+        saved = as_read_now(restore.read_trainer(found)["config"])
+        same_run.check_same_config(saved, cfg.model_dump(mode="json"), same_data=True)
     return found
 
 
@@ -249,7 +249,7 @@ def is_finished(run: RunDir, source: Path | None) -> bool:
     if source is None or not (run.path / "evidence.json").is_file():
         return False
     record = run.read_json("run.json")
-    return record.get("status") == Status.SUCCEEDED and record.get("step") == checkpoint.read_trainer(source)["step"]
+    return record.get("status") == Status.SUCCEEDED and record.get("step") == restore.read_trainer(source)["step"]
 
 
 def fresh_folder(run: RunDir) -> None:
@@ -285,8 +285,8 @@ def start_from(bench: Workbench, source: Path | None, optimizer: Any) -> tuple[i
     info = bench.model.connector_info()
     if source is not None:
         language = bench.model.language if bench.model.adapters else None
-        done = checkpoint.load_for_resume(source, bench.model.connector, info, optimizer, language)
-        checkpoint.check_same_fingerprints(checkpoint.entry(done.trainer, "fingerprints"), bench.fingerprints)
+        done = restore.load_for_resume(source, bench.model.connector, info, optimizer, language)
+        same_run.check_same_fingerprints(restore.entry(done.trainer, "fingerprints"), bench.fingerprints)
         if bench.dist.is_main:
             bench.run.trim_metrics(done.step)
             for step, path in golden.steps_of(bench.run.qual):
@@ -294,7 +294,7 @@ def start_from(bench: Workbench, source: Path | None, optimizer: Any) -> tuple[i
                     path.unlink()
         bench.dist.barrier()
         bench.reporter.line("resume", f"from {source} after step {done.step}")
-        return done.step, LoopState.from_dict(checkpoint.entry(done.trainer, "loop"))
+        return done.step, LoopState.from_dict(restore.entry(done.trainer, "loop"))
     origin = bench.cfg.model.connector.load_checkpoint
     if origin is not None:
         where = checkpoint.resolve_checkpoint(origin)

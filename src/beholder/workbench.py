@@ -31,7 +31,7 @@ from beholder.model.plan import frozen_fingerprint
 from beholder.model.vlm import VisionLanguageModel
 from beholder.probes import audit, captions, golden, hallucination, loss, strata
 from beholder.runs import RunDir, to_json
-from beholder.train import checkpoint
+from beholder.train import restore
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter, duration
 from beholder.types import Batch, Example, ImageRef, UserError
@@ -155,9 +155,9 @@ class Workbench:
 
         A run with adapters that starts from an alignment keeps its own fresh ones.
         """
-        checkpoint.load_connector(where, self.model.connector, self.model.connector_info())
-        if checkpoint.has_adapter(where):
-            checkpoint.load_adapter(where, self.model.language if self.model.adapters else None)
+        restore.load_connector(where, self.model.connector, self.model.connector_info())
+        if restore.has_adapter(where):
+            restore.load_adapter(where, self.model.language if self.model.adapters else None)
 
     def drop_unusable_eval(self) -> None:
         """Held-out samples that cannot be laid out leave now, counted and named; under policy ``skip`` also those whose

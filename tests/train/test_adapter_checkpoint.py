@@ -16,16 +16,9 @@ from beholder.model.language import LanguageModel
 from beholder.model.vlm import VisionLanguageModel
 from beholder.runs import RunDir
 from beholder.smoke import tiny_llm
-from beholder.train.checkpoint import (
-    MANIFEST,
-    has_adapter,
-    load_adapter,
-    load_connector,
-    load_for_resume,
-    problem,
-    save_checkpoint,
-)
+from beholder.train.checkpoint import MANIFEST, problem, save_checkpoint
 from beholder.train.optim import build_optimizer, optimizer_tensors
+from beholder.train.restore import has_adapter, load_adapter, load_connector, load_for_resume
 from beholder.types import UserError
 
 LORA = {"r": 4, "alpha": 8, "dropout": 0.2}

@@ -20,17 +20,15 @@ from torch import nn
 from beholder.train import checkpoint as ck
 from beholder.train.checkpoint import (
     best_checkpoint,
-    check_same_config,
-    check_same_fingerprints,
     latest_checkpoint,
-    load_connector,
-    load_for_resume,
     problem,
     resolve_checkpoint,
     save_checkpoint,
     set_best,
 )
 from beholder.train.optim import build_optimizer, optimizer_tensors
+from beholder.train.restore import load_connector, load_for_resume
+from beholder.train.same_run import check_same_config, check_same_fingerprints
 from beholder.types import UserError
 
 INFO: dict[str, Any] = {

@@ -19,11 +19,12 @@ from tiny_run import Outcome, Tiny, exact_log, optimizer_for, settings, train
 from beholder.model.plan import frozen_fingerprint
 from beholder.runs import RunDir
 from beholder.smoke import tiny_llm, tiny_vision
-from beholder.train.checkpoint import latest_checkpoint, load_connector
+from beholder.train.checkpoint import latest_checkpoint
 from beholder.train.engine import LoopState, NonFiniteError
-from beholder.train.guardrails import only
+from beholder.train.nonfinite import only
 from beholder.train.objectives import next_token
 from beholder.train.optim import optimizer_tensors
+from beholder.train.restore import load_connector
 from beholder.types import Batch, ImageRef, LossTerms, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

@@ -30,12 +30,13 @@ from beholder.model.plan import param_groups
 from beholder.model.vlm import VisionLanguageModel
 from beholder.runs import RunDir
 from beholder.smoke import colour_set, tiny_llm, tiny_vision
-from beholder.train.checkpoint import MANIFEST, latest_checkpoint, load_for_resume, save_checkpoint
+from beholder.train.checkpoint import MANIFEST, latest_checkpoint, save_checkpoint
 from beholder.train.distributed import Dist
 from beholder.train.engine import Callback, FitResult, LoopState, fit
 from beholder.train.objectives import Objective, next_token
 from beholder.train.optim import build_optimizer, optimizer_tensors
 from beholder.train.reporter import Reporter
+from beholder.train.restore import load_for_resume
 from beholder.types import FeatureReader
 
 

@@ -22,7 +22,7 @@ import torch
 from beholder.config import TrainConfig
 from beholder.runs import RunDir
 from beholder.train.distributed import Dist
-from beholder.train.guardrails import NonFiniteError, only, samples_with_bad_loss
+from beholder.train.nonfinite import NonFiniteError, only, samples_with_bad_loss
 from beholder.train.objectives import Objective
 from beholder.train.optim import lr_at, set_lr, trainable_parameters
 from beholder.train.reporter import Reporter

@@ -1,0 +1,297 @@
+"""Loading a checkpoint: strictly, and with the config field at fault when it does not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from beholder.model.language import LanguageModel
+from beholder.runs import to_json
+from beholder.train.checkpoint import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    CONNECTOR,
+    CONNECTOR_INFO,
+    MANIFEST,
+    OPTIMIZER,
+    TRAINER,
+    resolve_checkpoint,
+)
+from beholder.train.optim import load_optimizer_tensors
+from beholder.train.same_run import ANOTHER, flatten, shown
+from beholder.types import UserError
+
+# ---------------------------------------------------------------------------------------------------------------
+# Load
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a run goes on from."""
+
+    step: int
+    """Optimizer steps done."""
+    trainer: dict[str, Any]
+    """What ``save_checkpoint`` was given as ``trainer``, and ``step``."""
+    path: Path
+
+
+def load_for_resume(
+    path: Path,
+    connector: nn.Module,
+    info: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+    language: LanguageModel | None = None,
+) -> TrainState:
+    """Put the weights of the connector and of ``language``'s adapters and the optimizer's state back, bit for bit, from
+    checkpoint folder ``path``. ``language`` None: a run without adapters.
+
+    Verifies the manifest first. Raises `UserError` for a checkpoint with adapters and a config without, or the reverse.
+    Compare ``TrainState.trainer["config"]`` with the current config (`check_same_config`) before building anything
+    large: `read_trainer` gives it without loading weights.
+    """
+    path = resolve_checkpoint(path, prefer="latest")
+    load_adapter(path, language)
+    load_connector(path, connector, info)
+    load_optimizer_tensors(optimizer, _read_tensors(path / OPTIMIZER))
+    trainer = read_trainer(path)
+    return TrainState(step=int(trainer["step"]), trainer=trainer, path=path)
+
+
+def read_trainer(path: Path) -> dict[str, Any]:
+    """``trainer.json`` of a verified checkpoint folder: config, config hash, data cursor, step."""
+    trainer = _read_object(path / TRAINER)
+    step, config = trainer.get("step"), trainer.get("config")
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise UserError(f"{path / TRAINER}: step is {shown(step)}, expected a number. {ANOTHER}")
+    if not isinstance(config, dict):
+        raise UserError(f"{path / TRAINER}: config is {shown(config)[:60]}, expected an object. {ANOTHER}")
+    return trainer
+
+
+def entry(trainer: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object that a run writes into ``trainer.json`` (``fingerprints``, ``loop``). Raises `UserError` without it."""
+    value = trainer.get(name)
+    if not isinstance(value, dict):
+        raise UserError(f"{TRAINER}: {name} is {shown(value)[:60]}, expected an object. {ANOTHER}")
+    return value
+
+
+def read_connector_info(path: Path) -> dict[str, Any]:
+    """``connector.json`` of a verified checkpoint folder: what the connector was built for."""
+    info = _read_object(path / CONNECTOR_INFO)
+    if not info:
+        raise UserError(
+            f"{path / CONNECTOR_INFO} is empty: nobody can tell what its connector was built for. {ANOTHER}"
+        )
+    return info
+
+
+def has_adapter(path: Path) -> bool:
+    """Whether a verified checkpoint folder holds adapters."""
+    return ADAPTER in _read_object(path / MANIFEST)["files"]
+
+
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """``adapter_config.json`` of a verified checkpoint folder with adapters, in PEFT's words."""
+    config = _read_object(path / ADAPTER_CONFIG)
+    missing = [key for key in _ADAPTER_REQUIRED if key not in config]
+    if missing:
+        raise UserError(
+            f"{path / ADAPTER_CONFIG} lacks {', '.join(missing)}: without these nobody can tell what its adapters "
+            f"compute. {ANOTHER}"
+        )
+    return config
+
+
+_ADAPTER_REQUIRED = (
+    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias",
+)  # fmt: skip
+"""Entries of ``adapter_config.json`` that change what adapters compute."""
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object a file of a checkpoint holds. Raises `UserError` for anything else: a manifest vouches for the
+    bytes that somebody wrote, not for their sense."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not a JSON file ({type(e).__name__}: {e}). {ANOTHER}") from e
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {shown(value)[:60]}, expected a JSON object. {ANOTHER}")
+    return value
+
+
+def load_adapter(path: str | Path, language: LanguageModel | None) -> None:
+    """Load a checkpoint's adapters strictly into ``language``, bit for bit; None: a model without language adapters.
+
+    ``path`` is anything `resolve_checkpoint` takes. Raises `UserError` naming the config field at fault: adapters in
+    the checkpoint and none in the config or the reverse, another rank or alpha, other modules, another base, weights
+    that are not finite. Nothing is loaded then. Without adapters on both sides nothing is to be done.
+    """
+    path = resolve_checkpoint(path)
+    here, there = language is not None and bool(language.adapters), has_adapter(path)
+    if there and not here:
+        raise UserError(
+            f"checkpoint {path} has adapters on the language model, but this config has none; its connector was "
+            "trained with them. Set model.lora as in the config.yaml of its run folder."
+        )
+    if here and not there:
+        raise UserError(
+            f"this config has adapters on the language model (model.lora.enable: true), but checkpoint {path} has "
+            "none: it is of a run without them (stage align). To start stage instruct from it, name it in "
+            "model.connector.load_checkpoint instead, which takes its connector alone."
+        )
+    if language is None or not here:
+        return
+    from beholder.model import adapters
+
+    config, own = read_adapter_config(path), adapters.adapter_config(language)
+    complaints = [
+        f"{_ADAPTER_FIELDS.get(key, key)}: checkpoint {shown(config[key])}, config {shown(own[key])}"
+        for key in sorted((config.keys() & own.keys()) - _ADAPTER_FREE)
+        if config[key] != own[key]
+    ]
+    base, name = config.get("base_model_name_or_path"), own["base_model_name_or_path"]
+    if complaints:
+        raise UserError(
+            f"the adapters in {path} (on {base}) do not fit this config (on {name}):\n  "
+            + "\n  ".join(complaints)
+            + "\nUse the config the checkpoint was trained with (config.yaml in its run folder), or another checkpoint."
+        )
+    try:
+        adapters.load_adapter_tensors(language, _read_tensors(path / ADAPTER))
+    except UserError as e:
+        raise UserError(f"the adapters in {path} (on {base}; this config: {name}) cannot be used: {e}") from e
+
+
+_ADAPTER_FIELDS = {"r": "model.lora.r", "lora_alpha": "model.lora.alpha * strength", "bias": "model.lora.bias"}
+"""Config field of settings in ``adapter_config.json``."""
+
+_ADAPTER_FREE = {
+    # The modules are compared by the weights themselves, the base by their shapes and the run's fingerprints.
+    "target_modules", "base_model_name_or_path", "revision", "peft_version", "lora_dropout", "inference_mode",
+}  # fmt: skip
+"""Entries that may differ: none changes what the loaded adapters compute."""
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as e:
+        raise UserError(f"{path} is not a safetensors file: {e}") from e
+
+
+_FIELDS = {
+    "vision_ln": "model.connector.vision_ln",
+    "resampler": "model.connector.resampler.kind",
+    "projector": "model.connector.projector.kind",
+    "output_norm": "model.connector.output_norm",
+}
+"""Config field that decides whether a connector has weights under this first name."""
+
+_INFO_FIELDS = {
+    **_FIELDS,
+    "num_visual_tokens": "model.connector.num_visual_tokens",
+    "d_vision": "model.vision.name_or_path (width of the tower)",
+    "num_patches": "model.vision.name_or_path (patches of the tower)",
+    "d_text": "model.llm.name_or_path (width of the language model)",
+    "vision": "model.vision.name_or_path",
+    "language": "model.llm.name_or_path",
+    "llm": "model.llm.name_or_path",
+    "connector": "model.connector",
+}
+"""Names in ``connector.json`` that are spelled differently in the config."""
+
+
+def load_connector(path: str | Path, connector: nn.Module, info: Mapping[str, Any]) -> None:
+    """Load a checkpoint's connector strictly into ``connector``, which was built from a config as ``info`` says.
+
+    ``path`` is anything `resolve_checkpoint` takes. ``info`` (``VisionLanguageModel.connector_info()``) is compared
+    with the checkpoint's ``connector.json``. Names of parts may differ where the ``fingerprint`` beside them is equal;
+    without one, in the folder before the last name (a moved model). Raises `UserError` naming the keys *and* the config
+    field at fault: missing or unexpected weights, shapes, a connector trained for another tower or language model,
+    weights that are not finite. Nothing is loaded then.
+    """
+    path = resolve_checkpoint(path)
+    saved, saved_info = _read_tensors(path / CONNECTOR), read_connector_info(path)
+    own = connector.state_dict()
+    complaints: list[str] = []
+    unexpected, missing = sorted(set(saved) - set(own)), sorted(set(own) - set(saved))
+    for first in dict.fromkeys(k.partition(".")[0] for k in [*unexpected, *missing]):
+        more = [k for k in unexpected if k.partition(".")[0] == first]
+        fewer = [k for k in missing if k.partition(".")[0] == first]
+        field = _FIELDS.get(first, "model.connector")
+        values = _both(saved_info, info, first)
+        if more:
+            complaints.append(f"checkpoint has {_shorten(first, more)}, which this config does not build")
+        if fewer:
+            complaints.append(f"this config builds {_shorten(first, fewer)}, which the checkpoint does not have")
+        complaints[-1] += f" ({field}{values})"
+    for key in sorted(set(saved) & set(own)):
+        if saved[key].shape != own[key].shape:
+            complaints.append(f"{key} is {list(saved[key].shape)} in the checkpoint, {list(own[key].shape)} here")
+    for dotted, (then, here) in _info_differences(saved_info, info).items():
+        complaints.append(f"{_field_of(dotted)}: checkpoint {then!r}, config {here!r}")
+    if complaints:
+        raise UserError(
+            f"the connector in {path} does not fit this config:\n  "
+            + "\n  ".join(complaints)
+            + "\nUse the config the checkpoint was trained with (config.yaml in its run folder), or another checkpoint."
+        )
+    bad = [k for k, t in saved.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    if bad:
+        raise UserError(
+            f"the connector in {path} has weights that are NaN or infinite: {', '.join(bad)}. "
+            "The run it comes from had diverged; use an earlier checkpoint."
+        )
+    connector.load_state_dict(saved, strict=True)
+
+
+def _shorten(first: str, keys: Sequence[str]) -> str:
+    return keys[0] if len(keys) == 1 else f"{first}.* ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+
+
+def _both(saved: Mapping[str, Any], here: Mapping[str, Any], name: str) -> str:
+    """``: checkpoint true, config false`` when both infos tell the field, else nothing."""
+    if name not in saved or name not in here:
+        return ""
+    return f": checkpoint {json.dumps(saved[name])}, config {json.dumps(here[name])}"
+
+
+def _info_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    then, now = flatten(saved), flatten(json.loads(to_json(dict(here))))
+    shared = then.keys() & now.keys()
+    differing = {k: (then[k], now[k]) for k in shared if then[k] != now[k]}
+    for key, (old, new) in list(differing.items()):
+        section, _, last = key.rpartition(".")
+        if last not in _NAMES:
+            continue
+        fingerprint = f"{section}.fingerprint"
+        same = then[fingerprint] == now[fingerprint] if fingerprint in shared else _base(old) == _base(new)
+        if same:
+            del differing[key]
+    return dict(sorted(differing.items()))
+
+
+_NAMES = ("name", "name_or_path", "path", "revision", "llm", "language", "vision")
+
+
+def _base(name: Any) -> str:
+    """``Qwen3-8B-Base`` of ``Qwen/Qwen3-8B-Base`` and of ``/models/Qwen3-8B-Base/``."""
+    return Path(str(name)).name
+
+
+def _field_of(dotted: str) -> str:
+    first, _, _ = dotted.partition(".")
+    last = dotted.rpartition(".")[2]
+    field = _INFO_FIELDS.get(last) or _INFO_FIELDS.get(first)
+    return f"{dotted} ({field})" if field else dotted

@@ -1,0 +1,93 @@
+"""Whether a run that goes on is the same run: settings that may change, and what is behind them that may not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from beholder.runs import to_json
+from beholder.train.checkpoint import TRAINER
+from beholder.types import UserError
+
+ANOTHER = "Use another step of the same run."
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Resume with the same settings
+
+MAY_CHANGE = (
+    "run_name", "output_dir", "device",
+    # where the run starts from is settled once it has started
+    "model.connector.load_checkpoint",
+    # how fast, not what
+    "data.num_workers", "data.prefetch_factor", "data.pin_memory", "data.persistent_workers", "data.verify_images",
+    "features.dir", "features.max_gb", "train.num_threads", "model.llm.gradient_checkpointing",
+    # what is shown, saved and measured
+    "train.save_every", "train.keep_checkpoints", "train.log_every", "train.tqdm_disable", "train.progress_percent",
+    "train.full_eval_every", "train.quick_eval_size", "train.quick_eval_steps",
+    "eval", "ablation", "gates", "scales",
+)  # fmt: skip
+"""Settings (or whole sections) that may differ between an interrupted run and its resumption: none moves a weight."""
+
+MOVED_DATA = ("data.json_path", "data.image_root", "data.sources", "data.eval_sources")
+"""Paths, which may differ when the data's fingerprints are equal: the files were moved, not changed."""
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            flat.update(flatten(inner, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = list(inner) if isinstance(inner, tuple) else inner
+    return flat
+
+
+def check_same_config(
+    saved: Mapping[str, Any], current: Mapping[str, Any], *, same_data: bool = False
+) -> list[tuple[str, Any, Any]]:
+    """`UserError` listing every setting that may not change on resume and did (old → new).
+
+    Both are resolved configs as plain dicts (``RunConfig.model_dump(mode="json")``). ``same_data``: the data's
+    fingerprints were compared and are equal, so paths may differ. Gives the allowed changes: (field, old, new).
+    """
+    then, now = flatten(json.loads(to_json(dict(saved)))), flatten(json.loads(to_json(dict(current))))
+    changed = [(k, then.get(k, _ABSENT), now.get(k, _ABSENT)) for k in sorted(then.keys() | now.keys())]
+    changed = [(k, a, b) for k, a, b in changed if a != b]
+    allowed = MAY_CHANGE + (MOVED_DATA if same_data else ())
+    refused = [c for c in changed if not any(c[0] == a or c[0].startswith(a + ".") for a in allowed)]
+    if refused:
+        raise UserError(
+            "this run cannot go on with another config; these settings changed since the checkpoint:\n  "
+            + "\n  ".join(f"{k}: {shown(a)} → {shown(b)}" for k, a, b in refused)
+            + "\nPut them back to resume exactly, or start a new run: another run_name, or --resume never in an empty "
+            "folder (model.connector.load_checkpoint can name this run to start from its connector)."
+        )
+    return changed
+
+
+def check_same_fingerprints(saved: Mapping[str, str], current: Mapping[str, str]) -> None:
+    """`UserError` naming each part (data, tower, language model, …) whose content is not that of the checkpoint."""
+    changed = [k for k in saved.keys() & current.keys() if saved[k] != current[k]]
+    if odd := [k for k in changed if not isinstance(saved[k], str)]:
+        raise UserError(f"{TRAINER}: the fingerprints of {', '.join(odd)} are no text. {ANOTHER}")
+    if changed:
+        raise UserError(
+            "this run cannot go on: what is behind these parts changed since the checkpoint:\n  "
+            + "\n  ".join(f"{k}: {saved[k][:12]} → {current[k][:12]}" for k in sorted(changed))
+            + "\nPut the original files back, or start a new run in another folder."
+        )
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "(not a setting)"
+
+
+_ABSENT = _Absent()
+
+
+def shown(value: Any) -> str:
+    return repr(value) if isinstance(value, _Absent) else json.dumps(value, ensure_ascii=False)
