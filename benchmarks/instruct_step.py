@@ -44,13 +44,13 @@ from beholder import smoke
 from beholder.config import RunConfig
 from beholder.data import Data, build_data
 from beholder.data.collate import Layout, Sample, collate_window
-from beholder.features import FeatureStore
 from beholder.model import adapters
 from beholder.model.build import build_vlm
 from beholder.model.plan import INSTRUCT, apply_train_plan, param_groups
 from beholder.model.vision import VisionTower
 from beholder.model.vlm import VisionLanguageModel
 from beholder.model.weights import DTYPES, quiet_transformers
+from beholder.store.features import FeatureStore
 from beholder.train.objectives import next_token
 from beholder.train.optim import build_optimizer, trainable_parameters
 from beholder.types import FeatureReader, ImageInput

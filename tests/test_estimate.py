@@ -27,7 +27,6 @@ from beholder.estimate import (
     plan,
     vision_shape,
 )
-from beholder.features import estimate_bytes
 from beholder.model.adapters import adapter_parameters, attach
 from beholder.model.build import build_vlm
 from beholder.model.connector import build_connector
@@ -35,6 +34,7 @@ from beholder.model.language import load_language
 from beholder.model.plan import ALIGN, apply_train_plan, plan_of
 from beholder.model.vision import load_vision
 from beholder.smoke import tiny_llm, tiny_vision
+from beholder.store.features import estimate_bytes
 
 CPU = torch.device("cpu")
 

@@ -23,14 +23,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from beholder import features as features_module
 from beholder.config import FeaturesConfig, RunConfig
 from beholder.data import build_data
 from beholder.data.images import ImagePipeline
-from beholder.features import FeatureStore, FillReport, estimate_bytes, store_dir
 from beholder.model.build import build_vlm
 from beholder.model.plan import ALIGN, apply_train_plan
 from beholder.model.vision import load_vision
+from beholder.store import features as features_module
+from beholder.store import rows
+from beholder.store.features import FeatureStore, FillReport, estimate_bytes, store_dir
 from beholder.train.objectives import next_token
 from beholder.types import ImageGeometry, ImageRef, UserError
 
@@ -267,7 +268,7 @@ def test_a_damaged_index_is_named_and_not_overwritten(tmp_path):
 
 def test_a_full_disk_is_an_error_that_keeps_what_was_stored(tmp_path, monkeypatch):
     refs = make_images(tmp_path / "images", 40)
-    monkeypatch.setattr(features_module, "_STEP_BYTES", 4 * ROW)
+    monkeypatch.setattr(rows, "STEP_BYTES", 4 * ROW)
     store = open_store(tmp_path / "store")
     fill(store, refs[:4])
 
@@ -314,8 +315,8 @@ def test_the_cap_is_kept_and_what_does_not_fit_is_counted(tmp_path):
 
 
 def test_several_writers_together_stay_under_the_cap(tmp_path, monkeypatch):
-    monkeypatch.setattr(features_module, "_STEP_BYTES", 3 * ROW)
-    monkeypatch.setattr(features_module, "_SHARD_BYTES", 5 * ROW)
+    monkeypatch.setattr(rows, "STEP_BYTES", 3 * ROW)
+    monkeypatch.setattr(rows, "SHARD_BYTES", 5 * ROW)
     refs = make_images(tmp_path / "images", 40)
     cap = 17 * ROW
     open_store(tmp_path / "store")
@@ -337,8 +338,8 @@ def test_several_writers_together_stay_under_the_cap(tmp_path, monkeypatch):
 
 
 def test_a_killed_fill_leaves_nothing_wrong_and_the_next_one_completes_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(features_module, "_STEP_BYTES", 4 * ROW)
-    monkeypatch.setattr(features_module, "_SHARD_BYTES", 16 * ROW)
+    monkeypatch.setattr(rows, "STEP_BYTES", 4 * ROW)
+    monkeypatch.setattr(rows, "SHARD_BYTES", 16 * ROW)
     refs = make_images(tmp_path / "images", 120)
     rng = random.Random(0)
     store = open_store(tmp_path / "store", max_bytes=120 * ROW)
@@ -407,7 +408,7 @@ def test_a_kill_between_any_two_steps_of_a_write_is_survived(tmp_path, monkeypat
 
 
 def test_processes_that_fill_the_same_images_at_once_store_each_exactly_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(features_module, "_SHARD_BYTES", 8 * ROW)
+    monkeypatch.setattr(rows, "SHARD_BYTES", 8 * ROW)
     refs = make_images(tmp_path / "images", 60)
 
     def work(seed: int) -> None:

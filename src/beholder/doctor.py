@@ -30,8 +30,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from beholder.config import FeaturesConfig
-from beholder.features import store_dir
 from beholder.runs import cache_dir
+from beholder.store.features import store_dir
 
 Level = Literal["ok", "warn", "fail"]
 

@@ -25,12 +25,12 @@ from beholder.data.chat import EncodeError
 from beholder.data.images import ImageError, content_hash
 from beholder.data.sources import Reject
 from beholder.evidence import Condition, Measurement
-from beholder.features import FeatureStore, FillReport, store_dir
 from beholder.model.build import build_vlm
 from beholder.model.plan import frozen_fingerprint
 from beholder.model.vlm import VisionLanguageModel
 from beholder.probes import audit, captions, golden, hallucination, loss, strata
 from beholder.runs import RunDir, to_json
+from beholder.store.features import FeatureStore, FillReport, store_dir
 from beholder.train import restore
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter, duration
