@@ -27,6 +27,8 @@ from beholder.probes import (
     reliance,
     retention,
     textonly,
+    written,
+    wrong_images,
 )
 from beholder.types import Status, UserError
 from beholder.workbench import Workbench
@@ -37,7 +39,7 @@ CAPTION_CONDITIONS: tuple[Condition, ...] = ("correct", "shuffled", "zero")
 tells."""
 ANSWER_CONDITIONS: tuple[Condition, ...] = ("correct", "shuffled", "none")
 """Answers of a model that was taught to chat: the blind baseline is the same model, asked without any image."""
-ANSWER = captions.GREEDY.model_copy(update={"max_new_tokens": 24})
+ANSWER = written.GREEDY.model_copy(update={"max_new_tokens": 24})
 """An answer to a short question is a sentence at most."""
 NUM_MERGED = 128
 """Held-out samples that are asked with the adapters merged as well."""
@@ -63,7 +65,7 @@ def check_measurable(bench: Workbench) -> None:
         if not indices and name == "eval.caption_samples":
             continue
         try:
-            loss.shuffle_images(bench.examples(indices), bench.content_key, cfg.measure_seed)
+            wrong_images.shuffle_images(bench.examples(indices), bench.content_key, cfg.measure_seed)
         except UserError as e:
             raise UserError(f"{name}: {e}") from e
     _ = bench.objects
@@ -294,10 +296,10 @@ def describes(bench: Workbench, tell: Told) -> None:
         return
     examples = bench.examples(chosen)
     seed = cfg.measure_seed
-    by: dict[Condition, list[captions.CaptionRecord]]
+    by: dict[Condition, list[written.Written]]
     chats = cfg.stage_name == "instruct"
     conditions = ANSWER_CONDITIONS if chats else CAPTION_CONDITIONS
-    greedy = captions.GREEDY.model_copy(update={"max_new_tokens": cfg.eval.answer_tokens})
+    greedy = written.GREEDY.model_copy(update={"max_new_tokens": cfg.eval.answer_tokens})
     label = "answers" if chats else "captions"
     with bench.phase(label):
         by = {c: bench.captions(examples, greedy, c, cfg.eval.batch_size, label) for c in conditions}
@@ -312,7 +314,7 @@ def describes(bench: Workbench, tell: Told) -> None:
     found = hallucination.score_chair(by, bench.objects, seed)
     tell.measured += found.measurements
     bench.gaps += found.gaps
-    swapped = loss.shuffle_images(examples, bench.content_key, seed)
+    swapped = wrong_images.shuffle_images(examples, bench.content_key, seed)
     symptoms = collapse.symptoms(
         [r.prediction for r in by["correct"]],
         [r.reference for r in by["correct"]],
@@ -348,7 +350,7 @@ def describes(bench: Workbench, tell: Told) -> None:
 
 
 def judge_answers(
-    bench: Workbench, chosen: Sequence[int], by: Mapping[Condition, Sequence[captions.CaptionRecord]], tell: Told
+    bench: Workbench, chosen: Sequence[int], by: Mapping[Condition, Sequence[written.Written]], tell: Told
 ) -> None:
     """Answers that are right or wrong as a whole, scored by kind of question; longer ones are judged by their loss.
 
@@ -416,7 +418,7 @@ def could_be_guessed(bench: Workbench, tell: Told) -> None:
         return
     # The language model alone says what is in the text; the trained model with an empty image says what it makes of it:
     # a small model may only come to read earlier turns because the connector prompts it to.
-    blank = loss.blank_image(bench.model, "zero", bench.cfg.measure_seed)
+    blank = wrong_images.blank_image(bench.model, "zero", bench.cfg.measure_seed)
     with bench.phase("audit"):
         for name, image in (("audit", None), ("audit.trained", blank)):
             found = audit.audit(

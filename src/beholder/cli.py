@@ -546,10 +546,10 @@ def golden_show(
     step: Annotated[str, typer.Option(help="A step, first or last.")] = "last",
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Captions of the golden set after a step, and what ails them. Python: beholder.probes.golden.show_step."""
+    """Captions of the golden set after a step, and what ails them. Python: beholder.probes.golden_history.show_step."""
     from dataclasses import asdict
 
-    from beholder.probes.golden import read_run, show_step
+    from beholder.probes.golden_history import read_run, show_step
     from beholder.runs import to_json
 
     if json:
@@ -565,8 +565,11 @@ def golden_diff(
     after: Annotated[str, typer.Argument(metavar="STEP", help="A step, first or last.")],
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """What changed in the captions between two steps, word by word. Python: beholder.probes.golden.diff_steps."""
-    from beholder.probes.golden import diff_steps
+    """What changed in the captions between two steps, word by word.
+
+    Python: beholder.probes.golden_history.diff_steps.
+    """
+    from beholder.probes.golden_history import diff_steps
 
     result = diff_steps(run_folder, before, after)
     if json:

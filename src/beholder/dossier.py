@@ -35,7 +35,7 @@ from beholder.evidence import (
 from beholder.evidence.best import choose
 from beholder.evidence.gates import judge, told, verdict
 from beholder.model.plan import TrainableTable
-from beholder.probes import captions, golden, loss, strata, textonly
+from beholder.probes import captions, golden, golden_history, loss, strata, textonly, written
 from beholder.report import render
 from beholder.runs import atomic_write, now, to_json
 from beholder.train.checkpoint import steps_on_disk
@@ -69,7 +69,7 @@ class Told:
     measured: list[Measurement] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
     histograms: list[Histogram] = field(default_factory=list)
-    captions: dict[int, list[captions.CaptionRecord]] = field(default_factory=dict)
+    captions: dict[int, list[written.Written]] = field(default_factory=dict)
     """By index of the held-out sample, one record a condition."""
     words: dict[int, list[WordReliance]] = field(default_factory=dict)
     inapplicable: set[str] = field(default_factory=set)
@@ -309,7 +309,7 @@ def _samples(bench: Workbench, tell: Told, items: GoldenItems, step: int) -> lis
     shown = bench.shown_sample
     predictions: dict[int, list[Prediction]] = {i: [] for i in shown}
     index_of = {(item.id, item.gt_text, item.image_relpath): i for i, item in items}
-    for at, path in golden.steps_of(bench.run.qual):
+    for at, path in golden_history.steps_of(bench.run.qual):
         if at <= step and path == golden.captions_path(bench.run.qual, at, len(items)):
             try:
                 rows = golden.load_captions(path)

@@ -33,7 +33,7 @@ from beholder.model.language import load_tokenizer
 from beholder.model.placement import render_sites
 from beholder.model.plan import apply_train_plan, frozen_fingerprint, param_groups, plan_of
 from beholder.model.vision import load_vision
-from beholder.probes import golden, loss
+from beholder.probes import golden_history, loss
 from beholder.runs import RunDir, atomic_write, provenance, stop_signals
 from beholder.train import checkpoint, restore, same_run
 from beholder.train.distributed import Dist, init_distributed, shutdown_distributed
@@ -289,7 +289,7 @@ def start_from(bench: Workbench, source: Path | None, optimizer: Any) -> tuple[i
         same_run.check_same_fingerprints(restore.entry(done.trainer, "fingerprints"), bench.fingerprints)
         if bench.dist.is_main:
             bench.run.trim_metrics(done.step)
-            for step, path in golden.steps_of(bench.run.qual):
+            for step, path in golden_history.steps_of(bench.run.qual):
                 if step > done.step:  # of a history that is made again
                     path.unlink()
         bench.dist.barrier()

@@ -28,7 +28,7 @@ from beholder.evidence import Condition, Measurement
 from beholder.model.build import build_vlm
 from beholder.model.plan import frozen_fingerprint
 from beholder.model.vlm import VisionLanguageModel
-from beholder.probes import audit, captions, golden, hallucination, loss, strata
+from beholder.probes import audit, golden, hallucination, loss, strata, written, wrong_images
 from beholder.runs import RunDir, to_json
 from beholder.store.features import FeatureStore, FillReport, store_dir
 from beholder.train import restore
@@ -318,7 +318,7 @@ class Workbench:
         """Losses of the held-out samples ``indices`` under each condition; those in ``known`` are taken from there."""
         known = known or {}
         with self.phase("ablation"):
-            mine = loss.ablation_losses(
+            mine = wrong_images.ablation_losses(
                 self.model, self.examples(indices), self.batches,
                 [c for c in conditions if c not in known],
                 content_key=self.content_key, seed=self.cfg.measure_seed,
@@ -347,27 +347,27 @@ class Workbench:
         condition: Condition,
         batch_size: int,
         label: str = "captions",
-    ) -> list[captions.CaptionRecord]:
+    ) -> list[written.Written]:
         """What the model writes for each example under ``condition``; ``label`` names the work in its progress."""
         assert condition != "noise", "nothing is written under noise"
-        written: Literal["correct", "zero", "none"] = condition if condition in ("zero", "none") else "correct"
+        seen: Literal["correct", "zero", "none"] = condition if condition in ("zero", "none") else "correct"
         shown = list(examples)
         if condition == "shuffled":
-            shown = loss.shuffle_images(examples, self.content_key, self.cfg.measure_seed)
+            shown = wrong_images.shuffle_images(examples, self.content_key, self.cfg.measure_seed)
         builder = self.data.builder(self.store, train=False, cfg=self.cfg)
         with progress(self.reporter, f"{label} ({condition} image)") as tick:
-            mine = captions.caption(
+            mine = written.write(
                 self.model,
                 self.data.encoder,
                 builder,
                 self._mine(shown),
                 settings,
-                written,
+                seen,
                 batch_size=batch_size,
                 seed=self.cfg.seed,
                 progress=tick,
             )
-        return self._gather_all([replace(r, condition=condition) for r in mine], captions.CaptionRecord, examples)
+        return self._gather_all([replace(r, condition=condition) for r in mine], written.Written, examples)
 
     def content_key(self, ref: ImageRef) -> str:
         """Tells images apart by their bytes; each is read once."""

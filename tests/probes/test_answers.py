@@ -10,9 +10,10 @@ import torch
 from beholder.data.chat import ChatEncoder
 from beholder.evidence import Condition, Measurement
 from beholder.model.vlm import VisionLanguageModel
-from beholder.probes import captions, strata
-from beholder.probes.answers import pope, says_yes, score, without_images
-from beholder.probes.captions import CaptionRecord
+from beholder.probes import strata, written
+from beholder.probes.answers import pope, says_yes, score
+from beholder.probes.written import Written
+from beholder.probes.wrong_images import without_images
 from beholder.types import Example, ImageRef, ImageSlot, Part, Turn
 
 
@@ -21,8 +22,8 @@ def question(id: str, text: str, answer: str, kind: str = "", answers: tuple[str
     return Example(id, (ImageRef("root", id),), turns, question_type=kind, answers=answers)
 
 
-def said(examples: Sequence[Example], texts: Sequence[str], condition: Condition = "correct") -> list[CaptionRecord]:
-    return [CaptionRecord(e.id, e.answer_text, t, condition, 1) for e, t in zip(examples, texts, strict=True)]
+def said(examples: Sequence[Example], texts: Sequence[str], condition: Condition = "correct") -> list[Written]:
+    return [Written(e.id, e.answer_text, t, condition, 1) for e, t in zip(examples, texts, strict=True)]
 
 
 def last(examples: Sequence[Example]) -> dict[str, list[str | None]]:
@@ -196,9 +197,9 @@ def test_the_blind_answer_is_the_language_models_to_the_words_alone(bench: Any, 
     )
     turns = (Turn("user", (ImageSlot(0), "\nWhat colour is it?")), Turn("assistant", ("red",)))
     examples = [replace(e, turns=turns) for e in bench.held_out[:3]]
-    settings = captions.GREEDY.model_copy(update={"max_new_tokens": 5})
+    settings = written.GREEDY.model_copy(update={"max_new_tokens": 5})
 
-    blind = captions.caption(sighted, encoder, bench.builder, examples, settings, "none")
+    blind = written.write(sighted, encoder, bench.builder, examples, settings, "none")
 
     prompt = encoder.encode_prompt(without_images(examples[0]))
     words = sighted.language.embed(torch.from_numpy(prompt.ids)[None])[0]

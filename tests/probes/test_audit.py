@@ -13,7 +13,7 @@ import torch
 from beholder.data.chat import ChatEncoder, EncodeError
 from beholder.data.collate import Layout
 from beholder.evidence import Measurement
-from beholder.probes import audit, loss
+from beholder.probes import audit, loss, wrong_images
 from beholder.probes.audit import Audit
 from beholder.types import Batch, Example, ImageRef, ImageSlot, TokenLosses, Turn
 
@@ -247,7 +247,7 @@ def test_a_trained_model_is_audited_with_an_empty_image_in_every_place(encoder: 
             assert len(set(batch.image_sample.tolist())) == len(batch.ids)
             return sighted(batch)
 
-    blank = loss.blank_image(sighted, "zero")
+    blank = wrong_images.blank_image(sighted, "zero")
     plain = audit.audit(sighted, encoder, PACKED, leaky(48), 48, content_key=str)
     found = audit.audit(Watched(), encoder, PACKED, leaky(48), 48, content_key=str, blank=blank, name="audit.trained")
 
@@ -271,7 +271,7 @@ def test_captions_are_audited_under_the_caption_template(bench: Any):
 
 
 def test_text_losses_are_of_the_same_targets_and_do_not_know_the_image(bench: Any, sighted: Any):
-    shuffled = loss.shuffle_images(bench.held_out, str, 0)
+    shuffled = wrong_images.shuffle_images(bench.held_out, str, 0)
 
     own = audit.text_losses(sighted, bench.encoder, PACKED, bench.held_out)
     other = audit.text_losses(sighted, bench.encoder, PADDED, shuffled, batch_size=5)

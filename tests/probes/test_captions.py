@@ -12,14 +12,14 @@ from beholder.data.collate import SampleBuilder
 from beholder.data.images import ImageError, content_hash
 from beholder.evidence import Measurement
 from beholder.model.vlm import VisionLanguageModel
-from beholder.probes import captions
-from beholder.probes.captions import CaptionRecord
-from beholder.probes.loss import shuffle_images
+from beholder.probes import captions, written
+from beholder.probes.written import Written
+from beholder.probes.wrong_images import shuffle_images
 from beholder.types import ImageSlot, Turn, UserError
 
 
-def record(reference: str, prediction: str, condition: Any = "correct", id: str = "x", **more: Any) -> CaptionRecord:
-    return CaptionRecord(id, reference, prediction, condition, tokens_len=len(prediction), **more)
+def record(reference: str, prediction: str, condition: Any = "correct", id: str = "x", **more: Any) -> Written:
+    return Written(id, reference, prediction, condition, tokens_len=len(prediction), **more)
 
 
 def named(measurements: list[Measurement]) -> dict[str, Measurement]:
@@ -32,7 +32,7 @@ def named(measurements: list[Measurement]) -> dict[str, Measurement]:
 
 def test_greedy_captions_do_not_depend_on_the_batch_size(bench: Any, sighted: VisionLanguageModel):
     one, five, all_ = (
-        captions.caption(sighted, bench.encoder, bench.builder, bench.held_out[:11], batch_size=size)
+        written.write(sighted, bench.encoder, bench.builder, bench.held_out[:11], batch_size=size)
         for size in (1, 5, 11)
     )
 
@@ -42,11 +42,9 @@ def test_greedy_captions_do_not_depend_on_the_batch_size(bench: Any, sighted: Vi
 
 def test_a_model_that_looks_captions_well_only_with_its_own_image(bench: Any, sighted: VisionLanguageModel):
     others = shuffle_images(bench.held_out, content_hash, 0)
-    records = captions.caption(sighted, bench.encoder, bench.builder, bench.held_out)
-    records += captions.caption(sighted, bench.encoder, bench.builder, bench.held_out, condition="zero")
-    records += [
-        replace(r, condition="shuffled") for r in captions.caption(sighted, bench.encoder, bench.builder, others)
-    ]
+    records = written.write(sighted, bench.encoder, bench.builder, bench.held_out)
+    records += written.write(sighted, bench.encoder, bench.builder, bench.held_out, condition="zero")
+    records += [replace(r, condition="shuffled") for r in written.write(sighted, bench.encoder, bench.builder, others)]
     m = named(captions.score(records))
 
     own, shuffled, blind = (m[f"caption.exact_match.{c}"] for c in ("correct", "shuffled", "zero"))
@@ -60,8 +58,8 @@ def test_a_model_that_looks_captions_well_only_with_its_own_image(bench: Any, si
 
 
 def test_end_of_text_is_reported_and_length_counts_tokens_before_it(bench: Any, sighted: VisionLanguageModel):
-    [whole] = captions.caption(sighted, bench.encoder, bench.builder, bench.held_out[:1])
-    [cut] = captions.caption(
+    [whole] = written.write(sighted, bench.encoder, bench.builder, bench.held_out[:1])
+    [cut] = written.write(
         sighted, bench.encoder, bench.builder, bench.held_out[:1], GenerateConfig(temperature=0, max_new_tokens=5)
     )
 
@@ -74,7 +72,7 @@ def test_sampling_is_a_function_of_the_seed(bench: Any):
     settings = GenerateConfig(temperature=1.0, top_p=0.95, max_new_tokens=12)
 
     a, again, b = (
-        captions.caption(bench.model, bench.encoder, bench.builder, bench.held_out[:4], settings, seed=s)
+        written.write(bench.model, bench.encoder, bench.builder, bench.held_out[:4], settings, seed=s)
         for s in (1, 1, 2)
     )
 
@@ -93,8 +91,8 @@ def test_an_unusable_image_stops_the_probe_or_leaves_the_sample_out(bench: Any, 
     lenient = SampleBuilder(bench.encoder, bench.builder.pipeline, None, on_bad_image="skip")
 
     with pytest.raises(ImageError, match=r"broken\.png.*'bad'"):
-        captions.caption(bench.model, bench.encoder, bench.builder, examples)
-    kept = captions.caption(bench.model, bench.encoder, lenient, examples, batch_size=1)
+        written.write(bench.model, bench.encoder, bench.builder, examples)
+    kept = written.write(bench.model, bench.encoder, lenient, examples, batch_size=1)
 
     assert [r.id for r in kept] == [bench.held_out[1].id]
 
@@ -115,8 +113,8 @@ def test_the_reference_of_a_conversation_is_the_answer_that_is_asked_for(bench: 
     builder = SampleBuilder(encoder, bench.builder.pipeline, None, on_bad_image="error")
     asked = replace(bench.held_out[0], turns=turns)
 
-    [answered] = captions.caption(bench.model, encoder, builder, [asked], GenerateConfig(max_new_tokens=1))
-    [waiting] = captions.caption(
+    [answered] = written.write(bench.model, encoder, builder, [asked], GenerateConfig(max_new_tokens=1))
+    [waiting] = written.write(
         bench.model, encoder, builder, [replace(asked, turns=turns[:3])], GenerateConfig(max_new_tokens=1)
     )
 
@@ -127,7 +125,7 @@ def test_the_reference_of_a_conversation_is_the_answer_that_is_asked_for(bench: 
 def test_progress_reaches_the_total(bench: Any):
     seen: list[tuple[int, int]] = []
 
-    captions.caption(
+    written.write(
         bench.model, bench.encoder, bench.builder, bench.held_out[:5], GenerateConfig(max_new_tokens=1),
         batch_size=2, progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip

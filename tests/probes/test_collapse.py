@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from beholder.probes import collapse
 from beholder.probes.caption_metrics import tokenize
 from beholder.probes.collapse import Symptom, loops, near_identical, references_shown, symptoms
-from beholder.probes.loss import shuffle_images
+from beholder.probes.wrong_images import shuffle_images
 from beholder.types import Example, ImageRef, ImageSlot, Turn
 
 COLOURS = ("red", "green", "blue", "teal", "black", "gray", "brown", "yellow")

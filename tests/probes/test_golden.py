@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from beholder.probes import captions, golden
-from beholder.probes.captions import CaptionRecord
+from beholder.probes import golden, golden_history, written
+from beholder.probes.written import Written
 from beholder.types import Example, ImageRef, ImageSlot, Turn, UserError
 
 
@@ -34,7 +34,7 @@ def make(path: Path, examples: Sequence[Example] = HELD_OUT, size: int = 7, seed
 
 def step(*texts: str, ids: str = "abcdefgh") -> list[golden.GoldenCaption]:
     items = [golden.GoldenItem(id, "short", f"gt {id}", f"{id}.png", 3) for id in ids[: len(texts)]]
-    records = [CaptionRecord(i.id, i.gt_text, t, "correct", 1) for i, t in zip(items, texts, strict=True)]
+    records = [Written(i.id, i.gt_text, t, "correct", 1) for i, t in zip(items, texts, strict=True)]
     return golden.join(items, records)
 
 
@@ -104,9 +104,9 @@ def test_a_set_of_questions_says_what_is_asked_and_of_which_kind(tmp_path: Path)
     settings: dict[str, Any] = {"buckets": ["short"] * 24, "label_len": range(24), "size": 6, "seed": 1}
 
     items = golden.golden_set(path, examples, **settings, by_category=True)
-    rows = golden.join([i for _, i in items], [CaptionRecord(i.id, i.gt_text, "x", "correct", 1) for _, i in items])
+    rows = golden.join([i for _, i in items], [Written(i.id, i.gt_text, "x", "correct", 1) for _, i in items])
     golden.save(golden.captions_path(tmp_path / "qual", 3, 6), rows)
-    told = printed(lambda console: golden.show_step(tmp_path, 3, console))
+    told = printed(lambda console: golden_history.show_step(tmp_path, 3, console))
 
     assert Counter(i.category for _, i in items) == {"colour": 3, "count": 3}
     assert {(i.category, i.prompt_text) for _, i in items} == {("colour", asked[0]), ("count", asked[1])}
@@ -242,7 +242,7 @@ def test_a_malformed_file_names_its_line(tmp_path: Path, line: str, match: str):
 
 def test_the_captions_of_a_step_are_written_with_the_seeds_fields_and_read_back(bench: Any, tmp_path: Path):
     chosen = make(tmp_path / "golden.jsonl", bench.held_out)
-    records = captions.caption(bench.model, bench.encoder, bench.builder, [bench.held_out[i] for i, _ in chosen])
+    records = written.write(bench.model, bench.encoder, bench.builder, [bench.held_out[i] for i, _ in chosen])
     path = golden.captions_path(tmp_path / "qual", step=40, size=len(chosen))
 
     rows = golden.join([item for _, item in chosen], records)
@@ -259,7 +259,7 @@ def test_the_captions_of_a_step_are_written_with_the_seeds_fields_and_read_back(
 
 def test_captions_of_samples_with_one_id_stay_in_their_order():
     items = [golden.GoldenItem("same", "short", text, f"{text}.png", 3) for text in ("one", "two")]
-    records = [CaptionRecord("same", text, text.upper(), "correct", 1) for text in ("one", "two")]
+    records = [Written("same", text, text.upper(), "correct", 1) for text in ("one", "two")]
 
     assert [(r.gt_text, r.pred_text) for r in golden.join(items, records)] == [("one", "ONE"), ("two", "TWO")]
 
@@ -267,9 +267,9 @@ def test_captions_of_samples_with_one_id_stay_in_their_order():
 def test_a_sample_without_a_caption_is_left_out_and_a_strange_caption_is_our_own_error():
     items = [golden.GoldenItem(id, "short", "gt", "p.png", 3) for id in "ab"]
 
-    assert [r.id for r in golden.join(items, [CaptionRecord("b", "gt", "x", "correct", 1)])] == ["b"]
+    assert [r.id for r in golden.join(items, [Written("b", "gt", "x", "correct", 1)])] == ["b"]
     with pytest.raises(AssertionError, match=r"not in the golden set.*'c'"):
-        golden.join(items, [CaptionRecord("c", "gt", "x", "correct", 1)])
+        golden.join(items, [Written("c", "gt", "x", "correct", 1)])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -282,8 +282,8 @@ def test_steps_are_found_in_the_order_of_their_numbers_and_other_files_are_not_s
     for name in ("step_240_captions1200.jsonl", "step_80_golden.jsonl", "step_x_golden2.jsonl", "notes.txt"):
         (tmp_path / "qual" / name).write_text("{}")
 
-    assert [step for step, _ in golden.steps_of(tmp_path / "qual")] == [80, 160, 1000]
-    assert golden.steps_of(tmp_path / "nowhere") == []
+    assert [step for step, _ in golden_history.steps_of(tmp_path / "qual")] == [80, 160, 1000]
+    assert golden_history.steps_of(tmp_path / "nowhere") == []
 
 
 @pytest.mark.parametrize(("asked", "got"), [("first", 80), ("last", 1000), (160, 160), ("160", 160), ("0080", 80)])
@@ -291,7 +291,7 @@ def test_a_step_is_a_number_or_first_or_last(tmp_path: Path, asked: int | str, g
     for number in (1000, 80, 160):
         write(tmp_path, number, f"at {number}")
 
-    run = golden.read_run(tmp_path)
+    run = golden_history.read_run(tmp_path)
 
     assert run.resolve(asked) == got
     assert run.captions(asked)[0].pred_text == f"at {got}"
@@ -303,7 +303,7 @@ def test_an_unknown_step_names_the_steps_there_are(tmp_path: Path, asked: int | 
         write(tmp_path, number, "x")
 
     with pytest.raises(UserError, match=r"no golden captions of step .*there are steps 80, 1000 .*first, last"):
-        golden.show_step(tmp_path, asked)
+        golden_history.show_step(tmp_path, asked)
 
 
 def test_of_sets_of_two_sizes_the_one_with_more_steps_is_read(tmp_path: Path):
@@ -311,7 +311,7 @@ def test_of_sets_of_two_sizes_the_one_with_more_steps_is_read(tmp_path: Path):
     write(tmp_path, 20, "b")
     write(tmp_path, 20, "x", "y", "z")
 
-    run = golden.read_run(tmp_path)
+    run = golden_history.read_run(tmp_path)
 
     assert list(run.files) == [10, 20]
     assert [c.pred_text for c in run.captions("last")] == ["b"]
@@ -319,16 +319,16 @@ def test_of_sets_of_two_sizes_the_one_with_more_steps_is_read(tmp_path: Path):
 
 def test_a_folder_without_golden_captions_says_which_settings_make_them(tmp_path: Path):
     with pytest.raises(UserError, match=r"no such folder"):
-        golden.read_run(tmp_path / "nowhere")
+        golden_history.read_run(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no golden captions .*eval\.golden_size.*run_golden_every"):
-        golden.read_run(tmp_path)
+        golden_history.read_run(tmp_path)
 
 
 def test_a_step_file_without_captions_is_named(tmp_path: Path):
     write(tmp_path, 10, "x").write_text("")
 
     with pytest.raises(UserError, match=r"step_10_golden1\.jsonl: no caption in it"):
-        golden.show_step(tmp_path)
+        golden_history.show_step(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def test_a_step_file_without_captions_is_named(tmp_path: Path):
 
 
 def test_the_difference_of_two_steps_names_the_words_that_changed():
-    rows = golden.diff(
+    rows = golden_history.diff(
         step("a red circle", "same", "a cat on a mat", ""), step("a blue circle", "same", "a cat", "a dog")
     )
 
@@ -350,7 +350,7 @@ def test_the_difference_of_two_steps_names_the_words_that_changed():
 
 @given(st.text(st.sampled_from("ab \n"), max_size=20), st.text(st.sampled_from("ab \n"), max_size=20))
 def test_taking_words_away_and_adding_words_makes_one_caption_of_the_other(before: str, after: str):
-    (row,) = golden.diff(step(before), step(after))
+    (row,) = golden_history.diff(step(before), step(after))
 
     assert Counter(before.split()) - Counter(row.removed) + Counter(row.added) == Counter(after.split())
     assert (row.status == "same") == (before == after)
@@ -359,16 +359,16 @@ def test_taking_words_away_and_adding_words_makes_one_caption_of_the_other(befor
 
 def test_different_sets_cannot_be_compared_and_the_samples_are_named():
     with pytest.raises(UserError, match=r"different golden sets \('c' only before\)"):
-        golden.diff(step("x", "y", "z"), step("x", "y"))
+        golden_history.diff(step("x", "y", "z"), step("x", "y"))
     with pytest.raises(UserError, match=r"the order differs"):
-        golden.diff(step("x", "y", ids="ab"), step("x", "y", ids="ba"))
+        golden_history.diff(step("x", "y", ids="ab"), step("x", "y", ids="ba"))
 
 
 def test_the_difference_is_printed_with_marks_that_need_no_colour_and_a_summary(tmp_path: Path):
     write(tmp_path, 80, "a cat", "A cat!", "gt c", "", "x  y")
     write(tmp_path, 240, "gt a", "A cat!", "gt c", "gt d", "x y")
 
-    found = golden.diff_steps(tmp_path, "first", "last")
+    found = golden_history.diff_steps(tmp_path, "first", "last")
     text = printed(found.print)
 
     assert "{+gt+} a [-cat-]" in text
@@ -382,7 +382,7 @@ def test_the_difference_as_json_has_every_picture_and_the_sums(tmp_path: Path):
     write(tmp_path, 80, "a cat", "a dog")
     write(tmp_path, 240, "gt a", "a dog")
 
-    told = json.loads(golden.diff_steps(tmp_path, 80, "240").to_json())
+    told = json.loads(golden_history.diff_steps(tmp_path, 80, "240").to_json())
 
     assert (told["steps"], told["pictures"], told["changed"]) == ([80, 240], 2, 1)
     assert (told["exact_matches"], told["near_identical"]) == ([0, 1], [1, 1])
@@ -397,7 +397,7 @@ def test_the_difference_as_json_has_every_picture_and_the_sums(tmp_path: Path):
 def test_two_equal_steps_have_no_table(tmp_path: Path):
     write(tmp_path, 80, "a cat")
 
-    text = printed(golden.diff_steps(tmp_path, 80, 80).print)
+    text = printed(golden_history.diff_steps(tmp_path, 80, 80).print)
 
     assert text.startswith("step 80 → 80: changed 0 of 1")
 
@@ -406,7 +406,7 @@ def test_a_step_is_shown_with_references_matches_and_symptoms(tmp_path: Path):
     write(tmp_path, 80, "gt a", "", "the cat and the cat and the cat", "[red]x[/red]\x1b[31m")
 
     rows: list[golden.GoldenCaption] = []
-    text = printed(lambda console: rows.extend(golden.show_step(tmp_path, "last", console)))
+    text = printed(lambda console: rows.extend(golden_history.show_step(tmp_path, "last", console)))
 
     assert [r.id for r in rows] == ["a", "b", "c", "d"]
     assert "exact matches 1 of 4" in text

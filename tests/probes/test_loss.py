@@ -17,6 +17,7 @@ from beholder.data.images import content_hash
 from beholder.evidence import CONDITIONS, Condition, Measurement
 from beholder.model.vlm import VisionLanguageModel
 from beholder.probes import loss as probe
+from beholder.probes import wrong_images
 from beholder.probes.loss import SampleLoss
 from beholder.types import Batch, Example, ImageRef, ImageSlot, Turn, UserError
 
@@ -77,7 +78,7 @@ def test_the_ablation_does_not_depend_on_batch_size_packing_or_processes(
     examples = bench.held_out[:15]
 
     def losses(make: Callable[[Sequence[Example]], Any]) -> list[SampleLoss]:
-        return probe.ablation_losses(sighted, examples, make, (condition,), content_key=content_hash)[condition]
+        return wrong_images.ablation_losses(sighted, examples, make, (condition,), content_key=content_hash)[condition]
 
     one = losses(bench.batches(bench.padded, 1))
     other = losses(bench.batches(bench.packed, 16))
@@ -339,13 +340,13 @@ def test_the_shuffle_never_gives_an_equal_image_and_permutes_wherever_that_is_po
     examples, largest = showing(contents), max(contents.count(c) for c in set(contents))
     if len(set(contents)) == 1:
         with pytest.raises(UserError, match="two different images"):
-            probe.shuffle_images(examples, content_of, seed)
+            wrong_images.shuffle_images(examples, content_of, seed)
         return
 
-    shuffled = probe.shuffle_images(examples, content_of, seed)
+    shuffled = wrong_images.shuffle_images(examples, content_of, seed)
 
     assert all(content_of(a.images[0]) != content_of(b.images[0]) for a, b in zip(examples, shuffled, strict=True))
-    assert probe.shuffle_images(examples, content_of, seed) == shuffled
+    assert wrong_images.shuffle_images(examples, content_of, seed) == shuffled
     if 2 * largest <= len(examples):  # by Hall's theorem exactly then a permutation without equal pairs exists
         assert sorted(e.images[0].path for e in shuffled) == sorted(e.images[0].path for e in examples)
 
@@ -353,7 +354,7 @@ def test_the_shuffle_never_gives_an_equal_image_and_permutes_wherever_that_is_po
 @pytest.mark.parametrize("contents", [[], [1]])
 def test_the_shuffle_needs_two_images(contents: list[int]):
     with pytest.raises(UserError, match="cannot shuffle"):
-        probe.shuffle_images(showing(contents), content_of, 0)
+        wrong_images.shuffle_images(showing(contents), content_of, 0)
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=0, max_size=3), min_size=2, max_size=12), st.integers(0, 3))
@@ -365,7 +366,7 @@ def test_no_image_slot_is_given_an_image_that_its_example_shows(shown: list[list
     ]
 
     try:
-        shuffled = probe.shuffle_images(examples, content_of, seed)
+        shuffled = wrong_images.shuffle_images(examples, content_of, seed)
     except UserError:
         every = {c for images in shown for c in images}
         assert any(set(images) == every for images in shown)
@@ -382,7 +383,7 @@ def test_no_image_slot_is_given_an_image_that_its_example_shows(shown: list[list
 
 def ablate(bench: Any, model: VisionLanguageModel, layout: Layout | None = None) -> dict[str, Measurement]:
     make = bench.batches(layout or bench.packed)
-    losses = probe.ablation_losses(model, bench.held_out, make, content_key=content_hash)
+    losses = wrong_images.ablation_losses(model, bench.held_out, make, content_key=content_hash)
     return named(probe.compare_conditions(losses))
 
 
@@ -425,7 +426,7 @@ def pixels_seen(bench: Any, kind: Any, seed: int = 0) -> tuple[torch.Tensor, tor
     assert bench.model.vision is not None
     handle = bench.model.vision.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
-        blank = probe.blank_image(bench.model, kind, seed)
+        blank = wrong_images.blank_image(bench.model, kind, seed)
     finally:
         handle.remove()
     [pixels] = seen
@@ -461,10 +462,10 @@ def test_noise_differs_between_samples_and_image_places(bench: Any):
     two = Turn("user", (ImageSlot(0), ImageSlot(1), "\nSay each:"))
     own = [e.images[0] for e in bench.held_out]
     examples = [Example(f"s{k}", (own[k], own[k + 1]), (two, Turn("assistant", ("a dot",)))) for k in range(12)]
-    images = [probe.blank_image(bench.model, "noise", k) for k in range(probe.NUM_NOISE)]
+    images = [wrong_images.blank_image(bench.model, "noise", k) for k in range(wrong_images.NUM_NOISE)]
 
     def shown(size: int) -> list[list[int]]:
-        batches: list[Batch] = list(probe._with_images(bench.batches(bench.padded, size)(examples), images))
+        batches: list[Batch] = list(wrong_images._with_images(bench.batches(bench.padded, size)(examples), images))
         flat = [next(j for j, x in enumerate(images) if x is image) for batch in batches for image in batch.images]
         return [flat[k : k + 2] for k in range(0, len(flat), 2)]
 
@@ -474,10 +475,10 @@ def test_noise_differs_between_samples_and_image_places(bench: Any):
 
 
 def test_the_zero_condition_does_not_depend_on_the_image(bench: Any, sighted: VisionLanguageModel):
-    own, other = bench.held_out[:6], probe.shuffle_images(bench.held_out[:6], content_hash, 0)
+    own, other = bench.held_out[:6], wrong_images.shuffle_images(bench.held_out[:6], content_hash, 0)
 
     a, b = (
-        probe.ablation_losses(sighted, examples, bench.batches(), ("zero",), content_key=content_hash)["zero"]
+        wrong_images.ablation_losses(sighted, examples, bench.batches(), ("zero",), content_key=content_hash)["zero"]
         for examples in (own, other)
     )
 

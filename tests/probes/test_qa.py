@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from beholder.evidence import Condition, Measurement
 from beholder.model.vlm import VisionLanguageModel
-from beholder.probes import captions
+from beholder.probes import written
 from beholder.probes.hallucination import parse_objects
 from beholder.probes.qa import COLOURS, FEW, KINDS, QaItem, build_qa, qa_prompt, score_qa
 from beholder.types import Example, ImageRef, ImageSlot, Turn
@@ -189,7 +189,7 @@ def test_a_model_that_looks_is_right_with_its_own_image_only(bench: Any, sighted
     items = build_qa(bench.held_out, shapes, 48, 0)
     shown = [bench.held_out[item.index] for item in items]
     answers: dict[Condition, list[str]] = {
-        c: [r.prediction for r in captions.caption(sighted, bench.encoder, bench.builder, shown, condition=c)]
+        c: [r.prediction for r in written.write(sighted, bench.encoder, bench.builder, shown, condition=c)]
         for c in ("correct", "zero")
     }
 

@@ -14,7 +14,7 @@ from beholder.data.chat import ChatEncoder
 from beholder.data.images import content_hash
 from beholder.evidence import WordReliance
 from beholder.model.vlm import VisionLanguageModel
-from beholder.probes import loss, reliance
+from beholder.probes import reliance, wrong_images
 from beholder.probes.loss import SampleLoss
 from beholder.types import Example, ImageRef, ImageSlot, Turn
 
@@ -136,7 +136,7 @@ def test_losses_of_another_sample_are_refused():
 def test_a_model_that_looks_needs_the_image_for_colour_and_shape_but_not_for_the_frame(
     bench: Any, sighted: VisionLanguageModel
 ):
-    losses = loss.ablation_losses(
+    losses = wrong_images.ablation_losses(
         sighted, bench.held_out, bench.batches(), ("correct", "zero"), content_key=content_hash
     )
     rows = [

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,10 +18,10 @@ from beholder.probes import bootstrap, measurement, wilson
 from beholder.probes.caption_metrics import exact_match
 from beholder.probes.strata import MIN_SAMPLES, YES_NO, answer_type
 from beholder.probes.vqa import vqa_accuracy
-from beholder.types import Example, Part
+from beholder.types import Example
 
 if TYPE_CHECKING:
-    from beholder.probes.captions import CaptionRecord
+    from beholder.probes.written import Written
 
 GROUPINGS = ("question", "answer")
 """Of the strata those that answers are told by."""
@@ -35,7 +34,7 @@ _FIRST_WORD = re.compile(r"\W*(\w+)")
 
 def score(
     examples: Sequence[Example],
-    by: Mapping[Condition, Sequence[CaptionRecord]],
+    by: Mapping[Condition, Sequence[Written]],
     groups: Mapping[str, Sequence[str | None]],
     *,
     seed: int = 0,
@@ -128,27 +127,6 @@ def mean_share(values: np.ndarray, seed: int = 0) -> tuple[float, tuple[float, f
     if np.isin(values, (0.0, 1.0)).all():
         return float(values.mean()), wilson(int(values.sum()), n)
     return float(values.mean()), bootstrap(lambda k: values[k].mean(1), n, seed)
-
-
-def without_images(example: Example) -> Example:
-    """The example with its images and their places taken out, and the line break that set a place apart from the text.
-
-    That is the one after a place, or before a place that ends its turn. Its own words are kept, so it is to be encoded
-    as a conversation or a chat: the caption template wants an image.
-    """
-
-    def text(parts: tuple[Part, ...]) -> tuple[Part, ...]:
-        out: list[Part] = []
-        after_image = False
-        for part in parts:
-            if isinstance(part, str):
-                out.append(part.removeprefix("\n") if after_image else part)
-            after_image = not isinstance(part, str)
-        if after_image and out and isinstance(out[-1], str):
-            out[-1] = out[-1].removesuffix("\n")
-        return tuple(p for p in out if p)
-
-    return replace(example, images=(), turns=tuple(replace(t, parts=text(t.parts)) for t in example.turns))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -21,9 +21,9 @@ from beholder.data.collate import Layout, collate
 from beholder.data.images import content_hash
 from beholder.evidence import Measurement
 from beholder.probes import measurement, ratio_of_sums, wilson
-from beholder.probes.answers import without_images
 from beholder.probes.loss import LossModel, SampleLoss, sample_losses
 from beholder.probes.strata import MIN_SAMPLES, groups_of, questions
+from beholder.probes.wrong_images import without_images
 from beholder.types import Batch, Encoded, Example, ImageInput, ImageRef, ImageSlot, Turn
 
 LEAK = 0.05

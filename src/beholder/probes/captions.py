@@ -1,23 +1,15 @@
-"""Captions that the model writes for held-out images, and how they are scored.
-
-Generation goes through the one encoder and the one loader, so a prompt here is a prefix of a training sample. The
-metric definitions are in `probes.caption_metrics`; the fixed set that is captioned during training in `probes.golden`.
-"""
+"""How captions are scored. The metric definitions are in `caption_metrics`, what was written comes from `written`."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
-from beholder.config import GenerateConfig
-from beholder.data.images import ImageError
 from beholder.evidence import Condition, Histogram, Measurement
-from beholder.probes import bootstrap, measurement, measuring, wilson
-from beholder.probes.answers import without_images
+from beholder.probes import bootstrap, measurement, wilson
 from beholder.probes.caption_metrics import (
     MAX_N,
     bleu_score,
@@ -28,128 +20,15 @@ from beholder.probes.caption_metrics import (
     rouge_l,
     tokenize,
 )
-from beholder.probes.loss import SightedModel, blank_image
-from beholder.types import Encoded, Example, ImageInput, UserError
-
-GREEDY = GenerateConfig(temperature=0.0, top_p=1.0)
-"""Deterministic decoding, 64 new tokens: what the scores are measured with."""
-
-
-class CaptionModel(SightedModel, Protocol):
-    def generate(
-        self,
-        prompts: list[Encoded],
-        images: list[list[ImageInput]],
-        *,
-        eos_ids: list[int],
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        repetition_penalty: float,
-        seed: int,
-    ) -> list[list[int]]: ...
-
-
-class PromptEncoder(Protocol):
-    """The part of `data.chat.ChatEncoder` that is needed here."""
-
-    eos_ids: list[int]
-
-    def encode_prompt(self, example: Example) -> Encoded: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-
-class ImageLoader(Protocol):
-    """The part of `data.collate.SampleBuilder` that is needed here."""
-
-    @property
-    def on_bad_image(self) -> str:
-        """``error`` or ``skip``."""
-        ...
-
-    def images(self, example: Example) -> list[ImageInput]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class CaptionRecord:
-    """One generated caption beside its reference."""
-
-    id: str
-    reference: str
-    """`Example.answer_text`."""
-    prediction: str
-    condition: Condition
-    tokens_len: int
-    """Generated tokens, the end token not counted."""
-    finished: bool = True
-    """False when ``max_new_tokens`` cut the caption off."""
-
-
-def caption(
-    model: CaptionModel,
-    encoder: PromptEncoder,
-    builder: ImageLoader,
-    examples: Sequence[Example],
-    settings: GenerateConfig = GREEDY,
-    condition: Literal["correct", "zero", "none"] = "correct",
-    *,
-    batch_size: int = 16,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[CaptionRecord]:
-    """Let the model write the last answer of each example, shown its images, (``zero``) an empty one in every place, or
-    (``none``) no image and no place for one: what it says to the words alone. The caption template has no such prompt.
-
-    Other samples' images are shown by giving `loss.shuffle_images` of the examples. Greedy captions do not depend on
-    the batch size. ``progress(done, total)`` is called after each batch. Raises UserError for a prompt that does not
-    fit and for an image that cannot be had, naming the sample; under the builder's policy ``skip`` such a sample is
-    left out, as it is in the losses.
-    """
-    blank = blank_image(model, "zero") if condition == "zero" else None
-    eos = set(encoder.eos_ids)
-    records: list[CaptionRecord] = []
-    with measuring(model):
-        if condition == "none":
-            examples = [without_images(example) for example in examples]
-        for start in range(0, len(examples), batch_size):
-            chunk: list[Example] = []
-            images: list[list[ImageInput]] = []
-            for example in examples[start : start + batch_size]:
-                try:
-                    own = builder.images(example) if blank is None else [blank] * len(example.images)
-                except ImageError:
-                    if builder.on_bad_image == "error":
-                        raise
-                    continue
-                chunk.append(example)
-                images.append(own)
-            prompts = [encoder.encode_prompt(example) for example in chunk]
-            outputs = model.generate(
-                prompts, images, eos_ids=encoder.eos_ids, max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature, top_p=settings.top_p,
-                repetition_penalty=settings.repetition_penalty, seed=seed + start,
-            )  # fmt: skip
-            for example, ids in zip(chunk, outputs, strict=True):
-                length = next((k for k, token in enumerate(ids) if token in eos), len(ids))
-                finished = length < settings.max_new_tokens
-                records.append(
-                    CaptionRecord(
-                        id=example.id, reference=example.answer_text,
-                        prediction=encoder.decode(ids), condition=condition, tokens_len=length,
-                        finished=finished,
-                    )
-                )  # fmt: skip
-            if progress is not None:
-                progress(min(start + batch_size, len(examples)), len(examples))
-    return records
-
+from beholder.probes.written import Written
+from beholder.types import UserError
 
 # ---------------------------------------------------------------------------------------------------------------
 # Scores
 
 
 def score(
-    records: Sequence[CaptionRecord],
+    records: Sequence[Written],
     name: str = "caption",
     seed: int = 0,
     groups: Mapping[str, Sequence[str | None]] | None = None,
@@ -175,7 +54,7 @@ def score(
 
 
 def _exact_by_stratum(
-    records: Sequence[CaptionRecord], name: str, groups: Mapping[str, Sequence[str | None]]
+    records: Sequence[Written], name: str, groups: Mapping[str, Sequence[str | None]]
 ) -> list[Measurement]:
     out: list[Measurement] = []
     for by, strata in groups.items():
@@ -196,7 +75,7 @@ def _exact_by_stratum(
     return out
 
 
-def chance(records: Sequence[CaptionRecord], name: str = "caption") -> Measurement:
+def chance(records: Sequence[Written], name: str = "caption") -> Measurement:
     """Exact match of always answering the most frequent reference (ties do not matter, only its count does)."""
     first = records[0].condition
     references = Counter(normalize(r.reference) for r in records if r.condition == first)
@@ -208,7 +87,7 @@ def chance(records: Sequence[CaptionRecord], name: str = "caption") -> Measureme
     )  # fmt: skip
 
 
-def length_histogram(records: Sequence[CaptionRecord], name: str = "caption.length") -> Histogram:
+def length_histogram(records: Sequence[Written], name: str = "caption.length") -> Histogram:
     """Caption lengths in words: references beside the predictions of each condition."""
     conditions = _conditions(records)
     lengths: dict[str, list[int]] = {
@@ -223,7 +102,7 @@ def length_histogram(records: Sequence[CaptionRecord], name: str = "caption.leng
     return Histogram(name=name, unit="words", bins=bins, series=series)
 
 
-def _conditions(records: Sequence[CaptionRecord]) -> list[Condition]:
+def _conditions(records: Sequence[Written]) -> list[Condition]:
     """Those among the records, in the order they come."""
     seen: list[Condition] = []
     for r in records:
@@ -232,7 +111,7 @@ def _conditions(records: Sequence[CaptionRecord]) -> list[Condition]:
     return seen
 
 
-def _score_condition(records: Sequence[CaptionRecord], name: str, condition: Condition, seed: int) -> list[Measurement]:
+def _score_condition(records: Sequence[Written], name: str, condition: Condition, seed: int) -> list[Measurement]:
     n = len(records)
     # What is good with the own image says nothing good or bad with another one; lower is then merely "more sighted".
     usual: Literal["higher", "none"] = "higher" if condition == "correct" else "none"

@@ -210,7 +210,7 @@ def chair(predictions: Sequence[str], references: Sequence[Sequence[str]], objec
 
 
 class Captioned(Protocol):
-    """The part of `probes.captions.CaptionRecord` that is needed here."""
+    """The part of `probes.captions.Written` that is needed here."""
 
     @property
     def reference(self) -> str: ...

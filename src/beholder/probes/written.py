@@ -1,0 +1,129 @@
+"""What the model writes for held-out images: captions and answers alike.
+
+Generation goes through the one encoder and the one loader, so a prompt here is a prefix of a training sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from beholder.config import GenerateConfig
+from beholder.data.images import ImageError
+from beholder.evidence import Condition
+from beholder.probes import measuring
+from beholder.probes.wrong_images import SightedModel, blank_image, without_images
+from beholder.types import Encoded, Example, ImageInput
+
+GREEDY = GenerateConfig(temperature=0.0, top_p=1.0)
+"""Deterministic decoding, 64 new tokens: what the scores are measured with."""
+
+
+class WritingModel(SightedModel, Protocol):
+    def generate(
+        self,
+        prompts: list[Encoded],
+        images: list[list[ImageInput]],
+        *,
+        eos_ids: list[int],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        repetition_penalty: float,
+        seed: int,
+    ) -> list[list[int]]: ...
+
+
+class PromptEncoder(Protocol):
+    """The part of `data.chat.ChatEncoder` that is needed here."""
+
+    eos_ids: list[int]
+
+    def encode_prompt(self, example: Example) -> Encoded: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class ImageLoader(Protocol):
+    """The part of `data.collate.SampleBuilder` that is needed here."""
+
+    @property
+    def on_bad_image(self) -> str:
+        """``error`` or ``skip``."""
+        ...
+
+    def images(self, example: Example) -> list[ImageInput]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What the model wrote beside its reference: a caption or an answer."""
+
+    id: str
+    reference: str
+    """`Example.answer_text`."""
+    prediction: str
+    condition: Condition
+    tokens_len: int
+    """Generated tokens, the end token not counted."""
+    finished: bool = True
+    """False when ``max_new_tokens`` cut it off."""
+
+
+def write(
+    model: WritingModel,
+    encoder: PromptEncoder,
+    builder: ImageLoader,
+    examples: Sequence[Example],
+    settings: GenerateConfig = GREEDY,
+    condition: Literal["correct", "zero", "none"] = "correct",
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Written]:
+    """Let the model write the last answer of each example, shown its images, (``zero``) an empty one in every place, or
+    (``none``) no image and no place for one: what it says to the words alone. The caption template has no such prompt.
+
+    Other samples' images are shown by giving `wrong_images.shuffle_images` of the examples. What is written greedily
+    does not depend on the batch size. ``progress(done, total)`` is called after each batch. Raises UserError for a
+    prompt that does not fit and for an image that cannot be had, naming the sample; under the builder's policy ``skip``
+    such a sample is left out, as it is in the losses.
+    """
+    blank = blank_image(model, "zero") if condition == "zero" else None
+    eos = set(encoder.eos_ids)
+    records: list[Written] = []
+    with measuring(model):
+        if condition == "none":
+            examples = [without_images(example) for example in examples]
+        for start in range(0, len(examples), batch_size):
+            chunk: list[Example] = []
+            images: list[list[ImageInput]] = []
+            for example in examples[start : start + batch_size]:
+                try:
+                    own = builder.images(example) if blank is None else [blank] * len(example.images)
+                except ImageError:
+                    if builder.on_bad_image == "error":
+                        raise
+                    continue
+                chunk.append(example)
+                images.append(own)
+            prompts = [encoder.encode_prompt(example) for example in chunk]
+            outputs = model.generate(
+                prompts, images, eos_ids=encoder.eos_ids, max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature, top_p=settings.top_p,
+                repetition_penalty=settings.repetition_penalty, seed=seed + start,
+            )  # fmt: skip
+            for example, ids in zip(chunk, outputs, strict=True):
+                length = next((k for k, token in enumerate(ids) if token in eos), len(ids))
+                finished = length < settings.max_new_tokens
+                records.append(
+                    Written(
+                        id=example.id, reference=example.answer_text,
+                        prediction=encoder.decode(ids), condition=condition, tokens_len=length,
+                        finished=finished,
+                    )
+                )  # fmt: skip
+            if progress is not None:
+                progress(min(start + batch_size, len(examples)), len(examples))
+    return records
