@@ -18,10 +18,10 @@ import torch
 
 from beholder.data import build_data
 from beholder.data.collate import eval_batches
-from beholder.inference import load
 from beholder.probes import loss, retention
 from beholder.stages import split_name
 from beholder.types import UserError
+from beholder.use.vlm import load
 
 
 def main() -> None:

@@ -304,8 +304,8 @@ def test_check_wants_the_options_of_a_file_for_a_file(trained: Path) -> None:
 
 
 def test_chat_through_a_pipe_prints_the_answers(chatty: Path, tiny_parts: TinyParts) -> None:
-    from beholder.inference import load
     from beholder.types import printable
+    from beholder.use.vlm import load
 
     image = min(tiny_parts.images.glob("*.png"))
 

@@ -17,10 +17,11 @@ from PIL import Image
 from tests.conftest import TinyParts
 from tests.talking import untrained_run
 
-from beholder.inference import AnswerStream, ContextFullError, Request, Vlm, load
 from beholder.smoke import tiny_tokenizer
 from beholder.train import checkpoint
 from beholder.types import ImageRef, UserError
+from beholder.use.stream import AnswerStream
+from beholder.use.vlm import ContextFullError, Request, Vlm, load
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from tests.conftest import MakeConfig, TinyParts
 from beholder.config import RunConfig
 from beholder.config.file import dump_config
 from beholder.evidence import Evidence, load_evidence
-from beholder.inference import load
 from beholder.model.build import build_vlm
 from beholder.remeasure import evaluate_run
 from beholder.runs import sha256_file
@@ -25,6 +24,7 @@ from beholder.smoke import COLOURS, SHAPES
 from beholder.stages import run_stage
 from beholder.train import checkpoint, restore
 from beholder.types import Status, UserError
+from beholder.use.vlm import load
 
 FILES = ("adapter_model.safetensors", "connector.safetensors", "optimizer.safetensors")
 

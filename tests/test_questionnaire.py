@@ -12,10 +12,10 @@ import pytest
 from tests.conftest import TinyParts
 from tests.talking import untrained_run
 
-from beholder.inference import Vlm, load
-from beholder.questionnaire import answer_file, read_questions
-from beholder.scoring import read_predictions
 from beholder.types import UserError
+from beholder.use.answer_file import answer_file, read_questions
+from beholder.use.score import read_predictions
+from beholder.use.vlm import Vlm, load
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from beholder.runs import to_json
-from beholder.scoring import Score, score_files
 from beholder.types import UserError
+from beholder.use.score import Score, score_files
 
 PEOPLE = {
     1: (["yes"] * 10, "is the", "yes/no", "yes"),

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from tests.conftest import MakeConfig, TinyParts
 
 from beholder.evidence import load_evidence
-from beholder.inference import load
 from beholder.remeasure import evaluate_run
 from beholder.runs import sha256_file
 from beholder.stages import as_read_now, preview_config, run_stage
 from beholder.train.nonfinite import NonFiniteError
 from beholder.types import Status, UserError
+from beholder.use.vlm import load
 
 
 def connector_of(run: Path, step: int) -> str:

@@ -11,9 +11,9 @@ from tests.talking import untrained_run
 
 from beholder.config import SourceConfig
 from beholder.data.sources import open_sources
-from beholder.inference import ContextFullError, Vlm, load
-from beholder.talk import Conversation, talk
 from beholder.types import UserError, printable
+from beholder.use.chat import Conversation, talk
+from beholder.use.vlm import ContextFullError, Vlm, load
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_input_that_is_not_utf8_is_told(vlm: Vlm, errors: str) -> None:
 
 
 def test_help_lists_every_command(vlm: Vlm) -> None:
-    from beholder.talk import COMMANDS
+    from beholder.use.chat import COMMANDS
 
     _, notes = scripted(Conversation(vlm), "/help")
 

@@ -14,14 +14,14 @@ __all__ = ["RunConfig", "UserError", "__version__", "load", "load_config", "run_
 if TYPE_CHECKING:
     from beholder.config import RunConfig
     from beholder.config.file import load_config
-    from beholder.inference import load
     from beholder.stages import run_stage
     from beholder.types import UserError
+    from beholder.use.vlm import load
 
 _HOME = {
     "RunConfig": "beholder.config",
     "UserError": "beholder.types",
-    "load": "beholder.inference",
+    "load": "beholder.use.vlm",
     "load_config": "beholder.config.file",
     "run_stage": "beholder.stages",
 }

@@ -375,16 +375,16 @@ def generate(
 ) -> None:
     """Say what a trained run sees in an image, or answer a file of questions.
 
-    Python: beholder.load(RUN).generate(image, prompt); beholder.questionnaire.answer_file for files.
+    Python: beholder.load(RUN).generate(image, prompt); beholder.use.answer_file.answer_file for files.
     """
-    from beholder.inference import load
+    from beholder.use.vlm import load
 
     if questions is not None:
         if out is None:
             raise UserError("--from needs --out FILE for the answers")
         if image or temperature > 0:
             raise UserError("--from has its own images and answers greedily; remove --image and --temperature")
-        from beholder.questionnaire import answer_file, read_questions
+        from beholder.use.answer_file import answer_file, read_questions
 
         asked = read_questions(questions, image_root, prompt=prompt, image_pattern=image_pattern)
         vlm = load(run_folder, device=device, overrides=sets or [])
@@ -424,8 +424,8 @@ def chat(
     Standard input may be a pipe: every line is said in turn, answers go to standard output, the rest to standard error.
     Python: beholder.load(RUN).chat(messages, image), .stream(messages, image).
     """
-    from beholder.inference import load
-    from beholder.talk import Conversation, talk
+    from beholder.use.chat import Conversation, talk
+    from beholder.use.vlm import load
 
     conversation = Conversation(
         load(run_folder, device=device, overrides=sets or []), image, system, max_new_tokens, temperature, top_p, seed
@@ -450,10 +450,10 @@ def score(
     Predictions: {"question_id": 1, "answer": "yes"} a line or in a JSON array; caption: {"image_id": 1, "caption": "A
     dog."}. References: VQA's, COCO's or GQA's own files, or {"question_id": 1, "answers": ["yes", …]} a line.
 
-    Python: beholder.scoring.score_files.
+    Python: beholder.use.score.score_files.
     """
     from beholder.runs import to_json
-    from beholder.scoring import score_files
+    from beholder.use.score import score_files
 
     result = score_files(kind, predictions, references)
     if json:

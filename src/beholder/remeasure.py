@@ -19,9 +19,8 @@ from rich.table import Table
 
 from beholder.assessment import assess, by_word, measure_before
 from beholder.config import RunConfig
-from beholder.config.file import diff_configs, load_config
+from beholder.config.file import check_consent, diff_configs, load_config
 from beholder.evidence import Condition, Measurement, load_evidence
-from beholder.inference import check_consent
 from beholder.model.plan import TrainableTable, apply_train_plan, frozen_fingerprint, plan_of
 from beholder.probes import audit, loss, reliance
 from beholder.runs import RunDir, atomic_write, stop_signals, to_json

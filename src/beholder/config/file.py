@@ -166,3 +166,14 @@ def json_schema() -> dict[str, Any]:
     """The schema of a config file for editors: JSON Schema draft 2020-12, with the settings' descriptions."""
     schema = RunConfig.model_json_schema(mode="validation")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Beholder run config", **schema}
+
+
+def check_consent(cfg: RunConfig, overrides: Sequence[str]) -> None:
+    """Refuses code that comes with a checkpoint unless this very call allows it: a run's own config is no consent."""
+    for part, trusted in (("llm", cfg.model.llm.trust_remote_code), ("vision", cfg.model.vision.trust_remote_code)):
+        name = f"model.{part}.trust_remote_code"
+        if trusted and not any(o.partition("=")[0].strip() == name for o in overrides):
+            raise UserError(
+                f"the run's config sets {name}, which runs code that comes with the model; allow it with --set "
+                f"{name}=true if you trust it"
+            )

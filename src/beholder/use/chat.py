@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from beholder.inference import ContextFullError, Vlm
 from beholder.runs import atomic_write, to_json
 from beholder.types import UserError, printable
+from beholder.use.vlm import ContextFullError, Vlm
 
 HELP = """\
 /image FILE    talk about this image, from the start

@@ -6,19 +6,17 @@ was measured. Nothing is measured or written. The terminal is `talk`, question f
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
 from PIL import Image
 
 from beholder.config import RunConfig
-from beholder.config.file import load_config
+from beholder.config.file import check_consent, load_config
 from beholder.data import build_encoder
 from beholder.data.chat import ChatEncoder
 from beholder.data.images import ImagePipeline
@@ -28,6 +26,7 @@ from beholder.model.vlm import VisionLanguageModel
 from beholder.train import checkpoint, restore
 from beholder.train.distributed import pick_device
 from beholder.types import Encoded, Example, ImageInput, ImageRef, ImageSlot, Part, Turn, UserError
+from beholder.use.stream import AnswerStream
 
 ImageLike = str | Path | Image.Image | ImageRef
 """A file the caller names, an open image, or an image of a data set (which may not lie outside its folder)."""
@@ -300,130 +299,7 @@ def _positions(model: VisionLanguageModel) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Streaming
-
-
-class AnswerStream(Iterator[str]):
-    """An answer while it is written: iterate for its pieces.
-
-    ``text`` is what was given out so far. ``complete``: the model ended by itself, rather than being cut by a limit or
-    closed. The model writes in a thread of its own and stops at the next token after `close`.
-    """
-
-    def __init__(
-        self, write: Callable[[Any], None], decode: Callable[[Sequence[int]], str], end_ids: Sequence[int]
-    ) -> None:
-        self.text = ""
-        self.complete = False
-        self._ids: list[int] = []
-        self._decode, self._end_ids = decode, frozenset(end_ids)
-        self._channel = _Channel()
-        # The thread knows the channel only: a stream that nobody holds any more is collected, and stops it.
-        self._thread = threading.Thread(target=_write_into, args=(write, self._channel), name="answer", daemon=True)
-        self._thread.start()
-        self._over = False
-
-    def __next__(self) -> str:
-        while not self._over:
-            item = self._channel.get()
-            if isinstance(item, BaseException):
-                self.close()
-                raise item
-            if item is None:
-                self._over = True
-                self._thread.join()
-            else:
-                self._ids.append(item)
-                self.complete |= item in self._end_ids
-            if piece := self._fresh():
-                self.text += piece
-                return piece
-        raise StopIteration
-
-    def close(self) -> None:
-        """Stop the model; what was given out stays in ``text``."""
-        self._over = True
-        self._channel.stop()
-        self._thread.join()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_channel"):
-            self._channel.stop()
-
-    def _fresh(self) -> str:
-        """What can be said now and was not yet: characters whose bytes are not all there are waited for.
-
-        The whole answer is decoded at every token, which costs less than a hundredth of writing it.
-        """
-        text = self._decode(self._ids)
-        if not self._over:
-            text = text.rstrip("\N{REPLACEMENT CHARACTER}").rstrip()
-            if not text.startswith(self.text):
-                return ""
-        assert text.startswith(self.text), "the tokenizer decodes a longer answer to another beginning"
-        return text[len(self.text) :]
-
-
-class _Stopped(Exception):
-    """Nobody wants the rest of the answer."""
-
-
-class _Channel:
-    """From the writing thread to the reading one: token ids, then None or what went wrong.
-
-    ``put`` and ``end`` are what transformers calls on a streamer.
-    """
-
-    def __init__(self) -> None:
-        self._items: SimpleQueue[int | BaseException | None] = SimpleQueue()
-        self._stop = threading.Event()
-
-    def put(self, ids: torch.Tensor) -> None:
-        if self._stop.is_set():
-            raise _Stopped
-        for i in ids.flatten().tolist():  # nothing at first: a prompt of embeddings has no ids
-            self._items.put(int(i))
-
-    def end(self) -> None: ...
-
-    def close(self, error: BaseException | None) -> None:
-        self._items.put(error)
-
-    def get(self) -> int | BaseException | None:
-        while True:
-            try:
-                return self._items.get(timeout=0.2)  # in slices: a Ctrl-C reaches every platform between them
-            except Empty:
-                continue
-
-    def stop(self) -> None:
-        self._stop.set()
-
-
-def _write_into(write: Callable[[Any], None], channel: _Channel) -> None:
-    try:
-        write(channel)
-    except _Stopped:
-        channel.close(None)
-    except BaseException as error:  # raised again where the stream is read
-        channel.close(error)
-    else:
-        channel.close(None)
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Loading
-
-
-def check_consent(cfg: RunConfig, overrides: Sequence[str]) -> None:
-    """Refuses code that comes with a checkpoint unless this very call allows it: a run's own config is no consent."""
-    for part, trusted in (("llm", cfg.model.llm.trust_remote_code), ("vision", cfg.model.vision.trust_remote_code)):
-        name = f"model.{part}.trust_remote_code"
-        if trusted and not any(o.partition("=")[0].strip() == name for o in overrides):
-            raise UserError(
-                f"the run's config sets {name}, which runs code that comes with the model; allow it with --set "
-                f"{name}=true if you trust it"
-            )
 
 
 def load(run: str | Path, *, device: str = "auto", overrides: Sequence[str] = ()) -> Vlm:

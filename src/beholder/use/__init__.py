@@ -1,0 +1,1 @@
+"""A trained model at work: it looks and answers (`vlm`, `stream`), talks (`chat`), answers and scores files."""
