@@ -588,9 +588,9 @@ def sweep(
 ) -> None:
     """Short runs over a grid of settings, scored, with a table and a plot. Only what is missing is run.
 
-    Python: beholder.study.sweep.run_sweep.
+    Python: beholder.studies.sweep.run_sweep.
     """
-    from beholder.study.sweep import run_sweep
+    from beholder.studies.sweep import run_sweep
 
     result = run_sweep(config, sets or [], console=_console(), promote_anyway=promote_anyway)
     raise typer.Exit(result.exit_code)

@@ -14,9 +14,9 @@ from tests.study.test_score import SEED
 
 from beholder.evidence import Measurement
 from beholder.report.plots import round_steps_around
-from beholder.study.page import render_html, render_markdown, render_sweep
-from beholder.study.record import Row, SweepRecord, summary_csv
-from beholder.study.score import Entry, flags, rank, score
+from beholder.studies.page import render_html, render_markdown, render_sweep
+from beholder.studies.record import Row, SweepRecord, summary_csv
+from beholder.studies.score import Entry, flags, rank, score
 from beholder.types import UserError
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beholder.study.score import COLLAPSED, Entry, flags, pooled_spread, rank, score
+from beholder.studies.score import COLLAPSED, Entry, flags, pooled_spread, rank, score
 
 numbers = st.floats(-10, 10).map(lambda x: round(x, 4))
 entries = st.lists(

@@ -27,13 +27,13 @@ from tests.study.conftest import GRID, WriteSweep
 from beholder.config import SweepConfig
 from beholder.config.file import config_hash, load_config
 from beholder.evidence import load_evidence
-from beholder.study import sweep as sweep_module
-from beholder.study.plan import _points, check_folders, plan_sweep
-from beholder.study.record import SweepRecord, titles, word
-from beholder.study.sweep import SweepResult, run_sweep
+from beholder.studies import sweep as sweep_module
+from beholder.studies.points import _points, check_folders, points_of
+from beholder.studies.record import SweepRecord, titles, word
+from beholder.studies.sweep import SweepResult, run_sweep
 from beholder.types import UserError
 
-COMMAND = "import sys; from beholder.study import run_sweep; sys.exit(run_sweep(sys.argv[1]).exit_code)"
+COMMAND = "import sys; from beholder.studies import run_sweep; sys.exit(run_sweep(sys.argv[1]).exit_code)"
 
 
 def quiet() -> Console:
@@ -50,19 +50,19 @@ def said(console: Console) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The plan
+# The points
 
 
 def test_every_combination_is_a_run_on_one_split_and_one_golden_set(write_sweep: WriteSweep, tmp_path: Path) -> None:
-    plan = plan_sweep(write_sweep(tmp_path, seeds=(7, 8)), ["seed=5"])
+    points = points_of(write_sweep(tmp_path, seeds=(7, 8)), ["seed=5"])
 
-    assert [r.name for r in plan.runs][:3] == [
+    assert [r.name for r in points.runs][:3] == [
         "lr0.001_vision_ln0_s7",
         "lr0.001_vision_ln0_s8",
         "lr0.001_vision_ln1_s7",
     ]
-    assert len({r.name for r in plan.runs}) == 8
-    for run in plan.runs:
+    assert len({r.name for r in points.runs}) == 8
+    for run in points.runs:
         assert run.cfg.train.lr.connector == run.settings["train.lr.connector"]
         assert run.cfg.model.connector.vision_ln is run.settings["model.connector.vision_ln"]
         assert run.cfg.seed in (7, 8) and run.name.endswith(f"_s{run.cfg.seed}")
@@ -73,11 +73,11 @@ def test_every_combination_is_a_run_on_one_split_and_one_golden_set(write_sweep:
 
 
 def test_without_seeds_every_run_has_the_configs_own(write_sweep: WriteSweep, tmp_path: Path) -> None:
-    plan = plan_sweep(write_sweep(tmp_path, **{"eval.golden_set_path": "own.jsonl"}), ["data.split_seed=9"])
+    points = points_of(write_sweep(tmp_path, **{"eval.golden_set_path": "own.jsonl"}), ["data.split_seed=9"])
 
-    assert {r.cfg.seed for r in plan.runs} == {42} and {r.cfg.measure_seed for r in plan.runs} == {9}
-    assert {r.name for r in plan.runs} == {r.point for r in plan.runs}
-    assert {r.cfg.eval.golden_set_path for r in plan.runs} == {"own.jsonl"}
+    assert {r.cfg.seed for r in points.runs} == {42} and {r.cfg.measure_seed for r in points.runs} == {9}
+    assert {r.name for r in points.runs} == {r.point for r in points.runs}
+    assert {r.cfg.eval.golden_set_path for r in points.runs} == {"own.jsonl"}
 
 
 @pytest.mark.parametrize(
@@ -121,12 +121,12 @@ def test_a_grid_that_cannot_be_is_refused_by_name(
     write_sweep: WriteSweep, tmp_path: Path, grid: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=f"(?s){message}"):
-        plan_sweep(write_sweep(tmp_path, grid=grid))
+        points_of(write_sweep(tmp_path, grid=grid))
 
 
 def test_a_score_without_its_conditions_is_refused(write_sweep: WriteSweep, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ablation\.conditions leaves out shuffled"):
-        plan_sweep(write_sweep(tmp_path), ["ablation.conditions=[zero]"])
+        points_of(write_sweep(tmp_path), ["ablation.conditions=[zero]"])
 
 
 def test_a_config_without_a_sweep_is_refused(tiny_config: MakeConfig, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_config_without_a_sweep_is_refused(tiny_config: MakeConfig, tmp_path: 
     file.write_text(yaml.safe_dump(tiny_config(tmp_path).model_dump(mode="json", exclude_defaults=True)))
 
     with pytest.raises(UserError, match="no sweep: section"):
-        plan_sweep(file)
+        points_of(file)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -144,8 +144,8 @@ def test_a_config_without_a_sweep_is_refused(tiny_config: MakeConfig, tmp_path: 
 def test_a_folder_with_a_run_of_other_settings_is_an_error_that_names_them(
     write_sweep: WriteSweep, tmp_path: Path
 ) -> None:
-    plan = plan_sweep(write_sweep(tmp_path))
-    folder = plan.runs[0].folder
+    points = points_of(write_sweep(tmp_path))
+    folder = points.runs[0].folder
     folder.mkdir(parents=True)
     from beholder.config.file import dump_config
 
@@ -154,7 +154,7 @@ def test_a_folder_with_a_run_of_other_settings_is_an_error_that_names_them(
     (folder / "run.json").write_text(json.dumps({"status": "succeeded", "config_hash": config_hash(other)}))
 
     with pytest.raises(UserError, match=r"(?s)lr.*vision_ln0:.*train.train_steps: 7 there, 2 here.*another run_name"):
-        check_folders(plan)
+        check_folders(points)
 
 
 def test_a_sweep_does_not_go_into_the_folder_of_a_run(write_sweep: WriteSweep, tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_a_line_per_finished_run_and_the_verdict_are_printed(swept: Story) -> No
 def test_the_winner_follows_by_hand_from_the_csv(swept: Story) -> None:
     rows = table(swept.folder)
 
-    assert [r["name"] for r in rows] == [r.name for r in plan_sweep(swept.config).runs]
+    assert [r["name"] for r in rows] == [r.name for r in points_of(swept.config).runs]
     by_hand = {}
     median = statistics.median(float(r["d_shuffle"]) for r in rows)
     for r in rows:
@@ -350,7 +350,7 @@ def test_all_runs_share_one_split_and_one_golden_set(swept: Story) -> None:
 
 @pytest.mark.slow
 def test_pages_are_rendered_from_the_record_alone(swept: Story, tmp_path: Path) -> None:
-    from beholder.study.page import render_sweep
+    from beholder.studies.page import render_sweep
 
     record = SweepRecord.load(swept.folder)
     assert record == swept.again.record

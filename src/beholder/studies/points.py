@@ -17,7 +17,7 @@ from typing import Any
 from beholder.config import RunConfig, SweepConfig
 from beholder.config.file import ConfigError, config_hash, diff_configs, load_config
 from beholder.runs import to_json
-from beholder.study.record import Value, titles, word
+from beholder.studies.record import Value, titles, word
 from beholder.types import Status, UserError
 
 FIXED = (
@@ -29,7 +29,7 @@ FIXED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class Point:
     """One run before it is run."""
 
     name: str
@@ -46,15 +46,15 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Points:
     folder: Path
     name: str
     sweep: SweepConfig
     device: str
-    runs: list[Planned]
+    runs: list[Point]
 
 
-def plan_sweep(config: str | Path, overrides: Sequence[str] = ()) -> Plan:
+def points_of(config: str | Path, overrides: Sequence[str] = ()) -> Points:
     """Every run of the sweep with its resolved config. Nothing is written.
 
     Raises `UserError` for a config without ``sweep:``, for a grid that varies what the runs are measured on, and with
@@ -70,7 +70,7 @@ def plan_sweep(config: str | Path, overrides: Sequence[str] = ()) -> Plan:
     _refuse(sweep, base)
     folder = Path(base.run_dir)
     points = _points(sweep)
-    runs: list[Planned] = []
+    runs: list[Point] = []
     wrong: list[str] = []
     for (point, settings), seed in itertools.product(points.items(), sweep.seeds or (None,)):
         name = point if seed is None else f"{point}_s{seed}"
@@ -93,10 +93,10 @@ def plan_sweep(config: str | Path, overrides: Sequence[str] = ()) -> Plan:
             wrong.append(f"{name}: {e}")
             continue
         files = folder / "configs" / f"{name}.yaml", folder / "logs" / f"{name}.log"
-        runs.append(Planned(name, point, settings, cfg, folder / name, *files))
+        runs.append(Point(name, point, settings, cfg, folder / name, *files))
     if wrong:
         raise UserError("these combinations of the grid cannot be run:\n" + "\n".join(wrong))
-    return Plan(folder, base.run_name, sweep, base.device, runs)
+    return Points(folder, base.run_name, sweep, base.device, runs)
 
 
 def _refuse(sweep: SweepConfig, base: RunConfig) -> None:
@@ -137,10 +137,10 @@ def _labels(values: Sequence[Value]) -> list[str]:
     return words
 
 
-def check_folders(plan: Plan) -> None:
+def check_folders(points: Points) -> None:
     """`UserError` naming the settings for every run folder that holds a run of other settings."""
     wrong = []
-    for run in plan.runs:
+    for run in points.runs:
         record = read_json(run.folder / "run.json")
         if record is None or record.get("config_hash") == run.hash:
             continue
@@ -158,7 +158,7 @@ def check_folders(plan: Plan) -> None:
         )
 
 
-def is_finished(run: Planned) -> bool:
+def is_finished(run: Point) -> bool:
     """Whether the run succeeded with these settings and left its evidence."""
     record = read_json(run.folder / "run.json")
     return (

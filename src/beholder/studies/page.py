@@ -18,7 +18,7 @@ from beholder.report.page import page
 from beholder.report.plots import round_steps_around
 from beholder.report.words import duration, visible
 from beholder.runs import atomic_write
-from beholder.study.record import Row, SweepRecord, titles, value_of, word
+from beholder.studies.record import Row, SweepRecord, titles, value_of, word
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from beholder.evidence import Measurement, Record
-from beholder.study.score import Ranking
+from beholder.studies.score import Ranking
 from beholder.types import UserError
 
 SUMMARY, RECORD = "summary.csv", "sweep.json"

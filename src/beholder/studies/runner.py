@@ -1,0 +1,232 @@
+"""The processes of a study: as many runs at a time as there are devices, each asked once to stop."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from beholder.evidence import load_evidence
+from beholder.report.words import duration
+from beholder.runs import is_held, now, stop_signals
+from beholder.studies.points import Point, Points, is_finished
+
+GATES_FAILED = 3
+"""Exit code of a run that finished and whose gates failed; for a sweep it is a result like any other."""
+POLL_S = 0.2
+TELL_EVERY_S = 60.0
+"""Between status lines where there is no terminal to keep one up to date on."""
+BUSY_WAIT_S = 90.0
+"""How long a run folder that another process holds is waited for: the run of a killed sweep saves and ends."""
+
+
+@dataclass(slots=True)
+class _Running:
+    run: Point
+    process: subprocess.Popen[bytes]
+    slot: int
+    started: float = field(default_factory=time.monotonic)
+
+
+class Runner:
+    """Keeps the slots busy until nothing is left, and stops the children when it is stopped."""
+
+    def __init__(self, points: Points, console: Console, promote_anyway: bool) -> None:
+        self.points, self.console, self.promote_anyway = points, console, promote_anyway
+        self.slots = _slots(points)
+        self.done = [r for r in points.runs if is_finished(r)]
+        self.left = [r for r in points.runs if not is_finished(r)]
+        self.running: list[_Running] = []
+        self.failed: dict[str, str] = {}
+        self.seconds: list[float] = []
+        """Of the runs that finished in this process."""
+        self.busy_since: dict[str, float] = {}
+
+    def run(self) -> tuple[int | None, dict[str, str]]:
+        """(The signal that stopped it or None, name -> reason of the runs that failed)."""
+        if self.done:
+            self._say(f"{len(self.done)} of {len(self.points.runs)} runs are finished already")
+        live = self.console.is_terminal and bool(self.left)
+        with stop_signals(), self.console.status("") if live else nullcontext() as status:
+            told = time.monotonic()
+            try:
+                while self.left or self.running:
+                    self._start()
+                    time.sleep(POLL_S)
+                    self._reap()
+                    line = f"{len(self.done)}/{len(self.points.runs)} finished · {self._doing()}"
+                    if status is not None:
+                        status.update(Text(line))
+                    elif time.monotonic() - told > TELL_EVERY_S and self.running:
+                        told = time.monotonic()
+                        self._say(line)
+            except (KeyboardInterrupt, SystemExit) as stop:
+                code = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.code
+                self._stop_children()
+                return (code - 128 if isinstance(code, int) and code > 128 else int(signal.SIGTERM)), self.failed
+            finally:
+                for child in self.running:  # something of ours went wrong; nobody would watch them
+                    child.process.terminate()
+        return None, self.failed
+
+    def _start(self) -> None:
+        taken = {child.slot for child in self.running}
+        free = [k for k in range(len(self.slots)) if k not in taken]
+        for run in list(self.left):
+            if not free:
+                return
+            since = self.busy_since.setdefault(run.name, time.monotonic())
+            if is_held(run.folder) and time.monotonic() - since < BUSY_WAIT_S:
+                continue
+            self.left.remove(run)
+            slot = free.pop(0)
+            self.running.append(_Running(run, _spawn(run, self.slots[slot], self.promote_anyway), slot))
+            self._say(f"started {run.name} (log {run.log})")
+
+    def _reap(self) -> None:
+        for child in list(self.running):
+            code = child.process.poll()
+            if code is None:
+                continue
+            self.running.remove(child)
+            run, seconds = child.run, time.monotonic() - child.started
+            if code in (0, GATES_FAILED) and is_finished(run):
+                self.done.append(run)
+                self.seconds.append(seconds)
+                self._say(
+                    f"{len(self.done)}/{len(self.points.runs)} {run.name} finished in {duration(seconds)}: "
+                    f"{_figures(run)}{self._eta()}"
+                )
+            else:
+                self.failed[run.name] = f"exit code {code}: {_last_words(run.log)}"
+                self._say(f"{run.name} FAILED after {duration(seconds)}, {self.failed[run.name]} (log {run.log})")
+
+    def _stop_children(self) -> None:
+        """One SIGINT to each: it finishes its step, saves and ends. A second Ctrl-C ends them at once."""
+        if self.running:
+            names = ", ".join(child.run.name for child in self.running)
+            self._say(f"stopping: {names} will finish the step and save; a second Ctrl-C ends them at once")
+        for child in self.running:
+            with suppress(ProcessLookupError):
+                child.process.send_signal(signal.SIGINT)
+        try:
+            for child in self.running:
+                child.process.wait()
+        except (KeyboardInterrupt, SystemExit):
+            for child in self.running:
+                child.process.kill()
+                child.process.wait()
+        self.running = []
+
+    def _eta(self) -> str:
+        ahead = len(self.left) + len(self.running)
+        if not ahead:
+            return ""
+        mean = statistics.fmean(self.seconds)
+        spent = sum(min(time.monotonic() - child.started, mean) for child in self.running)
+        return f" · about {duration(max(ahead * mean - spent, 1.0) / len(self.slots))} left"
+
+    def _doing(self) -> str:
+        if not self.running:
+            return f"waiting for {self.left[0].name}, whose folder another process holds" if self.left else ""
+        return " · ".join(
+            f"{child.run.name} {_progress(child.run)}{duration(time.monotonic() - child.started)}"
+            for child in self.running
+        )
+
+    def _say(self, line: str) -> None:
+        self.console.print(f"[sweep] {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _slots(points: Points) -> list[dict[str, str]]:
+    """The environment of each place a run can take: one a GPU, or shares of the CPU's cores."""
+    gpus: list[str] = []
+    if points.device in ("auto", "cuda"):
+        import torch
+
+        count = torch.cuda.device_count()
+        given = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v.strip()]
+        gpus = given[:count] if given else [str(i) for i in range(count)]
+    number = points.sweep.parallel or max(len(gpus), 1)
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)]} for k in range(number)]
+    if number == 1 or "OMP_NUM_THREADS" in os.environ:
+        return [{} for _ in range(number)]
+    return [{"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // number))} for _ in range(number)]
+
+
+def _spawn(run: Point, environment: Mapping[str, str], promote_anyway: bool) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "beholder", "run", str(run.config_file)]
+    command += ["--promote-anyway"] if promote_anyway else []
+    with open(run.log, "ab") as log:
+        log.write(f"--- {now()} {' '.join(command[1:])}\n".encode())
+        log.flush()
+        # A session of its own: Ctrl-C of the terminal reaches the sweep alone, which then asks each child once.
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+            start_new_session=True, preexec_fn=_child_setup(),
+        )  # fmt: skip
+
+
+def _child_setup() -> Callable[[], None]:
+    """What a child does before it becomes ``beholder run``: listen to SIGINT, and end when the sweep is killed.
+
+    A shell's background job ignores SIGINT and hands that on. On Linux the kernel sends SIGTERM when the parent dies,
+    so that no run trains on unwatched after a SIGKILL; elsewhere it goes on and the next sweep waits for its folder.
+    """
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+    def setup() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if libc is not None:
+            libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+    return setup
+
+
+def _progress(run: Point) -> str:
+    """``step 40/100, `` of a run under way; empty before its first step."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        with open(run.folder / "metrics.jsonl", "rb") as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
+            line = json.loads(f.read().splitlines()[-1])
+        total = f"/{run.cfg.train.train_steps}" if run.cfg.train.train_steps else ""
+        return f"step {int(line['step'])}{total}, "
+    return ""
+
+
+def _last_words(log: Path) -> str:
+    """The error a run ended with, from its log: the line that begins with ``error:`` or ``stopped:``, else the last."""
+    with suppress(OSError):
+        lines = [x.strip() for x in log.read_text(encoding="utf-8", errors="replace").splitlines() if x.strip()]
+        start = max((k for k, x in enumerate(lines) if x.startswith("--- ")), default=-1)
+        lines = lines[start + 1 :]
+        told = [k for k, x in enumerate(lines) if x.startswith(("error:", "stopped:"))]
+        if told:
+            return " ".join(lines[told[-1] : told[-1] + 4])[:500]
+        if lines:
+            return lines[-1][:500]
+    return "it said nothing"
+
+
+def _figures(run: Point) -> str:
+    e = load_evidence(run.folder)
+    loss, shuffle = e.get("eval.loss"), e.get("ablation.delta.shuffled")
+    told = [f"loss {loss.value:.4g}"] if loss else []
+    told += [f"shuffled image +{shuffle.value:.4g}"] if shuffle and shuffle.value >= 0 else []
+    told += [f"shuffled image {shuffle.value:.4g}"] if shuffle and shuffle.value < 0 else []
+    told += [f"gates failed: {', '.join(g.name for g in e.failed_gates)}"] if e.failed_gates else []
+    return ", ".join(told)

@@ -1,0 +1,186 @@
+"""A grid of short runs: each a process of its own, resumable, and one summary (``beholder sweep``).
+
+    points      config + grid + seeds -> one resolved config a run, all on one split and one golden set
+    run       what is not finished yet, as ``python -m beholder run FILE``, as many at once as there are devices
+    collect   the runs' evidence.json -> sweep.json, summary.csv, sweep.html, sweep.md
+
+The sweep folder is the config's own run folder (``output_dir``):
+
+    configs/<name>.yaml   the resolved config of a run       <name>/        its run folder
+    logs/<name>.log       what it printed                    golden.jsonl   the fixed set all runs caption
+    sweep.json            everything known of the sweep; the pages are rendered from it
+
+What the runs are called: `study.record`.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from beholder.config import SweepConfig
+from beholder.config.file import dump_config
+from beholder.evidence import Evidence, held_out_hashes, load_evidence
+from beholder.runs import atomic_write, held, now
+from beholder.studies.page import print_record, render_sweep
+from beholder.studies.points import Points, check_folders, is_finished, points_of
+from beholder.studies.record import RECORD, SUMMARY, Row, SweepRecord, summary_csv
+from beholder.studies.runner import Runner
+from beholder.studies.score import Entry, flags, rank, score
+from beholder.types import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """How the sweep ended. The command line leaves with `exit_code`."""
+
+    folder: Path
+    record: SweepRecord
+    signal: int | None = None
+    """The signal that stopped it; the same command continues."""
+
+    @property
+    def exit_code(self) -> int:
+        """0: every run has a result. 1: some failed. 128 + signal: interrupted."""
+        if self.signal is not None:
+            return 128 + self.signal
+        return 0 if all(r.status == "finished" for r in self.record.rows) else 1
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the runs that failed."""
+        return [r.name for r in self.record.rows if r.status == "failed"]
+
+
+def run_sweep(
+    config: str | Path, overrides: Sequence[str] = (), *, console: Console | None = None, promote_anyway: bool = False
+) -> SweepResult:
+    """Run what is missing of a sweep, then write, print and return its summary.
+
+    A run that finished with the same settings is not run again, an interrupted one goes on from its last checkpoint,
+    one that fails is named and the others go on (the same command tries it again). Ctrl-C (or SIGTERM) lets the running
+    ones finish their step and save. ``promote_anyway``: a run may start from a checkpoint that failed its gates.
+    Raises `UserError` for a config that cannot be swept, for run folders of other settings, and when another process
+    sweeps the same folder.
+    """
+    console = console or Console(highlight=False)
+    points = points_of(config, overrides)
+    if (points.folder / "run.json").exists():
+        raise UserError(
+            f"{points.folder} is the folder of a single run; set another run_name or output_dir for a sweep"
+        )
+    try:
+        points.folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as e:
+        raise UserError(
+            f"{points.folder} cannot be made: {e.filename} is a file. Set output_dir to something else."
+        ) from e
+    with held(points.folder, "sweep"):
+        check_folders(points)
+        for run in points.runs:
+            for file in (run.config_file, run.log):
+                file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(run.config_file, dump_config(run.cfg))
+        stopped, failed = Runner(points, console, promote_anyway).run()
+        record = collect(points, failed, interrupted=stopped is not None)
+        write_summary(record, points.folder)
+    print_record(record, console)
+    console.print(f"Page: {points.folder / 'sweep.html'}", markup=False, soft_wrap=True)
+    if stopped is not None:
+        console.print(
+            f"stopped by {signal.Signals(stopped).name}; what was done is saved in {points.folder}. "
+            "The same command continues.",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+    return SweepResult(points.folder, record, stopped)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Collect
+
+
+def collect(points: Points, failed: Mapping[str, str] | None = None, *, interrupted: bool = False) -> SweepRecord:
+    """What the finished runs' evidence says, scored, flagged and ranked."""
+    failed = failed or {}
+    evidence = {r.name: load_evidence(r.folder) for r in points.runs if is_finished(r)}
+    deltas = [m.value for e in evidence.values() if (m := e.get("ablation.delta.shuffled"))]
+    median = statistics.median(deltas) if deltas else 0.0
+    rows = []
+    for run in points.runs:
+        known: dict[str, Any] = {
+            "name": run.name, "point": run.point, "settings": run.settings, "seed": run.cfg.seed,
+            "folder": run.folder.name, "config_hash": run.hash,
+        }  # fmt: skip
+        if run.name in evidence:
+            rows.append(Row(**known, status="finished", **_measured(evidence[run.name], points.sweep, median)))
+        elif run.name in failed:
+            rows.append(Row(**known, status="failed", reason=failed[run.name]))
+        else:
+            begun = interrupted and (run.folder / "run.json").exists()
+            rows.append(Row(**known, status="interrupted" if begun else "waiting"))
+    broken = {r.point for r in rows if r.status == "failed"}
+    entries = [
+        Entry(r.name, r.point, r.score, (*r.flags, *(["a repeat failed"] if r.point in broken else [])))
+        for r in rows
+        if r.score is not None
+    ]
+    return SweepRecord(
+        name=points.name,
+        created=now(),
+        grid={key: list(values) for key, values in points.sweep.grid.items()},
+        seeds=list(points.sweep.seeds),
+        ablation_weight=points.sweep.ablation_weight,
+        collapsed_below=points.sweep.collapsed_below,
+        rows=rows,
+        ranking=rank(entries),
+        warnings=tuple(_warnings(points, evidence, rows)),
+    )
+
+
+def _measured(e: Evidence, sweep: SweepConfig, median: float) -> dict[str, Any]:
+    loss, shuffle, zero, noise = (
+        e.get(name) for name in ("eval.loss", "ablation.delta.shuffled", "ablation.delta.zero", "ablation.delta.noise")
+    )
+    failed = tuple(g.name for g in e.failed_gates)
+    facts: dict[str, Any] = {
+        "eval_loss": loss, "d_shuffle": shuffle, "d_zero": zero, "d_noise": noise, "gates_failed": failed,
+        "buckets": tuple(
+            m for m in e.measurements if m.name == "eval.loss" and m.stratum is not None and m.by in (None, "length")
+        ),
+        "steps": e.cost.steps, "wall_s": e.cost.wall_s,
+    }  # fmt: skip
+    if loss is not None and shuffle is not None and zero is not None:
+        facts["score"] = score(loss.value, shuffle.value, zero.value, sweep.ablation_weight)
+        facts["flags"] = flags(
+            d_shuffle=shuffle.value, d_shuffle_low=shuffle.ci95[0] if shuffle.ci95 else None, grid_median=median,
+            collapsed_below=sweep.collapsed_below, failed_gates=failed,
+        )  # fmt: skip
+    return facts
+
+
+def _warnings(points: Points, evidence: Mapping[str, Evidence], rows: Sequence[Row]) -> Iterator[str]:
+    for row in rows:
+        if row.status == "failed":
+            yield f"{row.name} failed: {row.reason}"
+        elif row.status == "finished" and row.score is None:
+            yield f"{row.name} has no score: the held-out loss or one of its loss differences was not measured"
+    unfinished = [r.name for r in rows if r.status in ("interrupted", "waiting")]
+    if unfinished:
+        yield f"The sweep is not finished: {', '.join(unfinished)}. The same command continues."
+    hashes = held_out_hashes([(points.folder / name, e) for name, e in evidence.items()])
+    if len(set(hashes)) > 1 or len({e.data.eval for e in evidence.values()}) > 1:
+        yield "The runs were not measured on the same held-out samples: a setting of the grid changes which they are."
+
+
+def write_summary(record: SweepRecord, folder: Path) -> None:
+    """``sweep.json``, ``summary.csv``, ``sweep.html`` and ``sweep.md``, each whole or not at all."""
+    atomic_write(folder / RECORD, json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
+    atomic_write(folder / SUMMARY, summary_csv(record))
+    render_sweep(record, folder)
