@@ -43,12 +43,12 @@ from rich.table import Table
 from beholder.config import ConnectorConfig, LlmConfig
 from beholder.data.collate import Layout, collate
 from beholder.data.images import ImagePipeline
-from beholder.estimate import LanguageShape, VisionShape, connector_shape, matmul_rate
 from beholder.model import attention
 from beholder.model.connector import Connector, build_connector
 from beholder.model.language import LanguageModel, load_language
 from beholder.model.vision import VisionTower
 from beholder.model.vlm import VisionLanguageModel
+from beholder.prepare.estimate import LanguageShape, VisionShape, connector_shape, matmul_rate
 from beholder.store.features import FeatureStore
 from beholder.train.objectives import next_token
 from beholder.types import Encoded, ImageGeometry, ImageInput, ImageRef

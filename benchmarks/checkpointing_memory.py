@@ -28,7 +28,7 @@ from torch import Tensor
 from beholder.config import LlmConfig, LoraConfig
 from beholder.model import adapters
 from beholder.model.language import load_language
-from beholder.smoke import tiny_llm
+from beholder.prepare.tiny import tiny_llm
 
 DEEP: dict[str, Any] = {
     "hidden_size": 256,

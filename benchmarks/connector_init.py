@@ -28,7 +28,6 @@ from pathlib import Path
 import orjson
 import torch
 
-from beholder.assets import Assets, prepare_quickstart
 from beholder.config import ConnectorConfig, LlmConfig, ModelConfig, VisionConfig
 from beholder.data.chat import ChatEncoder
 from beholder.data.collate import Layout, Sample, collate
@@ -37,6 +36,7 @@ from beholder.model.build import build_vlm
 from beholder.model.connector import build_connector
 from beholder.model.plan import ALIGN, apply_train_plan, param_groups
 from beholder.model.vlm import VisionLanguageModel
+from beholder.prepare.packages import Assets, prepare_quickstart
 from beholder.types import Example, ImageInput, ImageRef, Turn
 
 CPU = torch.device("cpu")

@@ -29,10 +29,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from beholder.assets import prepare_quickstart
 from beholder.data.collate import Layout, eval_batches
+from beholder.prepare.packages import prepare_quickstart
+from beholder.prepare.quickstart import recipe
 from beholder.probes.loss import sample_losses, summarize
-from beholder.quickstart import recipe
 from beholder.runs import RunDir
 from beholder.train.distributed import init_distributed
 from beholder.train.objectives import next_token

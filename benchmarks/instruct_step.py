@@ -40,7 +40,6 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from beholder import smoke
 from beholder.config import RunConfig
 from beholder.data import Data, build_data
 from beholder.data.collate import Layout, Sample, collate_window
@@ -50,6 +49,7 @@ from beholder.model.plan import INSTRUCT, apply_train_plan, param_groups
 from beholder.model.vision import VisionTower
 from beholder.model.vlm import VisionLanguageModel
 from beholder.model.weights import DTYPES, quiet_transformers
+from beholder.prepare import tiny
 from beholder.store.features import FeatureStore
 from beholder.train.objectives import next_token
 from beholder.train.optim import build_optimizer, trainable_parameters
@@ -166,12 +166,12 @@ def write_records(folder: Path, num: int, num_pictures: int, words: Words) -> Pa
 
 
 def train_tokenizer(folder: Path, records: Path, words: Words) -> None:
-    """A byte-level BPE vocabulary learned from the records, with `smoke.tiny_tokenizer`'s control tokens and ChatML;
+    """A byte-level BPE vocabulary learned from the records, with `tiny.tiny_tokenizer`'s control tokens and ChatML;
     the byte vocabulary of that one would make a token of every letter."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    control = [*smoke.CONTROL, *smoke.VISION_CONTROL]
+    control = [*tiny.CONTROL, *tiny.VISION_CONTROL]
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -185,7 +185,7 @@ def train_tokenizer(folder: Path, records: Path, words: Words) -> None:
         tokenizer_object=inner, clean_up_tokenization_spaces=False, additional_special_tokens=control,
         eos_token="<|endoftext|>", pad_token="<|endoftext|>",
     )  # fmt: skip
-    tokenizer.chat_template = smoke.CHATML
+    tokenizer.chat_template = tiny.CHATML
     tokenizer.save_pretrained(str(folder))
 
 
@@ -194,9 +194,9 @@ def write_config(args: argparse.Namespace, folder: Path) -> RunConfig:
     shape, words = SHAPES[args.shape], Words(args.seed)
     train = write_records(folder / "train", args.samples, 64, words)
     held_out = write_records(folder / "held_out", 8, 4, words)
-    llm = smoke.tiny_llm(folder / "llm", "qwen3", seed=args.seed, **shape.language)
+    llm = tiny.tiny_llm(folder / "llm", "qwen3", seed=args.seed, **shape.language)
     train_tokenizer(llm, train, words)
-    vision, _ = smoke.tiny_vision(folder / "vision", "siglip", seed=args.seed, **shape.vision)
+    vision, _ = tiny.tiny_vision(folder / "vision", "siglip", seed=args.seed, **shape.vision)
     side = shape.vision["image_size"]
     settings = Path(vision) / "preprocessor_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"size": {"height": side, "width": side}}))

@@ -99,7 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = args.tokenizer
         if tokenizer is None:
-            from beholder.smoke import tiny_tokenizer
+            from beholder.prepare.tiny import tiny_tokenizer
 
             tokenizer = str(Path(folder) / "tokenizer")
             tiny_tokenizer(tokenizer)

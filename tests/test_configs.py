@@ -10,13 +10,13 @@ import yaml
 
 from beholder.config import RunConfig
 from beholder.config.file import dump_config, load_config, parse_config, scale_overrides
-from beholder.smoke import smoke_config
+from beholder.prepare.tiny import smoke_config
 from beholder.stages import run_stage
 from beholder.types import Status, UserError
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-RECIPES = sorted((ROOT / "src" / "beholder" / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "src" / "beholder" / "prepare" / "recipes").glob("*.yaml"))
 SEED_STAGE2 = Path(__file__).parents[1] / "configs" / "stage2_sft_single.yaml"
 
 # What `quickstart` fills in: places of the downloaded parts.

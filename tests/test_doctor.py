@@ -10,8 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from beholder import doctor
-from beholder.doctor import Check, diagnose, print_checks
+from beholder.prepare import doctor
+from beholder.prepare.doctor import Check, diagnose, print_checks
 
 
 def test_a_diagnosis_covers_the_machine_without_network_or_traces(

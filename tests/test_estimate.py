@@ -15,10 +15,16 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from beholder import estimate
 from beholder.config import ConnectorConfig, LlmConfig, LoraConfig, RunConfig, VisionConfig
 from beholder.data import build_data
-from beholder.estimate import (
+from beholder.model.adapters import adapter_parameters, attach
+from beholder.model.build import build_vlm
+from beholder.model.connector import build_connector
+from beholder.model.language import load_language
+from beholder.model.plan import ALIGN, apply_train_plan, plan_of
+from beholder.model.vision import load_vision
+from beholder.prepare import estimate
+from beholder.prepare.estimate import (
     LanguageShape,
     VisionShape,
     connector_shape,
@@ -27,13 +33,7 @@ from beholder.estimate import (
     plan,
     vision_shape,
 )
-from beholder.model.adapters import adapter_parameters, attach
-from beholder.model.build import build_vlm
-from beholder.model.connector import build_connector
-from beholder.model.language import load_language
-from beholder.model.plan import ALIGN, apply_train_plan, plan_of
-from beholder.model.vision import load_vision
-from beholder.smoke import tiny_llm, tiny_vision
+from beholder.prepare.tiny import tiny_llm, tiny_vision
 from beholder.store.features import estimate_bytes
 
 CPU = torch.device("cpu")

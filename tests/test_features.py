@@ -617,7 +617,7 @@ def test_stored_features_are_the_towers_up_to_bf16(tmp_path, tiny_config):
 
 
 def test_a_tower_with_other_weights_has_another_fingerprint_and_misses(tmp_path, tiny_config):
-    from beholder.smoke import tiny_vision
+    from beholder.prepare.tiny import tiny_vision
 
     cfg = tiny_config(tmp_path)
     other = tiny_config(tmp_path, **{"model.vision.name_or_path": tiny_vision(tmp_path / "other", seed=1)[0]})

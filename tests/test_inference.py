@@ -17,7 +17,7 @@ from PIL import Image
 from tests.conftest import TinyParts
 from tests.talking import untrained_run
 
-from beholder.smoke import tiny_tokenizer
+from beholder.prepare.tiny import tiny_tokenizer
 from beholder.train import checkpoint
 from beholder.types import ImageRef, UserError
 from beholder.use.stream import AnswerStream

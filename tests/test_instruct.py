@@ -18,9 +18,9 @@ from beholder.config import RunConfig
 from beholder.config.file import dump_config
 from beholder.evidence import Evidence, load_evidence
 from beholder.model.build import build_vlm
+from beholder.prepare.tiny import COLOURS, SHAPES
 from beholder.remeasure import evaluate_run
 from beholder.runs import sha256_file
-from beholder.smoke import COLOURS, SHAPES
 from beholder.stages import run_stage
 from beholder.train import checkpoint, restore
 from beholder.types import Status, UserError

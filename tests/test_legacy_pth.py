@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beholder.legacy_pth import LegacyPthError, read_legacy_pth
+from beholder.prepare.legacy_pth import LegacyPthError, read_legacy_pth
 
 
 def saved(state: Any) -> bytes:

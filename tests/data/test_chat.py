@@ -17,7 +17,7 @@ from rich.console import Console
 
 from beholder.data.chat import ChatEncoder, EncodeError
 from beholder.data.tokens import tokenizer_fingerprint
-from beholder.smoke import tiny_tokenizer
+from beholder.prepare.tiny import tiny_tokenizer
 from beholder.types import Encoded, Example, ImageRef, ImageSlot, Part, Turn, UserError
 
 A = "Describe the image in one sentence."

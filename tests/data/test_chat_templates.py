@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from beholder.data.chat import ChatEncoder, EncodeError, TooLongError
-from beholder.smoke import tiny_tokenizer
+from beholder.prepare.tiny import tiny_tokenizer
 from beholder.types import Encoded, Example, ImageRef, ImageSlot, Turn, UserError
 
 N = 3

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from beholder.config import HygieneLimits, SourceConfig
 from beholder.data.check import CheckReport, check_data, resolve_data
-from beholder.smoke import colour_source
+from beholder.prepare.tiny import colour_source
 from beholder.types import UserError
 
 

@@ -33,7 +33,7 @@ from beholder.data.collate import (
 )
 from beholder.data.images import ImageError, ImagePipeline
 from beholder.data.mixture import Mixture
-from beholder.smoke import tiny_tokenizer
+from beholder.prepare.tiny import tiny_tokenizer
 from beholder.types import Batch, Encoded, Example, ImageGeometry, ImageInput, ImageRef, Turn, UserError
 
 # Python 3.12 warns whenever a process with threads forks; the loader processes touch nothing that threads hold.

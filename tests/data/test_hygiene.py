@@ -18,7 +18,7 @@ from beholder.config import HygieneLimits, SourceConfig
 from beholder.data import hygiene, index
 from beholder.data.hygiene import HygieneReport, apply_hygiene, count_tokens, find_duplicates, length_histogram
 from beholder.data.sources import Records, open_sources
-from beholder.smoke import tiny_tokenizer
+from beholder.prepare.tiny import tiny_tokenizer
 from beholder.types import UserError
 
 ANY_LENGTH = HygieneLimits(min_tokens=0, max_tokens=10**6)

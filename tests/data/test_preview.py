@@ -13,8 +13,8 @@ from rich.console import Console
 from beholder.data.chat import ChatEncoder
 from beholder.data.collate import SampleBuilder
 from beholder.data.images import ImageError, ImagePipeline
-from beholder.data.preview import preview
-from beholder.smoke import tiny_tokenizer
+from beholder.prepare.preview import preview
+from beholder.prepare.tiny import tiny_tokenizer
 from beholder.types import Example, ImageGeometry, ImageRef, Turn
 
 GEOMETRY = ImageGeometry(8, 8, 9, 5, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

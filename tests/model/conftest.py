@@ -15,7 +15,7 @@ from beholder.data.chat import ChatEncoder
 from beholder.data.collate import Layout, collate
 from beholder.model.build import build_vlm
 from beholder.model.vlm import VisionLanguageModel
-from beholder.smoke import tiny_llm, tiny_vision
+from beholder.prepare.tiny import tiny_llm, tiny_vision
 from beholder.types import Batch, Encoded, Example, ImageInput, ImageRef, ImageSlot, Turn
 
 CPU = torch.device("cpu")

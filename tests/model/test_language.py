@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from beholder.config import LlmConfig
 from beholder.model import attention
 from beholder.model.language import LanguageModel, load_language
-from beholder.smoke import tiny_tokenizer
+from beholder.prepare.tiny import tiny_tokenizer
 from beholder.types import UserError
 
 from .conftest import CPU, Parts

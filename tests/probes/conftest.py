@@ -18,7 +18,7 @@ from beholder.data.images import ImagePipeline
 from beholder.data.sources import open_sources
 from beholder.model.build import build_vlm
 from beholder.model.vlm import VisionLanguageModel
-from beholder.smoke import colour_set, tiny_llm, tiny_vision
+from beholder.prepare.tiny import colour_set, tiny_llm, tiny_vision
 from beholder.types import Batch, Example
 
 PADDED = Layout(packing=False, pack_len=512, pad_to_multiple_of=8)

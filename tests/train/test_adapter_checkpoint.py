@@ -14,8 +14,8 @@ from torch import Tensor
 from beholder.model.adapters import adapter_config, adapter_tensors
 from beholder.model.language import LanguageModel
 from beholder.model.vlm import VisionLanguageModel
+from beholder.prepare.tiny import tiny_llm
 from beholder.runs import RunDir
-from beholder.smoke import tiny_llm
 from beholder.train.checkpoint import MANIFEST, problem, save_checkpoint
 from beholder.train.optim import build_optimizer, optimizer_tensors
 from beholder.train.restore import has_adapter, load_adapter, load_connector, load_for_resume

@@ -17,8 +17,8 @@ import torch
 from tiny_run import Outcome, Tiny, exact_log, optimizer_for, settings, train
 
 from beholder.model.plan import frozen_fingerprint
+from beholder.prepare.tiny import tiny_llm, tiny_vision
 from beholder.runs import RunDir
-from beholder.smoke import tiny_llm, tiny_vision
 from beholder.train.checkpoint import latest_checkpoint
 from beholder.train.engine import LoopState, NonFiniteError
 from beholder.train.nonfinite import only

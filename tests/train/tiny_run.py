@@ -28,8 +28,8 @@ from beholder.model.adapters import adapter_config, adapter_tensors
 from beholder.model.build import build_vlm
 from beholder.model.plan import param_groups
 from beholder.model.vlm import VisionLanguageModel
+from beholder.prepare.tiny import colour_set, tiny_llm, tiny_vision
 from beholder.runs import RunDir
-from beholder.smoke import colour_set, tiny_llm, tiny_vision
 from beholder.train.checkpoint import MANIFEST, latest_checkpoint, save_checkpoint
 from beholder.train.distributed import Dist
 from beholder.train.engine import Callback, FitResult, LoopState, fit

@@ -2,7 +2,7 @@
 
 The same texts are scored twice by the same function, with the adapters off (the base, bit for bit) and on: the loss
 says how well text is still predicted, the divergence how far the predictions have moved, for better or worse. The texts
-are the package's own (``recipes/retention.txt``) or the user's; no image takes part.
+are the package's own (``retention.txt``) or the user's; no image takes part.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def load_texts(path: str | Path | None = None) -> list[str]:
     In a line ``\n`` is a line break, ``\t`` a tab and ``\\`` a backslash, so that code fits into one. Empty lines and
     lines that begin with ``# `` are no passages. Raises UserError for a file that cannot be read or holds none.
     """
-    source = files("beholder") / "recipes" / TEXTS if path is None else Path(path)
+    source = files("beholder") / "probes" / TEXTS if path is None else Path(path)
     try:
         lines = source.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:

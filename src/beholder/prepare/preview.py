@@ -16,8 +16,13 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
+from beholder.config import RunConfig
+from beholder.data import build_data
 from beholder.data.chat import Segment
 from beholder.data.collate import SampleBuilder
+from beholder.model.connector import resolve_num_tokens
+from beholder.model.language import load_tokenizer
+from beholder.model.vision import load_vision
 from beholder.runs import atomic_write
 from beholder.types import Example, UserError
 
@@ -124,3 +129,12 @@ def _page(items: Sequence[PreviewItem]) -> str:
         '<span class="target">Green text</span> is supervised: only these tokens count in the loss.</p>'
         f"{''.join(articles)}</body></html>\n"
     )
+
+
+def preview_config(cfg: RunConfig, num: int, folder: Path, console: Console | None = None) -> list[PreviewItem]:
+    """Show the first ``num`` training samples of a config as the model gets them; only the tower is loaded."""
+    tower = load_vision(cfg.model.vision, torch.device("cpu"))
+    num_visual_tokens = resolve_num_tokens(cfg.model.connector, tower.geometry.num_patches)
+    data = build_data(cfg, load_tokenizer(cfg.model.llm), tower.geometry, num_visual_tokens)
+    examples = [data.train.example_at(p) for p in range(min(num, len(data.train)))]
+    return preview(examples, data.builder(None, train=True, cfg=cfg), folder, console)

@@ -29,9 +29,9 @@ from typing import Any, Final, Literal
 
 from filelock import FileLock, Timeout
 
-from beholder.legacy_pth import read_legacy_pth
 from beholder.model.weights import quiet_transformers
-from beholder.openmoji import make_openmoji
+from beholder.prepare.legacy_pth import read_legacy_pth
+from beholder.prepare.openmoji import make_openmoji
 from beholder.runs import cache_dir, sha256_file
 from beholder.types import UserError
 

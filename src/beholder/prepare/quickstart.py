@@ -23,11 +23,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from beholder.assets import Assets, prepare_quickstart
 from beholder.config import RunConfig
 from beholder.config.file import parse_config, scale_overrides
 from beholder.evidence import CONDITIONS, Condition, Evidence, Measurement, Sample
 from beholder.evidence.gates import verdict
+from beholder.prepare.packages import Assets, prepare_quickstart
 from beholder.stages import Outcome, run_stage
 from beholder.types import UserError
 
@@ -46,7 +46,7 @@ def recipe(
     ``overrides`` come last. One that begins with ``align.`` or ``instruct.`` is for that part alone, as in
     ``instruct.train.train_steps=100``.
     """
-    recipes = files("beholder") / "recipes"
+    recipes = files("beholder") / "prepare" / "recipes"
     text = (recipes / RECIPES[part]).read_text(encoding="utf-8")
 
     def source(records: Path, images: Path, name: str) -> str:
