@@ -221,7 +221,7 @@ def test_a_run_on_a_sweep_config_says_which_command_it_needs(trained: Path) -> N
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A run of stage instruct as its training would leave it, with random weights."""
-    from tests.talking import untrained_run
+    from tests.use.talking import untrained_run
 
     return untrained_run(request.getfixturevalue("tiny_parts"), tmp_path_factory.mktemp("chatty"))
 

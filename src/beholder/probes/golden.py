@@ -18,13 +18,16 @@ import numpy as np
 import orjson
 
 from beholder.probes.categories import category
-from beholder.probes.golden_history import MAX_TOLD
 from beholder.probes.strata import questions
 from beholder.runs import atomic_write
 from beholder.types import Example, UserError
 
 if TYPE_CHECKING:  # reading what a run wrote needs no model
     from beholder.probes.written import Written
+
+
+MAX_TOLD = 20
+"""Samples that an error names."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,15 +17,12 @@ from rich.text import Text
 
 from beholder.probes import collapse
 from beholder.probes.caption_metrics import exact_match
-from beholder.probes.golden import GoldenCaption, load_captions
+from beholder.probes.golden import MAX_TOLD, GoldenCaption, load_captions
 from beholder.types import UserError
 
 if TYPE_CHECKING:  # reading what a run wrote needs no model
     pass
 
-
-MAX_TOLD = 20
-"""Samples that an error names."""
 
 Step = int | str
 """Optimizer steps done, or ``first`` or ``last`` for the earliest and latest that were captioned."""

@@ -37,7 +37,7 @@ from beholder.prepare.tiny import (
 from beholder.stages import run_stage
 from beholder.types import Example, ImageGeometry
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MakeConfig = Callable[..., RunConfig]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import TinyParts
-from tests.talking import untrained_run
+from tests.use.talking import untrained_run
 
 from beholder.config import SourceConfig
 from beholder.data.sources import open_sources

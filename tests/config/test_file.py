@@ -28,7 +28,7 @@ from beholder.config.inert import INERT, inert_settings
 from beholder.config.tree import MAX_NODES
 from beholder.types import UserError
 
-SEED_STAGE2 = Path(__file__).parents[1] / "configs" / "stage2_sft_single.yaml"
+SEED_STAGE2 = Path(__file__).parents[2] / "configs" / "stage2_sft_single.yaml"
 """The YAML block of the stage-2 seed document, section 8, as it stands there."""
 
 MINIMAL = """\

@@ -22,7 +22,7 @@ import pytest
 import yaml
 from rich.console import Console
 from tests.conftest import MakeConfig
-from tests.study.conftest import GRID, WriteSweep
+from tests.studies.conftest import GRID, WriteSweep
 
 from beholder.config import SweepConfig
 from beholder.config.file import config_hash, load_config

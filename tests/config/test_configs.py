@@ -14,10 +14,10 @@ from beholder.prepare.tiny import smoke_config
 from beholder.stages import run_stage
 from beholder.types import Status, UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 RECIPES = sorted((ROOT / "src" / "beholder" / "prepare" / "recipes").glob("*.yaml"))
-SEED_STAGE2 = Path(__file__).parents[1] / "configs" / "stage2_sft_single.yaml"
+SEED_STAGE2 = Path(__file__).parents[2] / "configs" / "stage2_sft_single.yaml"
 
 # What `quickstart` fills in: places of the downloaded parts.
 PLACES = ["data.sources=[{json_path: train, image_root: t}]", "data.eval_sources=[{json_path: test, image_root: t}]"]

@@ -19,7 +19,7 @@ from beholder.model.vision import VisionTower
 from beholder.prepare.tiny import colour_set, tiny_llm, tiny_vision
 from beholder.stages import run_stage
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LOOKS = {"looks_shuffled", "looks_zero", "looks_noise", "looks_clearly", "looks_everywhere"}
 Recipe = Callable[..., RunConfig]
 

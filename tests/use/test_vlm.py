@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tests.conftest import TinyParts
-from tests.talking import untrained_run
+from tests.use.talking import untrained_run
 
 from beholder.prepare.tiny import tiny_tokenizer
 from beholder.train import checkpoint

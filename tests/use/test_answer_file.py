@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests.conftest import TinyParts
-from tests.talking import untrained_run
+from tests.use.talking import untrained_run
 
 from beholder.types import UserError
 from beholder.use.answer_file import answer_file, read_questions

@@ -369,7 +369,7 @@ def test_the_plan_prints_and_is_json(tmp_path, tiny_config, monkeypatch):
 
 def test_the_step_benchmark_runs_and_its_losses_agree(tmp_path):
     """The reference in plain torch and our step agree on tiny parts; the speeds are for `make bench`."""
-    path = Path(__file__).parents[1] / "benchmarks" / "align_step.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "align_step.py"
     spec = importlib.util.spec_from_file_location("align_step", path)
     assert spec and spec.loader
     benchmark = importlib.util.module_from_spec(spec)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.study.test_score import SEED
+from tests.studies.test_score import SEED
 
 from beholder.evidence import Measurement
 from beholder.report.plots import round_steps_around

@@ -292,7 +292,7 @@ def test_two_processes_run_the_stage_of_one(instruct: MakeConfig, tmp_path: Path
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "beholder", "run",
          str(config), "--promote-anyway"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src"), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
 
