@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from beholder.assessment import assess, by_word, measure_before
-from beholder.config import RunConfig
+from beholder.config import RunConfig, decided_by
 from beholder.config.file import check_consent, diff_configs, load_config
 from beholder.evidence import Condition, Measurement, load_evidence
 from beholder.model.plan import TrainableTable, apply_train_plan, frozen_fingerprint, plan_of
@@ -50,10 +50,9 @@ def reopen(folder: str, overrides: Sequence[str]) -> Iterator[Opened]:
     saved = load_config(path / "config.yaml")
     cfg = load_config(path / "config.yaml", overrides)
     check_consent(cfg, overrides)
-    measured_only = ("eval.", "ablation.", "gates.", "features.", "device", "train.num_threads", "data.num_workers")
     # Parts and data may have been moved; fingerprints, not paths, say whether they are the same.
-    moved = ("model.llm.name_or_path", "model.vision.name_or_path", "model.vision.weights", *same_run.MOVED_DATA)
-    refused = [f for f, _, _ in diff_configs(saved, cfg) if not f.startswith(measured_only + moved)]
+    may = {"measuring", "speed", "place"}
+    refused = [f for f, _, _ in diff_configs(saved, cfg) if not decided_by(RunConfig, f) & may]
     if refused:
         raise UserError(
             f"{', '.join(refused)}: only how a run is measured can be changed here (eval.*, ablation.*, gates.*, "
@@ -66,7 +65,7 @@ def reopen(folder: str, overrides: Sequence[str]) -> Iterator[Opened]:
         with stop_signals(), sole_writer(run, dist):
             where = checkpoint.resolve_checkpoint(path)
             bench = open_bench(cfg, run, dist, split_file=run.splits / split_name(cfg))
-            table = apply_train_plan(bench.model, plan_of(cfg.model, cfg.stage_name))
+            table = apply_train_plan(bench.model, plan_of(cfg.model, cfg.stage_record))
             bench.load(where)
             bench.frozen = frozen_fingerprint(bench.model)
             trainer = restore.read_trainer(where)

@@ -90,7 +90,7 @@ def train_and_measure(cfg: RunConfig, run: RunDir, dist: Dist, source: Path | No
     dist.on_main(lambda: announce(cfg, run, dist, promoted))
 
     bench = open_bench(cfg, run, dist, split_file=run.splits / split_name(cfg))  # what, on what
-    table = apply_train_plan(bench.model, plan_of(cfg.model, cfg.stage_name))  # what learns
+    table = apply_train_plan(bench.model, plan_of(cfg.model, cfg.stage_record))  # what learns
     bench.reporter.line("plan", "\n" + str(table))
     if bench.model.adapters:
         bench.reporter.line("adapters", "\n" + render_sites(bench.model.adapters))

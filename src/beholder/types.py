@@ -46,6 +46,14 @@ def printable(text: str) -> str:
     )
 
 
+Condition = Literal["correct", "shuffled", "zero", "noise", "none"]
+"""Which image the model was shown: its own, another sample's, one whose normalised pixels are 0, one whose normalised
+pixels are drawn from N(0, 1), or none at all: the same text without the image's place."""
+
+CONDITIONS: tuple[Condition, ...] = ("correct", "shuffled", "zero", "noise")
+"""Under which losses are compared, in the order they are told. ``none`` is for answers that the model writes."""
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Data: what a source yields
 

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beholder.config import GATES, RunConfig
+from beholder.config import GATES, RunConfig, section
 from beholder.config.file import (
     ConfigError,
     config_hash,
@@ -24,7 +24,8 @@ from beholder.config.file import (
     parse_config,
     without_inert,
 )
-from beholder.config.inert import INERT, inert_settings
+from beholder.config.inert import inert_settings
+from beholder.config.section import Inert, Section, items_of, section_of
 from beholder.config.tree import MAX_NODES
 from beholder.types import UserError
 
@@ -430,10 +431,24 @@ def test_a_setting_that_does_nothing_here_is_an_error(text: str, path: str) -> N
 
 
 def test_every_rule_names_settings_that_exist() -> None:
-    known = {p for p, _ in _flat(RunConfig.model_json_schema())}
+    def named(schema: type[Section]) -> set[str]:
+        return {s.path for s in section.settings(schema)}
 
-    for rule in INERT:
-        assert {*rule.settings.split(), *rule.because.split()} <= known
+    places: list[tuple[str, type[Any]]] = [("", RunConfig)]
+    for s in section.settings(RunConfig):
+        for found in (section_of(s.info.annotation), section_of(items_of(s.info.annotation))):
+            places += [] if found is None else [(f"{s.path}.", found)]
+    rules = [
+        (prefix, schema, rule)
+        for prefix, schema in places
+        for info in schema.model_fields.values()
+        for rule in info.metadata
+        if isinstance(rule, Inert)
+    ]
+    assert len(rules) > 40
+    for _, schema, rule in rules:
+        for name in rule.because.split():
+            assert name[1:] in schema.model_fields if name.startswith(".") else name in named(RunConfig), name
 
 
 def test_saying_what_is_the_case_anyway_is_no_error() -> None:

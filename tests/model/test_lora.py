@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from beholder.config import LoraConfig
+from beholder.config import STAGES, LoraConfig
 from beholder.model import adapted_linear, adapters, placement
 from beholder.model.language import LanguageModel
 from beholder.model.plan import ALIGN, INSTRUCT, apply_train_plan, frozen_fingerprint, param_groups, plan_of
@@ -615,12 +615,12 @@ def test_the_plan_follows_the_config_and_contradictions_are_refused(build: Build
             connector=ConnectorConfig(trainable=trainable), lora=LoraConfig(enable=enable),
         )  # fmt: skip
 
-    assert plan_of(cfg(True, True), "instruct") == INSTRUCT
-    assert plan_of(cfg(False, True), "instruct").connector == "frozen"
-    assert plan_of(cfg(True, False), "instruct").language == "frozen"
-    assert plan_of(cfg(True, False), "align") == ALIGN
+    assert plan_of(cfg(True, True), STAGES["instruct"]) == INSTRUCT
+    assert plan_of(cfg(False, True), STAGES["instruct"]).connector == "frozen"
+    assert plan_of(cfg(True, False), STAGES["instruct"]).language == "frozen"
+    assert plan_of(cfg(True, False), STAGES["align"]) == ALIGN
     with pytest.raises(UserError, match=r"model\.lora\.enable is true, but stage align"):
-        plan_of(cfg(True, True), "align")
+        plan_of(cfg(True, True), STAGES["align"])
     with pytest.raises(UserError, match="the language model has none"):
         apply_train_plan(build().model, INSTRUCT)
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from beholder.config import ConnectorConfig, LlmConfig, LoraConfig, RunConfig, VisionConfig
+from beholder.config import STAGES, ConnectorConfig, LlmConfig, LoraConfig, RunConfig, VisionConfig
 from beholder.data import build_data
 from beholder.model.adapters import adapter_parameters, attach
 from beholder.model.build import build_vlm
@@ -283,7 +283,7 @@ def test_an_instruction_tuning_is_planned_with_its_adapters(tmp_path, tiny_confi
             "prompting.max_images_per_sample": 1}  # fmt: skip
     cfg: RunConfig = tiny_config(tmp_path, **sets)
     model, _ = build_vlm(cfg.model, compute_precision="fp32", device=CPU, seed=0)
-    real = apply_train_plan(model, plan_of(cfg.model, "instruct"))
+    real = apply_train_plan(model, plan_of(cfg.model, STAGES["instruct"]))
 
     found = plan(cfg, measure=False)
     frozen = plan(tiny_config(tmp_path, **sets, **{"model.connector.trainable": False}), measure=False)

@@ -27,7 +27,8 @@ from tests.studies.conftest import GRID, WriteSweep
 from beholder.config import SweepConfig
 from beholder.config.file import config_hash, load_config
 from beholder.evidence import load_evidence
-from beholder.studies import sweep as sweep_module
+from beholder.runs import held
+from beholder.studies import runner
 from beholder.studies.points import _points, check_folders, points_of
 from beholder.studies.record import SweepRecord, titles, word
 from beholder.studies.sweep import SweepResult, run_sweep
@@ -167,7 +168,8 @@ def test_a_sweep_does_not_go_into_the_folder_of_a_run(write_sweep: WriteSweep, t
 
 def test_two_sweeps_cannot_share_a_folder(write_sweep: WriteSweep, tmp_path: Path) -> None:
     file = write_sweep(tmp_path)
-    with sweep_module._sole_sweep(tmp_path / "sweep"):
+    (tmp_path / "sweep").mkdir()
+    with held(tmp_path / "sweep", "sweep"):
         with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
             run_sweep(file, console=quiet())
     assert not (tmp_path / "sweep" / "logs").exists()
@@ -376,7 +378,7 @@ def test_promote_anyway_is_handed_to_every_run(
         commands.append(command[1:])
         return popen([sys.executable, "-c", "raise SystemExit(2)"], **more)
 
-    monkeypatch.setattr(sweep_module.subprocess, "Popen", start)
+    monkeypatch.setattr(runner.subprocess, "Popen", start)
 
     result = run_sweep(write_sweep(tmp_path), console=quiet(), promote_anyway=promote_anyway)
 

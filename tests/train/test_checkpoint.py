@@ -17,7 +17,10 @@ import torch
 from tiny_run import fill_disk, vouch_for
 from torch import nn
 
+from beholder.config import RunConfig, settings
+from beholder.config.section import section_of
 from beholder.train import checkpoint as ck
+from beholder.train import restore
 from beholder.train.checkpoint import (
     best_checkpoint,
     latest_checkpoint,
@@ -28,7 +31,7 @@ from beholder.train.checkpoint import (
 )
 from beholder.train.optim import build_optimizer, optimizer_tensors
 from beholder.train.restore import load_connector, load_for_resume
-from beholder.train.same_run import check_same_config, check_same_fingerprints
+from beholder.train.same_run import check_same_config, check_same_fingerprints, may_change
 from beholder.types import UserError
 
 INFO: dict[str, Any] = {
@@ -110,7 +113,7 @@ def test_tensors_that_share_memory_are_saved_as_what_they_show(tmp_path: Path) -
         tmp_path, 1, connector={"a": base, "b": base.T, "c": base[1]}, connector_info={}, optimizer_state={},
         trainer={}, keep=2,
     )  # fmt: skip
-    loaded = ck._read_tensors(path / "connector.safetensors")
+    loaded = restore._read_tensors(path / "connector.safetensors")
     assert torch.equal(loaded["b"], base.T) and torch.equal(loaded["c"], base[1])
 
 
@@ -240,7 +243,7 @@ def test_a_file_of_another_shape_is_an_error_naming_it_though_the_manifest_vouch
     vouch_for(path, "connector.json", content)
 
     with pytest.raises(UserError, match=rf"trainer\.json {says}"):
-        ck.read_trainer(path)
+        restore.read_trainer(path)
     with pytest.raises(UserError, match=rf"connector\.json {says}"):
         load_connector(path, Parts(), INFO)
 
@@ -254,7 +257,7 @@ def test_a_trainer_file_has_a_step_and_a_config(tmp_path: Path, content: str, sa
     vouch_for(path, "trainer.json", content)
 
     with pytest.raises(UserError, match=rf"trainer\.json: {says}"):
-        ck.read_trainer(path)
+        restore.read_trainer(path)
 
 
 def test_highest_step_is_by_number_not_by_name(tmp_path: Path) -> None:
@@ -315,7 +318,7 @@ def test_going_on_from_an_earlier_step_does_not_lose_the_new_work(tmp_path: Path
     with torch.no_grad():
         changed.projector.bias.fill_(3)
     write(tmp_path, 10, changed, keep=2)
-    assert float(ck._read_tensors(tmp_path / "step_10" / "connector.safetensors")["projector.bias"][0]) == 3
+    assert float(restore._read_tensors(tmp_path / "step_10" / "connector.safetensors")["projector.bias"][0]) == 3
 
 
 def test_leftovers_of_dead_writers_are_removed_and_of_living_ones_kept(tmp_path: Path) -> None:
@@ -502,20 +505,21 @@ def test_settings_that_one_side_does_not_know_are_listed() -> None:
         check_same_config(config(), {**config(), "new": 3})
 
 
-def test_the_written_list_of_changeable_settings_names_real_settings() -> None:
-    from beholder.config import RunConfig
-
-    full = RunConfig.model_validate(
-        {
-            "run_name": "x",
-            "model": {"llm": {"name_or_path": "a"}, "vision": {"name_or_path": "b"}},
-            "data": {"json_path": "c"},
-            "scales": {"short": {"train.num_epochs": 1}},
-        }
-    ).model_dump(mode="json")
-    flat = ck.flatten(full)
-    for name in (*ck.MAY_CHANGE, *ck.MOVED_DATA):
-        assert name in flat or any(k.startswith(name + ".") for k in flat), name
+def test_what_may_change_on_resume_is_derived_from_the_settings_and_moves_no_weight() -> None:
+    paths = [s.path for s in settings(RunConfig) if section_of(s.info.annotation) is None]
+    may = {p for p in paths if may_change(p, same_data=True)}
+    assert {p for p in may if not p.startswith(("eval.", "ablation.", "sweep."))} == {
+        "run_name", "output_dir", "device", "model.connector.load_checkpoint", "data.num_workers",
+        "data.prefetch_factor", "data.pin_memory", "data.persistent_workers", "data.verify_images", "features.dir",
+        "features.max_gb", "train.num_threads", "model.llm.gradient_checkpointing", "train.save_every",
+        "train.keep_checkpoints", "train.log_every", "train.tqdm_disable", "train.progress_percent",
+        "train.full_eval_every", "train.quick_eval_size", "train.quick_eval_steps", "gates", "scales",
+        # what lies there is compared by its fingerprint
+        "data.json_path", "data.image_root", "data.sources", "data.eval_sources", "model.vision.name_or_path",
+        "model.vision.weights",
+    }  # fmt: skip
+    assert {p for p in paths if p.startswith(("eval.", "ablation."))} < may
+    assert may_change("gates.looks_clearly.above", same_data=True) and not may_change("unheard.of", same_data=True)
 
 
 def test_changed_content_behind_an_unchanged_config_is_refused() -> None:

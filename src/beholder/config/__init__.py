@@ -40,8 +40,8 @@ from beholder.config.run import (
     TrainConfig,
     WeightDecays,
 )
-from beholder.config.section import Cadence, Fraction, Positive, Section
-from beholder.config.stages import GATES, INSTRUCT_GATES, GateConfig, complete_gates, stage_gates, stage_of
+from beholder.config.section import Cadence, Decided, Fraction, Positive, Section, decided_by, settings
+from beholder.config.stages import GATES, INSTRUCT_GATES, STAGES, BestRule, GateConfig, Stage, StageName
 from beholder.config.studies import SCALES, SweepConfig
 
 __all__ = [
@@ -49,11 +49,14 @@ __all__ = [
     "GATES",
     "INSTRUCT_GATES",
     "SCALES",
+    "STAGES",
     "AblationConfig",
+    "BestRule",
     "Cadence",
     "ConnectorConfig",
     "DataConfig",
     "DatasetKind",
+    "Decided",
     "EvalConfig",
     "FeaturesConfig",
     "Fraction",
@@ -73,11 +76,12 @@ __all__ = [
     "RunConfig",
     "Section",
     "SourceConfig",
+    "Stage",
+    "StageName",
     "SweepConfig",
     "TrainConfig",
     "VisionConfig",
     "WeightDecays",
-    "complete_gates",
-    "stage_gates",
-    "stage_of",
+    "decided_by",
+    "settings",
 ]

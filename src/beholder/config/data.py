@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from beholder.config.section import Fraction, Positive, Section
+from beholder.config.section import Fraction, Inert, Positive, Section, Tiny, decides
 
 # ---------------------------------------------------------------------------------------------------------------
 # data
@@ -19,22 +19,40 @@ array or a record a line. vqa: VQA-v2's or OK-VQA's question file, with its anno
 webdataset: tar shards. parquet: rows with image bytes."""
 
 
+CARRIES_IMAGES: frozenset[DatasetKind] = frozenset(("webdataset", "parquet"))
+"""Kinds whose images lie in the record file itself."""
+
+Template = Literal["caption", "conversation", "chat"]
+
+_CARRIED = Inert(lambda _, own: own.dataset in CARRIES_IMAGES, "webdataset and parquet carry their images", ".dataset")
+
+
 class SourceConfig(Section):
     dataset: DatasetKind = "jsonl"
     json_path: str
     """The record file; for webdataset and parquet a file, a folder or a glob; for vqa and gqa the question file."""
-    annotations_path: str | None = None
+    annotations_path: Annotated[
+        str | None, Inert(lambda _, own: own.dataset != "vqa", "only vqa files have it", ".dataset")
+    ] = None
     """vqa: the annotation file with the ten answers of each question."""
-    image_pattern: str | None = None
+    image_pattern: Annotated[
+        str | None,
+        Inert(lambda _, own: own.dataset not in ("vqa", "gqa"), "only vqa and gqa files have it", ".dataset"),
+    ] = None
     """vqa, gqa: file name of an image below ``image_root``, with ``{image_id}``, as in
     ``COCO_val2014_{image_id:012d}.jpg``. Default for vqa COCO's own name for the question file's split, else
     ``{image_id:012d}.jpg``; for gqa ``{image_id}.jpg``."""
-    image_root: str | None = None
+    image_root: Annotated[str | None, _CARRIED] = None
     """Folder that image paths are relative to and may not leave. Not used by webdataset and parquet."""
     name: str | None = None
     """Source name in counts and caps; default the record's own ``source``, else the file's stem."""
     cap: Positive | None = None
     """At most this many accepted samples from this source."""
+
+
+CAPTION_SPAM = (
+    "watermark", "stock photo", "stock image", "royalty free", "download", "click here", "click to",
+)  # fmt: skip
 
 
 class HygieneConfig(Section):
@@ -52,20 +70,10 @@ class HygieneConfig(Section):
     source_cap: Positive | None = None
     """At most this many accepted samples per value of the record's ``source``."""
 
-    def limits(self, stage: Literal["align", "instruct"]) -> HygieneLimits:
-        """What holds in ``stage``, its defaults filled in."""
-        low, high, spam = (5, 60, CAPTION_SPAM) if stage == "align" else (1, None, ())
-        return HygieneLimits(
-            min_tokens=low if self.min_tokens is None else self.min_tokens,
-            max_tokens=high if self.max_tokens is None else self.max_tokens,
-            spam=spam if self.spam is None else self.spam,
-            duplicates=self.duplicates, near_threshold=self.near_threshold, source_cap=self.source_cap,
-        )  # fmt: skip
-
-
-CAPTION_SPAM = (
-    "watermark", "stock photo", "stock image", "royalty free", "download", "click here", "click to",
-)  # fmt: skip
+    def limits(self, usual: HygieneLimits) -> HygieneLimits:
+        """What is ``usual`` in a stage, with what this changes of it."""
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        return replace(usual, **{name: value for name, value in given.items() if value is not None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,29 +94,58 @@ class HygieneLimits:
         return f"at least {self.min_tokens}" if self.max_tokens is None else f"{self.min_tokens} to {self.max_tokens}"
 
 
+_NO_WORKERS = Inert(lambda _, own: own.num_workers == 0, "data.num_workers is 0", ".num_workers")
+
+
 class DataConfig(Section):
-    dataset: DatasetKind = "jsonl"
+    all_decide = decides("data")
+
+    dataset: Annotated[
+        DatasetKind, Inert(lambda _, own: bool(own.sources), "each of data.sources has its own", ".sources")
+    ] = "jsonl"
     """Kind of ``json_path``; see also ``sources`` for several."""
-    json_path: str | None = None
+    json_path: Annotated[str | None, decides("place")] = None
     """Training records. Give this or ``sources``."""
-    image_root: str | None = None
+    image_root: Annotated[
+        str | None, decides("place"),
+        Inert(
+            lambda _, own: not own.sources and own.dataset in CARRIES_IMAGES,
+            "webdataset and parquet carry their images", ".dataset",
+        ),
+    ] = None  # fmt: skip
     """Folder that image paths are relative to and may not leave."""
-    sources: tuple[SourceConfig, ...] = ()
+    sources: Annotated[tuple[SourceConfig, ...], decides("place")] = ()
     """Several record files instead of ``json_path``."""
-    eval_sources: tuple[SourceConfig, ...] = ()
+    eval_sources: Annotated[tuple[SourceConfig, ...], decides("place", "held_out")] = ()
     """Held-out records of their own. When given, ``split_mode`` must be ``none``: nothing is split off."""
-    split_mode: Literal["ratio", "stratified_len", "none"] | None = None
+    split_mode: Annotated[Literal["ratio", "stratified_len", "none"] | None, decides("held_out")] = None
     """How held-out samples are taken from the training records. Default ratio, or none with ``eval_sources``."""
-    eval_ratio: Fraction | None = None
+    eval_ratio: Annotated[
+        Fraction | None, decides("held_out"),
+        Inert(
+            lambda _, own: own.split == "none", "nothing is split off (split_mode none, or eval_sources)",
+            ".split_mode .eval_sources",
+        ),
+        Inert(
+            lambda _, own: own.split == "stratified_len", "split_mode stratified_len goes by eval_size", ".split_mode"
+        ),
+    ] = None  # fmt: skip
     """ratio: share of the records held out (default 0.02). Give this or ``eval_size``."""
-    eval_size: Positive | None = None
+    eval_size: Annotated[
+        Positive | None, decides("held_out"),
+        # with eval_sources it says how many of them are used
+        Inert(
+            lambda _, own: own.split == "none" and not own.eval_sources, "nothing is split off (split_mode none)",
+            ".split_mode",
+        ),
+    ] = None  # fmt: skip
     """Held-out samples; with ``eval_sources`` at most this many of theirs."""
-    split_seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
+    split_seed: Annotated[Annotated[int, Field(ge=0, le=2**32 - 1)] | None, decides("held_out")] = None
     """Decides which samples are used and held out, and which images are swapped; default ``seed``. Runs that differ
     in ``seed`` alone are measured on the same samples when this is the same."""
-    len_buckets: tuple[int, ...] = (0, 10, 20, 9999)
+    len_buckets: Annotated[tuple[int, ...], decides("held_out")] = (0, 10, 20, 9999)
     """Upper bounds of the target-length buckets in tokens: ``[0, 10, 20, 9999]`` means <=10, 11-20, >=21."""
-    max_samples: Positive | None = None
+    max_samples: Annotated[Positive | None, decides("held_out")] = None
     """Use only this many records (train + eval), drawn by the seed."""
     multi_image_fraction: Fraction = 0.0
     """Share of training samples that join two captioned images under template B (at most 2 images a sample)."""
@@ -116,18 +153,18 @@ class DataConfig(Section):
     """random_crop: 80-100 % of the area, seeded by (seed, epoch, sample). Switches the feature store off."""
     on_bad_image: Literal["error", "skip"] = "error"
     """A missing or undecodable image: stop, or reject the sample, count it and name it."""
-    verify_images: Literal["none", "exists", "decode"] = "exists"
+    verify_images: Annotated[Literal["none", "exists", "decode"], decides("speed")] = "exists"
     """What is checked of every image before training starts."""
     max_megapixels: Annotated[float, Field(gt=0)] = 50.0
     """Larger images are refused before they are decoded."""
-    hygiene: HygieneConfig = HygieneConfig()
-    num_workers: Annotated[int, Field(ge=0)] = 0
+    hygiene: Annotated[HygieneConfig, decides("data", "held_out")] = HygieneConfig()
+    num_workers: Annotated[int, Field(ge=0), decides("speed"), Tiny(value=0)] = 0
     """Processes that decode and encode ahead of training, per rank. 0: in the training process."""
-    prefetch_factor: Positive = 2
+    prefetch_factor: Annotated[Positive, decides("speed"), _NO_WORKERS] = 2
     """What each worker keeps ready: micro-batches, or with packing what shares rows (up to 64 samples)."""
-    pin_memory: bool = False
+    pin_memory: Annotated[bool, decides("speed"), Tiny(value=False)] = False
     """Page-locked host memory for faster copies to a GPU."""
-    persistent_workers: bool = True
+    persistent_workers: Annotated[bool, decides("speed"), _NO_WORKERS] = True
     """Keep workers alive between epochs."""
 
     def impossible(self) -> list[str]:
@@ -158,17 +195,34 @@ class DataConfig(Section):
         return self.split_mode or ("none" if self.eval_sources else "ratio")
 
 
+_NOT_ENABLED = Inert(lambda _, own: not own.enabled, "features.enabled is false", ".enabled")
+
+
 class FeaturesConfig(Section):
-    enabled: bool = True
+    all_decide = decides("speed")
+
+    enabled: Annotated[bool, decides("weights", "speed")] = True
     """Compute frozen-tower features once and keep them on disk."""
-    dir: str | None = None
+    dir: Annotated[str | None, decides("place"), _NOT_ENABLED] = None
     """Folder of the store, shared by all runs. Default ``$BEHOLDER_CACHE/features``, else
     ``~/.cache/beholder/features``."""
-    max_gb: Annotated[float, Field(gt=0)] = 20.0
+    max_gb: Annotated[float, Field(gt=0), _NOT_ENABLED, Tiny(value=0.1)] = 20.0
     """Size cap in GB (1e9 bytes). Images that do not fit go through the tower at every step."""
 
 
+_CHAT = Inert(
+    lambda cfg, _: cfg.template == "chat", "the chat template uses the records' own text",
+    "stage prompting.template model.lora.enable",
+)  # fmt: skip
+_NO_CHAT = Inert(lambda cfg, _: cfg.template != "chat", "only the chat template has it", "stage prompting.template")
+_ONE_IMAGE = Inert(
+    lambda _, own: own.max_images_per_sample == 1, "prompting.max_images_per_sample is 1", ".max_images_per_sample"
+)
+
+
 class PromptingConfig(Section):
+    all_decide = decides("data")
+
     image_token: str = "<image>"
     """Marker of an image in the user turns of record files."""
     max_images_per_sample: Positive = 2
@@ -178,18 +232,19 @@ class PromptingConfig(Section):
     too_long: Literal["truncate_answer", "reject"] = "truncate_answer"
     """A sample longer than ``max_seq_len``: cut the end of its last answer and count it, or reject, name and count it.
     One whose prompt alone is too long is rejected in either case."""
-    template: Literal["caption", "conversation", "chat"] | None = None
+    template: Template | None = None
     """caption: templates A and B. conversation: the records' own user text, no chat template. chat: the tokenizer's
     chat template. Default caption in stage align, chat in stage instruct."""
-    chat_template: str | None = None
+    # The tiny tokenizers know ChatML's control tokens; in another template theirs would be ordinary text.
+    chat_template: Annotated[str | None, _NO_CHAT, Tiny()] = None
     """chat: a Jinja file to use instead of the tokenizer's own template."""
-    system: str | None = None
+    system: Annotated[str | None, _NO_CHAT] = None
     """chat: system text put before conversations that have none. Default: whatever the template does by itself."""
-    thinking: bool = False
+    thinking: Annotated[bool, _NO_CHAT] = False
     """chat: for templates with a reasoning mode (Qwen3), whether a prompt leaves it open (``enable_thinking``)."""
-    instruction: str = "Describe the image in one sentence."
+    instruction: Annotated[str, _CHAT] = "Describe the image in one sentence."
     """Template A's text after the image."""
-    instruction_multi: str = "Describe each image in order, one sentence per image."
+    instruction_multi: Annotated[str, _CHAT, _ONE_IMAGE] = "Describe each image in order, one sentence per image."
     """Template B's text after the images."""
     im_start: str = "auto"
     """Text whose existing tokens open an image; auto: the tokenizer's own vision token, else ``[``."""

@@ -17,7 +17,7 @@ import yaml
 from beholder.config.inert import drop, inert_settings, without_inert
 from beholder.config.run import RunConfig
 from beholder.config.section import Section
-from beholder.config.stages import GateConfig, stage_gates
+from beholder.config.stages import GateConfig
 from beholder.config.studies import SCALES
 from beholder.config.tree import MAX_BYTES, ConfigError, Loader, Problem, Tree, compose, override, read_node, show
 from beholder.config.validate import validate
@@ -86,7 +86,7 @@ def dump_config(cfg: RunConfig) -> str:
     raw = without_inert(cfg).model_dump(mode="json")
     for inert in inert_settings(cfg):
         drop(raw, inert.path)
-    _drop_unsaid(raw["gates"], stage_gates(cfg.stage_name))
+    _drop_unsaid(raw["gates"], cfg.stage_record.gates)
     _drop_empty(raw)
     return yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 

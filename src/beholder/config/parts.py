@@ -6,35 +6,52 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from beholder.config.section import Positive, Section
+from beholder.config.section import Inert, Positive, Section, Tiny, decides
 
 # ---------------------------------------------------------------------------------------------------------------
 # model
 
 
+NO_ADAPTERS = Inert(
+    lambda cfg, _: not cfg.has_adapters, "there are no adapters (stage align, or model.lora.enable: false)",
+    "stage model.lora.enable",
+)  # fmt: skip
+FROZEN_CONNECTOR = Inert(
+    lambda cfg, _: not cfg.model.connector.trainable, "model.connector.trainable is false", "model.connector.trainable"
+)
+_NOT_PERCEIVER = Inert(lambda _, own: own.kind != "perceiver", "only the perceiver resampler has it", ".kind")
+_LINEAR = Inert(lambda _, own: own.kind == "linear", "a linear projector has none", ".kind")
+_NOT_TIMM = Inert(
+    lambda _, own: not own.name_or_path.startswith("timm/"),
+    "it belongs to timm/<name> towers; a Hugging Face folder holds its own weights", ".name_or_path",
+)  # fmt: skip
+
+
 class LlmConfig(Section):
-    name_or_path: str
+    name_or_path: Annotated[str, decides("place", "weights", "held_out")]
     """Hub name, local folder, or a ``.gguf`` file of a causal language model."""
-    revision: str | None = None
+    revision: Annotated[str | None, Tiny()] = None
     """Hub commit or tag."""
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
+    attn_implementation: Annotated[
+        Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"], Tiny(value="sdpa")
+    ] = "sdpa"
     """Attention kernel. Packing is proven for sdpa and eager on CPU; each kernel is checked again at start-up."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """Storage and compute type of the frozen weights."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, decides("speed")] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     use_cache: Literal[False] = False
     """Key/value cache while training; generation always uses one."""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, Tiny(value=False)] = False
     """Run Python code that comes with the checkpoint. Off unless you say so."""
 
 
 class VisionConfig(Section):
-    name_or_path: str
+    name_or_path: Annotated[str, decides("place")]
     """Hub name or local folder of a Hugging Face vision tower, or ``timm/<name>``."""
-    revision: str | None = None
+    revision: Annotated[str | None, Tiny()] = None
     """Hub commit or tag."""
-    weights: str | None = None
+    weights: Annotated[str | None, decides("place"), _NOT_TIMM] = None
     """``timm/…`` only: a local ``.safetensors`` file to load strictly, instead of timm's own download."""
     freeze: Literal[True] = True
     """The tower stays bit-identical."""
@@ -42,7 +59,7 @@ class VisionConfig(Section):
     """Hidden layer whose patch tokens are used: -1 is the tower's final output, -2 the layer before."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """Compute type of the tower."""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, Tiny(value=False)] = False
     """Run Python code that comes with the checkpoint. Off unless you say so."""
 
 
@@ -50,29 +67,29 @@ class ResamplerConfig(Section):
     kind: Literal["perceiver", "mean_pool", "grid", "pixel_shuffle", "none"] = "perceiver"
     """perceiver: learned latents attend to the patches. mean_pool: one token. grid: average-pooled square.
     pixel_shuffle: neighbouring patches stacked into channels. none: every patch is a token."""
-    num_latents: Positive | None = None
+    num_latents: Annotated[Positive | None, Tiny()] = None
     """Visual tokens per image; must equal ``connector.num_visual_tokens`` when both are given."""
-    depth: Positive = 2
+    depth: Annotated[Positive, _NOT_PERCEIVER] = 2
     """perceiver: number of cross-attention blocks."""
-    num_heads: Positive = 8
+    num_heads: Annotated[Positive, _NOT_PERCEIVER, Tiny(value=4)] = 8
     """perceiver: attention heads."""
-    dim: Positive | None = None
+    dim: Annotated[Positive | None, _NOT_PERCEIVER, Tiny(value=64)] = None
     """perceiver: width Dr; default the tower's width."""
-    latent_std: Annotated[float, Field(gt=0)] = 1.0
+    latent_std: Annotated[float, Field(gt=0), _NOT_PERCEIVER] = 1.0
     """perceiver: standard deviation the latents are drawn with. See `model.connector.Perceiver` for why it is 1."""
 
 
 class ProjectorConfig(Section):
     kind: Literal["mlp", "linear"] = "mlp"
     """mlp: Linear, GELU, Linear. linear: one matrix."""
-    hidden: Positive | None = None
+    hidden: Annotated[Positive | None, _LINEAR, Tiny()] = None
     """mlp: hidden width; default the language model's width."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1), _LINEAR] = 0.0
     """mlp: dropout after the activation; 0 to 0.1 is usual."""
 
 
 class ConnectorConfig(Section):
-    load_checkpoint: str | None = None
+    load_checkpoint: Annotated[str | None, decides("place"), Tiny()] = None
     """A run folder or a checkpoint folder whose connector this run starts from."""
     trainable: bool = True
     num_visual_tokens: Positive | None = None
@@ -104,20 +121,29 @@ class ConnectorConfig(Section):
 
 
 class LoraConfig(Section):
-    enable: bool = False
+    enable: Annotated[
+        bool,
+        Inert(
+            lambda cfg, _: cfg.stage is not None and not cfg.stage_record.adapters,
+            "the stage trains no adapters",
+            "stage",
+        ),
+    ] = False
     """Train low-rank adapters on the language model (stage 2)."""
-    r: Positive = 16
+    r: Annotated[Positive, NO_ADAPTERS] = 16
     """Rank of the two matrices of an adapter."""
-    alpha: Positive = 32
+    alpha: Annotated[Positive, NO_ADAPTERS] = 32
     """The adapter's output is scaled by alpha / r."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    dropout: Annotated[float, Field(ge=0, lt=1), NO_ADAPTERS] = 0.05
     """Dropout on the adapter's input while training."""
-    strength: Annotated[float, Field(gt=0, le=1)] = 1.0
+    strength: Annotated[float, Field(gt=0, le=1), NO_ADAPTERS] = 1.0
     """Outside training (evaluations, checkpoints as others load them, chat) adapters are scaled by this too: a model
     on the line from the language model's own weights (0) to the trained ones (1). Below 1 it keeps more of the language
     (WiSE-FT, Wortsman et al. 2022)."""
-    bias: Literal["none"] = "none"
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    bias: Annotated[Literal["none"], NO_ADAPTERS] = "none"
+    target_modules: Annotated[tuple[str, ...], NO_ADAPTERS] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
     """Linear layers of the language model that get an adapter: the last part of a module's name (``q_proj``), several
     parts (``self_attn.q_proj``), or a regular expression that matches the whole name below the language model. Each
     must match something, and nothing outside the language model's layers; the resolved list is printed and counted."""

@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from beholder.config.data import DataConfig, FeaturesConfig, HygieneLimits, PromptingConfig
-from beholder.config.parts import ModelConfig
-from beholder.config.section import Cadence, Fraction, Positive, Section
-from beholder.config.stages import GateConfig, complete_gates, stage_gates, stage_of
+from beholder.config.data import DataConfig, FeaturesConfig, HygieneLimits, PromptingConfig, Template
+from beholder.config.parts import FROZEN_CONNECTOR, NO_ADAPTERS, ModelConfig
+from beholder.config.section import Cadence, Fraction, Inert, Positive, Section, Tiny, decides
+from beholder.config.stages import GateConfig, Stage, StageName, complete_gates, stage_of
 from beholder.config.studies import SweepConfig
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -21,36 +21,44 @@ from beholder.config.studies import SweepConfig
 
 class PerGroup(Section):
     connector: Annotated[float, Field(ge=0)]
-    lora: Annotated[float, Field(ge=0)] = 0.0
+    lora: Annotated[float, Field(ge=0)]
 
 
 class LearningRates(PerGroup):
-    connector: Annotated[float, Field(ge=0)] = 1e-4
+    connector: Annotated[float, Field(ge=0), FROZEN_CONNECTOR] = 1e-4
     """Peak learning rate of the connector."""
-    lora: Annotated[float, Field(ge=0)] = 5e-5
+    lora: Annotated[float, Field(ge=0), NO_ADAPTERS] = 5e-5
     """Peak learning rate of the adapters (stage 2)."""
 
 
 class WeightDecays(PerGroup):
-    connector: Annotated[float, Field(ge=0)] = 0.01
+    connector: Annotated[float, Field(ge=0), FROZEN_CONNECTOR] = 0.01
     """On the connector's matrices; norms, biases and latents always get 0."""
-    lora: Annotated[float, Field(ge=0)] = 0.0
+    lora: Annotated[float, Field(ge=0), NO_ADAPTERS] = 0.0
+
+
+_SHOWN = decides("measuring")
 
 
 class TrainConfig(Section):
-    num_epochs: Annotated[float, Field(gt=0)] = 1
+    num_epochs: Annotated[
+        float, Field(gt=0),
+        Inert(lambda _, own: own.train_steps is not None, "train.train_steps decides", ".train_steps"),
+    ] = 1  # fmt: skip
     """Passes over the training samples. Ignored when ``train_steps`` is given."""
     train_steps: Positive | None = None
     """Optimizer steps."""
-    micro_batch_size: Positive = 8
+    micro_batch_size: Annotated[Positive, Tiny(at_most=4)] = 8
     """Samples in one forward and backward pass. When packed: whole rows, as many as so many samples fill on average,
     at least one; so a micro-batch of 1 is packed too (up to 64 samples of a step share rows), in the memory of a row of
     ``pack_len``."""
-    gradient_accum: Positive = 1
+    gradient_accum: Annotated[Positive, Tiny(at_most=2)] = 1
     """micro_batch_size x gradient_accum samples make one optimizer step, however many processes share them."""
     packing: bool = True
     """Lay several samples into one row, with restarting positions and block-diagonal attention."""
-    pack_len: Positive | None = None
+    pack_len: Annotated[
+        Positive | None, Inert(lambda _, own: not own.packing, "train.packing is false", ".packing")
+    ] = None
     """Longest packed row in tokens; default max_seq_len."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """Compute type; trainable weights and optimizer state are always fp32."""
@@ -62,72 +70,124 @@ class TrainConfig(Section):
     warmup_ratio: Fraction = 0.03
     """Share of the steps with a linearly rising learning rate."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    min_lr_ratio: Fraction = 0.1
+    min_lr_ratio: Annotated[
+        Fraction, Inert(lambda _, own: own.lr_scheduler == "constant", "the schedule is constant", ".lr_scheduler")
+    ] = 0.1
     """Share of the peak the schedule ends at."""
-    save_every: Positive = 1000
+    save_every: Annotated[Positive, _SHOWN] = 1000
     """Steps between checkpoints; one is always written at the end."""
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 3
+    keep_checkpoints: Annotated[int, Field(ge=2), _SHOWN] = 3
     """Checkpoints kept; never fewer than two."""
-    log_every: Positive = 20
+    log_every: Annotated[Positive, _SHOWN, Tiny(value=1)] = 20
     """Steps between log lines; metrics.jsonl gets every step."""
-    full_eval_every: Cadence | Positive = "epoch"
+    full_eval_every: Annotated[Cadence | Positive, _SHOWN] = "epoch"
     """When the whole held-out set is evaluated. epoch, in stage instruct: at every ``save_every`` too, because the best
     checkpoint is chosen among those that were (S2-7)."""
-    quick_eval_size: Annotated[int, Field(ge=0)] = 0
+    quick_eval_size: Annotated[
+        int, Field(ge=0), _SHOWN, Tiny(at_most=4),
+        Inert(
+            lambda _, own: own.quick_eval_steps == 0, "train.quick_eval_steps is 0 or not given", ".quick_eval_steps"
+        ),
+    ] = 0  # fmt: skip
     """Held-out samples of a quick evaluation."""
-    quick_eval_steps: Annotated[int, Field(ge=0)] = 0
+    quick_eval_steps: Annotated[
+        int, Field(ge=0), _SHOWN, Tiny(at_most=2),
+        Inert(lambda _, own: own.quick_eval_size == 0, "train.quick_eval_size is 0 or not given", ".quick_eval_size"),
+    ] = 0  # fmt: skip
     """Steps between quick evaluations; 0: none."""
-    tqdm_disable: bool = False
+    tqdm_disable: Annotated[bool, _SHOWN] = False
     """No live progress bar, even on a terminal."""
-    progress_percent: Annotated[float, Field(gt=0, le=1)] = 0.1
+    progress_percent: Annotated[float, Field(gt=0, le=1), _SHOWN] = 0.1
     """Share of an epoch between ``[progress]`` lines."""
-    num_threads: Positive | None = None
+    num_threads: Annotated[Positive | None, decides("speed"), Tiny(value=1)] = None
     """CPU threads of a process; default torch's."""
 
 
 class GenerateConfig(Section):
     temperature: Annotated[float, Field(ge=0)] = 0.2
     """0: greedy."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
-    max_new_tokens: Positive = 64
+    top_p: Annotated[
+        float, Field(gt=0, le=1),
+        Inert(lambda _, own: own.temperature == 0, "temperature 0 is greedy", ".temperature"),
+    ] = 0.9  # fmt: skip
+    max_new_tokens: Annotated[Positive, Tiny(value=6)] = 64
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
 
 
+_NEVER_WRITTEN = Inert(
+    lambda cfg, _: cfg.golden_size == 0 or cfg.eval.run_golden_every == "never",
+    "the fixed set is never captioned (eval.golden_size 0, or run_golden_every never)",
+    "eval.golden_size eval.run_golden_every",
+)
+_NO_CAPTIONS = Inert(lambda _, own: own.caption_samples == 0, "eval.caption_samples is 0", ".caption_samples")
+
+
 class EvalConfig(Section):
-    batch_size: Positive = 16
+    all_decide = decides("measuring")
+
+    batch_size: Annotated[Positive, Tiny(at_most=8)] = 16
     """Samples a forward pass; the numbers do not depend on it."""
-    golden_set_path: str | None = None
+    golden_set_path: Annotated[str | None, _NEVER_WRITTEN] = None
     """File of the fixed set; made on first use. Default inside the run folder."""
-    golden_size: Annotated[int, Field(ge=0)] | None = None
+    golden_size: Annotated[
+        Annotated[int, Field(ge=0)] | None,
+        Inert(
+            lambda cfg, own: own.golden_size is not None and cfg.golden_size > 0 and own.run_golden_every == "never",
+            "eval.run_golden_every is never", ".run_golden_every",
+        ),
+    ] = None  # fmt: skip
     """Samples of the fixed set that is captioned or asked during training. Default 32 in stage align, 64 in stage
     instruct."""
-    golden_seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 123
-    run_golden_every: Literal["save", "epoch", "end", "never"] | Positive = "save"
-    golden_batch_size: Positive = 8
-    golden_generate: GenerateConfig = GenerateConfig()
-    caption_samples: Annotated[int, Field(ge=0)] = 256
+    golden_seed: Annotated[int, Field(ge=0, le=2**32 - 1), _NEVER_WRITTEN] = 123
+    run_golden_every: Annotated[
+        Literal["save", "epoch", "end", "never"] | Positive,
+        Inert(lambda cfg, _: cfg.golden_size == 0, "eval.golden_size is 0", ".golden_size"),
+    ] = "save"
+    golden_batch_size: Annotated[Positive, _NEVER_WRITTEN] = 8
+    golden_generate: Annotated[GenerateConfig, _NEVER_WRITTEN] = GenerateConfig()
+    caption_samples: Annotated[int, Field(ge=0), Tiny(at_most=4)] = 256
     """Held-out samples whose last answer is written at the end, greedily. align: captions, scored by exact match, BLEU,
     ROUGE-L, CIDEr-D and CHAIR; instruct: answers, scored by VQA accuracy, POPE and exact match as well. 0: none."""
-    answer_tokens: Positive = 64
+    answer_tokens: Annotated[Positive, _NO_CAPTIONS, Tiny(at_most=6)] = 64
     """Longest answer written for them, in tokens."""
-    qa_samples: Annotated[int, Field(ge=0)] = 200
+    qa_samples: Annotated[
+        int, Field(ge=0), Tiny(at_most=4),
+        Inert(
+            lambda cfg, _: "questions" not in cfg.stage_record.measures,
+            "stage instruct is asked the data's own questions (eval.caption_samples)", "stage model.lora.enable",
+        ),
+    ] = 200  # fmt: skip
     """align: questions made from the held-out captions ("What is in the image?", "What colour is the …?"); 0: none."""
-    retention_path: str | None = None
+    retention_path: Annotated[
+        str | None, Tiny(),
+        Inert(
+            lambda cfg, _: not cfg.has_adapters, "a frozen language model is compared bit by bit",
+            "stage model.lora.enable",
+        ),
+    ] = None  # fmt: skip
     """instruct: a text file, a passage a line, on which the language model with and without its adapters is compared.
     Default a fixed set of the package (English, other languages, code, arithmetic, dialogue)."""
-    object_list: str | None = None
+    object_list: Annotated[
+        str | None, Tiny(),
+        Inert(
+            lambda _, own: own.caption_samples == 0 and own.qa_samples == 0,
+            "no captions are written and no questions asked", ".caption_samples .qa_samples",
+        ),
+    ] = None  # fmt: skip
     """Objects for CHAIR and the questions: a text file, one ``name: synonym, synonym`` a line. Default COCO's 80."""
-    clip_model: str | None = None
+    clip_model: Annotated[str | None, _NO_CAPTIONS, Tiny()] = None
     """CLIP folder or hub name for CLIPScore; none: not measured."""
-    audit_turns: Annotated[int, Field(ge=0)] = 128
+    audit_turns: Annotated[int, Field(ge=0), Tiny(at_most=8)] = 128
     """Held-out answers that the language model is scored on without any image, and the trained model with an empty one
     (leakage audit); 0: none."""
 
 
 class AblationConfig(Section):
+    all_decide = decides("measuring")
+
     run_every: Cadence | Positive = "end"
     """When the loss with the wrong images is measured besides the end."""
-    num_samples: Annotated[int, Field(ge=2)] = 256
+    num_samples: Annotated[int, Field(ge=2), Tiny(at_most=8)] = 256
     """Held-out samples of the measurement; shuffling needs at least two."""
     conditions: tuple[Literal["shuffled", "zero", "noise"], ...] = ("shuffled", "zero", "noise")
     """The wrong images: another sample's, one whose normalised pixels are 0, one whose normalised pixels are drawn
@@ -137,15 +197,15 @@ class AblationConfig(Section):
 class RunConfig(Section):
     """One run: a stage, its parts, its data, its training and its evidence."""
 
-    run_name: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$")]
+    run_name: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$"), decides("run")]
     """Name of the run; part of a path, so without slashes and not starting with a dot."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """Decides order, split, initial weights and dropout."""
-    stage: Literal["align", "instruct"] | None = None
+    stage: StageName | None = None
     """Default: instruct when ``model.lora.enable`` is set, else align."""
-    output_dir: str | None = None
+    output_dir: Annotated[str | None, decides("run")] = None
     """Run folder; default ``outputs/<run_name>``."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], decides("speed"), Tiny(value="cpu")] = "auto"
     """Where the model runs."""
     model: ModelConfig
     data: DataConfig
@@ -154,12 +214,14 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     ablation: AblationConfig = AblationConfig()
-    gates: Annotated[dict[str, GateConfig], Field(default_factory=dict, validate_default=True)]
+    gates: Annotated[dict[str, GateConfig], Field(default_factory=dict, validate_default=True), _SHOWN]
     """What the evidence must show before the run may be built upon; the stage's own gates unless changed by name."""
-    scales: Annotated[dict[str, dict[str, bool | int | float | str | None]], Field(default_factory=dict)]
+    scales: Annotated[
+        dict[str, dict[str, bool | int | float | str | None]], Field(default_factory=dict), decides("run")
+    ]
     """Named sets of settings (dotted name: value) for ``beholder run CONFIG --scale NAME``, in place of the runbook's
     smoke, trial and full."""
-    sweep: SweepConfig | None = None
+    sweep: Annotated[SweepConfig | None, decides("run"), Tiny()] = None
     """Only for ``beholder sweep``."""
 
     @field_validator("gates")
@@ -173,27 +235,36 @@ class RunConfig(Section):
         return self.seed if self.data.split_seed is None else self.data.split_seed
 
     @property
-    def stage_name(self) -> Literal["align", "instruct"]:
+    def stage_record(self) -> Stage:
+        """What its stage is: the one it names, else the one that what may learn makes it."""
         return stage_of(self.stage, self.model)
+
+    @property
+    def stage_name(self) -> str:
+        return self.stage_record.name
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters learn."""
+        return self.stage_record.adapters and self.model.lora.enable
 
     @property
     def golden_size(self) -> int:
         """Samples of the fixed set that are asked for; fewer when fewer are held out."""
-        default = 32 if self.stage_name == "align" else 64
-        return default if self.eval.golden_size is None else self.eval.golden_size
+        return self.stage_record.golden_size if self.eval.golden_size is None else self.eval.golden_size
 
     @property
     def hygiene(self) -> HygieneLimits:
         """What hygiene holds training records to in this stage."""
-        return self.data.hygiene.limits(self.stage_name)
+        return self.data.hygiene.limits(self.stage_record.hygiene)
 
     @property
     def run_dir(self) -> str:
         return self.output_dir or f"outputs/{self.run_name}"
 
     @property
-    def template(self) -> Literal["caption", "conversation", "chat"]:
-        return self.prompting.template or ("chat" if self.stage_name == "instruct" else "caption")
+    def template(self) -> Template:
+        return self.prompting.template or self.stage_record.template
 
     @property
     def effective_batch(self) -> int:
@@ -202,18 +273,20 @@ class RunConfig(Section):
 
     def impossible(self) -> list[str]:
         wrong: list[str] = []
-        if self.stage_name == "instruct" and not self.model.lora.enable and not self.model.connector.trainable:
+        stage, most = self.stage_record, self.prompting.max_images_per_sample
+        if not self.model.connector.trainable and stage.connector_learns:
+            wrong.append(f"stage {stage.name} trains the connector, but model.connector.trainable is false")
+        elif not self.model.connector.trainable and not self.has_adapters:
             wrong.append("nothing would be trained: model.lora.enable and model.connector.trainable are false")
-        if self.stage_name == "align" and not self.model.connector.trainable:
-            wrong.append("stage align trains the connector, but model.connector.trainable is false")
-        if self.stage_name == "instruct" and self.template == "caption":
+        if self.template not in stage.templates:
             wrong.append(
-                "stage instruct answers questions, and prompting.template caption has none; use chat or conversation"
+                f"stage {stage.name} answers questions, and prompting.template {self.template} has none; use "
+                f"{' or '.join(stage.templates)}"
             )
-        if self.stage_name == "instruct" and self.prompting.max_images_per_sample > 1:
+        if stage.max_images is not None and most > stage.max_images:
+            number = {1: "one image"}.get(stage.max_images, f"at most {stage.max_images} images")
             wrong.append(
-                "stage instruct takes one image a sample; set prompting.max_images_per_sample: 1 (several images come "
-                "with stage multi)"
+                f"stage {stage.name} takes {number} a sample; set prompting.max_images_per_sample: {stage.max_images}"
             )
         if self.prompting.max_images_per_sample < 2 and self.data.multi_image_fraction > 0:
             wrong.append("data.multi_image_fraction needs prompting.max_images_per_sample of at least 2")
@@ -227,7 +300,7 @@ class RunConfig(Section):
             if gate.strata and gate.stratum is not None:
                 wrong.append(f"gates.{name}: strata judges every group and stratum one of them; give one of the two")
             if gate.measure is None:
-                own = ", ".join(stage_gates(self.stage_name))
+                own = ", ".join(stage.gates)
                 wrong.append(f"gates.{name} has no measure; name what it judges, or use one of the stage's own: {own}")
             elif not gate.bound:
                 wrong.append(f"gates.{name} has no bound; give above, at_least or at_most")

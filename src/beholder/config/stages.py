@@ -1,18 +1,21 @@
-"""The stages: what each of them must show, and which one a config is."""
+"""The stages: one `Stage` record each, and the gates it must pass. Here is where a stage is added."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-from beholder.config.parts import LoraConfig
-from beholder.config.section import Positive, Section
-
-# ---------------------------------------------------------------------------------------------------------------
-# gates
+from beholder.config.data import CAPTION_SPAM, HygieneLimits, Template
+from beholder.config.parts import ModelConfig
+from beholder.config.section import Positive, Section, decides
+from beholder.types import Condition
 
 
 class GateConfig(Section):
     """A condition that the evidence of a run must meet before the run may be built upon."""
+
+    all_decide = decides("measuring")
 
     enable: bool = True
     measure: str | None = None
@@ -105,23 +108,126 @@ INSTRUCT_GATES: dict[str, GateConfig] = GATES | {
 """The gates of every instruction tuning (S2-5, S2-7): the alignment's, about a model whose adapters learn."""
 
 
-def stage_gates(stage: Literal["align", "instruct"]) -> dict[str, GateConfig]:
-    return INSTRUCT_GATES if stage == "instruct" else GATES
+@dataclass(frozen=True, slots=True)
+class BestRule:
+    """Which checkpoints may be a run's best (S2-7); of those the one with the lowest held-out loss is."""
+
+    kept: float = 0.5
+    """It must keep this share of the largest image reliance seen so far: a falling loss that is bought by looking less
+    is what instruction tuning does when it goes wrong."""
+    max_collapse: float = 0.5
+    """As the gate ``no_collapse``: golden outputs that are empty, looping or all alike."""
 
 
-def stage_of(stage: str | None, model: object) -> Literal["align", "instruct"]:
-    """The stage of a run that names ``stage`` or leaves it to whether ``model`` has adapters."""
-    if stage in ("align", "instruct"):
-        return stage
-    lora = getattr(model, "lora", None)  # the model section may have errors of its own and be absent
-    return "instruct" if isinstance(lora, LoraConfig) and lora.enable is True else "align"
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What tells a stage from the others. Adding one is adding a record to `STAGES`; nothing asks for its name."""
+
+    name: str
+    is_meant: Callable[[ModelConfig], bool]
+    """Whether a config that names no stage means this one, by what it lets learn."""
+
+    adapters: bool
+    """Adapters may learn (``model.lora``)."""
+    connector_learns: bool
+    """The connector has to learn; else it does as ``model.connector.trainable`` says."""
+    objective: Literal["next_token"]
+
+    template: Template
+    """How samples are laid out unless ``prompting.template`` says otherwise."""
+    templates: tuple[Template, ...]
+    """All that make sense here."""
+    max_images: int | None
+    """Images of a sample; None: as many as ``prompting.max_images_per_sample`` says."""
+    dialogues: bool
+    """Records are held to the rules of a dialogue: the user opens it, about an image, and is always answered."""
+    hygiene: HygieneLimits
+    """What training records are held to unless ``data.hygiene`` says otherwise."""
+
+    writes: Literal["caption", "answer"]
+    """What the model is asked to write for held-out images."""
+    conditions: tuple[Condition, ...]
+    """Under which images it is written. A fourth, under noise, would cost a third more and tell what the loss under
+    noise tells. The blind baseline of a model that chats is the same model, asked without any image."""
+    golden_size: int
+    """Samples of the fixed set, unless ``eval.golden_size`` says otherwise."""
+    golden_by: Literal["length", "category"]
+    """What the fixed set is balanced over."""
+    measures: tuple[str, ...]
+    """What is measured at the end, in this order: rows of `stages.panel`."""
+    evaluates_saves: bool
+    """Under ``full_eval_every: epoch`` every save is evaluated too: the best is chosen among those that were."""
+    gates: Mapping[str, GateConfig]
+    """What its evidence must show; ``gates:`` in a config changes, switches off or adds some by name."""
+    best: BestRule = BestRule()
 
 
-def complete_gates(given: dict[str, GateConfig], stage: Literal["align", "instruct"]) -> dict[str, GateConfig]:
+ALIGN = Stage(
+    name="align",
+    is_meant=lambda model: True,
+    adapters=False,
+    connector_learns=True,
+    objective="next_token",
+    template="caption",
+    templates=("caption", "conversation", "chat"),
+    max_images=None,
+    dialogues=False,
+    hygiene=HygieneLimits(min_tokens=5, max_tokens=60, spam=CAPTION_SPAM),
+    writes="caption",
+    conditions=("correct", "shuffled", "zero"),
+    golden_size=32,
+    golden_by="length",
+    measures=("learned", "looks", "written", "questions", "guessable"),
+    evaluates_saves=False,
+    gates=GATES,
+)
+"""The connector learns from captions (S1)."""
+
+INSTRUCT = Stage(
+    name="instruct",
+    is_meant=lambda model: model.lora.enable is True,
+    adapters=True,
+    connector_learns=False,
+    objective="next_token",
+    template="chat",
+    templates=("chat", "conversation"),
+    max_images=1,
+    dialogues=True,
+    hygiene=HygieneLimits(min_tokens=1, max_tokens=None, spam=()),
+    writes="answer",
+    conditions=("correct", "shuffled", "none"),
+    golden_size=64,
+    golden_by="category",
+    measures=("learned", "looks", "written", "guessable", "retention", "merge"),
+    evaluates_saves=True,
+    gates=INSTRUCT_GATES,
+)
+"""Connector and adapters learn from conversations about one image (S2)."""
+
+STAGES: dict[str, Stage] = {stage.name: stage for stage in (INSTRUCT, ALIGN)}
+"""Every stage by name. A config that names none is of the first that it may be meant as."""
+
+
+if TYPE_CHECKING:
+    StageName = str
+else:
+    StageName = Literal[tuple(STAGES)]
+"""A stage's name, as a config writes it."""
+
+
+def stage_of(name: object, model: object) -> Stage:
+    """The stage of a run that names one or leaves it to what its ``model`` section lets learn."""
+    if isinstance(name, str) and name in STAGES:
+        return STAGES[name]
+    # a section with errors of its own may be absent
+    return next((s for s in STAGES.values() if isinstance(model, ModelConfig) and s.is_meant(model)), ALIGN)
+
+
+def complete_gates(given: Mapping[str, GateConfig], stage: Stage) -> dict[str, GateConfig]:
     """The stage's own gates with what ``given`` changes of them, then the others; all stand in the resolved config."""
     own = {
         name: gate.model_copy(update={f: getattr(given[name], f) for f in given[name].model_fields_set})
         if name in given else gate
-        for name, gate in stage_gates(stage).items()
+        for name, gate in stage.gates.items()
     }  # fmt: skip
     return own | {name: gate for name, gate in given.items() if name not in own}

@@ -11,10 +11,10 @@ from pydantic import BaseModel, ValidationError
 
 from beholder.config.inert import inert_settings
 from beholder.config.run import RunConfig
-from beholder.config.section import Section
+from beholder.config.section import Section, items_of, options_of, section_of, values_of
 from beholder.config.stages import GateConfig, complete_gates, stage_of
 from beholder.config.tree import MAX_DEPTH, SettingPath, Tree, dotted, get_at, show
-from beholder.config.wording import annotation_at, expected, items_of, nearest, options_of, section_of, values_of
+from beholder.config.wording import annotation_at, expected, nearest
 
 
 def validate(tree: Tree) -> RunConfig | None:

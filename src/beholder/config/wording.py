@@ -11,41 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 
 from beholder.config.run import RunConfig
+from beholder.config.section import items_of, section_of, settings, values_of
 from beholder.config.tree import SettingPath
-
-
-def _plain(annotation: Any) -> Any:
-    """The annotation without ``Annotated``."""
-    while get_origin(annotation) is typing.Annotated:
-        annotation = get_args(annotation)[0]
-    return annotation
-
-
-def options_of(annotation: Any) -> tuple[Any, ...]:
-    annotation = _plain(annotation)
-    if get_origin(annotation) in (typing.Union, pytypes.UnionType):
-        return tuple(o for arg in get_args(annotation) for o in options_of(arg))
-    return (annotation,)
-
-
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    return next((o for o in options_of(annotation) if isinstance(o, type) and issubclass(o, BaseModel)), None)
-
-
-def items_of(annotation: Any) -> Any | None:
-    """Annotation of the items of a list-like option."""
-    for option in options_of(annotation):
-        if get_origin(option) in (tuple, list):
-            return get_args(option)[0]
-    return None
-
-
-def values_of(annotation: Any) -> Any | None:
-    """Annotation of the values of an option that is a section with names of the user's own."""
-    for option in options_of(annotation):
-        if get_origin(option) is dict:
-            return get_args(option)[1]
-    return None
 
 
 def annotation_at(path: SettingPath) -> Any | None:
@@ -111,20 +78,12 @@ def _bounds(extra: Any) -> Iterator[str]:
                 yield f"{words} {number}"
 
 
-def _all_paths(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
-    for name, info in model.model_fields.items():
-        yield prefix + name
-        section = section_of(info.annotation)
-        if section is not None:
-            yield from _all_paths(section, f"{prefix}{name}.")
-
-
 def nearest(path: SettingPath) -> str:
     """Advice for a key that does not exist: the nearest name here, or the place where that name does exist."""
     section = section_of(annotation_at(path[:-1]))
     key = str(path[-1])
     names = list(section.model_fields) if section is not None else []
-    elsewhere = [p for p in _all_paths() if p.rsplit(".", 1)[-1] == key]
+    elsewhere = [s.path for s in settings(RunConfig) if s.path.rsplit(".", 1)[-1] == key]
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
     # "batch_size" for "micro_batch_size", "lr_schedule" for "lr_scheduler".
     near = near or [n for n in names if len(key) >= 3 and (key in n or n in key)][:1]

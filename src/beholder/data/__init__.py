@@ -158,7 +158,7 @@ def open_records(cfg: RunConfig, sources: Sequence[SourceConfig]) -> Records:
         image_token=cfg.prompting.image_token,
         max_images=cfg.prompting.max_images_per_sample,
         on_reject="collect",
-        chat=cfg.stage_name == "instruct",
+        chat=cfg.stage_record.dialogues,
     )
 
 

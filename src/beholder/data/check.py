@@ -20,6 +20,7 @@ from rich.text import Text
 
 from beholder.config import HygieneConfig, HygieneLimits, RunConfig, SourceConfig
 from beholder.config.file import load_config
+from beholder.config.stages import ALIGN, INSTRUCT
 from beholder.data.formats import INSTRUCTION_KINDS
 from beholder.data.hygiene import HygieneReport, Progress, apply_hygiene
 from beholder.data.images import ImageFacts
@@ -150,7 +151,7 @@ def check_data(
     guessed = chat is None
     if chat is None:
         chat = all(source.dataset in INSTRUCTION_KINDS for source in sources)
-    cfg = hygiene or HygieneConfig().limits("instruct" if chat else "align")
+    cfg = hygiene or HygieneConfig().limits((INSTRUCT if chat else ALIGN).hygiene)
     records = open_sources(
         sources, image_token=image_token, max_images=max_images or (1 if chat else 2), on_reject="collect", chat=chat
     )

@@ -6,11 +6,9 @@ best     which of a run's checkpoints is its best
 """
 
 from beholder.evidence.record import (
-    CONDITIONS,
     SCHEMA_VERSION,
     AdapterRow,
     Candidate,
-    Condition,
     Cost,
     Curve,
     DataFacts,
@@ -31,6 +29,7 @@ from beholder.evidence.record import (
     thin,
     thumbnail,
 )
+from beholder.types import CONDITIONS, Condition
 
 __all__ = [
     "CONDITIONS",

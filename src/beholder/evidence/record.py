@@ -40,17 +40,11 @@ from typing import Annotated, Any, Literal
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError, model_validator
 
-from beholder.types import Status, UserError
+from beholder.types import Condition, Status, UserError
 
 SCHEMA_VERSION = 1
 """Raised when a reader of the old shape would misread the new one."""
 
-Condition = Literal["correct", "shuffled", "zero", "noise", "none"]
-"""Which image the model was shown: its own, another sample's, one whose normalised pixels are 0, one whose normalised
-pixels are drawn from N(0, 1), or none at all: the same text without the image's place."""
-
-CONDITIONS: tuple[Condition, ...] = ("correct", "shuffled", "zero", "noise")
-"""Under which losses are compared, in the order they are told. ``none`` is for answers that the model writes."""
 
 DataUri = Annotated[str, Field(pattern=r"^data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}$")]
 """An inline picture. The pattern keeps an `evidence.json` from elsewhere from pointing the report at a URL."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from beholder.config import ModelConfig
+from beholder.config import STAGES, ModelConfig, Stage
 from beholder.model.weights import hash_state
 from beholder.types import UserError
 
@@ -35,14 +35,15 @@ INSTRUCT = TrainPlan(language="lora")
 """Stage 2: connector and adapters learn, everything else stays bit-identical."""
 
 
-def plan_of(cfg: ModelConfig, stage: Literal["align", "instruct"]) -> TrainPlan:
+def plan_of(cfg: ModelConfig, stage: Stage) -> TrainPlan:
     """What learns in ``stage``. Raises `UserError` for adapters in a stage that does not train them."""
-    if stage == "align" and cfg.lora.enable:
+    if cfg.lora.enable and not stage.adapters:
         raise UserError(
-            "model.lora.enable is true, but stage align trains the connector alone: set it to false, or stage: instruct"
+            f"model.lora.enable is true, but stage {stage.name} trains the connector alone: set it to false, or "
+            f"another stage: {', '.join(name for name, other in STAGES.items() if other.adapters)}"
         )
     return TrainPlan(
-        connector="full" if cfg.connector.trainable or stage == "align" else "frozen",
+        connector="full" if cfg.connector.trainable or stage.connector_learns else "frozen",
         language="lora" if cfg.lora.enable else "frozen",
     )
 

@@ -214,7 +214,7 @@ def plan(
             _check_named_file(option, path)
     gaps: list[str] = []
     device = _device(cfg)
-    lora = cfg.model.lora if cfg.model.lora.enable and cfg.stage_name == "instruct" else None
+    lora = cfg.model.lora if cfg.has_adapters else None
     language = _try(gaps, lambda: language_shape(cfg.model.llm, llm_config, lora))
     vision = _try(gaps, lambda: vision_shape(cfg.model.vision, vision_config))
     connector = None

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from beholder.config import DatasetKind, RunConfig, SourceConfig
+from beholder.config import DatasetKind, RunConfig, SourceConfig, settings
 from beholder.config.file import dump_config, parse_config, without_inert
 from beholder.data.formats import INSTRUCTION_KINDS
 from beholder.model.weights import quiet_transformers
@@ -432,58 +432,38 @@ def smoke_config(cfg: RunConfig, folder: Path | str, *, num_records: int = 64, s
     folder = Path(folder)
     llm = tiny_llm(folder / "llm", _llm_family(cfg.model.llm.name_or_path))
     vision, weights = tiny_vision(folder / "vision", _vision_family(cfg.model.vision.name_or_path))
-    resampler = cfg.model.connector.resampler
-    smaller: dict[str, Any] = {"num_heads": 4, "dim": 64} if resampler.kind == "perceiver" else {}
-    tokens = cfg.model.connector.tokens_asked if resampler.kind == "perceiver" else None
-    if tokens is not None and tokens > 8:
-        tokens = 8
-    model = cfg.model.model_copy(update={
-        "llm": cfg.model.llm.model_copy(update={
-            "name_or_path": str(llm), "revision": None, "attn_implementation": "sdpa", "trust_remote_code": False,
-        }),
-        "vision": cfg.model.vision.model_copy(update={
-            "name_or_path": vision, "revision": None, "weights": weights, "trust_remote_code": False,
-        }),
-        "connector": cfg.model.connector.model_copy(update={
-            "load_checkpoint": None, "num_visual_tokens": tokens,
-            "resampler": resampler.model_copy(update={"num_latents": None, **smaller}),
-            "projector": cfg.model.connector.projector.model_copy(update={"hidden": None}),
-        }),
-    })  # fmt: skip
-    train, ev = cfg.train, cfg.eval
-    small = RunConfig.model_copy(cfg, update={
-        "model": model,
-        "data": _smoke_data(cfg, folder / "data", num_records),
-        "device": "cpu",
-        "output_dir": str(folder / "run"),
-        # The tiny tokenizers know ChatML's control tokens; in another template theirs would be ordinary text.
-        "prompting": cfg.prompting.model_copy(update={"chat_template": None}),
-        "sweep": None,
-        "features": cfg.features.model_copy(update={"dir": str(folder / "features"), "max_gb": 0.1}),
-        "train": train.model_copy(update={
-            "train_steps": min(steps, train.train_steps or steps),
-            "micro_batch_size": min(train.micro_batch_size, 4), "gradient_accum": min(train.gradient_accum, 2),
-            "save_every": min(train.save_every, max(1, steps // 2)), "log_every": 1,
-            "full_eval_every": train.full_eval_every if isinstance(train.full_eval_every, str) else max(1, steps // 2),
-            "quick_eval_size": min(train.quick_eval_size, 4), "quick_eval_steps": min(train.quick_eval_steps, 2),
-            "num_threads": 1,
-        }),
-        "eval": ev.model_copy(update={
-            "batch_size": min(ev.batch_size, 8), "golden_size": min(cfg.golden_size, 3),
-            "golden_set_path": str(folder / "golden.jsonl") if ev.golden_set_path and cfg.golden_size else None,
-            "run_golden_every": ev.run_golden_every if isinstance(ev.run_golden_every, str) else max(1, steps // 2),
-            "golden_generate": ev.golden_generate.model_copy(update={"max_new_tokens": 6}),
-            "caption_samples": min(ev.caption_samples, 4), "qa_samples": min(ev.qa_samples, 4),
-            "answer_tokens": min(ev.answer_tokens, 6), "retention_path": None,
-            "audit_turns": min(ev.audit_turns, 8), "object_list": None, "clip_model": None,
-        }),
-        "ablation": cfg.ablation.model_copy(update={
-            "run_every": cfg.ablation.run_every if isinstance(cfg.ablation.run_every, str) else max(1, steps // 2),
-            "num_samples": min(cfg.ablation.num_samples, 8),
-        }),
-    })  # fmt: skip
-    # Once more through the schema: model_copy does not validate.
-    return without_inert(RunConfig.model_validate(small.model_dump()))
+    tokens = cfg.model.connector.tokens_asked
+    raw = cfg.model_dump()
+    for setting in settings(RunConfig):
+        if (tiny := setting.tiny) is not None:
+            *sections, name = setting.path.split(".")
+            own: Any = raw
+            for section in sections:
+                own = None if own is None else own[section]
+            if own is not None:
+                own[name] = tiny.of(own[name])
+    raw["model"]["llm"]["name_or_path"] = str(llm)
+    raw["model"]["vision"] |= {"name_or_path": vision, "weights": weights}
+    perceiver = cfg.model.connector.resampler.kind == "perceiver"
+    raw["model"]["connector"]["num_visual_tokens"] = min(tokens, 8) if perceiver and tokens is not None else None
+    half = max(1, steps // 2)
+    raw["train"] |= {
+        "train_steps": min(steps, cfg.train.train_steps or steps), "save_every": min(cfg.train.save_every, half),
+        "full_eval_every": _sooner(cfg.train.full_eval_every, half),
+    }  # fmt: skip
+    raw["eval"] |= {
+        "golden_size": min(cfg.golden_size, 3),
+        "golden_set_path": str(folder / "golden.jsonl") if cfg.eval.golden_set_path and cfg.golden_size else None,
+        "run_golden_every": _sooner(cfg.eval.run_golden_every, half),
+    }  # fmt: skip
+    raw["ablation"]["run_every"] = _sooner(cfg.ablation.run_every, half)
+    raw["features"]["dir"] = str(folder / "features")
+    raw |= {"data": _smoke_data(cfg, folder / "data", num_records).model_dump(), "output_dir": str(folder / "run")}
+    return without_inert(RunConfig.model_validate(raw))
+
+
+def _sooner(every: str | int, steps: int) -> str | int:
+    return every if isinstance(every, str) else steps
 
 
 def _smoke_data(cfg: RunConfig, folder: Path, num_records: int) -> Any:
@@ -494,7 +474,7 @@ def _smoke_data(cfg: RunConfig, folder: Path, num_records: int) -> Any:
         for i, source in enumerate(sources):
             own = colour_source(
                 folder / f"{group}{i}", source.dataset, num_records, seed=len(group) * 100 + i,
-                dialogues=cfg.stage_name == "instruct",
+                dialogues=cfg.stage_record.dialogues,
             )  # fmt: skip
             made.append(own.model_copy(update={"name": source.name, "cap": source.cap}))
         return tuple(made)
@@ -516,7 +496,7 @@ def _smoke_data(cfg: RunConfig, folder: Path, num_records: int) -> Any:
         "num_workers": 0, "pin_memory": False,
         "hygiene": data.hygiene.model_copy(update={
             # Byte tokens: a caption has 8 to 60 of them, a conversation up to 180, whatever bounds the recipe has.
-            "min_tokens": min(cfg.hygiene.min_tokens, 5 if cfg.stage_name == "align" else 1),
+            "min_tokens": min(cfg.hygiene.min_tokens, cfg.stage_record.hygiene.min_tokens),
             "max_tokens": None if cfg.hygiene.max_tokens is None else max(cfg.hygiene.max_tokens, 200),
             # The same 72 captions come back every 72 pictures, by design.
             "duplicates": "report",

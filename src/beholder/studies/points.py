@@ -14,18 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from beholder.config import RunConfig, SweepConfig
+from beholder.config import RunConfig, SweepConfig, decided_by
 from beholder.config.file import ConfigError, config_hash, diff_configs, load_config
 from beholder.runs import to_json
 from beholder.studies.record import Value, titles, word
 from beholder.types import Status, UserError
-
-FIXED = (
-    "run_name", "output_dir", "sweep", "gates", "data.split_seed", "data.split_mode", "data.eval_size",
-    "data.eval_ratio", "data.eval_sources", "data.len_buckets", "data.max_samples", "eval.golden", "ablation",
-    "model.llm.name_or_path",
-)  # fmt: skip
-"""Settings a grid may not vary: runs of a sweep are measured on the same samples, in the same tokens, by one rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +97,9 @@ def _refuse(sweep: SweepConfig, base: RunConfig) -> None:
     if "seed" in sweep.grid:
         wrong.append("sweep.grid varies seed; list the seeds in sweep.seeds, so that they count as repeats")
     for key in sweep.grid:
-        if any(key == f or key.startswith((f + ".", f + "_")) for f in FIXED):
+        decided = decided_by(RunConfig, key)
+        # measured on the same samples, in the same tokens, by one rule
+        if decided & {"held_out", "measuring", "run"} and "data" not in decided:
             wrong.append(
                 f"sweep.grid varies {key}; runs of a sweep must be measured on the same samples by the same rule"
             )

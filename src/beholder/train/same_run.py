@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from beholder.config import RunConfig, decided_by
 from beholder.runs import to_json
 from beholder.train.checkpoint import TRAINER
 from beholder.types import UserError
@@ -16,22 +17,16 @@ ANOTHER = "Use another step of the same run."
 # ---------------------------------------------------------------------------------------------------------------
 # Resume with the same settings
 
-MAY_CHANGE = (
-    "run_name", "output_dir", "device",
-    # where the run starts from is settled once it has started
-    "model.connector.load_checkpoint",
-    # how fast, not what
-    "data.num_workers", "data.prefetch_factor", "data.pin_memory", "data.persistent_workers", "data.verify_images",
-    "features.dir", "features.max_gb", "train.num_threads", "model.llm.gradient_checkpointing",
-    # what is shown, saved and measured
-    "train.save_every", "train.keep_checkpoints", "train.log_every", "train.tqdm_disable", "train.progress_percent",
-    "train.full_eval_every", "train.quick_eval_size", "train.quick_eval_steps",
-    "eval", "ablation", "gates", "scales",
-)  # fmt: skip
-"""Settings (or whole sections) that may differ between an interrupted run and its resumption: none moves a weight."""
 
-MOVED_DATA = ("data.json_path", "data.image_root", "data.sources", "data.eval_sources")
-"""Paths, which may differ when the data's fingerprints are equal: the files were moved, not changed."""
+def may_change(path: str, *, same_data: bool) -> bool:
+    """Whether a setting may differ between an interrupted run and its resumption: none that does moves a weight.
+
+    ``same_data``: the data's fingerprints are equal, so paths of data may differ: the files were moved, not changed.
+    """
+    decided = decided_by(RunConfig, path)
+    if decided & {"weights", "data"} or ("place" in decided and path.startswith("data.") and not same_data):
+        return False
+    return bool(decided & {"measuring", "speed", "place", "run"})
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -56,8 +51,7 @@ def check_same_config(
     then, now = flatten(json.loads(to_json(dict(saved)))), flatten(json.loads(to_json(dict(current))))
     changed = [(k, then.get(k, _ABSENT), now.get(k, _ABSENT)) for k in sorted(then.keys() | now.keys())]
     changed = [(k, a, b) for k, a, b in changed if a != b]
-    allowed = MAY_CHANGE + (MOVED_DATA if same_data else ())
-    refused = [c for c in changed if not any(c[0] == a or c[0].startswith(a + ".") for a in allowed)]
+    refused = [c for c in changed if not may_change(c[0], same_data=same_data)]
     if refused:
         raise UserError(
             "this run cannot go on with another config; these settings changed since the checkpoint:\n  "

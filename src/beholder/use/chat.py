@@ -144,7 +144,7 @@ def talk(conversation: Conversation, *, source: TextIO, out: TextIO, notes: Text
 def _greet(conversation: Conversation, note: Callable[[str], None]) -> None:
     vlm = conversation.vlm
     note(f"{vlm.cfg.run_name}, step {vlm.step}. /help lists the commands.")
-    if vlm.cfg.stage_name == "align":
+    if vlm.cfg.stage_record.writes == "caption":
         note("This run aligned a connector (stage align); it was not taught to chat. Expect descriptions, not answers.")
     if conversation.image is None:
         note("No image yet: /image FILE shows it one.")
