@@ -19,7 +19,7 @@ import torch
 from beholder.data import build_data
 from beholder.data.collate import eval_batches
 from beholder.probes import loss, retention
-from beholder.stages import split_name
+from beholder.stages.session import split_name
 from beholder.types import UserError
 from beholder.use.vlm import load
 

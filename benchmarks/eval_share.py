@@ -34,10 +34,10 @@ from beholder.prepare.packages import prepare_quickstart
 from beholder.prepare.quickstart import recipe
 from beholder.probes.loss import sample_losses, summarize
 from beholder.runs import RunDir
+from beholder.stages.session import Session, open_session
 from beholder.train.distributed import init_distributed
 from beholder.train.objectives import next_token
 from beholder.types import Example
-from beholder.workbench import Workbench, open_bench
 
 TRAIN, EVAL = 16_000, 2_000
 """An epoch and a full evaluation in the seed's shape."""
@@ -62,8 +62,8 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        bench = open_parts(args, Path(folder), console)
-        result = measure(bench, args)
+        session = open_parts(args, Path(folder), console)
+        result = measure(session, args)
     show(console, result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2))
@@ -73,7 +73,7 @@ def main() -> None:
         raise SystemExit(f"the share {result['share']:.1%} is above the goal {args.goal:.1%}")
 
 
-def open_parts(args: argparse.Namespace, folder: Path, console: Console) -> Workbench:
+def open_parts(args: argparse.Namespace, folder: Path, console: Console) -> Session:
     assets = prepare_quickstart(args.parts, say=lambda line: console.print(line, markup=False))
     # A store of its own: one that another run has filled would make no difference, but nothing is left behind either.
     sets = [f"data.eval_size={args.eval}", f"features.dir={json.dumps(str(folder / 'features'))}"]
@@ -82,17 +82,17 @@ def open_parts(args: argparse.Namespace, folder: Path, console: Console) -> Work
     cfg = recipe(assets, folder / "run", [*sets, *args.set])
     run = RunDir(cfg.run_dir)
     run.create()
-    bench = open_bench(cfg, run, init_distributed(cfg.device), split_file=folder / "split.json")
-    bench.fill_features(0, args.steps * args.rounds * cfg.effective_batch + cfg.effective_batch)
-    return bench
+    session = open_session(cfg, run, init_distributed(cfg.device))
+    session.fill_features(0, args.steps * args.rounds * cfg.effective_batch + cfg.effective_batch)
+    return session
 
 
-def measure(bench: Workbench, args: argparse.Namespace) -> dict[str, Any]:
-    cfg, data, model = bench.cfg, bench.data, bench.model
-    assert bench.store is not None, "the recipe stores features"
+def measure(session: Session, args: argparse.Namespace) -> dict[str, Any]:
+    cfg, data, model = session.cfg, session.data, session.model
+    assert session.features.store is not None, "the recipe stores features"
     trained = [p for p in model.connector.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    stream = data.stream(bench.store, cfg, rank=0, world_size=1)
+    stream = data.stream(session.features.store, cfg, rank=0, world_size=1)
     held_out: list[Example] = list(islice(cycle(data.eval_examples), args.eval))
 
     def train(start: int, stop: int) -> None:
@@ -107,7 +107,7 @@ def measure(bench: Workbench, args: argparse.Namespace) -> dict[str, Any]:
         model.train(False)
 
     def evaluate(layout: Layout, stored: bool) -> Callable[[], float]:
-        builder = data.builder(bench.store if stored else None, train=False, cfg=cfg)
+        builder = data.builder(session.features.store if stored else None, train=False, cfg=cfg)
 
         def run() -> float:
             losses = sample_losses(model, eval_batches(held_out, builder, layout, args.batch))
@@ -144,7 +144,7 @@ def measure(bench: Workbench, args: argparse.Namespace) -> dict[str, Any]:
         "eval_samples_per_s": {name: 1 / float(np.median(s)) for name, s in per_eval.items()},
         "epoch_s": TRAIN * float(np.median(per_train)), "precision": cfg.train.precision,
         "batch": cfg.effective_batch, "eval_batch": args.batch, "visual_tokens": model.num_visual_tokens,
-        "threads": torch.get_num_threads(), "device": str(bench.dist.device), "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "device": str(session.dist.device), "torch": torch.__version__,
         "rounds": args.rounds, "steps": args.steps, "eval": args.eval,
     }  # fmt: skip
 

@@ -582,10 +582,10 @@ def main(argv: list[str] | None = None) -> None:
         assert model.vision is not None
         store = fill_store(cfg, Path(name) / "store", data, model.vision)
         lengths = [len(data.encoder.encode(data.train.example_at(p)).ids) for p in range(len(data.train))]
-        targets = data.counts["target_tokens"]
+        targets = data.counts.target_tokens
         console.print(
             f"{args.shape}, {args.precision}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-            f"{len(data.train):,} of {data.counts['records']:,} samples, {np.mean(lengths):.0f} tokens each "
+            f"{len(data.train):,} of {data.counts.records:,} samples, {np.mean(lengths):.0f} tokens each "
             f"({min(lengths)} to {max(lengths)}; {targets['mean']:.0f} supervised), {VISUAL_TOKENS} of them visual; "
             f"{args.rounds} rounds of one step of {args.batch}"
         )

@@ -472,9 +472,9 @@ def evaluate(
 ) -> None:
     """Measure a trained run again on its held-out samples and rewrite evidence and report.
 
-    Python: beholder.remeasure.evaluate_run.
+    Python: beholder.stages.remeasure.evaluate_run.
     """
-    from beholder.remeasure import evaluate_run
+    from beholder.stages.remeasure import evaluate_run
 
     _exit_for(evaluate_run(run_folder, sets or []))
 
@@ -493,10 +493,10 @@ def ablate(
 ) -> None:
     """Loss with its own, another's, an empty and a noise image: does the run look? Its evidence stays as it is.
 
-    Python: beholder.remeasure.ablate_run.
+    Python: beholder.stages.remeasure.ablate_run.
     """
     from beholder.evidence import CONDITIONS
-    from beholder.remeasure import ablate_run
+    from beholder.stages.remeasure import ablate_run
 
     wrong_images = [c for c in CONDITIONS if c != "correct"]
     for name in condition or []:
@@ -510,8 +510,8 @@ def ablate(
 
 def _tell(result: object, json: bool) -> None:
     """An answer as a table or JSON, told by one process of a job."""
-    from beholder.remeasure import Answer
     from beholder.runs import to_json
+    from beholder.stages.remeasure import Answer
 
     assert isinstance(result, Answer)
     if not result.is_main:
@@ -532,10 +532,10 @@ def audit(
 ) -> None:
     """Say how much of a data set can be answered without any image, and what earlier turns give away.
 
-    Python: beholder.remeasure.audit_data.
+    Python: beholder.stages.remeasure.audit_data.
     """
     from beholder.config.file import load_config
-    from beholder.remeasure import audit_data
+    from beholder.stages.remeasure import audit_data
 
     _tell(audit_data(load_config(config, sets or []), num_turns=num_turns, part=part), json)
 

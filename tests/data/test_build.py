@@ -65,8 +65,8 @@ def test_no_image_is_on_both_sides_under_another_name(open_data: Any, sources: A
     train, held_out = trained_on(data), data.eval_examples
     assert len(held_out) == 6 and train
     assert not content(train) & content(held_out)
-    assert data.counts["rejects"]["held_out_image"] >= 6, "at least the other copy of each"
-    assert len(train) + len(held_out) + data.counts["rejects"]["held_out_image"] == 144
+    assert data.counts.rejects["held_out_image"] >= 6, "at least the other copy of each"
+    assert len(train) + len(held_out) + data.counts.rejects["held_out_image"] == 144
 
 
 def test_images_of_eval_sources_leave_training_by_content(open_data: Any, sources: Any, tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_without_a_look_at_images_they_are_told_apart_by_place_and_that_is_told(
     looked = open_data(**FROM_SOURCES, **both)
     blind = open_data(**FROM_SOURCES, **both, data__verify_images="none")
 
-    assert looked.counts["split_notes"] == []
-    assert "verify_images is none" in blind.counts["split_notes"][0]
+    assert looked.counts.split_notes == []
+    assert "verify_images is none" in blind.counts.split_notes[0]
     assert content(trained_on(blind)) & content(blind.eval_examples)
 
 
@@ -139,7 +139,7 @@ def test_a_short_bucket_is_told_and_an_empty_one_is_an_error(open_data: Any, tmp
 
     short = open_data(**stratified, data__len_buckets=[0, middle, longest - 1, 9999])
 
-    (note,) = short.counts["split_notes"]
+    (note,) = short.counts.split_notes
     assert f"bucket long ({longest} tokens or more): {few} held-out samples instead of {few + 1}" in note
     assert len(short.eval_examples) == 3 * (few + 1)
     with pytest.raises(
@@ -185,9 +185,9 @@ def test_instruction_data_is_opened_by_its_stages_rules_and_inserted_markers_are
         data__hygiene={},
     )  # fmt: skip
 
-    assert data.counts["inserted_markers"] == 10
-    assert data.counts["rejects"]["starts_with_assistant"] == 1
-    assert data.counts["eval_buckets"] == dict.fromkeys(("short", "medium", "long"), 2)
+    assert data.counts.inserted_markers == 10
+    assert data.counts.rejects["starts_with_assistant"] == 1
+    assert data.counts.eval_buckets == dict.fromkeys(("short", "medium", "long"), 2)
     for example, bucket, length in zip(data.eval_examples, data.eval_buckets, data.eval_label_len, strict=True):
         said = "\n".join(t.text for t in example.turns if t.role == "assistant")
         assert length == len(said), "a byte a token: all the assistant says"

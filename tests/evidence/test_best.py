@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from beholder.config import BestRule
 from beholder.evidence import Candidate
-from beholder.evidence.best import KEPT, best_of, choose
+from beholder.evidence.best import best_of, choose
 
 
 def at(step: int, eval_loss: float, delta: float | None = 1.0, collapse: float | None = 0.0) -> Candidate:
@@ -68,4 +69,4 @@ def test_at_most_one_is_best_and_no_allowed_one_is_better(candidates: list[Candi
     assert len(marked) == min(1, len(allowed))
     assert all(marked[0].eval_loss <= c.eval_loss for c in allowed)
     most = max((c.delta_shuffled or 0.0 for c in chosen), default=0.0)
-    assert all(c.delta_shuffled is None or c.delta_shuffled >= KEPT * most for c in allowed)
+    assert all(c.delta_shuffled is None or c.delta_shuffled >= BestRule().kept * most for c in allowed)

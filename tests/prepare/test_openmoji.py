@@ -288,7 +288,7 @@ def test_a_run_opens_the_folder_and_rejects_nothing(mini: Path, tiny_config: Any
 
     data = build_data(cfg, tiny_parts.tokenizer, ImageGeometry(32, 32, 4, 8, (0.5,) * 3, (0.5,) * 3), 4)
 
-    assert data.counts["rejects"] == {} and data.counts["train"] + data.counts["eval"] == 6 * MINI + 2
+    assert data.counts.rejects == {} and data.counts.train + data.counts.eval == 6 * MINI + 2
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def test_the_ablation_does_not_depend_on_batch_size_packing_or_processes(
 
     one = losses(bench.batches(bench.padded, 1))
     other = losses(bench.batches(bench.packed, 16))
-    # Two processes each batch every second example; the workbench puts the results back in turn.
+    # Two processes each batch every second example; `together` puts the results back in turn.
     shares = [losses(lambda e, r=r: bench.batches(bench.packed, 4)(e[r::2])) for r in range(2)]
     shared = [shares[i % 2][i // 2] for i in range(len(examples))]
 

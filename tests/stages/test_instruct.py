@@ -19,9 +19,9 @@ from beholder.config.file import dump_config
 from beholder.evidence import Evidence, load_evidence
 from beholder.model.build import build_vlm
 from beholder.prepare.tiny import COLOURS, SHAPES
-from beholder.remeasure import evaluate_run
 from beholder.runs import sha256_file
 from beholder.stages import run_stage
+from beholder.stages.remeasure import evaluate_run
 from beholder.train import checkpoint, restore
 from beholder.types import Status, UserError
 from beholder.use.vlm import load
@@ -177,7 +177,7 @@ def test_resumed_with_dropout_in_the_adapters_equals_the_straight_run(
 def _interrupt(cfg: RunConfig) -> None:
     """The run dies after its third step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("beholder.stages.Watch.on_step", _die_after_3)
+        patch.setattr("beholder.stages.watch.Watch.on_step", _die_after_3)
         with pytest.raises(RuntimeError, match="planted"):
             run_stage(cfg, promote_anyway=True)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from tests.conftest import MakeConfig
 
-from beholder.assessment import late_share
 from beholder.evidence import load_evidence
-from beholder.remeasure import evaluate_run
 from beholder.stages import run_stage
+from beholder.stages.panel import late_share
+from beholder.stages.remeasure import evaluate_run
 from beholder.types import UserError
 
 

@@ -12,9 +12,10 @@ from tests.conftest import MakeConfig, TinyParts
 
 from beholder.evidence import load_evidence
 from beholder.prepare.preview import preview_config
-from beholder.remeasure import evaluate_run
 from beholder.runs import sha256_file
-from beholder.stages import as_read_now, run_stage
+from beholder.stages import run_stage
+from beholder.stages.begin import as_read_now
+from beholder.stages.remeasure import evaluate_run
 from beholder.train.nonfinite import NonFiniteError
 from beholder.types import Status, UserError
 from beholder.use.vlm import load
@@ -77,7 +78,7 @@ def test_resumed_from_a_checkpoint_equals_the_straight_run(tiny_config: MakeConf
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     run_stage(tiny_config(straight))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("beholder.stages.assess", _crash)  # dies after step 4 of 4 …
+        patch.setattr("beholder.stages.run.measure", _crash)  # dies after step 4 of 4 …
         with pytest.raises(RuntimeError, match="planted"):
             run_stage(tiny_config(resumed))
     assert json.loads((resumed / "run" / "run.json").read_text())["status"] == "failed"

@@ -14,17 +14,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from beholder.config import HygieneLimits, RunConfig, SourceConfig
-from beholder.data.chat import ChatEncoder
+from beholder.data.chat import ChatEncoder, EncodeError
 from beholder.data.collate import Layout, SampleBuilder, TrainStream, eval_batches
 from beholder.data.hygiene import HygieneReport, apply_hygiene
-from beholder.data.images import ImagePipeline
+from beholder.data.images import ImageError, ImagePipeline
 from beholder.data.mixture import Mixture
 from beholder.data.sources import Records, Reject, open_sources
 from beholder.data.splits import Split, balanced_sample, bucket_names, load_split, make_split, save_split, shared_images
@@ -32,8 +32,37 @@ from beholder.types import Batch, Example, FeatureReader, ImageGeometry, ImageRe
 
 __all__ = ["Data", "build_data", "build_encoder", "open_records"]
 
+NUM_TRIED = 16
+"""Training samples that are laid out before anything is trained: a template that fits none of them is told now."""
 
-@dataclass
+
+@dataclass(frozen=True)
+class DataCounts:
+    """What became of the records: what the report prints of them."""
+
+    records: int
+    """Of the training sources, bad ones included."""
+    eval_records: int
+    """Of sources of held-out records; 0 without such sources."""
+    accepted: int
+    """Training records that hygiene let through."""
+    train: int
+    eval: int
+    train_buckets: dict[str, int]
+    eval_buckets: dict[str, int]
+    split_notes: list[str]
+    """What a reader of the split must know."""
+    sources: dict[str, int]
+    """Training samples by source."""
+    rejects: dict[str, int]
+    """By reason."""
+    inserted_markers: int
+    duplicates: dict[str, int]
+    target_tokens: dict[str, float]
+    """mean, min and max of the training targets."""
+
+
+@dataclass(frozen=True)
 class Data:
     """Everything a stage needs of its data."""
 
@@ -52,10 +81,52 @@ class Data:
     """Without augmentation: evaluation, feature store, reports."""
     train_pipeline: ImagePipeline
     layout: Layout
-    rejects: list[Reject] = field(default_factory=list)
+    rejects: list[Reject]
     """Structural rejects, then hygiene's, of train and held-out records."""
-    counts: dict[str, Any] = field(default_factory=dict)
-    """What the report prints: records, accepted, train, eval, rejects by reason, target-length histogram …"""
+    counts: DataCounts
+
+    def without_unusable(self, *, skip_bad_images: bool) -> Data:
+        """The same without held-out samples that cannot be laid out, counted and named among the rejects.
+
+        ``skip_bad_images``: also without those whose image cannot be had. Otherwise the probes would each have to lose
+        them on their own, the shuffle after hours of training. Raises `UserError` when none is left, and when none of
+        the first training samples can be laid out.
+        """
+        kept: list[int] = []
+        rejects: list[Reject] = []
+        for i, example in enumerate(self.eval_examples):
+            try:
+                self.encoder.encode(example)
+                for ref in example.images if skip_bad_images else ():
+                    self.pipeline(ref)
+                kept.append(i)
+            except (EncodeError, ImageError) as e:
+                rejects.append(Reject(example.id, example.row, example.file, e.reason, str(e)))
+        if not kept:
+            raise UserError(
+                f"no held-out sample can be used; the last of {len(self.eval_examples)}: {rejects[-1].detail}"
+            )
+        refused: list[EncodeError] = []
+        for position in range(min(NUM_TRIED, len(self.train))):
+            try:
+                self.encoder.encode(self.train.example_at(position))
+                break
+            except EncodeError as e:
+                refused.append(e)
+        else:
+            raise UserError(f"none of the first {len(refused)} training samples can be laid out: {refused[0]}")
+        buckets = [self.eval_buckets[i] for i in kept]
+        return replace(
+            self,
+            eval_examples=[self.eval_examples[i] for i in kept],
+            eval_buckets=buckets,
+            eval_label_len=[self.eval_label_len[i] for i in kept],
+            rejects=[*self.rejects, *rejects],
+            counts=replace(
+                self.counts, eval=len(kept), eval_buckets=dict(Counter(buckets)),
+                rejects=dict(Counter(self.counts.rejects) + Counter(r.reason for r in rejects)),
+            ),
+        )  # fmt: skip
 
     def train_refs(self, start: int, stop: int) -> Iterator[ImageRef]:
         """Images of the training positions ``[start, stop)``, each once, in order of first use."""
@@ -178,7 +249,7 @@ def build_data(
     `UserError` when nothing is left to train on or to evaluate on.
 
     No training sample shows an image whose bytes are those of a held-out one. ``data.verify_images: none`` says that no
-    image is to be looked at beforehand; images are then told apart by where they lie, and ``counts["split_notes"]``
+    image is to be looked at beforehand; images are then told apart by where they lie, and ``counts.split_notes``
     says so.
     """
     d = cfg.data
@@ -250,21 +321,21 @@ def build_data(
             "not have been noticed among the training samples"
         )
     tokens = hygiene.target_tokens[train_indices]
-    counts = {
-        "records": len(records) + len(records.rejects),
-        "eval_records": len(held) + len(held.rejects) if d.eval_sources else 0,
-        "accepted": len(hygiene.accepted),
-        "train": len(train_indices),
-        "eval": len(eval_examples),
-        "train_buckets": dict(Counter(split.bucket[int(i)] for i in train_indices)),
-        "eval_buckets": dict(Counter(eval_buckets)),
-        "split_notes": notes,
-        "sources": dict(Counter(records.source_of(int(i)) for i in train_indices)),
-        "rejects": dict(Counter(r.reason for r in rejects)),
-        "inserted_markers": records.inserted_markers + (held.inserted_markers if d.eval_sources else 0),
-        "duplicates": dict(hygiene.duplicates),
-        "target_tokens": {"mean": float(tokens.mean()), "min": int(tokens.min()), "max": int(tokens.max())},
-    }
+    counts = DataCounts(
+        records=len(records) + len(records.rejects),
+        eval_records=len(held) + len(held.rejects) if d.eval_sources else 0,
+        accepted=len(hygiene.accepted),
+        train=len(train_indices),
+        eval=len(eval_examples),
+        train_buckets=dict(Counter(split.bucket[int(i)] for i in train_indices)),
+        eval_buckets=dict(Counter(eval_buckets)),
+        split_notes=notes,
+        sources=dict(Counter(records.source_of(int(i)) for i in train_indices)),
+        rejects=dict(Counter(r.reason for r in rejects)),
+        inserted_markers=records.inserted_markers + (held.inserted_markers if d.eval_sources else 0),
+        duplicates=dict(hygiene.duplicates),
+        target_tokens={"mean": float(tokens.mean()), "min": int(tokens.min()), "max": int(tokens.max())},
+    )
     t = cfg.train
     return Data(
         records=records,

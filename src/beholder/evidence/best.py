@@ -1,6 +1,6 @@
 """Which of a run's checkpoints is its best: the lowest held-out loss among those that look and do not babble (S2-7).
 
-A pure function of what was measured at each of them; measuring stands in `assessment`, the named pointer in
+A pure function of what was measured at each of them; measuring stands in `stages`, the named pointer in
 `train.checkpoint`.
 """
 
@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from beholder.config import BestRule
 from beholder.evidence.record import Candidate
 
-KEPT = 0.5
-"""A checkpoint must keep this share of the largest image reliance seen so far: a falling loss that is bought by looking
-less is what instruction tuning does when it goes wrong."""
-MAX_COLLAPSE = 0.5
-"""As the gate ``no_collapse``: golden outputs that are empty, looping or all alike."""
+USUAL = BestRule()
 
 
-def choose(candidates: Sequence[Candidate], on_disk: Collection[int] | None = None) -> list[Candidate]:
+def choose(
+    candidates: Sequence[Candidate], on_disk: Collection[int] | None = None, rule: BestRule = USUAL
+) -> list[Candidate]:
     """The candidates in order of their steps, each with why it may not be the best, and at most one marked best.
 
     ``on_disk``: steps whose checkpoint is still there, of which the best is taken; None: all. What a candidate must
@@ -26,7 +25,7 @@ def choose(candidates: Sequence[Candidate], on_disk: Collection[int] | None = No
     """
     steps = sorted({c.step: c for c in candidates}.values(), key=lambda c: c.step)
     most = max((c.delta_shuffled for c in steps if c.delta_shuffled is not None), default=0.0)
-    judged = [c.model_copy(update={"refused": _refusal(c, most), "best": False}) for c in steps]
+    judged = [c.model_copy(update={"refused": _refusal(c, most, rule), "best": False}) for c in steps]
     allowed = [c for c in judged if not c.refused and (on_disk is None or c.step in on_disk)]
     if not allowed:
         return judged
@@ -34,16 +33,18 @@ def choose(candidates: Sequence[Candidate], on_disk: Collection[int] | None = No
     return [c.model_copy(update={"best": c.step == best.step}) for c in judged]
 
 
-def best_of(candidates: Sequence[Candidate], on_disk: Collection[int] | None = None) -> Candidate | None:
+def best_of(
+    candidates: Sequence[Candidate], on_disk: Collection[int] | None = None, rule: BestRule = USUAL
+) -> Candidate | None:
     """The one that `choose` marks, or None when all are refused."""
-    return next((c for c in choose(candidates, on_disk) if c.best), None)
+    return next((c for c in choose(candidates, on_disk, rule) if c.best), None)
 
 
-def _refusal(c: Candidate, most: float) -> str:
+def _refusal(c: Candidate, most: float, rule: BestRule) -> str:
     if c.delta_shuffled is not None and c.delta_shuffled <= 0:
         return f"another sample's image does not make it worse ({c.delta_shuffled:+.3g} nats/token)"
-    if c.delta_shuffled is not None and c.delta_shuffled < KEPT * most:
+    if c.delta_shuffled is not None and c.delta_shuffled < rule.kept * most:
         return f"it looks less than before ({c.delta_shuffled:+.3g} of at most {most:+.3g} nats/token)"
-    if c.collapse is not None and c.collapse > MAX_COLLAPSE:
+    if c.collapse is not None and c.collapse > rule.max_collapse:
         return f"{c.collapse:.0%} of its golden outputs are empty, looping or all alike"
     return ""

@@ -79,6 +79,19 @@ class VisionLanguageModel(nn.Module):
         """What a checkpoint of the connector must say about itself to be refused for the right reason."""
         return dict(self._info)
 
+    def trained_state(self) -> dict[str, Any]:
+        """What learns, as a checkpoint keeps it (the arguments of `train.checkpoint.save_checkpoint`): the connector
+        and what it was built for, the adapters and their config, or None and None without any."""
+        adapter, config = None, None
+        if self.adapters:
+            from beholder.model import adapters
+
+            adapter, config = adapters.adapter_tensors(self.language), adapters.adapter_config(self.language)
+        return {
+            "connector": self.connector.state_dict(), "connector_info": self.connector_info(),
+            "adapter": adapter, "adapter_config": config,
+        }  # fmt: skip
+
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.compute_dtype == torch.float32:
             return nullcontext()

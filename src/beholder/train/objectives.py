@@ -25,3 +25,7 @@ def next_token(model: TokenLossModel, batch: Batch) -> LossTerms:
     """Next-token prediction: negative log-likelihood in nats, summed over the supervised tokens."""
     losses = model(batch)
     return LossTerms(total=losses.nll.float().sum(), tokens=losses.nll.numel())
+
+
+OBJECTIVES: dict[str, Objective] = {"next_token": next_token}
+"""By the name a stage has it under (`config.stages`)."""

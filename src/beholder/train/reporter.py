@@ -7,11 +7,13 @@ measured is `engine`'s; the durable record of it is ``metrics.jsonl``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _SMOOTHING_STEPS = 200
 """Steps the average step time remembers; the first step (warm-up of kernels and workers) is left out."""
@@ -124,6 +126,29 @@ class Reporter:
             self._reported_part = part
             if not self.live:
                 self.line("progress", self._progress(step))
+
+    @contextmanager
+    def progress(self, label: str) -> Iterator[Callable[[int, int], None]]:
+        """A ``tick(done, total)`` for long work: a bar with ETA on a terminal, a line every tenth otherwise."""
+        if self.live:
+            bar = Progress(
+                TextColumn(f"[bold]{label}"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
+                console=self.console, transient=True,
+            )  # fmt: skip
+            with bar:
+                task = bar.add_task(label, total=None)
+                yield lambda done, total: bar.update(task, completed=done, total=total)
+            return
+        started, last = time.perf_counter(), [0]
+
+        def tick(done: int, total: int) -> None:
+            tenth = 10 * done // max(total, 1)
+            if tenth != last[0] and time.perf_counter() - started > 2:
+                last[0] = tenth
+                eta = (time.perf_counter() - started) * (total - done) / max(done, 1)
+                self.line("progress", f"{label} {done}/{total} ({100 * done // max(total, 1)}%) ETA {duration(eta)}")
+
+        yield tick
 
     def time(self, step_time_s: float) -> None:
         """Take a finished step's seconds into the average. The first one of a process is left out: it warms up."""

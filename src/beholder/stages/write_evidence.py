@@ -1,7 +1,7 @@
 """The evidence of a run, put together: measurements with everything that is needed to read them, written and rendered.
 
-What is measured, and in which order, is `assessment`'s business; here it becomes ``evidence.json``, ``metrics.json``,
-``report.html`` and ``report.md``.
+What is measured, and in which order, is `panel`'s and `measure`'s business; here it becomes ``evidence.json``,
+``metrics.json``, ``report.html`` and ``report.md``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,60 +21,29 @@ from beholder.evidence import (
     Curve,
     DataFacts,
     Evidence,
-    Histogram,
     Measurement,
     Prediction,
     Sample,
     TextOnly,
     TrainableRow,
-    WordReliance,
-    WordStat,
     thin,
     thumbnail,
 )
 from beholder.evidence.best import choose
 from beholder.evidence.gates import judge, told, verdict
 from beholder.model.plan import TrainableTable
-from beholder.probes import captions, golden, golden_history, loss, strata, textonly, written
+from beholder.probes import captions, golden, golden_history, strata
 from beholder.report import render
 from beholder.runs import atomic_write, now, to_json
+from beholder.stages.measured import Before, Measured, Trained
+from beholder.stages.session import Session
 from beholder.train.checkpoint import steps_on_disk
-from beholder.types import Status, UserError
-from beholder.workbench import Workbench
+from beholder.types import UserError
 
 CHANGES = ("status", "updated", "step", "best_step", "phases_s", "gates_failed", "error", "signal")
 """What ``run.json`` says of the moment, and not of where the run comes from."""
 
-GoldenItems = list[tuple[int, golden.GoldenItem]]
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Before:
-    """What was measured before training."""
-
-    measurements: list[Measurement]
-    frozen: dict[str, str]
-    text: textonly.TextLogits
-    untrained: list[loss.SampleLoss] | None = None
-    """Of every held-out sample, with the untrained connector."""
-    text_only: list[loss.SampleLoss] | None = None
-    """Of every held-out sample, by the language model alone: no image, no connector."""
-
-
-@dataclass
-class Told:
-    """What the probes say, collected in the order they are asked."""
-
-    measured: list[Measurement] = field(default_factory=list)
-    findings: list[str] = field(default_factory=list)
-    histograms: list[Histogram] = field(default_factory=list)
-    captions: dict[int, list[written.Written]] = field(default_factory=dict)
-    """By index of the held-out sample, one record a condition."""
-    words: dict[int, list[WordReliance]] = field(default_factory=dict)
-    inapplicable: set[str] = field(default_factory=set)
-    """Gates about what this data does not hold."""
-    word_stats: list[WordStat] = field(default_factory=list)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -82,90 +51,79 @@ class Told:
 
 
 def make_evidence(
-    bench: Workbench,
-    table: TrainableTable,
-    before: Before,
-    after: dict[str, str],
-    tell: Told,
-    items: GoldenItems,
-    text: TextOnly,
-    *,
-    step: int,
-    trained: int,
-    status: Status,
-    known: Cost | None,
+    session: Session, table: TrainableTable, m: Measured, trained: Trained, after: dict[str, str], text: TextOnly
 ) -> Evidence:
-    """The measurements with everything that is needed to read them; the main process writes them down.
-
-    ``step``: of the checkpoint that was measured; ``trained``: steps the run made.
-    """
-    cfg, run, c = bench.cfg, bench.run, bench.data.counts
+    """The measurements with everything that is needed to read them; the main process writes them down."""
+    assert m.before is not None, "measured at the end"
+    before, step = m.before, trained.step
+    cfg, run, c = session.cfg, session.run, session.data.counts
     steps = [r for r in run.metrics() if "step" in r]
-    logged = [r for r in steps if "step_time_s" in r and r["step"] <= trained]
+    logged = [r for r in steps if "step_time_s" in r and r["step"] <= trained.steps]
     lost = {id: str(reason) for r in logged for id, reason in r.get("rejected", [])}  # while training, once each
     slugs = Counter(reason.partition(":")[0] for reason in lost.values())
     facts = DataFacts(
-        records=c["records"] + (c["eval_records"] if cfg.data.eval_sources else 0),
-        train=c["train"],
-        eval=c["eval"],
-        sources=c["sources"],
-        rejects=dict(Counter(c["rejects"]) + slugs),
-        duplicates=c["duplicates"],
-        train_buckets=c["train_buckets"],
-        eval_buckets=c["eval_buckets"],
-        held_out_sha256=bench.held_out_sha256,
+        records=c.records + (c.eval_records if cfg.data.eval_sources else 0),
+        train=c.train,
+        eval=c.eval,
+        sources=c.sources,
+        rejects=dict(Counter(c.rejects) + slugs),
+        duplicates=c.duplicates,
+        train_buckets=c.train_buckets,
+        eval_buckets=c.eval_buckets,
+        held_out_sha256=session.held_out.sha256,
         truncated_pct=_weighted(logged, "truncated_pct", "samples"),
         label_zero_pct=_weighted(logged, "label_zero_pct", "samples"),
         eval_origin="their own files" if cfg.data.eval_sources else f"held out by split {cfg.data.split}",
-        fingerprint=bench.data.train.fingerprint,
+        fingerprint=session.data.train.fingerprint,
     )
     rows = [
         TrainableRow(**asdict(r), sha256_before=before.frozen.get(r.part), sha256_after=after.get(r.part))
         for r in table.rows
     ]
-    measured = [*tell.measured, *_as_measurements(facts, rows, text, logged)]
+    measured = [*m.measurements, *_as_measurements(facts, rows, text, logged)]
     candidates = [Candidate.model_validate(r["candidate"]) for r in steps if "candidate" in r]
     evidence = Evidence(
         run_name=cfg.run_name,
         stage=cfg.stage_name,
-        status=status,
+        status=trained.status,
         created=now(),
         summary={
-            "Language model": _short(bench.model.language.name),
+            "Language model": _short(session.model.language.name),
             "Vision tower": _short(cfg.model.vision.name_or_path),
-            "Connector": f"{cfg.model.connector.resampler.kind}, {bench.model.num_visual_tokens} visual tokens",
+            "Connector": f"{cfg.model.connector.resampler.kind}, {session.model.num_visual_tokens} visual tokens",
         },
         trainable=rows,
         data=facts,
         baseline=before.measurements,
         measurements=measured,
-        gates=judge({name: g for name, g in cfg.gates.items() if name not in tell.inapplicable}, measured),
-        findings=tell.findings,
-        words=tell.word_stats,
+        gates=judge({name: g for name, g in cfg.gates.items() if name not in m.inapplicable}, measured),
+        findings=m.findings,
+        words=m.word_stats,
         curves=_curves(steps, before),
-        histograms=tell.histograms,
-        samples=_samples(bench, tell, items, step),
+        histograms=m.histograms,
+        samples=_samples(session, m),
         text_only=text,
-        adapters=[AdapterRow(**asdict(site)) for site in bench.model.adapters],
+        adapters=[AdapterRow(**asdict(site)) for site in session.model.adapters],
         adapter_strength=cfg.model.lora.strength,
-        candidates=choose(candidates, {step, *steps_on_disk(run.checkpoints)}),
+        candidates=choose(candidates, {step, *steps_on_disk(run.checkpoints)}, cfg.stage_record.best),
         step=step,
-        cost=known or _cost(bench, logged, trained),
+        cost=trained.cost or _cost(session, logged, trained),
         provenance={k: v for k, v in run.read_json("run.json").items() if k not in CHANGES},
         config_yaml=dump_config(cfg),
         gaps=[
-            *bench.gaps,
-            *(f"Gate {name}: not judged, no held-out answer is short." for name in sorted(tell.inapplicable)),
+            *session.gaps,
+            *m.gaps,
+            *(f"Gate {name}: not judged, no held-out answer is short." for name in sorted(m.inapplicable)),
         ],
     )
-    _say_figures(bench, evidence)
-    if bench.dist.is_main:
-        rejects = "".join(to_json(asdict(r)) + "\n" for r in bench.data.rejects)
+    _say_figures(session, evidence)
+    if session.dist.is_main:
+        rejects = "".join(to_json(asdict(r)) + "\n" for r in session.data.rejects)
         rejects += "".join(
             to_json({"id": id, "reason": why.partition(":")[0], "detail": why}) + "\n" for id, why in lost.items()
         )
         atomic_write(run.path / "rejects.jsonl", rejects)
-        written = [asdict(r) for by_condition in zip(*tell.captions.values(), strict=True) for r in by_condition]
+        written = [asdict(r) for by_condition in zip(*m.written.values(), strict=True) for r in by_condition]
         if written:
             lines = "".join(to_json(r) + "\n" for r in written)
             atomic_write(run.qual / f"step_{step}_captions{len(written)}.jsonl", lines)
@@ -173,9 +131,9 @@ def make_evidence(
         atomic_write(run.path / "evidence.json", evidence.to_json())
         render(evidence, run.path)
         facts_now = {"best_step": step, "gates_failed": [g.name for g in evidence.failed_gates]}
-        facts_now |= {} if bench.remeasured else {"phases_s": bench.phases_s}
-        run.set_status(status, step=trained, **facts_now)
-        bench.reporter.line("report", str(run.path / "report.html"))
+        facts_now |= {} if trained.again else {"phases_s": session.phases_s}
+        run.set_status(trained.status, step=trained.steps, **facts_now)
+        session.reporter.line("report", str(run.path / "report.html"))
     return evidence
 
 
@@ -219,8 +177,8 @@ def _short(name: str) -> str:
     return Path(name).name if Path(name).is_absolute() else name
 
 
-def _say_figures(bench: Workbench, e: Evidence) -> None:
-    line = bench.reporter.line
+def _say_figures(session: Session, e: Evidence) -> None:
+    line = session.reporter.line
     for name in (
         "eval.loss", "eval.perplexity", "learn.delta", "ablation.loss.correct", "ablation.loss.shuffled",
         "ablation.loss.zero", "ablation.loss.noise", "ablation.delta.shuffled", "ablation.delta.zero",
@@ -273,67 +231,68 @@ def _weighted(records: list[Record], key: str, weight: str) -> float | None:
     return sum(r[key] * r[weight] for r in records) / total if total else None
 
 
-def _cost(bench: Workbench, trained: list[Record], step: int) -> Cost:
-    if not trained:
-        return Cost(steps=step, device=str(bench.dist.device), processes=bench.dist.world_size)
-    seconds = sum(r["step_time_s"] for r in trained)
-    samples, images = sum(r["samples"] for r in trained), sum(r["images"] for r in trained)
-    tokens = sum(r["tokens_per_s"] * r["step_time_s"] for r in trained)
+def _cost(session: Session, logged: list[Record], trained: Trained) -> Cost:
+    if not logged:
+        return Cost(steps=trained.steps, device=str(session.dist.device), processes=session.dist.world_size)
+    seconds = sum(r["step_time_s"] for r in logged)
+    samples, images = sum(r["samples"] for r in logged), sum(r["images"] for r in logged)
+    tokens = sum(r["tokens_per_s"] * r["step_time_s"] for r in logged)
     return Cost(
-        steps=step,
-        epochs=trained[-1]["epoch"],
+        steps=trained.steps,
+        epochs=logged[-1]["epoch"],
         samples=samples,
         images=images,
         tokens=round(tokens),
-        target_tokens=sum(r["tokens"] for r in trained),
-        wall_s=None if bench.resumed else time.perf_counter() - bench.started,  # an earlier process took its time along
+        target_tokens=sum(r["tokens"] for r in logged),
+        wall_s=time.perf_counter() - session.started if trained.whole else None,
         train_s=seconds,
-        phases_s=bench.phases_s,
-        step_s=seconds / len(trained),
+        phases_s=session.phases_s,
+        step_s=seconds / len(logged),
         samples_per_s=samples / seconds,
         images_per_s=images / seconds,
         tokens_per_s=tokens / seconds,
-        data_wait_share=_weighted(trained, "data_wait_share", "step_time_s"),
-        peak_memory_mb=max(r["peak_memory_mb"] for r in trained),
-        feature_store_mb=bench.fill.bytes_used / 1e6 if bench.fill else None,
-        device=str(bench.dist.device),
-        processes=bench.dist.world_size,
+        data_wait_share=_weighted(logged, "data_wait_share", "step_time_s"),
+        peak_memory_mb=max(r["peak_memory_mb"] for r in logged),
+        feature_store_mb=None if (filled := session.features.report) is None else filled.bytes_used / 1e6,
+        device=str(session.dist.device),
+        processes=session.dist.world_size,
     )
 
 
-def _samples(bench: Workbench, tell: Told, items: GoldenItems, step: int) -> list[Sample]:
+def _samples(session: Session, m: Measured) -> list[Sample]:
     """Pictures with what the model wrote over the steps, and what it writes with the wrong image."""
-    if not bench.dist.is_main:
+    if not session.dist.is_main:
         return []
-    data, chats = bench.data, bench.cfg.stage_name == "instruct"
-    shown = bench.shown_sample
+    held, items, step = session.held_out, session.held_out.golden_items, m.step
+    asked = session.cfg.stage_record.writes == "answer"
+    shown = session.held_out.shown_sample
     predictions: dict[int, list[Prediction]] = {i: [] for i in shown}
     index_of = {(item.id, item.gt_text, item.image_relpath): i for i, item in items}
-    for at, path in golden_history.steps_of(bench.run.qual):
-        if at <= step and path == golden.captions_path(bench.run.qual, at, len(items)):
+    for at, path in golden_history.steps_of(session.run.qual):
+        if at <= step and path == golden.captions_path(session.run.qual, at, len(items)):
             try:
                 rows = golden.load_captions(path)
             except UserError as e:  # an earlier step's; this one's measurements are not lost for it
-                bench.gaps.append(f"Golden captions of step {at}: not shown. {e}")
+                m.gaps.append(f"Golden captions of step {at}: not shown. {e}")
                 continue
             for row in rows:
                 if (i := index_of.get((row.id, row.gt_text, row.image_relpath))) in predictions:
                     exact = captions.exact_match(row.pred_text, row.gt_text)
                     predictions[i].append(Prediction(step=at, text=row.pred_text, exact=exact))
     for i in shown:
-        for r in tell.captions.get(i, []):
+        for r in m.written.get(i, []):
             if r.condition != "correct" or not predictions[i]:
                 exact = captions.exact_match(r.prediction, r.reference) if r.condition == "correct" else None
                 predictions[i].append(Prediction(step=step, text=r.prediction, condition=r.condition, exact=exact))
     return [
         Sample(
-            id=data.eval_examples[i].id,
-            images=[thumbnail(data.pipeline.open(ref)) for ref in data.eval_examples[i].images],
-            question=(strata.questions(data.eval_examples[i]) or [""])[-1].strip() if chats else "",
-            reference=data.eval_examples[i].answer_text,
+            id=held.examples[i].id,
+            images=[thumbnail(session.data.pipeline.open(ref)) for ref in held.examples[i].images],
+            question=(strata.questions(held.examples[i]) or [""])[-1].strip() if asked else "",
+            reference=held.examples[i].answer_text,
             predictions=predictions[i],
-            bucket=data.eval_buckets[i],
-            words=tell.words.get(i, []),
+            bucket=held.buckets[i],
+            words=m.words.get(i, []),
         )
         for i in shown
     ]

@@ -1,6 +1,6 @@
 """Measures a finished run again, or one thing about it: all its evidence, the ablation alone, what a blind model knows.
 
-Nothing here trains. What is measured stands in `assessment` and `probes`; the run's split, checkpoint and fingerprints
+Nothing here trains. What is measured stands in `panel` and `probes`; the run's split, checkpoint and fingerprints
 must be those it was trained with.
 """
 
@@ -17,25 +17,28 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from beholder.assessment import assess, by_word, measure_before
 from beholder.config import RunConfig, decided_by
 from beholder.config.file import check_consent, diff_configs, load_config
 from beholder.evidence import Condition, Measurement, load_evidence
-from beholder.model.plan import TrainableTable, apply_train_plan, frozen_fingerprint, plan_of
+from beholder.model.plan import TrainableTable, apply_train_plan, plan_of
 from beholder.probes import audit, loss, reliance
 from beholder.runs import RunDir, atomic_write, stop_signals, to_json
-from beholder.stages import Outcome, sole_writer, split_name
+from beholder.stages.lifetime import sole_writer
+from beholder.stages.measure import measure, measure_before
+from beholder.stages.measured import Trained
+from beholder.stages.panel import by_word
+from beholder.stages.run import Outcome
+from beholder.stages.session import Session, open_session
 from beholder.train import checkpoint, restore, same_run
 from beholder.train.distributed import init_distributed, shutdown_distributed
 from beholder.types import UserError
-from beholder.workbench import Workbench, open_bench
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A trained run on the workbench, with the weights of its best checkpoint, else of its latest."""
+    """A trained run opened, with the weights of its best checkpoint, else of its latest."""
 
-    bench: Workbench
+    session: Session
     table: TrainableTable
     step: int
 
@@ -64,19 +67,18 @@ def reopen(folder: str, overrides: Sequence[str]) -> Iterator[Opened]:
     try:
         with stop_signals(), sole_writer(run, dist):
             where = checkpoint.resolve_checkpoint(path)
-            bench = open_bench(cfg, run, dist, split_file=run.splits / split_name(cfg))
-            table = apply_train_plan(bench.model, plan_of(cfg.model, cfg.stage_record))
-            bench.load(where)
-            bench.frozen = frozen_fingerprint(bench.model)
+            session = open_session(cfg, run, dist)
+            table = apply_train_plan(session.model, plan_of(cfg.model, cfg.stage_record))
+            session.load(where)
             trainer = restore.read_trainer(where)
-            same_run.check_same_fingerprints(restore.entry(trainer, "fingerprints"), bench.fingerprints)
-            bench.resumed = bench.remeasured = True
+            same_run.check_same_fingerprints(restore.entry(trainer, "fingerprints"), session.fingerprints)
             told = run.read_json("run.json").get("promoted") if run.run_path.exists() else None
-            bench.gaps += [told] if told else []
+            if told:
+                session.gap(told)
             if judged := [f"{f}: {a} → {b}" for f, a, b in diff_configs(saved, cfg) if f.startswith("gates.")]:
-                bench.gaps.append(f"Gates judged otherwise than the run declared them: {'; '.join(judged)}.")
-            bench.fill_features(0, 0)
-            yield Opened(bench, table, int(trainer["step"]))
+                session.gap(f"Gates judged otherwise than the run declared them: {'; '.join(judged)}.")
+            session.fill_features(0, 0)
+            yield Opened(session, table, int(trainer["step"]))
     finally:
         shutdown_distributed()
 
@@ -92,17 +94,16 @@ def run_folder(name: str) -> Path:
 def evaluate_run(folder: str, overrides: Sequence[str] = ()) -> Outcome:
     """Measure a run's best checkpoint, else its latest, again, judge its gates, rewrite its evidence and report."""
     with reopen(folder, overrides) as opened:
-        bench = opened.bench
-        status = bench.run.read_status()  # measuring a stopped run does not finish it
-        before = measure_before(bench, fresh=False)
-        known = load_evidence(bench.run.path).cost if (bench.run.path / "evidence.json").is_file() else None
-        latest = checkpoint.latest_checkpoint(bench.run.checkpoints)
-        trained = opened.step if latest is None else int(restore.read_trainer(latest)["step"])
-        known = None if known is not None and known.steps != trained else known  # of an earlier state
-        evidence = assess(
-            bench, opened.table, before, step=opened.step, trained=trained, status=status, known=known
-        )  # fmt: skip
-        return Outcome(bench.run.path, evidence.status, opened.step, evidence=evidence, is_main=bench.dist.is_main)
+        session = opened.session
+        status = session.run.read_status()  # measuring a stopped run does not finish it
+        before = measure_before(session, fresh=False)
+        known = load_evidence(session.run.path).cost if (session.run.path / "evidence.json").is_file() else None
+        latest = checkpoint.latest_checkpoint(session.run.checkpoints)
+        steps = opened.step if latest is None else int(restore.read_trainer(latest)["step"])
+        known = None if known is not None and known.steps != steps else known  # of an earlier state
+        trained = Trained(opened.step, steps, status, whole=False, again=True, cost=known)
+        evidence = measure(session, opened.table, before, trained)
+        return Outcome(session.run.path, evidence.status, opened.step, evidence=evidence, is_main=session.dist.is_main)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -171,26 +172,27 @@ def ablate_run(
     more = [] if num_samples is None else [f"ablation.num_samples={num_samples}"]
     more += [] if conditions is None else [f"ablation.conditions={list(conditions)}"]
     with reopen(folder, [*overrides, *more]) as opened:
-        bench, seed = opened.bench, opened.bench.cfg.measure_seed
-        indices = bench.ablation_sample
-        wanted: tuple[Condition, ...] = ("correct", *bench.cfg.ablation.conditions)
+        session, held = opened.session, opened.session.held_out
+        indices = held.ablation_sample
+        wanted: tuple[Condition, ...] = ("correct", *session.cfg.ablation.conditions)
         if words and "zero" not in wanted:
             raise UserError("the words need condition zero: what they lose is told against the zero image")
-        losses = bench.ablation_losses(indices, wanted)
-        measured = loss.compare_conditions(losses, bench.groups(indices), seed=seed)
+        with session.phase("ablation"):
+            losses = session.together.ablation_losses(indices, wanted)
+        measured = loss.compare_conditions(losses, held.groups(indices), seed=held.seed)
         findings: list[str] = []
         if words:
-            stats = reliance.word_stats(list(by_word(bench, indices, losses).values()), seed=seed)
+            stats = reliance.word_stats(list(by_word(session, indices, losses).values()), seed=held.seed)
             findings = [f"{w.word!r} loses {w.delta:+.3g} nats without the image (n={w.n})" for w in stats]
-        path = bench.run.qual / f"step_{opened.step}_ablation{len(indices)}.jsonl"
-        if bench.dist.is_main:
+        path = session.run.qual / f"step_{opened.step}_ablation{len(indices)}.jsonl"
+        if session.dist.is_main:
             lines = [to_json({"condition": c, **asdict(x)}) for c in wanted for x in losses[c]]
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(path, "".join(line + "\n" for line in lines))
         columns = {"ablation.loss.correct": "loss, own image"}
         columns |= {f"ablation.delta.{c}": f"{name}" for c, name in _WRONG.items()}
         title = f"{folder}, step {opened.step}: nats/token, and what a wrong image adds"
-        return Answer(title, measured, columns, findings, path, bench.dist.is_main)
+        return Answer(title, measured, columns, findings, path, session.dist.is_main)
 
 
 def audit_data(cfg: RunConfig, *, num_turns: int = 256, part: Literal["train", "eval"] = "train") -> Answer:
@@ -203,15 +205,15 @@ def audit_data(cfg: RunConfig, *, num_turns: int = 256, part: Literal["train", "
     try:
         with tempfile.TemporaryDirectory() as folder:
             run = RunDir(folder)
-            bench = open_bench(cfg, run, dist, split_file=run.splits / split_name(cfg))
-            data = bench.data
+            session = open_session(cfg, run, dist)
+            data = session.data
             if part == "eval":
                 examples = data.eval_examples
             else:
                 examples = [data.train.example_at(p) for p in range(min(num_turns, len(data.train)))]
             found = audit.audit(
-                bench.model, data.encoder, data.layout, examples, num_turns, cfg.measure_seed,
-                batch_size=cfg.eval.batch_size, content_key=bench.content_key,
+                session.model, data.encoder, data.layout, examples, num_turns, cfg.measure_seed,
+                batch_size=cfg.eval.batch_size, content_key=session.held_out.content_key,
             )  # fmt: skip
         findings = found.findings or [
             "No leakage found. The table says how much a model answers that has never seen an image; a small one may "

@@ -1,0 +1,118 @@
+"""What a run measures before training and after it: the rows of `panel`, and the proof that nothing frozen moved."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from beholder.evidence import Evidence, Measurement
+from beholder.model.plan import TrainableTable, frozen_fingerprint
+from beholder.probes import clipscore, loss, textonly, wrong_images
+from beholder.probes.loss import SampleLoss
+from beholder.stages.measured import Before, Measured, Trained
+from beholder.stages.panel import PANEL
+from beholder.stages.session import Session
+from beholder.stages.write_evidence import make_evidence
+from beholder.types import UserError
+
+BASELINE = "baseline.json"
+
+
+def check_measurable(session: Session) -> None:
+    """What would stop the measurements is found before hours of training, not after; what is left out is said.
+
+    Raises `UserError`: images that cannot be shuffled, an object list or a CLIP folder that cannot be read.
+    """
+    cfg, held = session.cfg, len(session.held_out.examples)
+    _ = session.held_out.golden_items  # chosen and stored here, where every process takes part
+    samples = {"eval.caption_samples": session.held_out.written_sample}
+    if "shuffled" in cfg.ablation.conditions:
+        samples["ablation.num_samples"] = session.held_out.ablation_sample
+    for name, indices in samples.items():
+        if not indices and name == "eval.caption_samples":
+            continue
+        try:
+            wrong_images.shuffle_images(session.held_out.at(indices), session.held_out.content_key, cfg.measure_seed)
+        except UserError as e:
+            raise UserError(f"{name}: {e}") from e
+    _ = session.held_out.objects
+    if cfg.eval.clip_model is not None:
+        clipscore.ClipJudge(cfg.eval.clip_model, session.dist.device)
+    if blind := held - len(session.held_out.sighted):
+        session.gap(f"{blind} of {held} held-out samples show no image: the comparison of images leaves them out.")
+    if long := len(session.held_out.sighted) - len(session.held_out.describable):
+        session.gap(
+            f"{long} of {held} held-out samples are not captioned: they end with the user's turn, or the turns before "
+            f"their last answer do not fit into prompting.max_seq_len {cfg.prompting.max_seq_len}."
+        )
+
+
+def measure_before(session: Session, *, fresh: bool) -> Before:
+    """Held-out losses of the untrained connector and of the language model alone, and its text logits.
+
+    The losses are measured once, at the true start, and kept in the run folder: after a resume the first could not be
+    measured any more. The text logits are those of the weights as loaded from their own files, in every process.
+    """
+    check_measurable(session)
+    with session.model.adapters_off():
+        text = textonly.text_logits(session.model, session.tokenizer)
+    path = session.run.path / BASELINE
+    if fresh:
+        frozen = frozen_fingerprint(session.model)  # a connector that stays as it is has its weights only now
+        untrained = session.eval_losses()
+        with session.phase("evaluation"):
+            text_only = session.together.text_losses(session.held_out.examples)
+        measured = session.held_out.summary(untrained)
+        if session.dist.is_main:
+            record = {
+                "measurements": [m.model_dump(mode="json") for m in measured],
+                "frozen": frozen,
+                "untrained": [asdict(x) for x in untrained],
+                "text_only": [asdict(x) for x in text_only],
+            }
+            session.run.write_json(BASELINE, record)
+        session.reporter.eval(measured[0].value, step=0)
+        return Before(measured, frozen, text, untrained, text_only)
+    if path.is_file():
+        saved = session.run.read_json(BASELINE)
+        try:
+            measured = [Measurement.model_validate(m) for m in saved["measurements"]]
+            kept = [[SampleLoss(**row) for row in saved.get(k, [])] or None for k in ("untrained", "text_only")]
+            return Before(measured, dict(saved["frozen"]), text, *kept)
+        except (KeyError, TypeError, ValueError) as e:
+            raise UserError(
+                f"{path} is damaged ({type(e).__name__}); what was measured before training cannot be measured again. "
+                "Remove the file to go on without a baseline."
+            ) from e
+    session.gap("Baseline: not measured, because this run went on from a checkpoint of another folder.")
+    return Before([], frozen_fingerprint(session.model), text)
+
+
+def measure(
+    session: Session, table: TrainableTable, before: Before, trained: Trained, losses: list[SampleLoss] | None = None
+) -> Evidence:
+    """Measure the trained model and write ``evidence.json``, ``metrics.json``, ``report.html`` and ``report.md``.
+
+    ``losses``: of the held-out samples, when just measured.
+    """
+    m = Measured(trained.step, losses or session.eval_losses(), before, trained.again)
+    for name in session.cfg.stage_record.measures:
+        row = PANEL[name]
+        if row.needs(session):
+            row.make(session, m)
+        if name == "losses":
+            tell_losses(session, m)
+    with session.model.adapters_off():
+        text = textonly.compare(before.text, textonly.text_logits(session.model, session.tokenizer))
+    after = frozen_fingerprint(session.model)
+    session.dist.barrier()
+    return make_evidence(session, table, m, trained, after, text)
+
+
+def tell_losses(session: Session, m: Measured) -> None:
+    """The held-out loss on the terminal and in the log."""
+    total, exact = m.measurements[0].value, loss.exact_shares(m.losses)[None]
+    session.reporter.eval(total, step=m.step, more=[("exact", exact)])
+    if session.dist.is_main:
+        seen = {"step": m.step, "eval_loss": total, "eval_examples": len(m.losses), "eval_exact": exact}
+        if seen not in session.run.metrics():  # told by a process that died since
+            session.run.log(seen)

@@ -1,0 +1,69 @@
+"""What those who measure hand to those who write it down: of the start, and of one state of the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from beholder.evidence import Cost, Histogram, Measurement, WordReliance, WordStat
+from beholder.probes import textonly
+from beholder.probes.loss import SampleLoss
+from beholder.probes.written import Written
+from beholder.types import Condition, Status
+
+
+@dataclass(frozen=True)
+class Before:
+    """What was measured before training."""
+
+    measurements: list[Measurement]
+    frozen: dict[str, str]
+    """sha256 of each frozen part."""
+    text: textonly.TextLogits
+    untrained: list[SampleLoss] | None = None
+    """Of every held-out sample, with the untrained connector."""
+    text_only: list[SampleLoss] | None = None
+    """Of every held-out sample, by the language model alone: no image, no connector."""
+
+
+@dataclass
+class Measured:
+    """What the rows say of one state of the weights, collected in the order they are asked."""
+
+    step: int
+    """Optimizer steps the weights have behind them."""
+    losses: list[SampleLoss]
+    """Of every held-out sample, with its own image."""
+    before: Before | None = None
+    """None between steps."""
+    again: bool = False
+    """A run that was trained earlier is measured again: what is stored of this step is made anew."""
+    measurements: list[Measurement] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    histograms: list[Histogram] = field(default_factory=list)
+    written: dict[int, list[Written]] = field(default_factory=dict)
+    """By index of the held-out sample, one record a condition."""
+    ablated: dict[Condition, list[SampleLoss]] = field(default_factory=dict)
+    """Losses of ``HeldOut.ablation_sample`` under each condition."""
+    words: dict[int, list[WordReliance]] = field(default_factory=dict)
+    word_stats: list[WordStat] = field(default_factory=list)
+    inapplicable: set[str] = field(default_factory=set)
+    """Gates about what this data does not hold."""
+    gaps: list[str] = field(default_factory=list)
+    """What could not be measured, and why."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The state that is measured at the end."""
+
+    step: int
+    """Of the checkpoint whose weights are in place."""
+    steps: int
+    """That the run made."""
+    status: Status
+    whole: bool
+    """This process made all of them, so its own time is the run's."""
+    again: bool = False
+    """A run that was trained earlier is measured again."""
+    cost: Cost | None = None
+    """What the training cost, when an earlier process has told it already."""

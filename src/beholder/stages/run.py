@@ -1,0 +1,128 @@
+"""A stage from start to evidence, on one page: `train_and_measure`.
+
+Each line of it names a file of this room; what is done stands there. Which checkpoint a run starts from is written down
+in `train.checkpoint`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from beholder.config import RunConfig
+from beholder.data.sources import missing_files
+from beholder.evidence import Evidence, load_evidence
+from beholder.model.placement import render_sites
+from beholder.model.plan import apply_train_plan, param_groups, plan_of
+from beholder.runs import RunDir, stop_signals
+from beholder.stages.begin import announce, check_promoted, find_start, fresh_folder, start_from
+from beholder.stages.keep import saver, settle
+from beholder.stages.lifetime import honest_status, is_finished, sole_writer
+from beholder.stages.measure import measure, measure_before
+from beholder.stages.measured import Trained
+from beholder.stages.session import open_session
+from beholder.stages.watch import Watch
+from beholder.train.distributed import Dist, init_distributed, shutdown_distributed
+from beholder.train.engine import fit
+from beholder.train.objectives import OBJECTIVES
+from beholder.train.optim import build_optimizer
+from beholder.types import Status, UserError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. The command line turns it into an exit code."""
+
+    folder: Path
+    status: Status
+    step: int
+    signal: int | None = None
+    evidence: Evidence | None = None
+    is_main: bool = True
+    again: bool = False
+    """The run had finished before; nothing was done."""
+
+
+def run_stage(cfg: RunConfig, *, resume: str = "auto", promote_anyway: bool = False) -> Outcome:
+    """Run a stage: build, start or resume, measure, train, measure again, judge, write the evidence and the report.
+
+    ``resume``: ``auto`` goes on from the run folder's latest verified checkpoint if there is one; ``never`` refuses a
+    folder that has one; anything else is a checkpoint to go on from. ``promote_anyway``: build on the checkpoint of a
+    run whose gates failed. Raises `UserError` for wrong input and `NonFiniteError` when the loss or a gradient is not
+    finite; ``run.json`` says how it ended in every case.
+    """
+    if cfg.sweep is not None:
+        raise UserError("this config holds a sweep; run it with: beholder sweep CONFIG (or remove its sweep section)")
+    run = RunDir(cfg.run_dir)
+    started = run.checkpoints.is_dir()
+    if not started and (missing := missing_files((*cfg.data.train_sources, *cfg.data.eval_sources))):
+        raise UserError(f"data: {'; '.join(missing)}")  # before any weight is fetched
+    dist = init_distributed(cfg.device)
+    try:
+        with stop_signals(), sole_writer(run, dist):
+            source = find_start(cfg, run, resume)
+            if dist.on_main(lambda: is_finished(run, source)):
+                known = load_evidence(run.path)
+                return Outcome(run.path, known.status, known.cost.steps, None, known, dist.is_main, again=True)
+            if source is None:
+                promoted = check_promoted(cfg, promote_anyway)
+            else:  # asked when the run started
+                promoted = run.read_json("run.json").get("promoted") if run.run_path.exists() else None
+            with honest_status(run, dist):  # from here on it is this run's record; a refused command leaves it alone
+                return train_and_measure(cfg, run, dist, source, promoted)
+    finally:
+        shutdown_distributed()
+
+
+def train_and_measure(cfg: RunConfig, run: RunDir, dist: Dist, source: Path | None, promoted: str | None) -> Outcome:
+    """The page: build, start or resume from ``source``, measure, train, measure again, judge."""
+    if source is None:
+        dist.on_main(lambda: fresh_folder(run))
+    dist.on_main(lambda: announce(cfg, run, dist, promoted))
+
+    session = open_session(cfg, run, dist)  # what, on what
+    if promoted:
+        session.gap(promoted)
+    stage, model, line = cfg.stage_record, session.model, session.reporter.line
+    table = apply_train_plan(model, plan_of(cfg.model, stage))  # what learns
+    line("plan", "\n" + str(table))
+    if model.adapters:
+        line("adapters", "\n" + render_sites(model.adapters))
+        if (strength := cfg.model.lora.strength) < 1:
+            line("adapters", f"outside training at {strength:g} of their strength: model.lora.strength")
+    rates, decays = cfg.train.lr.model_dump(), cfg.train.weight_decay.model_dump()
+    optimizer = build_optimizer(param_groups(model, rates, decays), cfg.train.betas)
+
+    start, state = start_from(session, source, optimizer)  # from where
+    save = saver(session, optimizer, state)
+    if source is not None and source.parent.resolve() != run.checkpoints.resolve():
+        dist.on_main(lambda: save(start))  # a checkpoint of another folder: this one must have its weights too
+    total = session.data.total_steps(cfg)
+    session.fill_features(start * cfg.effective_batch, total * cfg.effective_batch)
+    before = measure_before(session, fresh=start == 0)  # how good is it now
+
+    with session.phase("training"):
+        result = fit(
+            model,
+            OBJECTIVES[stage.objective],
+            session.data.stream(session.features.store, cfg, rank=dist.rank, world_size=dist.world_size),
+            cfg=cfg.train,
+            total_steps=total,
+            optimizer=optimizer,
+            run=run,
+            seed=cfg.seed,
+            save=save,
+            dist=dist,
+            start_step=start,
+            state=state,
+            callbacks=[Watch(session, total)],
+            reporter=session.reporter,
+        )
+    if result.signal is not None:
+        dist.on_main(lambda: run.set_status(Status.CANCELLED, step=result.step, signal=result.signal))
+        return Outcome(run.path, Status.CANCELLED, result.step, result.signal, is_main=dist.is_main)
+
+    best, losses = settle(session, total)  # which checkpoint is it
+    trained = Trained(best, total, Status.SUCCEEDED, whole=start == 0)
+    evidence = measure(session, table, before, trained, losses)
+    return Outcome(run.path, Status.SUCCEEDED, total, evidence=evidence, is_main=dist.is_main)

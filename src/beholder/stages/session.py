@@ -1,0 +1,165 @@
+"""A run's loaded parts: model, data, feature store, and who measures what with them.
+
+Here the rooms meet. What is measured in which order is `panel`'s and `measure`'s business; nothing here trains.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beholder.config import RunConfig
+from beholder.data import Data, build_data
+from beholder.model.build import build_vlm
+from beholder.model.plan import frozen_fingerprint
+from beholder.model.vlm import VisionLanguageModel
+from beholder.probes.loss import SampleLoss
+from beholder.runs import RunDir
+from beholder.stages.held_out import HeldOut
+from beholder.stages.stored import StoredFeatures
+from beholder.stages.together import Together
+from beholder.train import restore
+from beholder.train.distributed import Dist
+from beholder.train.reporter import Reporter
+
+
+class Session:
+    """Everything a stage works with. Opened by `open_session`; nobody sets anything on it from outside."""
+
+    def __init__(
+        self, cfg: RunConfig, run: RunDir, dist: Dist, model: VisionLanguageModel, tokenizer: Any, data: Data,
+        reporter: Reporter, *, frozen: dict[str, str], started: float,
+    ) -> None:  # fmt: skip
+        self.cfg, self.run, self.dist = cfg, run, dist
+        self.model, self.tokenizer, self.data, self.reporter = model, tokenizer, data, reporter
+        self.started = started
+        """`time.perf_counter` when the work began."""
+        self.features = StoredFeatures()
+        self.held_out = HeldOut(cfg, run, dist, data)
+        self.together = Together(cfg, dist, model, data, self.held_out, self.features, reporter)
+        self.gaps: list[str] = []
+        """What could not be had or measured, in the order it was found; `gap` adds."""
+        self.phases_s: dict[str, float] = {}
+        """Seconds by phase; `phase` adds."""
+        self._frozen = frozen
+        self._inner_s: list[float] = [0.0]
+        """Seconds of the phases inside each open phase, outermost first."""
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What must not have changed when a run is resumed."""
+        return {
+            # not the connector: it has its weights only once a checkpoint is loaded
+            **{part: digest for part, digest in self._frozen.items() if part != "connector"},
+            "data": self.data.train.fingerprint,
+            "encoder": self.data.encoder.fingerprint,
+        }
+
+    def gap(self, what: str) -> None:
+        """Something that a reader of the report must know was not had."""
+        self.gaps.append(what)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the seconds spent inside to ``phases_s[name]``, without those of phases within."""
+        started = time.perf_counter()
+        self._inner_s.append(0.0)
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self.phases_s[name] = self.phases_s.get(name, 0.0) + spent - self._inner_s.pop()
+            self._inner_s[-1] += spent
+
+    def load(self, where: Path) -> None:
+        """Put a checkpoint's connector in place, and its adapters when this run and the checkpoint have some.
+
+        A run with adapters that starts from an alignment keeps its own fresh ones.
+        """
+        restore.load_connector(where, self.model.connector, self.model.connector_info())
+        if restore.has_adapter(where):
+            restore.load_adapter(where, self.model.language)
+
+    def fill_features(self, start: int, stop: int) -> None:
+        """Stores the tower's features of every image that training positions ``[start, stop)`` and evaluation need.
+
+        Switched off, with a line that says so, under augmentation: stored features would undo it.
+        """
+        cfg = self.cfg
+        if not cfg.features.enabled:
+            return
+        if cfg.data.augment != "none":
+            self.reporter.line("features", f"off: data.augment is {cfg.data.augment}, every pass needs fresh features")
+            self.gap("Feature store: switched off, because data.augment changes every image at every pass.")
+            return
+        vision = self.model.vision
+        assert vision is not None
+        stop = min(stop, start + len(self.data.train))  # later epochs show the same images again
+        refs = dict.fromkeys([*self.data.train_refs(start, stop), *self.data.eval_refs()])
+        with self.phase("features"):
+            self.gaps += self.features.fill(
+                refs, cfg=cfg, tower=lambda pixels: vision(pixels.to(self.model.device)),
+                tower_fingerprint=vision.fingerprint(), geometry=self.model.geometry, pipeline=self.data.pipeline,
+                dist=self.dist, reporter=self.reporter,
+            )  # fmt: skip
+
+    def eval_losses(self) -> list[SampleLoss]:
+        """Loss of every held-out sample."""
+        with self.phase("evaluation"):
+            return self.together.losses(self.held_out.examples)
+
+
+def open_session(cfg: RunConfig, run: RunDir, dist: Dist) -> Session:
+    """Loads the parts and opens the data. Nothing is trained or measured yet."""
+    if cfg.train.num_threads:
+        torch.set_num_threads(cfg.train.num_threads)
+    started = time.perf_counter()
+    model, tokenizer = build_vlm(cfg.model, compute_precision=cfg.train.precision, device=dist.device, seed=cfg.seed)
+    frozen = frozen_fingerprint(model)
+    loaded = time.perf_counter()
+
+    def open_data() -> Data:
+        return build_data(
+            cfg, tokenizer, model.geometry, model.num_visual_tokens, split_file=run.splits / split_name(cfg),
+            write_split=dist.is_main,
+        )  # fmt: skip
+
+    # The main process writes the split; the others read it.
+    data = open_data() if dist.is_main else None
+    dist.barrier()
+    data = data or open_data()
+    dist.same_on_all_ranks("the training data", data.train.fingerprint)
+    whole = len(data.hygiene.accepted) - len(data.split.eval)
+    reporter = Reporter(
+        total_steps=data.total_steps(cfg),
+        steps_per_epoch=len(data.train) / cfg.effective_batch,
+        samples_per_step=cfg.effective_batch,
+        full_train_samples=max(len(data.train), whole),
+        log_every=cfg.train.log_every,
+        progress_percent=cfg.train.progress_percent,
+        live=False if cfg.train.tqdm_disable else None,
+        enabled=dist.is_main,
+    )
+    reporter.data(
+        full_len=data.counts.records,
+        subset_train=len(data.train),
+        subset_eval=len(data.eval_examples),
+        full_train=whole,
+    )
+    if rejects := data.counts.rejects:
+        reporter.line("data", "rejected " + " ".join(f"{reason}={n}" for reason, n in sorted(rejects.items())))
+    data = data.without_unusable(skip_bad_images=cfg.data.on_bad_image == "skip")
+    session = Session(cfg, run, dist, model, tokenizer, data, reporter, frozen=frozen, started=started)
+    session.gaps += [f"Split: {note}" for note in data.counts.split_notes]
+    session.phases_s |= {"load": loaded - started, "data": time.perf_counter() - loaded}
+    return session
+
+
+def split_name(cfg: RunConfig) -> str:
+    """``split_seed{seed}_eval{n}.json``, n as asked for."""
+    return f"split_seed{cfg.measure_seed}_eval{cfg.data.eval_size or cfg.data.eval_ratio or 'default'}.json"

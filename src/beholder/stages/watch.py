@@ -1,0 +1,81 @@
+"""What is measured between steps: the rows of the panel that come due, a function of the step alone, so that a resume
+repeats them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from beholder.probes import loss
+from beholder.stages.keep import candidate
+from beholder.stages.measured import Measured
+from beholder.stages.panel import PANEL
+from beholder.stages.session import Session
+from beholder.train.engine import Record
+
+
+class Watch:
+    """Called by the loop after every step; the last step is measured by `keep.settle` and `measure`."""
+
+    def __init__(self, session: Session, total_steps: int) -> None:
+        self.session, self.total = session, total_steps
+        self.per_epoch = len(session.data.train) / session.cfg.effective_batch
+
+    def on_step(self, step: int, record: Record) -> bool:
+        """True when the whole held-out set was measured: such a checkpoint is a candidate for the best and must be
+        there."""
+        session, cfg = self.session, self.session.cfg
+        if step == self.total:
+            return False
+        due = {row.name for row in PANEL.values() if any(self._due(every, step) for every in row.every(cfg))}
+        saved = cfg.eval.run_golden_every == "save"  # as a candidate is
+        whole = bool(due - {"golden"})
+        if whole:
+            due |= {"losses"} | ({"golden"} if saved else set())
+        m = Measured(step, session.eval_losses() if whole else [])
+        for row in PANEL.values():
+            if row.name in due and row.needs(session):
+                already = len(m.measurements)
+                row.make(session, m)
+                new = m.measurements[already:]
+                if row.name == "losses":
+                    self._told("eval", m, range(len(m.losses)))
+                elif new:
+                    self._log(step, {x.key: x.value for x in new})
+        if whole:
+            ablated = [x for x in m.measurements if x.name.startswith("ablation.")]
+            found = candidate(session, m.losses, step, ablated, write=saved)
+            self._log(step, {"candidate": found.model_dump(mode="json")})
+        elif cfg.train.quick_eval_size and cfg.train.quick_eval_steps and step % cfg.train.quick_eval_steps == 0:
+            indices = session.held_out.quick_sample
+            with session.phase("evaluation"):
+                quick = session.together.losses(session.held_out.at(indices))
+            self._told("quick_eval", Measured(step, quick), indices)
+        return whole
+
+    def _told(self, name: str, m: Measured, indices: Sequence[int]) -> None:
+        """Loss and share of exactly right targets, overall and by length or kind of question."""
+        measured = m.measurements or loss.summarize(m.losses, "eval", seed=0)
+        by_length = {str(x.stratum): x.value for x in measured if x.name == "eval.loss" and x.by == "length"}
+        exact = loss.exact_shares(m.losses, self.session.held_out.groups(indices)["question"])
+        overall = exact.pop(None)
+        kinds = [(str(k), share) for k, share in exact.items()] if len(exact) > 1 else []
+        more = [*by_length.items(), ("exact", overall), *kinds]
+        self.session.reporter.eval(measured[0].value, step=m.step, more=more)
+        self._log(m.step, {
+            f"{name}_loss": measured[0].value, "eval_examples": len(m.losses), f"{name}_exact": overall,
+            **{f"{name}_loss_{stratum}": value for stratum, value in by_length.items()},
+            **{f"{name}_exact/{kind}": share for kind, share in kinds},
+        })  # fmt: skip
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        if self.session.dist.is_main:
+            self.session.run.log({"step": step, **values})
+
+    def _due(self, every: str | int, step: int) -> bool:
+        if every == "save":
+            every = self.session.cfg.train.save_every
+        if isinstance(every, int):
+            return step % every == 0
+        return every == "epoch" and math.floor(step / self.per_epoch) > math.floor((step - 1) / self.per_epoch)
