@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from beholder.config import LlmConfig
+from beholder.config import LlmConfig, VisionConfig
 from beholder.model import attention
 from beholder.model.placement import AdapterSite
 from beholder.model.weights import DTYPES, check_finite, check_loading_info, freeze, quiet_transformers
@@ -247,7 +247,7 @@ class LanguageModel(nn.Module):
         return torch.randint(0, self.vocab, (1, length), generator=draw).to(self.device)
 
 
-def _source(cfg: LlmConfig) -> tuple[str, dict[str, Any]]:
+def source_of(cfg: LlmConfig | VisionConfig) -> tuple[str, dict[str, Any]]:
     """(name, keyword arguments) for ``from_pretrained``; a .gguf file is named through its folder."""
     where: dict[str, Any] = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code}
     if not cfg.name_or_path.endswith(".gguf"):
@@ -262,7 +262,7 @@ def load_tokenizer(cfg: LlmConfig) -> Any:
     """The model's own tokenizer. Raises `UserError` when there is none."""
     from transformers import AutoTokenizer
 
-    name, where = _source(cfg)
+    name, where = source_of(cfg)
     try:
         return AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError, KeyError) as e:
@@ -280,7 +280,7 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    name, where = _source(cfg)
+    name, where = source_of(cfg)
     dtype = DTYPES[cfg.precision]
     if "gguf_file" in where:
         where |= _dequantize()
