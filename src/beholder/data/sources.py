@@ -313,7 +313,7 @@ def _require_fitting(source: SourceConfig) -> None:
                 f"image_pattern {source.image_pattern!r}: records of dataset {source.dataset} name their images "
                 "themselves; only vqa and gqa have it"
             )
-        questions.check_pattern(source.image_pattern)
+        questions.image_names(source.image_pattern)
 
 
 class Records:

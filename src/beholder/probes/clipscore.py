@@ -20,7 +20,7 @@ from torch import Tensor
 
 from beholder.evidence import Measurement
 from beholder.model.weights import check_finite, check_loading_info, freeze, quiet_transformers
-from beholder.probes import bootstrap
+from beholder.probes import mean, measurement
 from beholder.types import UserError
 
 PREFIX = "A photo depicts "
@@ -111,12 +111,9 @@ def clip_score(
             raise FloatingPointError(
                 f"{name}.correct is not finite for caption {', '.join(map(str, bad[:8]))} (from 0)"
             )
-        out.append(
-            Measurement(
-                name=f"{name}.correct", value=float(values.mean()), unit="score", better="higher", n=len(values),
-                ci95=bootstrap(lambda k, v=values: v[k].mean(1), len(values), seed), caveat=caveat,
-            )
-        )  # fmt: skip
+        value, ci = mean(values, seed)
+        n = len(values)
+        out.append(measurement(f"{name}.correct", value, unit="score", better="higher", n=n, ci95=ci, caveat=caveat))
     return out
 
 

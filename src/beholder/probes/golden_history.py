@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import orjson
 from rich.console import Console
@@ -20,16 +20,8 @@ from beholder.probes.caption_metrics import exact_match
 from beholder.probes.golden import MAX_TOLD, GoldenCaption, load_captions
 from beholder.types import UserError
 
-if TYPE_CHECKING:  # reading what a run wrote needs no model
-    pass
-
-
 Step = int | str
 """Optimizer steps done, or ``first`` or ``last`` for the earliest and latest that were captioned."""
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What a run wrote
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,13 +51,8 @@ def words(encoder: TargetEncoder, example: Example, correct: SampleLoss, without
         at = start
         for text, count in spans:
             stop = at + count
-            out.append(
-                WordReliance(
-                    text=text,
-                    with_image=math.fsum(correct.token_nll[at:stop]),
-                    without=math.fsum(without.token_nll[at:stop]),
-                )
-            )
+            own, none = (math.fsum(loss.token_nll[at:stop]) for loss in (correct, without))
+            out.append(WordReliance(text=text, with_image=own, without=none))
             at = stop
         start += length
         assert at == start, f"{example.id}: words of {at} tokens, the turn ends at {start}"

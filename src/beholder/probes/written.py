@@ -116,14 +116,10 @@ def write(
             )  # fmt: skip
             for example, ids in zip(chunk, outputs, strict=True):
                 length = next((k for k, token in enumerate(ids) if token in eos), len(ids))
-                finished = length < settings.max_new_tokens
-                records.append(
-                    Written(
-                        id=example.id, reference=example.answer_text,
-                        prediction=encoder.decode(ids), condition=condition, tokens_len=length,
-                        finished=finished,
-                    )
-                )  # fmt: skip
+                records.append(Written(
+                    example.id, example.answer_text, encoder.decode(ids), condition, tokens_len=length,
+                    finished=length < settings.max_new_tokens,
+                ))  # fmt: skip
             if progress is not None:
                 progress(min(start + batch_size, len(examples)), len(examples))
     return records
