@@ -261,12 +261,16 @@ def _gqa_record(key: str, raw: bytes, names: ImageNames) -> dict[str, Any]:
         return _unusable(key, "no_target", "the question has no answer (a test file?), so there is nothing to learn")
     if not isinstance(answer, str):
         return _unusable(key, "wrong_type", "answer is not a string")
-    types = question.get("types")
-    kinds = [types.get(name) for name in ("semantic", "structural")] if isinstance(types, dict) else []
     return _record(
         key, image_id, "imageId", names, question=text, answer=answer, answers=[answer], answer_type="",
-        question_type="/".join(kind for kind in kinds if isinstance(kind, str) and kind),
+        question_type=gqa_kind(question.get("types")),
     )  # fmt: skip
+
+
+def gqa_kind(types: Any) -> str:
+    """The semantic and structural type of a question, as far as they are there: ``attr/verify``."""
+    kinds = [types.get(name) for name in ("semantic", "structural")] if isinstance(types, dict) else []
+    return "/".join(kind for kind in kinds if isinstance(kind, str) and kind)
 
 
 def _record(key: Any, image_id: Any, field: str, names: ImageNames, **fields: Any) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from beholder.config import FeaturesConfig
-from beholder.runs import cache_dir
+from beholder.runs import cache_dir, version_of
 from beholder.store.features import store_dir
 from beholder.train.distributed import pick_device
 
@@ -104,15 +104,8 @@ def requirements() -> list[str]:
     return []
 
 
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _packages(
-    required: list[str] | None = None, installed: Callable[[str], str | None] = _installed
+    required: list[str] | None = None, installed: Callable[[str], str | None] = version_of
 ) -> Iterator[Check]:
     required = requirements() if required is None else required
     if not required:

@@ -139,7 +139,7 @@ def clip_scores(
         assert len(seen) == len(chunk), f"{start + len(seen)} pictures for {len(texts)} captions"
         said, over = judge.read(chunk)
         cut += over
-        image_text += _cosine(judge.see(seen), said)
+        image_text += (judge.see(seen).double() * said.double()).sum(-1).tolist()
         if references is not None:
             own = [[r] if isinstance(r, str) else r for r in references[start : start + batch_size]]
             known = iter(_read_all(judge, [r for refs in own for r in refs], batch_size))
@@ -162,10 +162,6 @@ def _read_all(judge: ClipJudge, texts: Sequence[str], batch_size: int) -> Iterat
 def _unit(vectors: Tensor) -> Tensor:
     vectors = vectors.float()
     return vectors / vectors.norm(dim=-1, keepdim=True)
-
-
-def _cosine(a: Tensor, b: Tensor) -> list[float]:
-    return (a.double() * b.double()).sum(-1).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------

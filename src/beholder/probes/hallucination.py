@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from beholder.evidence import Condition, Measurement
 from beholder.probes import bootstrap, measurement, share
 from beholder.probes.caption_metrics import tokenize
 from beholder.types import UserError
+
+if TYPE_CHECKING:
+    from beholder.probes.written import Written
 
 NOT_AN_OBJECT = "-"
 """Name of the list's line of phrases that hold a listed word and mean something else (``train track``)."""
@@ -209,15 +212,6 @@ def chair(predictions: Sequence[str], references: Sequence[Sequence[str]], objec
     )
 
 
-class Captioned(Protocol):
-    """The part of `probes.captions.Written` that is needed here."""
-
-    @property
-    def reference(self) -> str: ...
-    @property
-    def prediction(self) -> str: ...
-
-
 class ChairScore(NamedTuple):
     """What was measured, and a sentence for each condition that could not be."""
 
@@ -226,7 +220,7 @@ class ChairScore(NamedTuple):
 
 
 def score_chair(
-    records: Mapping[Condition, Sequence[Captioned]], objects: ObjectList, seed: int = 0, name: str = "chair"
+    records: Mapping[Condition, Sequence[Written]], objects: ObjectList, seed: int = 0, name: str = "chair"
 ) -> ChairScore:
     """``chair.s.<condition>`` and ``chair.i.<condition>``.
 

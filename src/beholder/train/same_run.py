@@ -13,9 +13,6 @@ from beholder.types import UserError
 ANOTHER = "Use another step of the same run."
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Resume with the same settings
-
 MAY_CHANGE = (
     "run_name", "output_dir", "device",
     # where the run starts from is settled once it has started
