@@ -623,9 +623,9 @@ def test_a_tower_with_other_weights_has_another_fingerprint_and_misses(tmp_path,
     rounded = tiny_config(tmp_path, **{"model.vision.precision": "bf16"})
     layer = tiny_config(tmp_path, **{"model.vision.feature_layer": -2})
 
-    folders = {real_store(c, tmp_path / "store").folder for c in (cfg, other, rounded, layer)}
+    folders = {real_store(c, tmp_path / "store").rows.folder for c in (cfg, other, rounded, layer)}
 
-    assert len(folders) == 4 and real_store(cfg, tmp_path / "store").folder in folders
+    assert len(folders) == 4 and real_store(cfg, tmp_path / "store").rows.folder in folders
 
 
 # -- where it lies

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from beholder.config import LlmConfig, VisionConfig
 from beholder.model import attention
 from beholder.model.placement import AdapterSite
-from beholder.model.weights import DTYPES, check_finite, check_loading_info, freeze, quiet_transformers
+from beholder.model.weights import DTYPES, check_finite, check_loading_info, first_line, freeze, quiet_transformers
 from beholder.types import UserError
 
 
@@ -267,8 +267,7 @@ def load_tokenizer(cfg: LlmConfig) -> Any:
         return AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError, KeyError) as e:
         raise UserError(
-            f"model.llm.name_or_path {cfg.name_or_path!r}: no tokenizer could be loaded: "
-            f"{str(e).strip().splitlines()[0]}"
+            f"model.llm.name_or_path {cfg.name_or_path!r}: no tokenizer could be loaded: {first_line(e)}"
         ) from e
 
 
@@ -296,7 +295,7 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
             )
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise UserError(
-            f"model.llm.name_or_path {cfg.name_or_path!r} cannot be loaded: {str(e).strip().splitlines()[0]} Give a "
+            f"model.llm.name_or_path {cfg.name_or_path!r} cannot be loaded: {first_line(e)} Give a "
             "Hugging Face causal language model (hub name or folder), or a .gguf file."
         ) from e
     model, info = loaded

@@ -60,13 +60,13 @@ def resolve_targets(causal_lm: nn.Module, patterns: Sequence[str], rank: int) ->
                 f"{_nearest(pattern, adaptable)}"
             )
         wanted.update(hits)
-    sites = []
-    for name, linear in adaptable.items():
-        if name in wanted:
-            d_in, d_out = linear.in_features, linear.out_features
-            assert isinstance(d_in, int) and isinstance(d_out, int)
-            sites.append(AdapterSite(name, d_in, d_out, rank, rank * (d_in + d_out)))
-    return sites
+    return [
+        AdapterSite(
+            name, linear.in_features, linear.out_features, rank, rank * (linear.in_features + linear.out_features)
+        )
+        for name, linear in adaptable.items()
+        if name in wanted
+    ]
 
 
 def decoder_layers(causal_lm: nn.Module) -> str:

@@ -21,6 +21,7 @@ from beholder.model.weights import (
     DTYPES,
     check_finite,
     check_loading_info,
+    first_line,
     freeze,
     hash_module,
     listed,
@@ -131,7 +132,7 @@ def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
             )
     except (OSError, ValueError, KeyError) as e:
         raise UserError(
-            f"model.vision.name_or_path {name!r} cannot be loaded: {str(e).strip().splitlines()[0]} Give a Hugging "
+            f"model.vision.name_or_path {name!r} cannot be loaded: {first_line(e)} Give a Hugging "
             "Face vision model (hub name or folder with config.json and safetensors), or timm/<name>."
         ) from e
     _drop_pooling(model)
@@ -292,7 +293,7 @@ def _load_timm(cfg: VisionConfig, device: torch.device) -> VisionTower:
         model = timm.create_model(name, pretrained=cfg.weights is None, num_classes=0)
     except (OSError, RuntimeError, ValueError) as e:
         raise UserError(
-            f"model.vision.name_or_path: timm cannot get {name!r}: {str(e).strip().splitlines()[0]} Without a network, "
+            f"model.vision.name_or_path: timm cannot get {name!r}: {first_line(e)} Without a network, "
             "give a local safetensors file as model.vision.weights."
         ) from e
     if cfg.weights is not None:

@@ -51,7 +51,7 @@ from beholder.model.language import load_tokenizer, source_of
 from beholder.model.losses import MAX_LOGITS
 from beholder.model.placement import resolve_targets
 from beholder.model.plan import TrainableRow, TrainableTable
-from beholder.model.weights import DTYPES
+from beholder.model.weights import DTYPES, first_line
 from beholder.prepare.doctor import matmul_rate
 from beholder.train.distributed import pick_device
 from beholder.types import Example, ImageRef, ImageSlot, Turn, UserError
@@ -364,7 +364,7 @@ def _config(what: str, cfg: LlmConfig | VisionConfig, file: Path | None) -> Any:
     except (OSError, ValueError, KeyError) as e:
         raise UserError(
             f"sizes of model.{what} {cfg.name_or_path!r}: no configuration at hand "
-            f"({str(e).strip().splitlines()[0]}). Offline, give its config.json with --{what}-config FILE"
+            f"({first_line(e)}). Offline, give its config.json with --{what}-config FILE"
         ) from e
 
 

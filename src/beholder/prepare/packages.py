@@ -285,12 +285,15 @@ def _swap_in(target: Path, part: _Part) -> Iterator[Path]:
 
 
 def _hash_files(folder: Path) -> dict[str, dict[str, int | str]]:
-    files: dict[str, dict[str, int | str]] = {}
-    for path in sorted(p for p in folder.rglob("*") if not p.is_dir()):
-        name = path.relative_to(folder).as_posix()
-        if name != "MANIFEST.json":
-            files[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
-    return files
+    return {
+        name: {"size": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
+        for name in sorted(_files(folder))
+    }
+
+
+def _files(folder: Path) -> set[str]:
+    """Names of what lies in a part, its manifest left out."""
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} - {"MANIFEST.json"}
 
 
 def _verify(folder: Path, part: _Part) -> str | None:
@@ -300,8 +303,7 @@ def _verify(folder: Path, part: _Part) -> str | None:
         expected: dict[str, dict[str, int | str]] = manifest["files"]
         if manifest["recipe"] != part.recipe or manifest["made_from"] != part.made_from:
             return "it was made by another version of Beholder"
-        found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} - {"MANIFEST.json"}
-        for name in sorted(found ^ set(expected)):
+        for name in sorted(_files(folder) ^ set(expected)):
             return f"{name} is missing" if name in expected else f"{name} does not belong there"
         for name, facts in expected.items():
             path = folder / name

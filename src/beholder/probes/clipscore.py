@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from beholder.evidence import Measurement
-from beholder.model.weights import check_finite, check_loading_info, freeze, quiet_transformers
+from beholder.model.weights import check_finite, check_loading_info, first_line, freeze, quiet_transformers
 from beholder.probes import mean, measurement
 from beholder.types import UserError
 
@@ -50,7 +50,7 @@ class ClipJudge:
                 )  # fmt: skip
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-            raise UserError(f"eval.clip_model {name!r} cannot be loaded: {_first_line(e)} {_WANTED}") from e
+            raise UserError(f"eval.clip_model {name!r} cannot be loaded: {first_line(e)} {_WANTED}") from e
         model, info = loaded
         check_loading_info(info, model, name)
         check_finite(model, name)
@@ -215,10 +215,6 @@ _WANTED = (
     "Give a folder (or hub name) with a CLIP model: config.json, model.safetensors, a tokenizer and "
     "preprocessor_config.json."
 )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _check_folder(name: str) -> None:

@@ -189,11 +189,6 @@ class ChairSums:
     """bool [S]: some reference of the sample names a listed object."""
 
     @property
-    def s(self) -> float:
-        """CHAIR-s: share of the captions that mention an object no reference names."""
-        return float((self.invented > 0).mean())
-
-    @property
     def i(self) -> float | None:
         """CHAIR-i: share of the mentions that no reference names; None when nothing is mentioned."""
         total = int(self.mentions.sum())

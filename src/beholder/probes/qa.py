@@ -47,11 +47,6 @@ class QaItem:
     about: str | None = None
     """The object whose colour is asked for."""
 
-    @property
-    def wrong(self) -> tuple[str, ...]:
-        """Names the right answers compete with."""
-        return tuple(name for name in self.vocabulary.names if name not in self.answers)
-
     def is_right(self, text: str) -> bool:
         """Whether ``text`` names a right answer and no wrong one.
 
