@@ -43,21 +43,22 @@ def write_durably(path: Path, data: bytes) -> None:
 
     Raises `UserError` naming the file when the disk is full.
     """
+    _put(path, data, os.O_TRUNC, sync=True)
+
+
+def _put(path: Path, data: bytes, how: int, *, sync: bool) -> None:
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o644)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | how, 0o644)
         try:
-            _write_all(fd, data)
-            os.fsync(fd)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view[: 1 << 26]) :]  # one write() moves at most 2 GB
+            if sync:
+                os.fsync(fd)
         finally:
             os.close(fd)
     except OSError as e:
         _reraise(e, path)
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view[: 1 << 26]) :]  # one write() moves at most 2 GB
 
 
 def _reraise(error: OSError, path: Path) -> NoReturn:
@@ -196,23 +197,13 @@ class RunDir:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``: one write, so that readers and crashes see whole lines."""
-        try:
-            fd = os.open(self.metrics_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
-            try:
-                _write_all(fd, (to_json(dict(record)) + "\n").encode())
-            finally:
-                os.close(fd)
-        except OSError as e:
-            _reraise(e, self.metrics_path)
+        _put(self.metrics_path, (to_json(dict(record)) + "\n").encode(), os.O_APPEND, sync=False)
 
     def sync_metrics(self) -> None:
         """Flush ``metrics.jsonl`` to the device, so that no checkpoint outlives the lines that led to it."""
         if self.metrics_path.exists():
-            fd = os.open(self.metrics_path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            with self.metrics_path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, Any]]:
         """The whole lines of ``metrics.jsonl``. A torn last line (a crash) is left out; any other is an error."""
@@ -409,11 +400,11 @@ def provenance(*, seed: int | None = None, device: str | None = None, **facts: A
     """
     return {
         "created": now(),
-        "beholder": _version("beholder"),
+        "beholder": version_of("beholder"),
         "git": _git(Path(__file__).resolve().parent),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: version_of(name) for name in _PACKAGES},
         "argv": list(sys.argv),
         "seed": seed,
         "device": device,
@@ -448,7 +439,8 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

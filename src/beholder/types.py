@@ -8,7 +8,7 @@ tokens per image, P patches per image, Dv tower width, Dh language-model width.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -235,30 +235,19 @@ class Batch:
         if device.type == "cpu":
             return self
 
-        def move(t: torch.Tensor | None) -> torch.Tensor | None:
-            return None if t is None else t.to(device, non_blocking=True)
-
-        return replace(
-            self,
-            input_ids=move(self.input_ids), position_ids=move(self.position_ids), supervise=move(self.supervise),
-            sample_index=move(self.sample_index), image_positions=move(self.image_positions),
-            image_sample=move(self.image_sample),
-            images=[ImageInput(move(i.features), move(i.pixels)) for i in self.images],
-        )  # fmt: skip
+        return self._each(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Called by ``DataLoader(pin_memory=True)``."""
+        return self._each(lambda t: t.pin_memory())
 
-        def pin(t: torch.Tensor | None) -> torch.Tensor | None:
-            return None if t is None else t.pin_memory()
-
-        return replace(
-            self,
-            input_ids=pin(self.input_ids), position_ids=pin(self.position_ids), supervise=pin(self.supervise),
-            sample_index=pin(self.sample_index), image_positions=pin(self.image_positions),
-            image_sample=pin(self.image_sample),
-            images=[ImageInput(pin(i.features), pin(i.pixels)) for i in self.images],
-        )  # fmt: skip
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        names = ("input_ids", "position_ids", "supervise", "sample_index", "image_positions", "image_sample")
+        images = [
+            ImageInput(*(None if t is None else change(t) for t in (image.features, image.pixels)))
+            for image in self.images
+        ]
+        return replace(self, images=images, **{name: change(getattr(self, name)) for name in names})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -291,17 +280,4 @@ class FeatureReader(Protocol):
 
     def read(self, ref: ImageRef) -> torch.Tensor | None:
         """bf16 [P, Dv], or None when the image is not stored."""
-        ...
-
-
-class ExampleSet(Protocol):
-    """Random access to examples without loading any image. Implemented in `data.sources`."""
-
-    fingerprint: str
-    """sha256 over what the examples are; changes when a record does."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Example: ...
-    def target_texts(self, indices: Sequence[int] | None = None) -> list[str]:
-        """`Example.target_text` of many records at once, quicker than one by one."""
         ...

@@ -172,7 +172,7 @@ def test_no_samples_make_one_row_of_padding() -> None:
 
 
 class Listed:
-    """An `ExampleSet` in memory."""
+    """The part of `Records` that is needed here, in memory."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = list(examples)

@@ -135,8 +135,7 @@ def test_a_split_that_is_no_name_is_an_error_unless_a_pattern_names_the_images(t
 
 
 @pytest.mark.parametrize("pattern", [
-    "x.png", "{id}.png", "{image_id}{}.png", "{image_id.__class__}.png", "{image_id", "{image_id[0]}", "{image_id!r}",
-    "{image_id}{image_id}", "{image_id:9999999999d}", "{image_id:{image_id}d}", "{image_id:x}", "{image_id}\0",
+    "x.png", "{id}.png", "{image_id}{}.png", "{image_id.name}.png", "{image_id", "{image_id[0]}", "{image_id:y}",
 ])  # fmt: skip
 def test_a_pattern_without_its_place_or_with_another_is_an_error(tmp_path: Path, pattern: str) -> None:
     with pytest.raises(UserError, match=r"image_pattern .*expected a file name with \{image_id\}"):

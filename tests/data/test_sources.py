@@ -122,7 +122,7 @@ def test_openai_style_messages_and_another_marker_are_read(tmp_path: Path) -> No
     assert example.turns[0].parts == (ImageSlot(0), " <image>")
 
 
-def test_target_texts_and_image_refs_are_those_of_the_examples(tmp_path: Path) -> None:
+def test_target_texts_and_images_are_those_of_the_examples(tmp_path: Path) -> None:
     path = write_array(
         tmp_path / "a.json", *(llava(gpt=f"caption {i}", id=str(i), image=f"{i}.png") for i in range(20))
     )
@@ -130,7 +130,7 @@ def test_target_texts_and_image_refs_are_those_of_the_examples(tmp_path: Path) -
 
     assert records.target_texts() == [e.target_text for e in records]
     assert records.target_texts([7, 3]) == ["caption 7", "caption 3"]
-    assert list(records.image_refs([7, 3])) == [*records[7].images, *records[3].images]
+    assert list(records.images_of([7, 3])) == [(i, records[i].images) for i in (7, 3)]
     assert list(records.images_of()) == [(i, e.images) for i, e in enumerate(records)]
     with pytest.raises(IndexError):
         records[20]

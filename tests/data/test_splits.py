@@ -36,7 +36,7 @@ BUCKETS = (0, 10, 20, 9999)
 
 
 class Listed:
-    """An `ExampleSet` in memory."""
+    """The part of `Records` that is needed here, in memory."""
 
     def __init__(self, examples: Sequence[Example], fingerprint: str = "f" * 64) -> None:
         self.examples = list(examples)

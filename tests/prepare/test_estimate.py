@@ -34,7 +34,6 @@ from beholder.prepare.estimate import (
     vision_shape,
 )
 from beholder.prepare.tiny import tiny_llm, tiny_vision
-from beholder.store.features import estimate_bytes
 
 CPU = torch.device("cpu")
 
@@ -250,7 +249,7 @@ def test_lengths_images_steps_and_store_are_those_of_the_real_data(tmp_path, tin
     assert found.sequence["tokens_mean"] == pytest.approx(sum(len(e.ids) for e in encoded) / len(encoded), rel=0.1)
     assert found.steps == stream.steps_for(3)
     assert (found.data["records"], found.data["train_samples"], found.data["held_out_samples"]) == (72, 60, 12)
-    assert found.store_bytes == estimate_bytes(72, model.geometry)
+    assert found.store_bytes == 72 * model.geometry.num_patches * model.geometry.d_vision * 2
     width = max(int(b.input_ids.shape[1]) for step in stream.steps(0, 10) for b in step)
     assert found.sequence["row_length"] <= width * 1.05
 

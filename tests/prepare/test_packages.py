@@ -513,11 +513,67 @@ def test_archive_members_are_bounded_and_named(tmp_path: Path) -> None:
             packages._read_member(archive, "missing", 1000)
 
 
+def saved(state: Any, **how: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file, **how)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_tensors_of_a_pth_come_back_bit_for_bit_in_order_whatever_their_strides(zipped: bool) -> None:
+    whole = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0))
+    state = OrderedDict(
+        z=whole.permute(2, 0, 1),
+        a=whole[1:3, ::2],
+        count=torch.tensor(7),
+        nothing=torch.zeros(0, 3),
+        long=torch.arange(5),
+    )
+
+    read = packages.read_pth(saved(state, _use_new_zipfile_serialization=zipped), "x.pth")
+
+    assert list(read) == list(state) and all(t.is_contiguous() for t in read.values())
+    assert all(torch.equal(read[k], state[k]) and read[k].dtype == state[k].dtype for k in state)
+
+
+class Runs:
+    """Pickles as a call: the classic attack."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = (function, args)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_pth_with_code_in_it_is_refused_and_not_run(tmp_path: Path, zipped: bool) -> None:
+    victim = tmp_path / "executed"
+    evil = saved(OrderedDict(a=Runs(os.mkdir, str(victim))), _use_new_zipfile_serialization=zipped)
+
+    with pytest.raises(
+        AssetError, match=r"evil\.pth: refused, it is not a plain file of tensors, and nothing of it ran"
+    ):
+        packages.read_pth(evil, "evil.pth")
+
+    assert not victim.exists()
+    torch.load(io.BytesIO(evil), weights_only=False)  # the payload is live: unpickling would have run it
+    assert victim.exists()
+
+
+def test_a_pth_that_is_damaged_or_something_else_is_named_as_such() -> None:
+    good = saved(OrderedDict(a=torch.arange(3.0)), _use_new_zipfile_serialization=False)
+    for data in (b"", b"GIF89a", good[:-1], good[: len(good) // 2]):
+        with pytest.raises(AssetError, match=r"x\.pth: refused, it is not a plain file of tensors"):
+            packages.read_pth(data, "x.pth")
+    for state in ({"a": 1}, [torch.zeros(1)]):
+        with pytest.raises(AssetError, match=r"x\.pth: expected a flat dictionary"):
+            packages.read_pth(saved(state), "x.pth")
+
+
 def test_a_tower_that_timm_orders_differently_is_refused(wheels: Any, tmp_path: Path) -> None:
     pth, _ = legacy_tower()
-    from beholder.prepare.legacy_pth import read_legacy_pth
-
-    tensors = {name: torch.from_numpy(value) for name, value in read_legacy_pth(pth, "x").items()}
+    tensors = packages.read_pth(pth, "x.pth")
     names = list(tensors)
     tensors[names[1]], tensors[names[2]] = tensors[names[2]], tensors[names[1]]  # same shapes: only the kind tells
     swapped = OrderedDict((names[{1: 2, 2: 1}.get(i, i)], t) for i, t in enumerate(tensors.values()))

@@ -31,7 +31,7 @@ from beholder.model.plan import ALIGN, apply_train_plan
 from beholder.model.vision import load_vision
 from beholder.store import features as features_module
 from beholder.store import rows
-from beholder.store.features import FeatureStore, FillReport, estimate_bytes, store_dir
+from beholder.store.features import FeatureStore, FillReport, store_dir
 from beholder.train.objectives import next_token
 from beholder.types import ImageGeometry, ImageRef, UserError
 
@@ -85,7 +85,7 @@ def right_or_absent(store: FeatureStore, refs: list[ImageRef]) -> int:
 
 
 def shard_files(store: FeatureStore) -> list[Path]:
-    return sorted(store.folder.glob("shard-*.bin"))
+    return sorted(store.rows.folder.glob("shard-*.bin"))
 
 
 def run_forked(work: Callable[[], object]) -> ForkProcess:
@@ -124,7 +124,6 @@ def test_read_gives_the_towers_features_in_bf16_and_a_second_fill_computes_nothi
     assert features is not None and features.dtype == torch.bfloat16 and features.shape == (PATCHES, WIDTH)
     assert calls[-1] == (8, 8) and [c[0] for c in calls] == sorted(c[0] for c in calls)
     assert store.bytes_used == first.bytes_used == 8 * ROW == sum(f.stat().st_size for f in shard_files(store))
-    assert estimate_bytes(8, GEOMETRY) == 8 * ROW
 
 
 def test_what_read_returns_belongs_to_the_caller(tmp_path):
@@ -257,7 +256,7 @@ def test_an_unusable_folder_says_what_to_set(tmp_path):
 
 def test_a_damaged_index_is_named_and_not_overwritten(tmp_path):
     store = open_store(tmp_path / "store")
-    index = store.folder / "index.sqlite"
+    index = store.rows.folder / "index.sqlite"
     store.close()
     index.write_bytes(b"not a database at all" * 100)
 
@@ -275,7 +274,7 @@ def test_a_full_disk_is_an_error_that_keeps_what_was_stored(tmp_path, monkeypatc
     def limited() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         # The index must still fit: only the shard grows past this.
-        limit = max(f.stat().st_size for f in store.folder.iterdir()) + 200 * 1024
+        limit = max(f.stat().st_size for f in store.rows.folder.iterdir()) + 200 * 1024
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         big = FeatureStore(
             tmp_path / "store", tower_fingerprint="t", pipeline_fingerprint="p", num_patches=512, d_vision=1024,
@@ -474,7 +473,7 @@ def test_a_flipped_byte_is_never_returned_and_the_next_fill_repairs_it(tmp_path)
     shard.write_bytes(data)
 
     assert right_or_absent(store, refs) == 4
-    assert store.corrupt_rows == 1
+    assert store.rows.corrupt_rows == 1
     report = fill(store, refs)
     assert (report.computed, report.reused) == (1, 4)
     assert right_or_absent(store, refs) == 5 and store.bytes_used == 5 * ROW
@@ -484,11 +483,11 @@ def test_rows_that_were_swapped_are_never_returned(tmp_path):
     refs = make_images(tmp_path / "images", 2)
     store = open_store(tmp_path / "store")
     fill(store, refs)
-    with sqlite3.connect(store.folder / "index.sqlite") as db:  # an index that points to the other image's row
+    with sqlite3.connect(store.rows.folder / "index.sqlite") as db:  # an index that points to the other image's row
         db.execute("UPDATE rows SET row = row + 10")
         db.execute("UPDATE rows SET row = 11 - row")
 
-    assert right_or_absent(store, refs) == 0 and store.corrupt_rows == 2
+    assert right_or_absent(store, refs) == 0 and store.rows.corrupt_rows == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "deleted"])
@@ -624,9 +623,9 @@ def test_a_tower_with_other_weights_has_another_fingerprint_and_misses(tmp_path,
     rounded = tiny_config(tmp_path, **{"model.vision.precision": "bf16"})
     layer = tiny_config(tmp_path, **{"model.vision.feature_layer": -2})
 
-    folders = {real_store(c, tmp_path / "store").folder for c in (cfg, other, rounded, layer)}
+    folders = {real_store(c, tmp_path / "store").rows.folder for c in (cfg, other, rounded, layer)}
 
-    assert len(folders) == 4 and real_store(cfg, tmp_path / "store").folder in folders
+    assert len(folders) == 4 and real_store(cfg, tmp_path / "store").rows.folder in folders
 
 
 # -- where it lies

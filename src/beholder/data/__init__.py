@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,11 @@ def build_data(
     d = cfg.data
     encoder = build_encoder(cfg, tokenizer, num_visual_tokens)
     records = open_records(cfg, d.train_sources)
-    hygiene = _vet(records, tokenizer, cfg.hygiene, cfg, progress)
+    vet = partial(
+        apply_hygiene, tokenizer=tokenizer, verify_images=d.verify_images, max_megapixels=d.max_megapixels,
+        on_bad_image=d.on_bad_image, progress=progress,
+    )  # fmt: skip
+    hygiene = vet(records, cfg=cfg.hygiene)
     rejects = [*records.rejects, *hygiene.rejects]
     if not len(hygiene.accepted):
         raise UserError(f"no training sample is left of {len(records)} records: {_reasons(rejects)}")
@@ -284,7 +289,7 @@ def build_data(
         # Held-out records are measured as they are: a caption that training would reject as too short or as a
         # duplicate is still a question the model must answer. Only what cannot be used at all is left out.
         lenient = HygieneLimits(min_tokens=1, max_tokens=None, spam=(), duplicates="report")
-        held_hygiene = _vet(held, tokenizer, lenient, cfg, progress)
+        held_hygiene = vet(held, cfg=lenient)
         rejects += [*held.rejects, *held_hygiene.rejects]
         if d.eval_size is not None and d.eval_size > len(held_hygiene.accepted):
             raise UserError(
@@ -354,24 +359,6 @@ def build_data(
         rejects=rejects,
         counts=counts,
     )  # fmt: skip
-
-
-def _vet(
-    records: Records,
-    tokenizer: Any,
-    hygiene: HygieneLimits,
-    cfg: RunConfig,
-    progress: Callable[[str, int, int], None] | None,
-) -> HygieneReport:
-    return apply_hygiene(
-        records,
-        tokenizer,
-        hygiene,
-        verify_images=cfg.data.verify_images,
-        max_megapixels=cfg.data.max_megapixels,
-        on_bad_image=cfg.data.on_bad_image,
-        progress=progress,
-    )
 
 
 def _reasons(rejects: Sequence[Reject]) -> str:

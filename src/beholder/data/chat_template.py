@@ -13,9 +13,6 @@ import jinja2
 from beholder.data.tokens import any_of, spellings
 from beholder.types import ImageSlot, Part, Turn, UserError
 
-# ---------------------------------------------------------------------------------------------------------------
-# Chat templates
-
 TEMPLATE_DATE = date(2024, 7, 26)
 """What a chat template gets for today: a sample must be laid out alike tomorrow too, or no resume would be exact."""
 
@@ -164,7 +161,7 @@ class ChatTemplate:
             if plain.count(mark) != 1:
                 times = "leaves out" if mark not in plain else f"shows {plain.count(mark)} times"
                 raise TemplateMisfit(
-                    f"the chat template {times} turn {i} of a conversation of {_roles(roles)}"
+                    f"the chat template {times} turn {i} of a conversation of {', '.join(roles)}"
                     f"{' and a generation prompt' if prompt else ''} (a {roles[i]} turn)"
                 )
         places: list[_Place] = []
@@ -256,33 +253,26 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as e:
             raise TemplateMisfit(f"the chat template is not valid Jinja (line {e.lineno}: {e.message})") from e
         except _RENDERING_FAULTS as e:
-            roles = _roles([m["role"] for m in messages])
+            roles = ", ".join(m["role"] for m in messages)
             told = isinstance(e, jinja2.TemplateError) and str(e)
             why = told or f"{type(e).__name__} ({str(e) or 'no more is known'})"
             raise TemplateMisfit(f"the chat template refuses a conversation of {roles}: {why}") from e
 
 
-def _roles(roles: Sequence[str]) -> str:
-    return ", ".join(roles)
-
-
 def _stripped(parts: tuple[Part, ...], place: _Place) -> list[Part]:
     """The parts with what ``place`` strips off their ends; an image is no blank."""
     out = list(parts)
-    for k in range(len(out)):
-        part = out[k]
-        if not isinstance(part, str):
-            break
-        out[k] = part = part.lstrip(place.strip_left)
-        if part:
-            break
-    for k in reversed(range(len(out))):
-        part = out[k]
-        if not isinstance(part, str):
-            break
-        out[k] = part = part.rstrip(place.strip_right)
-        if part:
-            break
+    for order, strip in (
+        (range(len(out)), lambda text: text.lstrip(place.strip_left)),
+        (reversed(range(len(out))), lambda text: text.rstrip(place.strip_right)),
+    ):
+        for k in order:
+            part = out[k]
+            if not isinstance(part, str):
+                break
+            out[k] = part = strip(part)
+            if part:
+                break
     return out
 
 

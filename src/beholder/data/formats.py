@@ -146,14 +146,18 @@ class Rules:
                 next_image = 1
             elif role == "user" and parsed.interpreted:
                 # Only here: a marker in an answer or in a system text is literal text.
-                pieces = text.split(self.image_token)
-                parts = [pieces[0]]
-                for piece in pieces[1:]:
-                    parts += [ImageSlot(next_image), piece]
-                    next_image += 1
-                parts = [p for p in parts if p != ""]
+                parts = marked(text, self.image_token, next_image)
+                next_image += text.count(self.image_token)
             turns.append(Turn(role, tuple(parts)))
         return tuple(turns)
+
+
+def marked(text: str, token: str, first: int) -> list[Part]:
+    """The text with an image place for every ``token``, numbered from ``first``."""
+    pieces: list[Part] = []
+    for k, piece in enumerate(text.split(token)):
+        pieces += [ImageSlot(first + k - 1), piece] if k else [piece]
+    return [p for p in pieces if p != ""]
 
 
 def _require_dialogue(messages: Sequence[tuple[Role, str]]) -> None:

@@ -85,14 +85,12 @@ def read_bytes(ref: ImageRef, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         case "file":
             return _read_regular_file(ref, _contained_path(ref), max_bytes)
         case "tar":
-            if ref.size > max_bytes:
-                raise ImageError(ref, "file_too_large", f"{ref.size:,} bytes, the limit is {max_bytes:,}")
-            return _non_empty(ref, _read_range(ref, ref.offset, ref.size))
+            _check_size(ref, ref.size, max_bytes)
+            return _read_range(ref, ref.offset, ref.size)
         case "parquet":
             data = _parquet_item(ref)
-            if len(data) > max_bytes:
-                raise ImageError(ref, "file_too_large", f"{len(data):,} bytes, the limit is {max_bytes:,}")
-            return _non_empty(ref, data)
+            _check_size(ref, len(data), max_bytes)
+            return data
 
 
 def content_hash(ref: ImageRef) -> str:
@@ -137,10 +135,9 @@ def _open_regular(ref: ImageRef, real: str) -> tuple[int, int]:
 def _read_regular_file(ref: ImageRef, real: str, max_bytes: int) -> bytes:
     fd, size = _open_regular(ref, real)
     with os.fdopen(fd, "rb") as file:
-        if size > max_bytes:
-            raise ImageError(ref, "file_too_large", f"{size:,} bytes, the limit is {max_bytes:,}")
+        _check_size(ref, size, max_bytes)
         try:
-            return _non_empty(ref, file.read(max_bytes))
+            return file.read(max_bytes)
         except OSError as e:
             raise ImageError(ref, "unreadable", e.strerror or str(e)) from None
 
@@ -156,10 +153,11 @@ def _read_range(ref: ImageRef, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-def _non_empty(ref: ImageRef, data: bytes) -> bytes:
-    if not data:
+def _check_size(ref: ImageRef, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise ImageError(ref, "file_too_large", f"{size:,} bytes, the limit is {max_bytes:,}")
+    if size == 0:
         raise ImageError(ref, "empty_image", "has 0 bytes")
-    return data
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from beholder.types import Example, ExampleSet, Turn, UserError
+from beholder.data.sources import Records
+from beholder.types import Example, Turn, UserError
 
 _ROUNDS = 8
 _PARTNER_TRIES = 32
@@ -62,7 +63,7 @@ class Mixture:
     """
 
     def __init__(
-        self, examples: ExampleSet, indices: np.ndarray | Sequence[int], *, seed: int, multi_image_fraction: float = 0.0
+        self, examples: Records, indices: np.ndarray | Sequence[int], *, seed: int, multi_image_fraction: float = 0.0
     ) -> None:
         self.examples = examples
         self.indices = np.asarray(indices, dtype=np.int64)
@@ -90,10 +91,6 @@ class Mixture:
         """Index into ``examples`` at a position (of the first example, where two are joined)."""
         epoch, place = divmod(position, len(self))
         return int(self.indices[permute(len(self), self.seed, epoch, self._order_key, np.array([place]))[0]])
-
-    def indices_of_epoch(self, epoch: int) -> np.ndarray:
-        """All of an epoch at once. int64 [len]: each index exactly once."""
-        return self.indices[permute(len(self), self.seed, epoch, self._order_key, np.arange(len(self)))]
 
     def example_at(self, position: int) -> Example:
         """The training sample at a position."""

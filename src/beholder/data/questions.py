@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import string
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -77,31 +76,24 @@ def _plain_lines(path: Path, raw: bytes, expected: str) -> Iterator[tuple[str, A
 
 
 class ImageNames(NamedTuple):
-    """File names of images by their ``image_id``: a number or name between two texts, which are written as they are.
+    """File names of images by their ``image_id``: a format string of the person's own, or one of ours."""
 
-    A pattern is taken apart once and never formatted: ``str.format`` would look into what it is given
-    (``{image_id.__class__}``) and write as many zeros as it is asked for.
-    """
-
-    before: str
-    spec: str
-    """Empty, or the width of a number: ``012d``"""
-    after: str
+    pattern: str
 
     def of(self, image_id: Any, field: str = "image_id") -> str:
         """The name of an image. Raises `ValueError` with what is wrong with ``image_id``, as a JSON file gives it."""
         if fault := _id_fault(image_id):
             raise ValueError(f"{field} {fault}")
-        if not self.spec:
-            return f"{self.before}{image_id}{self.after}"
-        if isinstance(image_id, str):  # GQA writes its numbers as text
+        try:
+            return self.pattern.format(image_id=image_id)
+        except ValueError:  # a text where the pattern wants a number: GQA writes its numbers as text
             if not re.fullmatch("-?[0-9]+", image_id):
-                pattern = f"{self.before}{{image_id:{self.spec}}}{self.after}"
-                raise ValueError(f"image {image_id[:40]!r} has no place in {pattern!r}, which wants a number")
+                told = f"image {image_id[:40]!r} has no place in {self.pattern!r}, which wants a number"
+                raise ValueError(told) from None
             if len(image_id) > _MAX_DIGITS:
-                raise ValueError(f"{field} has {len(image_id)} digits, which is too large for the number of an image")
-            image_id = int(image_id)
-        return f"{self.before}{image_id:{self.spec}}{self.after}"
+                told = f"{field} has {len(image_id)} digits, which is too large for the number of an image"
+                raise ValueError(told) from None
+            return self.pattern.format(image_id=int(image_id))
 
 
 _MAX_DIGITS = 20
@@ -109,29 +101,16 @@ _MAX_DIGITS = 20
 
 
 def image_names(pattern: str) -> ImageNames:
-    """The names a person's pattern gives. Raises `UserError` unless it is a file name with ``{image_id}`` and no other
-    place in it."""
-    expected = "expected a file name with {image_id} in it, as in COCO_val2014_{image_id:012d}.jpg"
-    if "\0" in pattern or not _is_unicode(pattern):
-        raise UserError(f"image_pattern {_shown(pattern)!r}: has a character that no file name has; {expected}")
+    """The names a person's pattern gives. Raises `UserError` unless it is a file name with ``{image_id}`` in it."""
     try:
-        parts = list(string.Formatter().parse(pattern))
-    except ValueError as e:
-        raise UserError(f"image_pattern {pattern!r}: {e}; {expected}") from None
-    places = [k for k, (_, field, _, _) in enumerate(parts) if field is not None]
-    if len(places) != 1:
-        raise UserError(f"image_pattern {pattern!r}: has {len(places)} places in braces, not one; {expected}")
-    _, field, spec, conversion = parts[places[0]]
-    if field != "image_id" or conversion is not None or re.fullmatch("(?:0?[0-9]{1,2}d)?", spec or "") is None:
-        raise UserError(f"image_pattern {pattern!r}: its place is neither {{image_id}} nor one with a width of at most "
-                        f"two digits, such as {{image_id:012d}}; {expected}")  # fmt: skip
-    before = "".join(text for text, *_ in parts[: places[0] + 1])
-    return ImageNames(before, spec or "", "".join(text for text, *_ in parts[places[0] + 1 :]))
-
-
-def check_pattern(pattern: str) -> None:
-    """Raises `UserError` as `image_names` does."""
-    image_names(pattern)
+        if pattern.format(image_id=1) == pattern.format(image_id=2):
+            raise ValueError("gives all images one name")
+    except (ValueError, LookupError, AttributeError, TypeError) as e:
+        raise UserError(
+            f"image_pattern {pattern!r}: {e}; expected a file name with {{image_id}} in it, as in "
+            "COCO_val2014_{image_id:012d}.jpg"
+        ) from None
+    return ImageNames(pattern)
 
 
 def coco_names(subtype: Any, path: str) -> ImageNames:
@@ -140,14 +119,14 @@ def coco_names(subtype: Any, path: str) -> ImageNames:
     Raises `UserError` for anything else than the name of a part of COCO: this text becomes part of file names.
     """
     if subtype is None or subtype == "":  # as COCO writes them since 2017
-        return ImageNames("", "012d", ".jpg")
+        return ImageNames("{image_id:012d}.jpg")
     if not isinstance(subtype, str) or _COCO_PART.fullmatch(subtype) is None:
         raise UserError(
             f"{path}: data_subtype is {_shown(str(subtype))[:60]!r}, expected the name of a part of COCO, such as "
             "val2014; give the images' file names as image_pattern, such as {image_id:012d}.jpg"
         )
     # test-dev2015 is a part of test2015, and its images are called after the whole.
-    return ImageNames(f"COCO_{subtype.replace('-dev', '')}_", "012d", ".jpg")
+    return ImageNames(f"COCO_{subtype.replace('-dev', '')}_{{image_id:012d}}.jpg")
 
 
 _COCO_PART = re.compile("[A-Za-z]{1,40}(?:-dev)?[0-9]{4}(?:-[A-Za-z0-9]{1,40})?")
@@ -261,13 +240,13 @@ def gqa_records(path: str, pattern: str | None) -> Iterator[Found]:
     The kind of a question is GQA's semantic and structural type (``attr/verify``). Without ``pattern`` image
     ``2405722`` is ``2405722.jpg``.
     """
-    names = ImageNames("", "", ".jpg") if pattern is None else image_names(pattern)
+    names = ImageNames("{image_id}.jpg") if pattern is None else image_names(pattern)
     for key, found in index.json_members(path):
         yield Found(0, orjson.dumps(_gqa_record(key, found.raw, names)), found.where)
 
 
 def _gqa_record(key: str, raw: bytes, names: ImageNames) -> dict[str, Any]:
-    if not _is_unicode(key):
+    if _shown(key) != key:
         return _unusable(key, "bad_json", "the question's key is not valid Unicode: it has half of a surrogate pair")
     try:
         question = orjson.loads(raw)
@@ -282,12 +261,16 @@ def _gqa_record(key: str, raw: bytes, names: ImageNames) -> dict[str, Any]:
         return _unusable(key, "no_target", "the question has no answer (a test file?), so there is nothing to learn")
     if not isinstance(answer, str):
         return _unusable(key, "wrong_type", "answer is not a string")
-    types = question.get("types")
-    kinds = [types.get(name) for name in ("semantic", "structural")] if isinstance(types, dict) else []
     return _record(
         key, image_id, "imageId", names, question=text, answer=answer, answers=[answer], answer_type="",
-        question_type="/".join(kind for kind in kinds if isinstance(kind, str) and kind),
+        question_type=gqa_kind(question.get("types")),
     )  # fmt: skip
+
+
+def gqa_kind(types: Any) -> str:
+    """The semantic and structural type of a question, as far as they are there: ``attr/verify``."""
+    kinds = [types.get(name) for name in ("semantic", "structural")] if isinstance(types, dict) else []
+    return "/".join(kind for kind in kinds if isinstance(kind, str) and kind)
 
 
 def _record(key: Any, image_id: Any, field: str, names: ImageNames, **fields: Any) -> dict[str, Any]:
@@ -328,16 +311,8 @@ def _id_fault(value: object) -> str | None:
     return "is missing, or neither an integer nor a string"
 
 
-def _is_unicode(text: str) -> bool:
-    """Not so where a JSON escape left half of a surrogate pair, which nothing can store."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _shown(text: str) -> str:
+    """With half of a surrogate pair, which a JSON escape may leave and nothing can store, as an escape."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -29,10 +29,6 @@ from beholder.data.index import RecordError
 from beholder.runs import sha256_file
 from beholder.types import Example, ImageRef, UserError
 
-__all__ = [
-    "RecordError", "Records", "Reject", "guess_source", "missing_files", "open_sources",
-]  # fmt: skip
-
 _INDEX_VERSION = 3
 """Raised when a cached index means something else."""
 _FINGERPRINT_VERSION = 1
@@ -313,11 +309,11 @@ def _require_fitting(source: SourceConfig) -> None:
                 f"image_pattern {source.image_pattern!r}: records of dataset {source.dataset} name their images "
                 "themselves; only vqa and gqa have it"
             )
-        questions.check_pattern(source.image_pattern)
+        questions.image_names(source.image_pattern)
 
 
 class Records:
-    """Random access to the structurally good records of several files (an `ExampleSet`). Picklable."""
+    """Random access to the structurally good records of several files. Picklable."""
 
     def __init__(
         self, files: Sequence[_File], origins: Sequence[int], sources: Sequence[SourceConfig], *, chat: bool = False
@@ -388,11 +384,6 @@ class Records:
         return [
             file.parse(i).id or f"{file.stem}:{int(file.rows[i])}" for file in self._files for i in range(len(file))
         ]
-
-    def image_refs(self, indices: Sequence[int] | None = None) -> Iterator[ImageRef]:
-        """Every image of the records, in order, repeated ones again."""
-        for _, refs in self.images_of(indices):
-            yield from refs
 
     def images_of(self, indices: Sequence[int] | None = None) -> Iterator[tuple[int, tuple[ImageRef, ...]]]:
         """(record, its images) of many records, without building examples."""

@@ -9,17 +9,18 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from beholder.data.images import SameContent
 from beholder.data.mixture import permute
+from beholder.data.sources import Records
 from beholder.runs import atomic_write
-from beholder.types import ExampleSet, ImageRef, UserError
+from beholder.types import ImageRef, UserError
 
 DEFAULT_EVAL_RATIO = 0.02
 _FORMAT = 1
@@ -29,14 +30,6 @@ Progress = Callable[[str, int, int], None]
 
 SameImage = Literal["content", "place"]
 """What makes two images the same one: their bytes, wherever they lie, or where they lie."""
-
-
-class PictureSet(ExampleSet, Protocol):
-    """An `ExampleSet` that tells its images without building examples; `sources.Records` is one."""
-
-    def images_of(self, indices: Sequence[int] | None = None) -> Iterator[tuple[int, tuple[ImageRef, ...]]]:
-        """(index, its images) of each of ``indices``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -146,7 +139,7 @@ def _shuffled(indices: np.ndarray, seed: int, salt: str) -> np.ndarray:
 
 
 def make_split(
-    examples: PictureSet,
+    examples: Records,
     accepted: np.ndarray,
     target_tokens: np.ndarray,
     *,
@@ -231,9 +224,9 @@ def _require_filled(labels: Sequence[str], lengths: np.ndarray, len_buckets: Seq
 
 
 def shared_images(
-    train_examples: PictureSet,
+    train_examples: Records,
     train: Sequence[int] | np.ndarray,
-    eval_examples: PictureSet,
+    eval_examples: Records,
     held_out: Sequence[int] | np.ndarray,
     same_image: SameImage = "content",
     progress: Progress | None = None,
@@ -272,7 +265,7 @@ def _ints(indices: Sequence[int] | np.ndarray) -> list[int]:
 # Persistence
 
 
-def save_split(path: str | Path, split: Split, examples: ExampleSet) -> None:
+def save_split(path: str | Path, split: Split, examples: Records) -> None:
     """Writes the split as JSON, atomically: held-out items with id, bucket, length and image; the rest as indices."""
 
     def item(i: int) -> dict[str, Any]:
@@ -297,7 +290,7 @@ def save_split(path: str | Path, split: Split, examples: ExampleSet) -> None:
     atomic_write(path, json.dumps(body, ensure_ascii=False, separators=(",", ":")).replace('},{"index', '},\n{"index'))
 
 
-def load_split(path: str | Path, examples: ExampleSet, expect: Mapping[str, Any] | None = None) -> Split:
+def load_split(path: str | Path, examples: Records, expect: Mapping[str, Any] | None = None) -> Split:
     """Reads a split back, identical to the one that was saved.
 
     Raises `UserError` when the file is damaged, was made from other data, or was made with other settings than
@@ -318,8 +311,8 @@ def load_split(path: str | Path, examples: ExampleSet, expect: Mapping[str, Any]
             "output_dir, or remove the file to draw the split anew"
         )
     # A setting that the file does not know came later; which samples it holds is not in doubt.
-    changed = [f"{k}: {body['settings'][k]!r} → {v!r}" for k, v in (expect or {}).items()
-               if k in body["settings"] and _plain(body["settings"][k]) != _plain(v)]  # fmt: skip
+    known, wanted = body["settings"], {k: list(v) if isinstance(v, tuple) else v for k, v in (expect or {}).items()}
+    changed = [f"{k}: {known[k]!r} → {v!r}" for k, v in wanted.items() if k in known and known[k] != v]
     if changed:
         raise UserError(
             f"{path}: the split was drawn with other settings ({'; '.join(changed)}); restore them, or use a new "
@@ -343,7 +336,3 @@ def load_split(path: str | Path, examples: ExampleSet, expect: Mapping[str, Any]
 
 def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -14,10 +14,6 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<
 """Special tokens that end a text in the common families; generation stops at any the tokenizer has as a special one."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What a tokenizer hides
-
-
 def control_tokens(tokenizer: Any) -> tuple[re.Pattern[str] | None, frozenset[int]]:
     """Spellings (every start position matches, overlaps included) and ids of tokens that literal text must not become.
 

@@ -13,10 +13,6 @@ ADAPTER = "default"
 """The one adapter's name inside PEFT's layers; it is not part of the saved names."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The layer
-
-
 class AdaptedLinear(PeftLinear):
     """PEFT's layer; over a base stored in 16 bits, the adapter's two products are computed in these 16 bits.
 

@@ -7,7 +7,6 @@ others import it where they use it.
 """
 
 import math
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -93,24 +92,15 @@ def _adapted(language: LanguageModel) -> dict[str, AdaptedLinear]:
 
 def base_state(module: nn.Module) -> dict[str, Tensor]:
     """``module.state_dict()`` as it was before adapters were attached: same names, same order, none of theirs."""
-    layers = [name for name, m in module.named_modules() if isinstance(m, AdaptedLinear)]
-    state = dict(module.state_dict())
-    if not layers:
-        return state
+    layers = [f"{name}." for name, m in module.named_modules() if isinstance(m, AdaptedLinear)]
     undone: dict[str, Tensor] = {}
-    inside = {f"{layer}.": f"{layer}.base_layer." for layer in layers}
-    for key, tensor in state.items():
-        layer = next((k for k in _prefixes(key) if k in inside), None)
+    for key, tensor in module.state_dict().items():
+        layer = next((layer for layer in layers if key.startswith(layer)), None)
         if layer is None:
             undone[key] = tensor
-        elif key.startswith(inside[layer]):
-            undone[layer + key.removeprefix(inside[layer])] = tensor
+        elif key.startswith(f"{layer}base_layer."):
+            undone[layer + key.removeprefix(f"{layer}base_layer.")] = tensor
     return undone
-
-
-def _prefixes(key: str) -> Iterator[str]:
-    """``a.``, ``a.b.`` of ``a.b.c``."""
-    return (key[: m.end()] for m in re.finditer(r"\.", key))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from beholder.config import LlmConfig
+from beholder.config import LlmConfig, VisionConfig
 from beholder.model import attention
 from beholder.model.placement import AdapterSite
-from beholder.model.weights import DTYPES, check_finite, check_loading_info, freeze, quiet_transformers
+from beholder.model.weights import DTYPES, check_finite, check_loading_info, first_line, freeze, quiet_transformers
 from beholder.types import UserError
 
 
@@ -247,7 +247,7 @@ class LanguageModel(nn.Module):
         return torch.randint(0, self.vocab, (1, length), generator=draw).to(self.device)
 
 
-def _source(cfg: LlmConfig) -> tuple[str, dict[str, Any]]:
+def source_of(cfg: LlmConfig | VisionConfig) -> tuple[str, dict[str, Any]]:
     """(name, keyword arguments) for ``from_pretrained``; a .gguf file is named through its folder."""
     where: dict[str, Any] = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code}
     if not cfg.name_or_path.endswith(".gguf"):
@@ -262,13 +262,12 @@ def load_tokenizer(cfg: LlmConfig) -> Any:
     """The model's own tokenizer. Raises `UserError` when there is none."""
     from transformers import AutoTokenizer
 
-    name, where = _source(cfg)
+    name, where = source_of(cfg)
     try:
         return AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError, KeyError) as e:
         raise UserError(
-            f"model.llm.name_or_path {cfg.name_or_path!r}: no tokenizer could be loaded: "
-            f"{str(e).strip().splitlines()[0]}"
+            f"model.llm.name_or_path {cfg.name_or_path!r}: no tokenizer could be loaded: {first_line(e)}"
         ) from e
 
 
@@ -280,7 +279,7 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    name, where = _source(cfg)
+    name, where = source_of(cfg)
     dtype = DTYPES[cfg.precision]
     if "gguf_file" in where:
         where |= _dequantize()
@@ -296,7 +295,7 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
             )
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise UserError(
-            f"model.llm.name_or_path {cfg.name_or_path!r} cannot be loaded: {str(e).strip().splitlines()[0]} Give a "
+            f"model.llm.name_or_path {cfg.name_or_path!r} cannot be loaded: {first_line(e)} Give a "
             "Hugging Face causal language model (hub name or folder), or a .gguf file."
         ) from e
     model, info = loaded

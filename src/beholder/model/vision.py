@@ -21,6 +21,7 @@ from beholder.model.weights import (
     DTYPES,
     check_finite,
     check_loading_info,
+    first_line,
     freeze,
     hash_module,
     listed,
@@ -131,7 +132,7 @@ def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
             )
     except (OSError, ValueError, KeyError) as e:
         raise UserError(
-            f"model.vision.name_or_path {name!r} cannot be loaded: {str(e).strip().splitlines()[0]} Give a Hugging "
+            f"model.vision.name_or_path {name!r} cannot be loaded: {first_line(e)} Give a Hugging "
             "Face vision model (hub name or folder with config.json and safetensors), or timm/<name>."
         ) from e
     _drop_pooling(model)
@@ -287,18 +288,12 @@ def _load_timm(cfg: VisionConfig, device: torch.device) -> VisionTower:
     from safetensors.torch import load_file
     from timm.data.config import resolve_model_data_config
 
-    name, dtype = cfg.name_or_path.removeprefix("timm/"), DTYPES[cfg.precision]
-    if name.split(".")[0] not in timm.list_models():
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
-        raise UserError(
-            f"model.vision.name_or_path: timm has no model {name!r}; nearest: {', '.join(near) or 'none'} "
-            "(timm.list_models() lists all)"
-        )
+    name, dtype = timm_name(cfg), DTYPES[cfg.precision]
     try:
         model = timm.create_model(name, pretrained=cfg.weights is None, num_classes=0)
     except (OSError, RuntimeError, ValueError) as e:
         raise UserError(
-            f"model.vision.name_or_path: timm cannot get {name!r}: {str(e).strip().splitlines()[0]} Without a network, "
+            f"model.vision.name_or_path: timm cannot get {name!r}: {first_line(e)} Without a network, "
             "give a local safetensors file as model.vision.weights."
         ) from e
     if cfg.weights is not None:
@@ -314,21 +309,7 @@ def _load_timm(cfg: VisionConfig, device: torch.device) -> VisionTower:
     check_finite(model, cfg.weights or name)
     data = resolve_model_data_config(model)
     _, height, width = data["input_size"]
-    layer, prefix = cfg.feature_layer, int(getattr(model, "num_prefix_tokens", 0))
-    channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-
-    def features(backbone: nn.Module, pixels: Tensor) -> Tensor:
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
-        if layer == -1:
-            out = backbone.forward_features(pixels)  # pyright: ignore[reportCallIssue]
-            if out.ndim == 3:
-                return out[:, prefix:]
-            return out.flatten(1, 2) if channels_last else out.flatten(2).transpose(1, 2)
-        maps = backbone.forward_intermediates(  # pyright: ignore[reportCallIssue]
-            pixels, indices=[layer], intermediates_only=True, output_fmt="NCHW"
-        )
-        return maps[0].flatten(2).transpose(1, 2)
-
+    features = timm_features(model, cfg.feature_layer)
     # Depthwise convolutions want the channels innermost: EfficientNet-lite0 is 1.6 to 1.8 times as fast on a CPU
     # (`benchmarks/tower_layout.py`).
     model = model.to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
@@ -339,8 +320,40 @@ def _load_timm(cfg: VisionConfig, device: torch.device) -> VisionTower:
         # Not timm's centre crop: a caption may speak of what the crop would cut off.
         resize="stretch", resample=data["interpolation"] if data["interpolation"] in RESAMPLE.values() else "bicubic",
     )  # fmt: skip
-    identity = {"timm": name.split(".")[0], "class": type(model).__name__, "feature_layer": layer}
+    identity = {"timm": name.split(".")[0], "class": type(model).__name__, "feature_layer": cfg.feature_layer}
     return VisionTower(model, features, geometry, identity, dtype, cfg.name_or_path).to(device)
+
+
+def timm_name(cfg: VisionConfig) -> str:
+    """timm's own name of the model. Raises `UserError` when timm has none of it."""
+    import timm
+
+    name = cfg.name_or_path.removeprefix("timm/")
+    if name.split(".")[0] not in timm.list_models():
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        raise UserError(
+            f"model.vision.name_or_path: timm has no model {name!r}; nearest: {', '.join(near) or 'none'} "
+            "(timm.list_models() lists all)"
+        )
+    return name
+
+
+def timm_features(model: Any, layer: int) -> Callable[[nn.Module, Tensor], Tensor]:
+    """What gives ``[m, P, Dv]`` of a timm model: its last output (-1) or another layer's, without prefix tokens."""
+    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+
+    def features(backbone: Any, pixels: Tensor) -> Tensor:
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        if layer == -1:
+            out = backbone.forward_features(pixels)
+            if out.ndim == 3:
+                return out[:, prefix:]
+            return out.flatten(1, 2) if channels_last else out.flatten(2).transpose(1, 2)
+        maps = backbone.forward_intermediates(pixels, indices=[layer], intermediates_only=True, output_fmt="NCHW")
+        return maps[0].flatten(2).transpose(1, 2)
+
+    return features
 
 
 def _load_timm_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:

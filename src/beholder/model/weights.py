@@ -19,6 +19,11 @@ from beholder.types import UserError
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def first_line(error: Exception) -> str:
+    """The first line of somebody else's error, or its kind where it has no words."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and no loading report from transformers; what matters in the report becomes an error here."""

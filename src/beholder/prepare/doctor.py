@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import shutil
@@ -30,8 +31,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from beholder.config import FeaturesConfig
-from beholder.runs import cache_dir
+from beholder.runs import cache_dir, version_of
 from beholder.store.features import store_dir
+from beholder.train.distributed import pick_device
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -53,7 +55,7 @@ class Check:
 
 def diagnose() -> list[Check]:
     """Every check, in the order a person would ask. Takes a second or two (two small matrix products are timed)."""
-    device = _device()
+    device = torch.device(pick_device("auto").type)
     checks: list[Check] = [_python(), *_packages(), _torchvision(), _describe(device), *_speed(device), _attention()]
     checks += [_ram(), _shared_memory(), *_disks(), _cache(), _store(), _assets(), _hub()]
     return checks
@@ -102,15 +104,8 @@ def requirements() -> list[str]:
     return []
 
 
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _packages(
-    required: list[str] | None = None, installed: Callable[[str], str | None] = _installed
+    required: list[str] | None = None, installed: Callable[[str], str | None] = version_of
 ) -> Iterator[Check]:
     required = requirements() if required is None else required
     if not required:
@@ -158,12 +153,6 @@ def _attention() -> Check:
 # Device
 
 
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
 def _describe(device: torch.device) -> Check:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -186,26 +175,32 @@ def _describe(device: torch.device) -> Check:
     return Check("device", "ok", text)
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, side: int, repeats: int = 5) -> float:
-    """Floating-point operations per second of a square matrix product, best of ``repeats``."""
-    a = torch.ones(side, side, dtype=dtype, device=device)
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """FLOP/s of a matrix product on ``device``: the best of several runs, so that other load counts little."""
+    n = 4096 if device.type == "cuda" else 1024
+    a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
 
-    def once() -> float:
-        started = time.perf_counter()
-        torch.mm(a, a)
+    def wait() -> None:
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         elif device.type == "mps":
             torch.mps.synchronize()
-        return time.perf_counter() - started
 
-    once()  # warm-up: thread pools and kernel selection
-    return 2 * side**3 / min(once() for _ in range(repeats))
+    (a @ b).sum().item()  # warm-up: thread pools and kernel selection
+    best, end = math.inf, time.perf_counter() + seconds
+    repeats = 20 if device.type == "cuda" else 1
+    while time.perf_counter() < end:
+        wait()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            torch.mm(a, b)
+        wait()
+        best = min(best, (time.perf_counter() - start) / repeats)
+    return 2.0 * n**3 / best
 
 
 def _speed(device: torch.device) -> Iterator[Check]:
-    side = 4096 if device.type == "cuda" else 768
-    rates = {name: matmul_rate(device, getattr(torch, name), side) for name in ("float32", "bfloat16")}
+    rates = {name: matmul_rate(device, getattr(torch, name), 0.2) for name in ("float32", "bfloat16")}
     text = f"bf16 {rates['bfloat16'] / 1e9:,.0f}, fp32 {rates['float32'] / 1e9:,.0f} GFLOP/s"
     if rates["bfloat16"] < 0.8 * rates["float32"]:
         yield Check("matrix products", "warn", text,

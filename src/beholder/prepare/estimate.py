@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,14 +47,15 @@ from beholder.data.collate import WINDOW
 from beholder.data.sources import missing_files
 from beholder.model import vision as vision_door
 from beholder.model.connector import build_connector
-from beholder.model.language import load_tokenizer
+from beholder.model.language import load_tokenizer, source_of
 from beholder.model.losses import MAX_LOGITS
 from beholder.model.placement import resolve_targets
 from beholder.model.plan import TrainableRow, TrainableTable
+from beholder.model.weights import DTYPES, first_line
+from beholder.prepare.doctor import matmul_rate
+from beholder.train.distributed import pick_device
 from beholder.types import Example, ImageRef, ImageSlot, Turn, UserError
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RUNTIME_BYTES = 800 * 10**6
 """Interpreter, torch, transformers and their buffers: resident size of a process that has not loaded a model yet."""
 EFFICIENCY = {"cpu": 0.4, "cuda": 0.4, "mps": 0.4}
@@ -213,7 +213,7 @@ def plan(
         if path is not None:
             _check_named_file(option, path)
     gaps: list[str] = []
-    device = _device(cfg)
+    device = torch.device(pick_device("auto").type if cfg.device == "auto" else cfg.device)
     lora = cfg.model.lora if cfg.has_adapters else None
     language = _try(gaps, lambda: language_shape(cfg.model.llm, llm_config, lora))
     vision = _try(gaps, lambda: vision_shape(cfg.model.vision, vision_config))
@@ -239,7 +239,7 @@ def language_shape(cfg: LlmConfig, config_file: Path | None = None, lora: LoraCo
     found, and as `model.lora.resolve_targets` does."""
     from transformers import AutoModelForCausalLM
 
-    config = _config("llm", cfg.name_or_path, cfg.revision, cfg.trust_remote_code, config_file)
+    config = _config("llm", cfg, config_file)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
     text = config.get_text_config()
@@ -275,10 +275,10 @@ def _parent_and_role(name: str) -> tuple[str, str]:
 def vision_shape(cfg: VisionConfig, config_file: Path | None = None) -> VisionShape:
     """Sizes of the tower and the cost of one image. Raises `UserError` where no configuration can be found."""
     if cfg.name_or_path.startswith("timm/"):
-        return _timm_shape(cfg.name_or_path.removeprefix("timm/"), cfg.feature_layer)
+        return _timm_shape(cfg)
     from transformers import AutoModel
 
-    config = _config("vision", cfg.name_or_path, cfg.revision, cfg.trust_remote_code, config_file)
+    config = _config("vision", cfg, config_file)
     part = getattr(config, "vision_config", None) or config
     with torch.device("meta"):
         model = AutoModel.from_config(part, trust_remote_code=cfg.trust_remote_code).eval()
@@ -309,28 +309,19 @@ def vision_shape(cfg: VisionConfig, config_file: Path | None = None) -> VisionSh
     return VisionShape(params, patches, d_vision, float(counter.get_total_flops()))
 
 
-def _timm_shape(name: str, layer: int) -> VisionShape:
+def _timm_shape(cfg: VisionConfig) -> VisionShape:
     import timm
     from timm.data.config import resolve_model_data_config
 
-    if name.split(".")[0] not in timm.list_models():
-        raise UserError(f"model.vision.name_or_path: timm has no model {name!r} (timm.list_models() lists all)")
+    name = vision_door.timm_name(cfg)
     with torch.device("meta"):
         model: Any = timm.create_model(name, pretrained=False, num_classes=0).eval()
-    pixels = torch.empty(1, *resolve_model_data_config(model)["input_size"], device="meta")
+        pixels = torch.empty(1, *resolve_model_data_config(model)["input_size"])
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        if layer == -1:
-            out = model.forward_features(pixels)
-        else:
-            out = model.forward_intermediates(pixels, indices=[layer], intermediates_only=True, output_fmt="NCHW")[0]
-    if out.ndim == 3:
-        patches, d_vision = out.shape[1] - int(getattr(model, "num_prefix_tokens", 0)), out.shape[2]
-    else:
-        channels_last = layer == -1 and getattr(model, "output_fmt", "NCHW") == "NHWC"
-        d_vision = out.shape[3] if channels_last else out.shape[1]
-        patches = out.numel() // d_vision
-    return VisionShape(sum(p.numel() for p in model.parameters()), patches, d_vision, float(counter.get_total_flops()))
+        out = vision_door.timm_features(model, cfg.feature_layer)(model, pixels)
+    params = sum(p.numel() for p in model.parameters())
+    return VisionShape(params, out.shape[1], out.shape[2], float(counter.get_total_flops()))
 
 
 def connector_shape(cfg: ConnectorConfig, vision: VisionShape, d_text: int) -> ConnectorShape:
@@ -359,26 +350,21 @@ def connector_shape(cfg: ConnectorConfig, vision: VisionShape, d_text: int) -> C
     return ConnectorShape(params, connector.num_tokens, float(counter.get_total_flops()), saved)
 
 
-def _config(what: str, name: str, revision: str | None, trust_remote_code: bool, file: Path | None) -> Any:
+def _config(what: str, cfg: LlmConfig | VisionConfig, file: Path | None) -> Any:
     """A model's configuration: from ``file``, a folder, a .gguf file's header, the local hub cache, or the hub."""
     from transformers import AutoConfig
 
     if file is not None:
         if not file.is_file():
             raise UserError(f"--{what}-config {file}: no such file; expected the model's config.json")
-        return AutoConfig.from_pretrained(file, trust_remote_code=trust_remote_code)
-    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    source = name
-    if name.endswith(".gguf"):
-        if not Path(name).is_file():
-            raise UserError(f"model.{what}.name_or_path: no file {name!r}")
-        source, where["gguf_file"] = str(Path(name).parent), Path(name).name
+        return AutoConfig.from_pretrained(file, trust_remote_code=cfg.trust_remote_code)
+    name, where = source_of(cfg)
     try:
-        return AutoConfig.from_pretrained(source, **where)
+        return AutoConfig.from_pretrained(name, **where)
     except (OSError, ValueError, KeyError) as e:
         raise UserError(
-            f"sizes of model.{what} {name!r}: no configuration at hand ({str(e).strip().splitlines()[0]}). Offline, "
-            f"give its config.json with --{what}-config FILE"
+            f"sizes of model.{what} {cfg.name_or_path!r}: no configuration at hand "
+            f"({first_line(e)}). Offline, give its config.json with --{what}-config FILE"
         ) from e
 
 
@@ -387,18 +373,19 @@ def _table(
 ) -> TrainableTable:
     rows = []
     if vision:
-        rows.append(TrainableRow("vision", vision.params, 0, TORCH_NAMES[cfg.model.vision.precision]))
+        rows.append(TrainableRow("vision", vision.params, 0, _torch_name(cfg.model.vision.precision)))
     if connector:
         learns = connector.params if cfg.model.connector.trainable else 0
         rows.append(TrainableRow("connector", connector.params, learns, "float32"))
     if language:
-        rows.append(TrainableRow("language", language.params, 0, TORCH_NAMES[cfg.model.llm.precision]))
+        rows.append(TrainableRow("language", language.params, 0, _torch_name(cfg.model.llm.precision)))
         if adapters := language.adapter_params:
             rows.append(TrainableRow("lora", adapters, adapters, "float32"))
     return TrainableTable(tuple(rows))
 
 
-TORCH_NAMES = {k: str(v).removeprefix("torch.") for k, v in TORCH_DTYPES.items()}
+def _torch_name(precision: str) -> str:
+    return str(DTYPES[precision]).removeprefix("torch.")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -507,14 +494,14 @@ def _prompt_tokens(cfg: RunConfig, tokenizer: Any, num_visual: int) -> int:
 def _plan_memory(
     cfg: RunConfig, result: Plan, language: LanguageShape, vision: VisionShape, connector: ConnectorShape
 ) -> None:
-    s, seq = BYTES[cfg.model.llm.precision], result.sequence
+    s, seq = DTYPES[cfg.model.llm.precision].itemsize, result.sequence
     positions = seq["rows_of_a_micro_batch"] * seq["row_length"]
     images = seq["samples_of_a_micro_batch"] * result.data.get("images_per_sample", 1.0)
     logits = min(seq["samples_of_a_micro_batch"] * (seq["target_tokens_mean"] + 1) * language.vocab, MAX_LOGITS)
     autocast = 0 if cfg.train.precision == "fp32" else 2
     result.memory = {
         "language_model_weights": language.params * s,
-        "vision_tower_weights": vision.params * BYTES[cfg.model.vision.precision],
+        "vision_tower_weights": vision.params * DTYPES[cfg.model.vision.precision].itemsize,
         "connector_gradients_and_AdamW": connector.params * ((16 if cfg.model.connector.trainable else 4) + autocast),
         **({"adapters_gradients_and_AdamW": 16 * language.adapter_params} if language.adapter_params else {}),
         "language_model_activations": language.activation_bytes(
@@ -560,7 +547,7 @@ def _plan_time(
     }
     if device is None:
         return
-    rate = matmul_rate(device, TORCH_DTYPES[cfg.model.llm.precision])
+    rate = matmul_rate(device, DTYPES[cfg.model.llm.precision])
     result.matmul_flops_per_s = rate
     usable = rate * EFFICIENCY[device.type]
     step = sum(result.flops_per_step.values()) / usable
@@ -570,38 +557,6 @@ def _plan_time(
     if result.steps is not None:
         result.seconds["training"] = result.steps * step
         result.seconds["total"] = result.seconds["training"] + result.seconds.get("features", 0.0)
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """FLOP/s of a matrix product on ``device``: the best of several runs, so that other load counts little."""
-    n = 4096 if device.type == "cuda" else 1024
-    a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif device.type == "mps":
-            torch.mps.synchronize()
-
-    (a @ b).sum().item()
-    best, end = math.inf, time.perf_counter() + seconds
-    repeats = 20 if device.type == "cuda" else 1
-    while time.perf_counter() < end:
-        wait()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            torch.mm(a, b)
-        wait()
-        best = min(best, (time.perf_counter() - start) / repeats)
-    return 2.0 * n**3 / best
-
-
-def _device(cfg: RunConfig) -> torch.device:
-    if cfg.device != "auto":
-        return torch.device(cfg.device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def _try(gaps: list[str], find: Any) -> Any:

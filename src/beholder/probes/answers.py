@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from beholder.evidence import Condition, Measurement
-from beholder.probes import bootstrap, measurement, wilson
+from beholder.probes import bootstrap, joined, mean, measurement, share, wilson
 from beholder.probes.caption_metrics import exact_match
 from beholder.probes.strata import MIN_SAMPLES, YES_NO, answer_type
 from beholder.probes.vqa import vqa_accuracy
@@ -64,36 +64,31 @@ def score(
     }
     rule = accuracy_rule(references)
     out: list[Measurement] = []
-    for grouping, stratum, k in _parts(len(examples), groups):
+
+    def add(
+        part: tuple[str | None, str | None, np.ndarray], name: str, value: float, ci: Any, better: Any, what: str
+    ) -> None:
+        by, stratum, k = part
         few = f"only {len(k)} questions" if len(k) < MIN_SAMPLES else None
+        out.append(measurement(
+            f"answer.{name}", value, unit="share", better=better, n=len(k), ci95=ci, by=by, stratum=stratum,
+            caveat=joined(what, few),
+        ))  # fmt: skip
+
+    for part in _parts(len(examples), groups):
+        k = part[2]
         for name, values, what in (
             ("accuracy", accuracy, rule),
             ("exact", exact, "case, spacing and closing punctuation ignored"),
         ):
             for condition, own in values.items():
-                value, ci = mean_share(own[k], seed)
-                out.append(
-                    measurement(
-                        f"answer.{name}.{condition}", value, unit="share",
-                        better="higher" if condition == "correct" else "none", n=len(k), ci95=ci, by=grouping,
-                        stratum=stratum, caveat="; ".join(filter(None, [what, few])),
-                    )
-                )  # fmt: skip
+                usual = "higher" if condition == "correct" else "none"
+                add(part, f"{name}.{condition}", *mean_share(own[k], seed), usual, what)
         for condition, own in accuracy.items():
-            if condition == "correct":
-                continue
-            gain = (accuracy["correct"] - own)[k]
-            out.append(
-                measurement(
-                    f"answer.gain.{condition}", float(gain.mean()), unit="share", better="higher", n=len(k),
-                    ci95=bootstrap(lambda rows, gain=gain: gain[rows].mean(1), len(k), seed), by=grouping,
-                    stratum=stratum,
-                    caveat="; ".join(filter(None, ["paired: the same questions with and without their image"
-                                                   if condition == "none" else
-                                                   "paired: the same questions with the right and the wrong image",
-                                                   few])),
-                )
-            )  # fmt: skip
+            if condition != "correct":
+                told = "with and without their image" if condition == "none" else "with the right and the wrong image"
+                gain = mean((accuracy["correct"] - own)[k], seed)
+                add(part, f"gain.{condition}", *gain, "higher", f"paired: the same questions {told}")
     asked = [k for k, e in enumerate(examples) if answer_type(e.answer_text) == YES_NO]
     if asked:
         wanted = [says_yes(examples[k].answer_text) is True for k in asked]
@@ -123,10 +118,9 @@ def accuracy_rule(references: Sequence[Sequence[str]]) -> str:
 
 def mean_share(values: np.ndarray, seed: int = 0) -> tuple[float, tuple[float, float] | None]:
     """Mean of shares and its 95 % interval: Wilson's where every one is right or wrong, else a bootstrap."""
-    n = len(values)
     if np.isin(values, (0.0, 1.0)).all():
-        return float(values.mean()), wilson(int(values.sum()), n)
-    return float(values.mean()), bootstrap(lambda k: values[k].mean(1), n, seed)
+        return float(values.mean()), wilson(int(values.sum()), len(values))
+    return mean(values, seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -163,25 +157,21 @@ def pope(
     if n < MIN_SAMPLES:
         about += f"; only {n} questions"
     out: list[Measurement] = []
+    ending = f".{condition}" if condition else ""
+    better = "higher" if condition in (None, "correct") else "none"
 
-    def add(what: str, value: float, size: int, ci: tuple[float, float] | None) -> None:
-        usual = condition in (None, "correct") and what != "yes_rate"
-        out.append(
-            measurement(
-                f"pope.{what}" + (f".{condition}" if condition else ""), value, unit="share",
-                better="higher" if usual else "none", n=size, ci95=ci, caveat=about,
-            )
-        )  # fmt: skip
+    def add(what: str, hits: int, size: int, better: Any = better) -> None:
+        out.append(share(f"pope.{what}{ending}", hits, size, better=better, caveat=about))
 
-    add("accuracy", float(right.mean()), n, wilson(int(right.sum()), n))
+    add("accuracy", int(right.sum()), n)
     if called:
-        add("precision", hit / called, called, wilson(hit, called))
+        add("precision", hit, called)
     if there:
-        add("recall", hit / there, there, wilson(hit, there))
+        add("recall", hit, there)
     if called + there:
-        f1 = _f1(yes, want)
-        add("f1", 2 * hit / (called + there), n, bootstrap(f1, n, seed))
-    add("yes_rate", called / n, n, wilson(called, n))
+        f1, ci = 2 * hit / (called + there), bootstrap(_f1(yes, want), n, seed)
+        out.append(measurement(f"pope.f1{ending}", f1, unit="share", better=better, n=n, ci95=ci, caveat=about))
+    add("yes_rate", called, n, "none")
     return out
 
 

@@ -20,7 +20,7 @@ from beholder.data.chat import ChatEncoder, EncodeError
 from beholder.data.collate import Layout, collate
 from beholder.data.images import content_hash
 from beholder.evidence import Measurement
-from beholder.probes import measurement, ratio_of_sums, wilson
+from beholder.probes import joined, measurement, ratio_of_sums, share
 from beholder.probes.loss import LossModel, SampleLoss, sample_losses
 from beholder.probes.strata import MIN_SAMPLES, groups_of, questions
 from beholder.probes.wrong_images import without_images
@@ -334,17 +334,14 @@ def _measure(
             if not asked or (stratum is not None and few(asked)):
                 continue
             hits = sum(turns[k].answered_alone if view == "alone" else turns[k].answered_in_context for k in asked)
-            caveat = "every token the arg-max, the end token not counted; the image was not shown"
-            if view == "context":
-                caveat += "; later turns only"
-            if len({samples[k] for k in asked}) < len(asked):
-                caveat += "; several turns of one sample count as independent"
-            out.append(
-                measurement(
-                    f"{name}.answerable.{view}", hits / len(asked), unit="share", better="lower", n=len(asked),
-                    ci95=wilson(hits, len(asked)), by=by, stratum=stratum, caveat=caveat,
-                )
-            )  # fmt: skip
+            several = len({samples[k] for k in asked}) < len(asked)
+            caveat = joined(
+                "every token the arg-max, the end token not counted; the image was not shown",
+                "later turns only" if view == "context" else None,
+                "several turns of one sample count as independent" if several else None,
+            )
+            told = f"{name}.answerable.{view}"
+            out.append(share(told, hits, len(asked), better="lower", by=by, stratum=stratum, caveat=caveat))
         paired = [k for k in own if turns[k].control_nll is not None]
         if few(paired):
             continue
@@ -355,13 +352,10 @@ def _measure(
             gain.append(sum((t.control_nll or 0.0) - t.context_nll for t in one))
             tokens.append(sum(t.tokens for t in one))
         value, ci = ratio_of_sums(np.array(gain), np.array(tokens, dtype=np.float64), seed)
-        out.append(
-            measurement(
-                f"{name}.leak", value, unit="nats/token", better="lower", n=len(paired), ci95=ci, by=by,
-                stratum=stratum,
-                caveat=f"later turns of {len(gain)} samples; paired: another sample's earlier turns minus its own",
-            )
-        )  # fmt: skip
+        out.append(measurement(
+            f"{name}.leak", value, unit="nats/token", better="lower", n=len(paired), ci95=ci, by=by, stratum=stratum,
+            caveat=f"later turns of {len(gain)} samples; paired: another sample's earlier turns minus its own",
+        ))  # fmt: skip
     return out
 
 

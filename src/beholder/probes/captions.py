@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from beholder.evidence import Condition, Histogram, Measurement
-from beholder.probes import bootstrap, measurement, wilson
+from beholder.probes import bootstrap, mean, measurement, share, wilson
 from beholder.probes.caption_metrics import (
     MAX_N,
     bleu_score,
@@ -22,9 +22,6 @@ from beholder.probes.caption_metrics import (
 )
 from beholder.probes.written import Written
 from beholder.types import UserError
-
-# ---------------------------------------------------------------------------------------------------------------
-# Scores
 
 
 def score(
@@ -64,14 +61,10 @@ def _exact_by_stratum(
             if stratum is not None:
                 hits.setdefault(stratum, []).append(exact_match(record.prediction, record.reference))
         for stratum, right in sorted(hits.items()) if len(hits) > 1 else ():
-            n = len(right)
-            out.append(
-                Measurement(
-                    name=f"{name}.exact_match.correct", value=sum(right) / n, unit="share", better="higher", n=n,
-                    ci95=wilson(sum(right), n), stratum=stratum, by=by,
-                    caveat="case, spacing and closing punctuation ignored",
-                )
-            )  # fmt: skip
+            out.append(share(
+                f"{name}.exact_match.correct", sum(right), len(right), better="higher", stratum=stratum, by=by,
+                caveat="case, spacing and closing punctuation ignored",
+            ))  # fmt: skip
     return out
 
 
@@ -79,10 +72,8 @@ def chance(records: Sequence[Written], name: str = "caption") -> Measurement:
     """Exact match of always answering the most frequent reference (ties do not matter, only its count does)."""
     first = records[0].condition
     references = Counter(normalize(r.reference) for r in records if r.condition == first)
-    n = references.total()
-    most = max(references.values())
-    return Measurement(
-        name=f"{name}.exact_match.chance", value=most / n, unit="share", better="none", n=n, ci95=wilson(most, n),
+    return share(
+        f"{name}.exact_match.chance", max(references.values()), references.total(), better="none",
         caveat="always writing the most frequent reference; a model that does not look can reach this",
     )  # fmt: skip
 
@@ -117,32 +108,24 @@ def _score_condition(records: Sequence[Written], name: str, condition: Condition
     usual: Literal["higher", "none"] = "higher" if condition == "correct" else "none"
     out: list[Measurement] = []
 
-    def add(
-        metric: str,
-        value: float,
-        unit: str,
-        ci: tuple[float, float] | None,
-        *,
-        better: Literal["lower", "higher", "none"] = usual,
-        caveat: str | None = None,
-    ) -> None:
+    def add(metric: str, value: float, ci: Any, unit: str, better: Any = usual, caveat: str | None = None) -> None:
         full = f"{name}.{metric}.{condition}"
         out.append(measurement(full, value, unit=unit, better=better, n=n, ci95=ci, caveat=caveat))
 
     for metric, value, unit, ci, caveat in match_scores(
         [r.prediction for r in records], [[r.reference] for r in records], seed
     ):
-        add(metric, value, unit, ci, caveat=caveat)
+        add(metric, value, ci, unit, caveat=caveat)
     lengths = np.array([len(tokenize(r.prediction)) for r in records], dtype=np.float64)
-    add("length", float(lengths.mean()), "words", bootstrap(lambda k: lengths[k].mean(1), n, seed), better="none")
+    add("length", *mean(lengths, seed), "words", better="none")
     different = len({normalize(r.prediction) for r in records})
     wanted = len({normalize(r.reference) for r in records})
-    add("distinct", different / n, "share", None, better="none",
+    add("distinct", different / n, None, "share", better="none",
         caveat=f"{different} different captions; the references have {wanted}")  # fmt: skip
     empty = int((lengths == 0).sum())
-    add("empty", empty / n, "share", wilson(empty, n), better="lower")
+    add("empty", empty / n, wilson(empty, n), "share", better="lower")
     cut = sum(not r.finished for r in records)
-    add("unfinished", cut / n, "share", wilson(cut, n), better="lower", caveat="cut off by max_new_tokens")
+    add("unfinished", cut / n, wilson(cut, n), "share", better="lower", caveat="cut off by max_new_tokens")
     return out
 
 
@@ -155,10 +138,6 @@ def match_scores(
     """
     n, out = len(predictions), list[tuple[str, float, str, tuple[float, float] | None, str | None]]()
     said, refs = [tokenize(p) for p in predictions], [[tokenize(r) for r in own] for own in references]
-
-    def mean(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
-        array = np.array(values, dtype=np.float64)
-        return float(array.mean()), bootstrap(lambda k: array[k].mean(1), n, seed)
 
     hits = sum(any(exact_match(p, r) for r in own) for p, own in zip(predictions, references, strict=True))
     out.append(("exact_match", hits / n, "share", wilson(hits, n), "case, spacing and closing punctuation ignored"))
@@ -175,13 +154,13 @@ def match_scores(
         )  # fmt: skip
         out.append((f"bleu{order}", float(whole[order - 1]), "score 0-1", ci, None))
 
-    value, ci = mean(rouge_l(said, refs))
+    value, ci = mean(np.array(rouge_l(said, refs)), seed)
     out.append(("rouge_l", value, "score 0-1", ci, None))
     short = sum(max(map(len, own)) < MAX_N for own in refs)
     note = "document frequencies from this set; compare only on the same set"
     if short:
         note += f"; {short} of {n} references have fewer than {MAX_N} words, which caps their score below 10"
     if n > 1:  # one sample has no document frequencies
-        value, ci = mean(cider_d(said, refs))
+        value, ci = mean(np.array(cider_d(said, refs)), seed)
         out.append(("cider_d", value, "score 0-10", ci, note))
     return out

@@ -11,8 +11,6 @@ from typing import Literal
 
 Category = Literal["describe", "count", "colour", "spatial", "OCR", "reasoning", "other"]
 
-CATEGORIES: tuple[Category, ...] = ("describe", "count", "colour", "spatial", "OCR", "reasoning", "other")
-
 # "Answer the question using a single word or phrase." asks for a form, not for words in the picture.
 _FORM = re.compile(
     r"\b(?:an?|one|two|three|single|few|own)\s+(?:short\s+)?(?:words?|letters?)\b(?:\s+or\s+(?:short\s+)?phrase)?"

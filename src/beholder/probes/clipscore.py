@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from beholder.evidence import Measurement
-from beholder.model.weights import check_finite, check_loading_info, freeze, quiet_transformers
-from beholder.probes import bootstrap
+from beholder.model.weights import check_finite, check_loading_info, first_line, freeze, quiet_transformers
+from beholder.probes import mean, measurement
 from beholder.types import UserError
 
 PREFIX = "A photo depicts "
@@ -50,7 +50,7 @@ class ClipJudge:
                 )  # fmt: skip
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-            raise UserError(f"eval.clip_model {name!r} cannot be loaded: {_first_line(e)} {_WANTED}") from e
+            raise UserError(f"eval.clip_model {name!r} cannot be loaded: {first_line(e)} {_WANTED}") from e
         model, info = loaded
         check_loading_info(info, model, name)
         check_finite(model, name)
@@ -111,12 +111,9 @@ def clip_score(
             raise FloatingPointError(
                 f"{name}.correct is not finite for caption {', '.join(map(str, bad[:8]))} (from 0)"
             )
-        out.append(
-            Measurement(
-                name=f"{name}.correct", value=float(values.mean()), unit="score", better="higher", n=len(values),
-                ci95=bootstrap(lambda k, v=values: v[k].mean(1), len(values), seed), caveat=caveat,
-            )
-        )  # fmt: skip
+        value, ci = mean(values, seed)
+        n = len(values)
+        out.append(measurement(f"{name}.correct", value, unit="score", better="higher", n=n, ci95=ci, caveat=caveat))
     return out
 
 
@@ -142,7 +139,7 @@ def clip_scores(
         assert len(seen) == len(chunk), f"{start + len(seen)} pictures for {len(texts)} captions"
         said, over = judge.read(chunk)
         cut += over
-        image_text += _cosine(judge.see(seen), said)
+        image_text += (judge.see(seen).double() * said.double()).sum(-1).tolist()
         if references is not None:
             own = [[r] if isinstance(r, str) else r for r in references[start : start + batch_size]]
             known = iter(_read_all(judge, [r for refs in own for r in refs], batch_size))
@@ -165,10 +162,6 @@ def _read_all(judge: ClipJudge, texts: Sequence[str], batch_size: int) -> Iterat
 def _unit(vectors: Tensor) -> Tensor:
     vectors = vectors.float()
     return vectors / vectors.norm(dim=-1, keepdim=True)
-
-
-def _cosine(a: Tensor, b: Tensor) -> list[float]:
-    return (a.double() * b.double()).sum(-1).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -222,10 +215,6 @@ _WANTED = (
     "Give a folder (or hub name) with a CLIP model: config.json, model.safetensors, a tokenizer and "
     "preprocessor_config.json."
 )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _check_folder(name: str) -> None:

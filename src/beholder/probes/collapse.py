@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from beholder.evidence import Measurement
-from beholder.probes import wilson
+from beholder.probes import joined, share, wilson
 from beholder.probes.caption_metrics import normalize, tokenize
 from beholder.types import Example
 
@@ -181,15 +181,13 @@ def measurements(found: Sequence[Symptom]) -> list[Measurement]:
         "image_independent": "same text when another image is shown",
     }
 
-    def measurement(name: str, s: Symptom, caveat: str) -> Measurement:
-        return Measurement(
-            name=f"collapse.{name}", value=s.share, unit="share", better="lower", n=s.n, ci95=s.ci95, caveat=caveat
-        )
+    def told(name: str, s: Symptom, caveat: str | None) -> Measurement:
+        return share(f"collapse.{name}", s.count, s.n, better="lower", caveat=caveat)
 
-    rows = [measurement(s.name, s, "; ".join(filter(None, (caveats[s.name], s.note)))) for s in found]
+    rows = [told(s.name, s, joined(caveats[s.name], s.note)) for s in found]
     worst = max(found, key=lambda s: s.share)
-    told = worst.name if worst.count else f"none of {', '.join(s.name for s in found)} was seen"
-    return [*rows, measurement("worst", worst, told)]
+    which = worst.name if worst.count else f"none of {', '.join(s.name for s in found)} was seen"
+    return [*rows, told("worst", worst, which)]
 
 
 def findings(found: Sequence[Symptom], limit: float) -> list[str]:

@@ -166,22 +166,16 @@ def join(items: Sequence[GoldenItem], records: Sequence[Written]) -> list[Golden
     for record in records:
         waiting.setdefault(record.id, deque()).append(record)
     rows = [
-        _with(item, record.prediction, record.tokens_len)
+        GoldenCaption(
+            pred_text=record.prediction, pred_tokens_len=record.tokens_len,
+            hash=hashlib.sha256(record.prediction.encode("utf-8", "surrogatepass")).hexdigest()[:16], **asdict(item),
+        )
         for item in items
         if (queue := waiting.get(item.id)) and (record := queue.popleft())
-    ]
+    ]  # fmt: skip
     unknown = sorted(id for id, queue in waiting.items() if queue)
     assert not unknown, f"captions of samples that are not in the golden set: {unknown}"
     return rows
-
-
-def _with(item: GoldenItem, prediction: str, tokens_len: int) -> GoldenCaption:
-    return GoldenCaption(
-        id=item.id, bucket=item.bucket, gt_text=item.gt_text, pred_text=prediction,
-        image_relpath=item.image_relpath, label_len=item.label_len, pred_tokens_len=tokens_len,
-        hash=hashlib.sha256(prediction.encode("utf-8", "surrogatepass")).hexdigest()[:16],
-        category=item.category, prompt_text=item.prompt_text,
-    )  # fmt: skip
 
 
 def describe(example: Example, bucket: str, label_len: int, *, chats: bool = False) -> GoldenItem:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import orjson
 from rich.console import Console
@@ -20,16 +20,8 @@ from beholder.probes.caption_metrics import exact_match
 from beholder.probes.golden import MAX_TOLD, GoldenCaption, load_captions
 from beholder.types import UserError
 
-if TYPE_CHECKING:  # reading what a run wrote needs no model
-    pass
-
-
 Step = int | str
 """Optimizer steps done, or ``first`` or ``last`` for the earliest and latest that were captioned."""
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What a run wrote
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +56,12 @@ class GoldenRun:
 
 def steps_of(qual: Path) -> list[tuple[int, Path]]:
     """The golden caption files in a run's ``qual`` folder with their steps, ascending; none when there is no folder."""
-    found = [(m, path) for path in qual.glob("step_*_golden*.jsonl") if (m := _NAME.fullmatch(path.name))]
-    return [(step, path) for step, _, path in sorted((int(m[1]), int(m[2]), path) for m, path in found)]
+    return [(step, path) for step, _, path in _files(qual)]
+
+
+def _files(qual: Path) -> list[tuple[int, int, Path]]:
+    """(step, size of the set, file), ascending."""
+    return sorted((int(m[1]), int(m[2]), path) for path in qual.glob("*") if (m := _NAME.fullmatch(path.name)))
 
 
 def read_run(folder: str | Path) -> GoldenRun:
@@ -76,10 +72,8 @@ def read_run(folder: str | Path) -> GoldenRun:
     """
     folder = Path(folder)
     by_size: dict[int, dict[int, Path]] = {}
-    for step, path in steps_of(folder / "qual"):
-        match = _NAME.fullmatch(path.name)
-        assert match is not None
-        by_size.setdefault(int(match[2]), {})[step] = path
+    for step, size, path in _files(folder / "qual"):
+        by_size.setdefault(size, {})[step] = path
     if not by_size:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give the output_dir of a run")

@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from beholder.evidence import Condition, Measurement
-from beholder.probes import bootstrap, wilson
+from beholder.probes import bootstrap, measurement, share
 from beholder.probes.caption_metrics import tokenize
 from beholder.types import UserError
+
+if TYPE_CHECKING:
+    from beholder.probes.written import Written
 
 NOT_AN_OBJECT = "-"
 """Name of the list's line of phrases that hold a listed word and mean something else (``train track``)."""
@@ -186,11 +189,6 @@ class ChairSums:
     """bool [S]: some reference of the sample names a listed object."""
 
     @property
-    def s(self) -> float:
-        """CHAIR-s: share of the captions that mention an object no reference names."""
-        return float((self.invented > 0).mean())
-
-    @property
     def i(self) -> float | None:
         """CHAIR-i: share of the mentions that no reference names; None when nothing is mentioned."""
         total = int(self.mentions.sum())
@@ -209,15 +207,6 @@ def chair(predictions: Sequence[str], references: Sequence[Sequence[str]], objec
     )
 
 
-class Captioned(Protocol):
-    """The part of `probes.captions.Written` that is needed here."""
-
-    @property
-    def reference(self) -> str: ...
-    @property
-    def prediction(self) -> str: ...
-
-
 class ChairScore(NamedTuple):
     """What was measured, and a sentence for each condition that could not be."""
 
@@ -226,7 +215,7 @@ class ChairScore(NamedTuple):
 
 
 def score_chair(
-    records: Mapping[Condition, Sequence[Captioned]], objects: ObjectList, seed: int = 0, name: str = "chair"
+    records: Mapping[Condition, Sequence[Written]], objects: ObjectList, seed: int = 0, name: str = "chair"
 ) -> ChairScore:
     """``chair.s.<condition>`` and ``chair.i.<condition>``.
 
@@ -240,9 +229,9 @@ def score_chair(
             gaps.append(f"CHAIR ({condition} image): not measured, there are no captions")
             continue
         sums = chair([r.prediction for r in rows], [[r.reference] for r in rows], objects)
-        n, share = len(rows), sums.i
-        if share is None or not sums.grounded.any():
-            who = "captions mention" if share is None else "references name"
+        n, rate = len(rows), sums.i
+        if rate is None or not sums.grounded.any():
+            who = "captions mention" if rate is None else "references name"
             gaps.append(
                 f"CHAIR ({condition} image): not measured, none of the {n} {who} an object of {objects.source}; "
                 "eval.object_list takes a list that fits the data"
@@ -253,16 +242,14 @@ def score_chair(
             "leaves out counts as not there"
         )
         better = "lower" if condition == "correct" else "none"
-        wrong = int((sums.invented > 0).sum())
+        wrong, mentions = int((sums.invented > 0).sum()), int(sums.mentions.sum())
         ci = bootstrap(lambda k, x=sums: x.invented[k].sum(1) / x.mentions[k].sum(1), n, seed)
-        out += [
-            Measurement(
-                name=f"{name}.s.{condition}", value=sums.s, unit="share", better=better, n=n, ci95=wilson(wrong, n),
-                caveat=f"share of captions that name an object the reference does not; {caveat}",
-            ),
-            Measurement(
-                name=f"{name}.i.{condition}", value=share, unit="share", better=better, n=n, ci95=ci,
-                caveat=f"share of {int(sums.mentions.sum())} object mentions that the reference lacks; {caveat}",
-            ),
-        ]  # fmt: skip
+        out.append(share(
+            f"{name}.s.{condition}", wrong, n, better=better,
+            caveat=f"share of captions that name an object the reference does not; {caveat}",
+        ))  # fmt: skip
+        out.append(measurement(
+            f"{name}.i.{condition}", rate, unit="share", better=better, n=n, ci95=ci,
+            caveat=f"share of {mentions} object mentions that the reference lacks; {caveat}",
+        ))  # fmt: skip
     return ChairScore(out, gaps)

@@ -12,13 +12,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from beholder.evidence import Condition, Measurement
-from beholder.probes import Measurable, measurement, measuring, ratio_of_sums
+from beholder.probes import Measurable, joined, measurement, measuring, ratio_of_sums
 from beholder.types import Batch, TokenLosses, UserError
 
 
@@ -169,31 +169,23 @@ def _summary(
     if tokens.sum() == 0:
         raise UserError(f"{name}: no sample was left to measure; look at the reject log for what was skipped")
     n = len(tokens)
+    out: list[Measurement] = []
+
+    def add(what: str, value: float, ci: Any, unit: str, better: Any, caveat: str | None = None) -> None:
+        out.append(measurement(
+            f"{name}.{what}", value, unit=unit, better=better, n=n, ci95=ci, by=by, stratum=stratum, caveat=caveat,
+        ))  # fmt: skip
+
     mean, ci = ratio_of_sums(nll, tokens, seed)
-    out = [
-        measurement(
-            f"{name}.loss", mean, unit="nats/token", better="lower", n=n, ci95=ci, by=by, stratum=stratum, caveat=about
-        )
-    ]
+    add("loss", mean, ci, "nats/token", "lower", about)
     if mean < 700:  # exp overflows a double past 709; such a perplexity says nothing
-        out.append(
-            measurement(
-                f"{name}.perplexity", math.exp(mean), unit="perplexity", better="lower", n=n,
-                ci95=None if ci is None or ci[1] > 700 else (math.exp(ci[0]), math.exp(ci[1])), by=by, stratum=stratum,
-                caveat="per token of this tokenizer; not comparable across tokenizers",
-            )
-        )  # fmt: skip
+        ends = None if ci is None or ci[1] > 700 else (math.exp(ci[0]), math.exp(ci[1]))
+        told = "per token of this tokenizer; not comparable across tokenizers"
+        add("perplexity", math.exp(mean), ends, "perplexity", "lower", told)
     if correct is not None:
-        share, ci = ratio_of_sums(correct, tokens, seed)
-        out.append(
-            measurement(
-                f"{name}.token_accuracy", share, unit="share", better="higher", n=n, ci95=ci, by=by, stratum=stratum,
-                caveat="teacher-forced: each token is predicted after the right ones",
-            )
-        )  # fmt: skip
-    out.append(
-        measurement(f"{name}.tokens", float(tokens.sum()), unit="tokens", better="none", n=n, by=by, stratum=stratum)
-    )
+        told = "teacher-forced: each token is predicted after the right ones"
+        add("token_accuracy", *ratio_of_sums(correct, tokens, seed), "share", "higher", told)
+    add("tokens", float(tokens.sum()), None, "tokens", "none")
     return out
 
 
@@ -297,36 +289,25 @@ def _compare(
     n, about = len(members), None if stratum is None else _about(members)
     sums = {condition: _turn_sums(own, members) for condition, own in losses.items()}
     out: list[Measurement] = []
+
+    def add(what: str, top: np.ndarray, bottom: np.ndarray, unit: str, better: Any, caveat: str | None) -> None:
+        value, ci = ratio_of_sums(top, bottom, seed)
+        out.append(measurement(
+            f"{name}.{what}", value, unit=unit, better=better, n=n, ci95=ci, by=by, stratum=stratum, caveat=caveat,
+        ))  # fmt: skip
+
     for condition, (nll, tokens) in sums.items():
-        value, ci = ratio_of_sums(nll, tokens, seed)
         better = "lower" if condition == "correct" else "none"
-        out.append(
-            measurement(
-                f"{name}.loss.{condition}", value, unit="nats/token", better=better, n=n, ci95=ci, by=by,
-                stratum=stratum, caveat=about,
-            )
-        )  # fmt: skip
+        add(f"loss.{condition}", nll, tokens, "nats/token", better, about)
     if "correct" not in sums:
         return out
-    right, tokens = sums["correct"]
+    right, tokens = sums.pop("correct")
     for condition, (wrong, _) in sums.items():
-        if condition == "correct":
-            continue
-        value, ci = ratio_of_sums(wrong - right, tokens, seed)
-        out.append(
-            measurement(
-                f"{name}.delta.{condition}", value, unit="nats/token", better="higher", n=n, ci95=ci, by=by,
-                stratum=stratum,
-                caveat="; ".join(filter(None, ["paired: the same samples with the wrong and the right image", about])),
-            )
-        )  # fmt: skip
+        told = joined("paired: the same samples with the wrong and the right image", about)
+        add(f"delta.{condition}", wrong - right, tokens, "nats/token", "higher", told)
         if right.sum() > 0:  # the delta says what there is to say
-            value, ci = ratio_of_sums(wrong, right, seed)
-            told = "loss with the wrong image over loss with the right one; 1 means the image is not used"
-            out.append(
-                measurement(
-                    f"{name}.ratio.{condition}", value, unit="ratio", better="higher", n=n, ci95=ci, by=by,
-                    stratum=stratum, caveat="; ".join(filter(None, [told, about])),
-                )
-            )  # fmt: skip
+            told = joined(
+                "loss with the wrong image over loss with the right one; 1 means the image is not used", about
+            )
+            add(f"ratio.{condition}", wrong, right, "ratio", "higher", told)
     return out

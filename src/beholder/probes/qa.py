@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from beholder.evidence import Condition, Measurement
-from beholder.probes import wilson
+from beholder.probes import share
 from beholder.probes.hallucination import COLOUR_WORDS, ObjectList, words
 from beholder.types import Example, ImageSlot, Turn
 
@@ -46,11 +46,6 @@ class QaItem:
     """The list the question was made with."""
     about: str | None = None
     """The object whose colour is asked for."""
-
-    @property
-    def wrong(self) -> tuple[str, ...]:
-        """Names the right answers compete with."""
-        return tuple(name for name in self.vocabulary.names if name not in self.answers)
 
     def is_right(self, text: str) -> bool:
         """Whether ``text`` names a right answer and no wrong one.
@@ -154,13 +149,9 @@ def score_qa(
     def add(what: str, right: Sequence[bool], better: Literal["higher", "none"], caveat: str) -> None:
         for kind in (None, *(kinds if len(kinds) > 1 else ())):
             hits = [r for r, item in zip(right, items, strict=True) if kind in (None, item.kind)]
-            out.append(
-                Measurement(
-                    name=f"{name}.accuracy.{what}", value=sum(hits) / len(hits), unit="share", better=better,
-                    n=len(hits), ci95=wilson(sum(hits), len(hits)), stratum=kind,
-                    by=None if kind is None else "kind", caveat=caveat,
-                )
-            )  # fmt: skip
+            by = None if kind is None else "kind"
+            told = f"{name}.accuracy.{what}"
+            out.append(share(told, sum(hits), len(hits), better=better, stratum=kind, by=by, caveat=caveat))
 
     for condition, texts in answers.items():
         assert len(texts) == len(items), f"{condition}: {len(texts)} answers to {len(items)} questions"

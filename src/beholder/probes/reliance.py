@@ -8,29 +8,21 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from beholder.data.chat import ChatEncoder
 from beholder.evidence import WordReliance, WordStat
 from beholder.probes import ratio_of_sums
 from beholder.probes.loss import SampleLoss
-from beholder.types import Encoded, Example
+from beholder.types import Example
 
 END = "⏎"
 """Stands for the end token."""
 
 
-class TargetEncoder(Protocol):
-    """The part of `data.chat.ChatEncoder` that is needed here."""
-
-    tokenizer: Any
-    eos_ids: list[int]
-
-    def encode(self, example: Example, /) -> Encoded: ...
-
-
-def words(encoder: TargetEncoder, example: Example, correct: SampleLoss, without: SampleLoss) -> list[WordReliance]:
+def words(encoder: ChatEncoder, example: Example, correct: SampleLoss, without: SampleLoss) -> list[WordReliance]:
     """The targets of a sample word by word, with their nats given its own image and given none.
 
     A word is cut only between tokens: where a space begins, or where letters meet punctuation. Pieces join to the exact
@@ -51,13 +43,8 @@ def words(encoder: TargetEncoder, example: Example, correct: SampleLoss, without
         at = start
         for text, count in spans:
             stop = at + count
-            out.append(
-                WordReliance(
-                    text=text,
-                    with_image=math.fsum(correct.token_nll[at:stop]),
-                    without=math.fsum(without.token_nll[at:stop]),
-                )
-            )
+            own, none = (math.fsum(loss.token_nll[at:stop]) for loss in (correct, without))
+            out.append(WordReliance(text=text, with_image=own, without=none))
             at = stop
         start += length
         assert at == start, f"{example.id}: words of {at} tokens, the turn ends at {start}"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from beholder.evidence import Measurement
-from beholder.probes import Measurable, measurement, measuring, ratio_of_sums
+from beholder.probes import Measurable, joined, measurement, measuring, ratio_of_sums
 from beholder.types import UserError
 
 TEXTS = "retention.txt"
@@ -98,7 +98,7 @@ def measure(model: AdaptedModel, tokenizer: Any, texts: Sequence[str], *, seed: 
 
     def add(name: str, top: np.ndarray, bottom: np.ndarray, unit: str, better: Any, caveat: str = "") -> Measurement:
         value, ci = ratio_of_sums(top, bottom, seed)
-        told = "; ".join(filter(None, [caveat, about]))
+        told = joined(caveat, about)
         return measurement(f"retention.{name}", value, unit=unit, better=better, n=n, ci95=ci, caveat=told)
 
     return [

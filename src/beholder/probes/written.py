@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from beholder.config import GenerateConfig
+from beholder.data.chat import ChatEncoder
+from beholder.data.collate import SampleBuilder
 from beholder.data.images import ImageError
 from beholder.evidence import Condition
 from beholder.probes import measuring
@@ -35,26 +37,6 @@ class WritingModel(SightedModel, Protocol):
     ) -> list[list[int]]: ...
 
 
-class PromptEncoder(Protocol):
-    """The part of `data.chat.ChatEncoder` that is needed here."""
-
-    eos_ids: list[int]
-
-    def encode_prompt(self, example: Example) -> Encoded: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-
-class ImageLoader(Protocol):
-    """The part of `data.collate.SampleBuilder` that is needed here."""
-
-    @property
-    def on_bad_image(self) -> str:
-        """``error`` or ``skip``."""
-        ...
-
-    def images(self, example: Example) -> list[ImageInput]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Written:
     """What the model wrote beside its reference: a caption or an answer."""
@@ -72,8 +54,8 @@ class Written:
 
 def write(
     model: WritingModel,
-    encoder: PromptEncoder,
-    builder: ImageLoader,
+    encoder: ChatEncoder,
+    builder: SampleBuilder,
     examples: Sequence[Example],
     settings: GenerateConfig = GREEDY,
     condition: Literal["correct", "zero", "none"] = "correct",
@@ -116,14 +98,10 @@ def write(
             )  # fmt: skip
             for example, ids in zip(chunk, outputs, strict=True):
                 length = next((k for k, token in enumerate(ids) if token in eos), len(ids))
-                finished = length < settings.max_new_tokens
-                records.append(
-                    Written(
-                        id=example.id, reference=example.answer_text,
-                        prediction=encoder.decode(ids), condition=condition, tokens_len=length,
-                        finished=finished,
-                    )
-                )  # fmt: skip
+                records.append(Written(
+                    example.id, example.answer_text, encoder.decode(ids), condition, tokens_len=length,
+                    finished=length < settings.max_new_tokens,
+                ))  # fmt: skip
             if progress is not None:
                 progress(min(start + batch_size, len(examples)), len(examples))
     return records

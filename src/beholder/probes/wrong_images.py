@@ -28,10 +28,6 @@ class SightedModel(LossModel, Protocol):
     def patches(self, images: list[ImageInput], /) -> torch.Tensor: ...
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Wrong images
-
-
 def ablation_losses(
     model: SightedModel,
     examples: Sequence[Example],

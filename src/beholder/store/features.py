@@ -23,7 +23,7 @@ from beholder.config import FeaturesConfig
 from beholder.data.images import ImageError, content_hash
 from beholder.runs import cache_dir
 from beholder.store.rows import Database, RowStore, RowWriter, flocked
-from beholder.types import ImageGeometry, ImageRef, UserError
+from beholder.types import ImageRef, UserError
 
 _VERSION = 1
 _BYTES_PER_VALUE = 2  # bf16
@@ -40,11 +40,6 @@ def store_dir(cfg: FeaturesConfig) -> Path:
     if cfg.dir:
         return Path(cfg.dir).expanduser()
     return cache_dir() / "features"
-
-
-def estimate_bytes(num_images: int, geometry: ImageGeometry) -> int:
-    """Bytes that the features of ``num_images`` different images take: images x patches x width x 2."""
-    return num_images * geometry.num_patches * geometry.d_vision * _BYTES_PER_VALUE
 
 
 @dataclass(slots=True)
@@ -126,18 +121,9 @@ class FeatureStore:
         return len(self.rows)
 
     @property
-    def folder(self) -> Path:
-        return self.rows.folder
-
-    @property
     def bytes_used(self) -> int:
         """Bytes reserved for this tower's rows, by all processes together."""
         return self.rows.bytes_used
-
-    @property
-    def corrupt_rows(self) -> int:
-        """Rows this process found damaged; the next `fill` computes them again."""
-        return self.rows.corrupt_rows
 
     def close(self) -> None:
         """Close this process's files; the next call opens them again."""

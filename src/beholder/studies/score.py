@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 COLLAPSED = "collapsed"
 TIE_WITHIN = 2.0
@@ -116,10 +116,7 @@ def rank(rows: Sequence[Entry]) -> Ranking:
     if usable and spread is not None:
         best = usable[0]
         tied = {p.point for p in usable[1:] if p.mean - best.mean <= TIE_WITHIN * _standard_error(spread, best, p)}
-        places = [
-            Place(p.point, p.runs, p.mean, p.sd, p.flags, tied=p.point in tied or (bool(tied) and p is best))
-            for p in places
-        ]
+        places = [replace(p, tied=p.point in tied or (bool(tied) and p is best)) for p in places]
     ties = tuple(p.point for p in places[1:] if p.tied)
     return Ranking(
         places=tuple(places),

@@ -53,11 +53,6 @@ class SweepResult:
             return 128 + self.signal
         return 0 if all(r.status == "finished" for r in self.record.rows) else 1
 
-    @property
-    def failed(self) -> list[str]:
-        """Names of the runs that failed."""
-        return [r.name for r in self.record.rows if r.status == "failed"]
-
 
 def run_sweep(
     config: str | Path, overrides: Sequence[str] = (), *, console: Console | None = None, promote_anyway: bool = False

@@ -29,9 +29,6 @@ from beholder.train.optim import load_optimizer_tensors
 from beholder.train.same_run import ANOTHER, flatten, shown
 from beholder.types import UserError
 
-# ---------------------------------------------------------------------------------------------------------------
-# Load
-
 
 @dataclass(frozen=True)
 class TrainState:

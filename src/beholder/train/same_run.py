@@ -14,10 +14,6 @@ from beholder.types import UserError
 ANOTHER = "Use another step of the same run."
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Resume with the same settings
-
-
 def may_change(path: str, *, same_data: bool) -> bool:
     """Whether a setting may differ between an interrupted run and its resumption: none that does moves a weight.
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from beholder.data.formats import BadRecord, turn_said
-from beholder.data.questions import plain_records
+from beholder.data.questions import gqa_kind, plain_records
 from beholder.evidence import Measurement
 from beholder.probes import measurement
 from beholder.probes.answers import accuracy_rule, mean_share, pope, says_yes
@@ -193,7 +193,8 @@ def _reference(record: Mapping[str, Any], kind: Kind, where: str) -> Reference:
         )
     if kind == "pope" and says_yes(texts[0]) is None:
         raise UserError(f"{where}: the reference is {texts[0]!r}, expected yes or no; score other answers with vqa")
-    return Reference(texts, _kind_of(record), _text_of(record.get("answer_type")))
+    kind_asked = gqa_kind(record["types"]) if isinstance(record.get("types"), dict) else record.get("question_type")
+    return Reference(texts, _text_of(kind_asked), _text_of(record.get("answer_type")))
 
 
 def _last_answer(turns: Sequence[Any]) -> str | None:
@@ -202,14 +203,6 @@ def _last_answer(turns: Sequence[Any]) -> str | None:
     except (BadRecord, IndexError):
         return None
     return text if role == "assistant" else None
-
-
-def _kind_of(record: Mapping[str, Any]) -> str:
-    """``question_type``, or GQA's semantic and structural type as `data.questions` joins them."""
-    types = record.get("types")
-    if isinstance(types, dict):
-        return "/".join(t for t in (types.get("semantic"), types.get("structural")) if isinstance(t, str) and t)
-    return _text_of(record.get("question_type"))
 
 
 def _text_of(value: object) -> str:

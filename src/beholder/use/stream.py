@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 
-# ---------------------------------------------------------------------------------------------------------------
-# Streaming
-
 
 class AnswerStream(Iterator[str]):
     """An answer while it is written: iterate for its pieces.
@@ -111,11 +108,11 @@ class _Channel:
 
 
 def _write_into(write: Callable[[Any], None], channel: _Channel) -> None:
+    error: BaseException | None = None
     try:
         write(channel)
     except _Stopped:
-        channel.close(None)
-    except BaseException as error:  # raised again where the stream is read
-        channel.close(error)
-    else:
-        channel.close(None)
+        pass
+    except BaseException as e:  # raised again where the stream is read
+        error = e
+    channel.close(error)

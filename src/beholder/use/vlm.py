@@ -19,6 +19,7 @@ from beholder.config import RunConfig
 from beholder.config.file import check_consent, load_config
 from beholder.data import build_encoder
 from beholder.data.chat import ChatEncoder
+from beholder.data.formats import marked
 from beholder.data.images import ImagePipeline
 from beholder.model.adapters import save_merged
 from beholder.model.build import build_vlm
@@ -282,14 +283,9 @@ def _marked(turns: Sequence[Turn], token: str) -> tuple[Turn, ...]:
     placed: list[Turn] = []
     used = 0
     for turn in turns:
-        parts: list[Part] = list(turn.parts)
-        if turn.role == "user":
-            first, *rest = turn.text.split(token)
-            parts = [first]
-            for text in rest:
-                parts += [ImageSlot(used), text]
-                used += 1
-        placed.append(Turn(turn.role, tuple(p for p in parts if p != "")))
+        parts = marked(turn.text, token, used) if turn.role == "user" else [p for p in turn.parts if p != ""]
+        used += sum(isinstance(part, ImageSlot) for part in parts)
+        placed.append(Turn(turn.role, tuple(parts)))
     return tuple(placed)
 
 
