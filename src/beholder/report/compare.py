@@ -23,10 +23,11 @@ from rich.text import Text
 from beholder.config import RunConfig
 from beholder.config.file import diff_configs, parse_config
 from beholder.evidence import Evidence, GateResult, Measurement, held_out_hashes, load_evidence
+from beholder.evidence.catalogue import called, unit_of
 from beholder.report.content import measured_step
 from beholder.report.markdown import escaped, table
 from beholder.report.page import page
-from beholder.report.words import fmt, fmt_ci, metric_name, number, unit_of, visible
+from beholder.report.words import fmt, fmt_ci, interval, number, visible, written
 from beholder.types import UserError
 
 NAMES_OF_A_RUN = ("run_name", "output_dir")
@@ -260,12 +261,12 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def _measurements(runs: Sequence[Run], *, comparable: bool) -> list[MeasurementRow]:
     found = [{(m.key, m.by): m for m in r.evidence.measurements} for r in runs]
+    write = {written(r.evidence) for r in runs}
     rows = []
     for key in dict.fromkeys(k for f in found for k in f):
         values = tuple(f.get(key) for f in found)
         one = next(v for v in values if v is not None)
-        stages = {r.evidence.stage for r in runs}
-        name = metric_name(one.name, stages.pop() if len(stages) == 1 else "")
+        name = called(one.name, "answer" if write == {"answer"} else "caption")
         told = "" if name == one.name else name
         rows.append(MeasurementRow(one.key, unit_of(one.name, one.unit), one.better, values, told, comparable))
     return rows
@@ -363,5 +364,4 @@ def _with_ci(row: MeasurementRow, i: int) -> str:
     m = row.values[i]
     if m is None:
         return "–"
-    interval = f" ({fmt_ci(m)})" if m.ci95 else ""
-    return f"{fmt(m, unit=False)}{interval} {row.mark(i)}".rstrip()
+    return f"{fmt(m, unit=False)}{interval(m)} {row.mark(i)}".rstrip()

@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 
 from beholder.evidence import Evidence, Measurement
+from beholder.evidence.catalogue import grouping_name, shown
 from beholder.report import answers, content
-from beholder.report.verdicts import Verdict, gate_rows, grouping_name, verdicts
+from beholder.report.verdicts import Verdict, gate_rows, verdicts
 from beholder.report.words import (
     condition_names,
     count,
@@ -18,6 +19,7 @@ from beholder.report.words import (
     metric_name,
     signed,
     visible,
+    with_ci,
 )
 
 MARKS = {"good": "✅", "weak": "⚠️", "bad": "❌", "unknown": "❔", "plain": "▫️"}
@@ -63,16 +65,13 @@ def _heading(v: Verdict) -> list[str]:
 
 def _learn(e: Evidence, v: Verdict) -> list[str]:
     rows = [
-        [metric_name(m.name, e.stage), m.stratum or "all", "" if b is None else with_ci(b), with_ci(m), count(m.n)]
+        [metric_name(e, m.name), m.stratum or "all", with_ci(b), with_ci(m), count(m.n)]
         for m, b in content.eval_rows(e)
     ]
     lines = [*_heading(v), *table(["held-out", "samples", "before", "after", "n"], rows)]
-    compared = [
-        [metric_name(m.name, e.stage), fmt(m), fmt_ci(m), count(m.n), m.caveat or ""] for m in content.learn_rows(e)
-    ]
+    compared = [[metric_name(e, m.name), fmt(m), fmt_ci(m), count(m.n), m.caveat or ""] for m in shown(e, "compared")]
     lines += table(["compared", "value", "95 %", "n", "note"], compared)
-    levels = [[metric_name(m.name, e.stage), with_ci(m), count(m.n), m.caveat or ""] for m in content.bands(e)]
-    lines += table(["reference band", "held-out loss", "n", "note"], levels)
+    lines += table(["reference band", "held-out loss", "n", "note"], _noted(e, content.bands(e)))
     for c in e.curves:
         if c.name == "quick_eval.exact" and c.x:
             points = [f"step {x:,.0f} {100 * y:.1f} %" for x, y in zip(c.x, c.y, strict=True)]
@@ -83,23 +82,17 @@ def _learn(e: Evidence, v: Verdict) -> list[str]:
 
 
 def _look(e: Evidence, v: Verdict) -> list[str]:
-    ablation = [m for m in e.measurements if m.name.startswith("ablation.") and m.stratum is None]
-    names = condition_names(e.stage)
-    lines = [*_heading(v)]
-    lines += table(
-        ["image ablation", "value", "95 %", "n"],
-        [[metric_name(m.name, e.stage), fmt(m), fmt_ci(m), count(m.n)] for m in ablation],
-    )
-    lines += _answers(e)
-    shown, scores = content.answer_table(e)
-    rows = [
-        [
-            f"{r.name} {r.better}".strip(), *("" if m is None else with_ci(m) for m in r.values),
-            "" if r.chance is None else fmt(r.chance),
-        ]
-        for r in scores
+    ablation = [
+        [metric_name(e, m.name), fmt(m), fmt_ci(m), count(m.n)] for m in shown(e, "losses", "ablation")
     ]  # fmt: skip
-    lines += table(["what it writes", *(names[c] for c in shown), "guessing"], rows)
+    lines = [*_heading(v), *table(["image ablation", "value", "95 %", "n"], ablation), *_answers(e)]
+    conditions, scores = content.answer_table(e)
+    rows = [
+        [f"{r.name} {r.better}".strip(), *map(with_ci, r.values), "" if r.chance is None else fmt(r.chance)]
+        for r in scores
+    ]
+    names = condition_names(e)
+    lines += table(["what it writes", *(names[c] for c in conditions), "guessing"], rows)
     if (level := e.get("caption.exact_match.chance")) is not None:
         lines += [f"Always writing the most frequent reference would be exactly right {fmt(level)} of the time.", ""]
     for title, words in content.word_tables(e):
@@ -114,7 +107,7 @@ def _look(e: Evidence, v: Verdict) -> list[str]:
 
 def _answers(e: Evidence) -> list[str]:
     """Answers by kind of question, with and without the image, and those to yes/no questions."""
-    names, (shown, over) = condition_names(e.stage), answers.conditions_of(e)
+    names, (right_with, over) = condition_names(e), answers.conditions_of(e)
     marks = {"liar": "❌ right without looking", "blind": "❌ the image adds nothing", "few": "too few to judge"}
     marks |= {"looks": "✓ looks", "unknown": ""}
     overall = answers.all_answers(e)
@@ -124,17 +117,16 @@ def _answers(e: Evidence) -> list[str]:
     ]  # fmt: skip
     cells = [
         [
-            label, by, marks[k.standing],
-            *("" if (m := k.right.get(c)) is None else with_ci(m) for c in shown),
-            *("" if (m := k.gains.get(c)) is None else with_ci(m) for c in over), count(k.n),
+            label, by, marks[k.standing], *(with_ci(k.right.get(c)) for c in right_with),
+            *(with_ci(k.gains.get(c)) for c in over), count(k.n),
         ]
         for label, by, k in rows
     ]  # fmt: skip
-    head = ["answers right", "by", "", *(names[c] for c in shown), *(f"gain over {names[c]}" for c in over), "n"]
+    head = ["answers right", "by", "", *(names[c] for c in right_with), *(f"gain over {names[c]}" for c in over), "n"]
     lines = table(head, cells)
     pope = answers.pope_table(e)
     if pope:
-        scored = [[names[c], *("" if m is None else with_ci(m) for _, m in values)] for c, values in pope]
+        scored = [[names[c], *(with_ci(m) for _, m in values)] for c, values in pope]
         lines += table(["yes/no questions (POPE)", *(what for what, _ in pope[0][1])], scored)
     return lines
 
@@ -157,21 +149,18 @@ def _fail(e: Evidence, v: Verdict) -> list[str]:
     for g in content.groupings(e):
         rows: list[list[str]] = []
         for group in g.groups:
-            values: list[Measurement | None] = [getattr(group, c) for c in g.columns]
-            cells = ["" if m is None else with_ci(m) for m in values]
+            cells = [with_ci(getattr(group, c)) for c in g.columns]
             rows.append([group.stratum, standing[group.standing], *cells, count(group.n)])
         head = [f"by {grouping_name(g.by)}", "", *(titles[c] for c in g.columns), "n"]
         lines += table(head, rows)
-    symptoms = [[metric_name(m.name, e.stage), with_ci(m), count(m.n), m.caveat or ""] for m in content.symptom_rows(e)]
-    lines += table(["symptom", "value", "n", "note"], symptoms)
-    kept = [[metric_name(m.name, e.stage), with_ci(m), count(m.n), m.caveat or ""] for m in content.retention_rows(e)]
-    lines += table(["on plain text", "value", "n", "note"], kept)
+    lines += table(["symptom", "value", "n", "note"], _noted(e, shown(e, "symptoms")))
+    lines += table(["on plain text", "value", "n", "note"], _noted(e, shown(e, "kept")))
 
     album = content.album(e)
     if not album.cards:
         return lines
     lines += ["### Samples it never trained on", "", *(f"- {escaped(text)}" for text in album.told), ""]
-    names = condition_names(e.stage)
+    names = condition_names(e)
     others = [c for c in names if c != "correct" and any(p.condition == c for k in album.cards for p in k.others)]
     sign = {"right": "✓ ", "wrong": "✗ ", "unknown": ""}
     asked = any(card.sample.question for card in album.cards)
@@ -248,9 +237,8 @@ def _record(e: Evidence) -> list[str]:
     return [*lines, "## Config", "", f"{fence}yaml", visible(e.config_yaml).rstrip(), fence, ""]
 
 
-def with_ci(m: Measurement) -> str:
-    """``97.6 % (96.1-98.5 %)``."""
-    return f"{fmt(m)} ({fmt_ci(m)})" if m.ci95 else fmt(m)
+def _noted(e: Evidence, measured: Sequence[Measurement]) -> list[list[str]]:
+    return [[metric_name(e, m.name), with_ci(m), count(m.n), m.caveat or ""] for m in measured]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

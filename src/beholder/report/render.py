@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from beholder.evidence import Curve, Evidence, load_evidence
+from beholder.evidence import Curve, Evidence, catalogue, load_evidence
 from beholder.report import answers, content, plots, verdicts, words
 from beholder.report.markdown import render_markdown
 from beholder.report.page import page
@@ -36,7 +36,7 @@ def render(evidence: Evidence | str | Path, folder: str | Path) -> tuple[Path, P
 
 def render_html(e: Evidence) -> str:
     """One self-contained page: inline CSS, SVG and pictures, no script, nothing fetched."""
-    condition_names = words.condition_names(e.stage)
+    condition_names = words.condition_names(e)
     return page(
         "template.html",
         e=e,
@@ -47,7 +47,7 @@ def render_html(e: Evidence) -> str:
         small_plots=small_plots(e),
         histograms=[
             (
-                {"caption.length": f"Length of the {content.written(e)}s"}.get(h.name, h.name),
+                {"caption.length": f"Length of the {words.written(e)}s"}.get(h.name, h.name),
                 plots.histogram(
                     h, title=f"Histogram of {h.name}", labels=condition_names
                 ),
@@ -61,8 +61,9 @@ def render_html(e: Evidence) -> str:
         overall=answers.all_answers(e),
         pope=answers.pope_table(e),
         provenance=words.flatten(e.provenance),
-        content=content, words=words, talk=answers, grouping_name=verdicts.grouping_name,
-        fmt=words.fmt, fmt_ci=words.fmt_ci, count=words.count, metric_name=partial(words.metric_name, stage=e.stage),
+        content=content, words=words, talk=answers, written=words.written(e),
+        shown=partial(catalogue.shown, e), grouping_name=catalogue.grouping_name,
+        fmt=words.fmt, fmt_ci=words.fmt_ci, count=words.count, metric_name=partial(words.metric_name, e),
         condition_names=condition_names,
     )  # fmt: skip
 
@@ -71,7 +72,7 @@ def loss_plot(e: Evidence) -> plots.Plot | None:
     """Training and held-out loss over steps, beside the bands; the baseline is the held-out curve at step 0."""
     names = (("train.loss", "training"), ("eval.loss", "held-out"), ("quick_eval.loss", "held-out, quick subset"))
     lines = [(label, c) for name, label in names if (c := _curve(e, name)) is not None]
-    levels = [(words.metric_name(m.name, e.stage), m.value) for m in content.bands(e)]
+    levels = [(words.metric_name(e, m.name), m.value) for m in content.bands(e)]
     return plots.curves(lines, title="Loss over optimizer steps", bands=levels) if lines else None
 
 

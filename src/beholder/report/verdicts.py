@@ -14,10 +14,10 @@ from typing import Literal
 
 from beholder.config import GATES, INSTRUCT_GATES
 from beholder.evidence import CONDITIONS, Evidence, GateResult, Measurement
+from beholder.evidence.catalogue import unit_of
 from beholder.report.answers import JUDGED_FROM as FEWEST
 from beholder.report.answers import AnswerKind, all_answers, shown_without_looking
 from beholder.report.words import (
-    GROUPING_NAMES,
     SPELLED_UNITS,
     bound,
     condition_names,
@@ -25,12 +25,13 @@ from beholder.report.words import (
     duration,
     fmt,
     fmt_ci,
+    interval,
     listed,
     metric_name,
     number,
     plural,
     signed,
-    unit_of,
+    with_ci,
 )
 from beholder.types import Status
 
@@ -173,7 +174,7 @@ def learned(e: Evidence) -> Verdict:
     start = "" if before is None else f"{fmt(before, unit=False)} → "
     why = f"Held-out loss {start}{fmt(after)} on {plural(after.n, 'sample')} it never trained on."
     if fall is not None:
-        why += f" Paired fall {fmt(fall)}{_interval(fall)}."
+        why += f" Paired fall {with_ci(fall)}."
         shown, some = fall.ci95 is not None and fall.ci95[0] > 0, fall.value > 0
     else:
         assert before is not None
@@ -209,7 +210,7 @@ def looks(e: Evidence) -> Verdict:
             f"(paired 95 % interval of the gain above 0), overall and for every kind of question of at least {FEWEST} "
             "samples."
         )
-    names = condition_names(e.stage)
+    names = condition_names(e)
 
     def say(tone: Tone, answer: str, why: str) -> Verdict:
         return Verdict("look", "Does it look at the image?", tone, answer, why, rule)
@@ -254,7 +255,7 @@ def _compared(answers: AnswerKind) -> str:
     own, blind, gain = answers.right.get("correct"), answers.right.get("none"), answers.gains.get("none")
     parts = [f"{fmt(own)} right"] if own is not None else []
     parts += [f"with no image {fmt(blind)}"] if blind is not None else []
-    parts += [f"{fmt(gain)} gained{_interval(gain)}"] if gain is not None else []
+    parts += [f"{fmt(gain)} gained{interval(gain)}"] if gain is not None else []
     return "; ".join(parts)
 
 
@@ -428,7 +429,7 @@ def _gate_row(e: Evidence, g: GateResult) -> GateRow:
     interval = "" if m is None else fmt_ci(m)
     if interval and g.end != "value":
         interval = f"{'lower' if g.end == 'low' else 'upper'} end of {interval}"
-    what = metric_name(g.measure, e.stage)
+    what = metric_name(e, g.measure)
     return GateRow(g, state, what, shown, unit, interval, bound(g.bound, read_in), g.stratum or "")
 
 
@@ -462,15 +463,6 @@ def promotes(e: Evidence) -> Verdict:
         among = f"the best of {len(e.candidates)} checkpoints" if len(e.candidates) > 1 else "its best checkpoint"
         start = f"A later stage starts from step {count(best.step)}, {among}."
     return say("good", f"Yes: {'the gate' if len(rows) == 1 else f'all {total}'} passed.", start)
-
-
-def grouping_name(by: str) -> str:
-    """``length`` → ``target length``."""
-    return GROUPING_NAMES.get(by, by or "group")
-
-
-def _interval(m: Measurement) -> str:
-    return f" ({fmt_ci(m)})" if m.ci95 is not None else ""
 
 
 def _short(text: str, limit: int = 180) -> str:
