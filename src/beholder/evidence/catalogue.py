@@ -114,32 +114,25 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("eval.token_accuracy", "token accuracy", _SHARE, "higher", "held-out", headline=_H(7, 7)),
     _Q("eval.tokens", "supervised tokens", "tokens", "none", "held-out", flat="eval_label_tokens_total"),
     _Q("eval.truncated_pct", "held-out targets cut to length", "%", "lower", "held-out", flat="eval_truncated_pct"),
-
     # Before minus after on the same samples; the language model without image minus after; how the training loss ended.
     _Q("learn.delta", "fall of the held-out loss", _NATS, "higher", "compared", said=ALONE),
     _Q("learn.delta_text", "held-out loss below the model's without image", _NATS, "higher", "compared",
        chat="held-out loss below the base model's without image"),
     _Q("curve.late_share", "share of the loss's fall in the last quarter", _SHARE, "lower", "compared"),
-
     # Held-out losses to read one against.
     _Q("band.uniform", "uniform guessing", _NATS, "none", "bands"),
     _Q("band.untrained", "untrained connector", _NATS, "none", "bands", chat="before this training"),
     _Q("band.text_only", "language model, no image", _NATS, "none", "bands"),
-
     # The same samples with other images.
     _Q("ablation.loss.<image>", "loss, <image>", _NATS, "lower", "losses",
        said=("correct", "shuffled", "zero", "noise")),
     _Q("ablation.delta.<any>", "loss difference, <image>", _NATS, "higher", "ablation", flat="delta_<image>",
        said=("shuffled", "zero", "noise")),
     _Q("ablation.ratio.<any>", "loss ratio, <image>", "ratio", "higher", "ablation", said=("shuffled",)),
-
     # What it writes, be it captions or answers.
     _Q("caption.exact_match.<image>", "exact match", _SHARE, "higher", "written",
        said=("correct", "shuffled", "zero", "chance"), headline=_H(caption=1)),
-    _Q("caption.bleu1.<image>", "BLEU-1", "score 0-1", "higher", "written"),
-    _Q("caption.bleu2.<image>", "BLEU-2", "score 0-1", "higher", "written"),
-    _Q("caption.bleu3.<image>", "BLEU-3", "score 0-1", "higher", "written"),
-    _Q("caption.bleu4.<image>", "BLEU-4", "score 0-1", "higher", "written"),
+    *(_Q(f"caption.bleu{k}.<image>", f"BLEU-{k}", "score 0-1", "higher", "written") for k in (1, 2, 3, 4)),
     _Q("caption.rouge_l.<image>", "ROUGE-L", "score 0-1", "higher", "written"),
     _Q("caption.cider_d.<image>", "CIDEr-D", "score 0-10", "higher", "written", said=("correct",),
        headline=_H(caption=2)),
@@ -155,7 +148,6 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("refclipscore.<image>", "RefCLIPScore", "score", "higher", "written"),
     _Q("qa.accuracy.<image>", "answers right", _SHARE, "higher", "written", said=("correct", "zero", "chance"),
        headline=_H(caption=3, beside=("chance", "guessing"))),
-
     # Answers to the data's own questions.
     _Q("answer.accuracy.<image>", "answers right, <image>", _SHARE, "higher", "answers",
        said=("correct", "shuffled", "none"),
@@ -163,15 +155,12 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("answer.exact.<image>", "answers exactly right, <image>", _SHARE, "higher", "answers"),
     _Q("answer.gain.<any>", "answers right, gain over <image>", _SHARE, "higher", "answers", read_in="points",
        said=("none",), headline=_H(answer=2, label="gain over no image", condition="none")),
-    _Q("pope.accuracy.<image>", "yes/no questions: accuracy, <image>", _SHARE, "higher", "yes/no", column="accuracy"),
-    _Q("pope.precision.<image>", "yes/no questions: precision, <image>", _SHARE, "higher", "yes/no",
-       column="precision"),
-    _Q("pope.recall.<image>", "yes/no questions: recall, <image>", _SHARE, "higher", "yes/no", column="recall"),
+    *(_Q(f"pope.{x}.<image>", f"yes/no questions: {x}, <image>", _SHARE, "higher", "yes/no", column=x)
+      for x in ("accuracy", "precision", "recall")),
     _Q("pope.f1.<image>", "yes/no questions: F1, <image>", _SHARE, "higher", "yes/no", column="F1", said=("correct",),
        headline=_H(answer=3, label="yes/no questions, F1")),
     _Q("pope.yes_rate.<image>", "yes/no questions: says yes, <image>", _SHARE, "none", "yes/no", column="says yes",
        said=("correct",)),
-
     # What adapters cost on plain text, and what merging them into the weights changes.
     _Q("retention.loss_base", "loss on plain text, adapters off", _NATS, "none", "kept", said=ALONE),
     _Q("retention.loss", "loss on plain text, adapters on", _NATS, "lower", "kept", said=ALONE),
@@ -181,7 +170,6 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("merge.max_logit_diff", "largest change of a logit by merging", "logits", "lower", "kept", said=ALONE),
     _Q("merge.changed_pct", "next tokens of plain text changed by merging", "%", "lower", "kept", said=ALONE),
     _Q("merge.tokens_changed_pct", "tokens of answers changed by merging", "%", "lower", "kept", said=ALONE),
-
     # What the language model reads from the text alone, and the trained model from the text and an empty image; a leak
     # is what the own earlier turns tell more than another sample's.
     _Q("audit.answerable.alone", "turns answerable without image", _SHARE, "lower", "symptoms", said=ALONE),
@@ -198,14 +186,12 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("collapse.image_independent", "same output for another image", _SHARE, "lower", "symptoms"),
     _Q("collapse.worst", "worst collapse symptom", _SHARE, "lower", "symptoms", said=ALONE,
        headline=_H(6, 5, label="worst collapse")),
-
     # What gates alone judge.
     _Q("data.truncated_pct", "targets cut to length", "%", "lower"),
     _Q("data.label_zero_pct", "samples with nothing supervised", "%", "lower"),
     _Q("frozen.changed", "frozen parts that changed", "parts", "lower"),
     _Q("text.changed", "text prompts answered differently", "prompts", "lower",
        chat="text prompts answered differently, adapters off"),
-
     # Plain answer files (`beholder score`), which also have captions and yes/no answers, without a condition.
     _Q("vqa.accuracy", "answers right (VQA)", _SHARE, "higher"),
     _Q("vqa.exact", "answers exactly right", _SHARE, "higher"),
@@ -275,11 +261,10 @@ def said(e: Evidence) -> list[Measurement]:
 def flat_names(e: Evidence) -> dict[str, float]:
     """The seed's names for ``metrics.json``: ``eval_loss``, ``eval_loss_short``, ``delta_shuffle``, …"""
     out: dict[str, float] = {}
-    for row in CATALOGUE:
-        grouped = row.flat.endswith("<_stratum>")
-        for m in e.measurements if row.flat else ():
+    for row in (row for row in CATALOGUE if row.flat):
+        for m in e.measurements:
             found, condition = quantity(m.name)
-            if found is row and (m.stratum is None or (grouped and m.by in (None, "length"))):
+            if found is row and (m.stratum is None or ("<_stratum>" in row.flat and m.by in (None, "length"))):
                 name = row.flat.replace("<image>", {"shuffled": "shuffle"}.get(condition, condition))
                 out[name.replace("<_stratum>", f"_{m.stratum}" if m.stratum else "")] = m.value
     return out | {"eval_examples_total": e.data.eval}

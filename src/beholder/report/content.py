@@ -110,13 +110,17 @@ class Bar:
 
 def progress_bars(e: Evidence) -> list[Bar]:
     """Held-out loss before and after training."""
-    pair = [
-        ("before training", "before", e.get_baseline("eval.loss")),
-        ("after training", "correct", e.get("eval.loss")),
-    ]
-    found = [(label, kind, m) for label, kind, m in pair if m is not None]
-    if (m := e.get("band.text_only")) is not None and found:
-        found.append((metric_name(e, m.name), "chance", m))
+    before, after = e.get_baseline("eval.loss"), e.get("eval.loss")
+    level = None if before is None and after is None else e.get("band.text_only")
+    return _bars(
+        ("before training", "before", before), ("after training", "correct", after),
+        (metric_name(e, "band.text_only"), "chance", level),
+    )  # fmt: skip
+
+
+def _bars(*rows: tuple[str, str, Measurement | None]) -> list[Bar]:
+    """A bar for each (label, kind, measurement) that there is, as shares of the largest."""
+    found = [(label, kind, m) for label, kind, m in rows if m is not None]
     top = max((m.value for _, _, m in found), default=0.0) or 1.0
     return [Bar(label, kind, m.value / top, fmt(m, unit=False), fmt_ci(m)) for label, kind, m in found]
 
@@ -364,10 +368,8 @@ def _state(p: Prediction | None) -> State:
 
 def retention_bars(e: Evidence) -> list[Bar]:
     """Loss on plain text of the base and of the adapted model, as shares of the larger one."""
-    pair = [("base, adapters off", "before", "retention.loss_base"), ("adapters on", "cost", "retention.loss")]
-    found = [(label, kind, m) for label, kind, name in pair if (m := e.get(name)) is not None]
-    top = max((m.value for _, _, m in found), default=0.0) or 1.0
-    return [Bar(label, kind, m.value / top, fmt(m, unit=False), fmt_ci(m)) for label, kind, m in found]
+    base, adapted = e.get("retention.loss_base"), e.get("retention.loss")
+    return _bars(("base, adapters off", "before", base), ("adapters on", "cost", adapted))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,17 +10,7 @@ from beholder.evidence import Evidence, Measurement
 from beholder.evidence.catalogue import grouping_name, shown
 from beholder.report import answers, content
 from beholder.report.verdicts import Verdict, gate_rows, verdicts
-from beholder.report.words import (
-    condition_names,
-    count,
-    flatten,
-    fmt,
-    fmt_ci,
-    metric_name,
-    signed,
-    visible,
-    with_ci,
-)
+from beholder.report.words import condition_names, count, flatten, fmt, fmt_ci, metric_name, signed, visible, with_ci
 
 MARKS = {"good": "✅", "weak": "⚠️", "bad": "❌", "unknown": "❔", "plain": "▫️"}
 

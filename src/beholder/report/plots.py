@@ -90,10 +90,9 @@ def curves(
 def _draw_bands(axes: Any, bands: Sequence[tuple[str, float]], log: bool, height: float) -> None:
     """Dashed lines with their names at the right edge, moved apart where they would be written over each other."""
     drawn = [(label, level) for label, level in bands if level > 0 or not log]
+    dashes = ((0, (6, 3)), (0, (1.5, 2)), (0, (6, 2, 1.5, 2)))
     for k, (_, level) in enumerate(drawn):
-        axes.axhline(
-            level, color=_MUTED, linewidth=1.2, linestyle=((0, (6, 3)), (0, (1.5, 2)), (0, (6, 2, 1.5, 2)))[k % 3]
-        )
+        axes.axhline(level, color=_MUTED, linewidth=1.2, linestyle=dashes[k % 3])
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)  # what is measured decides where a name stands
     gap = 0.21 / height  # a line of text, as a share of the axes
@@ -101,15 +100,8 @@ def _draw_bands(axes: Any, bands: Sequence[tuple[str, float]], log: bool, height
     for label, level in sorted(drawn, key=lambda band: band[1]):
         share = math.log(level / low) / math.log(high / low) if log else (level - low) / (high - low)
         floor = max(share, floor)
-        axes.text(
-            1.008,
-            floor,
-            visible(f"{label} {number(level, '')}"),
-            transform=axes.transAxes,
-            va="center",
-            color=_MUTED,
-            fontsize=11,
-        )
+        name = visible(f"{label} {number(level, '')}")
+        axes.text(1.008, floor, name, transform=axes.transAxes, va="center", color=_MUTED, fontsize=11)
         floor += gap
 
 
@@ -163,18 +155,8 @@ def lanes(rows: Sequence[tuple[str, str, Measurement, str]], *, reference: float
     drawn: list[Lane] = []
     for label, kind, m, note in rows:
         first, last = m.ci95 or (m.value, m.value)
-        drawn.append(
-            Lane(
-                label,
-                kind,
-                place(first),
-                place(last) - place(first),
-                place(m.value),
-                fmt(m, unit=False),
-                fmt_ci(m),
-                note,
-            )
-        )
+        at, width, dot = place(first), place(last) - place(first), place(m.value)
+        drawn.append(Lane(label, kind, at, width, dot, fmt(m, unit=False), fmt_ci(m), note))
     unit = rows[0][2].unit if rows else ""
     levels = _decades(low, high) if log else _steps(low, high)
     marks = [v for v in levels if abs(place(v) - place(reference)) > 6] + [reference]  # it is named in any case

@@ -10,6 +10,7 @@ import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from beholder.config import GATES, INSTRUCT_GATES
@@ -161,10 +162,7 @@ def learned(e: Evidence) -> Verdict:
         if fall is not None
         else "Yes when the 95 % interval of the held-out loss after training lies wholly below the one before"
     ) + ", and no gate about learning failed."
-
-    def say(tone: Tone, answer: str, why: str) -> Verdict:
-        return Verdict("learn", "Did it learn?", tone, answer, why, rule)
-
+    say = partial(Verdict, "learn", "Did it learn?", rule=rule)
     before, after = e.get_baseline("eval.loss"), e.get("eval.loss")
     if after is None:
         return say("unknown", "Not measured.", "There is no held-out loss in this run.")
@@ -211,10 +209,7 @@ def looks(e: Evidence) -> Verdict:
             "samples."
         )
     names = condition_names(e)
-
-    def say(tone: Tone, answer: str, why: str) -> Verdict:
-        return Verdict("look", "Does it look at the image?", tone, answer, why, rule)
-
+    say = partial(Verdict, "look", "Does it look at the image?", rule=rule)
     delta, ratio = e.get("ablation.delta.shuffled"), e.get("ablation.ratio.shuffled")
     if delta is None:
         return say("unknown", "Not measured.", "The loss with other images was not measured.")
@@ -310,10 +305,7 @@ def fails(e: Evidence) -> Verdict:
     kept = Clearly.of(e, "retained")
     if ratio is not None:
         rule += f" Weak when the loss on plain text, adapters on over off, is not {kept}."
-
-    def say(tone: Tone, answer: str, why: str) -> Verdict:
-        return Verdict("fail", "Where does it fail?", tone, answer, why, rule)
-
+    say = partial(Verdict, "fail", "Where does it fail?", rule=rule)
     members = list(all_groups(e))
     blind = [g for g in members if g.standing == "blind"]
     weak = [g for g in members if g.standing == "weak"]
@@ -436,10 +428,7 @@ def _gate_row(e: Evidence, g: GateResult) -> GateRow:
 def promotes(e: Evidence) -> Verdict:
     """May a later stage build on this run?"""
     rule = "Yes when the run succeeded and every gate passed. A gate whose measurement is missing has not passed."
-
-    def say(tone: Tone, answer: str, why: str) -> Verdict:
-        return Verdict("promote", "Can I promote it?", tone, answer, why, rule)
-
+    say = partial(Verdict, "promote", "Can I promote it?", rule=rule)
     rows = gate_rows(e)
     failed = [r.gate.name for r in rows if r.state == "failed"]
     unknown = [r.gate.name for r in rows if r.state == "unknown"]
