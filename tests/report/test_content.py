@@ -446,7 +446,7 @@ def test_intervals_lie_on_their_axis_around_their_value(
     rows: list[tuple[float, float, float]], reference: float, unit: str
 ):
     drawn = plots.lanes(
-        [("l", "k", measurement("m", v, unit, ci95=(v - low, v + high)), "") for v, low, high in rows],
+        [("l", "k", measurement("m", v, unit, ci95=(v - low, v + high))) for v, low, high in rows],
         reference=reference, axis="",
     )  # fmt: skip
 
@@ -462,8 +462,8 @@ def test_intervals_lie_on_their_axis_around_their_value(
 
 
 def test_ratios_far_apart_get_a_logarithmic_axis_that_names_one():
-    near = plots.lanes([("a", "", measurement("m", 1.1, "ratio", 0.05), "")], reference=1.0, axis="")
-    far = plots.lanes([("a", "", measurement("m", 800.0, "ratio", 300.0), "")], reference=1.0, axis="")
+    near = plots.lanes([("a", "", measurement("m", 1.1, "ratio", 0.05))], reference=1.0, axis="")
+    far = plots.lanes([("a", "", measurement("m", 800.0, "ratio", 300.0))], reference=1.0, axis="")
 
     assert (near.log, far.log) == (False, True)
     assert all("1×" in [text for _, text in lanes.ticks] for lanes in (near, far))

@@ -96,7 +96,7 @@ class Quantity:
         """Its name for people, in a report of a model that was taught to write that."""
         words = self.chat if self.chat and written == "answer" else self.words
         if not condition:
-            return words.partition(", <image>")[0]
+            return words.partition(" <image>")[0].rstrip(",")
         names = IMAGE_NAMES["answer" if self.section in ("answers", "yes/no") else written]
         return words.replace("<image>", names.get(condition, condition))
 
@@ -222,6 +222,11 @@ def called(name: str, written: Written = "caption") -> str:
     """A measurement's name for people: ``caption.exact_match.correct`` → ``exact match``."""
     row, condition = quantity(name)
     return row.called(condition, written)
+
+
+def heading(name: str) -> str:
+    """What a measurement is called over a narrow column."""
+    return quantity(name)[0].column or called(name)
 
 
 def grouping_name(by: str) -> str:

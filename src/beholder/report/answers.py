@@ -68,8 +68,7 @@ class AnswerKind:
     def worst_first(self) -> tuple[int, float]:
         """Sort key: those right without looking first, the most often right of them leading; then by what is gained."""
         own, least = self.right.get("correct"), self.least
-        if self.standing == "liar":
-            assert own is not None
+        if own is not None and self.standing == "liar":
             return 0, -own.value
         if self.standing == "few" or least is None:
             return 2, -self.n

@@ -139,15 +139,9 @@ class Comparison:
     def to_html(self) -> str:
         """A page of its own: no script, no network, light and dark."""
         return page(
-            "compare.html",
-            c=self,
-            measured=measured,
-            value=_text,
-            gate=_gate_text,
-            fmt=fmt,
-            fmt_ci=fmt_ci,
+            "compare.html", c=self, measured=measured, value=_text, gate=_gate_text, fmt=fmt, fmt_ci=fmt_ci,
             mark=MeasurementRow.mark,
-        )
+        )  # fmt: skip
 
     def to_markdown(self) -> str:
         out = [f"# {len(self.runs)} runs side by side", ""]

@@ -20,10 +20,10 @@ from beholder.evidence import (
     WordReliance,
     WordStat,
 )
-from beholder.evidence.catalogue import ALL_CONDITIONS, headlines, quantity, shown
+from beholder.evidence.catalogue import ALL_CONDITIONS, heading, headlines, quantity, shown
 from beholder.report import plots
 from beholder.report.answers import all_answers
-from beholder.report.verdicts import Group, groups
+from beholder.report.verdicts import GROUPED, Group, groups
 from beholder.report.words import (
     NBSP,
     condition_names,
@@ -159,11 +159,8 @@ def condition_bars(e: Evidence, prefix: str) -> list[Bar]:
 
 def delta_lanes(e: Evidence) -> plots.Lanes | None:
     """How much each wrong image raises the loss, paired by sample, with its interval."""
-    rows = [
-        (condition_names(e)[c], c, m, f"n{NBSP}{count(m.n)}")
-        for c in ALL_CONDITIONS
-        if (m := e.get(f"ablation.delta.{c}")) is not None
-    ]
+    found = [(c, m) for c in ALL_CONDITIONS if (m := e.get(f"ablation.delta.{c}")) is not None]
+    rows = [(condition_names(e)[c], c, m) for c, m in found]
     axis = "loss with the wrong image minus loss with its own, nats/token; 0: the image does not matter"
     return plots.lanes(rows, reference=0.0, axis=axis) if rows else None
 
@@ -238,23 +235,19 @@ class Grouping:
     by: str
     groups: list[Group]
     lanes: plots.Lanes | None
-    columns: list[str]
-    """Which of ``ratio delta loss match answers`` any group has."""
+    columns: dict[str, str]
+    """Headings of what any group has: which of ``ratio delta loss match answers``."""
 
 
 def groupings(e: Evidence) -> list[Grouping]:
     """Image reliance, loss and scores by group, with all samples as the last lane to compare with."""
     out: list[Grouping] = []
     for by, members in groups(e).items():
-        columns = [c for c in ("ratio", "delta", "loss", "match", "answers") if any(getattr(g, c) for g in members)]
+        columns = {c: heading(name) for c, name in GROUPED.items() if any(getattr(g, c) for g in members)}
         key = "ratio" if "ratio" in columns else "delta"
-        rows = [
-            (g.stratum, g.standing, m, f"n{NBSP}{count(m.n)}")
-            for g in members
-            if (m := g.ratio if key == "ratio" else g.delta) is not None
-        ]
-        if rows and (m := e.get(f"ablation.{key}.shuffled")) is not None:
-            rows.append(("all samples", "all", m, f"n{NBSP}{count(m.n)}"))
+        rows = [(g.stratum, g.standing, m) for g in members if (m := getattr(g, key)) is not None]
+        if rows and (m := e.get(GROUPED[key])) is not None:
+            rows.append(("all samples", "all", m))
         axis = {
             "ratio": "loss with another image over loss with its own; 1×: answered without looking",
             "delta": "loss with another image minus loss with its own, nats/token; 0: answered without looking",

@@ -131,17 +131,13 @@ def _marked(words: Sequence[content.MarkedWord]) -> str:
 def _fail(e: Evidence, v: Verdict) -> list[str]:
     lines = _heading(v)
     lines += [f"> **{escaped(text)}**\n" for text in e.findings]
-    titles = {
-        "ratio": "loss ratio, another image", "delta": "loss difference, another image", "loss": "held-out loss",
-        "match": "exact match", "answers": "answers right",
-    }  # fmt: skip
     standing = content.standings(e)
     for g in content.groupings(e):
         rows: list[list[str]] = []
         for group in g.groups:
             cells = [with_ci(getattr(group, c)) for c in g.columns]
             rows.append([group.stratum, standing[group.standing], *cells, count(group.n)])
-        head = [f"by {grouping_name(g.by)}", "", *(titles[c] for c in g.columns), "n"]
+        head = [f"by {grouping_name(g.by)}", "", *g.columns.values(), "n"]
         lines += table(head, rows)
     lines += table(["symptom", "value", "n", "note"], _noted(e, shown(e, "symptoms")))
     lines += table(["on plain text", "value", "n", "note"], _noted(e, shown(e, "kept")))
@@ -182,22 +178,15 @@ def _promote(e: Evidence, v: Verdict) -> list[str]:
         for r in content.candidate_rows(e)
     ]
     lines += table(["checkpoint of step", "held-out loss", "another image costs", "worst collapse", ""], tried)
-    lines += [
-        "### Gaps",
-        "",
-        *([f"- {escaped(g)}" for g in e.gaps] or ["None: everything asked for was measured."]),
-        "",
-    ]
-    return lines
+    gaps = [f"- {escaped(g)}" for g in e.gaps] or ["None: everything asked for was measured."]
+    return [*lines, "### Gaps", "", *gaps, ""]
 
 
 def _record(e: Evidence) -> list[str]:
     lines = ["## What was trainable", ""]
     proof = {True: "bit-identical", False: "CHANGED", None: ""}
-    lines += table(
-        ["part", "parameters", "trained", "type", "frozen weights"],
-        [[r.part, count(r.params), count(r.trainable), r.dtype, proof[r.intact]] for r in e.trainable],
-    )
+    rows = [[r.part, count(r.params), count(r.trainable), r.dtype, proof[r.intact]] for r in e.trainable]
+    lines += table(["part", "parameters", "trained", "type", "frozen weights"], rows)
     if e.text_only is not None:
         t = e.text_only
         word = "bit-equal before and after" if t.equal else f"NOT equal (largest difference {t.max_abs_difference})"
@@ -205,21 +194,12 @@ def _record(e: Evidence) -> list[str]:
         lines += [f"On text alone{off}: {count(t.logits)} logits of {t.prompts} prompts are {word}.", ""]
     if e.adapters:
         lines += ["## Where the adapters are", "", escaped(content.footprint_told(e)), ""]
-        lines += table(
-            ["module", "layers", "in → out", "rank", "parameters each", "in all"],
-            [
-                [f.name, count(f.count), f.shapes, f.rank, f.params, count(f.total)]
-                for f in content.footprint(e.adapters)
-            ],
-        )
+        found = content.footprint(e.adapters)
+        rows = [[f.name, count(f.count), f.shapes, f.rank, f.params, count(f.total)] for f in found]
+        lines += table(["module", "layers", "in → out", "rank", "parameters each", "in all"], rows)
     d = e.data
-    lines += [
-        "## Data",
-        "",
-        f"{count(d.records)} records, {count(d.train)} for training, {count(d.eval)} held out. "
-        + escaped(d.eval_origin),
-        "",
-    ]
+    counted = f"{count(d.records)} records, {count(d.train)} for training, {count(d.eval)} held out."
+    lines += ["## Data", "", f"{counted} {escaped(d.eval_origin)}", ""]
     lines += table(["rejected because", "records"], [[k, count(v)] for k, v in d.rejects.items()])
     lines += table(["source", "samples"], [[k, count(v)] for k, v in d.sources.items()])
     lines += ["## Provenance", "", *table(["", ""], [list(row) for row in flatten(e.provenance)])]

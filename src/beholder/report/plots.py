@@ -19,7 +19,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from beholder.evidence import Curve, Histogram, Measurement
-from beholder.report.words import MINUS, fmt, fmt_ci, number, visible
+from beholder.report.words import MINUS, NBSP, count, fmt, fmt_ci, number, visible
 
 # Matplotlib wants hex colours; each of these stands for a CSS variable and is replaced in the SVG text.
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
@@ -42,14 +42,9 @@ class Plot:
 
 
 def curves(
-    lines: Sequence[tuple[str, Curve]],
-    *,
-    title: str,
-    width: float = 13.6,
-    height: float = 3.9,
-    bands: Sequence[tuple[str, float]] = (),
-    log: bool | None = None,
-) -> Plot:
+    lines: Sequence[tuple[str, Curve]], *, title: str, width: float = 13.6, height: float = 3.9,
+    bands: Sequence[tuple[str, float]] = (), log: bool | None = None,
+) -> Plot:  # fmt: skip
     """Up to five labelled curves over optimizer steps; ``title`` is read out by screen readers.
 
     ``log``: whether the axis is logarithmic; None decides by the range of the values.
@@ -132,14 +127,14 @@ class Lanes:
     log: bool
 
 
-def lanes(rows: Sequence[tuple[str, str, Measurement, str]], *, reference: float, axis: str) -> Lanes:
-    """Intervals of (label, CSS class, measurement, note); ``reference`` is the value that means "no difference".
+def lanes(rows: Sequence[tuple[str, str, Measurement]], *, reference: float, axis: str) -> Lanes:
+    """Intervals of (label, CSS class, measurement); ``reference`` is the value that means "no difference".
 
     The axis always holds the reference. It is logarithmic when all ends are positive and span a wide range; for ratios
     already from 3, because 1.1 and 1.2 differ more than 9 and 12 do.
     """
-    ends = [v for _, _, m, _ in rows for v in (m.value, *(m.ci95 or ()))] + [reference]
-    ratios = all(m.unit == "ratio" for _, _, m, _ in rows)
+    ends = [v for _, _, m in rows for v in (m.value, *(m.ci95 or ()))] + [reference]
+    ratios = all(m.unit == "ratio" for _, _, m in rows)
     log = min(ends) > 0 and max(ends) / min(ends) >= (3 if ratios else LOG_FROM)
 
     def along(value: float) -> float:
@@ -153,10 +148,10 @@ def lanes(rows: Sequence[tuple[str, str, Measurement, str]], *, reference: float
         return 100 * (along(value) - low) / (high - low)
 
     drawn: list[Lane] = []
-    for label, kind, m, note in rows:
+    for label, kind, m in rows:
         first, last = m.ci95 or (m.value, m.value)
         at, width, dot = place(first), place(last) - place(first), place(m.value)
-        drawn.append(Lane(label, kind, at, width, dot, fmt(m, unit=False), fmt_ci(m), note))
+        drawn.append(Lane(label, kind, at, width, dot, fmt(m, unit=False), fmt_ci(m), f"n{NBSP}{count(m.n)}"))
     unit = rows[0][2].unit if rows else ""
     levels = _decades(low, high) if log else _steps(low, high)
     marks = [v for v in levels if abs(place(v) - place(reference)) > 6] + [reference]  # it is named in any case

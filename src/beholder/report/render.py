@@ -36,7 +36,7 @@ def render(evidence: Evidence | str | Path, folder: str | Path) -> tuple[Path, P
 
 def render_html(e: Evidence) -> str:
     """One self-contained page: inline CSS, SVG and pictures, no script, nothing fetched."""
-    condition_names = words.condition_names(e)
+    condition_names, titles = words.condition_names(e), {"caption.length": f"Length of the {words.written(e)}s"}
     return page(
         "template.html",
         e=e,
@@ -46,14 +46,8 @@ def render_html(e: Evidence) -> str:
         loss_plot=loss_plot(e),
         small_plots=small_plots(e),
         histograms=[
-            (
-                {"caption.length": f"Length of the {words.written(e)}s"}.get(h.name, h.name),
-                plots.histogram(
-                    h, title=f"Histogram of {h.name}", labels=condition_names
-                ),
-            )
-            for h in e.histograms
-            if h.bins and h.series
+            (titles.get(h.name, h.name), plots.histogram(h, title=f"Histogram of {h.name}", labels=condition_names))
+            for h in e.histograms if h.bins and h.series
         ],
         exact_plot=exact_plot(e),
         answers=content.answer_table(e),
@@ -87,10 +81,8 @@ def exact_curves(e: Evidence) -> list[tuple[str, Curve]]:
 
 def exact_plot(e: Evidence) -> plots.Plot | None:
     """Answers exactly right over steps, in per cent."""
-    lines = [
-        (label, c.model_copy(update={"y": [100 * y for y in c.y], "unit": "% of answers"}))
-        for label, c in exact_curves(e)
-    ]
+    shares = [(label, c, {"y": [100 * y for y in c.y], "unit": "% of answers"}) for label, c in exact_curves(e)]
+    lines = [(label, c.model_copy(update=in_percent)) for label, c, in_percent in shares]
     title = "Answers exactly right over optimizer steps"
     return plots.curves(lines, title=title, height=3.0, log=False) if lines else None
 
@@ -103,13 +95,8 @@ def small_plots(e: Evidence) -> list[tuple[str, plots.Plot]]:
         "lr.connector": "Learning rate of the connector", "lr.lora": "Learning rate of the adapters",
         "grad_norm": "Gradient norm before clipping",
     }  # fmt: skip
-    return [
-        (
-            name := names.get(c.name, c.name),
-            plots.curves([(name, c)], title=f"{name} over steps", width=6.6, height=2.4),
-        )
-        for c in rest
-    ]
+    named = [(names.get(c.name, c.name), c) for c in rest]
+    return [(n, plots.curves([(n, c)], title=f"{n} over steps", width=6.6, height=2.4)) for n, c in named]
 
 
 def _curve(e: Evidence, name: str) -> Curve | None:

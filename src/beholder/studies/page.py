@@ -145,9 +145,8 @@ def print_record(record: SweepRecord, console: Console) -> None:
         if r.status != "finished":
             shown.add_row(visible(r.name), *[""] * 6, Text(r.status, style="red"))
             continue
-        best = not r.flags and r.point == record.ranking.winner
         shown.add_row(
-            Text(visible(r.name), style="bold green" if best else "dim" if r.flags else ""),
+            Text(visible(r.name), style="bold green" if _best(record, r) else "dim" if r.flags else ""),
             *map(number, (r.score, *map(value_of, (r.eval_loss, *r.deltas)))),
             "–" if r.wall_s is None else duration(r.wall_s),
             Text(", ".join(r.flags), style="red"),
