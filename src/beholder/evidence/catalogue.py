@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
-from beholder.evidence.record import Condition, Evidence, Measurement
+from beholder.evidence.record import CONDITIONS, Condition, Evidence, Measurement
 
 Written = Literal["caption", "answer"]
 """What the model was taught to write."""
@@ -101,8 +101,8 @@ class Quantity:
         return words.replace("<image>", names.get(condition, condition))
 
 
-ALONE = ("",)
-"""Of a quantity without conditions."""
+ALONE, OWN = ("",), ("correct",)
+"""Without conditions; with the own image only."""
 
 _Q, _H = Quantity, Headline
 _SHARE, _NATS = "share", "nats/token"
@@ -124,24 +124,22 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("band.untrained", "untrained connector", _NATS, "none", "bands", chat="before this training"),
     _Q("band.text_only", "language model, no image", _NATS, "none", "bands"),
     # The same samples with other images.
-    _Q("ablation.loss.<image>", "loss, <image>", _NATS, "lower", "losses",
-       said=("correct", "shuffled", "zero", "noise")),
+    _Q("ablation.loss.<image>", "loss, <image>", _NATS, "lower", "losses", said=CONDITIONS),
     _Q("ablation.delta.<any>", "loss difference, <image>", _NATS, "higher", "ablation", flat="delta_<image>",
-       said=("shuffled", "zero", "noise")),
+       said=CONDITIONS[1:]),
     _Q("ablation.ratio.<any>", "loss ratio, <image>", "ratio", "higher", "ablation", said=("shuffled",)),
     # What it writes, be it captions or answers.
     _Q("caption.exact_match.<image>", "exact match", _SHARE, "higher", "written",
        said=("correct", "shuffled", "zero", "chance"), headline=_H(caption=1)),
     *(_Q(f"caption.bleu{k}.<image>", f"BLEU-{k}", "score 0-1", "higher", "written") for k in (1, 2, 3, 4)),
     _Q("caption.rouge_l.<image>", "ROUGE-L", "score 0-1", "higher", "written"),
-    _Q("caption.cider_d.<image>", "CIDEr-D", "score 0-10", "higher", "written", said=("correct",),
-       headline=_H(caption=2)),
+    _Q("caption.cider_d.<image>", "CIDEr-D", "score 0-10", "higher", "written", said=OWN, headline=_H(caption=2)),
     _Q("caption.length.<image>", "length", "words", "none", "written"),
     _Q("caption.distinct.<image>", "different captions", _SHARE, "none", "written", chat="different answers"),
     _Q("caption.empty.<any>", "empty captions", _SHARE, "lower", "written", chat="empty answers"),
     _Q("caption.unfinished.<any>", "cut-off captions", _SHARE, "lower", "written", chat="cut-off answers"),
     _Q("chair.s.<image>", "captions naming an absent object (CHAIR-s)", _SHARE, "lower", "written",
-       chat="answers naming an absent object (CHAIR-s)", said=("correct",),
+       chat="answers naming an absent object (CHAIR-s)", said=OWN,
        headline=_H(caption=4, label="absent object named")),
     _Q("chair.i.<image>", "named objects that are absent (CHAIR-i)", _SHARE, "lower", "written"),
     _Q("clipscore.<image>", "CLIPScore", "score", "higher", "written", headline=_H(5, 6)),
@@ -157,10 +155,10 @@ CATALOGUE: tuple[Quantity, ...] = (
        said=("none",), headline=_H(answer=2, label="gain over no image", condition="none")),
     *(_Q(f"pope.{x}.<image>", f"yes/no questions: {x}, <image>", _SHARE, "higher", "yes/no", column=x)
       for x in ("accuracy", "precision", "recall")),
-    _Q("pope.f1.<image>", "yes/no questions: F1, <image>", _SHARE, "higher", "yes/no", column="F1", said=("correct",),
+    _Q("pope.f1.<image>", "yes/no questions: F1, <image>", _SHARE, "higher", "yes/no", column="F1", said=OWN,
        headline=_H(answer=3, label="yes/no questions, F1")),
     _Q("pope.yes_rate.<image>", "yes/no questions: says yes, <image>", _SHARE, "none", "yes/no", column="says yes",
-       said=("correct",)),
+       said=OWN),
     # What adapters cost on plain text, and what merging them into the weights changes.
     _Q("retention.loss_base", "loss on plain text, adapters off", _NATS, "none", "kept", said=ALONE),
     _Q("retention.loss", "loss on plain text, adapters on", _NATS, "lower", "kept", said=ALONE),
@@ -247,9 +245,9 @@ def shown(e: Evidence, *sections: Section) -> list[Measurement]:
 
 def headlines(e: Evidence, written: Written) -> list[tuple[Headline, Quantity, Measurement]]:
     """The key numbers that were measured, in their order."""
-    places = [(getattr(row.headline, written), row.headline, row) for row in CATALOGUE if row.headline is not None]
-    found = [(h, row, measured(e, row, h.condition)) for place, h, row in sorted(places, key=lambda p: p[0]) if place]
-    return [(h, row, m) for h, row, m in found if m is not None]
+    rows = [(row.headline, row) for row in CATALOGUE if row.headline and getattr(row.headline, written)]
+    rows.sort(key=lambda pair: getattr(pair[0], written))
+    return [(h, row, m) for h, row in rows if (m := measured(e, row, h.condition)) is not None]
 
 
 def measured(e: Evidence, row: Quantity, condition: str) -> Measurement | None:
@@ -259,8 +257,7 @@ def measured(e: Evidence, row: Quantity, condition: str) -> Measurement | None:
 
 def said(e: Evidence) -> list[Measurement]:
     """What the terminal says when a run ends."""
-    found = [measured(e, row, condition) for row in CATALOGUE for condition in row.said]
-    return [m for m in found if m is not None]
+    return [m for row in CATALOGUE for c in row.said if (m := measured(e, row, c)) is not None]
 
 
 def flat_names(e: Evidence) -> dict[str, float]:

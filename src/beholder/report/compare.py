@@ -356,6 +356,4 @@ def _gate_text(result: GateResult | None) -> str:
 
 def _with_ci(row: MeasurementRow, i: int) -> str:
     m = row.values[i]
-    if m is None:
-        return "–"
-    return f"{fmt(m, unit=False)}{interval(m)} {row.mark(i)}".rstrip()
+    return "–" if m is None else f"{fmt(m, unit=False)}{interval(m)} {row.mark(i)}".rstrip()

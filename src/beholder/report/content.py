@@ -57,8 +57,7 @@ def warnings(e: Evidence) -> list[str]:
         ended = e.status.value.replace("_", " ")
         out.append(f"This run ended as “{ended}”. The numbers describe the last state it had.")
     out += [gap for gap in e.gaps if "--promote-anyway" in gap]  # it builds on a run that did not pass
-    changed = [row.part for row in e.trainable if row.intact is False]
-    if changed:
+    if changed := [row.part for row in e.trainable if row.intact is False]:
         out.append(f"Frozen weights changed: {', '.join(changed)}. Every other number is suspect.")
     if e.text_only is not None and not e.text_only.equal:
         off = ", even with its adapters off" if e.adapters else ""
@@ -67,8 +66,7 @@ def warnings(e: Evidence) -> list[str]:
         out.append("No checkpoint was fit to be the best: the last one was measured. “Can I promote it?” says why.")
     if e.data.label_zero_pct:
         out.append(f"{e.data.label_zero_pct:.2g} % of the training samples had no supervised token.")
-    empty = e.get("caption.empty.correct")
-    if empty is not None and empty.value >= 0.05:
+    if (empty := e.get("caption.empty.correct")) is not None and empty.value >= 0.05:
         out.append(f"{fmt(empty)} of the {written(e)}s are empty.")
     return out
 
@@ -81,11 +79,9 @@ def key_numbers(e: Evidence) -> list[tuple[str, str, str]]:
         if place.beside and (other := e.get(f"{row.stem}.{place.beside[0]}")) is not None:
             parts.append(f"{place.beside[1]} {fmt(other)}")
         out.append((place.label or metric_name(e, m.name), fmt(m), " · ".join(filter(None, parts))))
-    frozen = [row.intact for row in e.trainable if row.intact is not None]
-    if frozen:
+    if frozen := [row.intact for row in e.trainable if row.intact is not None]:
         out.append(("frozen weights", "unchanged" if all(frozen) else "CHANGED", f"sha256 of {len(frozen)} parts"))
-    if e.text_only is not None:
-        t = e.text_only
+    if (t := e.text_only) is not None:
         label = "adapters off, on text" if e.adapters else "on text alone"
         out.append((label, "bit-equal" if t.equal else "CHANGED", f"{count(t.logits)} logits"))
     return out

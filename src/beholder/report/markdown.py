@@ -72,9 +72,7 @@ def _learn(e: Evidence, v: Verdict) -> list[str]:
 
 
 def _look(e: Evidence, v: Verdict) -> list[str]:
-    ablation = [
-        [metric_name(e, m.name), fmt(m), fmt_ci(m), count(m.n)] for m in shown(e, "losses", "ablation")
-    ]  # fmt: skip
+    ablation = [[metric_name(e, m.name), fmt(m), fmt_ci(m), count(m.n)] for m in shown(e, "losses", "ablation")]
     lines = [*_heading(v), *table(["image ablation", "value", "95 %", "n"], ablation), *_answers(e)]
     conditions, scores = content.answer_table(e)
     rows = [
@@ -102,9 +100,7 @@ def _answers(e: Evidence) -> list[str]:
     marks |= {"looks": "✓ looks", "unknown": ""}
     overall = answers.all_answers(e)
     rows = [] if overall is None else [("all questions", "", overall)]
-    rows += [
-        (k.stratum, grouping_name(by), k) for by, kinds in answers.answer_kinds(e).items() for k in kinds
-    ]  # fmt: skip
+    rows += [(k.stratum, grouping_name(by), k) for by, kinds in answers.answer_kinds(e).items() for k in kinds]
     cells = [
         [
             label, by, marks[k.standing], *(with_ci(k.right.get(c)) for c in right_with),
@@ -187,8 +183,7 @@ def _record(e: Evidence) -> list[str]:
     proof = {True: "bit-identical", False: "CHANGED", None: ""}
     rows = [[r.part, count(r.params), count(r.trainable), r.dtype, proof[r.intact]] for r in e.trainable]
     lines += table(["part", "parameters", "trained", "type", "frozen weights"], rows)
-    if e.text_only is not None:
-        t = e.text_only
+    if (t := e.text_only) is not None:
         word = "bit-equal before and after" if t.equal else f"NOT equal (largest difference {t.max_abs_difference})"
         off = ", with its adapters off" if e.adapters else ""
         lines += [f"On text alone{off}: {count(t.logits)} logits of {t.prompts} prompts are {word}.", ""]

@@ -130,8 +130,7 @@ def signed(value: float) -> str:
 
 def listed(names: Sequence[str], limit: int = 4) -> str:
     """``a, b, c and 3 more``."""
-    shown = list(names[:limit])
-    return ", ".join(shown) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def plural(n: int, one: str, many: str | None = None) -> str:

@@ -220,13 +220,11 @@ def _scatter(record: SweepRecord, rows: Sequence[Row]) -> Markup:
         out.append(f'<text x="{px(t):.1f}" y="{HEIGHT - _BOTTOM + 18}" text-anchor="middle">{t:g}</text>')
     out.append(f'<line class="axis" x1="{px(0):.1f}" x2="{px(0):.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>')
     middle = (_LEFT + WIDTH - _RIGHT) / 2
-    out.append(
-        f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">Δshuffle, nats per token (more: it looks)</text>'
-    )
-    out.append(
+    out += [
+        f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">Δshuffle, nats per token (more: it looks)</text>',
         f'<text transform="translate(14 {(_TOP + HEIGHT - _BOTTOM) / 2}) rotate(-90)" text-anchor="middle">'
-        "held-out loss, nats per token</text>"
-    )
+        "held-out loss, nats per token</text>",
+    ]
     placed: list[tuple[float, float]] = [(px(_v(r.d_shuffle)), py(_v(r.eval_loss))) for r in rows]
     labels: list[tuple[float, float]] = []
     for k, (r, (x, y)) in enumerate(zip(rows, placed, strict=True), 1):
