@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.evidence.test_catalogue import strangers
 
 from beholder.config import RunConfig
 from beholder.config.file import dump_config, load_config, parse_config, scale_overrides
@@ -153,6 +154,7 @@ def check_run(cfg: RunConfig, outcome: object, folder: Path) -> None:
         assert rows["lora"].trainable == rows["lora"].params > 0
     for part in ("vision", "language"):
         assert rows[part].trainable == 0 and rows[part].sha256_before == rows[part].sha256_after is not None
+    assert strangers([*evidence.baseline, *evidence.measurements]) == []
     names = {m.name for m in evidence.measurements}
     assert {"eval.loss", "ablation.loss.correct", "ablation.loss.shuffled", "ablation.loss.zero"} <= names
     for file in ("config.yaml", "run.json", "metrics.jsonl", "evidence.json", "report.html", "report.md"):

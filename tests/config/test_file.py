@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beholder.config import GATES, RunConfig, section
+from beholder.config import STAGES, RunConfig, section
 from beholder.config.file import (
     ConfigError,
     config_hash,
@@ -497,10 +497,10 @@ def test_a_dump_says_everything_that_counts_and_loads_back_equal() -> None:
 def test_a_gate_keeps_what_the_config_does_not_change() -> None:
     cfg = parse_config(MINIMAL + "gates: {looks_clearly: {above: 20}}\n", overrides=["gates.frozen.enable=false"])
 
-    own = GATES["looks_clearly"]
+    own = STAGES["align"].gates["looks_clearly"]
     assert cfg.gates["looks_clearly"] == own.model_copy(update={"above": 20.0})
     assert not cfg.gates["frozen"].enable and cfg.gates["frozen"].measure == "frozen.changed"
-    assert list(cfg.gates) == list(GATES)
+    assert list(cfg.gates) == list(STAGES["align"].gates)
     assert parse_config(dump_config(cfg)) == cfg
 
 

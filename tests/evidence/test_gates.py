@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beholder.config import GATES, GateConfig
+from beholder.config import STAGES, GateConfig
 from beholder.evidence import Measurement
 from beholder.evidence.gates import judge, told
 
@@ -105,7 +105,7 @@ def test_with_groups_it_passes_exactly_when_each_number_passes(values: list[floa
 
 
 def test_every_gate_of_the_stage_has_a_measure_a_bound_and_a_reason() -> None:
-    for name, gate in GATES.items():
+    for name, gate in STAGES["align"].gates.items():
         assert gate.measure and gate.bound and gate.why, name
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.report.conftest import gate, group, measurement, text_of
 
 from beholder.evidence import Cost, Curve, DataFacts, Evidence, Measurement, Prediction, WordReliance, WordStat
+from beholder.evidence.catalogue import called
 from beholder.report import plots, render_html, render_markdown
 from beholder.report.content import (
     MAX_STEPS,
@@ -28,7 +29,7 @@ from beholder.report.content import (
 )
 from beholder.report.content import warnings as told_warnings
 from beholder.report.verdicts import fails, gate_rows, groups, learned, looks, promotes, verdicts
-from beholder.report.words import RELIANCE_LEVELS, bound, metric_name, reliance_level
+from beholder.report.words import RELIANCE_LEVELS, bound, reliance_level
 from beholder.types import Status
 
 MakeEvidence = Callable[..., Evidence]
@@ -445,7 +446,7 @@ def test_intervals_lie_on_their_axis_around_their_value(
     rows: list[tuple[float, float, float]], reference: float, unit: str
 ):
     drawn = plots.lanes(
-        [("l", "k", measurement("m", v, unit, ci95=(v - low, v + high)), "") for v, low, high in rows],
+        [("l", "k", measurement("m", v, unit, ci95=(v - low, v + high))) for v, low, high in rows],
         reference=reference, axis="",
     )  # fmt: skip
 
@@ -461,8 +462,8 @@ def test_intervals_lie_on_their_axis_around_their_value(
 
 
 def test_ratios_far_apart_get_a_logarithmic_axis_that_names_one():
-    near = plots.lanes([("a", "", measurement("m", 1.1, "ratio", 0.05), "")], reference=1.0, axis="")
-    far = plots.lanes([("a", "", measurement("m", 800.0, "ratio", 300.0), "")], reference=1.0, axis="")
+    near = plots.lanes([("a", "", measurement("m", 1.1, "ratio", 0.05))], reference=1.0, axis="")
+    far = plots.lanes([("a", "", measurement("m", 800.0, "ratio", 300.0))], reference=1.0, axis="")
 
     assert (near.log, far.log) == (False, True)
     assert all("1×" in [text for _, text in lanes.ticks] for lanes in (near, far))
@@ -492,11 +493,11 @@ def test_a_bound_reads_in_the_unit_of_its_measurement(text: str, unit: str, show
 
 
 def test_measurements_have_names_for_people():
-    assert metric_name("qa.accuracy.zero") == "answers right"
-    assert metric_name("chair.i.correct") == "named objects that are absent (CHAIR-i)"
-    assert metric_name("caption.cider_d.noise") == "CIDEr-D"
-    assert metric_name("ablation.ratio.noise") == "loss ratio, noise"
-    assert metric_name("my.own.metric") == "my.own.metric"
+    assert called("qa.accuracy.zero") == "answers right"
+    assert called("chair.i.correct") == "named objects that are absent (CHAIR-i)"
+    assert called("caption.cider_d.noise") == "CIDEr-D"
+    assert called("ablation.ratio.noise") == "loss ratio, noise"
+    assert called("my.own.metric") == "my.own.metric"
 
 
 def test_a_record_from_before_gates_words_and_strata_still_renders(make_evidence: MakeEvidence):

@@ -12,6 +12,7 @@ from tests.report.conftest import YES_NO_GUESSED, gate, kind, measurement, pope,
 from tests.report.test_render import HOSTILE, Page
 
 from beholder.evidence import AdapterRow, Candidate, Curve, Evidence, Measurement, Prediction
+from beholder.evidence.catalogue import called
 from beholder.report import render_html, render_markdown
 from beholder.report.answers import all_answers, answer_kinds, conditions_of, pope_table, shown_without_looking
 from beholder.report.compare import compare_runs
@@ -19,7 +20,7 @@ from beholder.report.content import candidate_rows, footprint, key_numbers, rete
 from beholder.report.content import warnings as told_warnings
 from beholder.report.render import exact_curves, exact_plot, small_plots
 from beholder.report.verdicts import fails, gate_rows, looks, promotes
-from beholder.report.words import fmt, fmt_ci, metric_name, visible
+from beholder.report.words import fmt, fmt_ci, visible
 
 MakeEvidence = Callable[..., Evidence]
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -167,7 +168,7 @@ def test_no_image_is_none_and_an_empty_image_is_zero(make_evidence: MakeEvidence
     assert "| its own image | another image | no image | gain over no image |" in chat
     assert "| step 140 | step 280 | another image | no image |" in chat
     assert "empty image" not in align
-    assert metric_name("ablation.delta.zero", "align") == "loss difference, no image"
+    assert called("ablation.delta.zero", "caption") == "loss difference, no image"
 
 
 def test_yes_no_scores_stand_in_one_order_and_a_score_that_does_not_exist_leaves_a_gap(
@@ -407,7 +408,7 @@ def test_hostile_questions_kinds_modules_and_reasons_stay_text(make_instruct_evi
     ],
 )
 def test_measurements_of_answers_have_names_for_people_in_any_stage(name: str, told: str):
-    assert metric_name(name) == metric_name(name, "instruct") == told
+    assert called(name) == called(name, "answer") == told
 
 
 def test_runs_of_two_stages_are_compared_with_a_warning_and_gains_in_points(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import MakeConfig, TinyParts
+from tests.evidence.test_catalogue import strangers
 
 from beholder.config import RunConfig
 from beholder.config.file import dump_config
@@ -115,6 +116,10 @@ def test_connector_and_adapters_learn_and_everything_else_is_bit_identical(evide
     assert {a.name.rpartition(".")[2] for a in evidence.adapters} == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
+
+
+def test_everything_that_is_measured_is_in_the_catalogue(evidence: Evidence) -> None:
+    assert strangers([*evidence.baseline, *evidence.measurements]) == []
 
 
 def test_both_parts_of_what_learns_really_moved(finished: Path) -> None:

@@ -20,7 +20,7 @@ from beholder.config.data import (
     HygieneLimits,
     PromptingConfig,
     SourceConfig,
-)
+)  # fmt: skip
 from beholder.config.parts import (
     ConnectorConfig,
     LlmConfig,
@@ -29,7 +29,7 @@ from beholder.config.parts import (
     ProjectorConfig,
     ResamplerConfig,
     VisionConfig,
-)
+)  # fmt: skip
 from beholder.config.run import (
     AblationConfig,
     EvalConfig,
@@ -39,49 +39,16 @@ from beholder.config.run import (
     RunConfig,
     TrainConfig,
     WeightDecays,
-)
+)  # fmt: skip
 from beholder.config.section import Cadence, Decided, Fraction, Positive, Section, decided_by, settings
-from beholder.config.stages import GATES, INSTRUCT_GATES, STAGES, BestRule, GateConfig, Stage, StageName
+from beholder.config.stages import STAGES, BestRule, GateConfig, Stage, StageName, usual_gate
 from beholder.config.studies import SCALES, SweepConfig
 
 __all__ = [
-    "CAPTION_SPAM",
-    "GATES",
-    "INSTRUCT_GATES",
-    "SCALES",
-    "STAGES",
-    "AblationConfig",
-    "BestRule",
-    "Cadence",
-    "ConnectorConfig",
-    "DataConfig",
-    "DatasetKind",
-    "Decided",
-    "EvalConfig",
-    "FeaturesConfig",
-    "Fraction",
-    "GateConfig",
-    "GenerateConfig",
-    "HygieneConfig",
-    "HygieneLimits",
-    "LearningRates",
-    "LlmConfig",
-    "LoraConfig",
-    "ModelConfig",
-    "PerGroup",
-    "Positive",
-    "ProjectorConfig",
-    "PromptingConfig",
-    "ResamplerConfig",
-    "RunConfig",
-    "Section",
-    "SourceConfig",
-    "Stage",
-    "StageName",
-    "SweepConfig",
-    "TrainConfig",
-    "VisionConfig",
-    "WeightDecays",
-    "decided_by",
-    "settings",
-]
+    "CAPTION_SPAM", "SCALES", "STAGES", "AblationConfig", "BestRule", "Cadence", "ConnectorConfig", "DataConfig",
+    "DatasetKind", "Decided", "EvalConfig", "FeaturesConfig", "Fraction", "GateConfig", "GenerateConfig",
+    "HygieneConfig", "HygieneLimits", "LearningRates", "LlmConfig", "LoraConfig", "ModelConfig", "PerGroup",
+    "Positive", "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig", "Section", "SourceConfig",
+    "Stage", "StageName", "SweepConfig", "TrainConfig", "VisionConfig", "WeightDecays", "decided_by", "settings",
+    "usual_gate",
+]  # fmt: skip

@@ -244,6 +244,11 @@ def stage_of(name: object, model: object) -> Stage:
     return next((s for s in STAGES.values() if isinstance(model, ModelConfig) and s.is_meant(model)), ALIGN)
 
 
+def usual_gate(name: str) -> GateConfig:
+    """A gate as the stages have it that have one of that name."""
+    return next(stage.gates[name] for stage in STAGES.values() if name in stage.gates)
+
+
 def complete_gates(given: Mapping[str, GateConfig], stage: Stage) -> dict[str, GateConfig]:
     """The stage's own gates with what ``given`` changes of them, then the others; all stand in the resolved config."""
     own = {

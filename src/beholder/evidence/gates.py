@@ -1,6 +1,6 @@
 """Gates: what the evidence of a run must show before a later stage may be built upon it (S11-7).
 
-A gate is a bound on a measurement, declared in the config (`config.GATES` has the stage's own). Judging is a pure
+A gate is a bound on a measurement, declared in the config (a stage's own stand in its record). Judging is a pure
 function of the declared gates and the measurements, so a report can be judged again from its evidence.
 """
 

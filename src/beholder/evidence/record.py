@@ -3,26 +3,7 @@
 Probes produce these records and the report renders them; neither knows the other. Nothing here measures, draws or
 writes files. `evidence.json` is this record, and whatever a report shows can be rebuilt from it alone.
 
-Measurement names are dotted, ``<probe>.<quantity>[.<condition>]``; the ones the report and the gates look for are
-
-- ``eval.loss``, ``eval.perplexity``, ``eval.token_accuracy``, ``eval.tokens``, ``eval.truncated_pct`` (the same names
-  in ``Evidence.baseline`` are the numbers before training),
-- ``learn.delta`` (held-out loss before minus after, paired), ``learn.delta_text`` (loss of the language model without
-  any image minus the loss after training, paired), ``curve.late_share`` (share of the training loss's fall that came
-  in the last quarter of the steps),
-- ``band.untrained``, ``band.text_only``, ``band.uniform``: held-out loss of the untrained connector, of the language
-  model given no image, and of guessing evenly over the vocabulary,
-- ``ablation.<loss|delta|ratio>.<condition>``,
-- ``caption.<exact_match|bleu1…4|rouge_l|cider_d|length|distinct|empty|unfinished>.<condition>`` and
-  ``caption.exact_match.chance``, ``chair.<s|i>.<condition>``, ``clipscore.correct``, ``refclipscore.correct``,
-- ``qa.accuracy.<condition>``, ``qa.accuracy.chance``,
-- ``collapse.<empty|loop|template|image_independent>`` and ``collapse.worst``,
-- ``audit.answerable.<alone|context>``, ``audit.leak`` (what the own earlier turns tell more than another sample's) of
-  the language model without any image, and the same as ``audit.trained.…`` of the trained model shown an empty image,
-- ``data.truncated_pct``, ``data.label_zero_pct``, ``frozen.changed``, ``text.changed``.
-
-Strata come in groupings (``by``): ``length`` (short, medium, long), ``turn`` (first turn, later turns), ``question``
-(its first words), ``answer`` (yes/no, number, other), and ``kind`` for the questions of the question-answer set.
+What there is to measure, by name, stands in `evidence.catalogue`.
 """
 
 from __future__ import annotations
@@ -85,6 +66,12 @@ class Measurement(Record):
     def key(self) -> str:
         """Flat name: ``eval.loss`` or ``eval.loss/short``."""
         return self.name if self.stratum is None else f"{self.name}/{self.stratum}"
+
+    @property
+    def told(self) -> str:
+        """``eval.loss = 0.0312 nats/token (95 % 0.0272 to 0.0352), n=1000``, for a terminal."""
+        ends = f" (95 % {self.ci95[0]:.4g} to {self.ci95[1]:.4g})" if self.ci95 else ""
+        return f"{self.name} = {self.value:.4g} {self.unit}{ends}, n={self.n}"
 
 
 class TrainableRow(Record):

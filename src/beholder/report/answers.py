@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from beholder.config import INSTRUCT_GATES
+from beholder.config import usual_gate
 from beholder.evidence import Condition, Evidence, Measurement
-from beholder.report.words import POPE_NAMES, count, fmt
+from beholder.evidence.catalogue import ALL_CONDITIONS, CATALOGUE, IMAGE_NAMES, quantity
+from beholder.report.words import count, fmt
 
-JUDGED_FROM = INSTRUCT_GATES["answers_look"].min_n
+JUDGED_FROM = usual_gate("answers_look").min_n
 """Kinds of question with fewer samples are shown but not judged."""
 LIAR_FROM = 0.5
 """A kind that is mostly answered right is where a reader of the accuracy alone takes a guesser for one that sees."""
 
-ALL_CONDITIONS: tuple[Condition, ...] = get_args(Condition)
+_OVER = {**IMAGE_NAMES["answer"], "shuffled": "another’s image"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,7 @@ class AnswerKind:
     def worst_first(self) -> tuple[int, float]:
         """Sort key: those right without looking first, the most often right of them leading; then by what is gained."""
         own, least = self.right.get("correct"), self.least
-        if self.standing == "liar":
-            assert own is not None
+        if own is not None and self.standing == "liar":
             return 0, -own.value
         if self.standing == "few" or least is None:
             return 2, -self.n
@@ -79,18 +79,8 @@ class AnswerKind:
         """``“yes/no” (83.0 % right, +0.4 points over no image, n 389)``."""
         own, least = self.right.get("correct"), self.least
         parts = [] if own is None else [f"{fmt(own)} right"]
-        parts += [] if least is None else [f"{fmt(least)} over {_OVER[_condition(least)]}"]
+        parts += [] if least is None else [f"{fmt(least)} over {_OVER[quantity(least.name)[1]]}"]
         return f"{self.name} ({', '.join([*parts, f'n {count(self.n)}'])})"
-
-
-_OVER: dict[Condition, str] = {
-    "correct": "its own image", "shuffled": "another’s image", "zero": "an empty image", "noise": "noise",
-    "none": "no image",
-}  # fmt: skip
-
-
-def _condition(m: Measurement) -> Condition:
-    return next(c for c in ALL_CONDITIONS if m.name.endswith(f".{c}"))
 
 
 def all_answers(e: Evidence) -> AnswerKind | None:
@@ -139,12 +129,9 @@ def conditions_of(e: Evidence) -> tuple[list[Condition], list[Condition]]:
 
 def pope_table(e: Evidence) -> list[tuple[Condition, list[tuple[str, Measurement | None]]]]:
     """Scores of yes/no answers by what was shown, all with the same names in the same order; empty if not measured."""
-    found: dict[Condition, dict[str, Measurement | None]] = {
-        c: {what: e.get(f"pope.{what}.{c}") for what in POPE_NAMES} for c in ALL_CONDITIONS
+    rows = [row for row in CATALOGUE if row.section == "yes/no"]
+    found: dict[Condition, list[Measurement | None]] = {
+        c: [e.get(f"{row.stem}.{c}") for row in rows] for c in ALL_CONDITIONS
     }
-    measured = [what for what in POPE_NAMES if any(values[what] for values in found.values())]
-    return [
-        (c, [(POPE_NAMES[what], values[what]) for what in measured])
-        for c, values in found.items()
-        if any(values.values())
-    ]
+    kept = [k for k in range(len(rows)) if any(values[k] for values in found.values())]
+    return [(c, [(rows[k].column, values[k]) for k in kept]) for c, values in found.items() if any(values)]

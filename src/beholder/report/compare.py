@@ -20,21 +20,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from beholder.config import RunConfig
+from beholder.config import RunConfig, decided_by
 from beholder.config.file import diff_configs, parse_config
 from beholder.evidence import Evidence, GateResult, Measurement, held_out_hashes, load_evidence
+from beholder.evidence.catalogue import called, unit_of
 from beholder.report.content import measured_step
 from beholder.report.markdown import escaped, table
 from beholder.report.page import page
-from beholder.report.words import fmt, fmt_ci, metric_name, number, unit_of, visible
+from beholder.report.words import fmt, fmt_ci, interval, number, visible, written
 from beholder.types import UserError
-
-NAMES_OF_A_RUN = ("run_name", "output_dir")
-"""Settings that always differ and mean nothing."""
-DECIDES_HELD_OUT = (
-    "data.split_mode", "data.eval_size", "data.eval_ratio", "data.len_buckets", "data.max_samples", "data.hygiene",
-)  # fmt: skip
-"""Settings that decide which samples are held out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,15 +132,9 @@ class Comparison:
     def to_html(self) -> str:
         """A page of its own: no script, no network, light and dark."""
         return page(
-            "compare.html",
-            c=self,
-            measured=measured,
-            value=_text,
-            gate=_gate_text,
-            fmt=fmt,
-            fmt_ci=fmt_ci,
+            "compare.html", c=self, measured=measured, value=_text, gate=_gate_text, fmt=fmt, fmt_ci=fmt_ci,
             mark=MeasurementRow.mark,
-        )
+        )  # fmt: skip
 
     def to_markdown(self) -> str:
         out = [f"# {len(self.runs)} runs side by side", ""]
@@ -213,7 +201,7 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     rows = _measurements(runs, comparable=not apart)
     return Comparison(
         runs=runs,
-        settings=tuple(s for s in settings if s.path not in NAMES_OF_A_RUN),
+        settings=tuple(s for s in settings if decided_by(RunConfig, s.path) != {"run"}),
         measurements=tuple(r for r in rows if sum(v is not None for v in r.values) > 1),
         gates=_gates(runs),
         only_in=_only_in(runs, rows),
@@ -260,12 +248,12 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def _measurements(runs: Sequence[Run], *, comparable: bool) -> list[MeasurementRow]:
     found = [{(m.key, m.by): m for m in r.evidence.measurements} for r in runs]
+    write = {written(r.evidence) for r in runs}
     rows = []
     for key in dict.fromkeys(k for f in found for k in f):
         values = tuple(f.get(key) for f in found)
         one = next(v for v in values if v is not None)
-        stages = {r.evidence.stage for r in runs}
-        name = metric_name(one.name, stages.pop() if len(stages) == 1 else "")
+        name = called(one.name, "answer" if write == {"answer"} else "caption")
         told = "" if name == one.name else name
         rows.append(MeasurementRow(one.key, unit_of(one.name, one.unit), one.better, values, told, comparable))
     return rows
@@ -330,8 +318,14 @@ def _other_held_out(runs: Sequence[Run], differ: set[str]) -> str:
     if len({tuple(sorted(r.evidence.data.eval_buckets.items())) for r in runs}) > 1:
         return "other numbers of them in the length buckets"
     # The same count. With files of their own, settings say whether it is the same choice among the same records.
-    found = [*sorted(p for p in differ if p.startswith(DECIDES_HELD_OUT)), *["the split's seed"] * _other_seeds(runs)]
+    found = sorted(p for p in differ if _decides_held_out(p)) + ["the split's seed"] * _other_seeds(runs)
     return f"{', '.join(found)} differ{'s' * (len(found) == 1)}" if found else ""
+
+
+def _decides_held_out(path: str) -> bool:
+    """Whether it is a setting that chooses among the same records; the seed is compared as it works out."""
+    decided = decided_by(RunConfig, path)
+    return "held_out" in decided and "place" not in decided and path != "data.split_seed"
 
 
 def _other_seeds(runs: Sequence[Run]) -> bool:
@@ -361,7 +355,4 @@ def _gate_text(result: GateResult | None) -> str:
 
 def _with_ci(row: MeasurementRow, i: int) -> str:
     m = row.values[i]
-    if m is None:
-        return "–"
-    interval = f" ({fmt_ci(m)})" if m.ci95 else ""
-    return f"{fmt(m, unit=False)}{interval} {row.mark(i)}".rstrip()
+    return "–" if m is None else f"{fmt(m, unit=False)}{interval(m)} {row.mark(i)}".rstrip()

@@ -5,7 +5,6 @@ Pure functions of the `Evidence`; how the rows look is the business of `template
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,9 +20,10 @@ from beholder.evidence import (
     WordReliance,
     WordStat,
 )
+from beholder.evidence.catalogue import ALL_CONDITIONS, heading, headlines, quantity, shown
 from beholder.report import plots
-from beholder.report.answers import ALL_CONDITIONS, all_answers
-from beholder.report.verdicts import Group, groups
+from beholder.report.answers import all_answers
+from beholder.report.verdicts import GROUPED, Group, groups
 from beholder.report.words import (
     NBSP,
     condition_names,
@@ -37,6 +37,7 @@ from beholder.report.words import (
     plural,
     reliance_level,
     signed,
+    written,
 )
 from beholder.types import Status
 
@@ -45,8 +46,6 @@ MAX_STEPS = 12
 
 MAX_WORD_ROWS = 14
 """Words at either end of the table of words."""
-
-BANDS = ("band.uniform", "band.untrained", "band.text_only")
 
 State = Literal["right", "wrong", "unknown"]
 
@@ -58,8 +57,7 @@ def warnings(e: Evidence) -> list[str]:
         ended = e.status.value.replace("_", " ")
         out.append(f"This run ended as “{ended}”. The numbers describe the last state it had.")
     out += [gap for gap in e.gaps if "--promote-anyway" in gap]  # it builds on a run that did not pass
-    changed = [row.part for row in e.trainable if row.intact is False]
-    if changed:
+    if changed := [row.part for row in e.trainable if row.intact is False]:
         out.append(f"Frozen weights changed: {', '.join(changed)}. Every other number is suspect.")
     if e.text_only is not None and not e.text_only.equal:
         off = ", even with its adapters off" if e.adapters else ""
@@ -68,45 +66,22 @@ def warnings(e: Evidence) -> list[str]:
         out.append("No checkpoint was fit to be the best: the last one was measured. “Can I promote it?” says why.")
     if e.data.label_zero_pct:
         out.append(f"{e.data.label_zero_pct:.2g} % of the training samples had no supervised token.")
-    empty = e.get("caption.empty.correct")
-    if empty is not None and empty.value >= 0.05:
+    if (empty := e.get("caption.empty.correct")) is not None and empty.value >= 0.05:
         out.append(f"{fmt(empty)} of the {written(e)}s are empty.")
     return out
-
-
-def written(e: Evidence) -> str:
-    """What the model was taught to write: a ``caption`` or an ``answer``."""
-    return "answer" if e.stage == "instruct" else "caption"
 
 
 def key_numbers(e: Evidence) -> list[tuple[str, str, str]]:
     """(label, number, small print) of the row under the verdicts."""
     out: list[tuple[str, str, str]] = []
-    wanted = (
-        "answer.accuracy.correct", "answer.gain.none", "pope.f1.correct", "retention.loss_ratio", "collapse.worst",
-        "clipscore.correct", "eval.token_accuracy", "eval.perplexity",
-    ) if e.stage == "instruct" else (
-        "caption.exact_match.correct", "caption.cider_d.correct", "qa.accuracy.correct", "chair.s.correct",
-        "clipscore.correct", "collapse.worst", "eval.token_accuracy", "eval.perplexity",
-    )  # fmt: skip
-    short = {
-        "chair.s.correct": "absent object named", "collapse.worst": "worst collapse",
-        "answer.accuracy.correct": "answers right", "answer.gain.none": "gain over no image",
-        "pope.f1.correct": "yes/no questions, F1", "retention.loss_ratio": "text loss over the base's",
-    }  # fmt: skip
-    for name in wanted:
-        if (m := e.get(name)) is not None:
-            parts = [fmt_ci(m), f"n{NBSP}{count(m.n)}"]
-            if name == "qa.accuracy.correct" and (level := e.get("qa.accuracy.chance")) is not None:
-                parts.append(f"guessing {fmt(level)}")
-            if name == "answer.accuracy.correct" and (blind := e.get("answer.accuracy.none")) is not None:
-                parts.append(f"no image {fmt(blind)}")
-            out.append((short.get(name, metric_name(name, e.stage)), fmt(m), " · ".join(filter(None, parts))))
-    frozen = [row.intact for row in e.trainable if row.intact is not None]
-    if frozen:
+    for place, row, m in headlines(e, written(e)):
+        parts = [fmt_ci(m), f"n{NBSP}{count(m.n)}"]
+        if place.beside and (other := e.get(f"{row.stem}.{place.beside[0]}")) is not None:
+            parts.append(f"{place.beside[1]} {fmt(other)}")
+        out.append((place.label or metric_name(e, m.name), fmt(m), " · ".join(filter(None, parts))))
+    if frozen := [row.intact for row in e.trainable if row.intact is not None]:
         out.append(("frozen weights", "unchanged" if all(frozen) else "CHANGED", f"sha256 of {len(frozen)} parts"))
-    if e.text_only is not None:
-        t = e.text_only
+    if (t := e.text_only) is not None:
         label = "adapters off, on text" if e.adapters else "on text alone"
         out.append((label, "bit-equal" if t.equal else "CHANGED", f"{count(t.logits)} logits"))
     return out
@@ -131,20 +106,24 @@ class Bar:
 
 def progress_bars(e: Evidence) -> list[Bar]:
     """Held-out loss before and after training."""
-    pair = [
-        ("before training", "before", e.get_baseline("eval.loss")),
-        ("after training", "correct", e.get("eval.loss")),
-    ]
-    found = [(label, kind, m) for label, kind, m in pair if m is not None]
-    if (m := e.get("band.text_only")) is not None and found:
-        found.append((metric_name(m.name, e.stage), "chance", m))
+    before, after = e.get_baseline("eval.loss"), e.get("eval.loss")
+    level = None if before is None and after is None else e.get("band.text_only")
+    return _bars(
+        ("before training", "before", before), ("after training", "correct", after),
+        (metric_name(e, "band.text_only"), "chance", level),
+    )  # fmt: skip
+
+
+def _bars(*rows: tuple[str, str, Measurement | None]) -> list[Bar]:
+    """A bar for each (label, kind, measurement) that there is, as shares of the largest."""
+    found = [(label, kind, m) for label, kind, m in rows if m is not None]
     top = max((m.value for _, _, m in found), default=0.0) or 1.0
     return [Bar(label, kind, m.value / top, fmt(m, unit=False), fmt_ci(m)) for label, kind, m in found]
 
 
 def bands(e: Evidence) -> list[Measurement]:
     """The levels a loss is read against, highest first."""
-    return sorted((m for name in BANDS if (m := e.get(name)) is not None), key=lambda m: -m.value)
+    return sorted(shown(e, "bands"), key=lambda m: -m.value)
 
 
 def eval_rows(e: Evidence) -> list[tuple[Measurement, Measurement | None]]:
@@ -152,14 +131,9 @@ def eval_rows(e: Evidence) -> list[tuple[Measurement, Measurement | None]]:
 
     Other groupings have many groups; their losses stand beside their image reliance under "Where does it fail?".
     """
-    rows = [m for m in e.measurements if m.name.startswith("eval.") and m.by in (None, "length")]
-    rows.sort(key=lambda m: m.stratum is not None)
+    held_out = [m for m in e.measurements if quantity(m.name)[0].section == "held-out" and m.by in (None, "length")]
+    rows = sorted(held_out, key=lambda m: m.stratum is not None)
     return [(m, e.get_baseline(m.name, m.stratum)) for m in rows]
-
-
-def learn_rows(e: Evidence) -> list[Measurement]:
-    """What compares two states of the same samples, and how the curve ended."""
-    return [m for name in ("learn.delta", "learn.delta_text", "curve.late_share") if (m := e.get(name)) is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -172,7 +146,7 @@ def condition_bars(e: Evidence, prefix: str) -> list[Bar]:
     if not found:
         return []
     top = 1.0 if found[0][1].unit == "share" else max(m.value for _, m in found) or 1.0
-    names = condition_names(e.stage)
+    names = condition_names(e)
     bars = [Bar(names[c], c, max(0.0, m.value) / top, fmt(m, unit=False), fmt_ci(m)) for c, m in found]
     if (m := e.get(f"{prefix}.chance")) is not None:
         bars.append(Bar("blind guessing", "chance", m.value / top, fmt(m)))
@@ -181,18 +155,10 @@ def condition_bars(e: Evidence, prefix: str) -> list[Bar]:
 
 def delta_lanes(e: Evidence) -> plots.Lanes | None:
     """How much each wrong image raises the loss, paired by sample, with its interval."""
-    rows = [
-        (condition_names(e.stage)[c], c, m, f"n{NBSP}{count(m.n)}")
-        for c in ALL_CONDITIONS
-        if (m := e.get(f"ablation.delta.{c}")) is not None
-    ]
+    found = [(c, m) for c in ALL_CONDITIONS if (m := e.get(f"ablation.delta.{c}")) is not None]
+    rows = [(condition_names(e)[c], c, m) for c, m in found]
     axis = "loss with the wrong image minus loss with its own, nats/token; 0: the image does not matter"
     return plots.lanes(rows, reference=0.0, axis=axis) if rows else None
-
-
-def ablation_rows(e: Evidence) -> list[Measurement]:
-    """Differences and ratios over all samples."""
-    return [m for m in e.measurements if m.stratum is None and re.match(r"ablation\.(delta|ratio)\.", m.name)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,19 +176,17 @@ class AnswerRow:
 
 def answer_table(e: Evidence) -> tuple[list[Condition], list[AnswerRow]]:
     """Captions, named objects, answers to questions and CLIPScore, under each condition any of them was measured."""
-    kinds = r"(caption|chair|qa|(ref)?clipscore)(\.|$)"
-    found = [m for m in e.measurements if m.stratum is None and re.match(kinds, m.name)]
-    shown: list[Condition] = [c for c in ALL_CONDITIONS if any(m.name.endswith(f".{c}") for m in found)]
+    found = shown(e, "written")
+    conditions: list[Condition] = [c for c in ALL_CONDITIONS if any(m.name.endswith(f".{c}") for m in found)]
     arrows = {"higher": "↑", "lower": "↓", "none": ""}
     out: list[AnswerRow] = []
     for m in found:
         stem, _, condition = m.name.rpartition(".")
         if condition == "correct":
-            values = [e.get(f"{stem}.{c}") for c in shown]
-            out.append(
-                AnswerRow(metric_name(m.name, e.stage), arrows[m.better], m.caveat, values, e.get(f"{stem}.chance"))
-            )
-    return shown, out
+            values = [e.get(f"{stem}.{c}") for c in conditions]
+            chance = e.get(f"{stem}.chance")
+            out.append(AnswerRow(metric_name(e, m.name), arrows[m.better], m.caveat, values, chance))
+    return conditions, out
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,23 +231,19 @@ class Grouping:
     by: str
     groups: list[Group]
     lanes: plots.Lanes | None
-    columns: list[str]
-    """Which of ``ratio delta loss match answers`` any group has."""
+    columns: dict[str, str]
+    """Headings of what any group has: which of ``ratio delta loss match answers``."""
 
 
 def groupings(e: Evidence) -> list[Grouping]:
     """Image reliance, loss and scores by group, with all samples as the last lane to compare with."""
     out: list[Grouping] = []
     for by, members in groups(e).items():
-        columns = [c for c in ("ratio", "delta", "loss", "match", "answers") if any(getattr(g, c) for g in members)]
+        columns = {c: heading(name) for c, name in GROUPED.items() if any(getattr(g, c) for g in members)}
         key = "ratio" if "ratio" in columns else "delta"
-        rows = [
-            (g.stratum, g.standing, m, f"n{NBSP}{count(m.n)}")
-            for g in members
-            if (m := g.ratio if key == "ratio" else g.delta) is not None
-        ]
-        if rows and (m := e.get(f"ablation.{key}.shuffled")) is not None:
-            rows.append(("all samples", "all", m, f"n{NBSP}{count(m.n)}"))
+        rows = [(g.stratum, g.standing, m) for g in members if (m := getattr(g, key)) is not None]
+        if rows and (m := e.get(GROUPED[key])) is not None:
+            rows.append(("all samples", "all", m))
         axis = {
             "ratio": "loss with another image over loss with its own; 1×: answered without looking",
             "delta": "loss with another image minus loss with its own, nats/token; 0: answered without looking",
@@ -301,11 +261,6 @@ def standings(e: Evidence) -> dict[str, str]:
         "weak": "barely", "few": "too few to judge", "looks": "its loss needs it" if loss_alone else "looks",
         "unknown": "",
     }  # fmt: skip
-
-
-def symptom_rows(e: Evidence) -> list[Measurement]:
-    """Shares of collapsed outputs and what the leakage audit measured, over all samples."""
-    return [m for m in e.measurements if m.stratum is None and re.match(r"(collapse|audit)\.", m.name)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,15 +357,8 @@ def _state(p: Prediction | None) -> State:
 
 def retention_bars(e: Evidence) -> list[Bar]:
     """Loss on plain text of the base and of the adapted model, as shares of the larger one."""
-    pair = [("base, adapters off", "before", "retention.loss_base"), ("adapters on", "cost", "retention.loss")]
-    found = [(label, kind, m) for label, kind, name in pair if (m := e.get(name)) is not None]
-    top = max((m.value for _, _, m in found), default=0.0) or 1.0
-    return [Bar(label, kind, m.value / top, fmt(m, unit=False), fmt_ci(m)) for label, kind, m in found]
-
-
-def retention_rows(e: Evidence) -> list[Measurement]:
-    """What the adapters cost on plain text, and what merging them into the weights changes."""
-    return [m for m in e.measurements if m.stratum is None and m.name.startswith(("retention.", "merge."))]
+    base, adapted = e.get("retention.loss_base"), e.get("retention.loss")
+    return _bars(("base, adapters off", "before", base), ("adapters on", "cost", adapted))
 
 
 @dataclass(frozen=True, slots=True)

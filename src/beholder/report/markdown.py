@@ -7,18 +7,10 @@ import re
 from collections.abc import Sequence
 
 from beholder.evidence import Evidence, Measurement
+from beholder.evidence.catalogue import grouping_name, shown
 from beholder.report import answers, content
-from beholder.report.verdicts import Verdict, gate_rows, grouping_name, verdicts
-from beholder.report.words import (
-    condition_names,
-    count,
-    flatten,
-    fmt,
-    fmt_ci,
-    metric_name,
-    signed,
-    visible,
-)
+from beholder.report.verdicts import Verdict, gate_rows, verdicts
+from beholder.report.words import condition_names, count, flatten, fmt, fmt_ci, metric_name, signed, visible, with_ci
 
 MARKS = {"good": "✅", "weak": "⚠️", "bad": "❌", "unknown": "❔", "plain": "▫️"}
 
@@ -63,16 +55,13 @@ def _heading(v: Verdict) -> list[str]:
 
 def _learn(e: Evidence, v: Verdict) -> list[str]:
     rows = [
-        [metric_name(m.name, e.stage), m.stratum or "all", "" if b is None else with_ci(b), with_ci(m), count(m.n)]
+        [metric_name(e, m.name), m.stratum or "all", with_ci(b), with_ci(m), count(m.n)]
         for m, b in content.eval_rows(e)
     ]
     lines = [*_heading(v), *table(["held-out", "samples", "before", "after", "n"], rows)]
-    compared = [
-        [metric_name(m.name, e.stage), fmt(m), fmt_ci(m), count(m.n), m.caveat or ""] for m in content.learn_rows(e)
-    ]
+    compared = [[metric_name(e, m.name), fmt(m), fmt_ci(m), count(m.n), m.caveat or ""] for m in shown(e, "compared")]
     lines += table(["compared", "value", "95 %", "n", "note"], compared)
-    levels = [[metric_name(m.name, e.stage), with_ci(m), count(m.n), m.caveat or ""] for m in content.bands(e)]
-    lines += table(["reference band", "held-out loss", "n", "note"], levels)
+    lines += table(["reference band", "held-out loss", "n", "note"], _noted(e, content.bands(e)))
     for c in e.curves:
         if c.name == "quick_eval.exact" and c.x:
             points = [f"step {x:,.0f} {100 * y:.1f} %" for x, y in zip(c.x, c.y, strict=True)]
@@ -83,23 +72,15 @@ def _learn(e: Evidence, v: Verdict) -> list[str]:
 
 
 def _look(e: Evidence, v: Verdict) -> list[str]:
-    ablation = [m for m in e.measurements if m.name.startswith("ablation.") and m.stratum is None]
-    names = condition_names(e.stage)
-    lines = [*_heading(v)]
-    lines += table(
-        ["image ablation", "value", "95 %", "n"],
-        [[metric_name(m.name, e.stage), fmt(m), fmt_ci(m), count(m.n)] for m in ablation],
-    )
-    lines += _answers(e)
-    shown, scores = content.answer_table(e)
+    ablation = [[metric_name(e, m.name), fmt(m), fmt_ci(m), count(m.n)] for m in shown(e, "losses", "ablation")]
+    lines = [*_heading(v), *table(["image ablation", "value", "95 %", "n"], ablation), *_answers(e)]
+    conditions, scores = content.answer_table(e)
     rows = [
-        [
-            f"{r.name} {r.better}".strip(), *("" if m is None else with_ci(m) for m in r.values),
-            "" if r.chance is None else fmt(r.chance),
-        ]
+        [f"{r.name} {r.better}".strip(), *map(with_ci, r.values), "" if r.chance is None else fmt(r.chance)]
         for r in scores
-    ]  # fmt: skip
-    lines += table(["what it writes", *(names[c] for c in shown), "guessing"], rows)
+    ]
+    names = condition_names(e)
+    lines += table(["what it writes", *(names[c] for c in conditions), "guessing"], rows)
     if (level := e.get("caption.exact_match.chance")) is not None:
         lines += [f"Always writing the most frequent reference would be exactly right {fmt(level)} of the time.", ""]
     for title, words in content.word_tables(e):
@@ -114,27 +95,24 @@ def _look(e: Evidence, v: Verdict) -> list[str]:
 
 def _answers(e: Evidence) -> list[str]:
     """Answers by kind of question, with and without the image, and those to yes/no questions."""
-    names, (shown, over) = condition_names(e.stage), answers.conditions_of(e)
+    names, (right_with, over) = condition_names(e), answers.conditions_of(e)
     marks = {"liar": "❌ right without looking", "blind": "❌ the image adds nothing", "few": "too few to judge"}
     marks |= {"looks": "✓ looks", "unknown": ""}
     overall = answers.all_answers(e)
     rows = [] if overall is None else [("all questions", "", overall)]
-    rows += [
-        (k.stratum, grouping_name(by), k) for by, kinds in answers.answer_kinds(e).items() for k in kinds
-    ]  # fmt: skip
+    rows += [(k.stratum, grouping_name(by), k) for by, kinds in answers.answer_kinds(e).items() for k in kinds]
     cells = [
         [
-            label, by, marks[k.standing],
-            *("" if (m := k.right.get(c)) is None else with_ci(m) for c in shown),
-            *("" if (m := k.gains.get(c)) is None else with_ci(m) for c in over), count(k.n),
+            label, by, marks[k.standing], *(with_ci(k.right.get(c)) for c in right_with),
+            *(with_ci(k.gains.get(c)) for c in over), count(k.n),
         ]
         for label, by, k in rows
     ]  # fmt: skip
-    head = ["answers right", "by", "", *(names[c] for c in shown), *(f"gain over {names[c]}" for c in over), "n"]
+    head = ["answers right", "by", "", *(names[c] for c in right_with), *(f"gain over {names[c]}" for c in over), "n"]
     lines = table(head, cells)
     pope = answers.pope_table(e)
     if pope:
-        scored = [[names[c], *("" if m is None else with_ci(m) for _, m in values)] for c, values in pope]
+        scored = [[names[c], *(with_ci(m) for _, m in values)] for c, values in pope]
         lines += table(["yes/no questions (POPE)", *(what for what, _ in pope[0][1])], scored)
     return lines
 
@@ -149,29 +127,22 @@ def _marked(words: Sequence[content.MarkedWord]) -> str:
 def _fail(e: Evidence, v: Verdict) -> list[str]:
     lines = _heading(v)
     lines += [f"> **{escaped(text)}**\n" for text in e.findings]
-    titles = {
-        "ratio": "loss ratio, another image", "delta": "loss difference, another image", "loss": "held-out loss",
-        "match": "exact match", "answers": "answers right",
-    }  # fmt: skip
     standing = content.standings(e)
     for g in content.groupings(e):
         rows: list[list[str]] = []
         for group in g.groups:
-            values: list[Measurement | None] = [getattr(group, c) for c in g.columns]
-            cells = ["" if m is None else with_ci(m) for m in values]
+            cells = [with_ci(getattr(group, c)) for c in g.columns]
             rows.append([group.stratum, standing[group.standing], *cells, count(group.n)])
-        head = [f"by {grouping_name(g.by)}", "", *(titles[c] for c in g.columns), "n"]
+        head = [f"by {grouping_name(g.by)}", "", *g.columns.values(), "n"]
         lines += table(head, rows)
-    symptoms = [[metric_name(m.name, e.stage), with_ci(m), count(m.n), m.caveat or ""] for m in content.symptom_rows(e)]
-    lines += table(["symptom", "value", "n", "note"], symptoms)
-    kept = [[metric_name(m.name, e.stage), with_ci(m), count(m.n), m.caveat or ""] for m in content.retention_rows(e)]
-    lines += table(["on plain text", "value", "n", "note"], kept)
+    lines += table(["symptom", "value", "n", "note"], _noted(e, shown(e, "symptoms")))
+    lines += table(["on plain text", "value", "n", "note"], _noted(e, shown(e, "kept")))
 
     album = content.album(e)
     if not album.cards:
         return lines
     lines += ["### Samples it never trained on", "", *(f"- {escaped(text)}" for text in album.told), ""]
-    names = condition_names(e.stage)
+    names = condition_names(e)
     others = [c for c in names if c != "correct" and any(p.condition == c for k in album.cards for p in k.others)]
     sign = {"right": "✓ ", "wrong": "✗ ", "unknown": ""}
     asked = any(card.sample.question for card in album.cards)
@@ -203,44 +174,27 @@ def _promote(e: Evidence, v: Verdict) -> list[str]:
         for r in content.candidate_rows(e)
     ]
     lines += table(["checkpoint of step", "held-out loss", "another image costs", "worst collapse", ""], tried)
-    lines += [
-        "### Gaps",
-        "",
-        *([f"- {escaped(g)}" for g in e.gaps] or ["None: everything asked for was measured."]),
-        "",
-    ]
-    return lines
+    gaps = [f"- {escaped(g)}" for g in e.gaps] or ["None: everything asked for was measured."]
+    return [*lines, "### Gaps", "", *gaps, ""]
 
 
 def _record(e: Evidence) -> list[str]:
     lines = ["## What was trainable", ""]
     proof = {True: "bit-identical", False: "CHANGED", None: ""}
-    lines += table(
-        ["part", "parameters", "trained", "type", "frozen weights"],
-        [[r.part, count(r.params), count(r.trainable), r.dtype, proof[r.intact]] for r in e.trainable],
-    )
-    if e.text_only is not None:
-        t = e.text_only
+    rows = [[r.part, count(r.params), count(r.trainable), r.dtype, proof[r.intact]] for r in e.trainable]
+    lines += table(["part", "parameters", "trained", "type", "frozen weights"], rows)
+    if (t := e.text_only) is not None:
         word = "bit-equal before and after" if t.equal else f"NOT equal (largest difference {t.max_abs_difference})"
         off = ", with its adapters off" if e.adapters else ""
         lines += [f"On text alone{off}: {count(t.logits)} logits of {t.prompts} prompts are {word}.", ""]
     if e.adapters:
         lines += ["## Where the adapters are", "", escaped(content.footprint_told(e)), ""]
-        lines += table(
-            ["module", "layers", "in → out", "rank", "parameters each", "in all"],
-            [
-                [f.name, count(f.count), f.shapes, f.rank, f.params, count(f.total)]
-                for f in content.footprint(e.adapters)
-            ],
-        )
+        found = content.footprint(e.adapters)
+        rows = [[f.name, count(f.count), f.shapes, f.rank, f.params, count(f.total)] for f in found]
+        lines += table(["module", "layers", "in → out", "rank", "parameters each", "in all"], rows)
     d = e.data
-    lines += [
-        "## Data",
-        "",
-        f"{count(d.records)} records, {count(d.train)} for training, {count(d.eval)} held out. "
-        + escaped(d.eval_origin),
-        "",
-    ]
+    counted = f"{count(d.records)} records, {count(d.train)} for training, {count(d.eval)} held out."
+    lines += ["## Data", "", f"{counted} {escaped(d.eval_origin)}", ""]
     lines += table(["rejected because", "records"], [[k, count(v)] for k, v in d.rejects.items()])
     lines += table(["source", "samples"], [[k, count(v)] for k, v in d.sources.items()])
     lines += ["## Provenance", "", *table(["", ""], [list(row) for row in flatten(e.provenance)])]
@@ -248,9 +202,8 @@ def _record(e: Evidence) -> list[str]:
     return [*lines, "## Config", "", f"{fence}yaml", visible(e.config_yaml).rstrip(), fence, ""]
 
 
-def with_ci(m: Measurement) -> str:
-    """``97.6 % (96.1-98.5 %)``."""
-    return f"{fmt(m)} ({fmt_ci(m)})" if m.ci95 else fmt(m)
+def _noted(e: Evidence, measured: Sequence[Measurement]) -> list[list[str]]:
+    return [[metric_name(e, m.name), with_ci(m), count(m.n), m.caveat or ""] for m in measured]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from beholder.evidence import Curve, Histogram, Measurement
-from beholder.report.words import MINUS, fmt, fmt_ci, number, visible
+from beholder.report.words import MINUS, NBSP, count, fmt, fmt_ci, number, visible
 
 # Matplotlib wants hex colours; each of these stands for a CSS variable and is replaced in the SVG text.
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
@@ -42,14 +42,9 @@ class Plot:
 
 
 def curves(
-    lines: Sequence[tuple[str, Curve]],
-    *,
-    title: str,
-    width: float = 13.6,
-    height: float = 3.9,
-    bands: Sequence[tuple[str, float]] = (),
-    log: bool | None = None,
-) -> Plot:
+    lines: Sequence[tuple[str, Curve]], *, title: str, width: float = 13.6, height: float = 3.9,
+    bands: Sequence[tuple[str, float]] = (), log: bool | None = None,
+) -> Plot:  # fmt: skip
     """Up to five labelled curves over optimizer steps; ``title`` is read out by screen readers.
 
     ``log``: whether the axis is logarithmic; None decides by the range of the values.
@@ -90,10 +85,9 @@ def curves(
 def _draw_bands(axes: Any, bands: Sequence[tuple[str, float]], log: bool, height: float) -> None:
     """Dashed lines with their names at the right edge, moved apart where they would be written over each other."""
     drawn = [(label, level) for label, level in bands if level > 0 or not log]
+    dashes = ((0, (6, 3)), (0, (1.5, 2)), (0, (6, 2, 1.5, 2)))
     for k, (_, level) in enumerate(drawn):
-        axes.axhline(
-            level, color=_MUTED, linewidth=1.2, linestyle=((0, (6, 3)), (0, (1.5, 2)), (0, (6, 2, 1.5, 2)))[k % 3]
-        )
+        axes.axhline(level, color=_MUTED, linewidth=1.2, linestyle=dashes[k % 3])
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)  # what is measured decides where a name stands
     gap = 0.21 / height  # a line of text, as a share of the axes
@@ -101,15 +95,8 @@ def _draw_bands(axes: Any, bands: Sequence[tuple[str, float]], log: bool, height
     for label, level in sorted(drawn, key=lambda band: band[1]):
         share = math.log(level / low) / math.log(high / low) if log else (level - low) / (high - low)
         floor = max(share, floor)
-        axes.text(
-            1.008,
-            floor,
-            visible(f"{label} {number(level, '')}"),
-            transform=axes.transAxes,
-            va="center",
-            color=_MUTED,
-            fontsize=11,
-        )
+        name = visible(f"{label} {number(level, '')}")
+        axes.text(1.008, floor, name, transform=axes.transAxes, va="center", color=_MUTED, fontsize=11)
         floor += gap
 
 
@@ -140,14 +127,14 @@ class Lanes:
     log: bool
 
 
-def lanes(rows: Sequence[tuple[str, str, Measurement, str]], *, reference: float, axis: str) -> Lanes:
-    """Intervals of (label, CSS class, measurement, note); ``reference`` is the value that means "no difference".
+def lanes(rows: Sequence[tuple[str, str, Measurement]], *, reference: float, axis: str) -> Lanes:
+    """Intervals of (label, CSS class, measurement); ``reference`` is the value that means "no difference".
 
     The axis always holds the reference. It is logarithmic when all ends are positive and span a wide range; for ratios
     already from 3, because 1.1 and 1.2 differ more than 9 and 12 do.
     """
-    ends = [v for _, _, m, _ in rows for v in (m.value, *(m.ci95 or ()))] + [reference]
-    ratios = all(m.unit == "ratio" for _, _, m, _ in rows)
+    ends = [v for _, _, m in rows for v in (m.value, *(m.ci95 or ()))] + [reference]
+    ratios = all(m.unit == "ratio" for _, _, m in rows)
     log = min(ends) > 0 and max(ends) / min(ends) >= (3 if ratios else LOG_FROM)
 
     def along(value: float) -> float:
@@ -161,20 +148,10 @@ def lanes(rows: Sequence[tuple[str, str, Measurement, str]], *, reference: float
         return 100 * (along(value) - low) / (high - low)
 
     drawn: list[Lane] = []
-    for label, kind, m, note in rows:
+    for label, kind, m in rows:
         first, last = m.ci95 or (m.value, m.value)
-        drawn.append(
-            Lane(
-                label,
-                kind,
-                place(first),
-                place(last) - place(first),
-                place(m.value),
-                fmt(m, unit=False),
-                fmt_ci(m),
-                note,
-            )
-        )
+        at, width, dot = place(first), place(last) - place(first), place(m.value)
+        drawn.append(Lane(label, kind, at, width, dot, fmt(m, unit=False), fmt_ci(m), f"n{NBSP}{count(m.n)}"))
     unit = rows[0][2].unit if rows else ""
     levels = _decades(low, high) if log else _steps(low, high)
     marks = [v for v in levels if abs(place(v) - place(reference)) > 6] + [reference]  # it is named in any case

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from beholder.evidence import Curve, Evidence, load_evidence
+from beholder.evidence import Curve, Evidence, catalogue, load_evidence
 from beholder.report import answers, content, plots, verdicts, words
 from beholder.report.markdown import render_markdown
 from beholder.report.page import page
@@ -36,7 +36,7 @@ def render(evidence: Evidence | str | Path, folder: str | Path) -> tuple[Path, P
 
 def render_html(e: Evidence) -> str:
     """One self-contained page: inline CSS, SVG and pictures, no script, nothing fetched."""
-    condition_names = words.condition_names(e.stage)
+    condition_names, titles = words.condition_names(e), {"caption.length": f"Length of the {words.written(e)}s"}
     return page(
         "template.html",
         e=e,
@@ -46,14 +46,8 @@ def render_html(e: Evidence) -> str:
         loss_plot=loss_plot(e),
         small_plots=small_plots(e),
         histograms=[
-            (
-                {"caption.length": f"Length of the {content.written(e)}s"}.get(h.name, h.name),
-                plots.histogram(
-                    h, title=f"Histogram of {h.name}", labels=condition_names
-                ),
-            )
-            for h in e.histograms
-            if h.bins and h.series
+            (titles.get(h.name, h.name), plots.histogram(h, title=f"Histogram of {h.name}", labels=condition_names))
+            for h in e.histograms if h.bins and h.series
         ],
         exact_plot=exact_plot(e),
         answers=content.answer_table(e),
@@ -61,8 +55,9 @@ def render_html(e: Evidence) -> str:
         overall=answers.all_answers(e),
         pope=answers.pope_table(e),
         provenance=words.flatten(e.provenance),
-        content=content, words=words, talk=answers, grouping_name=verdicts.grouping_name,
-        fmt=words.fmt, fmt_ci=words.fmt_ci, count=words.count, metric_name=partial(words.metric_name, stage=e.stage),
+        content=content, words=words, talk=answers, written=words.written(e),
+        shown=partial(catalogue.shown, e), grouping_name=catalogue.grouping_name,
+        fmt=words.fmt, fmt_ci=words.fmt_ci, count=words.count, metric_name=partial(words.metric_name, e),
         condition_names=condition_names,
     )  # fmt: skip
 
@@ -71,7 +66,7 @@ def loss_plot(e: Evidence) -> plots.Plot | None:
     """Training and held-out loss over steps, beside the bands; the baseline is the held-out curve at step 0."""
     names = (("train.loss", "training"), ("eval.loss", "held-out"), ("quick_eval.loss", "held-out, quick subset"))
     lines = [(label, c) for name, label in names if (c := _curve(e, name)) is not None]
-    levels = [(words.metric_name(m.name, e.stage), m.value) for m in content.bands(e)]
+    levels = [(words.metric_name(e, m.name), m.value) for m in content.bands(e)]
     return plots.curves(lines, title="Loss over optimizer steps", bands=levels) if lines else None
 
 
@@ -86,10 +81,8 @@ def exact_curves(e: Evidence) -> list[tuple[str, Curve]]:
 
 def exact_plot(e: Evidence) -> plots.Plot | None:
     """Answers exactly right over steps, in per cent."""
-    lines = [
-        (label, c.model_copy(update={"y": [100 * y for y in c.y], "unit": "% of answers"}))
-        for label, c in exact_curves(e)
-    ]
+    shares = [(label, c, {"y": [100 * y for y in c.y], "unit": "% of answers"}) for label, c in exact_curves(e)]
+    lines = [(label, c.model_copy(update=in_percent)) for label, c, in_percent in shares]
     title = "Answers exactly right over optimizer steps"
     return plots.curves(lines, title=title, height=3.0, log=False) if lines else None
 
@@ -102,13 +95,8 @@ def small_plots(e: Evidence) -> list[tuple[str, plots.Plot]]:
         "lr.connector": "Learning rate of the connector", "lr.lora": "Learning rate of the adapters",
         "grad_norm": "Gradient norm before clipping",
     }  # fmt: skip
-    return [
-        (
-            name := names.get(c.name, c.name),
-            plots.curves([(name, c)], title=f"{name} over steps", width=6.6, height=2.4),
-        )
-        for c in rest
-    ]
+    named = [(names.get(c.name, c.name), c) for c in rest]
+    return [(n, plots.curves([(n, c)], title=f"{n} over steps", width=6.6, height=2.4)) for n, c in named]
 
 
 def _curve(e: Evidence, name: str) -> Curve | None:

@@ -10,14 +10,15 @@ import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
-from beholder.config import GATES, INSTRUCT_GATES
+from beholder.config import usual_gate
 from beholder.evidence import CONDITIONS, Evidence, GateResult, Measurement
+from beholder.evidence.catalogue import unit_of
 from beholder.report.answers import JUDGED_FROM as FEWEST
 from beholder.report.answers import AnswerKind, all_answers, shown_without_looking
 from beholder.report.words import (
-    GROUPING_NAMES,
     SPELLED_UNITS,
     bound,
     condition_names,
@@ -25,19 +26,27 @@ from beholder.report.words import (
     duration,
     fmt,
     fmt_ci,
+    interval,
     listed,
     metric_name,
     number,
     plural,
     signed,
-    unit_of,
+    with_ci,
 )
 from beholder.types import Status
 
 Tone = Literal["good", "weak", "bad", "unknown", "plain"]
 
-JUDGED_FROM = GATES["looks_everywhere"].min_n
+JUDGED_FROM = usual_gate("looks_everywhere").min_n
 """Groups with fewer samples are shown but not judged: their intervals say little."""
+
+
+GROUPED = {
+    "ratio": "ablation.ratio.shuffled", "delta": "ablation.delta.shuffled", "loss": "eval.loss",
+    "match": "caption.exact_match.correct", "answers": "qa.accuracy.correct",
+}  # fmt: skip
+"""What is told of a `Group`, by its fields."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +60,7 @@ class Clearly:
     @classmethod
     def of(cls, e: Evidence, gate: str) -> Clearly:
         """What the run declared as its gate of that name about a ratio; else what runs declare by default."""
-        usual = INSTRUCT_GATES[gate]
+        usual = usual_gate(gate)
         declared = next((g for g in e.gates if g.name == gate and g.measure == usual.measure), usual)
         return cls(declared.bound, declared.end)
 
@@ -117,13 +126,16 @@ class Group:
         return "weak" if small else "looks"
 
     @property
+    def reliance(self) -> Measurement | None:
+        return self.ratio or self.delta
+
+    @property
     def worst_first(self) -> tuple[int, float]:
         """Sort key: least image reliance first; without one the highest loss, then the fewest right answers."""
-        reliance = self.ratio or self.delta
         if self.standing == "few":
             return 3, -self.n
-        if reliance is not None:
-            return 0, reliance.value if reliance.ci95 is None else reliance.ci95[0]
+        if self.reliance is not None:
+            return 0, self.reliance.value if self.reliance.ci95 is None else self.reliance.ci95[0]
         if self.loss is not None:
             return 1, -self.loss.value
         shown = self.match or self.answers
@@ -160,10 +172,7 @@ def learned(e: Evidence) -> Verdict:
         if fall is not None
         else "Yes when the 95 % interval of the held-out loss after training lies wholly below the one before"
     ) + ", and no gate about learning failed."
-
-    def say(tone: Tone, answer: str, why: str) -> Verdict:
-        return Verdict("learn", "Did it learn?", tone, answer, why, rule)
-
+    say = partial(Verdict, "learn", "Did it learn?", rule=rule)
     before, after = e.get_baseline("eval.loss"), e.get("eval.loss")
     if after is None:
         return say("unknown", "Not measured.", "There is no held-out loss in this run.")
@@ -173,7 +182,7 @@ def learned(e: Evidence) -> Verdict:
     start = "" if before is None else f"{fmt(before, unit=False)} → "
     why = f"Held-out loss {start}{fmt(after)} on {plural(after.n, 'sample')} it never trained on."
     if fall is not None:
-        why += f" Paired fall {fmt(fall)}{_interval(fall)}."
+        why += f" Paired fall {with_ci(fall)}."
         shown, some = fall.ci95 is not None and fall.ci95[0] > 0, fall.value > 0
     else:
         assert before is not None
@@ -209,11 +218,8 @@ def looks(e: Evidence) -> Verdict:
             f"(paired 95 % interval of the gain above 0), overall and for every kind of question of at least {FEWEST} "
             "samples."
         )
-    names = condition_names(e.stage)
-
-    def say(tone: Tone, answer: str, why: str) -> Verdict:
-        return Verdict("look", "Does it look at the image?", tone, answer, why, rule)
-
+    names = condition_names(e)
+    say = partial(Verdict, "look", "Does it look at the image?", rule=rule)
     delta, ratio = e.get("ablation.delta.shuffled"), e.get("ablation.ratio.shuffled")
     if delta is None:
         return say("unknown", "Not measured.", "The loss with other images was not measured.")
@@ -252,19 +258,16 @@ def looks(e: Evidence) -> Verdict:
 def _compared(answers: AnswerKind) -> str:
     """``97.1 % right; 41.0 % with no image, +56.1 points over it (+52.0 … +60.1)``."""
     own, blind, gain = answers.right.get("correct"), answers.right.get("none"), answers.gains.get("none")
-    parts = [f"{fmt(own)} right"] if own is not None else []
-    parts += [f"with no image {fmt(blind)}"] if blind is not None else []
-    parts += [f"{fmt(gain)} gained{_interval(gain)}"] if gain is not None else []
-    return "; ".join(parts)
+    parts = own and f"{fmt(own)} right", blind and f"with no image {fmt(blind)}"
+    return "; ".join(filter(None, [*parts, gain and f"{fmt(gain)} gained{interval(gain)}"]))
 
 
 def _guessed(kinds: list[AnswerKind]) -> str:
     """A sentence that names the kinds of question answered no better with the image than without."""
-    liars = [k.told for k in kinds if k.standing == "liar"]
-    rest = [k.told for k in kinds if k.standing != "liar"]
-    told = [f"Right without looking: {listed(liars, 3)}."] if liars else []
-    told += [f"Answered no better with the image: {listed(rest, 3)}."] if rest else []
-    return " ".join(told)
+    liars = listed([k.told for k in kinds if k.standing == "liar"], 3)
+    rest = listed([k.told for k in kinds if k.standing != "liar"], 3)
+    told = liars and f"Right without looking: {liars}.", rest and f"Answered no better with the image: {rest}."
+    return " ".join(filter(None, told))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -273,18 +276,15 @@ def _guessed(kinds: list[AnswerKind]) -> str:
 
 def groups(e: Evidence) -> dict[str, list[Group]]:
     """Strata by grouping, those that look least first; a grouping of one stratum says nothing and is left out."""
-    wanted = (
-        "ablation.ratio.shuffled", "ablation.delta.shuffled", "eval.loss", "caption.exact_match.correct",
-        "qa.accuracy.correct",
-    )  # fmt: skip
     clearly = Clearly.of(e, "looks_everywhere")
     found: dict[tuple[str, str], dict[str, Measurement]] = {}
     for m in e.measurements:
-        if m.stratum is not None and m.name in wanted:
+        if m.stratum is not None and m.name in GROUPED.values():
             found.setdefault((m.by or "", m.stratum), {})[m.name] = m
     out: dict[str, list[Group]] = {}
     for (by, stratum), values in found.items():
-        out.setdefault(by, []).append(Group(by, stratum, *(values.get(name) for name in wanted), clearly=clearly))
+        told = (values.get(name) for name in GROUPED.values())
+        out.setdefault(by, []).append(Group(by, stratum, *told, clearly=clearly))
     return {by: sorted(members, key=lambda g: g.worst_first) for by, members in out.items() if len(members) > 1}
 
 
@@ -309,10 +309,7 @@ def fails(e: Evidence) -> Verdict:
     kept = Clearly.of(e, "retained")
     if ratio is not None:
         rule += f" Weak when the loss on plain text, adapters on over off, is not {kept}."
-
-    def say(tone: Tone, answer: str, why: str) -> Verdict:
-        return Verdict("fail", "Where does it fail?", tone, answer, why, rule)
-
+    say = partial(Verdict, "fail", "Where does it fail?", rule=rule)
     members = list(all_groups(e))
     blind = [g for g in members if g.standing == "blind"]
     weak = [g for g in members if g.standing == "weak"]
@@ -322,16 +319,14 @@ def fails(e: Evidence) -> Verdict:
     why += [f"Barely looked at: {_told(weak)}."] if weak else []
     if e.findings:
         why.insert(0, f"{_short(e.findings[0])}{f' And {len(e.findings) - 1} more.' if len(e.findings) > 1 else ''}")
-    forgot = ratio is not None and not kept.met(ratio)
-    if forgot:
-        assert ratio is not None
+    forgot = [] if ratio is None or kept.met(ratio) else ["language forgotten"]
+    if ratio is not None and forgot:
         why.append(f"It forgets language: on plain text its loss is {fmt(ratio)} that of the base.")
     if e.findings or blind or guessed:
         parts = [plural(len(e.findings), "finding")] if e.findings else []
         parts += [plural(len(guessed), "kind") + " of question answered without looking"] if guessed else []
         parts += [plural(len(blind), "group") + " not looked at"] if blind else []
-        parts += ["language forgotten"] if forgot else []
-        return say("bad", ", ".join(parts).capitalize() + ".", " ".join(why))
+        return say("bad", ", ".join([*parts, *forgot]).capitalize() + ".", " ".join(why))
     judged = [g for g in members if g.standing in ("weak", "looks")]
     if judged:
         weakest = min(judged, key=lambda g: g.worst_first)
@@ -345,8 +340,7 @@ def fails(e: Evidence) -> Verdict:
         why.append(f"Captions not exactly right: {number(1 - match.value, 'share')}.")
     if weak or forgot:
         parts = [plural(len(weak), "weak group")] if weak else []
-        parts += ["language forgotten"] if forgot else []
-        return say("weak", ", ".join(parts).capitalize() + ".", " ".join(why))
+        return say("weak", ", ".join([*parts, *forgot]).capitalize() + ".", " ".join(why))
     if not judged and worst is None:
         why.insert(0, "Neither groups of samples nor collapse were measured.")
         return say("unknown", "Not measured.", " ".join(why))
@@ -356,12 +350,7 @@ def fails(e: Evidence) -> Verdict:
 
 
 def _told(members: list[Group]) -> str:
-    return listed([f"{g.name} ({_reliance(g)}, n {count(g.n)})" for g in members], 3)
-
-
-def _reliance(g: Group) -> str:
-    m = g.ratio or g.delta
-    return "" if m is None else fmt(m)
+    return listed([f"{g.name} ({fmt(g.reliance) if g.reliance else ''}, n {count(g.n)})" for g in members], 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -371,18 +360,16 @@ def _reliance(g: Group) -> str:
 def costs(e: Evidence) -> Verdict:
     """Time, speed and memory; a fact, so without a judgement except for a training that waited for its data."""
     c, rule = e.cost, "Wall-clock time of the whole run, everything included. Waiting for data is a fault from 10 % on."
-    waits = c.data_wait_share is not None and c.data_wait_share >= 0.1
+    waited = c.data_wait_share or 0.0
     why = [plural(c.steps, "optimizer step")]
     why += [] if c.samples is None else [f"{count(c.samples)} samples"]
     why += [] if c.samples_per_s is None else [f"{c.samples_per_s:.3g} samples/s"]
     why += [] if c.peak_memory_mb is None else [f"{c.peak_memory_mb:,.0f} MB at most"]
     why += [f"on {c.device}"] if c.device else []
     told = ", ".join(why) + "."
-    if waits:
-        assert c.data_wait_share is not None
-        told += f" Training waited for its data {number(c.data_wait_share, 'share')} of the time."
+    told += f" Training waited for its data {number(waited, 'share')} of the time." if waited >= 0.1 else ""
     answer = "Not measured." if c.wall_s is None else f"{duration(c.wall_s)}."
-    tone: Tone = "unknown" if c.wall_s is None else "weak" if waits else "plain"
+    tone: Tone = "unknown" if c.wall_s is None else "weak" if waited >= 0.1 else "plain"
     return Verdict("cost", "What did it cost?", tone, answer, told, rule)
 
 
@@ -428,17 +415,14 @@ def _gate_row(e: Evidence, g: GateResult) -> GateRow:
     interval = "" if m is None else fmt_ci(m)
     if interval and g.end != "value":
         interval = f"{'lower' if g.end == 'low' else 'upper'} end of {interval}"
-    what = metric_name(g.measure, e.stage)
+    what = metric_name(e, g.measure)
     return GateRow(g, state, what, shown, unit, interval, bound(g.bound, read_in), g.stratum or "")
 
 
 def promotes(e: Evidence) -> Verdict:
     """May a later stage build on this run?"""
     rule = "Yes when the run succeeded and every gate passed. A gate whose measurement is missing has not passed."
-
-    def say(tone: Tone, answer: str, why: str) -> Verdict:
-        return Verdict("promote", "Can I promote it?", tone, answer, why, rule)
-
+    say = partial(Verdict, "promote", "Can I promote it?", rule=rule)
     rows = gate_rows(e)
     failed = [r.gate.name for r in rows if r.state == "failed"]
     unknown = [r.gate.name for r in rows if r.state == "unknown"]
@@ -462,15 +446,6 @@ def promotes(e: Evidence) -> Verdict:
         among = f"the best of {len(e.candidates)} checkpoints" if len(e.candidates) > 1 else "its best checkpoint"
         start = f"A later stage starts from step {count(best.step)}, {among}."
     return say("good", f"Yes: {'the gate' if len(rows) == 1 else f'all {total}'} passed.", start)
-
-
-def grouping_name(by: str) -> str:
-    """``length`` → ``target length``."""
-    return GROUPING_NAMES.get(by, by or "group")
-
-
-def _interval(m: Measurement) -> str:
-    return f" ({fmt_ci(m)})" if m.ci95 is not None else ""
 
 
 def _short(text: str, limit: int = 180) -> str:

@@ -12,59 +12,12 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from beholder.evidence import Measurement, WordStat
-
-CONDITION_NAMES: dict[str, str] = {
-    "correct": "its own image", "shuffled": "another image", "zero": "no image", "noise": "noise",
-    "none": "no image at all",
-}  # fmt: skip
-_CHAT_CONDITION_NAMES: dict[str, str] = CONDITION_NAMES | {"zero": "an empty image", "none": "no image"}
-"""A model that answers is also asked without any image, so an empty one is no longer "no image"."""
+from beholder.config import STAGES
+from beholder.evidence import Evidence, Measurement, WordStat
+from beholder.evidence.catalogue import IMAGE_NAMES, Written, called, unit_of
 
 NBSP = "\u00a0"
 MINUS = "\u2212"
-
-METRIC_NAMES = {
-    "eval.loss": "loss", "eval.perplexity": "perplexity", "eval.token_accuracy": "token accuracy",
-    "eval.tokens": "supervised tokens", "eval.truncated_pct": "held-out targets cut to length",
-    "learn.delta": "fall of the held-out loss", "learn.delta_text": "held-out loss below the model's without image",
-    "curve.late_share": "share of the loss's fall in the last quarter", "band.untrained": "untrained connector",
-    "band.text_only": "language model, no image", "band.uniform": "uniform guessing",
-    "exact_match": "exact match", "bleu1": "BLEU-1", "bleu2": "BLEU-2", "bleu3": "BLEU-3", "bleu4": "BLEU-4",
-    "rouge_l": "ROUGE-L", "cider_d": "CIDEr-D", "length": "length", "distinct": "different captions",
-    "empty": "empty captions", "unfinished": "cut-off captions",
-    "chair.s": "captions naming an absent object (CHAIR-s)", "chair.i": "named objects that are absent (CHAIR-i)",
-    "clipscore.correct": "CLIPScore", "refclipscore.correct": "RefCLIPScore", "qa.accuracy": "answers right",
-    "collapse.empty": "empty outputs", "collapse.loop": "looping outputs",
-    "collapse.template": "outputs of one template", "collapse.image_independent": "same output for another image",
-    "collapse.worst": "worst collapse symptom", "audit.answerable.alone": "turns answerable without image",
-    "audit.answerable.context": "turns answerable from earlier turns", "audit.leak": "leak from earlier turns",
-    "audit.trained.answerable.alone": "turns the trained model answers from an empty image",
-    "audit.trained.answerable.context": "turns it answers from an empty image and earlier turns",
-    "audit.trained.leak": "leak from earlier turns, trained model",
-    "data.truncated_pct": "targets cut to length", "data.label_zero_pct": "samples with nothing supervised",
-    "frozen.changed": "frozen parts that changed", "text.changed": "text prompts answered differently",
-    "retention.loss_base": "loss on plain text, adapters off", "retention.loss": "loss on plain text, adapters on",
-    "retention.loss_ratio": "loss on plain text, on over off", "retention.kl": "divergence from the base (KL)",
-    "merge.max_logit_diff": "largest change of a logit by merging",
-    "merge.changed_pct": "next tokens of plain text changed by merging",
-    "merge.tokens_changed_pct": "tokens of answers changed by merging",
-}  # fmt: skip
-
-_CHAT_METRIC_NAMES = {
-    "band.untrained": "before this training", "distinct": "different answers", "empty": "empty answers",
-    "unfinished": "cut-off answers", "chair.s": "answers naming an absent object (CHAIR-s)",
-    "learn.delta_text": "held-out loss below the base model's without image",
-    "text.changed": "text prompts answered differently, adapters off",
-}  # fmt: skip
-"""What reads differently when the model was taught to chat."""
-
-_ANSWER_NAMES = {"accuracy": "answers right", "exact": "answers exactly right", "gain": "answers right, gain"}
-
-POPE_NAMES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1", "yes_rate": "says yes"}
-
-GROUPING_NAMES = {"length": "target length", "turn": "turn", "question": "question", "answer": "kind of answer",
-                  "kind": "kind of made-up question"}  # fmt: skip
 
 RELIANCE_LEVELS = (
     (-1, f"below {MINUS}0.1: the image misleads"), (0, f"{MINUS}0.1 to 0.1: language alone"), (1, "0.1 to 0.5"),
@@ -78,9 +31,31 @@ def reliance_level(delta: float) -> int:
     return -1 if delta < -0.1 else sum(delta >= edge for edge in (0.1, 0.5, 1.5, 3.0))
 
 
-def condition_names(stage: str) -> Mapping[str, str]:
-    """What the conditions are called in a report of that stage."""
-    return _CHAT_CONDITION_NAMES if stage == "instruct" else CONDITION_NAMES
+def interval(m: Measurement) -> str:
+    """`fmt_ci` behind a space and in brackets, or nothing."""
+    return f" ({text})" if (text := fmt_ci(m)) else ""
+
+
+def with_ci(m: Measurement | None) -> str:
+    """``97.6 % (96.1-98.5 %)``; empty for what was not measured."""
+    return "" if m is None else fmt(m) + interval(m)
+
+
+def written(e: Evidence) -> Written:
+    """What the model was taught to write; of a stage of another version, by whether its answers were scored."""
+    if e.stage in STAGES:
+        return STAGES[e.stage].writes
+    return "answer" if any(m.name.startswith("answer.") for m in e.measurements) else "caption"
+
+
+def condition_names(e: Evidence) -> Mapping[str, str]:
+    """What the conditions are called in the report of that run."""
+    return IMAGE_NAMES[written(e)]
+
+
+def metric_name(e: Evidence, name: str) -> str:
+    """What a measurement is called in the report of that run: ``caption.exact_match.correct`` → ``exact match``."""
+    return called(name, written(e))
 
 
 def fmt(m: Measurement, unit: bool = True) -> str:
@@ -97,11 +72,6 @@ def fmt_ci(m: Measurement | WordStat) -> str:
     low = low.removesuffix(f"{NBSP}%").removesuffix("×")
     with_signs = low.startswith(("-", "+", MINUS)) or high.startswith("-")
     return f"{low} … {high}" if with_signs else f"{low}–{high}"
-
-
-def unit_of(name: str, unit: str) -> str:
-    """The unit a measurement is read in: a difference of two shares is ``points``, never ``%``."""
-    return "points" if name.startswith("answer.gain.") and unit == "share" else unit
 
 
 SPELLED_UNITS = ("nats/token", "nats", "parts", "prompts", "points", "logits")
@@ -158,8 +128,7 @@ def signed(value: float) -> str:
 
 def listed(names: Sequence[str], limit: int = 4) -> str:
     """``a, b, c and 3 more``."""
-    shown = list(names[:limit])
-    return ", ".join(shown) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def plural(n: int, one: str, many: str | None = None) -> str:
@@ -178,35 +147,6 @@ def duration(seconds: float) -> str:
     if s < 60:
         return f"{seconds:.3g} s"
     return f"{s // 60} min {s % 60:02d} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02d} min"
-
-
-def metric_name(name: str, stage: str = "") -> str:
-    """A measurement's name for people: ``caption.exact_match.correct`` → ``exact match``.
-
-    Some read differently in a report of stage ``instruct``.
-    """
-    names = METRIC_NAMES | _CHAT_METRIC_NAMES if stage == "instruct" else METRIC_NAMES
-    if name in names:
-        return names[name]
-    parts = name.split(".")
-    if len(parts) != 3:
-        return names.get(".".join(parts[:2]), name)
-    probe, what, condition = parts
-    # Answers are scored under "none" beside, or instead of, "zero": their names are those of stage instruct anywhere.
-    shown = condition_names("instruct" if probe in ("answer", "pope") else stage)
-    image = shown.get(condition, condition)
-    match probe:
-        case "caption":
-            return names.get(what, what)
-        case "ablation":
-            said = {"loss": "loss", "delta": "loss difference", "ratio": "loss ratio"}.get(what, what)
-            return f"{said}, {image}"
-        case "answer":
-            return f"{_ANSWER_NAMES.get(what, what)}{' over' if what == 'gain' else ','} {image}"
-        case "pope":
-            return f"yes/no questions: {POPE_NAMES.get(what, what)}, {image}"
-        case _:
-            return names.get(f"{probe}.{what}", name)
 
 
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:

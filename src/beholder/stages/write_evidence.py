@@ -30,6 +30,7 @@ from beholder.evidence import (
     thumbnail,
 )
 from beholder.evidence.best import choose
+from beholder.evidence.catalogue import flat_names, said
 from beholder.evidence.gates import judge, told, verdict
 from beholder.model.plan import TrainableTable
 from beholder.probes import captions, golden, golden_history, strata
@@ -156,22 +157,6 @@ def _as_measurements(
     return out
 
 
-def flat_names(e: Evidence) -> dict[str, float]:
-    """The seed's names for ``metrics.json``: ``eval_loss``, ``eval_loss_short``, ``delta_shuffle``, …"""
-    out: dict[str, float] = {}
-    for m in e.measurements:
-        if m.name == "eval.loss" and m.by in (None, "length"):
-            out["eval_loss" if m.stratum is None else f"eval_loss_{m.stratum}"] = m.value
-    for name, key in (
-        ("eval.tokens", "eval_label_tokens_total"), ("eval.truncated_pct", "eval_truncated_pct"),
-        ("ablation.delta.shuffled", "delta_shuffle"), ("ablation.delta.zero", "delta_zero"),
-        ("ablation.delta.noise", "delta_noise"),
-    ):  # fmt: skip
-        if (m := e.get(name)) is not None:
-            out[key] = m.value
-    return out | {"eval_examples_total": e.data.eval}
-
-
 def _short(name: str) -> str:
     """A hub name as it is, a local path by its last part: reports are passed on."""
     return Path(name).name if Path(name).is_absolute() else name
@@ -179,20 +164,8 @@ def _short(name: str) -> str:
 
 def _say_figures(session: Session, e: Evidence) -> None:
     line = session.reporter.line
-    for name in (
-        "eval.loss", "eval.perplexity", "learn.delta", "ablation.loss.correct", "ablation.loss.shuffled",
-        "ablation.loss.zero", "ablation.loss.noise", "ablation.delta.shuffled", "ablation.delta.zero",
-        "ablation.delta.noise", "ablation.ratio.shuffled", "caption.exact_match.correct",
-        "caption.exact_match.shuffled", "caption.exact_match.zero", "caption.exact_match.chance",
-        "caption.cider_d.correct", "chair.s.correct", "qa.accuracy.correct", "qa.accuracy.zero", "qa.accuracy.chance",
-        "answer.accuracy.correct", "answer.accuracy.shuffled", "answer.accuracy.none", "answer.gain.none",
-        "pope.f1.correct", "pope.yes_rate.correct", "retention.loss_base", "retention.loss", "retention.loss_ratio",
-        "retention.kl", "merge.max_logit_diff", "merge.changed_pct", "merge.tokens_changed_pct",
-        "audit.answerable.alone", "audit.leak", "collapse.worst",
-    ):  # fmt: skip
-        if m := e.get(name):
-            ci = f" (95 % {m.ci95[0]:.4g} to {m.ci95[1]:.4g})" if m.ci95 else ""
-            line("result", f"{name} = {m.value:.4g} {m.unit}{ci}, n={m.n}")
+    for m in said(e):
+        line("result", m.told)
     same = e.text_only is not None and e.text_only.equal
     line("result", f"text-only logits bit-equal before and after: {'yes' if same else 'NO'}")
     for finding in e.findings:

@@ -18,7 +18,7 @@ from beholder.report.page import page
 from beholder.report.plots import round_steps_around
 from beholder.report.words import duration, visible
 from beholder.runs import atomic_write
-from beholder.studies.record import Row, SweepRecord, titles, value_of, word
+from beholder.studies.record import DELTAS, Row, SweepRecord, titles, value_of, word
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def render_html(record: SweepRecord) -> str:
     good = ranking.winner is not None and ranking.tested and not ranking.ties
     return page(
         "sweep.html", folder=Path(__file__).parent, r=record, rows=rows, num=number, setting=setting,
-        title=titles(list(record.grid)), duration=duration, buckets=_buckets(record), bars=bars,
+        title=titles(list(record.grid)), duration=duration, buckets=_buckets(record), deltas=DELTAS, bars=bars,
         ticks=ticks, scatter=_scatter(record, scored),
         tone="good" if good else "weak" if ranking.winner else "bad", best=lambda row: _best(record, row),
         tied=lambda row: bool(ranking.ties) and row.point in (ranking.winner, *ranking.ties), answer=_answer(record),
@@ -74,14 +74,14 @@ def render_markdown(record: SweepRecord) -> str:
     buckets = _buckets(record)
     head = ["#", "run", *titles(list(record.grid)).values(), "seed", "score", "loss",
             *(f"loss {b}" for b in buckets),
-            "Δshuffle", "Δzero", "Δnoise", "steps", "time", "do not use"]  # fmt: skip
+            *DELTAS, "steps", "time", "do not use"]  # fmt: skip
     lines = []
     for k, r in enumerate(record.by_rank(), 1):
         by_bucket = {m.stratum: m for m in r.buckets}
         lines.append([
             str(k), r.name, *(setting(r.settings[key]) for key in record.grid), str(r.seed), number(r.score),
-            _with_ci(r.eval_loss), *(_with_ci(by_bucket.get(b)) for b in buckets), _with_ci(r.d_shuffle),
-            _with_ci(r.d_zero), _with_ci(r.d_noise), "–" if r.steps is None else str(r.steps),
+            _with_ci(r.eval_loss), *(_with_ci(by_bucket.get(b)) for b in buckets), *map(_with_ci, r.deltas),
+            "–" if r.steps is None else str(r.steps),
             "–" if r.wall_s is None else duration(r.wall_s), ", ".join(r.flags) if r.status == "finished" else r.status,
         ])  # fmt: skip
     out = [f"# Sweep {escaped(record.name)}: {escaped(_answer(record))}", ""]
@@ -139,17 +139,15 @@ def print_record(record: SweepRecord, console: Console) -> None:
     """The table of a sweep, best first, its warnings and its verdict."""
     shown = Table(title=f"Sweep {record.name}: score = loss - {record.ablation_weight:g} x (Δshuffle + Δzero)")
     shown.title_justify = "left"
-    for heading in ("run", "score", "loss", "Δshuffle", "Δzero", "Δnoise", "time", "do not use"):
+    for heading in ("run", "score", "loss", *DELTAS, "time", "do not use"):
         shown.add_column(heading, justify="left" if heading in ("run", "do not use") else "right", overflow="fold")
     for r in record.by_rank():
         if r.status != "finished":
             shown.add_row(visible(r.name), *[""] * 6, Text(r.status, style="red"))
             continue
-        best = not r.flags and r.point == record.ranking.winner
         shown.add_row(
-            Text(visible(r.name), style="bold green" if best else "dim" if r.flags else ""),
-            *("–" if v is None else f"{v:.4f}" for v in (r.score, value_of(r.eval_loss))),
-            *("–" if v is None else f"{v:.4f}" for v in map(value_of, (r.d_shuffle, r.d_zero, r.d_noise))),
+            Text(visible(r.name), style="bold green" if _best(record, r) else "dim" if r.flags else ""),
+            *map(number, (r.score, *map(value_of, (r.eval_loss, *r.deltas)))),
             "–" if r.wall_s is None else duration(r.wall_s),
             Text(", ".join(r.flags), style="red"),
         )
@@ -222,13 +220,11 @@ def _scatter(record: SweepRecord, rows: Sequence[Row]) -> Markup:
         out.append(f'<text x="{px(t):.1f}" y="{HEIGHT - _BOTTOM + 18}" text-anchor="middle">{t:g}</text>')
     out.append(f'<line class="axis" x1="{px(0):.1f}" x2="{px(0):.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>')
     middle = (_LEFT + WIDTH - _RIGHT) / 2
-    out.append(
-        f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">Δshuffle, nats per token (more: it looks)</text>'
-    )
-    out.append(
+    out += [
+        f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">Δshuffle, nats per token (more: it looks)</text>',
         f'<text transform="translate(14 {(_TOP + HEIGHT - _BOTTOM) / 2}) rotate(-90)" text-anchor="middle">'
-        "held-out loss, nats per token</text>"
-    )
+        "held-out loss, nats per token</text>",
+    ]
     placed: list[tuple[float, float]] = [(px(_v(r.d_shuffle)), py(_v(r.eval_loss))) for r in rows]
     labels: list[tuple[float, float]] = []
     for k, (r, (x, y)) in enumerate(zip(rows, placed, strict=True), 1):

@@ -76,10 +76,7 @@ def points_of(config: str | Path, overrides: Sequence[str] = ()) -> Points:
         }
         if base.eval.golden_set_path is None and base.golden_size and base.eval.run_golden_every != "never":
             given["eval.golden_set_path"] = str(folder / "golden.jsonl")
-        lines = [
-            *overrides,
-            *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()),
-        ]
+        lines = [*overrides, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items())]
         try:
             cfg = load_config(config, lines).model_copy(update={"sweep": None})
         except ConfigError as e:

@@ -22,6 +22,14 @@ from beholder.evidence import Measurement, Record
 from beholder.studies.score import Ranking
 from beholder.types import UserError
 
+MEASURED = {
+    "eval_loss": "eval.loss", "d_shuffle": "ablation.delta.shuffled", "d_zero": "ablation.delta.zero",
+    "d_noise": "ablation.delta.noise",
+}  # fmt: skip
+"""What is kept of a run, under which name."""
+DELTAS = ("Δshuffle", "Δzero", "Δnoise")
+"""What `Row.deltas` are called."""
+
 SUMMARY, RECORD = "summary.csv", "sweep.json"
 
 Value = bool | int | float | str
@@ -57,6 +65,10 @@ class Row(Record):
     steps: int | None = None
     wall_s: float | None = None
     """Seconds from start to end; None where the run was interrupted and continued."""
+
+    @property
+    def deltas(self) -> tuple[Measurement | None, ...]:
+        return self.d_shuffle, self.d_zero, self.d_noise
 
 
 class SweepRecord(Record):

@@ -31,7 +31,7 @@ from beholder.evidence import Evidence, held_out_hashes, load_evidence
 from beholder.runs import atomic_write, held, now
 from beholder.studies.page import print_record, render_sweep
 from beholder.studies.points import Points, check_folders, is_finished, points_of
-from beholder.studies.record import RECORD, SUMMARY, Row, SweepRecord, summary_csv
+from beholder.studies.record import MEASURED, RECORD, SUMMARY, Row, SweepRecord, summary_csv
 from beholder.studies.runner import Runner
 from beholder.studies.score import Entry, flags, rank, score
 from beholder.types import UserError
@@ -105,7 +105,7 @@ def collect(points: Points, failed: Mapping[str, str] | None = None, *, interrup
     """What the finished runs' evidence says, scored, flagged and ranked."""
     failed = failed or {}
     evidence = {r.name: load_evidence(r.folder) for r in points.runs if is_finished(r)}
-    deltas = [m.value for e in evidence.values() if (m := e.get("ablation.delta.shuffled"))]
+    deltas = [m.value for e in evidence.values() if (m := e.get(MEASURED["d_shuffle"]))]
     median = statistics.median(deltas) if deltas else 0.0
     rows = []
     for run in points.runs:
@@ -140,17 +140,13 @@ def collect(points: Points, failed: Mapping[str, str] | None = None, *, interrup
 
 
 def _measured(e: Evidence, sweep: SweepConfig, median: float) -> dict[str, Any]:
-    loss, shuffle, zero, noise = (
-        e.get(name) for name in ("eval.loss", "ablation.delta.shuffled", "ablation.delta.zero", "ablation.delta.noise")
-    )
+    found = {field: e.get(name) for field, name in MEASURED.items()}
+    loss, shuffle, zero = found["eval_loss"], found["d_shuffle"], found["d_zero"]
     failed = tuple(g.name for g in e.failed_gates)
-    facts: dict[str, Any] = {
-        "eval_loss": loss, "d_shuffle": shuffle, "d_zero": zero, "d_noise": noise, "gates_failed": failed,
-        "buckets": tuple(
-            m for m in e.measurements if m.name == "eval.loss" and m.stratum is not None and m.by in (None, "length")
-        ),
-        "steps": e.cost.steps, "wall_s": e.cost.wall_s,
-    }  # fmt: skip
+    by_length = [m for m in e.measurements if m.stratum is not None and m.by in (None, "length")]
+    buckets = tuple(m for m in by_length if m.name == MEASURED["eval_loss"])
+    facts: dict[str, Any] = {**found, "buckets": buckets, "gates_failed": failed}
+    facts |= {"steps": e.cost.steps, "wall_s": e.cost.wall_s}
     if loss is not None and shuffle is not None and zero is not None:
         facts["score"] = score(loss.value, shuffle.value, zero.value, sweep.ablation_weight)
         facts["flags"] = flags(
