@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
-from beholder.evidence.record import CONDITIONS, Condition, Evidence, Measurement
+from beholder.evidence.record import Evidence, Measurement
+from beholder.types import CONDITIONS, Condition
 
 Written = Literal["caption", "answer"]
 """What the model was taught to write."""

@@ -1,7 +1,7 @@
 """Every measurement of a stage, a row each: what it is called, when it comes due, and the function that makes it.
 
 Read by `watch` between steps and by `measure` at the end alike. A new probe is its file in `probes`, a row here, and
-its names in the catalogue (`evidence.catalogue`); which stages make it at their end, their records say (`config.stages`).
+its names in `evidence.catalogue`; which stages make it at their end, their records say (`config.stages`).
 """
 
 from __future__ import annotations
