@@ -20,7 +20,6 @@ from beholder.config.file import check_consent, load_config
 from beholder.data import build_encoder
 from beholder.data.chat import ChatEncoder
 from beholder.data.images import ImagePipeline
-from beholder.model.adapters import save_merged
 from beholder.model.build import build_vlm
 from beholder.model.vlm import VisionLanguageModel
 from beholder.train import checkpoint, restore
@@ -84,6 +83,8 @@ class Vlm:
         """
         if not self.model.adapters:
             raise UserError("this run has no adapters to merge; its language model is the base, unchanged")
+        from beholder.model.adapters import save_merged  # peft, for a run with adapters alone
+
         save_merged(self.model.language, self.tokenizer, Path(folder))
 
     def generate(
