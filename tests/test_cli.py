@@ -18,7 +18,7 @@ from tests.conftest import MakeConfig, TinyParts
 from typer.testing import CliRunner
 
 from beholder.cli import app
-from beholder.config.file import dump_config
+from beholder.config.file import dump_config, load_scaled
 from beholder.runs import sha256_file
 from beholder.types import UserError
 
@@ -226,26 +226,22 @@ def chatty(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     return untrained_run(request.getfixturevalue("tiny_parts"), tmp_path_factory.mktemp("chatty"))
 
 
-def test_a_scale_sets_what_it_names_and_has_a_run_folder_of_its_own(
-    tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from beholder.cli import _scaled
-
+def test_a_scale_sets_what_it_names_and_has_a_run_folder_of_its_own(tiny_config: MakeConfig, tmp_path: Path) -> None:
     scales = {"tiny": {"data.max_samples": 40, "train.train_steps": None, "train.num_epochs": 2}}
     config = tmp_path / "c.yaml"
     config.write_text(dump_config(tiny_config(tmp_path, scales=scales)))
     folder = tmp_path / "run"
 
-    tiny = _scaled(config, [], "tiny")
+    tiny, settings = load_scaled(config, "tiny")
     assert (tiny.data.max_samples, tiny.train.train_steps, tiny.train.num_epochs) == (40, None, 2)
     assert tiny.run_dir == f"{folder}_tiny"
-    assert "scale tiny: data.max_samples=40" in capsys.readouterr().out
+    assert settings[0] == "data.max_samples=40"
 
-    assert _scaled(config, ["data.max_samples=30"], "tiny").data.max_samples == 30, "--set comes after the scale"
-    assert _scaled(config, [f"output_dir={tmp_path / 'mine'}"], "tiny").run_dir == str(tmp_path / "mine")
-    assert _scaled(config, [], "full").run_dir == str(folder)
+    assert load_scaled(config, "tiny", ["data.max_samples=30"])[0].data.max_samples == 30, "--set comes after the scale"
+    assert load_scaled(config, "tiny", [f"output_dir={tmp_path / 'mine'}"])[0].run_dir == str(tmp_path / "mine")
+    assert load_scaled(config, "full")[0].run_dir == str(folder)
     with pytest.raises(UserError, match=r"--scale 'huge'.*tiny"):
-        _scaled(config, [], "huge")
+        load_scaled(config, "huge")
 
 
 def test_run_takes_a_scale(tiny_config: MakeConfig, tmp_path: Path) -> None:
@@ -256,6 +252,7 @@ def test_run_takes_a_scale(tiny_config: MakeConfig, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["run", str(config), "--scale", "two"], catch_exceptions=False)
 
     assert result.exit_code == 3, result.output  # two steps of random parts pass no gate
+    assert "scale two: train.train_steps=2" in result.output
     assert (tmp_path / "run_two" / "checkpoints" / "step_2").is_dir() and not (tmp_path / "run").exists()
 
 

@@ -35,6 +35,10 @@ class Status(StrEnum):
     CANCELLED = "cancelled"
 
 
+DatasetKind = Literal["jsonl", "llava_pretrain", "llava_instruct", "sharegpt", "vqa", "gqa", "webdataset", "parquet"]
+"""What a record file holds; here, where the command line can read it without loading the settings."""
+
+
 def printable(text: str) -> str:
     """``text`` without power over a terminal: newlines and tabs kept, other control, format and direction characters
     as escapes. It may be given in pieces."""

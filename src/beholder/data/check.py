@@ -1,7 +1,7 @@
-"""``beholder check DATA``: what can be said of record files before a run: counts, lengths, rejects, duplicates.
+"""What can be said of record files before a run: counts, lengths, rejects, duplicates.
 
 Uses the same sources and the same hygiene as training, so what it accepts is what a run gets. Loading a tokenizer or a
-config is the caller's part.
+config is `prepare.check`'s part.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from beholder.config import HygieneConfig, HygieneLimits, RunConfig, SourceConfig
-from beholder.config.file import load_config
+from beholder.config import HygieneConfig, HygieneLimits, SourceConfig
 from beholder.data.formats import INSTRUCTION_KINDS
 from beholder.data.hygiene import HygieneReport, Progress, apply_hygiene
 from beholder.data.images import ImageFacts
-from beholder.data.sources import Records, Reject, guess_source, open_sources
+from beholder.data.sources import Records, Reject, open_sources
 
 EXAMPLES_PER_REASON = 3
 
@@ -107,24 +106,6 @@ class CheckReport:
             console.print(table)
         for note in self.notes:
             console.print(Text(f"note: {note}"))
-
-
-def resolve_data(
-    data: str,
-    *,
-    dataset: Any = None,
-    image_root: str | None = None,
-    annotations: str | None = None,
-    overrides: Sequence[str] = (),
-) -> tuple[tuple[SourceConfig, ...], RunConfig | None]:
-    """What DATA on the command line stands for: a config file (``.yaml`` / ``.yml``), or a record file, folder or glob.
-
-    Returns its sources (held-out ones included) and the config, if it was one. ``annotations``: of a VQA question file.
-    """
-    if data.endswith((".yaml", ".yml")):
-        cfg = load_config(data, overrides)
-        return (*cfg.data.train_sources, *cfg.data.eval_sources), cfg
-    return (guess_source(data, dataset=dataset, image_root=image_root, annotations=annotations),), None
 
 
 def check_data(
