@@ -111,9 +111,11 @@ def audit(
     Python: beholder.remeasure.audit_data.
     """
     from beholder.config.file import load_config
-    from beholder.remeasure import audit_data
 
-    tell(audit_data(load_config(config, sets or []), num_turns=num_turns, part=part), json)
+    cfg = load_config(config, sets or [])
+    from beholder.remeasure import audit_data  # seconds of torch, after a wrong config was told
+
+    tell(audit_data(cfg, num_turns=num_turns, part=part), json)
 
 
 @app.command(epilog=example("beholder doctor"))

@@ -109,7 +109,7 @@ def compare(
 
 @app.command(epilog=example("beholder report outputs/quickstart/instruct"))
 def report(run_folder: RunArg) -> None:
-    """Render report.html and report.md again, from evidence.json alone. Python: beholder.report.render."""
+    """Render report.html and report.md again, from evidence.json alone. Python: beholder.report.render.render."""
     from beholder.report import render
 
     for path in render(run_folder, run_folder):

@@ -58,7 +58,6 @@ def run(
     torchrun: torchrun --nproc_per_node=2 -m beholder run CONFIG is the same job on two processes.
     """
     from beholder.config.file import load_config, load_scaled
-    from beholder.stages import run_stage
 
     if scale is None:
         cfg = load_config(config, sets or [])
@@ -70,6 +69,8 @@ def run(
         from beholder.prepare.tiny import make_smoke
 
         cfg = make_smoke(cfg, Path("outputs"))
+    from beholder.stages import run_stage  # seconds of torch, after a wrong config was told
+
     exit_for(run_stage(cfg, resume=resume, promote_anyway=promote_anyway), smoke=smoke)
 
 
