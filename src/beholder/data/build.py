@@ -70,29 +70,20 @@ class Data:
     def builder(self, features: FeatureReader | None, *, train: bool, cfg: RunConfig) -> SampleBuilder:
         """Turns examples into encoded samples with images; augments only for training."""
         augment = train and cfg.data.augment != "none"
+        pipeline, seed = self.train_pipeline if train else self.pipeline, cfg.seed if augment else None
+        features = None if augment else features
         return SampleBuilder(
-            self.encoder,
-            self.train_pipeline if train else self.pipeline,
-            None if augment else features,
-            on_bad_image=cfg.data.on_bad_image,
-            augment_seed=cfg.seed if augment else None,
-        )
+            self.encoder, pipeline, features, on_bad_image=cfg.data.on_bad_image, augment_seed=seed
+        )  # fmt: skip
 
     def stream(self, features: FeatureReader | None, cfg: RunConfig, *, rank: int, world_size: int) -> TrainStream:
         """Micro-batches of every optimizer step for one rank."""
+        d, builder = cfg.data, self.builder(features, train=True, cfg=cfg)
         return TrainStream(
-            self.train,
-            self.builder(features, train=True, cfg=cfg),
-            self.layout,
-            micro_batch_size=cfg.train.micro_batch_size,
-            gradient_accum=cfg.train.gradient_accum,
-            rank=rank,
-            world_size=world_size,
-            num_workers=cfg.data.num_workers,
-            prefetch_factor=cfg.data.prefetch_factor,
-            pin_memory=cfg.data.pin_memory,
-            persistent_workers=cfg.data.persistent_workers,
-        )
+            self.train, builder, self.layout, micro_batch_size=cfg.train.micro_batch_size,
+            gradient_accum=cfg.train.gradient_accum, rank=rank, world_size=world_size, num_workers=d.num_workers,
+            prefetch_factor=d.prefetch_factor, pin_memory=d.pin_memory, persistent_workers=d.persistent_workers,
+        )  # fmt: skip
 
     def total_steps(self, cfg: RunConfig) -> int:
         """Optimizer steps of the run."""
@@ -111,19 +102,10 @@ def build_encoder(cfg: RunConfig, tokenizer: Any, num_visual_tokens: int) -> Cha
     """The encoder of a run: for training, evaluation, preview and generation alike."""
     p = cfg.prompting
     return ChatEncoder(
-        tokenizer,
-        num_visual_tokens=num_visual_tokens,
-        max_seq_len=p.max_seq_len,
-        template=cfg.template,
-        instruction=p.instruction,
-        instruction_multi=p.instruction_multi,
-        im_start=p.im_start,
-        im_end=p.im_end,
-        chat_template=_template_text(p.chat_template),
-        system=p.system,
-        thinking=p.thinking,
-        too_long=p.too_long,
-    )
+        tokenizer, num_visual_tokens=num_visual_tokens, max_seq_len=p.max_seq_len, template=cfg.template,
+        instruction=p.instruction, instruction_multi=p.instruction_multi, im_start=p.im_start, im_end=p.im_end,
+        chat_template=_template_text(p.chat_template), system=p.system, thinking=p.thinking, too_long=p.too_long,
+    )  # fmt: skip
 
 
 def _template_text(path: str | None) -> str | None:
@@ -143,12 +125,9 @@ def _template_text(path: str | None) -> str | None:
 def open_records(cfg: RunConfig, sources: Sequence[SourceConfig]) -> Records:
     """Records of ``sources`` with the run's marker, image limit and stage; bad records become named rejects."""
     return open_sources(
-        sources,
-        image_token=cfg.prompting.image_token,
-        max_images=cfg.prompting.max_images_per_sample,
-        on_reject="collect",
-        chat=cfg.stage_name == "instruct",
-    )
+        sources, image_token=cfg.prompting.image_token, max_images=cfg.prompting.max_images_per_sample,
+        on_reject="collect", chat=cfg.stage_name == "instruct",
+    )  # fmt: skip
 
 
 def build_data(
@@ -281,15 +260,11 @@ def _vet(
     cfg: RunConfig,
     progress: Callable[[str, int, int], None] | None,
 ) -> HygieneReport:
+    d = cfg.data
     return apply_hygiene(
-        records,
-        tokenizer,
-        hygiene,
-        verify_images=cfg.data.verify_images,
-        max_megapixels=cfg.data.max_megapixels,
-        on_bad_image=cfg.data.on_bad_image,
-        progress=progress,
-    )
+        records, tokenizer, hygiene, verify_images=d.verify_images, max_megapixels=d.max_megapixels,
+        on_bad_image=d.on_bad_image, progress=progress,
+    )  # fmt: skip
 
 
 def _reasons(rejects: Sequence[Reject]) -> str:
