@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import pkgutil
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import typing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from tests.conftest import MakeConfig, TinyParts
+from tests.use.talking import untrained_run
 from typer.testing import CliRunner
 
+from beholder import cli
 from beholder.cli import app
-from beholder.config.file import dump_config
+from beholder.config.file import dump_config, load_scaled
 from beholder.runs import sha256_file
 from beholder.types import UserError
 
@@ -42,10 +48,97 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     assert f"beholder {command}" in re.sub(r"\s+", " ", result.output), "no example"
 
 
-def test_help_does_not_load_torch() -> None:
-    code = "import sys; from typer.testing import CliRunner; from beholder.cli import app; " \
-           "CliRunner().invoke(app, ['--help']); sys.exit('torch' in sys.modules)"  # fmt: skip
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+def test_what_the_help_says_is_behind_a_command_is_there() -> None:
+    for command in COMMANDS:
+        *group, name = command.split()
+        commands = (cli.look.golden_app if group else app).registered_commands
+        callback = next(c.callback for c in commands if c.callback and (c.name or c.callback.__name__) == name)
+        told = re.findall(r"(?:Python:|;)\s+(beholder(?:\.\w+)+)", inspect.getdoc(callback) or "")
+
+        assert told, f"{command}: its help names no function"
+        for name in told:
+            assert callable(pkgutil.resolve_name(name)), name
+
+
+def test_the_choices_of_the_command_line_are_those_of_the_functions_behind() -> None:
+    from beholder import config, remeasure
+    from beholder.prepare import packages
+    from beholder.use import score
+
+    def choices(function: Any, parameter: str) -> tuple[str, ...]:
+        hint = typing.get_type_hints(function)[parameter]
+        told = [hint, *typing.get_args(hint)]
+        return next(typing.get_args(h) for h in told if typing.get_origin(h) is typing.Literal)
+
+    settings = config.RunConfig
+    assert choices(cli.before.check, "dataset") == typing.get_args(config.DatasetKind)
+    assert choices(cli.before.check, "stage") == choices(settings, "stage")
+    assert choices(cli.use.generate, "device") == choices(settings, "device")
+    assert choices(cli.use.score, "kind") == typing.get_args(score.Kind)
+    assert choices(cli.before.prepare, "name") == choices(packages.prepare, "name")
+    assert choices(cli.before.audit, "part") == choices(remeasure.audit_data, "part")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is loaded
+
+HEAVY = ("torch", "torchvision", "transformers", "timm", "peft")
+
+
+def loaded_by(*args: str) -> set[str]:
+    """The heavy libraries that a command has imported when it ends."""
+    code = (
+        "import atexit, sys; from beholder.cli import main\n"
+        f"atexit.register(lambda: print('LOADED', *(m for m in {HEAVY} if m in sys.modules), file=sys.stderr))\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.rsplit("LOADED", 1)[1].split())
+
+
+def test_help_loads_no_heavy_library() -> None:
+    assert loaded_by("--help") == loaded_by("check", "--help") == set()
+
+
+def test_files_are_checked_and_scored_without_a_heavy_library(
+    tiny_parts: TinyParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEHOLDER_CACHE", str(tmp_path / "cache"))
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"question_id": 1, "answer": "yes"}\n')
+
+    for options in ((), ("--decode",)):
+        assert loaded_by("check", str(tiny_parts.records), "--image-root", str(tiny_parts.images), *options) == set()
+    for kind in ("vqa", "pope"):
+        assert loaded_by("score", kind, "--predictions", str(answers), "--references", str(answers)) == set()
+
+
+def test_counting_tokens_loads_the_tokenizer_and_no_tower(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEHOLDER_CACHE", str(tmp_path / "cache"))
+    config = tmp_path / "c.yaml"
+    config.write_text(dump_config(tiny_config(tmp_path)))
+
+    assert loaded_by("check", str(config)) <= {"transformers", "torch"}  # transformers brings torch
+
+
+@pytest.mark.parametrize(("tower", "adapters"), [("siglip", False), ("siglip", True), ("repvit", False)])
+def test_a_run_loads_the_library_of_its_tower_and_peft_for_adapters_alone(
+    tiny_parts: TinyParts, tmp_path: Path, tower: Literal["siglip", "repvit"], adapters: bool
+) -> None:
+    from beholder.prepare.tiny import tiny_vision
+
+    name, weights = tiny_vision(tmp_path / "vision", tower)
+    sets: dict[str, Any] = {"model.vision.name_or_path": name} | ({"model.vision.weights": weights} if weights else {})
+    sets |= {} if adapters else {"stage": "align", "model.lora": {"enable": False}}
+    run = untrained_run(tiny_parts, tmp_path, **sets)
+    asked = ("--image", str(min(tiny_parts.images.glob("*.png"))), "--max-new-tokens", "2", "--device", "cpu")
+
+    loaded = loaded_by("generate", str(run), *asked, *(("--prompt", "What?") if adapters else ()))
+
+    assert ("timm" in loaded, "peft" in loaded) == (tower == "repvit", adapters)
 
 
 def test_wrong_input_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
@@ -221,31 +314,26 @@ def test_a_run_on_a_sweep_config_says_which_command_it_needs(trained: Path) -> N
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A run of stage instruct as its training would leave it, with random weights."""
-    from tests.use.talking import untrained_run
 
     return untrained_run(request.getfixturevalue("tiny_parts"), tmp_path_factory.mktemp("chatty"))
 
 
-def test_a_scale_sets_what_it_names_and_has_a_run_folder_of_its_own(
-    tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from beholder.cli import _scaled
-
+def test_a_scale_sets_what_it_names_and_has_a_run_folder_of_its_own(tiny_config: MakeConfig, tmp_path: Path) -> None:
     scales = {"tiny": {"data.max_samples": 40, "train.train_steps": None, "train.num_epochs": 2}}
     config = tmp_path / "c.yaml"
     config.write_text(dump_config(tiny_config(tmp_path, scales=scales)))
     folder = tmp_path / "run"
 
-    tiny = _scaled(config, [], "tiny")
+    tiny, settings = load_scaled(config, "tiny")
     assert (tiny.data.max_samples, tiny.train.train_steps, tiny.train.num_epochs) == (40, None, 2)
     assert tiny.run_dir == f"{folder}_tiny"
-    assert "scale tiny: data.max_samples=40" in capsys.readouterr().out
+    assert settings[0] == "data.max_samples=40"
 
-    assert _scaled(config, ["data.max_samples=30"], "tiny").data.max_samples == 30, "--set comes after the scale"
-    assert _scaled(config, [f"output_dir={tmp_path / 'mine'}"], "tiny").run_dir == str(tmp_path / "mine")
-    assert _scaled(config, [], "full").run_dir == str(folder)
+    assert load_scaled(config, "tiny", ["data.max_samples=30"])[0].data.max_samples == 30, "--set comes after the scale"
+    assert load_scaled(config, "tiny", [f"output_dir={tmp_path / 'mine'}"])[0].run_dir == str(tmp_path / "mine")
+    assert load_scaled(config, "full")[0].run_dir == str(folder)
     with pytest.raises(UserError, match=r"--scale 'huge'.*tiny"):
-        _scaled(config, [], "huge")
+        load_scaled(config, "huge")
 
 
 def test_run_takes_a_scale(tiny_config: MakeConfig, tmp_path: Path) -> None:
@@ -256,6 +344,7 @@ def test_run_takes_a_scale(tiny_config: MakeConfig, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["run", str(config), "--scale", "two"], catch_exceptions=False)
 
     assert result.exit_code == 3, result.output  # two steps of random parts pass no gate
+    assert "scale two: train.train_steps=2" in result.output
     assert (tmp_path / "run_two" / "checkpoints" / "step_2").is_dir() and not (tmp_path / "run").exists()
 
 

@@ -221,7 +221,7 @@ def built_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_carries_what_an_empty_folder_needs(built_wheel: Path) -> None:
     with zipfile.ZipFile(built_wheel) as archive:
         names = set(archive.namelist())
-    for needed in ("prepare/recipes/quickstart_align.yaml", "report/template.html", "py.typed", "cli.py"):
+    for needed in ("prepare/recipes/quickstart_align.yaml", "report/template.html", "py.typed", "cli/__init__.py"):
         assert f"beholder/{needed}" in names, needed
     source = {p.relative_to(ROOT / "src").as_posix() for p in (ROOT / "src" / "beholder").rglob("*.py")}
     assert source <= names

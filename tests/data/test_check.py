@@ -9,12 +9,12 @@ from typing import Any
 
 import orjson
 import pytest
-import yaml
 from PIL import Image
 from rich.console import Console
 
-from beholder.config import HygieneLimits, SourceConfig
-from beholder.data.check import CheckReport, check_data, resolve_data
+from beholder.config import STAGES, HygieneLimits, SourceConfig
+from beholder.data.check import CheckReport, check_data
+from beholder.data.sources import guess_source
 from beholder.prepare.tiny import colour_source
 from beholder.types import UserError
 
@@ -84,7 +84,7 @@ def test_which_stages_rules_hold_is_said_and_can_be_chosen(tmp_path: Path) -> No
     path.write_text(json.dumps({"id": "1", "messages": [*turns, *turns]}) + "\n", encoding="utf-8")
     source = SourceConfig(dataset="jsonl", json_path=str(path))
 
-    guessed, asked = check_data([source]), check_data([source], chat=True)
+    guessed, asked = check_data([source]), check_data([source], stage=STAGES["instruct"])
 
     assert any("stage align" in note and "--stage instruct" in note for note in guessed.notes)
     assert not guessed.rejects and [r.reason for r in asked.rejects] == ["starts_with_assistant"]
@@ -124,22 +124,6 @@ def test_a_file_with_only_bad_records_is_reported_and_not_a_crash(tmp_path: Path
     assert "0 of 2 records accepted" in printed(report)
 
 
-def test_data_may_be_a_config_or_a_record_file(data: SourceConfig, tmp_path: Path) -> None:
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump({
-        "run_name": "x",
-        "model": {"llm": {"name_or_path": "l"}, "vision": {"name_or_path": "v"}},
-        "data": {"json_path": data.json_path, "image_root": data.image_root},
-    }))  # fmt: skip
-
-    assert resolve_data(data.json_path, image_root=data.image_root) == ((data,), None)
-    sources, cfg = resolve_data(str(config), overrides=["data.max_samples=3"])
-    assert sources == (data,)
-    assert cfg is not None and cfg.data.max_samples == 3
-    with pytest.raises(UserError, match="no such file"):
-        resolve_data(str(tmp_path / "gone.jsonl"))
-
-
 def test_instruction_data_is_checked_by_the_rules_of_its_stage(tmp_path: Path) -> None:
     def record(image: Any, *turns: str) -> dict[str, Any]:
         said = [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(turns)]
@@ -153,8 +137,7 @@ def test_instruction_data_is_checked_by_the_rules_of_its_stage(tmp_path: Path) -
         record(None, "?", "x"),
     ]))  # fmt: skip
 
-    sources, _ = resolve_data(str(tmp_path / "a.json"), dataset="llava_instruct")
-    report = check_data(sources)
+    report = check_data([guess_source(str(tmp_path / "a.json"), dataset="llava_instruct")])
 
     assert report.chat and (report.records, report.accepted, report.inserted_markers) == (6, 3, 3)
     assert report.rejects_by_reason == {"empty_answer": 1, "too_many_images": 1, "no_image": 1}
@@ -170,10 +153,10 @@ def test_instruction_data_is_checked_by_the_rules_of_its_stage(tmp_path: Path) -
 def test_a_question_file_is_checked_with_its_annotations(tmp_path: Path) -> None:
     source = colour_source(tmp_path, "vqa", 12)
 
-    sources, _ = resolve_data(source.json_path, image_root=source.image_root, annotations=source.annotations_path)
-    report = check_data([sources[0].model_copy(update={"image_pattern": source.image_pattern})], verify_images="decode")
+    told = guess_source(source.json_path, image_root=source.image_root, annotations=source.annotations_path)
+    report = check_data([told.model_copy(update={"image_pattern": source.image_pattern})], verify_images="decode")
 
-    assert sources[0].dataset == "vqa"
+    assert told.dataset == "vqa"
     assert (report.records, report.accepted, report.images, report.duplicate_images) == (12, 12, 12, 0)
     with pytest.raises(UserError, match="--annotations"):
-        check_data(resolve_data(source.json_path)[0])
+        check_data([guess_source(source.json_path)])

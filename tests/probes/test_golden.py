@@ -16,6 +16,7 @@ from rich.console import Console
 
 from beholder.probes import golden, golden_history, written
 from beholder.probes.written import Written
+from beholder.runs import to_json
 from beholder.types import Example, ImageRef, ImageSlot, Turn, UserError
 
 
@@ -106,7 +107,7 @@ def test_a_set_of_questions_says_what_is_asked_and_of_which_kind(tmp_path: Path)
     items = golden.golden_set(path, examples, **settings, by_category=True)
     rows = golden.join([i for _, i in items], [Written(i.id, i.gt_text, "x", "correct", 1) for _, i in items])
     golden.save(golden.captions_path(tmp_path / "qual", 3, 6), rows)
-    told = printed(lambda console: golden_history.show_step(tmp_path, 3, console))
+    told = printed(golden_history.show_step(tmp_path, 3).print)
 
     assert Counter(i.category for _, i in items) == {"colour": 3, "count": 3}
     assert {(i.category, i.prompt_text) for _, i in items} == {("colour", asked[0]), ("count", asked[1])}
@@ -382,7 +383,7 @@ def test_the_difference_as_json_has_every_picture_and_the_sums(tmp_path: Path):
     write(tmp_path, 80, "a cat", "a dog")
     write(tmp_path, 240, "gt a", "a dog")
 
-    told = json.loads(golden_history.diff_steps(tmp_path, 80, "240").to_json())
+    told = json.loads(to_json(golden_history.diff_steps(tmp_path, 80, "240").to_json()))
 
     assert (told["steps"], told["pictures"], told["changed"]) == ([80, 240], 2, 1)
     assert (told["exact_matches"], told["near_identical"]) == ([0, 1], [1, 1])
@@ -405,10 +406,10 @@ def test_two_equal_steps_have_no_table(tmp_path: Path):
 def test_a_step_is_shown_with_references_matches_and_symptoms(tmp_path: Path):
     write(tmp_path, 80, "gt a", "", "the cat and the cat and the cat", "[red]x[/red]\x1b[31m")
 
-    rows: list[golden.GoldenCaption] = []
-    text = printed(lambda console: rows.extend(golden_history.show_step(tmp_path, "last", console)))
+    found = golden_history.show_step(tmp_path, "last")
+    text = printed(found.print)
 
-    assert [r.id for r in rows] == ["a", "b", "c", "d"]
+    assert [r["id"] for r in found.to_json()] == ["a", "b", "c", "d"]
     assert "exact matches 1 of 4" in text
     assert "empty 1 of 4 (25%, 95 % interval 5% to 70%): b" in text
     assert "loop 1 of 4" in text

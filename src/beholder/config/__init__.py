@@ -14,7 +14,6 @@ The field docstrings become the JSON schema's descriptions (``beholder schema``)
 from beholder.config.data import (
     CAPTION_SPAM,
     DataConfig,
-    DatasetKind,
     FeaturesConfig,
     HygieneConfig,
     HygieneLimits,
@@ -43,6 +42,7 @@ from beholder.config.run import (
 from beholder.config.section import Cadence, Decided, Fraction, Positive, Section, decided_by, settings
 from beholder.config.stages import STAGES, BestRule, GateConfig, Stage, StageName, usual_gate
 from beholder.config.studies import SCALES, SweepConfig
+from beholder.types import DatasetKind
 
 __all__ = [
     "CAPTION_SPAM", "SCALES", "STAGES", "AblationConfig", "BestRule", "Cadence", "ConnectorConfig", "DataConfig",

@@ -8,15 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from beholder.config.section import Fraction, Inert, Positive, Section, Tiny, decides
+from beholder.types import DatasetKind
 
 # ---------------------------------------------------------------------------------------------------------------
 # data
-
-DatasetKind = Literal["jsonl", "llava_pretrain", "llava_instruct", "sharegpt", "vqa", "gqa", "webdataset", "parquet"]
-"""jsonl: ``{"id","images":[…],"caption" | "messages" | "conversations","source"}`` a line. llava_pretrain: one JSON
-array of conversations. llava_instruct: the same shape, multi-turn. sharegpt: conversations with system turns, as a JSON
-array or a record a line. vqa: VQA-v2's or OK-VQA's question file, with its annotation file. gqa: GQA's question file.
-webdataset: tar shards. parquet: rows with image bytes."""
 
 
 CARRIES_IMAGES: frozenset[DatasetKind] = frozenset(("webdataset", "parquet"))

@@ -25,7 +25,7 @@ from beholder.types import UserError
 
 __all__ = [
     "ConfigError", "Problem", "config_hash", "diff_configs", "dump_config", "json_schema", "load_config",
-    "parse_config", "scale_overrides", "without_inert",
+    "load_scaled", "parse_config", "scale_overrides", "without_inert",
 ]  # fmt: skip
 
 
@@ -100,6 +100,18 @@ def scale_overrides(cfg: RunConfig, scale: str) -> list[str]:
     if "data.eval_size" in sets and cfg.data.eval_ratio is not None:  # one or the other
         sets["data.eval_ratio"] = None
     return [f"{name}={json.dumps(value)}" for name, value in sets.items()]
+
+
+def load_scaled(path: str | Path, scale: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, list[str]]:
+    """The config at a named scale, in a run folder of its own; and the settings of that scale.
+
+    ``overrides`` come after the scale. The folder gets ``_<scale>`` at its end, unless they set ``output_dir``.
+    """
+    settings = scale_overrides(load_config(path, overrides), scale)
+    cfg = load_config(path, [*settings, *overrides])
+    if scale != "full" and not any(s.partition("=")[0].strip() == "output_dir" for s in overrides):
+        cfg = cfg.model_copy(update={"output_dir": f"{cfg.run_dir}_{scale}"})
+    return cfg, settings
 
 
 def _drop_unsaid(gates: dict[str, dict[str, Any]], stage: Mapping[str, GateConfig]) -> None:

@@ -1,7 +1,7 @@
-"""``beholder check DATA``: what can be said of record files before a run: counts, lengths, rejects, duplicates.
+"""What can be said of record files before a run: counts, lengths, rejects, duplicates.
 
 Uses the same sources and the same hygiene as training, so what it accepts is what a run gets. Loading a tokenizer or a
-config is the caller's part.
+config is `prepare.check`'s part.
 """
 
 from __future__ import annotations
@@ -18,13 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from beholder.config import HygieneConfig, HygieneLimits, RunConfig, SourceConfig
-from beholder.config.file import load_config
-from beholder.config.stages import ALIGN, INSTRUCT
+from beholder.config import STAGES, HygieneConfig, HygieneLimits, PromptingConfig, SourceConfig, Stage
 from beholder.data.formats import INSTRUCTION_KINDS
 from beholder.data.hygiene import HygieneReport, Progress, apply_hygiene
 from beholder.data.images import ImageFacts
-from beholder.data.sources import Records, Reject, guess_source, open_sources
+from beholder.data.sources import Records, Reject, open_sources
 
 EXAMPLES_PER_REASON = 3
 
@@ -110,24 +108,6 @@ class CheckReport:
             console.print(Text(f"note: {note}"))
 
 
-def resolve_data(
-    data: str,
-    *,
-    dataset: Any = None,
-    image_root: str | None = None,
-    annotations: str | None = None,
-    overrides: Sequence[str] = (),
-) -> tuple[tuple[SourceConfig, ...], RunConfig | None]:
-    """What DATA on the command line stands for: a config file (``.yaml`` / ``.yml``), or a record file, folder or glob.
-
-    Returns its sources (held-out ones included) and the config, if it was one. ``annotations``: of a VQA question file.
-    """
-    if data.endswith((".yaml", ".yml")):
-        cfg = load_config(data, overrides)
-        return (*cfg.data.train_sources, *cfg.data.eval_sources), cfg
-    return (guess_source(data, dataset=dataset, image_root=image_root, annotations=annotations),), None
-
-
 def check_data(
     sources: Sequence[SourceConfig],
     tokenizer: Any = None,
@@ -135,26 +115,26 @@ def check_data(
     hygiene: HygieneLimits | None = None,
     image_token: str = "<image>",
     max_images: int | None = None,
-    chat: bool | None = None,
+    stage: Stage | None = None,
     verify_images: Literal["none", "exists", "decode"] = "exists",
     max_megapixels: float = 50.0,
     progress: Progress | None = None,
 ) -> CheckReport:
     """Open ``sources``, vet every record, and report. Bad records and images are counted, never raised.
 
-    ``chat``: whether records are held to the rules of stage instruct; by default they are when all sources are of an
-    instruction kind (`formats.INSTRUCTION_KINDS`), and a note says so. ``hygiene`` and ``max_images`` default to that
-    stage's own.
-    ``tokenizer`` None: lengths are in words and the length limits are not applied (a note says so). ``verify_images``
-    decode also reads every image, for sizes and for copies. Raises `UserError` where a file as a whole cannot be read.
+    ``stage``: whose rules records are held to; by default those of a stage of dialogues when all sources are of an
+    instruction kind (`formats.INSTRUCTION_KINDS`), else of one of captions, and a note says so. ``hygiene`` and
+    ``max_images`` default to that stage's own. ``tokenizer`` None: lengths are in words and the length limits are not
+    applied (a note says so). ``verify_images`` decode also reads every image, for sizes and for copies. Raises
+    `UserError` where a file as a whole cannot be read.
     """
-    guessed = chat is None
-    if chat is None:
-        chat = all(source.dataset in INSTRUCTION_KINDS for source in sources)
-    cfg = hygiene or HygieneConfig().limits((INSTRUCT if chat else ALIGN).hygiene)
-    records = open_sources(
-        sources, image_token=image_token, max_images=max_images or (1 if chat else 2), on_reject="collect", chat=chat
-    )
+    guessed = stage is None
+    if stage is None:
+        dialogues = all(source.dataset in INSTRUCTION_KINDS for source in sources)
+        stage = next(s for s in STAGES.values() if s.dialogues == dialogues)
+    cfg = hygiene or HygieneConfig().limits(stage.hygiene)
+    most = max_images or stage.max_images or PromptingConfig().max_images_per_sample
+    records = open_sources(sources, image_token=image_token, max_images=most, on_reject="collect", chat=stage.dialogues)
     vetted = apply_hygiene(
         records, tokenizer, cfg, verify_images=verify_images, max_megapixels=max_megapixels, on_bad_image="skip",
         progress=progress,
@@ -164,8 +144,10 @@ def check_data(
     notes = []
     if guessed:
         kinds = ", ".join(dict.fromkeys(source.dataset for source in sources))
-        here, other = ("instruct", "align") if chat else ("align", "instruct")
-        notes.append(f"records of {kinds} are held to the rules of stage {here}; for the other's say --stage {other}")
+        others = " or ".join(name for name in STAGES if name != stage.name)
+        notes.append(
+            f"records of {kinds} are held to the rules of stage {stage.name}; for the other's say --stage {others}"
+        )
     if tokenizer is None:
         notes.append(f"no tokenizer: lengths are in words, and the limits of {cfg.told_limits} tokens were not applied")
     if verify_images == "none":
@@ -189,7 +171,7 @@ def check_data(
         duplicate_images=None if facts is None else len(facts) - len({f.sha256 for f in facts}),
         image_sizes=None if facts is None else _image_sizes(facts),
         inserted_markers=records.inserted_markers,
-        chat=chat,
+        chat=stage.dialogues,
         notes=notes,
     )
 

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import PIL
-import torch
 from PIL import Image, ImageFile
 
 from beholder.types import ImageGeometry, ImageRef, UserError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # checking files needs neither
     import pyarrow
+    import torch
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """The only decoders that are ever tried. None that needs an interpreter or another program (EPS, PDF, …)."""
@@ -519,6 +519,8 @@ class ImagePipeline:
         return self(ImageRef(root=os.path.dirname(real), path=os.path.basename(real)))
 
     def _fit(self, image: Image.Image, key: str | None) -> torch.Tensor:
+        import torch
+
         box = (0.0, 0.0, float(image.width), float(image.height))
         if self.augment == "random_crop" and key is not None:
             box = random_crop_box(image.width, image.height, key)

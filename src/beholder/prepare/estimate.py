@@ -154,9 +154,9 @@ class Plan:
     """``step``, ``features`` (filling the store), ``training``, ``total``; evaluation not included."""
     gaps: list[str] = field(default_factory=list)
 
-    def to_json(self) -> str:
-        """The plan as JSON text."""
-        return json.dumps(asdict(self) | {"trainable": self.trainable.to_json()}, indent=2)
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return asdict(self) | {"trainable": self.trainable.to_json()}
 
     def print(self, console: Console) -> None:
         """The plan for a person."""

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Literal, Protocol
 
 import numpy as np
-import torch
 
 from beholder.evidence import Measurement
 
@@ -34,6 +33,8 @@ class Measurable(Protocol):
 @contextmanager
 def measuring(model: Measurable) -> Iterator[None]:
     """Eval mode (no connector dropout) and no graph inside; the model's mode is put back afterwards."""
+    import torch  # here, because files are scored with the intervals of this module and without torch
+
     was_training = model.training
     model.train(False)
     try:

@@ -6,11 +6,10 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import orjson
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -86,6 +85,42 @@ def read_run(folder: str | Path) -> GoldenRun:
 
 
 @dataclass(frozen=True, slots=True)
+class GoldenStep:
+    """What was written for the golden set at one step."""
+
+    folder: str
+    step: int
+    rows: list[GoldenCaption]
+
+    def print(self, console: Console | None = None) -> None:
+        """Reference and caption of every picture, and the symptoms of collapse."""
+        console = console or Console()
+        rows = self.rows
+        table = Table(title=_plain(f"{self.folder}: golden captions, step {self.step}"))
+        chats = any(r.category or r.prompt_text for r in rows)
+        kinds = ("category", "question") if chats else ()
+        for name in ("sample", "bucket", *kinds, "reference", "answer" if chats else "caption"):
+            table.add_column(name, overflow="fold")
+        table.add_column("exact")
+        for r in rows:
+            exact = Text("yes", "green") if exact_match(r.pred_text, r.gt_text) else Text("no", "red")
+            kind = (_plain(r.category), _plain(r.prompt_text)) if chats else ()
+            table.add_row(_plain(r.id), _plain(r.bucket), *kind, _plain(r.gt_text), _plain(r.pred_text), exact)
+        console.print(table)
+        found = collapse.symptoms([r.pred_text for r in rows], [r.gt_text for r in rows], ids=[r.id for r in rows])
+        console.print(Text(f"exact matches {_exact(rows)} of {len(rows)}"))
+        for s in found:
+            low, high = s.ci95
+            ids = ": " + ", ".join(s.ids[:5]) + (", …" if s.count > 5 else "") if s.count else ""
+            told = f"{s.name} {s.count} of {s.n} ({s.share:.0%}, 95 % interval {low:.0%} to {high:.0%}){ids}"
+            console.print(_plain(told, "yellow" if s.count else ""))
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Every picture as plain data."""
+        return [asdict(row) for row in self.rows]
+
+
+@dataclass(frozen=True, slots=True)
 class GoldenChange:
     """One picture at two steps."""
 
@@ -144,8 +179,8 @@ class GoldenDiff:
             console.print(table)
         console.print(Text(f"step {self.step_before} → {self.step_after}: {self.summary}"))
 
-    def to_json(self) -> str:
-        """Indented JSON with the summary's numbers and every picture, changed or not."""
+    def to_json(self) -> dict[str, Any]:
+        """The summary's numbers and every picture, changed or not, as plain data."""
         rows = [
             {
                 "id": r.before.id, "bucket": r.before.bucket, "image": r.before.image_relpath,
@@ -156,8 +191,7 @@ class GoldenDiff:
         ]  # fmt: skip
         sums = {"pictures": len(rows), "changed": len(self.changed)}
         pairs = {"exact_matches": self.exact, "near_identical": self.near_identical}
-        told = {"run": self.folder, "steps": (self.step_before, self.step_after), **sums, **pairs, "rows": rows}
-        return orjson.dumps(told, option=orjson.OPT_INDENT_2).decode()
+        return {"run": self.folder, "steps": (self.step_before, self.step_after), **sums, **pairs, "rows": rows}
 
 
 def diff(before: Sequence[GoldenCaption], after: Sequence[GoldenCaption]) -> list[GoldenChange]:
@@ -178,31 +212,11 @@ def diff_steps(run_folder: str | Path, step_a: Step, step_b: Step) -> GoldenDiff
     return GoldenDiff(str(run.folder), a, b, tuple(diff(run.captions(a), run.captions(b))))
 
 
-def show_step(run_folder: str | Path, step: Step = "last", console: Console | None = None) -> list[GoldenCaption]:
-    """Print reference and caption of every picture at a step, and the symptoms of collapse; gives the captions."""
-    console = console or Console()
+def show_step(run_folder: str | Path, step: Step = "last") -> GoldenStep:
+    """A run's golden captions at a step (a number, ``first`` or ``last``)."""
     run = read_run(run_folder)
     number = run.resolve(step)
-    rows = run.captions(number)
-    table = Table(title=_plain(f"{run.folder}: golden captions, step {number}"))
-    chats = any(r.category or r.prompt_text for r in rows)
-    kinds = ("category", "question") if chats else ()
-    for name in ("sample", "bucket", *kinds, "reference", "answer" if chats else "caption"):
-        table.add_column(name, overflow="fold")
-    table.add_column("exact")
-    for r in rows:
-        exact = Text("yes", "green") if exact_match(r.pred_text, r.gt_text) else Text("no", "red")
-        kind = (_plain(r.category), _plain(r.prompt_text)) if chats else ()
-        table.add_row(_plain(r.id), _plain(r.bucket), *kind, _plain(r.gt_text), _plain(r.pred_text), exact)
-    console.print(table)
-    found = collapse.symptoms([r.pred_text for r in rows], [r.gt_text for r in rows], ids=[r.id for r in rows])
-    console.print(Text(f"exact matches {_exact(rows)} of {len(rows)}"))
-    for s in found:
-        low, high = s.ci95
-        ids = ": " + ", ".join(s.ids[:5]) + (", …" if s.count > 5 else "") if s.count else ""
-        told = f"{s.name} {s.count} of {s.n} ({s.share:.0%}, 95 % interval {low:.0%} to {high:.0%}){ids}"
-        console.print(_plain(told, "yellow" if s.count else ""))
-    return rows
+    return GoldenStep(str(run.folder), number, run.captions(number))
 
 
 def _change(before: GoldenCaption, after: GoldenCaption) -> GoldenChange:

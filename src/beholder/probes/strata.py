@@ -9,9 +9,12 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from beholder.probes.loss import Groups
 from beholder.types import Example, Turn
+
+if TYPE_CHECKING:  # telling answers apart by their words needs no model
+    from beholder.probes.loss import Groups
 
 FIRST, LATER = "first turn", "later turns"
 YES_NO, NUMBER, OTHER_ANSWERS = "yes/no", "number", "other answers"

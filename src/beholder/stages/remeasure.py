@@ -31,7 +31,7 @@ from beholder.stages.run import Outcome
 from beholder.stages.session import Session, open_session
 from beholder.train import checkpoint, restore, same_run
 from beholder.train.distributed import init_distributed, shutdown_distributed
-from beholder.types import UserError
+from beholder.types import CONDITIONS, UserError
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,10 @@ def ablate_run(
     ``words``: also which words lose most without the image. The losses of every sample and token go to
     ``qual/step_N_ablationM.jsonl``.
     """
+    wrong = [c for c in CONDITIONS if c != "correct"]
+    for name in conditions or []:
+        if name not in wrong:
+            raise UserError(f"--condition {name}: expected one of {', '.join(wrong)}")
     more = [] if num_samples is None else [f"ablation.num_samples={num_samples}"]
     more += [] if conditions is None else [f"ablation.conditions={list(conditions)}"]
     with reopen(folder, [*overrides, *more]) as opened:

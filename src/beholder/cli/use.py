@@ -1,0 +1,107 @@
+"""A trained model at work, and what its answers are worth."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from beholder.cli.common import Device, PartSets, RunArg, app, example, progress_line, tell
+
+
+@app.command(
+    epilog=example('beholder generate outputs/quickstart/instruct --image a.png --prompt "What colour is it?"')
+)
+def generate(
+    run_folder: RunArg,
+    image: Annotated[list[Path] | None, typer.Option(help="An image file. Repeatable.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text after the image; a captioning run has an instruction of its own.")
+    ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help='Many at once: {"id", "image", "prompt" or "messages"} a line, or a VQA question file.',
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="With --from: answers, a line of JSON each. What it answers already is skipped.")
+    ] = None,
+    image_root: Annotated[Path | None, typer.Option(help="With --from: folder of the images; default FILE's.")] = None,
+    image_pattern: Annotated[
+        str | None, typer.Option(help="With --from: file name of an image_id, as in COCO_val2014_{image_id:012d}.jpg.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --from: questions at a time.")] = 8,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.9,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    device: Device = "auto",
+    sets: PartSets = None,
+) -> None:
+    """Say what a trained run sees in an image, or answer a file of questions.
+
+    Python: beholder.load(RUN).generate(image, prompt); beholder.use.generate.generate for files.
+    """
+    from beholder.use.generate import generate as ask
+
+    told = ask(
+        run_folder, image or [], prompt, questions=questions, out=out, image_root=image_root,
+        image_pattern=image_pattern, batch_size=batch_size, temperature=temperature, top_p=top_p,
+        max_new_tokens=max_new_tokens, seed=seed, device=device, overrides=sets or [], progress=progress_line(),
+    )  # fmt: skip
+    tell(told, stderr=questions is not None)
+
+
+@app.command(epilog=example("beholder chat outputs/quickstart/instruct --image data/quickstart/data/images/test/0.png"))
+def chat(
+    run_folder: RunArg,
+    image: Annotated[Path | None, typer.Option(help="What to talk about; /image FILE changes it.")] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told before everything else.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.9,
+    seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
+    device: Device = "auto",
+    sets: PartSets = None,
+) -> None:
+    """Talk to a trained run about an image. /help lists the commands; Ctrl-C stops an answer, a second one leaves.
+
+    Standard input may be a pipe: every line is said in turn, answers go to standard output, the rest to standard error.
+    Python: beholder.load(RUN).chat(messages, image), .stream(messages, image).
+    """
+    from beholder.use.chat import Conversation, talk
+    from beholder.use.vlm import load
+
+    conversation = Conversation(
+        load(run_folder, device=device, overrides=sets or []), image, system, max_new_tokens, temperature, top_p, seed
+    )
+    talk(conversation, source=sys.stdin, out=sys.stdout, notes=sys.stderr)
+
+
+@app.command(epilog=example("beholder score vqa --predictions answers.jsonl --references v2_val2014_annotations.json"))
+def score(
+    kind: Annotated[
+        Literal["vqa", "pope", "caption"],
+        typer.Argument(metavar="KIND", help="vqa: official VQA accuracy. pope: yes and no. caption: BLEU, CIDEr, …"),
+    ],
+    predictions: Annotated[
+        Path, typer.Option(metavar="FILE", help="Answers, JSON or a line each, e.g. of beholder generate --from.")
+    ],
+    references: Annotated[Path, typer.Option(metavar="FILE", help="What is right: annotation file, or a line each.")],
+    json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+) -> None:
+    """Score a file of answers against references, with the arithmetic that runs are scored with. No model is loaded.
+
+    Predictions: {"question_id": 1, "answer": "yes"} a line or in a JSON array; caption: {"image_id": 1, "caption": "A
+    dog."}. References: VQA's, COCO's or GQA's own files, or {"question_id": 1, "answers": ["yes", …]} a line.
+
+    Python: beholder.use.score.score_files.
+    """
+    from beholder.use.score import score_files
+
+    tell(score_files(kind, predictions, references), json)
