@@ -61,8 +61,9 @@ def test_what_the_help_says_is_behind_a_command_is_there() -> None:
 
 
 def test_the_choices_of_the_command_line_are_those_of_the_functions_behind() -> None:
-    from beholder import config, remeasure
+    from beholder import config
     from beholder.prepare import packages
+    from beholder.stages import remeasure
     from beholder.use import score
 
     def choices(function: Any, parameter: str) -> tuple[str, ...]:
@@ -72,7 +73,6 @@ def test_the_choices_of_the_command_line_are_those_of_the_functions_behind() -> 
 
     settings = config.RunConfig
     assert choices(cli.before.check, "dataset") == typing.get_args(config.DatasetKind)
-    assert choices(cli.before.check, "stage") == choices(settings, "stage")
     assert choices(cli.use.generate, "device") == choices(settings, "device")
     assert choices(cli.use.score, "kind") == typing.get_args(score.Kind)
     assert choices(cli.before.prepare, "name") == choices(packages.prepare, "name")

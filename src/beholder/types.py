@@ -38,10 +38,10 @@ class Status(StrEnum):
 DatasetKind = Literal["jsonl", "llava_pretrain", "llava_instruct", "sharegpt", "vqa", "gqa", "webdataset", "parquet"]
 """What a record file holds; here, where the command line can read it without loading the settings.
 
-jsonl: ``{"id","images":[…],"caption" | "messages" | "conversations","source"}`` a line. llava_pretrain: one JSON array of
-conversations. llava_instruct: the same shape, multi-turn. sharegpt: conversations with system turns, as a JSON array or
-a record a line. vqa: VQA-v2's or OK-VQA's question file, with its annotation file. gqa: GQA's question file. webdataset:
-tar shards. parquet: rows with image bytes.
+jsonl: ``{"id","images":[…],"caption" | "messages" | "conversations","source"}`` a line. llava_pretrain: one JSON array
+of conversations. llava_instruct: the same shape, multi-turn. sharegpt: conversations with system turns, as a JSON array
+or a record a line. vqa: VQA-v2's or OK-VQA's question file, with its annotation file. gqa: GQA's question file.
+webdataset: tar shards. parquet: rows with image bytes.
 """
 
 
