@@ -187,7 +187,7 @@ ALIGN = Stage(
         "written",
         "questions",
         "guessable",
-    ),
+    ),  # fmt: skip
     evaluates_saves=False,
     gates=GATES,
 )
@@ -219,7 +219,7 @@ INSTRUCT = Stage(
         "guessable",
         "retained",
         "merges",
-    ),
+    ),  # fmt: skip
     evaluates_saves=True,
     gates=INSTRUCT_GATES,
 )
