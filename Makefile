@@ -24,7 +24,7 @@ help: ## This list
 quickstart: $(VENV)/.run ## Train a connector between a real LLM and a real vision tower, and show the evidence (minutes)
 	$(BIN)/beholder quickstart $(ARGS)
 
-# One worker per core (tests/conftest.py counts them; ARGS="-n 0" is one process, for a debugger). Each worker begins
+# A worker per core (tests/conftest.py counts them; ARGS="-n 0" is one process, for a debugger). Each worker begins
 # with an unbroken stretch of the tests and, when it is through, steals the far half of what another has left. So the
 # cores stay busy to the end, whatever single tests weigh, and neighbours mostly stay together: few fixtures are built
 # twice. Whole files (loadfile) would leave a core idle behind the heaviest one; single tests (load) would build every
