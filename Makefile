@@ -24,13 +24,13 @@ help: ## This list
 quickstart: $(VENV)/.run ## Train a connector between a real LLM and a real vision tower, and show the evidence (minutes)
 	$(BIN)/beholder quickstart $(ARGS)
 
-# A worker per core (tests/conftest.py counts them; ARGS="-n 0" is one process, for a debugger). Each worker begins
-# with an unbroken stretch of the tests and, when it is through, steals the far half of what another has left. So the
-# cores stay busy to the end, whatever single tests weigh, and neighbours mostly stay together: few fixtures are built
+# A worker per core, up to four (tests/conftest.py counts them); ARGS="-n 0" is one process, for a debugger. Each worker
+# begins with an unbroken stretch of the tests and, when it is through, steals the far half of what another has left. So
+# the cores stay busy to the end, whatever single tests weigh, and neighbours mostly stay together: few fixtures are built
 # twice. Whole files (loadfile) would leave a core idle behind the heaviest one; single tests (load) would build every
 # fixture on every worker.
 .PHONY: test
-test: $(VENV)/.dev ## The tests that need neither a GPU nor much time, on all cores
+test: $(VENV)/.dev ## The tests that need neither a GPU nor much time, on up to four cores
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --dist worksteal $(ARGS)
 
 .PHONY: test-slow
