@@ -24,9 +24,14 @@ help: ## This list
 quickstart: $(VENV)/.run ## Train a connector between a real LLM and a real vision tower, and show the evidence (minutes)
 	$(BIN)/beholder quickstart $(ARGS)
 
+# A worker per core, up to four (tests/conftest.py counts them); ARGS="-n 0" is one process, for a debugger. Each worker
+# begins with an unbroken stretch of the tests and, when it is through, steals the far half of what another has left. So
+# the cores stay busy to the end, whatever single tests weigh, and neighbours mostly stay together: few fixtures are built
+# twice. Whole files (loadfile) would leave a core idle behind the heaviest one; single tests (load) would build every
+# fixture on every worker.
 .PHONY: test
-test: $(VENV)/.dev ## The tests that need neither a GPU nor much time
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+test: $(VENV)/.dev ## The tests that need neither a GPU nor much time, on up to four cores
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --dist worksteal $(ARGS)
 
 .PHONY: test-slow
 test-slow: $(VENV)/.dev ## The long tests (crash and resume at random instants, real downloads, …)
@@ -79,12 +84,16 @@ $(VENV)/.build: requirements-build.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-build.lock
 	@touch $@
 
+# Byte code is compiled here, once. Many images set PYTHONDONTWRITEBYTECODE, and then Python would compile the hundreds
+# of modules of transformers and timm anew at every start. pip compiles unasked. Python sees by its time that a source
+# file has changed, and does not use what was compiled from the old one.
 define install
 @echo "[install] $(1)"
-@$(UV_PIP) install --quiet --require-hashes -r $(1) || { \
+@$(UV_PIP) install --quiet --compile-bytecode --require-hashes -r $(1) || { \
   echo "[install] uv could not install $(1); trying pip, which takes some minutes" >&2; \
   $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(1); }
 @$(UV_PIP) install --quiet --no-deps --no-build-isolation -e .
+@$(BIN)/python -m compileall -q src
 endef
 
 $(VENV)/.run: $(VENV)/.build requirements.lock pyproject.toml

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread per process, in what the tests start as well: the workers of pytest-xdist share the cores already.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network must fail here as it would elsewhere
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -28,12 +29,25 @@ import orjson
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, settings
 
 from beholder.config import RunConfig
 from beholder.config.file import parse_config
 from beholder.prepare.tiny import colour_source, tiny_llm, tiny_vision
 
 torch.set_num_threads(1)
+
+# How long an example takes depends on what runs beside it: a busy machine is no failure.
+settings.register_profile("any machine", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """A worker per core that this process may use: xdist counts the machine's where psutil is installed. At most 4, as
+    each comes to hold 2.5 GB; ``-n 16`` asks for more."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 4)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -162,6 +162,8 @@ class Stage:
     best: BestRule = BestRule()
 
 
+MEASURED_EVERYWHERE = ("losses", "truncated", "learned", "golden", "ablation", "words", "written")
+
 ALIGN = Stage(
     name="align",
     is_meant=lambda model: True,
@@ -177,17 +179,7 @@ ALIGN = Stage(
     conditions=("correct", "shuffled", "zero"),
     golden_size=32,
     golden_by="length",
-    measures=(
-        "losses",
-        "truncated",
-        "learned",
-        "golden",
-        "ablation",
-        "words",
-        "written",
-        "questions",
-        "guessable",
-    ),  # fmt: skip
+    measures=(*MEASURED_EVERYWHERE, "questions", "guessable"),
     evaluates_saves=False,
     gates=GATES,
 )
@@ -208,18 +200,7 @@ INSTRUCT = Stage(
     conditions=("correct", "shuffled", "none"),
     golden_size=64,
     golden_by="category",
-    measures=(
-        "losses",
-        "truncated",
-        "learned",
-        "golden",
-        "ablation",
-        "words",
-        "written",
-        "guessable",
-        "retained",
-        "merges",
-    ),  # fmt: skip
+    measures=(*MEASURED_EVERYWHERE, "guessable", "retained", "merges"),
     evaluates_saves=True,
     gates=INSTRUCT_GATES,
 )
