@@ -34,7 +34,7 @@ from beholder.data.collate import Layout, Sample, collate
 from beholder.data.images import ImagePipeline
 from beholder.model.build import build_vlm
 from beholder.model.connector import build_connector
-from beholder.model.plan import ALIGN, apply_train_plan, param_groups
+from beholder.model.plan import TrainPlan, apply_train_plan, param_groups
 from beholder.model.vlm import VisionLanguageModel
 from beholder.prepare.packages import Assets, prepare_quickstart
 from beholder.types import Example, ImageInput, ImageRef, Turn
@@ -97,7 +97,7 @@ def train(
         cfg, num_patches=g.num_patches, d_vision=g.d_vision, d_text=model.language.d_text,
         embed_rms=model.language.embed_rms, seed=seed,
     )  # fmt: skip
-    apply_train_plan(model, ALIGN)
+    apply_train_plan(model, TrainPlan())
     with torch.no_grad():
         tokens = torch.nn.functional.normalize(model.visual_tokens(train_set[0][2])[0].float(), dim=-1)
     n = tokens.shape[0]

@@ -45,7 +45,7 @@ from beholder.data import Data, build_data
 from beholder.data.collate import Layout, Sample, collate_window
 from beholder.model import adapters
 from beholder.model.build import build_vlm
-from beholder.model.plan import INSTRUCT, apply_train_plan, param_groups
+from beholder.model.plan import TrainPlan, apply_train_plan, param_groups
 from beholder.model.vision import VisionTower
 from beholder.model.vlm import VisionLanguageModel
 from beholder.model.weights import DTYPES, quiet_transformers
@@ -332,7 +332,7 @@ class Ours:
         self.variant = variant
         self.model = fresh_model(cfg)
         adapters.load_adapter_tensors(self.model.language, adapters.adapter_tensors(start.language))
-        apply_train_plan(self.model, INSTRUCT)
+        apply_train_plan(self.model, TrainPlan(language="lora"))
         self.model.drop_vision()
         t = cfg.train
         self.optimizer = build_optimizer(

@@ -286,7 +286,7 @@ class TokenLosses:
 
 
 class FeatureReader(Protocol):
-    """Looks up stored tower features. Implemented by `features.FeatureStore`; `data` only sees this."""
+    """Looks up stored tower features. Implemented by `store.features.FeatureStore`; `data` only sees this."""
 
     def read(self, ref: ImageRef) -> torch.Tensor | None:
         """bf16 [P, Dv], or None when the image is not stored."""

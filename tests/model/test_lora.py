@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from beholder.config import STAGES, LoraConfig
 from beholder.model import adapted_linear, adapters, placement
 from beholder.model.language import LanguageModel
-from beholder.model.plan import ALIGN, INSTRUCT, apply_train_plan, frozen_fingerprint, param_groups, plan_of
+from beholder.model.plan import TrainPlan, apply_train_plan, frozen_fingerprint, param_groups, plan_of
 from beholder.model.vlm import VisionLanguageModel
 from beholder.types import UserError
 
@@ -158,7 +158,7 @@ def test_fresh_adapters_change_no_logit_and_no_weight_of_the_base(build: Build, 
 
     assert torch.equal(adapted.text_logits(IDS), plain.text_logits(IDS))
     for model in (plain, adapted):
-        apply_train_plan(model, INSTRUCT if model.adapters else ALIGN)
+        apply_train_plan(model, TrainPlan(language="lora") if model.adapters else TrainPlan())
     assert frozen_fingerprint(adapted) == frozen_fingerprint(plain)
     assert adapted.connector_info() == plain.connector_info()
 
@@ -328,7 +328,7 @@ def test_the_16_bit_computation_has_the_gradients_of_the_plain_formula(build: Bu
 
 
 def test_gradients_reach_connector_and_every_adapter_and_no_other_weight(adapted: Built) -> None:
-    apply_train_plan(adapted.model, INSTRUCT)
+    apply_train_plan(adapted.model, TrainPlan(language="lora"))
 
     grads = gradients_of(adapted)
 
@@ -339,7 +339,7 @@ def test_gradients_reach_connector_and_every_adapter_and_no_other_weight(adapted
 
 
 def test_packing_changes_neither_losses_nor_adapter_gradients(adapted: Built) -> None:
-    apply_train_plan(adapted.model, INSTRUCT)
+    apply_train_plan(adapted.model, TrainPlan(language="lora"))
     found = []
     for packing in (False, True):
         adapted.model.zero_grad()
@@ -356,7 +356,7 @@ def test_packing_changes_neither_losses_nor_adapter_gradients(adapted: Built) ->
 
 
 def test_an_adapters_gradient_agrees_with_finite_differences(adapted: Built) -> None:
-    apply_train_plan(adapted.model, INSTRUCT)
+    apply_train_plan(adapted.model, TrainPlan(language="lora"))
     batch = adapted.batch()
     grads = gradients_of(adapted)
     draw = torch.Generator().manual_seed(2)
@@ -388,7 +388,7 @@ def test_gradient_checkpointing_leaves_gradients_equal_with_dropout_on(build: Bu
             precision=precision, gradient_checkpointing=checkpointing, lora=ON.model_copy(update={"dropout": 0.3})
         )
         stirred(built.model.language)
-        apply_train_plan(built.model, INSTRUCT)
+        apply_train_plan(built.model, TrainPlan(language="lora"))
         found.append(gradients_of(built))
 
     plain, checkpointed = found
@@ -400,7 +400,7 @@ def test_gradient_checkpointing_keeps_fewer_activations_of_a_frozen_base(build: 
     kept = []
     for checkpointing in (False, True):
         built = build(gradient_checkpointing=checkpointing, lora=ON)
-        apply_train_plan(built.model, INSTRUCT)
+        apply_train_plan(built.model, TrainPlan(language="lora"))
         saved: dict[int, int] = {}
 
         def keep(t: Tensor, saved: dict[int, int] = saved) -> Tensor:
@@ -421,7 +421,7 @@ def test_gradient_checkpointing_keeps_fewer_activations_of_a_frozen_base(build: 
 
 def test_with_adapters_off_logits_are_the_bases_bit_for_bit_and_on_they_are_back(build: Build, adapted: Built) -> None:
     model, base = adapted.model, build().model
-    apply_train_plan(model, INSTRUCT)
+    apply_train_plan(model, TrainPlan(language="lora"))
     model.eval()
     on = model.text_logits(IDS)
     assert not torch.equal(on, base.text_logits(IDS))
@@ -456,7 +456,7 @@ def test_a_model_without_adapters_can_be_asked_to_switch_them_off(tiny: Built) -
 def test_merged_logits_agree_and_the_base_is_restored_bit_for_bit(build: Build, precision: str) -> None:
     model = build(precision=precision, lora=ON).model
     stirred(model.language, 0.02)
-    apply_train_plan(model, INSTRUCT)
+    apply_train_plan(model, TrainPlan(language="lora"))
     model.eval()
     before, on = frozen_fingerprint(model), model.text_logits(IDS).float()
 
@@ -564,7 +564,7 @@ def test_a_merged_folder_loads_without_peft_and_has_the_adapted_logits(adapted: 
 def test_instruct_trains_connector_and_adapters_and_the_table_has_a_row_for_them(adapted: Built) -> None:
     model: VisionLanguageModel = adapted.model
 
-    table = apply_train_plan(model, INSTRUCT)
+    table = apply_train_plan(model, TrainPlan(language="lora"))
 
     rows = {r.part: r for r in table.rows}
     assert list(rows) == ["vision", "connector", "language", "lora"]
@@ -575,7 +575,7 @@ def test_instruct_trains_connector_and_adapters_and_the_table_has_a_row_for_them
 
 
 def test_the_adapters_have_a_group_with_their_own_rate_and_decay(adapted: Built) -> None:
-    apply_train_plan(adapted.model, INSTRUCT)
+    apply_train_plan(adapted.model, TrainPlan(language="lora"))
 
     groups = param_groups(adapted.model, {"connector": 1e-4, "lora": 5e-5}, {"connector": 0.01, "lora": 0.0})
 
@@ -597,14 +597,14 @@ def test_the_plan_follows_the_config_and_contradictions_are_refused(build: Build
             connector=ConnectorConfig(trainable=trainable), lora=LoraConfig(enable=enable),
         )  # fmt: skip
 
-    assert plan_of(cfg(True, True), STAGES["instruct"]) == INSTRUCT
+    assert plan_of(cfg(True, True), STAGES["instruct"]) == TrainPlan(language="lora")
     assert plan_of(cfg(False, True), STAGES["instruct"]).connector == "frozen"
     assert plan_of(cfg(True, False), STAGES["instruct"]).language == "frozen"
-    assert plan_of(cfg(True, False), STAGES["align"]) == ALIGN
+    assert plan_of(cfg(True, False), STAGES["align"]) == TrainPlan()
     with pytest.raises(UserError, match=r"model\.lora\.enable is true, but stage align"):
         plan_of(cfg(True, True), STAGES["align"])
     with pytest.raises(UserError, match="the language model has none"):
-        apply_train_plan(build().model, INSTRUCT)
+        apply_train_plan(build().model, TrainPlan(language="lora"))
 
 
 def test_adapters_alone_learn_when_the_connector_is_frozen(adapted: Built) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from beholder.model.plan import ALIGN, TrainPlan, apply_train_plan, frozen_fingerprint, param_groups
+from beholder.model.plan import TrainPlan, apply_train_plan, frozen_fingerprint, param_groups
 from beholder.model.weights import hash_tensors, sketch_module
 from beholder.types import UserError
 
@@ -16,7 +16,7 @@ from .conftest import Build
 
 def test_align_trains_the_connector_alone_and_the_table_says_so(build: Build) -> None:
     model = build().model
-    table = apply_train_plan(model, ALIGN)
+    table = apply_train_plan(model, TrainPlan())
 
     counts = {r.part: (r.params, r.trainable) for r in table.rows}
     for part, (params, trainable) in counts.items():
@@ -29,7 +29,7 @@ def test_align_trains_the_connector_alone_and_the_table_says_so(build: Build) ->
 
 def test_groups_hold_every_trainable_weight_once_and_decay_matrices_only(build: Build) -> None:
     model = build().model
-    apply_train_plan(model, ALIGN)
+    apply_train_plan(model, TrainPlan())
 
     groups = param_groups(model, {"connector": 1e-4}, {"connector": 0.01})
 
@@ -57,7 +57,7 @@ def test_nothing_trainable_is_an_error(build: Build) -> None:
 
 def test_the_fingerprint_sees_one_bit_of_one_frozen_weight(build: Build) -> None:
     model = build().model
-    apply_train_plan(model, ALIGN)
+    apply_train_plan(model, TrainPlan())
     before = frozen_fingerprint(model)
     assert frozen_fingerprint(model) == before
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from beholder.config import ResamplerConfig
 from beholder.data.collate import Layout, collate
-from beholder.model.plan import ALIGN, apply_train_plan, frozen_fingerprint, param_groups
+from beholder.model.plan import TrainPlan, apply_train_plan, frozen_fingerprint, param_groups
 from beholder.types import Batch, Encoded, ImageInput, TokenLosses, UserError
 
 from .conftest import CAPTIONS, PAIRS, Build, Built
@@ -97,7 +97,7 @@ def test_every_target_sees_its_own_image_and_no_other_samples(tiny: Built) -> No
 
 def test_training_changes_exactly_the_declared_weights(build: Build) -> None:
     built = build()
-    table = apply_train_plan(built.model, ALIGN)
+    table = apply_train_plan(built.model, TrainPlan())
     before = {n: p.detach().clone() for n, p in built.model.named_parameters()}
     frozen, ids = frozen_fingerprint(built.model), torch.randint(0, 200, (2, 30))
     logits = built.model.text_logits(ids)
@@ -119,7 +119,7 @@ def test_training_changes_exactly_the_declared_weights(build: Build) -> None:
 
 def test_frozen_parts_stay_in_eval_mode_while_training(build: Build) -> None:
     built = build(projector={"dropout": 0.5})
-    apply_train_plan(built.model, ALIGN)
+    apply_train_plan(built.model, TrainPlan())
 
     assert built.model.connector.training
     assert not any(m.training for part in ("vision", "language") for m in getattr(built.model, part).modules())
@@ -255,7 +255,7 @@ class CastsOf(TorchDispatchMode):
 
 def test_a_bf16_step_casts_no_frozen_weight_and_each_connector_weight_once(build: Build) -> None:
     built = build(precision="bf16")
-    apply_train_plan(built.model, ALIGN)
+    apply_train_plan(built.model, TrainPlan())
     batch = built.batch()
     frozen = [p for p in built.model.parameters() if not p.requires_grad]
     learns = list(built.model.connector.parameters())
@@ -285,7 +285,7 @@ def test_bf16_losses_are_close_to_fp32(build: Build) -> None:
 def test_gradient_checkpointing_recomputes_layers_and_keeps_gradients(build: Build) -> None:
     plain, saving = build(), build(gradient_checkpointing=True)
     batch = plain.batch()
-    apply_train_plan(saving.model, ALIGN)
+    apply_train_plan(saving.model, TrainPlan())
     calls = []
     for layer in saving.model.language.decoder.layers:
         layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
@@ -349,7 +349,7 @@ def test_every_resampler_trains_through_the_language_model(build: Build, kind: s
         num_visual_tokens=tokens,
         resampler=ResamplerConfig(kind=kind, num_heads=4),  # type: ignore[arg-type]
     )
-    apply_train_plan(built.model, ALIGN)
+    apply_train_plan(built.model, TrainPlan())
     optimizer = torch.optim.AdamW(param_groups(built.model, 3e-3, 0.0))
     batch: Batch = built.batch(CAPTIONS[:3])
     losses = []

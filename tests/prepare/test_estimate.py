@@ -21,7 +21,7 @@ from beholder.model.adapters import adapter_parameters, attach
 from beholder.model.build import build_vlm
 from beholder.model.connector import build_connector
 from beholder.model.language import load_language
-from beholder.model.plan import ALIGN, apply_train_plan, plan_of
+from beholder.model.plan import TrainPlan, apply_train_plan, plan_of
 from beholder.model.vision import load_vision
 from beholder.prepare import estimate
 from beholder.prepare.estimate import (
@@ -72,7 +72,7 @@ def test_shapes_and_trainable_table_are_those_of_the_loaded_model(tmp_path, tiny
 
     found = plan(cfg, measure=False)
     model, _ = build_vlm(cfg.model, compute_precision="fp32", device=CPU, seed=0)
-    table = apply_train_plan(model, ALIGN)
+    table = apply_train_plan(model, TrainPlan())
 
     assert found.trainable.to_json() == table.to_json()
     assert found.vision and found.language and found.connector

@@ -27,7 +27,7 @@ from beholder.config import FeaturesConfig, RunConfig
 from beholder.data import build_data
 from beholder.data.images import ImagePipeline
 from beholder.model.build import build_vlm
-from beholder.model.plan import ALIGN, apply_train_plan
+from beholder.model.plan import TrainPlan, apply_train_plan
 from beholder.model.vision import load_vision
 from beholder.store import features as features_module
 from beholder.store import rows
@@ -553,7 +553,7 @@ def test_whatever_happens_to_its_files_a_store_answers_right_or_not_at_all(tmp_p
 def train(cfg: RunConfig, store: FeatureStore | None, steps: int = 6) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses per token of each step and the trained connector, through the run's own stream."""
     model, tokenizer = build_vlm(cfg.model, compute_precision=cfg.train.precision, device=torch.device("cpu"), seed=0)
-    apply_train_plan(model, ALIGN)
+    apply_train_plan(model, TrainPlan())
     data = build_data(cfg, tokenizer, model.geometry, model.num_visual_tokens)
     if store is not None:
         assert model.vision is not None

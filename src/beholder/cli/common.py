@@ -34,12 +34,12 @@ ORDER = (
     "quickstart", "run", "prepare", "check", "preview", "plan", "generate", "chat", "score", "evaluate", "ablate",
     "audit", "sweep", "compare", "report", "doctor", "schema", "golden",
 )  # fmt: skip
-"""The commands as a person meets them, whatever file they stand in."""
+"""The commands as a person meets them, whatever file they stand in; one that is missing here comes last."""
 
 
 class _InOrder(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(super().list_commands(ctx), key=ORDER.index)
+        return sorted(super().list_commands(ctx), key=lambda name: (*ORDER, name).index(name))
 
 
 app = typer.Typer(

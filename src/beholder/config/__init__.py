@@ -1,11 +1,13 @@
 """The one config schema: every setting of every stage, its type, default, unit and meaning, and how it is read.
 
     section           what every group of settings has in common
-    parts data run    the settings themselves
-    stages            what tells the stages apart
+    parts             the model's settings
+    data              the data's, the feature store's, and how a sample is laid out
+    run               training, evaluation, ablation, and `RunConfig`, which holds every section
+    stages            here a stage is added: one record each, with its gates
     studies           several runs as one question
-    file              YAML -> `RunConfig`, overrides, the dump that loads back, hash, difference, JSON schema
-    tree validate     YAML -> plain data with places -> config, or everything that is wrong, as ``file:line:col``
+    file              the door: a config file and overrides in, and out again; hash, difference, JSON schema
+    tree validate     what is behind it: YAML -> data with places -> config, or everything wrong as ``file:line:col``
     inert wording     settings without effect; what a setting takes and which name was meant
 
 The field docstrings become the JSON schema's descriptions (``beholder schema``), so an editor shows them.
@@ -13,6 +15,7 @@ The field docstrings become the JSON schema's descriptions (``beholder schema``)
 
 from beholder.config.data import (
     CAPTION_SPAM,
+    CARRIES_IMAGES,
     DataConfig,
     FeaturesConfig,
     HygieneConfig,
@@ -45,10 +48,10 @@ from beholder.config.studies import SCALES, SweepConfig
 from beholder.types import DatasetKind
 
 __all__ = [
-    "CAPTION_SPAM", "SCALES", "STAGES", "AblationConfig", "BestRule", "Cadence", "ConnectorConfig", "DataConfig",
-    "DatasetKind", "Decided", "EvalConfig", "FeaturesConfig", "Fraction", "GateConfig", "GenerateConfig",
-    "HygieneConfig", "HygieneLimits", "LearningRates", "LlmConfig", "LoraConfig", "ModelConfig", "PerGroup",
-    "Positive", "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig", "Section", "SourceConfig",
-    "Stage", "StageName", "SweepConfig", "TrainConfig", "VisionConfig", "WeightDecays", "decided_by", "settings",
-    "usual_gate",
+    "CAPTION_SPAM", "CARRIES_IMAGES", "SCALES", "STAGES", "AblationConfig", "BestRule", "Cadence",
+    "ConnectorConfig", "DataConfig", "DatasetKind", "Decided", "EvalConfig", "FeaturesConfig", "Fraction",
+    "GateConfig", "GenerateConfig", "HygieneConfig", "HygieneLimits", "LearningRates", "LlmConfig", "LoraConfig",
+    "ModelConfig", "PerGroup", "Positive", "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig",
+    "Section", "SourceConfig", "Stage", "StageName", "SweepConfig", "TrainConfig", "VisionConfig", "WeightDecays",
+    "decided_by", "settings", "usual_gate",
 ]  # fmt: skip

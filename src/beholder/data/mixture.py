@@ -1,7 +1,7 @@
 """The order of training: position p = 0, 1, 2 … → example, as a pure function of (seed, epoch, data, p).
 
-No state, so a resume, another worker count or another world size start anywhere and see the same samples (FACTS.md,
-"Crash, resume, storage"). What goes into train at all is decided in `splits`; batches are made in `collate`.
+No state, so a resume, another worker count or another world size start anywhere and see the same samples. What goes
+into train at all is decided in `splits`; batches are made in `collate`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on the language model: the only door to peft.
 
-Which layers get one is resolved here into an explicit list, and refused when a pattern hits nothing or something else.
-Attaching, switching off, merging, reading and writing adapters all live here; the base's weights are never changed.
-What learns is `plan`'s business, files are `train.checkpoint`'s. Importing it takes seconds (peft brings transformers):
-others import it where they use it.
+Which layers get one is resolved in `placement`, the layer itself is `adapted_linear`'s. Attaching, switching off,
+merging, reading and writing adapters all live here; the base's weights are never changed. What learns is `plan`'s
+business, files are `train.checkpoint`'s. Importing it takes seconds (peft brings transformers): others import it where
+they use it.
 """
 
 import math

@@ -19,13 +19,13 @@ from beholder.types import UserError
 
 
 class Adapted(Protocol):
-    """A layer with an adapter, as far as the language model knows it (`model.lora.AdaptedLinear`)."""
+    """A layer with an adapter, as far as the language model knows it (`model.adapted_linear.AdaptedLinear`)."""
 
     def learn(self, mode: bool, /) -> None: ...
 
 
 class LanguageModel(nn.Module):
-    """A causal LM with frozen weights, used from embeddings, with or without adapters (`model.lora`). Runs in its
+    """A causal LM with frozen weights, used from embeddings, with or without adapters (`model.adapters`). Runs in its
     storage precision; autocast is never needed nor applied.
 
     ``d_text`` is the width of its embeddings, ``vocab`` the rows of its table, ``embed_rms`` the RMS of the table.
@@ -39,7 +39,7 @@ class LanguageModel(nn.Module):
         self.decoder_checkpointing = gradient_checkpointing
         self.learning = False
         self.adapters: list[AdapterSite] = []
-        """What `model.lora.attach` put on it."""
+        """What `model.adapters.attach` put on it."""
         self.adapted: list[Adapted] = []
         """The layers that have one; of the language model only these follow the training mode."""
         freeze(self)

@@ -28,13 +28,6 @@ class TrainPlan:
     """lora: its adapters learn, its own weights do not."""
 
 
-ALIGN = TrainPlan()
-"""Stage 1: the connector learns, everything else stays bit-identical."""
-
-INSTRUCT = TrainPlan(language="lora")
-"""Stage 2: connector and adapters learn, everything else stays bit-identical."""
-
-
 def plan_of(cfg: ModelConfig, stage: Stage) -> TrainPlan:
     """What learns in ``stage``. Raises `UserError` for adapters in a stage that does not train them."""
     if cfg.lora.enable and not stage.adapters:

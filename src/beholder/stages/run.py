@@ -1,7 +1,7 @@
 """A stage from start to evidence, on one page: `train_and_measure`.
 
-Each line of it names a file of this room; what is done stands there. Which checkpoint a run starts from is written down
-in `train.checkpoint`.
+What is done stands in the files it imports from. Which checkpoint a run starts from is written down in
+`train.checkpoint`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A run's loaded parts: model, data, feature store, and who measures what with them.
 
-Here the rooms meet. What is measured in which order is `panel`'s and `measure`'s business; nothing here trains.
+Here the rooms meet. What can be measured stands in `panel`, what a stage measures in its record; nothing here trains.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The evidence of a run, put together: measurements with everything that is needed to read them, written and rendered.
 
-What is measured, and in which order, is `panel`'s and `measure`'s business; here it becomes ``evidence.json``,
+What can be measured stands in `panel`, what a stage measures in its record; here it becomes ``evidence.json``,
 ``metrics.json``, ``report.html`` and ``report.md``.
 """
 

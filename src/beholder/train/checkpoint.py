@@ -68,9 +68,9 @@ def save_checkpoint(
 
     Files go into ``.tmp-<step>-<pid>/`` and are flushed, then a manifest of sizes and hashes, then the folder; only
     then it gets its name, and only then old ones beyond the newest ``keep`` (at least 2) are removed; the one marked as
-    best never is. ``adapter`` and ``adapter_config`` (`model.lora.adapter_tensors`, `adapter_config`) come together.
-    ``trainer`` carries ``config`` (resolved, as a dict), ``config_hash`` and ``data_cursor`` besides whatever the
-    caller needs to go on. A full disk is a `UserError`; the earlier checkpoints stay as they are.
+    best never is. ``adapter`` and ``adapter_config`` (`model.adapters.adapter_tensors`, `adapter_config`) come
+    together. ``trainer`` carries ``config`` (resolved, as a dict), ``config_hash`` and ``data_cursor`` besides whatever
+    the caller needs to go on. A full disk is a `UserError`; the earlier checkpoints stay as they are.
     """
     assert keep >= 2, keep
     assert (adapter is None) == (adapter_config is None), "an adapter and its config come together"

@@ -52,8 +52,8 @@ def load_for_resume(
     checkpoint folder ``path``. ``language`` None: a run without adapters.
 
     Verifies the manifest first. Raises `UserError` for a checkpoint with adapters and a config without, or the reverse.
-    Compare ``TrainState.trainer["config"]`` with the current config (`check_same_config`) before building anything
-    large: `read_trainer` gives it without loading weights.
+    Compare ``TrainState.trainer["config"]`` with the current config (`same_run.check_same_config`) before building
+    anything large: `read_trainer` gives it without loading weights.
     """
     path = resolve_checkpoint(path, prefer="latest")
     load_adapter(path, language)

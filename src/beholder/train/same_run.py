@@ -1,4 +1,7 @@
-"""Whether a run that goes on is the same run: settings that may change, and what is behind them that may not."""
+"""Whether a run that goes on is the same run: settings that may change, and what is behind them that may not.
+
+What a setting decides is said at its own field (`config.section.decides`).
+"""
 
 from __future__ import annotations
 
