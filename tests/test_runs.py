@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from beholder.runs import RunDir, atomic_write, provenance, sha256_file, to_json, write_durably
+from beholder.runs import (
+    RunDir,
+    atomic_write,
+    hang_up_signals,
+    provenance,
+    sha256_file,
+    stop_signals,
+    to_json,
+    write_durably,
+)
 from beholder.types import Status, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -198,3 +207,21 @@ def test_provenance_says_what_code_ran_on_what(tmp_path: Path) -> None:
     assert record["versions"]["torch"] and record["hardware"]["cores"] >= 1 and record["hardware"]["ram_gb"] > 0
     assert record["git"] is None or len(record["git"]["commit"]) == 40
     assert platform.node() not in json.dumps({k: v for k, v in record.items() if k != "argv"})
+
+
+def test_a_hang_up_that_nohup_ignores_is_ignored_and_another_stops_like_a_sigterm() -> None:
+    def hung_up() -> int | None:
+        try:
+            with stop_signals():
+                os.kill(os.getpid(), signal.SIGHUP)
+        except SystemExit as e:
+            return int(str(e.code))
+        return None
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert hung_up() == 128 + signal.SIGHUP and hang_up_signals() == [signal.SIGHUP]
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert hung_up() is None and hang_up_signals() == []
+    finally:
+        signal.signal(signal.SIGHUP, before)

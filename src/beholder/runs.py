@@ -364,19 +364,23 @@ def _describe(holder: Mapping[str, Any]) -> str:
 # Signals
 
 
+def hang_up_signals() -> list[signal.Signals]:
+    """SIGHUP where there is one, unless it is ignored: nohup does so on purpose."""
+    known = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
+    return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 @contextmanager
 def stop_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP end the process like an exception, so that its record and lock are put in order.
 
-    A signal that is ignored stays so: nohup ignores SIGHUP on purpose. Inside the training loop `train.engine` takes
-    over: there they finish the step and save.
+    Inside the training loop `train.engine` takes over: there they finish the step and save.
     """
 
     def stop(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    numbers = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
+    numbers = [signal.SIGTERM, *hang_up_signals()]
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals nowhere else
         numbers = []
     previous = {number: signal.signal(number, stop) for number in numbers}

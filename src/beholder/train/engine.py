@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from beholder.config import TrainConfig
-from beholder.runs import RunDir
+from beholder.runs import RunDir, hang_up_signals
 from beholder.train.distributed import Dist
 from beholder.train.nonfinite import NonFiniteError, only, samples_with_bad_loss
 from beholder.train.objectives import Objective
@@ -374,8 +374,7 @@ class _Signals:
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
-            hang_up = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # a closed terminal: as SIGTERM
-            for number in (signal.SIGTERM, signal.SIGINT, *hang_up):
+            for number in (*hang_up_signals(), signal.SIGTERM, signal.SIGINT):  # a closed terminal: as SIGTERM
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
