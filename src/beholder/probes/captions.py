@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from beholder.evidence import Condition, Histogram, Measurement
 from beholder.probes import bootstrap, mean, measurement, share, wilson
 from beholder.probes.caption_metrics import (
+    EXACT,
     MAX_N,
     bleu_score,
     bleu_sums,
@@ -63,10 +65,9 @@ def _exact_by_stratum(
             if stratum is not None:
                 hits.setdefault(stratum, []).append(exact_match(record.prediction, record.reference))
         for stratum, right in sorted(hits.items()) if len(hits) > 1 else ():
-            out.append(share(
-                f"{name}.exact_match.correct", sum(right), len(right), better="higher", stratum=stratum, by=by,
-                caveat="case, spacing and closing punctuation ignored",
-            ))  # fmt: skip
+            out.append(
+                share(f"{name}.exact_match.correct", sum(right), len(right), stratum=stratum, by=by, caveat=EXACT)
+            )
     return out
 
 
@@ -75,7 +76,7 @@ def chance(records: Sequence[Written], name: str = "caption") -> Measurement:
     first = records[0].condition
     references = Counter(normalize(r.reference) for r in records if r.condition == first)
     return share(
-        f"{name}.exact_match.chance", max(references.values()), references.total(), better="none",
+        f"{name}.exact_match.chance", max(references.values()), references.total(),
         caveat="always writing the most frequent reference; a model that does not look can reach this",
     )  # fmt: skip
 
@@ -106,29 +107,22 @@ def _conditions(records: Sequence[Written]) -> list[Condition]:
 
 def _score_condition(records: Sequence[Written], name: str, condition: Condition, seed: int) -> list[Measurement]:
     n = len(records)
-    # What is good with the own image says nothing good or bad with another one; lower is then merely "more sighted".
-    usual: Literal["higher", "none"] = "higher" if condition == "correct" else "none"
-    out: list[Measurement] = []
-
-    def add(metric: str, value: float, ci: Any, unit: str, better: Any = usual, caveat: str | None = None) -> None:
-        full = f"{name}.{metric}.{condition}"
-        out.append(measurement(full, value, unit=unit, better=better, n=n, ci95=ci, caveat=caveat))
-
-    for metric, value, unit, ci, caveat in match_scores(
-        [r.prediction for r in records], [[r.reference] for r in records], seed
-    ):
-        add(metric, value, ci, unit, caveat=caveat)
+    add = partial(measurement, n=n)
+    scores = match_scores([r.prediction for r in records], [[r.reference] for r in records], seed)
     lengths = np.array([len(tokenize(r.prediction)) for r in records], dtype=np.float64)
-    add("length", *mean(lengths, seed), "words", better="none")
-    different = len({normalize(r.prediction) for r in records})
-    wanted = len({normalize(r.reference) for r in records})
-    add("distinct", different / n, None, "share", better="none",
-        caveat=f"{different} different captions; the references have {wanted}")  # fmt: skip
-    empty = int((lengths == 0).sum())
-    add("empty", empty / n, wilson(empty, n), "share", better="lower")
-    cut = sum(not r.finished for r in records)
-    add("unfinished", cut / n, wilson(cut, n), "share", better="lower", caveat="cut off by max_new_tokens")
-    return out
+    different, wanted = (
+        len({normalize(text) for text in texts})
+        for texts in ([r.prediction for r in records], [r.reference for r in records])
+    )
+    return [
+        *(add(f"{name}.{metric}.{condition}", value, ci, caveat=caveat) for metric, value, _, ci, caveat in scores),
+        add(f"{name}.length.{condition}", *mean(lengths, seed)),
+        add(f"{name}.distinct.{condition}", different / n,
+            caveat=f"{different} different captions; the references have {wanted}"),
+        share(f"{name}.empty.{condition}", int((lengths == 0).sum()), n),
+        share(f"{name}.unfinished.{condition}", sum(not r.finished for r in records), n,
+              caveat="cut off by max_new_tokens"),
+    ]  # fmt: skip
 
 
 def match_scores(
@@ -142,7 +136,7 @@ def match_scores(
     said, refs = [tokenize(p) for p in predictions], [[tokenize(r) for r in own] for own in references]
 
     hits = sum(any(exact_match(p, r) for r in own) for p, own in zip(predictions, references, strict=True))
-    out.append(("exact_match", hits / n, "share", wilson(hits, n), "case, spacing and closing punctuation ignored"))
+    out.append(("exact_match", hits / n, "share", wilson(hits, n), EXACT))
 
     sums = bleu_sums(said, refs)
     whole = bleu_score(sums.correct.sum(0), sums.guess.sum(0), sums.length.sum(0), sums.reference_length.sum(0))

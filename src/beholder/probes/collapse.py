@@ -181,13 +181,12 @@ def measurements(found: Sequence[Symptom]) -> list[Measurement]:
         "image_independent": "same text when another image is shown",
     }
 
-    def told(name: str, s: Symptom, caveat: str | None) -> Measurement:
-        return share(f"collapse.{name}", s.count, s.n, better="lower", caveat=caveat)
-
-    rows = [told(s.name, s, joined(caveats[s.name], s.note)) for s in found]
     worst = max(found, key=lambda s: s.share)
     which = worst.name if worst.count else f"none of {', '.join(s.name for s in found)} was seen"
-    return [*rows, told("worst", worst, which)]
+    told = [(s.name, s, joined(caveats[s.name], s.note)) for s in found]
+    return [
+        share(f"collapse.{name}", s.count, s.n, caveat=caveat) for name, s, caveat in (*told, ("worst", worst, which))
+    ]
 
 
 def findings(found: Sequence[Symptom], limit: float) -> list[str]:
