@@ -113,17 +113,13 @@ def findings(measured: Sequence[Measurement]) -> list[str]:
     A ratio to a broken base says nothing.
     """
     low, high = BASE_LOSS
-    for m in measured:
-        if m.name == "retention.loss_base" and not low <= m.value <= high:
-            cause = (
-                "it may have been trained on them" if m.value < low
-                else "weights, tokenizer or precision may not be what they should be"
-            )  # fmt: skip
-            return [
-                f"On plain text the base language model's loss is {m.value:.3g} nats/token, expected {low:g} to "
-                f"{high:g}: {cause}, and what its adapters keep of it says little."
-            ]
-    return []
+    below, above = "it may have been trained on them", "weights, tokenizer or precision may not be what they should be"
+    return [
+        f"On plain text the base language model's loss is {m.value:.3g} nats/token, expected {low:g} to {high:g}: "
+        f"{below if m.value < low else above}, and what its adapters keep of it says little."
+        for m in measured
+        if m.name == "retention.loss_base" and not low <= m.value <= high
+    ]
 
 
 def _compare(model: AdaptedModel, ids: Sequence[int]) -> tuple[int, float, float, float]:

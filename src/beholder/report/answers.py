@@ -113,8 +113,9 @@ def _kinds(e: Evidence) -> list[AnswerKind]:
     }
     kinds: list[AnswerKind] = []
     for (by, stratum), found in by_stratum(e, names).items():
-        right, gains = ({names[n][1]: m for n, m in found.items() if names[n][0] == k} for k in (0, 1))
-        kinds.append(AnswerKind(by, stratum, right, gains))
+        told: list[dict[Condition, Measurement]]
+        told = [{names[n][1]: m for n, m in found.items() if names[n][0] == k} for k in (0, 1)]
+        kinds.append(AnswerKind(by, stratum, *told))
     return kinds
 
 
