@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -156,6 +156,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 # Examples → samples
 
 
+@dataclass(eq=False)
 class SampleBuilder:
     """Encodes an example and gets its images, from the feature store where they are stored, else as pixels.
 
@@ -165,21 +166,15 @@ class SampleBuilder:
     under either policy: one record must not end a run.
     """
 
-    def __init__(
-        self,
-        encoder: ChatEncoder,
-        pipeline: Callable[[ImageRef, str | None], torch.Tensor],
-        features: FeatureReader | None,
-        *,
-        on_bad_image: Literal["error", "skip"],
-        augment_seed: int | None = None,
-    ) -> None:
-        assert features is None or augment_seed is None, "stored features know nothing of augmentation"
-        self.encoder = encoder
-        self.pipeline = pipeline
-        self.features = features
-        self.on_bad_image = on_bad_image
-        self.augment_seed = augment_seed
+    encoder: ChatEncoder
+    pipeline: Callable[[ImageRef, str | None], torch.Tensor]
+    features: FeatureReader | None
+    _: KW_ONLY
+    on_bad_image: Literal["error", "skip"]
+    augment_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        assert self.features is None or self.augment_seed is None, "stored features know nothing of augmentation"
 
     def build(self, example: Example, epoch: int = 0) -> Sample:
         """One sample. Raises `UserError` (`ImageError` for an image) whose message names the record."""
@@ -247,6 +242,7 @@ WINDOW = 64
 benchmarks/instruct_step.py), and a loader process holds the images of this many at a time."""
 
 
+@dataclass(eq=False)
 class TrainStream:
     """Micro-batches of every optimizer step, for one rank.
 
@@ -257,41 +253,30 @@ class TrainStream:
     the worker count nor the world size, and a resume is ``steps(start, …)``.
     """
 
-    def __init__(
-        self,
-        mixture: Mixture,
-        builder: SampleBuilder,
-        layout: Layout,
-        *,
-        micro_batch_size: int,
-        gradient_accum: int,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        prefetch_factor: int = 2,
-        pin_memory: bool = False,
-        persistent_workers: bool = True,
-    ) -> None:
-        assert 0 <= rank < world_size, (rank, world_size)
-        self.samples_per_step = micro_batch_size * gradient_accum
-        if self.samples_per_step < world_size:
+    mixture: Mixture
+    builder: SampleBuilder
+    layout: Layout
+    _: KW_ONLY
+    micro_batch_size: int
+    gradient_accum: int
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+    prefetch_factor: int = 2
+    pin_memory: bool = False
+    persistent_workers: bool = True
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world_size, (self.rank, self.world_size)
+        self.samples_per_step = self.micro_batch_size * self.gradient_accum
+        if self.samples_per_step < self.world_size:
             raise UserError(
                 f"train.micro_batch_size x train.gradient_accum is {self.samples_per_step} samples a step, fewer than "
-                f"the {world_size} processes that share them; raise one of the two or start fewer processes"
+                f"the {self.world_size} processes that share them; raise one of the two or start fewer processes"
             )
-        self.mixture = mixture
-        self.builder = builder
-        self.layout = layout
-        self.micro_batch_size = micro_batch_size
-        self.rank = rank
-        self.world_size = world_size
-        share = math.ceil(self.samples_per_step / world_size)
-        window = max(micro_batch_size, min(share, WINDOW)) if layout.packing else micro_batch_size
+        share = math.ceil(self.samples_per_step / self.world_size)
+        window = max(self.micro_batch_size, min(share, WINDOW)) if self.layout.packing else self.micro_batch_size
         self.windows_per_step = math.ceil(share / window)
-        self.num_workers = num_workers
-        self.prefetch_factor = prefetch_factor
-        self.pin_memory = pin_memory
-        self.persistent_workers = persistent_workers
 
     def steps_for(self, num_epochs: float) -> int:
         """Steps in which every sample is seen ``num_epochs`` times; the last one may reach into the next epoch."""

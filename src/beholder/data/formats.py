@@ -76,13 +76,11 @@ class Rules:
             record = orjson.loads(raw)
         except orjson.JSONDecodeError as e:
             raise BadRecord("bad_json", f"malformed JSON at character {e.pos} of the record: {e.msg}") from None
-        if not isinstance(record, dict):
-            raise BadRecord("wrong_type", f"the record is {_kind(record)}, expected an object")
-        id = record.get("id")
+        _require(dict, record, "the record", "an object")
+        id: Any = record.get("id")
         if isinstance(id, int) and not isinstance(id, bool):
             id = str(id)
-        elif not isinstance(id, str | None):
-            raise BadRecord("wrong_type", f"id is {_kind(id)}, expected a string or an integer")
+        id = _require(str | None, id, "id", "a string or an integer")
         try:
             return self._parse(record, id)
         except BadRecord as e:
@@ -93,9 +91,7 @@ class Rules:
             raise BadRecord("bad_member", record["!"])
         if self.format.asked:
             return self._question(record, id)
-        source = record.get("source")
-        if not isinstance(source, str | None):
-            raise BadRecord("wrong_type", f"source is {_kind(source)}, expected a string")
+        source = _text_field(record, "source")
         images = record["images"] if self.format.images != "file" else image_paths(record)
         messages, interpreted = _messages(record, self.format.said_in)
         if self.chat:
@@ -116,7 +112,7 @@ class Rules:
         question_type, answer_type = _text_field(record, "question_type"), _text_field(record, "answer_type")
         answers = _answers(record)
         return Parsed(
-            id, source or "", images, messages, interpreted, in_front, answers, question_type, answer_type
+            id, source, images, messages, interpreted, in_front, answers, question_type, answer_type
         )  # fmt: skip
 
     def _require_few(self, images: list[Any]) -> None:
@@ -171,6 +167,13 @@ def _require_dialogue(messages: Sequence[tuple[Role, str]]) -> None:
             raise BadRecord("empty_answer", f"turn {k} is the assistant's and empty, so there is nothing to learn")
 
 
+def _require(kind: Any, value: object, where: str, expected: str) -> Any:
+    """``value``. Raises `BadRecord` saying what it is instead of ``expected`` when it is not of that ``kind``."""
+    if not isinstance(value, kind):
+        raise BadRecord("wrong_type", f"{where} is {_kind(value)}, expected {expected}")
+    return value
+
+
 def _answers(record: dict[str, Any]) -> tuple[str, ...]:
     value = record.get("answers")
     if value is None:
@@ -181,10 +184,7 @@ def _answers(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _text_field(record: dict[str, Any], name: str) -> str:
-    value = record.get(name)
-    if not isinstance(value, str | None):
-        raise BadRecord("wrong_type", f"{name} is {_kind(value)}, expected a string")
-    return value or ""
+    return _require(str | None, record.get(name), name, "a string") or ""
 
 
 def image_paths(record: dict[str, Any]) -> list[str]:
@@ -195,9 +195,7 @@ def image_paths(record: dict[str, Any]) -> list[str]:
     if len(given) > 1:
         raise BadRecord("wrong_type", "has both image and images, expected one of them")
     name, value = given[0]
-    paths = [value] if isinstance(value, str) else value
-    if not isinstance(paths, list):
-        raise BadRecord("wrong_type", f"{name} is {_kind(value)}, expected a path or a list of paths")
+    paths = _require(list, [value] if isinstance(value, str) else value, name, "a path or a list of paths")
     for k, path in enumerate(paths):
         if not isinstance(path, str) or not path:
             raise BadRecord("wrong_type", f"{name}[{k}] is {_kind(path)}, expected a non-empty path")
@@ -213,11 +211,8 @@ def _messages(record: dict[str, Any], allowed: Sequence[str]) -> tuple[list[tupl
     name = given[0]
     value = record[name]
     if name == "caption":
-        if not isinstance(value, str):
-            raise BadRecord("wrong_type", f"caption is {_kind(value)}, expected a string")
-        return [("assistant", value)], False
-    if not isinstance(value, list):
-        raise BadRecord("wrong_type", f"{name} is {_kind(value)}, expected a list of turns")
+        return [("assistant", _require(str, value, "caption", "a string"))], False
+    _require(list, value, name, "a list of turns")
     messages = [turn_said(turn, f"{name}[{k}]") for k, turn in enumerate(value)]
     if not any(role == "assistant" for role, _ in messages):
         raise BadRecord("no_target", f"{name} has no turn of the assistant (gpt), so there is nothing to learn")
@@ -229,16 +224,13 @@ def turn_said(turn: Any, where: str) -> tuple[Role, str]:
 
     Raises `BadRecord` naming the field below ``where``.
     """
-    if not isinstance(turn, dict):
-        raise BadRecord("wrong_type", f"{where} is {_kind(turn)}, expected an object with from and value")
+    _require(dict, turn, where, "an object with from and value")
     role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
     role, text = turn.get(role_key), turn.get(text_key)
     if not isinstance(role, str) or role not in _ROLES:
         reason = "unknown_role" if isinstance(role, str) else "wrong_type"
         raise BadRecord(reason, f"{where}.{role_key} is {_kind(role)}, expected one of {', '.join(_ROLES)}")
-    if not isinstance(text, str):
-        raise BadRecord("wrong_type", f"{where}.{text_key} is {_kind(text)}, expected a string")
-    return _ROLES[role], text
+    return _ROLES[role], _require(str, text, f"{where}.{text_key}", "a string")
 
 
 def _kind(value: object) -> str:

@@ -14,7 +14,7 @@ import json
 import os
 import stat
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
@@ -245,12 +245,12 @@ def check_exists(refs: Iterable[ImageRef]) -> Iterator[ImageError | None]:
     file below the root takes `read_bytes`' own checks. Tar members were checked while indexing; parquet cells are only
     known when they are read.
     """
-    folders = _Folders()
+    plain_size = _plain_sizes()
     for ref in refs:
         if ref.kind != "file":
             yield ImageError(ref, "empty_image", "has 0 bytes") if ref.kind == "tar" and ref.size == 0 else None
             continue
-        if folders.size(ref):
+        if plain_size(ref):
             yield None
             continue
         try:
@@ -271,7 +271,7 @@ class SameContent:
     """
 
     def __init__(self, wanted: Iterable[ImageRef]) -> None:
-        self._folders = _Folders()
+        self._plain_size = _plain_sizes()
         self._digests: dict[int, set[bytes]] = {}
         self._known: dict[ImageRef, bool] = {}
         self.hashed = 0
@@ -297,7 +297,7 @@ class SameContent:
         """Bytes, or None where only reading tells."""
         match ref.kind:
             case "file":
-                return self._folders.size(ref) or None  # 0: a symlink, perhaps
+                return self._plain_size(ref) or None  # 0: a symlink, perhaps
             case "tar":
                 return ref.size
             case "parquet":
@@ -311,19 +311,18 @@ class SameContent:
             return None
 
 
-class _Folders:
-    """Sizes of files by listing each folder once: resolving 558,000 paths one by one takes a minute."""
+def _plain_sizes() -> Callable[[ImageRef], int]:
+    """Bytes of a file that is plainly regular and below its root; 0 when it is not, or is empty.
 
-    def __init__(self) -> None:
-        self._listed: dict[tuple[str, str], dict[str, int]] = {}
+    Each folder is listed once: resolving 558,000 paths one by one takes a minute.
+    """
+    listed = functools.cache(_regular_files)
 
-    def size(self, ref: ImageRef) -> int:
-        """Bytes of a file that is plainly regular and below its root; 0 when it is not, or is empty."""
+    def size(ref: ImageRef) -> int:
         folder, name = os.path.split(ref.path)
-        sizes = self._listed.get((ref.root, folder))
-        if sizes is None:
-            sizes = self._listed[ref.root, folder] = _regular_files(ref.root, folder)
-        return sizes.get(name, 0)
+        return listed(ref.root, folder).get(name, 0)
+
+    return size
 
 
 def _regular_files(root: str, folder: str) -> dict[str, int]:
@@ -473,27 +472,27 @@ def _to_rgb(image: Image.Image, name: ImageRef | str) -> Image.Image:
 # Geometry
 
 
+@dataclass(eq=False)
 class ImagePipeline:
     """`ImageRef` → uint8 [3, H, W] as the tower wants it. Picklable; the same for training, evaluation and serving.
 
     ``augment`` random_crop takes 80-100 % of the area, same aspect ratio; where is a pure function of ``key``.
     """
 
-    def __init__(
-        self, geometry: ImageGeometry, max_megapixels: float, augment: Literal["none", "random_crop"] = "none"
-    ) -> None:
-        g = geometry
+    geometry: ImageGeometry
+    max_megapixels: float
+    augment: Literal["none", "random_crop"] = "none"
+
+    def __post_init__(self) -> None:
+        g = self.geometry
         if g.resize == "shortest_edge" and g.resize_to < max(g.height, g.width):
             raise UserError(f"the vision tower resizes the short side to {g.resize_to} and then crops {g.height} x "
                             f"{g.width}: the crop is larger than the image")  # fmt: skip
-        self.geometry = geometry
-        self.max_megapixels = max_megapixels
-        self.augment = augment
         self._at_least = 2 * max(g.height, g.width, g.resize_to)
-        pixels = asdict(geometry)
+        pixels = asdict(g)
         for belongs_to_tower in ("mean", "std", "num_patches", "d_vision"):
             del pixels[belongs_to_tower]
-        facts = {**pixels, "augment": augment, "version": _PIXEL_VERSION, "pillow": PIL.__version__}
+        facts = {**pixels, "augment": self.augment, "version": _PIXEL_VERSION, "pillow": PIL.__version__}
         self.fingerprint: str = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         """sha256 over everything that decides which pixels the same bytes give (not the tower's mean and std)."""
 

@@ -169,10 +169,7 @@ class _JsonScanner:
     def members(self, inside: str | None) -> Iterator[tuple[str, Found]]:
         self.what = "object"
         self._expect("{", "the opening '{'")
-        if self._peek() == "}":
-            self.at += 1
-            return self._end()
-        while True:
+        for _ in self._parted("}", "a value"):
             if (got := self._peek()) != '"':
                 raise self._malformed(f"expected a field name in quotes, got {repr(got) if got else _FILE_END}")
             name = json.loads(self._value().raw.decode("utf-8", "replace"), strict=False)
@@ -185,23 +182,22 @@ class _JsonScanner:
             else:
                 yield name, self._value()
                 self.count += 1
-            if self._peek() == "}":
-                self.at += 1
-                return self._end()
-            self._expect(",", "',' or '}' after a value")
+        self._end()
 
     def _elements(self) -> Iterator[Found]:
         """Of the array whose '[' was just read, to behind its ']'."""
-        if self._peek() == "]":
-            self.at += 1
-            return
-        while True:
+        for _ in self._parted("]", "a record"):
             yield self._value()
             self.count += 1
-            if self._peek() == "]":
-                self.at += 1
-                return
-            self._expect(",", "',' or ']' after a record")
+
+    def _parted(self, close: str, what: str) -> Iterator[None]:
+        """Stops at everything between commas, to behind ``close``; the one who asks reads it."""
+        if self._peek() != close:
+            yield
+            while self._peek() != close:
+                self._expect(",", f"',' or {close!r} after {what}")
+                yield
+        self.at += 1
 
     def _value(self) -> Found:
         """The next value, whatever it is."""

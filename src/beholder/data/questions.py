@@ -166,7 +166,7 @@ def _vqa_record(raw: bytes, answers: dict[str, bytes], annotations: str, names: 
         return _unusable(_lenient_id(raw), "bad_json", _malformed("question", e))
     if not isinstance(question, dict):
         return _unusable(None, "wrong_type", "the question is not a JSON object")
-    key, text, image_id = question.get("question_id"), question.get("question"), question.get("image_id")
+    key, text = question.get("question_id"), question.get("question")
     if fault := _id_fault(key):
         return _unusable(None, "wrong_type", f"question_id {fault}")
     if not isinstance(text, str) or not text.strip():
@@ -176,7 +176,7 @@ def _vqa_record(raw: bytes, answers: dict[str, bytes], annotations: str, names: 
     given = orjson.loads(answers[str(key)])
     if "!" in given:
         return _unusable(key, *given["!"])
-    return _record(key, image_id, "image_id", names, question=text, **given)
+    return _record(key, question.get("image_id"), "image_id", names, question=text, **given)
 
 
 def _annotations(path: str) -> dict[str, bytes]:

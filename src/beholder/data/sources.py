@@ -392,12 +392,7 @@ class Records:
             yield int(i), file.refs(parsed)
 
     def _parsed(self, indices: Sequence[int] | None) -> Iterator[tuple[_File, Parsed]]:
-        if indices is None:
-            for file in self._files:
-                for i in range(len(file)):
-                    yield file, file.parse(i)
-            return
-        for chosen in indices:
+        for chosen in range(len(self)) if indices is None else indices:
             file, i = self._locate(chosen)
             yield file, file.parse(i)
 

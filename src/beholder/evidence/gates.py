@@ -7,6 +7,7 @@ function of the declared gates and the measurements, so a report can be judged a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from beholder.config import GateConfig
 from beholder.evidence.record import Evidence, GateResult, Measurement
@@ -42,7 +43,7 @@ def _judge(name: str, gate: GateConfig, measurements: Sequence[Measurement]) -> 
         return result(False, overall, None, f"no group has {gate.min_n} samples, so none could be judged by itself")
     if gate.stratum is not None and overall.n < gate.min_n:
         return result(False, overall, None, f"{overall.n} samples are fewer than min_n {gate.min_n}")
-    numbers = [(m, _number(m, gate)) for m in judged]
+    numbers = [(m, at_end(m, gate.end)) for m in judged]
     unknown = [m for m, number in numbers if number is None]
     if unknown:
         where = "" if unknown[0].stratum is None else f" for {unknown[0].stratum}"
@@ -55,10 +56,11 @@ def _judge(name: str, gate: GateConfig, measurements: Sequence[Measurement]) -> 
     return result(_passes(value, gate), worst, value, note)
 
 
-def _number(m: Measurement, gate: GateConfig) -> float | None:
-    if gate.end == "value":
+def at_end(m: Measurement, end: Literal["value", "low", "high"]) -> float | None:
+    """What is judged of a measurement: its value or an end of its interval; None where it has no interval."""
+    if end == "value":
         return m.value
-    return None if m.ci95 is None else m.ci95[0] if gate.end == "low" else m.ci95[1]
+    return None if m.ci95 is None else m.ci95[end == "high"]
 
 
 def _passes(value: float, gate: GateConfig) -> bool:

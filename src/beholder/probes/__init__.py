@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from beholder.evidence import Measurement
+from beholder.evidence.catalogue import Better, quantity
 
 Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -80,34 +81,34 @@ def ratio_of_sums(top: np.ndarray, bottom: np.ndarray, seed: int = 0) -> tuple[f
 def measurement(
     name: str,
     value: float,
-    *,
-    unit: str,
-    better: Literal["lower", "higher", "none"],
-    n: int,
     ci95: tuple[float, float] | None = None,
+    *,
+    n: int,
+    unit: str | None = None,
+    better: Better | None = None,
     stratum: str | None = None,
     by: str | None = None,
     caveat: str | None = None,
 ) -> Measurement:
-    """A `Measurement`. Raises FloatingPointError naming it when its value is not a finite number."""
+    """A `Measurement`, in the unit and direction of its row in the catalogue unless they are given.
+
+    Raises FloatingPointError naming it when its value is not a finite number.
+    """
     if not math.isfinite(value):
         where = "" if stratum is None else f" for {stratum}"
         raise FloatingPointError(
             f"{name}{where} is {value} over {n} samples: a loss or score that it sums is not a finite number"
         )
+    row, condition = quantity(name)
     return Measurement(
-        name=name, value=value, unit=unit, better=better, n=n, ci95=ci95, stratum=stratum, by=by, caveat=caveat
-    )
+        name=name, value=value, unit=unit or row.unit, better=better or row.direction(condition), n=n, ci95=ci95,
+        stratum=stratum, by=by, caveat=caveat,
+    )  # fmt: skip
 
 
-def share(
-    name: str, hits: int, n: int, *, better: Literal["lower", "higher", "none"], stratum: str | None = None,
-    by: str | None = None, caveat: str | None = None,
-) -> Measurement:  # fmt: skip
-    """The share ``hits / n`` with its Wilson interval."""
-    return measurement(
-        name, hits / n, unit="share", better=better, n=n, ci95=wilson(hits, n), stratum=stratum, by=by, caveat=caveat
-    )
+def share(name: str, hits: int, n: int, **more: Any) -> Measurement:
+    """The share ``hits / n`` with its Wilson interval; ``more`` as of `measurement`."""
+    return measurement(name, hits / n, wilson(hits, n), n=n, **more)
 
 
 def mean(values: np.ndarray, seed: int = 0) -> tuple[float, tuple[float, float] | None]:

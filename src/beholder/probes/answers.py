@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from beholder.evidence import Condition, Measurement
 from beholder.probes import bootstrap, joined, mean, measurement, share, wilson
-from beholder.probes.caption_metrics import exact_match
+from beholder.probes.caption_metrics import EXACT, exact_match
 from beholder.probes.strata import MIN_SAMPLES, YES_NO, answer_type
 from beholder.probes.vqa import vqa_accuracy
 from beholder.types import Example
@@ -64,31 +65,18 @@ def score(
     }
     rule = accuracy_rule(references)
     out: list[Measurement] = []
-
-    def add(
-        part: tuple[str | None, str | None, np.ndarray], name: str, value: float, ci: Any, better: Any, what: str
-    ) -> None:
-        by, stratum, k = part
+    for by_kind, stratum, k in _parts(len(examples), groups):
+        add = partial(measurement, n=len(k), by=by_kind, stratum=stratum)
         few = f"only {len(k)} questions" if len(k) < MIN_SAMPLES else None
-        out.append(measurement(
-            f"answer.{name}", value, unit="share", better=better, n=len(k), ci95=ci, by=by, stratum=stratum,
-            caveat=joined(what, few),
-        ))  # fmt: skip
-
-    for part in _parts(len(examples), groups):
-        k = part[2]
-        for name, values, what in (
-            ("accuracy", accuracy, rule),
-            ("exact", exact, "case, spacing and closing punctuation ignored"),
-        ):
+        for name, values, what in (("accuracy", accuracy, rule), ("exact", exact, EXACT)):
             for condition, own in values.items():
-                usual = "higher" if condition == "correct" else "none"
-                add(part, f"{name}.{condition}", *mean_share(own[k], seed), usual, what)
+                out.append(add(f"answer.{name}.{condition}", *mean_share(own[k], seed), caveat=joined(what, few)))
         for condition, own in accuracy.items():
             if condition != "correct":
                 told = "with and without their image" if condition == "none" else "with the right and the wrong image"
                 gain = mean((accuracy["correct"] - own)[k], seed)
-                add(part, f"gain.{condition}", *gain, "higher", f"paired: the same questions {told}")
+                told = joined(f"paired: the same questions {told}", few)
+                out.append(add(f"answer.gain.{condition}", *gain, caveat=told))
     asked = [k for k, e in enumerate(examples) if answer_type(e.answer_text) == YES_NO]
     if asked:
         wanted = [says_yes(examples[k].answer_text) is True for k in asked]
@@ -156,23 +144,13 @@ def pope(
         about += f"; {neither} answers begin with neither yes nor no and are wrong"
     if n < MIN_SAMPLES:
         about += f"; only {n} questions"
-    out: list[Measurement] = []
     ending = f".{condition}" if condition else ""
-    better = "higher" if condition in (None, "correct") else "none"
-
-    def add(what: str, hits: int, size: int, better: Any = better) -> None:
-        out.append(share(f"pope.{what}{ending}", hits, size, better=better, caveat=about))
-
-    add("accuracy", int(right.sum()), n)
-    if called:
-        add("precision", hit, called)
-    if there:
-        add("recall", hit, there)
+    shares = (("accuracy", int(right.sum()), n), ("precision", hit, called), ("recall", hit, there))
+    out = [share(f"pope.{what}{ending}", hits, size, caveat=about) for what, hits, size in shares if size]
     if called + there:
         f1, ci = 2 * hit / (called + there), bootstrap(_f1(yes, want), n, seed)
-        out.append(measurement(f"pope.f1{ending}", f1, unit="share", better=better, n=n, ci95=ci, caveat=about))
-    add("yes_rate", called, n, "none")
-    return out
+        out.append(measurement(f"pope.f1{ending}", f1, ci, n=n, caveat=about))
+    return [*out, share(f"pope.yes_rate{ending}", called, n, caveat=about)]
 
 
 def _f1(yes: np.ndarray, want: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

@@ -341,7 +341,7 @@ def _measure(
                 "several turns of one sample count as independent" if several else None,
             )
             told = f"{name}.answerable.{view}"
-            out.append(share(told, hits, len(asked), better="lower", by=by, stratum=stratum, caveat=caveat))
+            out.append(share(told, hits, len(asked), by=by, stratum=stratum, caveat=caveat))
         paired = [k for k in own if turns[k].control_nll is not None]
         if few(paired):
             continue
@@ -351,11 +351,9 @@ def _measure(
             one = [turns[k] for k in group]
             gain.append(sum((t.control_nll or 0.0) - t.context_nll for t in one))
             tokens.append(sum(t.tokens for t in one))
-        value, ci = ratio_of_sums(np.array(gain), np.array(tokens, dtype=np.float64), seed)
-        out.append(measurement(
-            f"{name}.leak", value, unit="nats/token", better="lower", n=len(paired), ci95=ci, by=by, stratum=stratum,
-            caveat=f"later turns of {len(gain)} samples; paired: another sample's earlier turns minus its own",
-        ))  # fmt: skip
+        leak = ratio_of_sums(np.array(gain), np.array(tokens, dtype=np.float64), seed)
+        told = f"later turns of {len(gain)} samples; paired: another sample's earlier turns minus its own"
+        out.append(measurement(f"{name}.leak", *leak, n=len(paired), by=by, stratum=stratum, caveat=told))
     return out
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 MAX_N = 4
+EXACT = "case, spacing and closing punctuation ignored"
+"""What is said beside an `exact_match`."""
 
 _TINY, _SMALL = 1e-15, 1e-9
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from beholder.evidence import Condition, Histogram, Measurement
 from beholder.probes import bootstrap, mean, measurement, share, wilson
 from beholder.probes.caption_metrics import (
+    EXACT,
     MAX_N,
     bleu_score,
     bleu_sums,
@@ -27,15 +29,12 @@ if TYPE_CHECKING:  # scoring what a file holds needs no model
 
 
 def score(
-    records: Sequence[Written],
-    name: str = "caption",
-    seed: int = 0,
-    groups: Mapping[str, Sequence[str | None]] | None = None,
+    records: Sequence[Written], seed: int = 0, groups: Mapping[str, Sequence[str | None]] | None = None
 ) -> list[Measurement]:
-    """Every caption metric, ``<name>.<metric>.<condition>``, for each condition among the records.
+    """Every caption metric, ``caption.<metric>.<condition>``, for each condition among the records.
 
     Exact match and the empty share carry Wilson intervals, corpus BLEU and the means (ROUGE-L, CIDEr-D, length)
-    bootstrap intervals. BLEU-n is absent when no reference has n words. ``<name>.exact_match.chance`` is what always
+    bootstrap intervals. BLEU-n is absent when no reference has n words. ``caption.exact_match.chance`` is what always
     writing the most frequent reference scores: the level of a model that does not look.
 
     ``groups`` (grouping -> stratum of each record of condition ``correct``, in their order; None: in no stratum) adds
@@ -43,18 +42,16 @@ def score(
     out. Raises FloatingPointError naming a metric that is not finite.
     """
     if not records:
-        raise UserError(f"{name}: there are no captions to score; were all samples rejected?")
+        raise UserError("caption: there are no captions to score; were all samples rejected?")
     out: list[Measurement] = []
     for condition in _conditions(records):
-        out += _score_condition([r for r in records if r.condition == condition], name, condition, seed)
+        out += _score_condition([r for r in records if r.condition == condition], condition, seed)
     if groups:
-        out += _exact_by_stratum([r for r in records if r.condition == "correct"], name, groups)
-    return [*out, chance(records, name)]
+        out += _exact_by_stratum([r for r in records if r.condition == "correct"], groups)
+    return [*out, chance(records)]
 
 
-def _exact_by_stratum(
-    records: Sequence[Written], name: str, groups: Mapping[str, Sequence[str | None]]
-) -> list[Measurement]:
+def _exact_by_stratum(records: Sequence[Written], groups: Mapping[str, Sequence[str | None]]) -> list[Measurement]:
     out: list[Measurement] = []
     for by, strata in groups.items():
         assert len(strata) == len(records), f"{by}: {len(strata)} strata for {len(records)} captions"
@@ -63,24 +60,23 @@ def _exact_by_stratum(
             if stratum is not None:
                 hits.setdefault(stratum, []).append(exact_match(record.prediction, record.reference))
         for stratum, right in sorted(hits.items()) if len(hits) > 1 else ():
-            out.append(share(
-                f"{name}.exact_match.correct", sum(right), len(right), better="higher", stratum=stratum, by=by,
-                caveat="case, spacing and closing punctuation ignored",
-            ))  # fmt: skip
+            out.append(
+                share("caption.exact_match.correct", sum(right), len(right), stratum=stratum, by=by, caveat=EXACT)
+            )
     return out
 
 
-def chance(records: Sequence[Written], name: str = "caption") -> Measurement:
+def chance(records: Sequence[Written]) -> Measurement:
     """Exact match of always answering the most frequent reference (ties do not matter, only its count does)."""
     first = records[0].condition
     references = Counter(normalize(r.reference) for r in records if r.condition == first)
     return share(
-        f"{name}.exact_match.chance", max(references.values()), references.total(), better="none",
+        "caption.exact_match.chance", max(references.values()), references.total(),
         caveat="always writing the most frequent reference; a model that does not look can reach this",
     )  # fmt: skip
 
 
-def length_histogram(records: Sequence[Written], name: str = "caption.length") -> Histogram:
+def length_histogram(records: Sequence[Written]) -> Histogram:
     """Caption lengths in words: references beside the predictions of each condition."""
     conditions = _conditions(records)
     lengths: dict[str, list[int]] = {
@@ -92,7 +88,7 @@ def length_histogram(records: Sequence[Written], name: str = "caption.length") -
     width = max(1, -(-(top + 1) // 24))  # at most 24 bins
     bins = [str(k) if width == 1 else f"{k}-{k + width - 1}" for k in range(0, top + 1, width)]
     series = {key: np.bincount(np.array(v) // width, minlength=len(bins)).tolist() for key, v in lengths.items()}
-    return Histogram(name=name, unit="words", bins=bins, series=series)
+    return Histogram(name="caption.length", unit="words", bins=bins, series=series)
 
 
 def _conditions(records: Sequence[Written]) -> list[Condition]:
@@ -104,31 +100,24 @@ def _conditions(records: Sequence[Written]) -> list[Condition]:
     return seen
 
 
-def _score_condition(records: Sequence[Written], name: str, condition: Condition, seed: int) -> list[Measurement]:
+def _score_condition(records: Sequence[Written], condition: Condition, seed: int) -> list[Measurement]:
     n = len(records)
-    # What is good with the own image says nothing good or bad with another one; lower is then merely "more sighted".
-    usual: Literal["higher", "none"] = "higher" if condition == "correct" else "none"
-    out: list[Measurement] = []
-
-    def add(metric: str, value: float, ci: Any, unit: str, better: Any = usual, caveat: str | None = None) -> None:
-        full = f"{name}.{metric}.{condition}"
-        out.append(measurement(full, value, unit=unit, better=better, n=n, ci95=ci, caveat=caveat))
-
-    for metric, value, unit, ci, caveat in match_scores(
-        [r.prediction for r in records], [[r.reference] for r in records], seed
-    ):
-        add(metric, value, ci, unit, caveat=caveat)
+    add = partial(measurement, n=n)
+    scores = match_scores([r.prediction for r in records], [[r.reference] for r in records], seed)
     lengths = np.array([len(tokenize(r.prediction)) for r in records], dtype=np.float64)
-    add("length", *mean(lengths, seed), "words", better="none")
-    different = len({normalize(r.prediction) for r in records})
-    wanted = len({normalize(r.reference) for r in records})
-    add("distinct", different / n, None, "share", better="none",
-        caveat=f"{different} different captions; the references have {wanted}")  # fmt: skip
-    empty = int((lengths == 0).sum())
-    add("empty", empty / n, wilson(empty, n), "share", better="lower")
-    cut = sum(not r.finished for r in records)
-    add("unfinished", cut / n, wilson(cut, n), "share", better="lower", caveat="cut off by max_new_tokens")
-    return out
+    different, wanted = (
+        len({normalize(text) for text in texts})
+        for texts in ([r.prediction for r in records], [r.reference for r in records])
+    )
+    return [
+        *(add(f"caption.{metric}.{condition}", value, ci, caveat=caveat) for metric, value, _, ci, caveat in scores),
+        add(f"caption.length.{condition}", *mean(lengths, seed)),
+        add(f"caption.distinct.{condition}", different / n,
+            caveat=f"{different} different captions; the references have {wanted}"),
+        share(f"caption.empty.{condition}", int((lengths == 0).sum()), n),
+        share(f"caption.unfinished.{condition}", sum(not r.finished for r in records), n,
+              caveat="cut off by max_new_tokens"),
+    ]  # fmt: skip
 
 
 def match_scores(
@@ -142,7 +131,7 @@ def match_scores(
     said, refs = [tokenize(p) for p in predictions], [[tokenize(r) for r in own] for own in references]
 
     hits = sum(any(exact_match(p, r) for r in own) for p, own in zip(predictions, references, strict=True))
-    out.append(("exact_match", hits / n, "share", wilson(hits, n), "case, spacing and closing punctuation ignored"))
+    out.append(("exact_match", hits / n, "share", wilson(hits, n), EXACT))
 
     sums = bleu_sums(said, refs)
     whole = bleu_score(sums.correct.sum(0), sums.guess.sum(0), sums.length.sum(0), sums.reference_length.sum(0))

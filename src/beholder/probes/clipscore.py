@@ -111,9 +111,7 @@ def clip_score(
             raise FloatingPointError(
                 f"{name}.correct is not finite for caption {', '.join(map(str, bad[:8]))} (from 0)"
             )
-        value, ci = mean(values, seed)
-        n = len(values)
-        out.append(measurement(f"{name}.correct", value, unit="score", better="higher", n=n, ci95=ci, caveat=caveat))
+        out.append(measurement(f"{name}.correct", *mean(values, seed), n=len(values), caveat=caveat))
     return out
 
 

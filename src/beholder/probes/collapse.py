@@ -28,32 +28,37 @@ MAX_COMPARED = 2000
 """Outputs that are compared pairwise; of more, a random part is. 2,000 different captions of 5 to 25 words take 1.5 s
 on one shared core, 4,000 would take 5.7 s."""
 
-_CAUSES: dict[Name, tuple[str, str, str]] = {
+_CAUSES: dict[Name, tuple[str, str, str, str]] = {
     "empty": (
+        "outputs without a word, where the reference has one",
         "Empty outputs",
         "have no word",
         "Usual causes: the end token comes first because targets are empty or not supervised (beholder preview shows "
         "what is), or the connector's output is far out of the embeddings' scale.",
     ),
     "loop": (
+        "outputs that end in a repetition, where the reference does not",
         "Loops",
         "repeat the same words until they are cut off",
         "Usual causes: too few steps, a learning rate that is too high, or an end token that is not supervised "
         "(beholder preview shows it). A repetition penalty would only hide it.",
     ),
     "template": (
+        "largest group of near-identical outputs, without those whose references are alike too",
         "One template",
         "are the same text or nearly so, where the references are not",
         "Usual causes: the connector passes nothing on (look at ablation.delta.shuffled), or too few steps. Look at "
         "the connector's initial scale and learning rate, and train longer.",
     ),
     "image_independent": (
+        "same text when another image is shown",
         "Independent of the image",
         "are word for word the same when another image is shown",
         "The model answers from the prompt alone. Usual causes: an answer that the text gives away (beholder audit), "
         "or a connector that passes nothing on. A low loss does not contradict this.",
     ),
 }
+"""What is counted; and of a finding its title, what the outputs do, and advice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,27 +179,19 @@ def references_shown(examples: Sequence[Example], shown: Sequence[Example]) -> l
 
 def measurements(found: Sequence[Symptom]) -> list[Measurement]:
     """``collapse.<symptom>`` for each, and ``collapse.worst``, the largest share, whose caveat says which it is."""
-    caveats = {
-        "empty": "outputs without a word, where the reference has one",
-        "loop": "outputs that end in a repetition, where the reference does not",
-        "template": "largest group of near-identical outputs, without those whose references are alike too",
-        "image_independent": "same text when another image is shown",
-    }
-
-    def told(name: str, s: Symptom, caveat: str | None) -> Measurement:
-        return share(f"collapse.{name}", s.count, s.n, better="lower", caveat=caveat)
-
-    rows = [told(s.name, s, joined(caveats[s.name], s.note)) for s in found]
     worst = max(found, key=lambda s: s.share)
     which = worst.name if worst.count else f"none of {', '.join(s.name for s in found)} was seen"
-    return [*rows, told("worst", worst, which)]
+    told = [(s.name, s, joined(_CAUSES[s.name][0], s.note)) for s in found]
+    return [
+        share(f"collapse.{name}", s.count, s.n, caveat=caveat) for name, s, caveat in (*told, ("worst", worst, which))
+    ]
 
 
 def findings(found: Sequence[Symptom], limit: float) -> list[str]:
     """A sentence for each symptom whose share is above ``limit``, most frequent first: cause, number, what to do."""
     lines: list[str] = []
     for s in sorted((s for s in found if s.share > limit), key=lambda s: -s.share):
-        title, what, advice = _CAUSES[s.name]
+        _, title, what, advice = _CAUSES[s.name]
         low, high = s.ci95
         shown = ", ".join(s.ids[:3]) + (", …" if s.count > 3 else "")
         quoted = f', such as "{_short(s.example)}"' if s.name != "empty" else ""

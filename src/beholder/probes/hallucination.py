@@ -214,9 +214,7 @@ class ChairScore(NamedTuple):
     gaps: list[str]
 
 
-def score_chair(
-    records: Mapping[Condition, Sequence[Written]], objects: ObjectList, seed: int = 0, name: str = "chair"
-) -> ChairScore:
+def score_chair(records: Mapping[Condition, Sequence[Written]], objects: ObjectList, seed: int = 0) -> ChairScore:
     """``chair.s.<condition>`` and ``chair.i.<condition>``.
 
     CHAIR-s carries Wilson intervals, CHAIR-i bootstrap intervals over captions. Captions that mention no listed object
@@ -241,15 +239,10 @@ def score_chair(
             f"objects of {objects.source}; {int(sums.grounded.sum())} of {n} references name one, and what a reference "
             "leaves out counts as not there"
         )
-        better = "lower" if condition == "correct" else "none"
         wrong, mentions = int((sums.invented > 0).sum()), int(sums.mentions.sum())
         ci = bootstrap(lambda k, x=sums: x.invented[k].sum(1) / x.mentions[k].sum(1), n, seed)
-        out.append(share(
-            f"{name}.s.{condition}", wrong, n, better=better,
-            caveat=f"share of captions that name an object the reference does not; {caveat}",
-        ))  # fmt: skip
-        out.append(measurement(
-            f"{name}.i.{condition}", rate, unit="share", better=better, n=n, ci95=ci,
-            caveat=f"share of {mentions} object mentions that the reference lacks; {caveat}",
-        ))  # fmt: skip
+        told = f"share of captions that name an object the reference does not; {caveat}"
+        out.append(share(f"chair.s.{condition}", wrong, n, caveat=told))
+        told = f"share of {mentions} object mentions that the reference lacks; {caveat}"
+        out.append(measurement(f"chair.i.{condition}", rate, ci, n=n, caveat=told))
     return ChairScore(out, gaps)

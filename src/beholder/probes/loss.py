@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -168,25 +169,18 @@ def _summary(
 ) -> list[Measurement]:
     if tokens.sum() == 0:
         raise UserError(f"{name}: no sample was left to measure; look at the reject log for what was skipped")
-    n = len(tokens)
-    out: list[Measurement] = []
-
-    def add(what: str, value: float, ci: Any, unit: str, better: Any, caveat: str | None = None) -> None:
-        out.append(measurement(
-            f"{name}.{what}", value, unit=unit, better=better, n=n, ci95=ci, by=by, stratum=stratum, caveat=caveat,
-        ))  # fmt: skip
-
+    add = partial(measurement, n=len(tokens), by=by, stratum=stratum)
     mean, ci = ratio_of_sums(nll, tokens, seed)
-    add("loss", mean, ci, "nats/token", "lower", about)
+    # By whatever name it goes, it is a loss: a band is one of an earlier state.
+    out = [add(f"{name}.loss", mean, ci, unit="nats/token", better="lower", caveat=about)]
     if mean < 700:  # exp overflows a double past 709; such a perplexity says nothing
         ends = None if ci is None or ci[1] > 700 else (math.exp(ci[0]), math.exp(ci[1]))
         told = "per token of this tokenizer; not comparable across tokenizers"
-        add("perplexity", math.exp(mean), ends, "perplexity", "lower", told)
+        out.append(add(f"{name}.perplexity", math.exp(mean), ends, caveat=told))
     if correct is not None:
         told = "teacher-forced: each token is predicted after the right ones"
-        add("token_accuracy", *ratio_of_sums(correct, tokens, seed), "share", "higher", told)
-    add("tokens", float(tokens.sum()), None, "tokens", "none")
-    return out
+        out.append(add(f"{name}.token_accuracy", *ratio_of_sums(correct, tokens, seed), caveat=told))
+    return [*out, add(f"{name}.tokens", float(tokens.sum()))]
 
 
 Members = Sequence[tuple[int, Sequence[int]]]
@@ -244,11 +238,8 @@ def paired_gain(before: Sequence[SampleLoss], after: Sequence[SampleLoss], name:
     tokens = np.array(both, dtype=np.float64)
     if tokens.sum() == 0:
         raise UserError(f"{name}: no sample was left to measure; look at the reject log for what was skipped")
-    value, ci = ratio_of_sums(gain, tokens, seed)
-    return measurement(
-        name, value, unit="nats/token", better="higher", n=len(both), ci95=ci,
-        caveat="paired: the same targets, before minus after",
-    )  # fmt: skip
+    told = "paired: the same targets, before minus after"
+    return measurement(name, *ratio_of_sums(gain, tokens, seed), n=len(both), caveat=told)
 
 
 def compare_conditions(
@@ -290,24 +281,21 @@ def _compare(
     sums = {condition: _turn_sums(own, members) for condition, own in losses.items()}
     out: list[Measurement] = []
 
-    def add(what: str, top: np.ndarray, bottom: np.ndarray, unit: str, better: Any, caveat: str | None) -> None:
-        value, ci = ratio_of_sums(top, bottom, seed)
-        out.append(measurement(
-            f"{name}.{what}", value, unit=unit, better=better, n=n, ci95=ci, by=by, stratum=stratum, caveat=caveat,
-        ))  # fmt: skip
+    def add(what: str, top: np.ndarray, bottom: np.ndarray, caveat: str | None) -> None:
+        value = ratio_of_sums(top, bottom, seed)
+        out.append(measurement(f"{name}.{what}", *value, n=n, by=by, stratum=stratum, caveat=caveat))
 
     for condition, (nll, tokens) in sums.items():
-        better = "lower" if condition == "correct" else "none"
-        add(f"loss.{condition}", nll, tokens, "nats/token", better, about)
+        add(f"loss.{condition}", nll, tokens, about)
     if "correct" not in sums:
         return out
     right, tokens = sums.pop("correct")
     for condition, (wrong, _) in sums.items():
         told = joined("paired: the same samples with the wrong and the right image", about)
-        add(f"delta.{condition}", wrong - right, tokens, "nats/token", "higher", told)
+        add(f"delta.{condition}", wrong - right, tokens, told)
         if right.sum() > 0:  # the delta says what there is to say
             told = joined(
                 "loss with the wrong image over loss with the right one; 1 means the image is not used", about
             )
-            add(f"ratio.{condition}", wrong, right, "ratio", "higher", told)
+            add(f"ratio.{condition}", wrong, right, told)
     return out

@@ -133,9 +133,7 @@ def qa_prompt(example: Example, item: QaItem) -> Example:
     return replace(example, turns=(Turn("user", (ImageSlot(0), "\n", item.question)),))
 
 
-def score_qa(
-    items: Sequence[QaItem], answers: Mapping[Condition, Sequence[str]], name: str = "qa"
-) -> list[Measurement]:
+def score_qa(items: Sequence[QaItem], answers: Mapping[Condition, Sequence[str]]) -> list[Measurement]:
     """``qa.accuracy.<condition>`` and ``qa.accuracy.chance``, overall and by ``kind``; Wilson intervals.
 
     ``answers[condition][k]`` is what the model wrote for ``items[k]``. Chance is giving the most frequent right answer
@@ -146,18 +144,17 @@ def score_qa(
         return out
     kinds = [kind for kind in KINDS if any(item.kind == kind for item in items)]
 
-    def add(what: str, right: Sequence[bool], better: Literal["higher", "none"], caveat: str) -> None:
+    def add(what: str, right: Sequence[bool], caveat: str) -> None:
         for kind in (None, *(kinds if len(kinds) > 1 else ())):
             hits = [r for r, item in zip(right, items, strict=True) if kind in (None, item.kind)]
             by = None if kind is None else "kind"
-            told = f"{name}.accuracy.{what}"
-            out.append(share(told, sum(hits), len(hits), better=better, stratum=kind, by=by, caveat=caveat))
+            out.append(share(f"qa.accuracy.{what}", sum(hits), len(hits), stratum=kind, by=by, caveat=caveat))
 
     for condition, texts in answers.items():
         assert len(texts) == len(items), f"{condition}: {len(texts)} answers to {len(items)} questions"
+        right = [item.is_right(text) for item, text in zip(items, texts, strict=True)]
         add(
-            condition, [item.is_right(text) for item, text in zip(items, texts, strict=True)],
-            "higher" if condition == "correct" else "none",
+            condition, right,
             "right: the greedy answer names what the held-out caption names, and nothing else of the list",
         )  # fmt: skip
     likely = {
@@ -165,5 +162,5 @@ def score_qa(
         for kind in kinds
     }
     always = ", ".join(f"{likely[kind]!r} to {kind!r}" for kind in kinds)
-    add("chance", [likely[item.kind] in item.answers for item in items], "none", f"always answering {always}")
+    add("chance", [likely[item.kind] in item.answers for item in items], f"always answering {always}")
     return out

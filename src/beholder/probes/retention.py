@@ -96,16 +96,14 @@ def measure(model: AdaptedModel, tokenizer: Any, texts: Sequence[str], *, seed: 
     n, about = len(texts), f"{int(tokens.sum())} tokens of {len(texts)} texts"
     about += f"; {cut} of them read up to {MAX_TOKENS} tokens" if cut else ""
 
-    def add(name: str, top: np.ndarray, bottom: np.ndarray, unit: str, better: Any, caveat: str = "") -> Measurement:
-        value, ci = ratio_of_sums(top, bottom, seed)
-        told = joined(caveat, about)
-        return measurement(f"retention.{name}", value, unit=unit, better=better, n=n, ci95=ci, caveat=told)
-
     return [
-        add("loss_base", base, tokens, "nats/token", "none", "adapters off"),
-        add("loss", adapted, tokens, "nats/token", "lower", "adapters on"),
-        add("loss_ratio", adapted, base, "ratio", "lower", "adapters on over off, the same texts"),
-        add("kl", kl, tokens, "nats/token", "lower", "KL(base || adapted): how far the predictions have moved"),
+        measurement(f"retention.{name}", *ratio_of_sums(top, bottom, seed), n=n, caveat=joined(caveat, about))
+        for name, top, bottom, caveat in (
+            ("loss_base", base, tokens, "adapters off"),
+            ("loss", adapted, tokens, "adapters on"),
+            ("loss_ratio", adapted, base, "adapters on over off, the same texts"),
+            ("kl", kl, tokens, "KL(base || adapted): how far the predictions have moved"),
+        )
     ]
 
 
@@ -115,17 +113,13 @@ def findings(measured: Sequence[Measurement]) -> list[str]:
     A ratio to a broken base says nothing.
     """
     low, high = BASE_LOSS
-    for m in measured:
-        if m.name == "retention.loss_base" and not low <= m.value <= high:
-            cause = (
-                "it may have been trained on them" if m.value < low
-                else "weights, tokenizer or precision may not be what they should be"
-            )  # fmt: skip
-            return [
-                f"On plain text the base language model's loss is {m.value:.3g} nats/token, expected {low:g} to "
-                f"{high:g}: {cause}, and what its adapters keep of it says little."
-            ]
-    return []
+    below, above = "it may have been trained on them", "weights, tokenizer or precision may not be what they should be"
+    return [
+        f"On plain text the base language model's loss is {m.value:.3g} nats/token, expected {low:g} to {high:g}: "
+        f"{below if m.value < low else above}, and what its adapters keep of it says little."
+        for m in measured
+        if m.name == "retention.loss_base" and not low <= m.value <= high
+    ]
 
 
 def _compare(model: AdaptedModel, ids: Sequence[int]) -> tuple[int, float, float, float]:

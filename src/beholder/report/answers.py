@@ -5,7 +5,7 @@ Pure functions of the `Evidence`, below `report.verdicts`, which judges by them,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,13 +108,24 @@ def shown_without_looking(e: Evidence) -> list[AnswerKind]:
 
 
 def _kinds(e: Evidence) -> list[AnswerKind]:
-    found: dict[tuple[str, str], tuple[dict[Condition, Measurement], dict[Condition, Measurement]]] = {}
+    names: dict[str, tuple[int, Condition]] = {
+        f"answer.{what}.{c}": (k, c) for k, what in enumerate(("accuracy", "gain")) for c in ALL_CONDITIONS
+    }
+    kinds: list[AnswerKind] = []
+    for (by, stratum), found in by_stratum(e, names).items():
+        told: list[dict[Condition, Measurement]]
+        told = [{names[n][1]: m for n, m in found.items() if names[n][0] == k} for k in (0, 1)]
+        kinds.append(AnswerKind(by, stratum, *told))
+    return kinds
+
+
+def by_stratum(e: Evidence, names: Collection[str]) -> dict[tuple[str, str], dict[str, Measurement]]:
+    """(grouping, stratum), both empty for all samples -> the measurements of these names, in the record's order."""
+    found: dict[tuple[str, str], dict[str, Measurement]] = {}
     for m in e.measurements:
-        for k, probe in enumerate(("answer.accuracy.", "answer.gain.")):
-            condition: Condition | None = next((c for c in ALL_CONDITIONS if m.name == probe + c), None)
-            if condition is not None:
-                found.setdefault((m.by or "", m.stratum or ""), ({}, {}))[k][condition] = m
-    return [AnswerKind(by, stratum, right, gains) for (by, stratum), (right, gains) in found.items()]
+        if m.name in names:
+            found.setdefault((m.by or "", m.stratum or ""), {})[m.name] = m
+    return found
 
 
 def conditions_of(e: Evidence) -> tuple[list[Condition], list[Condition]]:

@@ -10,19 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import Field, computed_field
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from beholder.config import RunConfig, decided_by
 from beholder.config.file import diff_configs, parse_config
-from beholder.evidence import Evidence, GateResult, Measurement, held_out_hashes, load_evidence
+from beholder.evidence import Evidence, GateResult, Measurement, Record, held_out_hashes, load_evidence
 from beholder.evidence.catalogue import called, unit_of
 from beholder.report.content import measured_step
 from beholder.report.markdown import escaped, table
@@ -31,8 +31,7 @@ from beholder.report.words import fmt, fmt_ci, interval, number, visible, writte
 from beholder.types import UserError
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(Record):
     """One side of a comparison."""
 
     name: str
@@ -40,29 +39,33 @@ class Run:
     folder: str
     status: str
     created: str
-    evidence: Evidence
     held_out: str | None
     """Of `held_out_hashes`."""
+    evidence: Evidence = Field(exclude=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+class Setting(Record):
     path: str
     values: tuple[Any, ...]
     """A value per run; None where the run has no such setting."""
 
 
-@dataclass(frozen=True, slots=True)
-class MeasurementRow:
+class MeasurementRow(Record):
     key: str
     """``eval.loss`` or ``eval.loss/short``."""
+    told: str
+    """The measurement's name for people, where it has one."""
     unit: str
     better: Literal["lower", "higher", "none"]
     values: tuple[Measurement | None, ...]
-    told: str = ""
-    """The measurement's name for people, where it has one."""
-    comparable: bool = True
+    comparable: bool = Field(exclude=True)
     """Whether the runs were measured on the same samples, in the same tokens."""
+
+    @computed_field
+    @property
+    def against_first(self) -> list[str]:
+        """`mark` of each run."""
+        return [self.mark(i) for i in range(len(self.values))]
 
     def mark(self, i: int) -> str:
         """How run ``i`` compares to the first: ▲ better, ▼ worse, ≈ the intervals overlap; empty when that is unknown.
@@ -79,27 +82,25 @@ class MeasurementRow:
         return "▲" if (other.value > first.value) == (self.better == "higher") else "▼"
 
 
-@dataclass(frozen=True, slots=True)
-class GateRow:
+class GateRow(Record):
     name: str
     bound: str
     """The bound, or each run's own where they differ."""
     results: tuple[GateResult | None, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(Record):
     """What `compare_runs` found, and its four forms."""
 
     runs: tuple[Run, ...]
-    settings: tuple[Setting, ...]
-    measurements: tuple[MeasurementRow, ...]
-    """Those of at least two runs."""
-    gates: tuple[GateRow, ...]
-    only_in: Mapping[str, tuple[str, ...]]
-    """Measurements that a single run has, by run."""
     warnings: tuple[str, ...]
     """Why numbers may not be comparable; empty when nothing speaks against it."""
+    settings: tuple[Setting, ...]
+    gates: tuple[GateRow, ...]
+    measurements: tuple[MeasurementRow, ...]
+    """Those of at least two runs."""
+    only_in: dict[str, tuple[str, ...]]
+    """Measurements that a single run has, by run."""
 
     @property
     def names(self) -> list[str]:
@@ -107,27 +108,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the evidence itself, as plain data."""
-        return {
-            "runs": [
-                {"name": r.name, "folder": r.folder, "status": r.status, "created": r.created, "held_out": r.held_out}
-                for r in self.runs
-            ],
-            "warnings": list(self.warnings),
-            "settings": [asdict(s) for s in self.settings],
-            "gates": [
-                {"name": g.name, "bound": g.bound, "results": [r and r.model_dump(mode="json") for r in g.results]}
-                for g in self.gates
-            ],
-            "measurements": [
-                {
-                    "key": m.key, "told": m.told, "unit": m.unit, "better": m.better,
-                    "values": [v and v.model_dump(mode="json") for v in m.values],
-                    "against_first": [m.mark(i) for i in range(len(m.values))],
-                }
-                for m in self.measurements
-            ],
-            "only_in": {name: list(keys) for name, keys in self.only_in.items()},
-        }  # fmt: skip
+        return self.model_dump(mode="json")
 
     def to_html(self) -> str:
         """A page of its own: no script, no network, light and dark."""
@@ -225,7 +206,7 @@ def _settings(runs: Sequence[Run]) -> tuple[list[Setting], list[str]]:
     else:
         flats = [dict(_flatten(c.model_dump(mode="json"))) for c in configs]
         paths = dict.fromkeys(p for a, b in pairwise(configs) for p, _, _ in diff_configs(a, b))
-    rows = [Setting(p, tuple(flat.get(p) for flat in flats)) for p in paths]
+    rows = [Setting(path=p, values=tuple(flat.get(p) for flat in flats)) for p in paths]
     return [r for r in rows if any(v != r.values[0] for v in r.values)], unread
 
 
@@ -255,7 +236,12 @@ def _measurements(runs: Sequence[Run], *, comparable: bool) -> list[MeasurementR
         one = next(v for v in values if v is not None)
         name = called(one.name, "answer" if write == {"answer"} else "caption")
         told = "" if name == one.name else name
-        rows.append(MeasurementRow(one.key, unit_of(one.name, one.unit), one.better, values, told, comparable))
+        rows.append(
+            MeasurementRow(
+                key=one.key, told=told, unit=unit_of(one.name, one.unit), better=one.better, values=values,
+                comparable=comparable,
+            )
+        )  # fmt: skip
     return rows
 
 
@@ -271,7 +257,7 @@ def _gates(runs: Sequence[Run]) -> tuple[GateRow, ...]:
     for name in dict.fromkeys(n for f in found for n in f):
         results = tuple(f.get(name) for f in found)
         bounds = dict.fromkeys(r.bound for r in results if r is not None)
-        rows.append(GateRow(name, " or ".join(bounds), results))
+        rows.append(GateRow(name=name, bound=" or ".join(bounds), results=results))
     return tuple(rows)
 
 

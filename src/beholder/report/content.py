@@ -5,9 +5,9 @@ Pure functions of the `Evidence`; how the rows look is the business of `template
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from beholder.evidence import (
     AdapterRow,
@@ -239,9 +239,9 @@ def groupings(e: Evidence) -> list[Grouping]:
     """Image reliance, loss and scores by group, with all samples as the last lane to compare with."""
     out: list[Grouping] = []
     for by, members in groups(e).items():
-        columns = {c: heading(name) for c, name in GROUPED.items() if any(getattr(g, c) for g in members)}
+        columns = {c: heading(name) for c, name in GROUPED.items() if any(c in g.told for g in members)}
         key = "ratio" if "ratio" in columns else "delta"
-        rows = [(g.stratum, g.standing, m) for g in members if (m := getattr(g, key)) is not None]
+        rows = [(g.stratum, g.standing, g.told[key]) for g in members if key in g.told]
         if rows and (m := e.get(GROUPED[key])) is not None:
             rows.append(("all samples", "all", m))
         axis = {
@@ -458,30 +458,27 @@ def phase_bars(c: Cost) -> list[Bar]:
 
 def cost_rows(c: Cost) -> list[tuple[str, str]]:
     """(what, how much), only what was measured."""
-    rows: list[tuple[str, str | None]] = [
-        ("optimizer steps", count(c.steps)),
-        ("epochs", None if c.epochs is None else f"{c.epochs:.3g}"),
-        ("training samples seen", _maybe(c.samples)),
-        ("images seen", _maybe(c.images)),
-        ("tokens processed", _maybe(c.tokens)),
-        ("supervised tokens", _maybe(c.target_tokens)),
-        ("time in all", None if c.wall_s is None else duration(c.wall_s)),
-        ("time in training steps", None if c.train_s is None else duration(c.train_s)),
-        ("time of a step", None if c.step_s is None else f"{c.step_s:.3g} s"),
-        ("samples/s", None if c.samples_per_s is None else f"{c.samples_per_s:.3g}"),
-        ("images/s", None if c.images_per_s is None else f"{c.images_per_s:.3g}"),
-        ("tokens/s", None if c.tokens_per_s is None else f"{c.tokens_per_s:,.0f}"),
-        ("waiting for data", None if c.data_wait_share is None else f"{100 * c.data_wait_share:.1f} %"),
-        ("peak memory", None if c.peak_memory_mb is None else f"{c.peak_memory_mb:,.0f} MB"),
-        ("feature store", None if c.feature_store_mb is None else f"{c.feature_store_mb:,.0f} MB"),
-        ("device", c.device or None),
-        ("processes", str(c.processes)),
+    waited = None if c.data_wait_share is None else 100 * c.data_wait_share
+    rows: list[tuple[str, Any, Callable[[Any], str]]] = [
+        ("optimizer steps", c.steps, count),
+        ("epochs", c.epochs, "{:.3g}".format),
+        ("training samples seen", c.samples, count),
+        ("images seen", c.images, count),
+        ("tokens processed", c.tokens, count),
+        ("supervised tokens", c.target_tokens, count),
+        ("time in all", c.wall_s, duration),
+        ("time in training steps", c.train_s, duration),
+        ("time of a step", c.step_s, "{:.3g} s".format),
+        ("samples/s", c.samples_per_s, "{:.3g}".format),
+        ("images/s", c.images_per_s, "{:.3g}".format),
+        ("tokens/s", c.tokens_per_s, "{:,.0f}".format),
+        ("waiting for data", waited, "{:.1f} %".format),
+        ("peak memory", c.peak_memory_mb, "{:,.0f} MB".format),
+        ("feature store", c.feature_store_mb, "{:,.0f} MB".format),
+        ("device", c.device or None, str),
+        ("processes", c.processes, str),
     ]
-    return [(what, text) for what, text in rows if text is not None]
-
-
-def _maybe(n: int | None) -> str | None:
-    return None if n is None else count(n)
+    return [(what, form(value)) for what, value, form in rows if value is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------

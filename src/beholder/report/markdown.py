@@ -131,7 +131,7 @@ def _fail(e: Evidence, v: Verdict) -> list[str]:
     for g in content.groupings(e):
         rows: list[list[str]] = []
         for group in g.groups:
-            cells = [with_ci(getattr(group, c)) for c in g.columns]
+            cells = [with_ci(group.told.get(c)) for c in g.columns]
             rows.append([group.stratum, standing[group.standing], *cells, count(group.n)])
         head = [f"by {grouping_name(g.by)}", "", *g.columns.values(), "n"]
         lines += table(head, rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -16,8 +16,9 @@ from typing import Literal
 from beholder.config import usual_gate
 from beholder.evidence import CONDITIONS, Evidence, GateResult, Measurement
 from beholder.evidence.catalogue import unit_of
+from beholder.evidence.gates import at_end
 from beholder.report.answers import JUDGED_FROM as FEWEST
-from beholder.report.answers import AnswerKind, all_answers, shown_without_looking
+from beholder.report.answers import AnswerKind, all_answers, by_stratum, shown_without_looking
 from beholder.report.words import (
     SPELLED_UNITS,
     bound,
@@ -46,7 +47,7 @@ GROUPED = {
     "ratio": "ablation.ratio.shuffled", "delta": "ablation.delta.shuffled", "loss": "eval.loss",
     "match": "caption.exact_match.correct", "answers": "qa.accuracy.correct",
 }  # fmt: skip
-"""What is told of a `Group`, by its fields."""
+"""What is told of a `Group`: loss with another sample's image over, and minus, the loss with the own one, …"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +67,9 @@ class Clearly:
 
     def met(self, m: Measurement) -> bool:
         """False as well where there is no interval whose end could be judged."""
-        if self.end != "value" and m.ci95 is None:
-            return False
-        judged = m.value if m.ci95 is None or self.end == "value" else m.ci95[self.end == "high"]
-        compare = {">": operator.gt, "≥": operator.ge, "≤": operator.le}
-        return all(compare[sign](judged, float(edge)) for sign, edge in re.findall(r"([>≥≤]) (\S+)", self.bound))
+        judged, compare = at_end(m, self.end), {">": operator.gt, "≥": operator.ge, "≤": operator.le}
+        bounds = re.findall(r"([>≥≤]) (\S+)", self.bound)
+        return judged is not None and all(compare[sign](judged, float(edge)) for sign, edge in bounds)
 
     def __str__(self) -> str:
         return {"value": "", "low": "lower end ", "high": "upper end "}[self.end] + bound(self.bound, "ratio")
@@ -96,18 +95,13 @@ class Group:
 
     by: str
     stratum: str
-    ratio: Measurement | None
-    delta: Measurement | None
-    """Loss with another sample's image over, and minus, the loss with the own one."""
-    loss: Measurement | None
-    match: Measurement | None
-    answers: Measurement | None
+    told: Mapping[str, Measurement]
+    """What there is of `GROUPED`, in its order."""
     clearly: Clearly
 
     @property
     def n(self) -> int:
-        found = (self.delta, self.ratio, self.loss, self.match, self.answers)
-        return next((m.n for m in found if m is not None), 0)
+        return next((self.told[c].n for c in ("delta", *self.told) if c in self.told), 0)
 
     @property
     def name(self) -> str:
@@ -116,18 +110,18 @@ class Group:
     @property
     def standing(self) -> Literal["blind", "weak", "looks", "few", "unknown"]:
         """``blind``: no rise with another image was shown; ``weak``: a small one; ``few``: too few samples to say."""
-        if self.delta is None:
+        delta, ratio = self.told.get("delta"), self.told.get("ratio")
+        if delta is None:
             return "unknown"
-        if self.delta.n < JUDGED_FROM or self.delta.ci95 is None:
+        if delta.n < JUDGED_FROM or delta.ci95 is None:
             return "few"
-        if self.delta.ci95[0] <= 0:
+        if delta.ci95[0] <= 0:
             return "blind"
-        small = self.ratio is not None and self.ratio.ci95 is not None and not self.clearly.met(self.ratio)
-        return "weak" if small else "looks"
+        return "weak" if ratio is not None and ratio.ci95 is not None and not self.clearly.met(ratio) else "looks"
 
     @property
     def reliance(self) -> Measurement | None:
-        return self.ratio or self.delta
+        return self.told.get("ratio") or self.told.get("delta")
 
     @property
     def worst_first(self) -> tuple[int, float]:
@@ -136,9 +130,9 @@ class Group:
             return 3, -self.n
         if self.reliance is not None:
             return 0, self.reliance.value if self.reliance.ci95 is None else self.reliance.ci95[0]
-        if self.loss is not None:
-            return 1, -self.loss.value
-        shown = self.match or self.answers
+        if "loss" in self.told:
+            return 1, -self.told["loss"].value
+        shown = self.told.get("match") or self.told.get("answers")
         return 2, shown.value if shown is not None else 0.0
 
 
@@ -277,14 +271,11 @@ def _guessed(kinds: list[AnswerKind]) -> str:
 def groups(e: Evidence) -> dict[str, list[Group]]:
     """Strata by grouping, those that look least first; a grouping of one stratum says nothing and is left out."""
     clearly = Clearly.of(e, "looks_everywhere")
-    found: dict[tuple[str, str], dict[str, Measurement]] = {}
-    for m in e.measurements:
-        if m.stratum is not None and m.name in GROUPED.values():
-            found.setdefault((m.by or "", m.stratum), {})[m.name] = m
     out: dict[str, list[Group]] = {}
-    for (by, stratum), values in found.items():
-        told = (values.get(name) for name in GROUPED.values())
-        out.setdefault(by, []).append(Group(by, stratum, *told, clearly=clearly))
+    for (by, stratum), values in by_stratum(e, GROUPED.values()).items():
+        if stratum:
+            told = {column: values[name] for column, name in GROUPED.items() if name in values}
+            out.setdefault(by, []).append(Group(by, stratum, told, clearly))
     return {by: sorted(members, key=lambda g: g.worst_first) for by, members in out.items() if len(members) > 1}
 
 

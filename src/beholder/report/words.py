@@ -104,18 +104,11 @@ def number(value: float, unit: str) -> str:
 def bound(text: str, unit: str) -> str:
     """A gate's bound in the unit of its measurement: ``<= 0.5`` of a share reads ``<= 50 %``."""
 
+    times = 100 if unit in ("share", "points") else None
+    after = {"share": f"{NBSP}%", "points": " points", "%": f"{NBSP}%", "ratio": "×"}.get(unit, "")
+
     def written(m: re.Match[str]) -> str:
-        match unit:
-            case "share":
-                return f"{100 * float(m[0]):g}{NBSP}%"
-            case "points":
-                return f"{100 * float(m[0]):g} points"
-            case "%":
-                return f"{m[0]}{NBSP}%"
-            case "ratio":
-                return f"{m[0]}×"
-            case _:
-                return m[0]
+        return (m[0] if times is None else f"{times * float(m[0]):g}") + after
 
     return re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", written, text)
 

@@ -29,7 +29,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -275,16 +275,16 @@ class RowStore:
                     path.unlink(missing_ok=True)
 
 
+@dataclass
 class RowWriter:
     """Writes rows into the shard this process owns; goes on to another when it is full."""
 
-    def __init__(self, store: RowStore) -> None:
-        self.store = store
-        self.fd = -1
-        self.shard = 0
-        self.reserved = 0
-        self.slots: list[int] = []
-        """Free rows of the shard, next one last."""
+    store: RowStore
+    fd: int = -1
+    shard: int = 0
+    reserved: int = 0
+    slots: list[int] = field(default_factory=list)
+    """Free rows of the shard, next one last."""
 
     @property
     def rows_per_shard(self) -> int:
