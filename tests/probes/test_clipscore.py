@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
-from beholder.probes.clipscore import ClipJudge, Preprocessing, clip_score, clip_scores
+from beholder.probes.clipscore import ClipJudge, clip_score, clip_scores
 from beholder.types import UserError
 
 TEXTS = ["a red square", "two blue discs on black", "", "a green triangle beside a very long list of other things"]
@@ -132,15 +132,17 @@ def test_measurements_carry_intervals_and_say_who_judged(folder: Path):
 
 
 @pytest.mark.parametrize("size", [{"shortest_edge": 32}, {"height": 40, "width": 36}, 32])
-def test_pictures_are_prepared_as_the_folder_says(size: object):
+def test_pictures_are_prepared_as_the_folder_says(folder: Path, tmp_path: Path, size: object):
     from transformers.models.clip import CLIPImageProcessorPil
 
     settings = {**PREPROCESSOR, "size": size}
-    own, theirs = Preprocessing(settings, "x"), CLIPImageProcessorPil(**settings)
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "preprocessor_config.json").write_text(json.dumps(settings))
+    own, theirs = ClipJudge(other).pixels, CLIPImageProcessorPil(**settings)
 
     for picture in pictures():
         expected = theirs(picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
-        torch.testing.assert_close(own(picture), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(own(picture.convert("RGB"), return_tensors="pt")["pixel_values"][0], expected)
 
 
 def test_what_is_no_clip_folder_is_said_plainly(folder: Path, tmp_path: Path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import yaml
 
 from beholder.config.inert import drop, inert_settings, without_inert
 from beholder.config.run import RunConfig
-from beholder.config.section import Section
 from beholder.config.stages import GateConfig
 from beholder.config.studies import SCALES
 from beholder.config.tree import MAX_BYTES, ConfigError, Loader, Problem, Tree, compose, override, read_node, show
@@ -161,17 +160,16 @@ def config_hash(cfg: RunConfig) -> str:
 
 def diff_configs(a: RunConfig, b: RunConfig) -> list[tuple[str, object, object]]:
     """Settings that differ: (dotted path, value in ``a``, value in ``b``), lists compared whole."""
-    left, right = dict(_leaves(a)), dict(_leaves(b))
+    left, right = flatten(a.model_dump(mode="json")), flatten(b.model_dump(mode="json"))
     return [(p, left.get(p), right.get(p)) for p in dict.fromkeys((*left, *right)) if left.get(p) != right.get(p)]
 
 
-def _leaves(value: Mapping[str, Any] | Section, prefix: str = "") -> Iterator[tuple[str, object]]:
-    items = value.model_dump(mode="json") if isinstance(value, Section) else value
-    for name, item in items.items():
-        if isinstance(item, dict):
-            yield from _leaves(item, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", item
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; lists stay values."""
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        flat |= flatten(item, f"{prefix}{name}.") if isinstance(item, Mapping) else {f"{prefix}{name}": item}
+    return flat
 
 
 def json_schema() -> dict[str, Any]:

@@ -41,7 +41,7 @@ class ClipJudge:
         name = str(name)
         _check_folder(name)
         self.device = torch.device(device)
-        self.pixels = Preprocessing(_read_json(name, "preprocessor_config.json", "processor_config.json"), name)
+        self.pixels: Any = _preprocessing(name)
         try:
             with quiet_transformers():
                 loaded: Any = CLIPModel.from_pretrained(
@@ -62,7 +62,7 @@ class ClipJudge:
     @torch.no_grad()
     def see(self, pictures: Sequence[Image.Image]) -> Tensor:
         """fp32 [M, D]: unit vectors of the pictures."""
-        pixels = torch.stack([self.pixels(picture) for picture in pictures]).to(self.device)
+        pixels = self.pixels([p.convert("RGB") for p in pictures], return_tensors="pt")["pixel_values"].to(self.device)
         pooled = self.model.vision_model(pixel_values=pixels).pooler_output
         return _unit(self.model.visual_projection(pooled))
 
@@ -166,47 +166,18 @@ def _unit(vectors: Tensor) -> Tensor:
 # The folder
 
 
-class Preprocessing:
-    """What the folder's ``preprocessor_config.json`` says, done with PIL: resize, centre crop, rescale, normalise."""
+def _preprocessing(name: str) -> Any:
+    """transformers' own, on PIL: what the folder's ``preprocessor_config.json`` says."""
+    from transformers.models.clip import CLIPImageProcessorPil
 
-    def __init__(self, settings: dict[str, Any], name: str) -> None:
-        size, crop = settings.get("size"), settings.get("crop_size")
-        size = {"shortest_edge": size} if isinstance(size, int) else dict(size or {})
-        crop = {"height": crop, "width": crop} if isinstance(crop, int) else dict(crop or {})
-        self.shortest: int | None = size.get("shortest_edge")
-        self.size: tuple[int, int] | None = (
-            (size["width"], size["height"]) if {"width", "height"} <= set(size) else None
+    settings = _read_json(name, "preprocessor_config.json", "processor_config.json")
+    size = settings.get("size")
+    if not isinstance(size, int | dict) or (isinstance(size, dict) and not {"shortest_edge", "height"} & set(size)):
+        raise UserError(
+            f"eval.clip_model {name!r}: cannot tell the image size from preprocessor_config.json (size {size!r}, "
+            f"crop_size {settings.get('crop_size')!r})"
         )
-        if (self.shortest or self.size) is None or (self.shortest and not crop):
-            raise UserError(
-                f"eval.clip_model {name!r}: cannot tell the image size from preprocessor_config.json (size "
-                f"{settings.get('size')!r}, crop_size {settings.get('crop_size')!r})"
-            )
-        crops = bool(crop) and settings.get("do_center_crop", True)
-        self.crop: tuple[int, int] | None = (crop["width"], crop["height"]) if crops else None
-        self.resample = Image.Resampling(settings.get("resample", Image.Resampling.BICUBIC))
-        self.scale = float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else 1.0
-        normalise = settings.get("do_normalize", True)
-        self.mean = np.array(settings.get("image_mean", 0.0) if normalise else 0.0, dtype=np.float32)
-        self.std = np.array(settings.get("image_std", 1.0) if normalise else 1.0, dtype=np.float32)
-
-    def __call__(self, picture: Image.Image) -> Tensor:
-        """fp32 [3, H, W]"""
-        image = picture.convert("RGB")
-        if self.shortest is not None:
-            short, long = sorted(image.size)
-            longer = int(self.shortest * long / short)
-            wide = image.width > image.height
-            target = (longer, self.shortest) if wide else (self.shortest, longer)
-        else:
-            assert self.size is not None
-            target = self.size
-        image = image.resize(target, self.resample)
-        if self.crop is not None:
-            left, top = (image.width - self.crop[0]) // 2, (image.height - self.crop[1]) // 2
-            image = image.crop((left, top, left + self.crop[0], top + self.crop[1]))  # past the border: black
-        pixels = np.asarray(image, dtype=np.float32) * np.float32(self.scale)
-        return torch.from_numpy(((pixels - self.mean) / self.std).transpose(2, 0, 1).astype(np.float32))
+    return CLIPImageProcessorPil(**settings)
 
 
 _WANTED = (

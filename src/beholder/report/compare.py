@@ -8,7 +8,7 @@ over seeds is a question for ``beholder sweep`` with ``sweep.seeds``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from beholder.config import RunConfig, decided_by
-from beholder.config.file import diff_configs, parse_config
+from beholder.config.file import diff_configs, flatten, parse_config
 from beholder.evidence import Evidence, GateResult, Measurement, Record, held_out_hashes, load_evidence
 from beholder.evidence.catalogue import called, unit_of
 from beholder.report.content import measured_step
@@ -201,10 +201,10 @@ def _settings(runs: Sequence[Run]) -> tuple[list[Setting], list[str]]:
             first = str(e).splitlines()[-1].strip()
             unread.append(f"{run.name}: its config is not one this version reads ({first}); settings are as written")
     if unread:  # without defaults, so a default of one run may stand against nothing in another
-        flats = [dict(_flatten(_as_written(r.evidence.config_yaml))) for r in runs]
+        flats = [flatten(_as_written(r.evidence.config_yaml)) for r in runs]
         paths = dict.fromkeys(p for flat in flats for p in flat)
     else:
-        flats = [dict(_flatten(c.model_dump(mode="json"))) for c in configs]
+        flats = [flatten(c.model_dump(mode="json")) for c in configs]
         paths = dict.fromkeys(p for a, b in pairwise(configs) for p, _, _ in diff_configs(a, b))
     rows = [Setting(path=p, values=tuple(flat.get(p) for flat in flats)) for p in paths]
     return [r for r in rows if any(v != r.values[0] for v in r.values)], unread
@@ -217,14 +217,6 @@ def _as_written(text: str) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, item in value.items():
-        if isinstance(item, dict):
-            yield from _flatten(item, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", item
 
 
 def _measurements(runs: Sequence[Run], *, comparable: bool) -> list[MeasurementRow]:

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from beholder.config.file import flatten
 from beholder.model.language import LanguageModel
 from beholder.runs import to_json
 from beholder.train.checkpoint import (
@@ -26,7 +27,7 @@ from beholder.train.checkpoint import (
     resolve_checkpoint,
 )
 from beholder.train.optim import load_optimizer_tensors
-from beholder.train.same_run import ANOTHER, flatten, shown
+from beholder.train.same_run import ANOTHER, shown
 from beholder.types import UserError
 
 

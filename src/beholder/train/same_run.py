@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from beholder.config import RunConfig, decided_by
+from beholder.config.file import flatten
 from beholder.runs import to_json
 from beholder.train.checkpoint import TRAINER
 from beholder.types import UserError
@@ -26,17 +27,6 @@ def may_change(path: str, *, same_data: bool) -> bool:
     if decided & {"weights", "data"} or ("place" in decided and path.startswith("data.") and not same_data):
         return False
     return bool(decided & {"measuring", "speed", "place", "run"})
-
-
-def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; lists stay values."""
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        if isinstance(inner, Mapping):
-            flat.update(flatten(inner, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = list(inner) if isinstance(inner, tuple) else inner
-    return flat
 
 
 def check_same_config(
