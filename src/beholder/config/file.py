@@ -19,7 +19,7 @@ from beholder.config.run import RunConfig
 from beholder.config.section import Section
 from beholder.config.stages import GateConfig
 from beholder.config.studies import SCALES
-from beholder.config.tree import MAX_BYTES, ConfigError, Loader, Problem, Tree, compose, override, read_node, show
+from beholder.config.tree import ConfigError, Loader, Problem, Tree, compose, override, read_node, show
 from beholder.config.validate import validate
 from beholder.types import UserError
 
@@ -38,7 +38,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = Path(path)
     try:
         size = path.stat().st_size
-        if size > 4 * MAX_BYTES:
+        if size > 4_000_000:
             raise UserError(f"{path}: {size:,} bytes is too large for a config; is this the file you mean?")
         raw = path.read_bytes() if path.is_file() else None
     except OSError as e:
