@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import TinyParts
 from tests.use.talking import untrained_run
 
-from beholder.config import SourceConfig
+from beholder.config import GenerateConfig, SourceConfig
 from beholder.data.sources import open_sources
 from beholder.types import UserError, printable
 from beholder.use.chat import Conversation, talk
@@ -26,6 +26,10 @@ def image(tiny_parts: TinyParts) -> Path:
     return min(tiny_parts.images.glob("*.png"))
 
 
+def briefly(max_new_tokens: int) -> GenerateConfig:
+    return GenerateConfig(temperature=0.0, max_new_tokens=max_new_tokens)
+
+
 def scripted(conversation: Conversation, *lines: str) -> tuple[str, str]:
     """What a script of ``lines`` is answered, and told besides."""
     out, notes = io.StringIO(), io.StringIO()
@@ -34,7 +38,7 @@ def scripted(conversation: Conversation, *lines: str) -> tuple[str, str]:
 
 
 def test_a_script_gets_the_answers_alone_on_its_output(vlm: Vlm, image: Path) -> None:
-    out, _ = scripted(Conversation(vlm, image, max_new_tokens=8), "What colour?", "", "Sure?", "/quit", "Never asked")
+    out, _ = scripted(Conversation(vlm, image, how=briefly(8)), "What colour?", "", "Sure?", "/quit", "Never asked")
 
     first = vlm.chat("What colour?", image, max_new_tokens=8)
     said = [("user", "What colour?"), ("assistant", first), ("user", "Sure?")]
@@ -43,7 +47,7 @@ def test_a_script_gets_the_answers_alone_on_its_output(vlm: Vlm, image: Path) ->
 
 
 def test_the_system_text_comes_first_and_starts_over(vlm: Vlm, image: Path) -> None:
-    conversation = Conversation(vlm, image, "Be brief.", max_new_tokens=4)
+    conversation = Conversation(vlm, image, "Be brief.", how=briefly(4))
 
     scripted(conversation, "What?")
     assert [m["role"] for m in conversation.messages] == ["system", "user", "assistant"]
@@ -57,7 +61,7 @@ def test_the_system_text_comes_first_and_starts_over(vlm: Vlm, image: Path) -> N
 
 def test_another_image_starts_over_and_a_missing_one_changes_nothing(vlm: Vlm, tiny_parts: TinyParts) -> None:
     first, other = sorted(tiny_parts.images.glob("*.png"))[:2]
-    conversation = Conversation(vlm, first, max_new_tokens=4)
+    conversation = Conversation(vlm, first, how=briefly(4))
     scripted(conversation, "What?")
 
     with pytest.raises(UserError, match=r"nowhere\.png"):
@@ -70,7 +74,7 @@ def test_another_image_starts_over_and_a_missing_one_changes_nothing(vlm: Vlm, t
 
 
 def test_reset_keeps_image_and_system_text(vlm: Vlm, image: Path) -> None:
-    conversation = Conversation(vlm, image, "Be brief.", max_new_tokens=4)
+    conversation = Conversation(vlm, image, "Be brief.", how=briefly(4))
 
     again = [scripted(conversation, "What?", "/reset")[0] for _ in range(2)]
 
@@ -79,7 +83,7 @@ def test_reset_keeps_image_and_system_text(vlm: Vlm, image: Path) -> None:
 
 
 def test_a_saved_conversation_is_a_record_to_train_on(vlm: Vlm, image: Path, tmp_path: Path) -> None:
-    conversation = Conversation(vlm, image, "Be brief.", max_new_tokens=8)
+    conversation = Conversation(vlm, image, "Be brief.", how=briefly(8))
     file = tmp_path / "talk.jsonl"
     scripted(conversation, "What?", "Sure?")
 
@@ -97,7 +101,7 @@ def test_a_saved_conversation_is_a_record_to_train_on(vlm: Vlm, image: Path, tmp
 
 
 def test_a_typed_marker_cannot_be_saved_as_an_image_place(vlm: Vlm, image: Path, tmp_path: Path) -> None:
-    conversation = Conversation(vlm, image, max_new_tokens=4)
+    conversation = Conversation(vlm, image, how=briefly(4))
 
     with pytest.raises(UserError, match="<image> as text"):
         scripted(conversation, "is <image> a word?", f"/save {tmp_path / 'talk.jsonl'}")
@@ -145,7 +149,7 @@ def test_help_lists_every_command(vlm: Vlm) -> None:
 
 
 def test_a_full_context_says_so_and_suggests_reset(vlm: Vlm, image: Path) -> None:
-    conversation = Conversation(vlm, image, max_new_tokens=4)
+    conversation = Conversation(vlm, image, how=briefly(4))
     scripted(conversation, "What?")
 
     with pytest.raises(ContextFullError, match=r"no room for an answer.*: /reset"):
@@ -155,7 +159,7 @@ def test_a_full_context_says_so_and_suggests_reset(vlm: Vlm, image: Path) -> Non
 
 
 def test_a_conversation_longer_than_training_is_noted_once(vlm: Vlm, image: Path) -> None:
-    conversation = Conversation(vlm, image, max_new_tokens=4)
+    conversation = Conversation(vlm, image, how=briefly(4))
 
     _, notes = scripted(conversation, "x" * 40, "x" * 40, "x" * 40)
 
@@ -167,7 +171,7 @@ def test_a_cut_answer_is_noted(vlm: Vlm, image: Path) -> None:
     list(stream)
     assert not stream.complete, "the case under test"
 
-    _, notes = scripted(Conversation(vlm, image, max_new_tokens=3), "What?")
+    _, notes = scripted(Conversation(vlm, image, how=briefly(3)), "What?")
 
     assert "cut after 3 tokens" in notes
 
@@ -188,7 +192,7 @@ class Interrupting(io.StringIO):
 
 
 def test_ctrl_c_keeps_what_was_said_and_a_second_one_leaves(vlm: Vlm, image: Path) -> None:
-    conversation = Conversation(vlm, image, max_new_tokens=200)
+    conversation = Conversation(vlm, image, how=briefly(200))
     out, notes = Interrupting(after=2), io.StringIO()
     lines = iter(["What?\n", KeyboardInterrupt(), "Never read\n"])
 
