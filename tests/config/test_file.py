@@ -261,7 +261,7 @@ def test_text_that_is_no_config_is_refused_with_its_place(text: str, said: str) 
     ("make", "said"),
     [
         (lambda p: None, "No such file"),
-        (lambda p: p.mkdir(), "not a file"),
+        (lambda p: p.mkdir(), "Is a directory"),
         (lambda p: p.write_bytes(b"run_name: \xff\xfe"), "byte 0xff is not UTF-8"),
         (lambda p: p.write_bytes(b"x" * 5_000_000), "too large for a config"),
     ],

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import TinyParts
-from tests.use.talking import untrained_run
+from tests.use.talking import briefly, untrained_run
 
-from beholder.config import GenerateConfig, SourceConfig
+from beholder.config import SourceConfig
 from beholder.data.sources import open_sources
 from beholder.types import UserError, printable
 from beholder.use.chat import Conversation, talk
@@ -24,10 +24,6 @@ def vlm(tiny_parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> Vlm:
 @pytest.fixture
 def image(tiny_parts: TinyParts) -> Path:
     return min(tiny_parts.images.glob("*.png"))
-
-
-def briefly(max_new_tokens: int) -> GenerateConfig:
-    return GenerateConfig(temperature=0.0, max_new_tokens=max_new_tokens)
 
 
 def scripted(conversation: Conversation, *lines: str) -> tuple[str, str]:

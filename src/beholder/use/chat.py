@@ -252,8 +252,6 @@ def _save(conversation: Conversation, path: Path) -> Path:
 
 def _path(typed: str) -> Path:
     """A path as a person types or drops it, with or without quotes around it."""
-    if "\0" in typed:
-        raise UserError(f"{typed!r} is not a file name: no name contains a NUL character")
     quoted = len(typed) > 1 and typed[0] == typed[-1] and typed[0] in "'\""
     path = Path(typed[1:-1] if quoted else typed)
     try:

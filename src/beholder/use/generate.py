@@ -58,7 +58,7 @@ def generate(
             raise UserError("give --image FILE, or many questions with --from FILE --out FILE")
         if out or image_root or image_pattern:
             raise UserError("--out, --image-root and --image-pattern belong to --from FILE")
-        text = load(run, device=device, overrides=overrides).answer(Request(prompt, images), how, seed)
+        text = load(run, device=device, overrides=overrides).answers([Request(prompt, images)], how, seed)[0]
         return Said(text, {"answer": text})
     if out is None:
         raise UserError("--from needs --out FILE for the answers")
@@ -66,7 +66,7 @@ def generate(
         raise UserError("--from has its own images and answers greedily; remove --image and --temperature")
     asked = read_questions(questions, image_root, prompt=prompt, image_pattern=image_pattern)
     vlm = load(run, device=device, overrides=overrides)
-    new = answer_file(vlm, asked, out, batch_size=batch_size, max_new_tokens=how.max_new_tokens, progress=progress)
+    new = answer_file(vlm, asked, out, batch_size=batch_size, how=how, progress=progress)
     before = len(asked) - new
     text = f"{new:,} questions answered, {before:,} were before; see {out}"
     return Said(text, {"answered": new, "before": before, "out": str(out)})

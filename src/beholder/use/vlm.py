@@ -110,7 +110,7 @@ class Vlm:
         """
         if not _listed(image):
             raise UserError("give at least one image")
-        return self.answer(Request(prompt, image), decoding(temperature, top_p, max_new_tokens), seed)
+        return self.answers([Request(prompt, image)], decoding(temperature, top_p, max_new_tokens), seed)[0]
 
     def chat(
         self,
@@ -127,7 +127,7 @@ class Vlm:
         Raises `ContextFullError` when the conversation leaves no room for an answer.
         """
         self.check_chats()
-        return self.answer(Request(messages, images), decoding(temperature, top_p, max_new_tokens), seed)
+        return self.answers([Request(messages, images)], decoding(temperature, top_p, max_new_tokens), seed)[0]
 
     def stream(
         self,
@@ -155,16 +155,22 @@ class Vlm:
         """
         waiting, how = iter(requests), decoding(0.0, 1.0, max_new_tokens)
         while batch := list(islice(waiting, batch_size)):
-            yield from self._answers([self._prompt(request) for request in batch], how)
+            yield from self.answers(batch, how)
 
     # -------------------------------------------------------------------------------------------------------------
 
-    def answer(self, request: Request, how: GenerateConfig, seed: int = 0) -> str:
-        """The answer to one request."""
-        return self._answers([self._prompt(request)], how, seed)[0]
+    def answers(self, requests: Sequence[Request], how: GenerateConfig, seed: int = 0) -> list[str]:
+        """The answers to requests that are written together."""
+        prompts = [self._prompt(request) for request in requests]
+        rooms = [min(how.max_new_tokens, p.room) for p in prompts]
+        ids = self.model.generate(
+            [p.encoded for p in prompts], [p.images for p in prompts],
+            how.model_copy(update={"max_new_tokens": max(rooms)}), eos_ids=self.encoder.eos_ids, seed=seed,
+        )  # fmt: skip
+        return [self.encoder.decode(own[:room]) for own, room in zip(ids, rooms, strict=True)]
 
     def answer_in_pieces(self, request: Request, how: GenerateConfig, seed: int = 0) -> AnswerStream:
-        """As `answer`, in pieces; for a run that chats."""
+        """The answer to one, in pieces; for a run that chats."""
         self.check_chats()
         prompt = self._prompt(request)
         how = how.model_copy(update={"max_new_tokens": min(how.max_new_tokens, prompt.room)})
@@ -194,14 +200,6 @@ class Vlm:
                 f"caption), not to chat: use `beholder generate {self.cfg.run_dir} --image FILE`, or tune it on "
                 "conversations first (stage instruct, model.connector.load_checkpoint naming this run)"
             )
-
-    def _answers(self, prompts: Sequence[_Prompt], how: GenerateConfig, seed: int = 0) -> list[str]:
-        rooms = [min(how.max_new_tokens, p.room) for p in prompts]
-        ids = self.model.generate(
-            [p.encoded for p in prompts], [p.images for p in prompts],
-            how.model_copy(update={"max_new_tokens": max(rooms)}), eos_ids=self.encoder.eos_ids, seed=seed,
-        )  # fmt: skip
-        return [self.encoder.decode(own[:room]) for own, room in zip(ids, rooms, strict=True)]
 
     def _prompt(self, request: Request) -> _Prompt:
         try:
