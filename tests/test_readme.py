@@ -260,8 +260,8 @@ def test_the_wheel_alone_answers_in_an_empty_folder(built_wheel: Path, tmp_path:
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import beholder;"
         "assert beholder.__file__.startswith(sys.path[0]), beholder.__file__;"
         "from importlib.resources import files;"
-        "from beholder.prepare.quickstart import RECIPES;"
-        "assert all((files('beholder') / 'prepare' / 'recipes' / r).read_text() for r in RECIPES.values());"
+        "from beholder.prepare.quickstart import PARTS;"
+        "assert all((files('beholder') / 'prepare' / 'recipes' / p.recipe).read_text() for p in PARTS.values());"
         "from beholder.cli import main; main()"
     )
     done = subprocess.run(

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from beholder.config import LlmConfig
+from beholder.config import GenerateConfig, LlmConfig
 from beholder.model import attention
 from beholder.model.language import LanguageModel, load_language
 from beholder.prepare.tiny import tiny_tokenizer
@@ -177,11 +177,11 @@ def test_the_checkpoints_own_sampling_defaults_are_forgotten(parts: Parts, tmp_p
     folder = copied(parts, tmp_path)
     transformers.GenerationConfig(do_sample=True, top_k=1, temperature=9.0).save_pretrained(folder)
     prompt = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
-    options: dict[str, Any] = {"eos_ids": [0], "max_new_tokens": 12, "repetition_penalty": 1.0, "seed": 3}
     with_defaults, without = load(folder), load(parts.llm("qwen3"))
 
     for temperature, top_p in ((0.0, 1.0), (1.0, 0.9)):
-        a, b = (m.generate([prompt], temperature=temperature, top_p=top_p, **options) for m in (with_defaults, without))
+        how = GenerateConfig(temperature=temperature, top_p=top_p, max_new_tokens=12)
+        a, b = (m.generate([prompt], how, eos_ids=[0], seed=3) for m in (with_defaults, without))
         assert a == b
 
 

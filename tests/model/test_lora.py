@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from beholder.config import STAGES, LoraConfig
+from beholder.config import STAGES, GenerateConfig, LoraConfig
 from beholder.model import adapted_linear, adapters, placement
 from beholder.model.language import LanguageModel
 from beholder.model.plan import TrainPlan, apply_train_plan, frozen_fingerprint, param_groups, plan_of
@@ -219,9 +219,7 @@ def test_generation_in_training_mode_drops_nothing_and_goes_back_to_training(bui
 
     def say() -> list[list[int]]:
         prompt = language.embed(IDS)[0]
-        return language.generate(
-            [prompt], eos_ids=[1], max_new_tokens=12, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=0
-        )
+        return language.generate([prompt], GenerateConfig(temperature=0.0, max_new_tokens=12), eos_ids=[1])
 
     calm = say()
     language.train()

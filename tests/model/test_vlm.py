@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from beholder.config import ResamplerConfig
+from beholder.config import GenerateConfig, ResamplerConfig
 from beholder.data.collate import Layout, collate
 from beholder.model.plan import TrainPlan, apply_train_plan, frozen_fingerprint, param_groups
 from beholder.types import Batch, Encoded, ImageInput, TokenLosses, UserError
@@ -127,6 +127,10 @@ def test_frozen_parts_stay_in_eval_mode_while_training(build: Build) -> None:
     assert not any(m.training for m in built.model.modules())
 
 
+def greedy(max_new_tokens: int) -> GenerateConfig:
+    return GenerateConfig(temperature=0.0, max_new_tokens=max_new_tokens)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_greedy_captions_do_not_depend_on_the_batch(build: Build, precision: str) -> None:
     # bf16 rounds differently in other shapes, so equality is asked of fp32 alone.
@@ -136,10 +140,10 @@ def test_greedy_captions_do_not_depend_on_the_batch(build: Build, precision: str
         example = built.example(f"s{i}", "unused " * i + "x", count)
         prompts.append(built.encoder.encode_prompt(example))
         images.append([built.picture(7 * i + k) for k in range(count)])
-    options = {"eos_ids": built.encoder.eos_ids, "max_new_tokens": 12, "temperature": 0.0}
+    how, eos_ids = greedy(12), built.encoder.eos_ids
 
-    together = built.model.generate(prompts, images, **options)
-    alone = [built.model.generate([p], [i], **options)[0] for p, i in zip(prompts, images, strict=True)]
+    together = built.model.generate(prompts, images, how, eos_ids=eos_ids)
+    alone = [built.model.generate([p], [i], how, eos_ids=eos_ids)[0] for p, i in zip(prompts, images, strict=True)]
 
     assert all(0 < len(row) <= 12 for row in together)
     assert len({tuple(row) for row in together}) > 1, "all captions equal: the test would not see a mix-up"
@@ -150,7 +154,7 @@ def test_greedy_captions_do_not_depend_on_the_batch(build: Build, precision: str
 def test_greedy_generation_follows_the_teacher_forced_loss(tiny: Built) -> None:
     """Each generated token is the arg-max that the training forward sees after the same prefix."""
     prompt = tiny.encoder.encode_prompt(tiny.example("s", "x"))
-    (new,) = tiny.model.generate([prompt], [[tiny.picture(1)]], eos_ids=[0], max_new_tokens=8)
+    (new,) = tiny.model.generate([prompt], [[tiny.picture(1)]], greedy(8), eos_ids=[0])
     ids = np.concatenate([prompt.ids, np.array(new)])
     supervise = np.arange(len(ids)) >= len(prompt.ids)
     encoded = Encoded(ids, supervise, prompt.image_spans)
@@ -164,9 +168,8 @@ def test_sampling_is_seeded_and_leaves_the_global_random_state_alone(tiny: Built
     prompt, image = tiny.encoder.encode_prompt(tiny.example("s", "x")), tiny.picture(1)
 
     def sample(seed: int) -> list[int]:
-        return tiny.model.generate(
-            [prompt], [[image]], eos_ids=[0], max_new_tokens=16, temperature=1.0, top_p=0.95, seed=seed
-        )[0]
+        how = GenerateConfig(temperature=1.0, top_p=0.95, max_new_tokens=16)
+        return tiny.model.generate([prompt], [[image]], how, eos_ids=[0], seed=seed)[0]
 
     state = torch.get_rng_state()
     first, again, other = sample(1), sample(1), sample(2)
@@ -177,9 +180,9 @@ def test_sampling_is_seeded_and_leaves_the_global_random_state_alone(tiny: Built
 
 def test_generation_stops_with_the_end_token(tiny: Built) -> None:
     prompt, image = tiny.encoder.encode_prompt(tiny.example("s", "x")), tiny.picture(1)
-    (free,) = tiny.model.generate([prompt], [[image]], eos_ids=[319], max_new_tokens=10)
+    (free,) = tiny.model.generate([prompt], [[image]], greedy(10), eos_ids=[319])
     end = free[3]
-    (stopped,) = tiny.model.generate([prompt], [[image]], eos_ids=[end], max_new_tokens=10)
+    (stopped,) = tiny.model.generate([prompt], [[image]], greedy(10), eos_ids=[end])
 
     assert stopped == free[: free.index(end) + 1]
 
@@ -329,7 +332,7 @@ def test_counts_that_disagree_stop_with_both_numbers(tiny: Built, lost: str) -> 
         tiny.model(batch)
     with pytest.raises(UserError, match="1 image places but 0 images"):
         prompt = tiny.encoder.encode_prompt(tiny.example("s", "x"))
-        tiny.model.generate([prompt], [[]], eos_ids=[0], max_new_tokens=1)
+        tiny.model.generate([prompt], [[]], greedy(1), eos_ids=[0])
 
 
 def test_connector_info_tells_models_apart_but_not_precisions(build: Build) -> None:

@@ -99,7 +99,7 @@ def test_a_slow_bf16_is_told_with_the_settings_that_help(monkeypatch: pytest.Mon
     rates = {torch.float32: 100e9, torch.bfloat16: 30e9}
     monkeypatch.setattr(doctor, "matmul_rate", lambda device, dtype, seconds: rates[dtype])
 
-    (check,) = doctor._speed(torch.device("cpu"))
+    check = doctor._speed(torch.device("cpu"))
 
     assert check.level == "warn" and "train.precision=fp32" in check.advice
 

@@ -22,7 +22,6 @@ from PIL import Image
 
 from beholder.prepare import openmoji, packages
 from beholder.prepare.openmoji import code_key, group_variants, hold_out, name_key, read_names, render
-from beholder.types import UserError
 
 TONES = {
     "1F3FB": "light skin tone", "1F3FC": "medium-light skin tone", "1F3FD": "medium skin tone",
@@ -30,8 +29,8 @@ TONES = {
 }  # fmt: skip
 
 
-def svg(shapes: str) -> bytes:
-    return f'<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg">{shapes}</svg>'.encode()
+def svg(shapes: str) -> str:
+    return f'<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg">{shapes}</svg>'
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -65,11 +64,6 @@ def test_names_are_the_fully_qualified_ones_and_captions_are_sentences() -> None
         ("1F468-1F3FD-200D-1F680", "Man astronaut: medium skin tone.", "People & Body, family"),
     ]
     assert [e.name for e in components] == ["light skin tone"]
-
-
-def test_a_file_of_another_form_is_refused() -> None:
-    with pytest.raises(UserError, match=r"no line of emoji-test\.txt has the form"):
-        read_names("1F600;grinning face\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -148,34 +142,12 @@ def test_held_out_groups_are_enough_and_stay_when_others_come() -> None:
 
 
 def test_a_drawing_is_on_white_and_of_the_size_asked_for() -> None:
-    png = render(svg('<rect x="0" y="0" width="36" height="72" fill="#ff0000"/>'), "half.svg", 64)
+    png = render(svg('<rect x="0" y="0" width="36" height="72" fill="#ff0000"/>'), 64)
 
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
     assert pixels.shape == (64, 64, 3)
     assert (pixels[:, :31] == (255, 0, 0)).all() and (pixels[:, 33:] == 255).all()
-    assert png == render(svg('<rect x="0" y="0" width="36" height="72" fill="#ff0000"/>'), "half.svg", 64)
-
-
-@pytest.mark.parametrize(
-    "shapes",
-    [
-        '<image href="file:///etc/passwd" width="72" height="72"/>',
-        '<use xlink:href="other.svg#a"/>',
-        "<text>words</text>",
-        '<rect fill="url(http://example.org/x.svg#a)"/>',
-        "<style>@import 'x.css'</style>",
-        "<script>1</script>",
-    ],
-)
-def test_a_drawing_that_reaches_outside_itself_is_refused(shapes: str) -> None:
-    with pytest.raises(UserError, match=r"x\.svg: the drawing holds .*self-contained"):
-        render(svg(shapes), "x.svg")
-
-
-@pytest.mark.parametrize("data", [b"", b"<svg", b"\xff\xfe", b"not xml at all"])
-def test_what_is_no_drawing_is_named(data: bytes) -> None:
-    with pytest.raises(UserError, match=r"x\.svg cannot be drawn"):
-        render(data, "x.svg")
+    assert png == render(svg('<rect x="0" y="0" width="36" height="72" fill="#ff0000"/>'), 64)
 
 
 def test_a_reference_within_the_drawing_is_followed() -> None:
@@ -183,7 +155,7 @@ def test_a_reference_within_the_drawing_is_followed() -> None:
         '<clipPath id="c"><rect width="9" height="9"/></clipPath><rect clip-path="url(#c)" width="72" height="72"/>'
     )
 
-    pixels = np.asarray(Image.open(io.BytesIO(render(svg(shapes), "x.svg", 72))).convert("L"))
+    pixels = np.asarray(Image.open(io.BytesIO(render(svg(shapes), 72))).convert("L"))
 
     assert pixels[4, 4] == 0 and pixels[40, 40] == 255
 
@@ -197,7 +169,7 @@ MINI = 60
 
 def mini_wheels(folder: Path) -> packages._Part:
     names = ["# group: People & Body", "# subgroup: person"]
-    drawings: dict[str, bytes] = {}
+    drawings: dict[str, str] = {}
     for i in range(MINI):
         for k, (tone, words) in enumerate([("", ""), *((f" {t}", f": {w}") for t, w in TONES.items())]):
             code = f"{0x1F000 + i:X}{tone}"

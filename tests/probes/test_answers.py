@@ -203,9 +203,7 @@ def test_the_blind_answer_is_the_language_models_to_the_words_alone(bench: Any, 
 
     prompt = encoder.encode_prompt(without_images(examples[0]))
     words = sighted.language.embed(torch.from_numpy(prompt.ids)[None])[0]
-    alone = sighted.language.generate(
-        [words], eos_ids=encoder.eos_ids, max_new_tokens=5, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=0
-    )
+    alone = sighted.language.generate([words], settings, eos_ids=encoder.eos_ids)
     assert prompt.image_spans == ()
     assert [r.id for r in blind] == [e.id for e in examples]
     assert {r.condition for r in blind} == {"none"} and {r.reference for r in blind} == {"red"}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tests.conftest import TinyParts, make_config
 
+from beholder.config import GenerateConfig
 from beholder.config.file import dump_config
 from beholder.model.adapters import adapter_config, adapter_tensors, load_adapter_tensors
 from beholder.model.build import build_vlm
@@ -18,6 +19,10 @@ CHATTY = {
     "stage": "instruct", "model.lora": {"enable": True, "r": 4}, "prompting.max_images_per_sample": 1,
     "prompting.max_seq_len": 128,
 }  # fmt: skip
+
+
+def briefly(max_new_tokens: int) -> GenerateConfig:
+    return GenerateConfig(temperature=0.0, max_new_tokens=max_new_tokens)
 
 
 def untrained_run(parts: TinyParts, folder: Path, **sets: Any) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests.conftest import TinyParts
-from tests.use.talking import untrained_run
+from tests.use.talking import briefly, untrained_run
 
 from beholder.types import UserError
 from beholder.use.answer_file import answer_file, read_questions
@@ -68,7 +68,7 @@ def test_every_shape_of_a_record_asks_the_same(
     out = tmp_path / "answers.jsonl"
 
     questions = read_questions(file, tiny_parts.images, prompt=ask, image_pattern="0-{image_id:05d}-0.png")
-    answer_file(vlm, questions, out, batch_size=3, max_new_tokens=8)
+    answer_file(vlm, questions, out, batch_size=3, how=briefly(8))
 
     told = answers(out)
     assert [a.get("id", a.get("question_id")) for a in told] == [
@@ -99,7 +99,7 @@ def test_an_interrupted_call_goes_on_to_the_same_file(
     file = write(*({"id": i, "image": name, "prompt": f"What is this, number {i}?"} for i, name in enumerate(names)))
     questions = read_questions(file, tiny_parts.images)
     straight, stopped = tmp_path / "straight.jsonl", tmp_path / "stopped.jsonl"
-    answer_file(vlm, questions, straight, batch_size=2, max_new_tokens=8)
+    answer_file(vlm, questions, straight, batch_size=2, how=briefly(8))
     whole = straight.read_bytes()
     stopped.write_bytes(whole[: len(whole) // 2])  # in the middle of a line
     ticks: list[tuple[int, int]] = []
@@ -109,13 +109,13 @@ def test_an_interrupted_call_goes_on_to_the_same_file(
         questions,
         stopped,
         batch_size=2,
-        max_new_tokens=8,
+        how=briefly(8),
         progress=lambda _, done, total: ticks.append((done, total)),
     )
 
     assert stopped.read_bytes() == whole
     assert 0 < num < len(questions) and ticks[-1] == (num, num)
-    assert answer_file(vlm, questions, stopped, batch_size=2, max_new_tokens=8) == 0
+    assert answer_file(vlm, questions, stopped, batch_size=2, how=briefly(8)) == 0
 
 
 def test_answers_of_another_checkpoint_or_other_settings_never_mix(
@@ -123,16 +123,16 @@ def test_answers_of_another_checkpoint_or_other_settings_never_mix(
 ) -> None:
     questions = read_questions(write({"id": 1, "image": names[0], "prompt": "What?"}), tiny_parts.images)
     out = tmp_path / "answers.jsonl"
-    answer_file(vlm, questions, out, max_new_tokens=8)
+    answer_file(vlm, questions, out, how=briefly(8))
     before = out.read_bytes()
 
     earlier = load(run / "checkpoints" / "step_1", device="cpu")
     for other, tokens in ((earlier, 8), (vlm, 9)):
         with pytest.raises(UserError, match=r"answers\.jsonl:1: answered by tiny/step_2 .*give another --out"):
-            answer_file(other, questions, out, max_new_tokens=tokens)
+            answer_file(other, questions, out, how=briefly(tokens))
     others = read_questions(write({"id": 2, "image": names[0], "prompt": "What?"}), tiny_parts.images)
     with pytest.raises(UserError, match="answers 1, which these questions do not ask"):
-        answer_file(vlm, others, out, max_new_tokens=8)
+        answer_file(vlm, others, out, how=briefly(8))
 
     assert out.read_bytes() == before
 
@@ -144,7 +144,7 @@ def test_answers_to_other_questions_with_the_same_ids_are_refused(
     out, other_root = tmp_path / "answers.jsonl", tmp_path / "other"
     other_root.mkdir()
     (other_root / names[0]).write_bytes((tiny_parts.images / names[1]).read_bytes())
-    answer_file(vlm, read_questions(write(asked), tiny_parts.images), out, max_new_tokens=8)
+    answer_file(vlm, read_questions(write(asked), tiny_parts.images), out, how=briefly(8))
     before = out.read_bytes()
 
     for record, root in (
@@ -153,7 +153,7 @@ def test_answers_to_other_questions_with_the_same_ids_are_refused(
         (asked, other_root),
     ):
         with pytest.raises(UserError, match=r"answers\.jsonl:1: answers 1, but .*another question.*give another --out"):
-            answer_file(vlm, read_questions(write(record), root), out, max_new_tokens=8)
+            answer_file(vlm, read_questions(write(record), root), out, how=briefly(8))
 
     assert out.read_bytes() == before
     assert read_predictions(out, "vqa")[0] == {"1": json.loads(before)["answer"]}
@@ -167,12 +167,12 @@ def test_a_line_that_is_no_answer_does_not_count_as_one(
 ) -> None:
     questions = read_questions(write({"id": 1, "image": names[0], "prompt": "What?"}), tiny_parts.images)
     out = tmp_path / "answers.jsonl"
-    answer_file(vlm, questions, out, max_new_tokens=8)
+    answer_file(vlm, questions, out, how=briefly(8))
     (line,) = answers(out)
     out.write_text(json.dumps({k: v for k, v in (line | wrong).items() if v is not None}) + "\n")
 
     with pytest.raises(UserError, match=r"answers\.jsonl:1: not an answer of this command"):
-        answer_file(vlm, questions, out, max_new_tokens=8)
+        answer_file(vlm, questions, out, how=briefly(8))
 
 
 def test_a_pattern_without_a_place_is_refused(write: WriteLines, tiny_parts: TinyParts, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import TinyParts
-from tests.use.talking import untrained_run
+from tests.use.talking import briefly, untrained_run
 
 from beholder.config import SourceConfig
 from beholder.data.sources import open_sources
@@ -34,7 +34,7 @@ def scripted(conversation: Conversation, *lines: str) -> tuple[str, str]:
 
 
 def test_a_script_gets_the_answers_alone_on_its_output(vlm: Vlm, image: Path) -> None:
-    out, _ = scripted(Conversation(vlm, image, max_new_tokens=8), "What colour?", "", "Sure?", "/quit", "Never asked")
+    out, _ = scripted(Conversation(vlm, image, how=briefly(8)), "What colour?", "", "Sure?", "/quit", "Never asked")
 
     first = vlm.chat("What colour?", image, max_new_tokens=8)
     said = [("user", "What colour?"), ("assistant", first), ("user", "Sure?")]
@@ -43,7 +43,7 @@ def test_a_script_gets_the_answers_alone_on_its_output(vlm: Vlm, image: Path) ->
 
 
 def test_the_system_text_comes_first_and_starts_over(vlm: Vlm, image: Path) -> None:
-    conversation = Conversation(vlm, image, "Be brief.", max_new_tokens=4)
+    conversation = Conversation(vlm, image, "Be brief.", how=briefly(4))
 
     scripted(conversation, "What?")
     assert [m["role"] for m in conversation.messages] == ["system", "user", "assistant"]
@@ -57,7 +57,7 @@ def test_the_system_text_comes_first_and_starts_over(vlm: Vlm, image: Path) -> N
 
 def test_another_image_starts_over_and_a_missing_one_changes_nothing(vlm: Vlm, tiny_parts: TinyParts) -> None:
     first, other = sorted(tiny_parts.images.glob("*.png"))[:2]
-    conversation = Conversation(vlm, first, max_new_tokens=4)
+    conversation = Conversation(vlm, first, how=briefly(4))
     scripted(conversation, "What?")
 
     with pytest.raises(UserError, match=r"nowhere\.png"):
@@ -70,7 +70,7 @@ def test_another_image_starts_over_and_a_missing_one_changes_nothing(vlm: Vlm, t
 
 
 def test_reset_keeps_image_and_system_text(vlm: Vlm, image: Path) -> None:
-    conversation = Conversation(vlm, image, "Be brief.", max_new_tokens=4)
+    conversation = Conversation(vlm, image, "Be brief.", how=briefly(4))
 
     again = [scripted(conversation, "What?", "/reset")[0] for _ in range(2)]
 
@@ -79,7 +79,7 @@ def test_reset_keeps_image_and_system_text(vlm: Vlm, image: Path) -> None:
 
 
 def test_a_saved_conversation_is_a_record_to_train_on(vlm: Vlm, image: Path, tmp_path: Path) -> None:
-    conversation = Conversation(vlm, image, "Be brief.", max_new_tokens=8)
+    conversation = Conversation(vlm, image, "Be brief.", how=briefly(8))
     file = tmp_path / "talk.jsonl"
     scripted(conversation, "What?", "Sure?")
 
@@ -97,7 +97,7 @@ def test_a_saved_conversation_is_a_record_to_train_on(vlm: Vlm, image: Path, tmp
 
 
 def test_a_typed_marker_cannot_be_saved_as_an_image_place(vlm: Vlm, image: Path, tmp_path: Path) -> None:
-    conversation = Conversation(vlm, image, max_new_tokens=4)
+    conversation = Conversation(vlm, image, how=briefly(4))
 
     with pytest.raises(UserError, match="<image> as text"):
         scripted(conversation, "is <image> a word?", f"/save {tmp_path / 'talk.jsonl'}")
@@ -113,8 +113,6 @@ def test_a_typed_marker_cannot_be_saved_as_an_image_place(vlm: Vlm, image: Path,
         ("/save ", "needs a FILE"),
         ("/save /nowhere/at/all.jsonl", "is no folder"),
         (f"/save {'x' * 5000}", "cannot be written"),
-        ("/image a\0b.png", "is not a file name: no name contains a NUL"),
-        ("/save a\0b", "is not a file name"),
         (
             "/image ~nosuchuser/x.png",
             r"there is no user ~nosuchuser; for a file of that name type \./~nosuchuser/x.png",
@@ -145,7 +143,7 @@ def test_help_lists_every_command(vlm: Vlm) -> None:
 
 
 def test_a_full_context_says_so_and_suggests_reset(vlm: Vlm, image: Path) -> None:
-    conversation = Conversation(vlm, image, max_new_tokens=4)
+    conversation = Conversation(vlm, image, how=briefly(4))
     scripted(conversation, "What?")
 
     with pytest.raises(ContextFullError, match=r"no room for an answer.*: /reset"):
@@ -155,7 +153,7 @@ def test_a_full_context_says_so_and_suggests_reset(vlm: Vlm, image: Path) -> Non
 
 
 def test_a_conversation_longer_than_training_is_noted_once(vlm: Vlm, image: Path) -> None:
-    conversation = Conversation(vlm, image, max_new_tokens=4)
+    conversation = Conversation(vlm, image, how=briefly(4))
 
     _, notes = scripted(conversation, "x" * 40, "x" * 40, "x" * 40)
 
@@ -167,7 +165,7 @@ def test_a_cut_answer_is_noted(vlm: Vlm, image: Path) -> None:
     list(stream)
     assert not stream.complete, "the case under test"
 
-    _, notes = scripted(Conversation(vlm, image, max_new_tokens=3), "What?")
+    _, notes = scripted(Conversation(vlm, image, how=briefly(3)), "What?")
 
     assert "cut after 3 tokens" in notes
 
@@ -188,7 +186,7 @@ class Interrupting(io.StringIO):
 
 
 def test_ctrl_c_keeps_what_was_said_and_a_second_one_leaves(vlm: Vlm, image: Path) -> None:
-    conversation = Conversation(vlm, image, max_new_tokens=200)
+    conversation = Conversation(vlm, image, how=briefly(200))
     out, notes = Interrupting(after=2), io.StringIO()
     lines = iter(["What?\n", KeyboardInterrupt(), "Never read\n"])
 

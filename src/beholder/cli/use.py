@@ -48,11 +48,12 @@ def generate(
     Python: beholder.load(RUN).generate(image, prompt); beholder.use.generate.generate for files.
     """
     from beholder.use.generate import generate as ask
+    from beholder.use.vlm import decoding
 
     told = ask(
         run_folder, image or [], prompt, questions=questions, out=out, image_root=image_root,
-        image_pattern=image_pattern, batch_size=batch_size, temperature=temperature, top_p=top_p,
-        max_new_tokens=max_new_tokens, seed=seed, device=device, overrides=sets or [], progress=progress_line(),
+        image_pattern=image_pattern, batch_size=batch_size, how=decoding(temperature, top_p, max_new_tokens),
+        seed=seed, device=device, overrides=sets or [], progress=progress_line(),
     )  # fmt: skip
     tell(told, stderr=questions is not None)
 
@@ -75,11 +76,10 @@ def chat(
     Python: beholder.load(RUN).chat(messages, image), .stream(messages, image).
     """
     from beholder.use.chat import Conversation, talk
-    from beholder.use.vlm import load
+    from beholder.use.vlm import decoding, load
 
-    conversation = Conversation(
-        load(run_folder, device=device, overrides=sets or []), image, system, max_new_tokens, temperature, top_p, seed
-    )
+    vlm = load(run_folder, device=device, overrides=sets or [])
+    conversation = Conversation(vlm, image, system, decoding(temperature, top_p, max_new_tokens), seed)
     talk(conversation, source=sys.stdin, out=sys.stdout, notes=sys.stderr)
 
 

@@ -18,7 +18,7 @@ from beholder.config.inert import drop, inert_settings, without_inert
 from beholder.config.run import RunConfig
 from beholder.config.stages import GateConfig
 from beholder.config.studies import SCALES
-from beholder.config.tree import MAX_BYTES, ConfigError, Loader, Problem, Tree, compose, override, read_node, show
+from beholder.config.tree import ConfigError, Loader, Problem, Tree, compose, override, read_node, show
 from beholder.config.validate import validate
 from beholder.types import UserError
 
@@ -37,13 +37,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = Path(path)
     try:
         size = path.stat().st_size
-        if size > 4 * MAX_BYTES:
+        if size > 4_000_000:
             raise UserError(f"{path}: {size:,} bytes is too large for a config; is this the file you mean?")
-        raw = path.read_bytes() if path.is_file() else None
+        raw = path.read_bytes()
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e}). Give the path of a YAML config file.") from e
-    if raw is None:
-        raise UserError(f"{path}: not a file. Give the path of a YAML config file.")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from beholder.config import section
 from beholder.config.run import RunConfig
-from beholder.config.tree import SettingPath, dotted
+from beholder.config.tree import SettingPath, dotted, get_at
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,6 @@ def without_inert(cfg: RunConfig) -> RunConfig:
 
 
 def drop(data: Any, path: SettingPath) -> None:
-    for step in path[:-1]:
-        if isinstance(data, dict) and step not in data:
-            return
-        if isinstance(data, list) and not (isinstance(step, int) and step < len(data)):
-            return
-        if not isinstance(data, dict | list):
-            return
-        data = data[step]  # type: ignore[index]
-    if isinstance(data, dict):
-        data.pop(path[-1], None)
+    section = get_at(data, path[:-1])
+    if isinstance(section, dict):
+        section.pop(path[-1], None)

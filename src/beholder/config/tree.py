@@ -1,7 +1,7 @@
 """YAML text to plain data that remembers where every setting was written, and overrides on top of it.
 
-Nothing here knows the schema. Only the node graph of PyYAML is used: scalars are read by YAML 1.2's rules, no tag makes
-an object, and what a small file can make large (aliases, depth) is bounded.
+Nothing here knows the schema. Only the node graph of PyYAML is used: scalars are read by YAML 1.2's rules, and no tag
+makes an object. The author is trusted: nothing bounds what a file of theirs may unfold to.
 """
 
 from __future__ import annotations
@@ -9,17 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from beholder.types import UserError
-
-MAX_BYTES = 1_000_000
-MAX_DEPTH = 40
-MAX_NODES = 100_000
-"""Bounds of a config file once aliases are expanded: a few bytes of aliases can stand for billions of nodes."""
 
 SettingPath = tuple[str | int, ...]
 
@@ -100,7 +96,6 @@ class Tree:
     data: dict[str, Any] = field(default_factory=dict)
     marks: dict[SettingPath, Mark] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    nodes: int = 0
 
     def mark(self, path: SettingPath) -> Mark:
         """Of the setting, or of the nearest section around it that was written."""
@@ -119,21 +114,12 @@ def dotted(path: Iterable[str | int]) -> str:
 
 
 def compose(text: str, name: str) -> yaml.Node | None:
-    """The node graph of one YAML document. Raises `ConfigError` for text that is not YAML or is built to be large."""
+    """The node graph of one YAML document. Raises `ConfigError` for text that is not YAML."""
 
     def fail(line: int, column: int, what: str) -> ConfigError:
         return ConfigError([Problem(name, line, column, "", what)])
 
-    if len(text) > MAX_BYTES:
-        raise fail(1, 1, f"{len(text):,} characters; a config has at most {MAX_BYTES:,}")
     try:
-        depth = 0
-        for event in yaml.parse(text, Loader=Loader):  # a state machine, so depth is checked before anything recurses
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_DEPTH:
-                mark = event.start_mark
-                assert mark is not None
-                raise fail(mark.line + 1, mark.column + 1, f"nested more than {MAX_DEPTH} levels deep")
         return yaml.compose(text, Loader=Loader)
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
@@ -146,78 +132,56 @@ def compose(text: str, name: str) -> yaml.Node | None:
         raise fail(line, column, f"not valid YAML: {getattr(e, 'reason', e)}") from e
 
 
-def read_node(tree: Tree, node: yaml.Node, path: SettingPath, label: str | None, parents: tuple[int, ...] = ()) -> Any:
+def read_node(tree: Tree, node: yaml.Node, path: SettingPath, label: str | None) -> Any:
     """Plain data of a node; marks of everything below ``path`` and complaints go into the tree."""
-    tree.nodes += 1
-    if tree.nodes > MAX_NODES:
-        raise ConfigError([_at(tree, node, path, f"aliases expand to more than {MAX_NODES:,} values", label)])
-    if id(node) in parents:
-        raise ConfigError([_at(tree, node, path, "an alias that contains itself", label)])
-    parents = (*parents, id(node))
     if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
         out: list[Any] = []
         for i, item in enumerate(node.value):
             tree.marks[(*path, i)] = _mark(tree, item, item, label)
-            out.append(read_node(tree, item, (*path, i), label, parents))
+            out.append(read_node(tree, item, (*path, i), label))
         return out
     if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
         found: dict[str, Any] = {}
         for key_node, item in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key is None or _unpaired(key) or key_node.tag == "tag:yaml.org,2002:null":
-                tree.problems.append(_at(tree, key_node, path, "a key must be a name", label))
-                continue
-            here = (*path, key)
-            if key in found:
-                first = tree.marks[here].line
-                tree.problems.append(_at(tree, key_node, here, f"given twice; first in line {first}. Keep one", label))
-                continue
-            tree.marks[here] = _mark(tree, key_node, item, label)
-            found[key] = read_node(tree, item, here, label, parents)
+            if key is None or key_node.tag == "tag:yaml.org,2002:null":
+                _complain(tree, key_node, path, "a key must be a name", label)
+            elif key in found:
+                first = tree.marks[(*path, key)].line
+                _complain(tree, key_node, (*path, key), f"given twice; first in line {first}. Keep one", label)
+            else:
+                tree.marks[(*path, key)] = _mark(tree, key_node, item, label)
+                found[key] = read_node(tree, item, (*path, key), label)
         return found
     if isinstance(node, yaml.ScalarNode):
         return _scalar(tree, node, path, label)
-    tree.problems.append(_at(tree, node, path, f"the tag {node.tag!r} is not allowed in a config", label))
-    return None
-
-
-def _unpaired(text: str) -> bool:
-    """Half a surrogate pair, which YAML's escapes can write and no file or JSON can hold."""
-    return any("\ud800" <= char <= "\udfff" for char in text)
+    return _complain(tree, node, path, f"the tag {node.tag!r} is not allowed in a config", label)
 
 
 def _scalar(tree: Tree, node: yaml.ScalarNode, path: SettingPath, label: str | None) -> Any:
     text = node.value
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
-    if kind not in ("str", "null", "bool", "int", "float"):
-        tree.problems.append(_at(tree, node, path, f"the tag {node.tag!r} is not allowed in a config", label))
-        return None
     match kind:
-        case "str" if not _unpaired(text):
+        case "str":
             return text
         case "null":
             return None
-        case "bool" if text.lower() in ("true", "false"):
-            return text.lower() == "true"
+        case "bool":
+            if text.lower() in ("true", "false"):
+                return text.lower() == "true"
         case "int":
             digits = text.lstrip("+-").lower()
             base = 8 if digits.startswith("0o") else 16 if digits.startswith("0x") else 10
-            if len(digits) <= 400:
-                try:
-                    return int(text, base)
-                except ValueError:
-                    pass
+            with suppress(ValueError):
+                return int(text, base)
         case "float":
-            try:
-                value = float(text)  # which does not know YAML's .inf and .nan
-            except ValueError:
-                value = math.nan
-            if math.isfinite(value):
-                return value
-            tree.problems.append(_at(tree, node, path, f"{text} is not a finite number", label))
-            return None
-    tree.problems.append(_at(tree, node, path, f"{text[:40]!r} cannot be read as !!{kind}", label))
-    return None
+            with suppress(ValueError):  # float does not know YAML's .inf and .nan
+                if math.isfinite(value := float(text)):
+                    return value
+            return _complain(tree, node, path, f"{text} is not a finite number", label)
+        case _:
+            return _complain(tree, node, path, f"the tag {node.tag!r} is not allowed in a config", label)
+    return _complain(tree, node, path, f"{text[:40]!r} cannot be read as !!{kind}", label)
 
 
 def _mark(tree: Tree, key: yaml.Node, value: yaml.Node, label: str | None) -> Mark:
@@ -228,11 +192,9 @@ def _mark(tree: Tree, key: yaml.Node, value: yaml.Node, label: str | None) -> Ma
     return Mark(tree.name, k.line + 1, k.column + 1, v.line + 1, v.column + 1, text)
 
 
-def _at(tree: Tree, node: yaml.Node, path: SettingPath, text: str, label: str | None) -> Problem:
-    mark = node.start_mark
-    if label is not None:
-        return Problem(label, 0, 0, dotted(path), text)
-    return Problem(tree.name, mark.line + 1, mark.column + 1, dotted(path), text)
+def _complain(tree: Tree, node: yaml.Node, path: SettingPath, text: str, label: str | None) -> None:
+    mark = _mark(tree, node, node, label)
+    tree.problems.append(Problem(mark.name, mark.line, mark.column, dotted(path), text))
 
 
 def override(tree: Tree, assignment: str) -> None:
@@ -253,34 +215,29 @@ def override(tree: Tree, assignment: str) -> None:
         complain(f"{text!r}: " + "; ".join(p.text for p in e.problems))
         return
     path: SettingPath = ()
-    here: Any = tree.data
-    *sections, last = key.split(".")
-    for name in sections:
-        step: Any = int(name) if isinstance(here, list) and name.isdecimal() else name
-        path = (*path, step)
+    here: Any = None
+    below: Any = tree.data
+    step: Any = ""
+    names = key.split(".")
+    for depth, name in enumerate(names, 1):
+        here, step = below, name
         if isinstance(here, list):
-            if not isinstance(step, int) or step >= len(here):
-                complain(f"{dotted(path[:-1])} is a list of {len(here)}; {name!r} is not one of its items")
+            if not name.isdecimal() or int(name) >= len(here):
+                complain(f"{dotted(path)} is a list of {len(here)}; {name!r} is not one of its items")
                 return
-        elif here.get(step) is None:
+            step = int(name)
+        elif not isinstance(here, dict):
+            complain(f"{dotted(path)} is not a section (it is {show(here)})")
+            return
+        path = (*path, step)
+        if depth < len(names) and isinstance(here, dict) and here.get(step) is None:
             here[step] = {}
             tree.marks[path] = Mark(label)
-        below = here[step]
-        if not isinstance(below, dict | list):
-            complain(f"{dotted(path)} is not a section (it is {show(below)})")
-            return
-        here = below
-    leaf: Any = last
-    if isinstance(here, list):
-        if not last.isdecimal() or int(last) >= len(here):
-            complain(f"{dotted(path)} is a list of {len(here)}; {last!r} is not one of its items")
-            return
-        leaf = int(last)
-    path = (*path, leaf)
+        below = get_at(here, (step,))
     for old in [p for p in tree.marks if p[: len(path)] == path]:
         del tree.marks[old]
     tree.marks[path] = Mark(label, text=node.value if isinstance(node, yaml.ScalarNode) else None)
-    here[leaf] = None if node is None else read_node(tree, node, path, label)
+    here[step] = None if node is None else read_node(tree, node, path, label)
 
 
 def show(value: Any) -> str:

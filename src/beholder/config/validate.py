@@ -13,7 +13,7 @@ from beholder.config.inert import inert_settings
 from beholder.config.run import RunConfig
 from beholder.config.section import Section, items_of, options_of, section_of, values_of
 from beholder.config.stages import GateConfig, complete_gates, stage_of
-from beholder.config.tree import MAX_DEPTH, SettingPath, Tree, dotted, get_at, show
+from beholder.config.tree import SettingPath, Tree, dotted, get_at, show
 from beholder.config.wording import annotation_at, expected, nearest
 
 
@@ -26,7 +26,7 @@ def validate(tree: Tree) -> RunConfig | None:
     data = json.loads(json.dumps(tree.data))
     removed: set[str] = set()
     said: set[SettingPath] = set()
-    for _ in range(MAX_DEPTH):
+    for _ in range(40):  # each time something wrong is out; a few rounds do
         cfg, errors = _try(data)
         if cfg is not None:
             # Wrong values are out of `data`, so what is left and does nothing can be told, too.

@@ -36,11 +36,7 @@ def annotation_at(path: SettingPath) -> Any | None:
 
 def expected(annotation: Any) -> str:
     """The values an annotation takes, in words."""
-    words: list[str] = []
-    for option in _described(annotation):
-        if option not in words:
-            words.append(option)
-    return " or ".join(words)
+    return " or ".join(dict.fromkeys(_described(annotation)))
 
 
 def _described(annotation: Any, bounds: str = "") -> Iterator[str]:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from beholder.config import LlmConfig, VisionConfig
+from beholder.config import GenerateConfig, LlmConfig, VisionConfig
 from beholder.model import attention
 from beholder.model.placement import AdapterSite
 from beholder.model.weights import DTYPES, check_finite, check_loading_info, first_line, freeze, quiet_transformers
@@ -148,18 +148,15 @@ class LanguageModel(nn.Module):
     def generate(
         self,
         prompts: list[Tensor],
+        how: GenerateConfig,
         *,
         eos_ids: list[int],
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        repetition_penalty: float,
-        seed: int,
+        seed: int = 0,
         streamer: Any = None,
     ) -> list[list[int]]:
         """New token ids for each prompt given as embeddings ``[T_i, Dh]``, up to and with the end token.
 
-        One left-padded batch. ``temperature`` 0 is greedy, and then (in fp32) independent of what else is in the batch.
+        One left-padded batch. Temperature 0 is greedy, and then (in fp32) independent of what else is in the batch.
         Sampling depends on ``seed`` and the batch, and leaves the global random state alone. ``streamer``
         (transformers' ``put(ids)`` and ``end()``) gets each token as it comes; what it raises ends the writing.
         """
@@ -171,12 +168,12 @@ class LanguageModel(nn.Module):
         for row, prompt in enumerate(prompts):
             embeds[row, longest - prompt.shape[0] :] = prompt.to(self.dtype)
             mask[row, longest - prompt.shape[0] :] = 1
-        greedy = temperature < 1e-4  # below it the softmax overflows, and only one token is left anyway
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if not greedy else {
-            "do_sample": False, "top_k": None, "top_p": None, "temperature": None
-        }  # fmt: skip
+        greedy = how.temperature < 1e-4  # below it the softmax overflows, and only one token is left anyway
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if not greedy:
+            sampling = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
         settings = GenerationConfig(
-            max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, eos_token_id=eos_ids,
+            max_new_tokens=how.max_new_tokens, repetition_penalty=how.repetition_penalty, eos_token_id=eos_ids,
             pad_token_id=eos_ids[0], use_cache=True, num_beams=1, **sampling,
         )  # fmt: skip
         devices = [embeds.device] if embeds.device.type == "cuda" else []
@@ -282,7 +279,7 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
     name, where = source_of(cfg)
     dtype = DTYPES[cfg.precision]
     if "gguf_file" in where:
-        where |= _dequantize()
+        where |= dequantize()
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -302,7 +299,7 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
     check_loading_info(info, model, cfg.name_or_path)
     check_finite(model, cfg.name_or_path)
     if "gguf_file" in where:
-        _forget_quantizer(model)
+        forget_quantizer(model)
     model = model.to(device=device, dtype=dtype)
     # The checkpoint's own sampling defaults (top_k, temperature, …) would silently fill what a caller leaves unset.
     model.generation_config = GenerationConfig()
@@ -325,7 +322,7 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
     return language, tokenizer
 
 
-def _dequantize() -> dict[str, Any]:
+def dequantize() -> dict[str, Any]:
     """Ask for plain dense weights where this transformers would otherwise keep the file's blocks (5.20 and later)."""
     try:
         from transformers.utils.quantization_config import GgufConfig  # pyright: ignore[reportAttributeAccessIssue]
@@ -334,7 +331,7 @@ def _dequantize() -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def _forget_quantizer(model: Any) -> None:
+def forget_quantizer(model: Any) -> None:
     """A dequantised model is an ordinary one: without this, `save_pretrained` and ``.to`` refuse."""
     for holder, mark in (
         (model.config, "quantization_config"),

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from beholder.config import GenerateConfig
 from beholder.model.connector import Connector
 from beholder.model.fusion import check_images, scatter_images, spans_to_positions, supervised_positions
 from beholder.model.language import LanguageModel
@@ -162,12 +163,9 @@ class VisionLanguageModel(nn.Module):
         self,
         prompts: Sequence[Encoded],
         images: Sequence[Sequence[ImageInput]],
+        how: GenerateConfig,
         *,
         eos_ids: list[int],
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
         seed: int = 0,
         streamer: Any = None,
     ) -> list[list[int]]:
@@ -189,10 +187,7 @@ class VisionLanguageModel(nn.Module):
             mine = tokens[used : used + len(own)]
             used += len(own)
             embeds.append(scatter_images(self.language.embed(ids), places.to(self.device), mine)[0])
-        return self.language.generate(
-            embeds, eos_ids=eos_ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-            repetition_penalty=repetition_penalty, seed=seed, streamer=streamer,
-        )  # fmt: skip
+        return self.language.generate(embeds, how, eos_ids=eos_ids, seed=seed, streamer=streamer)
 
     @torch.no_grad()
     def text_logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:

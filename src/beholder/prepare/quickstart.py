@@ -11,10 +11,10 @@ import base64
 import io
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
 
 from PIL import Image
 from rich.columns import Columns
@@ -31,60 +31,71 @@ from beholder.prepare.packages import Assets, prepare_quickstart
 from beholder.stages import Outcome, run_stage
 from beholder.types import UserError
 
-Part = Literal["align", "instruct"]
-RECIPES: dict[Part, str] = {"align": "quickstart_align.yaml", "instruct": "quickstart_instruct.yaml"}
 OBJECTS = "easy_vqa_objects.txt"
 NUM_ASKED = 8
 """Test images that are shown with question and answer at the end."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """One run of the quickstart. Another one is another record in `PARTS`, after the part that it starts from."""
+
+    name: str
+    """Its folder, and what its overrides begin with."""
+    recipe: str
+    records: Callable[[Assets], tuple[Path, Path]]
+    """Of train and test."""
+    show: Callable[[Evidence, Console], None]
+    """Prints what came out."""
+    starts_from: str | None = None
+    """The part whose connector it goes on with; it must have passed its gates."""
+    scaled: bool = False
+    """Whether ``--scale`` is for it."""
+
+    def folder(self, out: Path, scale: str | None) -> Path:
+        """``out/align``, ``out/instruct``, ``out/instruct_full``: runs of other lengths do not share a folder."""
+        return out / (f"{self.name}_{scale}" if scale and self.scaled else self.name)
+
+
 def recipe(
-    assets: Assets, out: Path, overrides: Sequence[str] = (), *, part: Part = "align", scale: str | None = None
+    assets: Assets, out: Path, overrides: Sequence[str] = (), *, part: str = "align", scale: str | None = None
 ) -> RunConfig:
     """The config of a part of the quickstart in folder ``out/<part>``, with the places of its parts filled in.
 
     ``overrides`` come last. One that begins with ``align.`` or ``instruct.`` is for that part alone, as in
     ``instruct.train.train_steps=100``.
     """
+    own = PARTS[part]
     recipes = files("beholder") / "prepare" / "recipes"
-    text = (recipes / RECIPES[part]).read_text(encoding="utf-8")
+    text = (recipes / own.recipe).read_text(encoding="utf-8")
 
     def source(records: Path, images: Path, name: str) -> str:
         return json.dumps([{"dataset": "jsonl", "json_path": str(records), "image_root": str(images), "name": name}])
 
-    train, test = (
-        (assets.captions_train, assets.captions_test)
-        if part == "align"
-        else (assets.questions_train, assets.questions_test)
-    )
+    train, test = own.records(assets)
     places = [
-        f"output_dir={json.dumps(str(folder_of(out, part, scale)))}",
+        f"output_dir={json.dumps(str(own.folder(out, scale)))}",
         f"model.llm.name_or_path={json.dumps(str(assets.llm))}",
         f"model.vision.weights={json.dumps(str(assets.vision_weights))}",
         f"data.sources={source(train, assets.images_train, 'easy_vqa train')}",
         f"data.eval_sources={source(test, assets.images_test, 'easy_vqa test')}",
         f"eval.object_list={json.dumps(str(recipes / OBJECTS))}",
     ]
-    if part == "instruct":
-        places.append(f"model.connector.load_checkpoint={json.dumps(str(out / 'align'))}")
-    wanted = scale if part == "instruct" else None
-    scaled = scale_overrides(parse_config(text, RECIPES[part], places), wanted) if wanted else []
-    return parse_config(text, RECIPES[part], [*places, *scaled, *_for(part, overrides)])
-
-
-def folder_of(out: Path, part: Part, scale: str | None) -> Path:
-    """``out/align``, ``out/instruct``, ``out/instruct_full``: runs of other lengths do not share a folder."""
-    return out / (f"{part}_{scale}" if scale and part == "instruct" else part)
+    if own.starts_from is not None:
+        start = PARTS[own.starts_from].folder(out, scale)
+        places.append(f"model.connector.load_checkpoint={json.dumps(str(start))}")
+    if own.scaled and scale:
+        places += scale_overrides(parse_config(text, own.recipe, places), scale)
+    return parse_config(text, own.recipe, [*places, *_for(own, overrides)])
 
 
 def _for(part: Part, overrides: Sequence[str]) -> Iterator[str]:
     for override in overrides:
         name, dot, rest = override.partition(".")
-        if dot and name in RECIPES:
-            if name == part:
-                yield rest
-        else:
+        if not dot or name not in PARTS:
             yield override
+        elif name == part.name:
+            yield rest
 
 
 def run_quickstart(
@@ -97,7 +108,7 @@ def run_quickstart(
 ) -> Outcome:
     """Prepare the parts, align them, teach them to answer, print what came out and where the reports lie.
 
-    The outcome is that of the last part that ran: the second one starts only from an alignment that passed its gates.
+    The outcome is that of the last part that ran: each starts only when the one before passed its gates.
     ``scale``: of the second part, ``smoke`` or ``full``.
     """
     console = console or Console(highlight=False)
@@ -105,21 +116,26 @@ def run_quickstart(
     assets = prepare_quickstart(say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
     if resume not in ("auto", "never"):
         raise UserError("--resume of the quickstart is auto or never; resume one part of it with beholder run")
-    parts = {part: recipe(assets, out, overrides, part=part, scale=scale) for part in RECIPES}  # both, before training
-    outcome = run_stage(parts["align"], resume=resume)
-    if outcome.evidence is not None and outcome.is_main:
-        print_alignment(outcome.evidence, console)
-    if outcome.evidence is None or not outcome.evidence.promotable:
+    configs = {name: recipe(assets, out, overrides, part=name, scale=scale) for name in PARTS}  # all, before training
+
+    def run(name: str) -> Outcome:
+        outcome = run_stage(configs[name], resume=resume)
+        if outcome.evidence is not None and outcome.is_main:
+            PARTS[name].show(outcome.evidence, console)
         return outcome
-    outcome = run_stage(parts["instruct"], resume=resume)
+
+    *before, last = PARTS
+    for name in before:
+        outcome = run(name)
+        if outcome.evidence is None or not outcome.evidence.promotable:
+            return outcome
+    outcome = run(last)
     if outcome.evidence is not None and outcome.is_main:
-        print_answers(outcome.evidence, console)
         console.print(f"\nFinished in {(time.perf_counter() - started) / 60:.1f} min.", highlight=False)
-        for part, cfg in parts.items():
+        for name, cfg in configs.items():
             report = Path(cfg.run_dir) / "report.html"
-            console.print(f"Report of {part}: {escape(str(report.resolve()))}", soft_wrap=True)
-        image = assets.images_test / "0.png"
-        talk = f"beholder chat {parts['instruct'].run_dir} --image {image}"
+            console.print(f"Report of {name}: {escape(str(report.resolve()))}", soft_wrap=True)
+        talk = f"beholder chat {configs[last].run_dir} --image {assets.images_test / '0.png'}"
         console.print(f"Talk to it: {escape(talk)}", soft_wrap=True)
     return outcome
 
@@ -138,19 +154,14 @@ def print_alignment(evidence: Evidence, console: Console) -> None:
         m = evidence.get(name)
         return "–" if m is None else format(m.value, spec)
 
-    n = next((m.n for m in evidence.measurements if m.name == "caption.exact_match.correct"), 0)
+    def n(name: str) -> int:
+        return next((m.n for m in evidence.measurements if m.name == name), 0)
+
+    where = ("correct", "shuffled", "zero", "noise", "chance")
+    for title, name in (("captions exactly right", "caption.exact_match"), ("questions answered right", "qa.accuracy")):
+        table.add_row(f"{title} (n={n(f'{name}.correct')})", *(value(f"{name}.{c}", ".1%") for c in where))
     table.add_row(
-        f"captions exactly right (n={n})",
-        *(value(f"caption.exact_match.{c}", ".1%") for c in ("correct", "shuffled", "zero", "noise", "chance")),
-    )
-    n = next((m.n for m in evidence.measurements if m.name == "qa.accuracy.correct"), 0)
-    table.add_row(
-        f"questions answered right (n={n})",
-        *(value(f"qa.accuracy.{c}", ".1%") for c in ("correct", "shuffled", "zero", "noise", "chance")),
-    )
-    n = next((m.n for m in evidence.measurements if m.name == "ablation.loss.correct"), 0)
-    table.add_row(
-        f"loss, nats per token (n={n})",
+        f"loss, nats per token (n={n('ablation.loss.correct')})",
         *(value(f"ablation.loss.{c}", ".4f") for c in CONDITIONS),
         "",
     )
@@ -242,3 +253,16 @@ def _print_gates(evidence: Evidence, console: Console) -> None:
         which = " (adapters off)" if evidence.adapters else ""
         console.print(f"Text-only logits of the language model{which} before and after: {same}.")
     console.print(f"Gates: {verdict(evidence)}.", markup=False, soft_wrap=True)
+
+
+PARTS = {
+    part.name: part
+    for part in (
+        Part("align", "quickstart_align.yaml", lambda a: (a.captions_train, a.captions_test), print_alignment),
+        Part(
+            "instruct", "quickstart_instruct.yaml", lambda a: (a.questions_train, a.questions_test), print_answers,
+            starts_from="align", scaled=True,
+        ),
+    )
+}  # fmt: skip
+"""What is run, in this order."""

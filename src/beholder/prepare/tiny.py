@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from beholder.config import DatasetKind, RunConfig, SourceConfig, settings
 from beholder.config.file import dump_config, parse_config, without_inert
-from beholder.data.formats import INSTRUCTION_KINDS
+from beholder.config.tree import get_at
 from beholder.model.weights import quiet_transformers
 from beholder.train.distributed import init_distributed
 
@@ -125,20 +125,16 @@ def tiny_vision(
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(seed)
         if family == "repvit":
-            return _tiny_repvit(folder, overrides)
+            import timm
+            from safetensors.torch import save_file
+
+            model = timm.create_model("repvit_m0_9", pretrained=False, num_classes=0, **overrides)
+            path = folder / "model.safetensors"
+            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+            return "timm/repvit_m0_9", str(path)
         _tiny_hf_vision(family, overrides).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(_PREPROCESSORS[family], indent=2))
     return str(folder), None
-
-
-def _tiny_repvit(folder: Path, overrides: dict[str, Any]) -> tuple[str, str]:
-    import timm
-    from safetensors.torch import save_file
-
-    model = timm.create_model("repvit_m0_9", pretrained=False, num_classes=0, **overrides)
-    path = folder / "model.safetensors"
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
-    return "timm/repvit_m0_9", str(path)
 
 
 def _tiny_hf_vision(family: VisionFamily, overrides: dict[str, Any]) -> Any:
@@ -159,25 +155,24 @@ def _tiny_hf_vision(family: VisionFamily, overrides: dict[str, Any]) -> Any:
     return SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
 
 
+_EVERY: dict[str, Any] = {
+    "do_resize": True, "size": {"shortest_edge": 32}, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
+    "do_normalize": True,
+}  # fmt: skip
 _PREPROCESSORS: dict[str, dict[str, Any]] = {
-    "siglip": {
+    "siglip": _EVERY | {
         "image_processor_type": "SiglipImageProcessor", "processor_class": "SiglipProcessor",
-        "do_resize": True, "size": {"height": 32, "width": 32}, "resample": 3,
-        "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+        "size": {"height": 32, "width": 32}, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
     },
-    "clip": {
+    "clip": _EVERY | {
         "image_processor_type": "CLIPImageProcessor", "feature_extractor_type": "CLIPFeatureExtractor",
-        "do_resize": True, "size": {"shortest_edge": 32}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": 32, "width": 32}, "do_convert_rgb": True,
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "do_convert_rgb": True,
+        "do_center_crop": True, "crop_size": {"height": 32, "width": 32},
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
     },
-    "dinov2": {
-        "image_processor_type": "BitImageProcessor",
-        "do_resize": True, "size": {"shortest_edge": 32}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": 28, "width": 28}, "do_convert_rgb": True,
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+    "dinov2": _EVERY | {
+        "image_processor_type": "BitImageProcessor", "do_convert_rgb": True,
+        "do_center_crop": True, "crop_size": {"height": 28, "width": 28},
         "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
     },
 }  # fmt: skip
@@ -204,17 +199,9 @@ def colour_set(
     With ``num_images`` above 1 the caption reads "Image 1: red disc. Image 2: …". All 24 combinations appear equally
     often; place and size of the shape vary, so no two pictures are equal. Captions have at most 60 bytes.
     """
-    folder = Path(folder)
-    root = folder / "images"
-    root.mkdir(parents=True, exist_ok=True)
-    lines: list[str] = []
-    for record in _records(num, seed, varied=captions == "varied", num_images=num_images):
-        for name, image in zip(record["images"], record["pictures"], strict=True):
-            image.save(root / name)
-        lines.append(json.dumps(_as_json(record, "conversations" if captions == "conversations" else "jsonl")))
-    path = folder / "records.jsonl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path, root
+    records = _records(num, seed, varied=captions == "varied", num_images=num_images)
+    rows = [_two_turns(r) if captions == "conversations" else _captioned(r) for r in records]
+    return _write(Path(folder) / "records.jsonl", rows), _draw(records, Path(folder) / "images")
 
 
 def colour_source(
@@ -233,48 +220,56 @@ def colour_source(
         return SourceConfig(dataset=kind, json_path=str(path), image_root=str(root), name=name)
     folder.mkdir(parents=True, exist_ok=True)
     records = _records(num, seed, varied=True, num_images=1)
-    if kind in ("jsonl", "llava_pretrain") or kind in INSTRUCTION_KINDS:
-        root = folder / "images"
-        root.mkdir(exist_ok=True)
-        for record in records:
-            record["pictures"][0].save(root / record["images"][0])
-        path = folder / "records.json"
-        source = SourceConfig(dataset=kind, json_path=str(path), image_root=str(root), name=name)
-        match kind:
-            case "llava_pretrain":
-                data: Any = [_as_json(r, "conversations") for r in records]
-            case "jsonl" | "llava_instruct" | "sharegpt":
-                data = [_dialogue(r, system=kind == "sharegpt" and i % 2 == 1) for i, r in enumerate(records)]
-            case "vqa":
-                data, annotations = _vqa_files(records)
-                (folder / "annotations.json").write_text(json.dumps(annotations), encoding="utf-8")
-                source = source.model_copy(update={
-                    "annotations_path": str(folder / "annotations.json"), "image_pattern": "{image_id}.png",
-                })  # fmt: skip
-            case _:
-                data = _gqa_file(records)
-                source = source.model_copy(update={"image_pattern": "{image_id}.png"})
-        text = "".join(json.dumps(r) + "\n" for r in data) if kind == "jsonl" else json.dumps(data)
-        path.write_text(text, encoding="utf-8")
-        return source
     if kind == "webdataset":
         for shard, half in enumerate((records[::2], records[1::2])):
             with tarfile.open(folder / f"shard-{shard:06d}.tar", "w") as tar:
                 for record in half:
-                    _add_member(tar, f"{record['id']}.png", _png(record["pictures"][0]))
-                    _add_member(tar, f"{record['id']}.txt", record["caption"].encode())
+                    for suffix, data in (("png", _png(record["pictures"][0])), ("txt", record["caption"].encode())):
+                        member = tarfile.TarInfo(f"{record['id']}.{suffix}")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
         return SourceConfig(dataset=kind, json_path=str(folder / "shard-*.tar"), name=name)
-    assert kind == "parquet", kind
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    if kind == "parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
-    table = pa.table({
-        "id": [r["id"] for r in records],
-        "image": [{"bytes": _png(r["pictures"][0]), "path": r["images"][0]} for r in records],
-        "caption": [r["caption"] for r in records],
-    })  # fmt: skip
-    pq.write_table(table, folder / "records.parquet")
-    return SourceConfig(dataset=kind, json_path=str(folder / "records.parquet"), name=name)
+        table = pa.table({
+            "id": [r["id"] for r in records],
+            "image": [{"bytes": _png(r["pictures"][0]), "path": r["images"][0]} for r in records],
+            "caption": [r["caption"] for r in records],
+        })  # fmt: skip
+        pq.write_table(table, folder / "records.parquet")
+        return SourceConfig(dataset=kind, json_path=str(folder / "records.parquet"), name=name)
+    root = _draw(records, folder / "images")
+    beside: dict[str, Any] = {}
+    match kind:
+        case "llava_pretrain":
+            data: Any = [_two_turns(r) for r in records]
+        case "jsonl" | "llava_instruct" | "sharegpt":
+            data = [_dialogue(r, system=kind == "sharegpt" and i % 2 == 1) for i, r in enumerate(records)]
+        case "vqa":
+            data, annotations = _vqa_files(records)
+            annotations_path = _write(folder / "annotations.json", annotations, lines=False)
+            beside = {"annotations_path": str(annotations_path), "image_pattern": "{image_id}.png"}
+        case _:
+            assert kind == "gqa", kind
+            data, beside = _gqa_file(records), {"image_pattern": "{image_id}.png"}
+    path = _write(folder / "records.json", data, lines=kind == "jsonl")
+    return SourceConfig(dataset=kind, json_path=str(path), image_root=str(root), name=name, **beside)
+
+
+def _draw(records: Sequence[dict[str, Any]], root: Path) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    for record in records:
+        for name, image in zip(record["images"], record["pictures"], strict=True):
+            image.save(root / name)
+    return root
+
+
+def _write(path: Path, data: Any, lines: bool = True) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in data) if lines else json.dumps(data), encoding="utf-8")
+    return path
 
 
 def _records(num: int, seed: int, *, varied: bool, num_images: int) -> list[dict[str, Any]]:
@@ -331,9 +326,11 @@ def _picture(colour: str, shape: str, ground: str, rng: np.random.Generator, sid
     return image
 
 
-def _as_json(record: dict[str, Any], form: Literal["jsonl", "conversations"]) -> dict[str, Any]:
-    if form == "jsonl":
-        return {"id": record["id"], "images": record["images"], "caption": record["caption"], "source": "colours"}
+def _captioned(record: dict[str, Any]) -> dict[str, Any]:
+    return {"id": record["id"], "images": record["images"], "caption": record["caption"], "source": "colours"}
+
+
+def _two_turns(record: dict[str, Any]) -> dict[str, Any]:
     images = record["images"]
     human = "<image>\n" * len(images) + "Provide a brief description of the given image."
     return {
@@ -413,12 +410,6 @@ def _png(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Any recipe, tiny
 
@@ -435,13 +426,10 @@ def smoke_config(cfg: RunConfig, folder: Path | str, *, num_records: int = 64, s
     tokens = cfg.model.connector.tokens_asked
     raw = cfg.model_dump()
     for setting in settings(RunConfig):
-        if (tiny := setting.tiny) is not None:
-            *sections, name = setting.path.split(".")
-            own: Any = raw
-            for section in sections:
-                own = None if own is None else own[section]
-            if own is not None:
-                own[name] = tiny.of(own[name])
+        *sections, name = setting.path.split(".")
+        own = get_at(raw, tuple(sections))
+        if setting.tiny is not None and own is not None:
+            own[name] = setting.tiny.of(own[name])
     raw["model"]["llm"]["name_or_path"] = str(llm)
     raw["model"]["vision"] |= {"name_or_path": vision, "weights": weights}
     perceiver = cfg.model.connector.resampler.kind == "perceiver"

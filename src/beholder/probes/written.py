@@ -27,12 +27,9 @@ class WritingModel(SightedModel, Protocol):
         self,
         prompts: list[Encoded],
         images: list[list[ImageInput]],
+        how: GenerateConfig,
         *,
         eos_ids: list[int],
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        repetition_penalty: float,
         seed: int,
     ) -> list[list[int]]: ...
 
@@ -91,11 +88,7 @@ def write(
                 chunk.append(example)
                 images.append(own)
             prompts = [encoder.encode_prompt(example) for example in chunk]
-            outputs = model.generate(
-                prompts, images, eos_ids=encoder.eos_ids, max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature, top_p=settings.top_p,
-                repetition_penalty=settings.repetition_penalty, seed=seed + start,
-            )  # fmt: skip
+            outputs = model.generate(prompts, images, settings, eos_ids=encoder.eos_ids, seed=seed + start)
             for example, ids in zip(chunk, outputs, strict=True):
                 length = next((k for k, token in enumerate(ids) if token in eos), len(ids))
                 records.append(Written(

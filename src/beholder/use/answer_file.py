@@ -11,19 +11,19 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 import orjson
 
+from beholder.config import GenerateConfig
 from beholder.data.formats import BadRecord, image_paths, turn_said
 from beholder.data.images import check_exists, content_hash
 from beholder.data.questions import ImageNames, coco_names, image_names, plain_records
 from beholder.runs import sha256_file
 from beholder.train.checkpoint import MANIFEST
 from beholder.types import ImageRef, UserError
-from beholder.use.vlm import Request, Vlm
+from beholder.use.vlm import GREEDY, Request, Vlm
 
 _TEXTS = ("prompt", "question", "text", "messages", "conversations")
 
@@ -84,7 +84,7 @@ def answer_file(
     out: Path,
     *,
     batch_size: int = 8,
-    max_new_tokens: int = 64,
+    how: GenerateConfig = GREEDY,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> int:
     """Answer what ``out`` does not answer yet, greedily, a line of JSON each; the number of new answers.
@@ -93,18 +93,19 @@ def answer_file(
     ``asked`` digests the question: its text and the bytes of its images. An ``out`` of another run, or whose questions
     were others, is refused, so answers never mix.
     """
+    assert how.temperature == 0, "answers of a file do not depend on what was answered before"
     by = (
         f"{vlm.cfg.run_name}/{vlm.checkpoint.name} {sha256_file(vlm.checkpoint / MANIFEST)[:8]}, greedy, "
-        f"at most {max_new_tokens} tokens"
+        f"at most {how.max_new_tokens} tokens"
     )
     hash_image = cache(content_hash)  # question files ask about the same image again and again
     done = _answered(out, by, {str(q.id): q for q in questions}, lambda question: _digest(question, hash_image))
     left = [q for q in questions if str(q.id) not in done]
-    answers = vlm.generate_many((q.request for q in left), batch_size=batch_size, max_new_tokens=max_new_tokens)
-    pending = iter(left)
     with out.open("ab") as file:
         for start in range(0, len(left), batch_size):
-            for question, answer in zip(islice(pending, batch_size), islice(answers, batch_size), strict=True):
+            batch = left[start : start + batch_size]
+            answers = vlm.answers([question.request for question in batch], how)
+            for question, answer in zip(batch, answers, strict=True):
                 asked = _digest(question, hash_image)
                 line = {question.key: question.id, "answer": answer, "by": by, "asked": asked}
                 file.write(orjson.dumps(line) + b"\n")

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from beholder.config import GenerateConfig
 from beholder.runs import atomic_write, to_json
 from beholder.types import UserError, printable
-from beholder.use.vlm import ContextFullError, Vlm
+from beholder.use.vlm import ContextFullError, Request, Vlm
 
 HELP = """\
 /image FILE    talk about this image, from the start
@@ -24,6 +25,7 @@ HELP = """\
 /help          these lines
 /quit          leave (or Ctrl-D)
 Ctrl-C stops an answer; a second one leaves. Anything else is said to the model."""
+AT_LENGTH = GenerateConfig(temperature=0.0, max_new_tokens=256)
 COMMANDS = ("/image", "/system", "/reset", "/save", "/help", "/quit")
 
 
@@ -34,9 +36,7 @@ class Conversation:
     vlm: Vlm
     image: Path | None = None
     system: str | None = None
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 0.9
+    how: GenerateConfig = AT_LENGTH
     seed: int = 0
     turns: list[dict[str, str]] = field(default_factory=list, init=False)
     """User and assistant turns in alternation."""
@@ -79,10 +79,7 @@ class Conversation:
         said = {"role": "user", "content": text}
         messages = [*self.messages, said]
         self.length = self.vlm.num_tokens(messages, self.image)
-        stream = self.vlm.stream(
-            messages, self.image, temperature=self.temperature, top_p=self.top_p,
-            max_new_tokens=self.max_new_tokens, seed=self.seed + len(self.turns),
-        )  # fmt: skip
+        stream = self.vlm.answer_in_pieces(Request(messages, self.image), self.how, self.seed + len(self.turns))
         try:
             yield from stream
         finally:
@@ -187,11 +184,8 @@ def _respond(conversation: Conversation, line: str, out: TextIO, note: Callable[
     if line.startswith("/"):
         _command(conversation, line, note)
         return
-    trained, before, num_turns = (
-        conversation.vlm.cfg.prompting.max_seq_len,
-        conversation.length,
-        len(conversation.turns),
-    )
+    trained = conversation.vlm.cfg.prompting.max_seq_len
+    before, num_turns = conversation.length, len(conversation.turns)
     pieces = conversation.ask(line)
     try:
         for piece in pieces:
@@ -204,7 +198,9 @@ def _respond(conversation: Conversation, line: str, out: TextIO, note: Callable[
     if len(conversation.turns) == num_turns:
         note("(the model ended without a word; your line is not part of the conversation)")
     elif conversation.cut:
-        note(f"(cut after {conversation.max_new_tokens} tokens, see --max-new-tokens, or at the end of the context)")
+        note(
+            f"(cut after {conversation.how.max_new_tokens} tokens, see --max-new-tokens, or at the end of the context)"
+        )
     if before <= trained < conversation.length:
         note(f"(the conversation is longer than the {trained:,} tokens the run was trained on: /reset starts over)")
 
@@ -256,8 +252,6 @@ def _save(conversation: Conversation, path: Path) -> Path:
 
 def _path(typed: str) -> Path:
     """A path as a person types or drops it, with or without quotes around it."""
-    if "\0" in typed:
-        raise UserError(f"{typed!r} is not a file name: no name contains a NUL character")
     quoted = len(typed) > 1 and typed[0] == typed[-1] and typed[0] in "'\""
     path = Path(typed[1:-1] if quoted else typed)
     try:

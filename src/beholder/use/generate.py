@@ -12,9 +12,10 @@ from typing import Any
 
 from rich.console import Console
 
+from beholder.config import GenerateConfig
 from beholder.types import UserError
 from beholder.use.answer_file import answer_file, read_questions
-from beholder.use.vlm import load
+from beholder.use.vlm import GREEDY, Request, load
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,7 @@ def generate(
     image_root: Path | None = None,
     image_pattern: str | None = None,
     batch_size: int = 8,
-    temperature: float = 0.0,
-    top_p: float = 0.9,
-    max_new_tokens: int = 64,
+    how: GenerateConfig = GREEDY,
     seed: int = 0,
     device: str = "auto",
     overrides: Sequence[str] = (),
@@ -59,16 +58,15 @@ def generate(
             raise UserError("give --image FILE, or many questions with --from FILE --out FILE")
         if out or image_root or image_pattern:
             raise UserError("--out, --image-root and --image-pattern belong to --from FILE")
-        vlm, sampling = load(run, device=device, overrides=overrides), {"temperature": temperature, "top_p": top_p}
-        text = vlm.generate(images, prompt, max_new_tokens=max_new_tokens, seed=seed, **sampling)
+        text = load(run, device=device, overrides=overrides).answers([Request(prompt, images)], how, seed)[0]
         return Said(text, {"answer": text})
     if out is None:
         raise UserError("--from needs --out FILE for the answers")
-    if images or temperature > 0:
+    if images or how.temperature > 0:
         raise UserError("--from has its own images and answers greedily; remove --image and --temperature")
     asked = read_questions(questions, image_root, prompt=prompt, image_pattern=image_pattern)
     vlm = load(run, device=device, overrides=overrides)
-    new = answer_file(vlm, asked, out, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress)
+    new = answer_file(vlm, asked, out, batch_size=batch_size, how=how, progress=progress)
     before = len(asked) - new
     text = f"{new:,} questions answered, {before:,} were before; see {out}"
     return Said(text, {"answered": new, "before": before, "out": str(out)})

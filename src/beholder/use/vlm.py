@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
-from beholder.config import RunConfig
+from beholder.config import GenerateConfig, RunConfig
 from beholder.config.file import check_consent, load_config
 from beholder.data import build_encoder
 from beholder.data.chat import ChatEncoder
@@ -33,6 +34,9 @@ ImageLike = str | Path | Image.Image | ImageRef
 Images = ImageLike | Sequence[ImageLike] | None
 Messages = str | Sequence[Mapping[str, str]]
 """What the user says, or a whole conversation as ``{"role": "system" | "user" | "assistant", "content": text}``."""
+
+GREEDY = GenerateConfig(temperature=0.0)
+"""At most 64 tokens: what a question is answered with when nothing else is asked for."""
 
 
 class ContextFullError(UserError):
@@ -106,8 +110,7 @@ class Vlm:
         """
         if not _listed(image):
             raise UserError("give at least one image")
-        ready = [self._prompt(Request(prompt, image))]
-        return self._answers(ready, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)[0]
+        return self.answers([Request(prompt, image)], decoding(temperature, top_p, max_new_tokens), seed)[0]
 
     def chat(
         self,
@@ -124,8 +127,7 @@ class Vlm:
         Raises `ContextFullError` when the conversation leaves no room for an answer.
         """
         self.check_chats()
-        ready = [self._prompt(Request(messages, images))]
-        return self._answers(ready, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)[0]
+        return self.answers([Request(messages, images)], decoding(temperature, top_p, max_new_tokens), seed)[0]
 
     def stream(
         self,
@@ -141,17 +143,7 @@ class Vlm:
 
         No piece ends inside a character. Closing the stream, or dropping it, stops the model.
         """
-        self.check_chats()
-        prompt = self._prompt(Request(messages, images))
-
-        def write(streamer: Any) -> None:
-            self.model.generate(
-                [prompt.encoded], [prompt.images], eos_ids=self.encoder.eos_ids,
-                max_new_tokens=min(max_new_tokens, prompt.room), temperature=temperature, top_p=top_p, seed=seed,
-                streamer=streamer,
-            )  # fmt: skip
-
-        return AnswerStream(write, self.encoder.decode, self.encoder.eos_ids)
+        return self.answer_in_pieces(Request(messages, images), decoding(temperature, top_p, max_new_tokens), seed)
 
     def generate_many(
         self, requests: Iterable[Request], *, batch_size: int = 8, max_new_tokens: int = 64
@@ -161,11 +153,34 @@ class Vlm:
         The answers are those of `generate`, up to the rounding of a batch in bf16 or fp16. A `UserError` names the
         request that caused it (``Request.where``), after the batches before it were answered.
         """
-        waiting = iter(requests)
+        waiting, how = iter(requests), decoding(0.0, 1.0, max_new_tokens)
         while batch := list(islice(waiting, batch_size)):
-            yield from self._answers([self._prompt(request) for request in batch], max_new_tokens)
+            yield from self.answers(batch, how)
 
     # -------------------------------------------------------------------------------------------------------------
+
+    def answers(self, requests: Sequence[Request], how: GenerateConfig, seed: int = 0) -> list[str]:
+        """The answers to requests that are written together."""
+        prompts = [self._prompt(request) for request in requests]
+        rooms = [min(how.max_new_tokens, p.room) for p in prompts]
+        ids = self.model.generate(
+            [p.encoded for p in prompts], [p.images for p in prompts],
+            how.model_copy(update={"max_new_tokens": max(rooms)}), eos_ids=self.encoder.eos_ids, seed=seed,
+        )  # fmt: skip
+        return [self.encoder.decode(own[:room]) for own, room in zip(ids, rooms, strict=True)]
+
+    def answer_in_pieces(self, request: Request, how: GenerateConfig, seed: int = 0) -> AnswerStream:
+        """The answer to one, in pieces; for a run that chats."""
+        self.check_chats()
+        prompt = self._prompt(request)
+        how = how.model_copy(update={"max_new_tokens": min(how.max_new_tokens, prompt.room)})
+
+        def write(streamer: Any) -> None:
+            self.model.generate(
+                [prompt.encoded], [prompt.images], how, eos_ids=self.encoder.eos_ids, seed=seed, streamer=streamer
+            )
+
+        return AnswerStream(write, self.encoder.decode, self.encoder.eos_ids)
 
     @property
     def context(self) -> int:
@@ -185,19 +200,6 @@ class Vlm:
                 f"caption), not to chat: use `beholder generate {self.cfg.run_dir} --image FILE`, or tune it on "
                 "conversations first (stage instruct, model.connector.load_checkpoint naming this run)"
             )
-
-    def _answers(
-        self, prompts: Sequence[_Prompt], max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 0.9,
-        seed: int = 0,
-    ) -> list[str]:  # fmt: skip
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}; an answer needs at least 1")
-        rooms = [min(max_new_tokens, p.room) for p in prompts]
-        ids = self.model.generate(
-            [p.encoded for p in prompts], [p.images for p in prompts], eos_ids=self.encoder.eos_ids,
-            max_new_tokens=max(rooms), temperature=temperature, top_p=top_p, seed=seed,
-        )  # fmt: skip
-        return [self.encoder.decode(own[:room]) for own, room in zip(ids, rooms, strict=True)]
 
     def _prompt(self, request: Request) -> _Prompt:
         try:
@@ -257,6 +259,15 @@ class Vlm:
         first = next(k for k, turn in enumerate(turns) if turn.role == "user")
         turns[first] = Turn("user", (*_front(num_images), *turns[first].parts))
         return tuple(turns)
+
+
+def decoding(temperature: float, top_p: float, max_new_tokens: int) -> GenerateConfig:
+    """How to write an answer, as one object. Raises `UserError` for numbers that nothing can be written with."""
+    try:
+        return GenerateConfig(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{first['loc'][0]} is {first['input']}: {first['msg']}") from None
 
 
 def _listed(images: Images) -> list[ImageLike]:
