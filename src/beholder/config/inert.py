@@ -1,7 +1,7 @@
 """Which settings have no effect in a config: "a setting that has no effect in this stage is an error".
 
 The rules stand at the settings themselves (`section.Inert`); `validate` turns a broken one into a message,
-`dump_config` leaves such settings out.
+`file.dump_config` leaves such settings out.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def _repair(data: Any, path: SettingPath) -> None:
 
 
 def _construct(model: type[BaseModel], data: Any) -> Any:
-    """An instance with defaults filled in and nothing checked, to ask the rules of `INERT` about a config in error."""
+    """An instance with defaults filled in and nothing checked, to ask `section.Inert` about a config in error."""
     values: dict[str, Any] = {}
     for name, info in model.model_fields.items():
         if not isinstance(data, dict) or name not in data:

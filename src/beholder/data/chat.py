@@ -63,9 +63,9 @@ class ChatEncoder:
 
     ``chat`` writes what the tokenizer's chat template (or the Jinja text ``chat_template``) renders, character for
     character. Supervised is what the model has to write after the template's generation prompt: each assistant turn,
-    with the blank that some templates put beside it, and its end token. An image may stand anywhere in a user turn,
-    and samples without one are fine. ``system`` goes before conversations that have no system turn; ``thinking`` is
-    the template's ``enable_thinking``. A template that dates its text always gets the date `TEMPLATE_DATE`.
+    with the blank that some templates put beside it, and its end token. An image may stand anywhere in a user turn, and
+    samples without one are fine. ``system`` goes before conversations that have no system turn; ``thinking`` is the
+    template's ``enable_thinking``. A template that dates its text always gets the date `chat_template.TEMPLATE_DATE`.
 
     ``too_long``: what `encode` does with a sample longer than ``max_seq_len``.
 

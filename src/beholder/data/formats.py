@@ -1,7 +1,7 @@
 """The data layouts that are read, one row of `FORMATS` each: where records lie in a file, and what a record says.
 
-Stage instruct (``chat``) asks more of a record than an alignment does: a conversation that the user opens, about at
-least one image, in which the assistant always says something. There a conversation with one image and no marker gets
+A stage of dialogues (``chat``) asks more of a record than an alignment does: a conversation that the user opens, about
+at least one image, in which the assistant always says something. There a conversation with one image and no marker gets
 the marker in front of its first user turn, which is how LLaVA-Instruct and most chat data mean it; this is counted.
 """
 
@@ -304,6 +304,6 @@ FORMATS: dict[DatasetKind, Format] = {
     "webdataset": Format(lambda path, *_: index.tar_records(path), suffixes=(".tar",), images="tar"),
     "parquet": Format(lambda path, *_: index.parquet_records(path), suffixes=(".parquet",), images="parquet"),
 }  # fmt: skip
-"""Every layout by the name it has in a config (`config.DatasetKind`)."""
+"""Every layout by the name it has in a config (`types.DatasetKind`)."""
 INSTRUCTION_KINDS: frozenset[DatasetKind] = frozenset(name for name, form in FORMATS.items() if form.instructs)
 """Layouts that hold conversations and questions, for stage instruct."""

@@ -1,6 +1,6 @@
 """Finds the records inside JSONL, JSON-array, tar and parquet files, without holding them, and caches where they are.
 
-Here a record is bytes with a place; what its fields mean is `sources`' business. JSON files are left where they are and
+Here a record is bytes with a place; what its fields mean is `formats`' business. JSON files are left where they are and
 addressed by byte offsets; from tar and parquet files the text of every record is copied into one compact blob of JSON
 (images stay in the file), because neither format gives random access to a caption.
 """

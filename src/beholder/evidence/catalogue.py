@@ -2,7 +2,7 @@
 
 A probe names what it measures ``<probe>.<quantity>``, and ``….<condition>`` where it shows the model its own image and
 others. Whatever tells measurements to people reads their rows: report, comparison, sweep, terminal, ``metrics.json``.
-A new probe is its own file and its rows here. What has no row is called by its name.
+A new probe is its own file, its rows here and one in `stages.panel`. What has no row is called by its name.
 """
 
 from __future__ import annotations

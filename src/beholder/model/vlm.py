@@ -1,7 +1,7 @@
 """The whole model: images through tower and connector into the language model's embeddings, loss and answers out.
 
-`build_vlm` is the one place where model settings become parts. Losses come back per token, so that training, evaluation
-and the ablation share this forward. No loop, no optimizer and no data file is known here.
+Losses come back per token, so that training, evaluation and the ablation share this forward. No loop, no optimizer and
+no data file is known here.
 """
 
 from collections.abc import Sequence

@@ -236,7 +236,7 @@ def plan(
 
 def language_shape(cfg: LlmConfig, config_file: Path | None = None, lora: LoraConfig | None = None) -> LanguageShape:
     """Sizes of the language model and of its adapters, without weights. Raises `UserError` where no configuration is
-    found, and as `model.lora.resolve_targets` does."""
+    found, and as `model.placement.resolve_targets` does."""
     from transformers import AutoModelForCausalLM
 
     config = _config("llm", cfg, config_file)

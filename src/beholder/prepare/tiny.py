@@ -95,7 +95,7 @@ def tiny_llm(folder: Path | str, family: LlmFamily = "qwen3", *, seed: int = 0, 
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
         "max_position_embeddings": 4096, "tie_word_embeddings": family == "smollm2",
         # 1/sqrt(64), about the scale of trained matrices: at transformers' 0.02 the layers of so narrow a model do next
-        # to nothing. With 0.3 a connector learns the colour set in a hundred steps (tests/test_smoke.py).
+        # to nothing. With 0.3 a connector learns the colour set in a hundred steps (tests/prepare/test_tiny.py).
         "initializer_range": 0.12,
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -2,7 +2,7 @@
 
 Here live only what all probes share: intervals, the making of a measurement, and the context in which a model is
 measured. Baseline and result always come from the same function on the same samples, and a probe that cannot measure
-raises instead of guessing.
+raises instead of guessing. A new probe: a file here, a row in `stages.panel`, its names in `evidence.catalogue`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Whether the answers are right, and whether they are right because of the image.
 
-The same questions under different images (`probes.captions` writes the answers): a high accuracy that stays without the
+The same questions under different images (`probes.written` writes the answers): a high accuracy that stays without the
 image is no sight, so every accuracy stands beside its gain. What "right" means is `probes.vqa`'s, which kinds of
 questions there are is `probes.strata`'s.
 """

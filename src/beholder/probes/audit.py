@@ -3,7 +3,7 @@
 A conversation whose later turns can be answered from its earlier turns' text trains to a low loss without a look at the
 image. Here the text is scored with the images and their places taken out, so only the language model speaks; or, for
 a trained model, with an empty image in every place, because training may have taught the connector to make the language
-model read what it would not read by itself. Whether a trained model looks is told by the ablation (`loss`).
+model read what it would not read by itself. Whether a trained model looks is told by the ablation (`wrong_images`).
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def audit(
     token is the arg-max, ``….context`` the same share of the later turns, absent when there are none. It finds what
     *this* model can make of the text: a stronger reader may find more.
 
-    ``blank``: an empty image (`loss.blank_image`) for every image place, to audit what a trained model reads; call it
-    with a ``name`` of its own then. None: no image, no place for one, no visual token.
+    ``blank``: an empty image (`wrong_images.blank_image`) for every image place, to audit what a trained model reads;
+    call it with a ``name`` of its own then. None: no image, no place for one, no visual token.
 
     The turns are spread over samples, at random positions. Equal for every process of a job; no image is opened except
     to tell whether two are the same (``content_key``). Raises UserError when no answer fits into ``max_seq_len``.

@@ -158,7 +158,7 @@ def symptoms(
 
 
 def references_shown(examples: Sequence[Example], shown: Sequence[Example]) -> list[str | None]:
-    """What would have been right for each of ``shown``, the examples with one another's images (`shuffle_images`).
+    """What would have been right for each of ``shown``, the examples with one another's images (`wrong_images`).
 
     It is the last answer of the example that has this image and the same turns before that answer: what another image's
     *other question* has for an answer says nothing. None when there is no such example. Where the same image and

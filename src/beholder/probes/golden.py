@@ -1,8 +1,9 @@
 """The golden set: a few held-out samples, chosen once, captioned again and again during training.
 
 The set is a JSONL file that outlives the run, so that captions of different steps and runs can be laid side by side.
-Choosing, persisting and joining the set live here, and reading what a run wrote: `show_step` and `diff_steps` are what
-``beholder golden show`` and ``beholder golden diff`` print. When to decode is decided by the stage.
+Choosing, persisting and joining the set live here, and reading what a run wrote: `golden_history.show_step` and
+`golden_history.diff_steps` are what ``beholder golden show`` and ``beholder golden diff`` print. When to decode is
+decided by the stage.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 "What is in the image?" has an answer where the caption names a listed object, "What colour is the …?" where it has a
 colour word directly before one. Which objects are listed is `probes.hallucination`'s; how the model answers is
-`probes.captions`' business, which gets the questions as examples (`qa_prompt`).
+`probes.written`' business, which gets the questions as examples (`qa_prompt`).
 """
 
 from __future__ import annotations

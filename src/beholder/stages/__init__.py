@@ -6,7 +6,6 @@ lifetime        one writer a folder; whatever ends a run is written down as what
 session         a run's loaded parts, with members of their own:
   held_out      what is kept for measuring, the same samples in every run
   together      measuring, shared among the processes of a job
-  stored        its use of the feature store
 panel           every measurement, a row each: here is where a probe is added
 watch           which rows come due between steps
 keep            what is saved, and which checkpoint is the best

@@ -21,8 +21,8 @@ from beholder.model.vlm import VisionLanguageModel
 from beholder.probes.loss import SampleLoss
 from beholder.runs import RunDir
 from beholder.stages.held_out import HeldOut
-from beholder.stages.stored import StoredFeatures
-from beholder.stages.together import Together
+from beholder.stages.together import StoredFeatures, Together
+from beholder.store.features import FeatureStore, store_dir
 from beholder.train import restore
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
@@ -97,16 +97,28 @@ class Session:
             self.reporter.line("features", f"off: data.augment is {cfg.data.augment}, every pass needs fresh features")
             self.gap("Feature store: switched off, because data.augment changes every image at every pass.")
             return
-        vision = self.model.vision
+        vision, g = self.model.vision, self.model.geometry
         assert vision is not None
+        store = FeatureStore(
+            store_dir(cfg.features), tower_fingerprint=vision.fingerprint(),
+            pipeline_fingerprint=self.data.pipeline.fingerprint, num_patches=g.num_patches, d_vision=g.d_vision,
+            max_bytes=int(cfg.features.max_gb * 1e9),
+        )  # fmt: skip
         stop = min(stop, start + len(self.data.train))  # later epochs show the same images again
         refs = dict.fromkeys([*self.data.train_refs(start, stop), *self.data.eval_refs()])
-        with self.phase("features"):
-            self.gaps += self.features.fill(
-                refs, cfg=cfg, tower=lambda pixels: vision(pixels.to(self.model.device)),
-                tower_fingerprint=vision.fingerprint(), geometry=self.model.geometry, pipeline=self.data.pipeline,
-                dist=self.dist, reporter=self.reporter,
+        with self.phase("features"), self.reporter.progress("features") as tick:
+            report = store.fill(
+                refs, lambda pixels: vision(pixels.to(self.model.device)), self.data.pipeline, batch_size=32,
+                progress=tick, on_bad_image=cfg.data.on_bad_image, rank=self.dist.rank, world_size=self.dist.world_size,
             )  # fmt: skip
+            self.dist.barrier()
+        self.reporter.line("features", report.summary)
+        self.features.store, self.features.report = store, report
+        if over := int(self.dist.all_reduce_sum([float(report.over_cap)])[0]):
+            self.gap(
+                f"Feature store: {over} images did not fit into features.max_gb = {cfg.features.max_gb:g} GB; the "
+                "tower saw them at every pass."
+            )
 
     def eval_losses(self) -> list[SampleLoss]:
         """Loss of every held-out sample."""

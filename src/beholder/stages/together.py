@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 from beholder.config import GenerateConfig, RunConfig
@@ -13,12 +13,20 @@ from beholder.probes import audit, loss, written, wrong_images
 from beholder.probes.loss import SampleLoss
 from beholder.probes.written import Written
 from beholder.stages.held_out import HeldOut
-from beholder.stages.stored import StoredFeatures
+from beholder.store.features import FeatureStore, FillReport
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
 from beholder.types import Batch, Condition, Example, UserError
 
 T = TypeVar("T")
+
+
+@dataclass
+class StoredFeatures:
+    """A run's use of the feature store: nothing until `Session.fill_features`, and where the config switches it off."""
+
+    store: FeatureStore | None = None
+    report: FillReport | None = None
 
 
 class HasId(Protocol):

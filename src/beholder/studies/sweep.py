@@ -10,7 +10,7 @@ The sweep folder is the config's own run folder (``output_dir``):
     logs/<name>.log       what it printed                    golden.jsonl   the fixed set all runs caption
     sweep.json            everything known of the sweep; the pages are rendered from it
 
-What the runs are called: `study.record`.
+What the runs are called: `studies.record`.
 """
 
 from __future__ import annotations

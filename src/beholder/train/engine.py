@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -94,10 +94,6 @@ class FitResult:
     signal: int | None = None
     """The signal's number when cancelled: the command exits with 128 + it (130 for Ctrl-C, 143 for SIGTERM)."""
     steps_run: int = 0
-    seconds: float = 0.0
-    """Seconds spent in steps, callbacks and saves left out."""
-    totals: dict[str, float] = field(default_factory=dict)
-    """tokens, samples, images, rejected, truncated of the steps this call ran, over all processes."""
     last: Record | None = None
     """Record of the last step this call ran."""
 
@@ -145,8 +141,7 @@ def fit(
     fp16 = cfg.precision == "fp16"
     parameters = trainable_parameters(optimizer)
     device = parameters[0].device
-    totals: dict[str, float] = dict.fromkeys(("tokens", "samples", "images", "rejected", "truncated"), 0.0)
-    seconds, step, record = 0.0, start_step, None
+    step, record = start_step, None
 
     with _Signals() as signals, reporter:
         reporter.start(start_step)
@@ -209,9 +204,6 @@ def fit(
             step_time_s = time.perf_counter() - started
 
             # -- record
-            seconds += step_time_s
-            for key in totals:
-                totals[key] += counts[key]
             reporter.time(step_time_s)
             samples = max(counts["samples"], 1.0)
             record = {
@@ -257,7 +249,7 @@ def fit(
                 break
         stop = _agree(signals, dist)  # one that came while the last checkpoint was written counts too
     status = "succeeded" if stop is None else "cancelled"
-    return FitResult(step, status, stop, step - start_step, seconds, totals, record)
+    return FitResult(step, status, stop, step - start_step, record)
 
 
 # ---------------------------------------------------------------------------------------------------------------

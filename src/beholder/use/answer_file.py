@@ -1,8 +1,8 @@
 """A file of questions in, a file of answers out: ``beholder generate RUN --from FILE --out FILE``.
 
 Reads the common shapes of question files (a record a line, a JSON array, VQA's question file), says what is wrong with
-them before a model is loaded, and goes on where an interrupted call stopped. The answers are `inference`'s; what they
-are worth is `scoring`'s business.
+them before a model is loaded, and goes on where an interrupted call stopped. The answers are `vlm`'s; what they
+are worth is `score`'s business.
 """
 
 from __future__ import annotations

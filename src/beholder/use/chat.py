@@ -2,7 +2,7 @@
 
 Answers go to standard output and everything else to standard error, so ``echo "What colour?" | beholder chat RUN
 --image a.png`` prints an answer. What the model writes is shown with control characters escaped. The model is
-`inference`'s; nothing here knows tokens.
+`vlm`'s; nothing here knows tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A trained run, ready to look at images: ``load(RUN).generate(image, prompt)``, ``.chat(messages, images)``.
 
 The same encoder, decoder and preprocessing as in training serve here; adapters stay unmerged, so what answers is what
-was measured. Nothing is measured or written. The terminal is `talk`, question files are `questionnaire`.
+was measured. Nothing is measured or written. The terminal is `chat`, question files are `answer_file`.
 """
 
 from __future__ import annotations
@@ -291,7 +291,7 @@ def _turn(message: Mapping[str, str], index: int) -> Turn:
 
 
 def _marked(turns: Sequence[Turn], token: str) -> tuple[Turn, ...]:
-    """The user turns with an image place for every ``token``, as `data.sources` reads records."""
+    """The user turns with an image place for every ``token``, as `data.formats` reads records."""
     placed: list[Turn] = []
     used = 0
     for turn in turns:
