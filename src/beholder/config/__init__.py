@@ -37,7 +37,6 @@ from beholder.config.run import (
     EvalConfig,
     GenerateConfig,
     LearningRates,
-    PerGroup,
     RunConfig,
     TrainConfig,
     WeightDecays,
@@ -51,7 +50,7 @@ __all__ = [
     "CAPTION_SPAM", "CARRIES_IMAGES", "SCALES", "STAGES", "AblationConfig", "BestRule", "Cadence",
     "ConnectorConfig", "DataConfig", "DatasetKind", "Decided", "EvalConfig", "FeaturesConfig", "Fraction",
     "GateConfig", "GenerateConfig", "HygieneConfig", "HygieneLimits", "LearningRates", "LlmConfig", "LoraConfig",
-    "ModelConfig", "PerGroup", "Positive", "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig",
+    "ModelConfig", "Positive", "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig",
     "Section", "SourceConfig", "Stage", "StageName", "SweepConfig", "TrainConfig", "VisionConfig", "WeightDecays",
     "decided_by", "settings", "usual_gate",
 ]  # fmt: skip

@@ -19,19 +19,14 @@ from beholder.config.studies import SweepConfig
 # train, eval
 
 
-class PerGroup(Section):
-    connector: Annotated[float, Field(ge=0)]
-    lora: Annotated[float, Field(ge=0)]
-
-
-class LearningRates(PerGroup):
+class LearningRates(Section):
     connector: Annotated[float, Field(ge=0), FROZEN_CONNECTOR] = 1e-4
     """Peak learning rate of the connector."""
     lora: Annotated[float, Field(ge=0), NO_ADAPTERS] = 5e-5
     """Peak learning rate of the adapters (stage 2)."""
 
 
-class WeightDecays(PerGroup):
+class WeightDecays(Section):
     connector: Annotated[float, Field(ge=0), FROZEN_CONNECTOR] = 0.01
     """On the connector's matrices; norms, biases and latents always get 0."""
     lora: Annotated[float, Field(ge=0), NO_ADAPTERS] = 0.0

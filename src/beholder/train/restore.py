@@ -39,7 +39,6 @@ class TrainState:
     """Optimizer steps done."""
     trainer: dict[str, Any]
     """What ``save_checkpoint`` was given as ``trainer``, and ``step``."""
-    path: Path
 
 
 def load_for_resume(
@@ -61,7 +60,7 @@ def load_for_resume(
     load_connector(path, connector, info)
     load_optimizer_tensors(optimizer, _read_tensors(path / OPTIMIZER))
     trainer = read_trainer(path)
-    return TrainState(step=int(trainer["step"]), trainer=trainer, path=path)
+    return TrainState(step=int(trainer["step"]), trainer=trainer)
 
 
 def read_trainer(path: Path) -> dict[str, Any]:

@@ -93,15 +93,9 @@ class Vlm:
         save_merged(self.model.language, self.tokenizer, Path(folder))
 
     def generate(
-        self,
-        image: ImageLike | Sequence[ImageLike],
-        prompt: str | None = None,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 0.9,
-        max_new_tokens: int = 64,
-        seed: int = 0,
-    ) -> str:
+        self, image: ImageLike | Sequence[ImageLike], prompt: str | None = None, *, temperature: float = 0.0,
+        top_p: float = 0.9, max_new_tokens: int = 64, seed: int = 0,
+    ) -> str:  # fmt: skip
         """What the model says about one or several images.
 
         ``prompt`` stands after the images and is literal text: a ``<image>`` typed in it stays text. None: the
@@ -113,15 +107,9 @@ class Vlm:
         return self.answers([Request(prompt, image)], decoding(temperature, top_p, max_new_tokens), seed)[0]
 
     def chat(
-        self,
-        messages: Messages,
-        images: Images = None,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 0.9,
-        max_new_tokens: int = 256,
-        seed: int = 0,
-    ) -> str:
+        self, messages: Messages, images: Images = None, *, temperature: float = 0.0, top_p: float = 0.9,
+        max_new_tokens: int = 256, seed: int = 0,
+    ) -> str:  # fmt: skip
         """The next answer in a conversation; `Request` says where its images go.
 
         Raises `ContextFullError` when the conversation leaves no room for an answer.
@@ -130,15 +118,9 @@ class Vlm:
         return self.answers([Request(messages, images)], decoding(temperature, top_p, max_new_tokens), seed)[0]
 
     def stream(
-        self,
-        messages: Messages,
-        images: Images = None,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 0.9,
-        max_new_tokens: int = 256,
-        seed: int = 0,
-    ) -> AnswerStream:
+        self, messages: Messages, images: Images = None, *, temperature: float = 0.0, top_p: float = 0.9,
+        max_new_tokens: int = 256, seed: int = 0,
+    ) -> AnswerStream:  # fmt: skip
         """As `chat`, in pieces as they are written; joined they are what `chat` gives.
 
         No piece ends inside a character. Closing the stream, or dropping it, stops the model.
