@@ -23,14 +23,14 @@ from beholder.model.connector import build_connector
 from beholder.model.language import load_language
 from beholder.model.plan import TrainPlan, apply_train_plan, plan_of
 from beholder.model.vision import load_vision
-from beholder.prepare import estimate
+from beholder.prepare import estimate as room
 from beholder.prepare.estimate import (
     LanguageShape,
     VisionShape,
     connector_shape,
+    estimate,
     language_shape,
     matmul_rate,
-    plan,
     vision_shape,
 )
 from beholder.prepare.tiny import tiny_llm, tiny_vision
@@ -70,7 +70,7 @@ def test_shapes_and_trainable_table_are_those_of_the_loaded_model(tmp_path, tiny
         "model.vision.weights": weights,
     })  # fmt: skip
 
-    found = plan(cfg, measure=False)
+    found = estimate(cfg, measure=False)
     model, _ = build_vlm(cfg.model, compute_precision="fp32", device=CPU, seed=0)
     table = apply_train_plan(model, TrainPlan())
 
@@ -90,7 +90,7 @@ def test_no_weight_file_is_needed(tmp_path, tiny_config, tiny_parts):
         "model.llm.name_or_path": str(tmp_path / "llm"), "model.vision.name_or_path": str(tmp_path / "vision"),
     })  # fmt: skip
 
-    assert plan(without, measure=False).to_json() == plan(whole, measure=False).to_json()
+    assert estimate(without, measure=False).to_json() == estimate(whole, measure=False).to_json()
 
 
 def test_the_reference_pair_is_planned_offline_from_its_config_files(tmp_path, tiny_config):
@@ -112,7 +112,7 @@ def test_the_reference_pair_is_planned_offline_from_its_config_files(tmp_path, t
     files = {
         f"{part}_config": tmp_path / name / "config.json" for part, name in (("llm", "qwen"), ("vision", "siglip"))
     }
-    found = plan(cfg, **files, measure=False)
+    found = estimate(cfg, **files, measure=False)
 
     assert found.language and found.vision
     assert found.language.params == 8_190_735_360  # Qwen3-8B's published 8.2 B
@@ -123,7 +123,7 @@ def test_the_reference_pair_is_planned_offline_from_its_config_files(tmp_path, t
 
 
 def test_a_hub_name_that_is_not_at_hand_is_a_gap_that_names_the_way_out(tmp_path, tiny_config):
-    found = plan(tiny_config(tmp_path, **{"model.llm.name_or_path": "nobody/no-such-model"}), measure=False)
+    found = estimate(tiny_config(tmp_path, **{"model.llm.name_or_path": "nobody/no-such-model"}), measure=False)
 
     assert found.language is None and found.vision is not None
     (gap,) = found.gaps
@@ -142,14 +142,14 @@ def test_a_file_the_user_names_must_be_a_models_config(tmp_path, tiny_config):
         ("other.json", "model_type"),
     ):
         with pytest.raises(UserError, match=match):
-            plan(tiny_config(tmp_path), llm_config=tmp_path / name, measure=False)
+            estimate(tiny_config(tmp_path), llm_config=tmp_path / name, measure=False)
 
 
 def test_settings_that_can_never_work_raise(tmp_path, tiny_config):
     from beholder.types import UserError
 
     with pytest.raises(UserError, match="heads"):
-        plan(tiny_config(tmp_path, **{"model.connector.resampler.num_heads": 7}), measure=False)
+        estimate(tiny_config(tmp_path, **{"model.connector.resampler.num_heads": 7}), measure=False)
 
 
 # -- formulae
@@ -245,7 +245,7 @@ def test_lengths_images_steps_and_store_are_those_of_the_real_data(tmp_path, tin
     encoded = [data.encoder.encode(data.train.example_at(p)) for p in range(len(data.train))]
     stream = data.stream(None, cfg, rank=0, world_size=1)
 
-    found = plan(cfg, measure=False)
+    found = estimate(cfg, measure=False)
 
     assert found.sequence["tokens_mean"] == pytest.approx(sum(len(e.ids) for e in encoded) / len(encoded), rel=0.1)
     assert found.steps == stream.steps_for(3)
@@ -262,7 +262,7 @@ def test_packed_rows_hold_what_the_collator_puts_into_them(tmp_path, tiny_config
     batches = [b for step in stream.steps(0, 8) for b in step]
     positions = sum(b.input_ids.numel() for b in batches) / len(batches)
 
-    found = plan(cfg, measure=False).sequence
+    found = estimate(cfg, measure=False).sequence
 
     assert found["rows_of_a_micro_batch"] * found["row_length"] == pytest.approx(positions, rel=0.25)
 
@@ -270,12 +270,12 @@ def test_packed_rows_hold_what_the_collator_puts_into_them(tmp_path, tiny_config
 def test_missing_records_are_a_gap_and_steps_stay_unknown(tmp_path, tiny_config):
     cfg = tiny_config(tmp_path, **{"data.json_path": str(tmp_path / "none.jsonl"), "train.train_steps": None})
 
-    found = plan(cfg, measure=False)
+    found = estimate(cfg, measure=False)
 
     assert found.steps is None and found.store_bytes is None and found.language is not None
     assert any("none.jsonl" in gap for gap in found.gaps)
     assert any("target length" in gap for gap in found.gaps)
-    assert found.memory["total"] > estimate.RUNTIME_BYTES
+    assert found.memory["total"] > room.RUNTIME_BYTES
 
 
 def test_an_instruction_tuning_is_planned_with_its_adapters(tmp_path, tiny_config):
@@ -285,8 +285,8 @@ def test_an_instruction_tuning_is_planned_with_its_adapters(tmp_path, tiny_confi
     model, _ = build_vlm(cfg.model, compute_precision="fp32", device=CPU, seed=0)
     real = apply_train_plan(model, plan_of(cfg.model, STAGES["instruct"]))
 
-    found = plan(cfg, measure=False)
-    frozen = plan(tiny_config(tmp_path, **sets, **{"model.connector.trainable": False}), measure=False)
+    found = estimate(cfg, measure=False)
+    frozen = estimate(tiny_config(tmp_path, **sets, **{"model.connector.trainable": False}), measure=False)
 
     assert {r.part: (r.params, r.trainable) for r in found.trainable.rows} == {
         r.part: (r.params, r.trainable) for r in real.rows
@@ -329,20 +329,20 @@ def test_adapters_keep_the_bytes_and_cost_the_flops_that_are_counted(tmp_path, p
 
 
 def test_what_does_not_fit_is_said(tmp_path, tiny_config):
-    found = plan(tiny_config(tmp_path, **{"features.max_gb": 1e-5, "prompting.max_seq_len": 80}), measure=False)
+    found = estimate(tiny_config(tmp_path, **{"features.max_gb": 1e-5, "prompting.max_seq_len": 80}), measure=False)
 
     assert any("features.max_gb" in gap and "at every step" in gap for gap in found.gaps)
     assert any("max_seq_len is 80" in gap for gap in found.gaps)
     assert found.store_bytes == pytest.approx(1e4)
     assert found.flops_per_step["vision_tower"] > 0
-    stored = plan(tiny_config(tmp_path), measure=False)
+    stored = estimate(tiny_config(tmp_path), measure=False)
     assert stored.flops_per_step["vision_tower"] == 0
 
 
 def test_memory_and_flops_grow_with_what_they_depend_on(tmp_path, tiny_config):
-    base = plan(tiny_config(tmp_path), measure=False)
-    larger = plan(tiny_config(tmp_path, **{"train.micro_batch_size": 16}), measure=False)
-    half = plan(tiny_config(tmp_path, **{"model.llm.precision": "bf16"}), measure=False)
+    base = estimate(tiny_config(tmp_path), measure=False)
+    larger = estimate(tiny_config(tmp_path, **{"train.micro_batch_size": 16}), measure=False)
+    half = estimate(tiny_config(tmp_path, **{"model.llm.precision": "bf16"}), measure=False)
 
     assert larger.memory["language_model_activations"] > 3 * base.memory["language_model_activations"]
     assert half.memory["language_model_weights"] == base.memory["language_model_weights"] / 2
@@ -350,8 +350,8 @@ def test_memory_and_flops_grow_with_what_they_depend_on(tmp_path, tiny_config):
 
 
 def test_the_plan_prints_and_is_json(tmp_path, tiny_config, monkeypatch):
-    monkeypatch.setattr(estimate, "matmul_rate", lambda device, dtype: 1e9)
-    found = plan(tiny_config(tmp_path, **{"model.vision.name_or_path": "timm/repvit_m0_9"}))
+    monkeypatch.setattr(room, "matmul_rate", lambda device, dtype: 1e9)
+    found = estimate(tiny_config(tmp_path, **{"model.vision.name_or_path": "timm/repvit_m0_9"}))
     out = io.StringIO()
 
     found.print(Console(file=out, width=140))
@@ -362,7 +362,7 @@ def test_the_plan_prints_and_is_json(tmp_path, tiny_config, monkeypatch):
         assert text in out.getvalue(), text
     assert record["seconds"]["training"] == pytest.approx(4 * record["seconds"]["step"])
     assert record["seconds"]["step"] == pytest.approx(
-        sum(record["flops_per_step"].values()) / 1e9 / estimate.EFFICIENCY["cpu"]
+        sum(record["flops_per_step"].values()) / 1e9 / room.EFFICIENCY["cpu"]
     )
     assert record["trainable"][1]["part"] == "connector" and record["steps"] == 4
 

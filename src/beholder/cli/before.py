@@ -90,12 +90,12 @@ def plan(
 ) -> None:
     """Say what will be trained, how much memory and time it takes, before anything large is loaded.
 
-    Python: beholder.prepare.estimate.plan.
+    Python: beholder.prepare.estimate.estimate.
     """
     from beholder.config.file import load_config
-    from beholder.prepare.estimate import plan as make_plan
+    from beholder.prepare.estimate import estimate
 
-    tell(make_plan(load_config(config, sets or []), llm_config=llm_config, vision_config=vision_config), json)
+    tell(estimate(load_config(config, sets or []), llm_config=llm_config, vision_config=vision_config), json)
 
 
 @app.command(epilog=example("beholder audit configs/stage1_align.yaml --num-turns 256"))

@@ -2,7 +2,7 @@
 
 Sizes come from configuration files alone (models are built on the meta device, without memory), lengths from a sample
 of the records, and the speed from a matrix product measured on the device. What cannot be known is listed in
-`Plan.gaps`, never guessed silently. Nothing here trains, loads weights or decodes images.
+`Estimate.gaps`, never guessed silently. Nothing here trains, loads weights or decodes images.
 
 The formulae, per sample of T positions with K supervised tokens and I images, for a frozen language model of L layers,
 width h, q query heads, k key/value heads of size d, MLP width m, vocabulary V, and B weights in its layers:
@@ -130,7 +130,7 @@ class ConnectorShape:
 
 
 @dataclass(slots=True)
-class Plan:
+class Estimate:
     """What `plan` found out. Sizes in bytes, times in seconds; absent (None) where a gap says why."""
 
     run_name: str
@@ -200,9 +200,9 @@ def _check_named_file(option: str, path: Path) -> None:
         raise UserError(f"{option} {path}: it has no model_type, so it is not a model's config.json")
 
 
-def plan(
+def estimate(
     cfg: RunConfig, *, llm_config: Path | None = None, vision_config: Path | None = None, measure: bool = True
-) -> Plan:
+) -> Estimate:
     """The plan of a run, from configuration files, the records and a half-second measurement.
 
     ``llm_config``, ``vision_config``: a model's ``config.json``, for names that are neither local nor cached while
@@ -221,10 +221,10 @@ def plan(
     if language and vision:
         connector = connector_shape(cfg.model.connector, vision, language.hidden)
     table = _table(cfg, language, vision, connector)
-    result = Plan(cfg.run_name, cfg.stage_name, str(device), table, language, vision, connector, gaps=gaps)
+    result = Estimate(cfg.run_name, cfg.stage_name, str(device), table, language, vision, connector, gaps=gaps)
     examples = _sample_records(cfg, result)
     if language and vision and connector:
-        _plan_sequence(cfg, connector.num_tokens, examples, result)
+        _estimate_sequence(cfg, connector.num_tokens, examples, result)
         _plan_memory(cfg, result, language, vision, connector)
         _plan_time(cfg, result, language, vision, connector, device if measure else None)
     return result
@@ -396,7 +396,7 @@ def _torch_name(precision: str) -> str:
 # Data and tokens
 
 
-def _plan_sequence(cfg: RunConfig, num_visual: int, examples: Sequence[Example], result: Plan) -> None:
+def _estimate_sequence(cfg: RunConfig, num_visual: int, examples: Sequence[Example], result: Estimate) -> None:
     """Token budget of a sample, and how samples become rows."""
     gaps = result.gaps
     tokenizer = _try(gaps, lambda: load_tokenizer(cfg.model.llm))
@@ -435,7 +435,7 @@ def _plan_sequence(cfg: RunConfig, num_visual: int, examples: Sequence[Example],
         )
 
 
-def _sample_records(cfg: RunConfig, result: Plan, num: int = 1000) -> list[Example]:
+def _sample_records(cfg: RunConfig, result: Estimate, num: int = 1000) -> list[Example]:
     """Up to ``num`` records spread over the files; fills ``result.data`` and ``result.steps``."""
     result.steps = cfg.train.train_steps
     if missing := missing_files(cfg.data.train_sources):
@@ -490,7 +490,7 @@ def _prompt_tokens(cfg: RunConfig, tokenizer: Any, num_visual: int) -> int:
 
 
 def _plan_memory(
-    cfg: RunConfig, result: Plan, language: LanguageShape, vision: VisionShape, connector: ConnectorShape
+    cfg: RunConfig, result: Estimate, language: LanguageShape, vision: VisionShape, connector: ConnectorShape
 ) -> None:
     s, seq = DTYPES[cfg.model.llm.precision].itemsize, result.sequence
     positions = seq["rows_of_a_micro_batch"] * seq["row_length"]
@@ -522,7 +522,7 @@ def _plan_memory(
 
 
 def _plan_time(
-    cfg: RunConfig, result: Plan, language: LanguageShape, vision: VisionShape, connector: ConnectorShape,
+    cfg: RunConfig, result: Estimate, language: LanguageShape, vision: VisionShape, connector: ConnectorShape,
     device: torch.device | None,
 ) -> None:  # fmt: skip
     seq, samples = result.sequence, cfg.effective_batch
