@@ -580,3 +580,12 @@ def _flat(schema: dict[str, Any], node: dict[str, Any] | None = None, prefix: st
         if "$ref" in value:
             out += _flat(schema, schema["$defs"][value["$ref"].rsplit("/", 1)[-1]], f"{prefix}{name}.")
     return out
+
+
+@pytest.mark.parametrize("text", ["a: &x\n  b: *x\n", "x: " + "[" * 3000, MINIMAL + "train: {betas: &b [0.9, *b]}\n"])
+def test_what_is_nested_without_end_is_told_and_no_traceback(text: str) -> None:
+    assert "nested too deeply" in one(text)
+
+
+def test_an_override_that_contains_itself_is_told() -> None:
+    assert "nested too deeply" in one(MINIMAL, "train.betas=&b [*b]")

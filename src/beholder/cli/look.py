@@ -95,6 +95,8 @@ def compare(
 
     if out is not None and out.suffix not in (".html", ".md"):
         raise UserError(f"--out {out}: expected a file that ends in .html or .md")
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out {out}: expected a file in an existing folder")
     comparison = compare_runs(runs)
     tell(comparison, json)
     if out is not None:

@@ -54,6 +54,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_config(text: str, name: str = "<config>", overrides: Sequence[str] = ()) -> RunConfig:
     """As `load_config`, for YAML text; ``name`` stands for the file in errors."""
+    try:
+        return _parse(text, name, overrides)
+    except RecursionError:
+        problem = Problem(name, 1, 1, "", "nested too deeply to be read; does an alias contain itself?")
+        raise ConfigError([problem]) from None
+
+
+def _parse(text: str, name: str, overrides: Sequence[str]) -> RunConfig:
     root = compose(text, name)
     tree = Tree(name)
     if root is not None:

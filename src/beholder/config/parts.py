@@ -90,7 +90,7 @@ class ProjectorConfig(Section):
 
 class ConnectorConfig(Section):
     load_checkpoint: Annotated[str | None, decides("place"), Tiny()] = None
-    """A run folder or a checkpoint folder whose connector this run starts from."""
+    """A run or checkpoint folder that this run starts from: its connector, and its adapters where both have some."""
     trainable: bool = True
     num_visual_tokens: Positive | None = None
     """N, the language-model positions one image takes. Default 64 for the perceiver; fixed by the other kinds."""

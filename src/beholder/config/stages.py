@@ -124,14 +124,15 @@ class Stage:
     """What tells a stage from the others. Adding one is adding a record to `STAGES`; nothing asks for its name."""
 
     name: str
-    is_meant: Callable[[ModelConfig], bool]
-    """Whether a config that names no stage means this one, by what it lets learn."""
+    is_meant: Callable[[ModelConfig], bool] | None
+    """Whether a config that names no stage means this one, by what it lets learn; None: it must be named."""
 
     adapters: bool
     """Adapters may learn (``model.lora``)."""
     connector_learns: bool
     """The connector has to learn; else it does as ``model.connector.trainable`` says."""
-    objective: Literal["next_token"]
+    objective: str
+    """One of `train.objectives.OBJECTIVES`."""
 
     template: Template
     """How samples are laid out unless ``prompting.template`` says otherwise."""
@@ -148,7 +149,8 @@ class Stage:
     """What the model is asked to write for held-out images."""
     conditions: tuple[Condition, ...]
     """Under which images it is written. A fourth, under noise, would cost a third more and tell what the loss under
-    noise tells. The blind baseline of a model that chats is the same model, asked without any image."""
+    noise tells. The blind baseline of a model that chats is the same model, asked without any image. ``correct`` and
+    ``shuffled`` must be among them: whether outputs are the same for every image is told from these two."""
     golden_size: int
     """Samples of the fixed set, unless ``eval.golden_size`` says otherwise."""
     golden_by: Literal["length", "category"]
@@ -161,12 +163,15 @@ class Stage:
     """What its evidence must show; ``gates:`` in a config changes, switches off or adds some by name."""
     best: BestRule = BestRule()
 
+    def __post_init__(self) -> None:
+        assert {"correct", "shuffled"} <= set(self.conditions), f"{self.name}: {self.conditions}"
+
 
 MEASURED_EVERYWHERE = ("losses", "truncated", "learned", "golden", "ablation", "words", "written")
 
 ALIGN = Stage(
     name="align",
-    is_meant=lambda model: True,
+    is_meant=lambda model: model.lora.enable is not True,
     adapters=False,
     connector_learns=True,
     objective="next_token",
@@ -206,7 +211,7 @@ INSTRUCT = Stage(
 )
 """Connector and adapters learn from conversations about one image (S2)."""
 
-STAGES: dict[str, Stage] = {stage.name: stage for stage in (INSTRUCT, ALIGN)}
+STAGES: dict[str, Stage] = {stage.name: stage for stage in (ALIGN, INSTRUCT)}
 """Every stage by name. A config that names none is of the first that it may be meant as."""
 
 
@@ -222,7 +227,9 @@ def stage_of(name: object, model: object) -> Stage:
     if isinstance(name, str) and name in STAGES:
         return STAGES[name]
     # a section with errors of its own may be absent
-    return next((s for s in STAGES.values() if isinstance(model, ModelConfig) and s.is_meant(model)), ALIGN)
+    return next(
+        (s for s in STAGES.values() if isinstance(model, ModelConfig) and s.is_meant and s.is_meant(model)), ALIGN
+    )
 
 
 def usual_gate(name: str) -> GateConfig:

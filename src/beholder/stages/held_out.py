@@ -90,7 +90,8 @@ class HeldOut:
 
     @cached_property
     def golden_items(self) -> list[tuple[int, golden.GoldenItem]]:
-        """The fixed set as (index, item); made and stored by all processes at once."""
+        """The fixed set as (index, item); chosen and stored when first asked for, which all processes must do
+        together, as `measure.check_measurable` does."""
         e, size = self._cfg.eval, self._cfg.golden_size
         if not size or e.run_golden_every == "never" or not self.describable:
             return []

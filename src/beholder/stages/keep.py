@@ -12,6 +12,7 @@ from beholder.evidence.best import best_of
 from beholder.probes import collapse, golden, loss
 from beholder.probes.loss import SampleLoss
 from beholder.stages import panel
+from beholder.stages.measured import Measured
 from beholder.stages.session import Session
 from beholder.train import checkpoint
 from beholder.train.engine import LoopState
@@ -62,38 +63,32 @@ def point_to_best(session: Session) -> int | None:
     return best.step
 
 
-def candidate(
-    session: Session,
-    correct: Sequence[SampleLoss],
-    step: int,
-    measured: Sequence[Measurement] = (),
-    *,
-    write: bool,
-) -> Candidate:
-    """The checkpoint of ``step`` as a candidate for the run's best: its loss, image reliance and golden outputs.
+def candidate(session: Session, m: Measured, *, write: bool) -> Candidate:
+    """The checkpoint of ``m.step`` as a candidate for the run's best: its loss, image reliance and golden outputs.
 
-    ``measured``: the ablation of this step, when it has been made; else only the shuffled images are shown.
-    ``write``: whether the golden set is to be written for it; else only what has been written of this step is judged.
+    Where ``m`` holds no ablation, the shuffled images are shown. ``write``: whether the golden set is to be written for
+    it; else only what has been written of this step is judged.
     """
     cfg, held = session.cfg, session.held_out
-    ablated = list(measured)
-    if not ablated and "shuffled" in cfg.ablation.conditions:
+    ablated: Sequence[Measurement] = m.measurements
+    if not m.ablated and "shuffled" in cfg.ablation.conditions:
         indices = held.ablation_sample
-        losses = session.together.ablation_losses(
-            indices, ("correct", "shuffled"), {"correct": [correct[i] for i in indices]}
-        )
+        with session.phase("ablation"):
+            losses = session.together.ablation_losses(
+                indices, ("correct", "shuffled"), {"correct": [m.losses[i] for i in indices]}
+            )
         ablated = loss.compare_conditions(losses, held.groups(indices), seed=held.seed)
-    delta = next((m.value for m in ablated if m.name == "ablation.delta.shuffled" and m.stratum is None), None)
+    delta = next((x.value for x in ablated if x.name == "ablation.delta.shuffled" and x.stratum is None), None)
     worst: float | None = None
     if write:
-        panel.write_golden(session, step)
-    if panel.has_golden(session, step):
-        path = golden.captions_path(session.run.qual, step, len(held.golden_items))
+        panel.write_golden(session, m.step)
+    if panel.has_golden(session, m.step):
+        path = golden.captions_path(session.run.qual, m.step, len(held.golden_items))
         rows = session.dist.on_main(lambda: [(r.pred_text, r.gt_text) for r in golden.load_captions(path)])
         found = collapse.symptoms([p for p, _ in rows], [t for _, t in rows], seed=held.seed)
         worst = max((s.share for s in found), default=None)
-    total = loss.summarize(correct, "eval", seed=held.seed)[0].value
-    return Candidate(step=step, eval_loss=total, delta_shuffled=delta, collapse=worst)
+    total = loss.summarize(m.losses, "eval", seed=held.seed)[0].value
+    return Candidate(step=m.step, eval_loss=total, delta_shuffled=delta, collapse=worst)
 
 
 def settle(session: Session, total: int) -> tuple[int, list[SampleLoss]]:
@@ -103,7 +98,7 @@ def settle(session: Session, total: int) -> tuple[int, list[SampleLoss]]:
     put back. When none may be the best it is the last, whose gates then tell why.
     """
     correct = session.eval_losses()
-    last = candidate(session, correct, total, write=True)
+    last = candidate(session, Measured(total, correct), write=True)
     if session.dist.is_main and all(c.step != total for c in candidates(session)):  # told by a process that died since
         session.run.log({"step": total, "candidate": last.model_dump(mode="json")})
         session.run.sync_metrics()

@@ -110,7 +110,8 @@ def measure(
 
 def tell_losses(session: Session, m: Measured) -> None:
     """The held-out loss on the terminal and in the log."""
-    total, exact = m.measurements[0].value, loss.exact_shares(m.losses)[None]
+    total = next(x.value for x in m.measurements if x.name == "eval.loss" and x.stratum is None)
+    exact = loss.exact_shares(m.losses)[None]
     session.reporter.eval(total, step=m.step, more=[("exact", exact)])
     if session.dist.is_main:
         seen = {"step": m.step, "eval_loss": total, "eval_examples": len(m.losses), "eval_exact": exact}

@@ -53,6 +53,8 @@ class Row:
     """When it comes due between steps, besides the end: ``epoch``, ``save`` or every so many steps; others: not."""
     needs: Callable[[Session], bool] = lambda session: True
     """Whether there is anything for it to measure."""
+    candidate: bool = False
+    """Where it comes due, the whole held-out set is measured, and the step is a candidate for the best."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -282,7 +284,7 @@ def judge_answers(
             f"{answers.SHORT_WORDS} words, which are not right or wrong as a whole; they are judged by their loss."
         )
     if not short:
-        m.inapplicable = {name for name, g in session.cfg.gates.items() if (g.measure or "").startswith("answer.")}
+        m.inapplicable |= {name for name, g in session.cfg.gates.items() if (g.measure or "").startswith("answer.")}
         return
     # the answer that was written is the last turn's
     groups = session.held_out.groups([chosen[k] for k in short])
@@ -426,11 +428,11 @@ def _adapted(session: Session) -> bool:
 PANEL: dict[str, Row] = {
     row.name: row
     for row in (
-        Row("losses", losses, every=_whole),
+        Row("losses", losses, every=_whole, candidate=True),
         Row("truncated", truncated),
         Row("learned", learned),
         Row("golden", golden_set, every=lambda cfg: (cfg.eval.run_golden_every,)),
-        Row("ablation", ablation, every=lambda cfg: (cfg.ablation.run_every,)),
+        Row("ablation", ablation, every=lambda cfg: (cfg.ablation.run_every,), candidate=True),
         Row("words", words),
         Row("written", written),
         Row("questions", questions),

@@ -5,9 +5,11 @@ Here the rooms meet. What can be measured stands in `panel`, what a stage measur
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from beholder.model.build import build_vlm
 from beholder.model.plan import frozen_fingerprint
 from beholder.model.vlm import VisionLanguageModel
 from beholder.probes.loss import SampleLoss
-from beholder.runs import RunDir
+from beholder.runs import RunDir, to_json
 from beholder.stages.held_out import HeldOut
 from beholder.stages.together import StoredFeatures, Together
 from beholder.store.features import FeatureStore, store_dir
@@ -29,7 +31,7 @@ from beholder.train.reporter import Reporter
 
 
 class Session:
-    """Everything a stage works with. Opened by `open_session`; nobody sets anything on it from outside."""
+    """Everything a stage works with. `open_session` opens it and says what that took; nobody else sets anything."""
 
     def __init__(
         self, cfg: RunConfig, run: RunDir, dist: Dist, model: VisionLanguageModel, tokenizer: Any, data: Data,
@@ -56,6 +58,7 @@ class Session:
         return {
             # not the connector: it has its weights only once a checkpoint is loaded
             **{part: digest for part, digest in self._frozen.items() if part != "connector"},
+            "preprocessing": hashlib.sha256(to_json(asdict(self.model.geometry)).encode()).hexdigest(),
             "data": self.data.train.fingerprint,
             "encoder": self.data.encoder.fingerprint,
         }

@@ -23,17 +23,16 @@ class Watch:
         self.per_epoch = len(session.data.train) / session.cfg.effective_batch
 
     def on_step(self, step: int, record: Record) -> bool:
-        """True when the whole held-out set was measured: such a checkpoint is a candidate for the best and must be
-        there."""
+        """True when a candidate for the best was measured: its checkpoint must be there."""
         session, cfg = self.session, self.session.cfg
         if step == self.total:
             return False
         due = {row.name for row in PANEL.values() if any(self._due(every, step) for every in row.every(cfg))}
         saved = cfg.eval.run_golden_every == "save"  # as a candidate is
-        whole = bool(due - {"golden"})
-        if whole:
+        compared = any(PANEL[name].candidate for name in due)
+        if compared:
             due |= {"losses"} | ({"golden"} if saved else set())
-        m = Measured(step, session.eval_losses() if whole else [])
+        m = Measured(step, session.eval_losses() if compared else [])
         for row in PANEL.values():
             if row.name in due and row.needs(session):
                 already = len(m.measurements)
@@ -43,28 +42,28 @@ class Watch:
                     self._told("eval", m, range(len(m.losses)))
                 elif new:
                     self._log(step, {x.key: x.value for x in new})
-        if whole:
-            ablated = [x for x in m.measurements if x.name.startswith("ablation.")]
-            found = candidate(session, m.losses, step, ablated, write=saved)
+        if compared:
+            found = candidate(session, m, write=saved)
             self._log(step, {"candidate": found.model_dump(mode="json")})
         elif cfg.train.quick_eval_size and cfg.train.quick_eval_steps and step % cfg.train.quick_eval_steps == 0:
             indices = session.held_out.quick_sample
             with session.phase("evaluation"):
                 quick = session.together.losses(session.held_out.at(indices))
             self._told("quick_eval", Measured(step, quick), indices)
-        return whole
+        return compared
 
     def _told(self, name: str, m: Measured, indices: Sequence[int]) -> None:
         """Loss and share of exactly right targets, overall and by length or kind of question."""
         measured = m.measurements or loss.summarize(m.losses, "eval", seed=0)
+        total = next(x.value for x in measured if x.name == "eval.loss" and x.stratum is None)
         by_length = {str(x.stratum): x.value for x in measured if x.name == "eval.loss" and x.by == "length"}
         exact = loss.exact_shares(m.losses, self.session.held_out.groups(indices)["question"])
         overall = exact.pop(None)
         kinds = [(str(k), share) for k, share in exact.items()] if len(exact) > 1 else []
         more = [*by_length.items(), ("exact", overall), *kinds]
-        self.session.reporter.eval(measured[0].value, step=m.step, more=more)
+        self.session.reporter.eval(total, step=m.step, more=more)
         self._log(m.step, {
-            f"{name}_loss": measured[0].value, "eval_examples": len(m.losses), f"{name}_exact": overall,
+            f"{name}_loss": total, "eval_examples": len(m.losses), f"{name}_exact": overall,
             **{f"{name}_loss_{stratum}": value for stratum, value in by_length.items()},
             **{f"{name}_exact/{kind}": share for kind, share in kinds},
         })  # fmt: skip

@@ -16,7 +16,6 @@ from typing import Any
 from beholder.config.file import dump_config
 from beholder.evidence import (
     AdapterRow,
-    Candidate,
     Cost,
     Curve,
     DataFacts,
@@ -36,6 +35,7 @@ from beholder.model.plan import TrainableTable
 from beholder.probes import captions, golden, golden_history, strata
 from beholder.report import render
 from beholder.runs import atomic_write, now, to_json
+from beholder.stages.keep import candidates
 from beholder.stages.measured import Before, Measured, Trained
 from beholder.stages.session import Session
 from beholder.train.checkpoint import steps_on_disk
@@ -82,7 +82,6 @@ def make_evidence(
         for r in table.rows
     ]
     measured = [*m.measurements, *_as_measurements(facts, rows, text, logged)]
-    candidates = [Candidate.model_validate(r["candidate"]) for r in steps if "candidate" in r]
     evidence = Evidence(
         run_name=cfg.run_name,
         stage=cfg.stage_name,
@@ -106,7 +105,7 @@ def make_evidence(
         text_only=text,
         adapters=[AdapterRow(**asdict(site)) for site in session.model.adapters],
         adapter_strength=cfg.model.lora.strength,
-        candidates=choose(candidates, {step, *steps_on_disk(run.checkpoints)}, cfg.stage_record.best),
+        candidates=choose(candidates(session), {step, *steps_on_disk(run.checkpoints)}, cfg.stage_record.best),
         step=step,
         cost=trained.cost or _cost(session, logged, trained),
         provenance={k: v for k, v in run.read_json("run.json").items() if k not in CHANGES},

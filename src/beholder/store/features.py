@@ -22,7 +22,7 @@ import torch
 from beholder.config import FeaturesConfig
 from beholder.data.images import ImageError, content_hash
 from beholder.runs import cache_dir
-from beholder.store.rows import Database, RowStore, RowWriter, flocked
+from beholder.store.rows import Database, RowStore, RowWriter
 from beholder.types import ImageRef, UserError
 
 _VERSION = 1
@@ -108,8 +108,8 @@ class FeatureStore:
             "set features.enabled: false",
         )  # fmt: skip
         self._hashes = Database(self.rows.root / "hashes.sqlite", _HASHES_SCHEMA, self.rows.complaint)
-        with flocked(self.rows.root / ".lock"), self._hashes.query():
-            pass  # made now, under the lock that several processes may make it under
+        with self.rows.opening(), self._hashes.query():
+            pass  # made now: several processes may do so at the same moment
         self._recent: dict[str, tuple[str, int, bytes]] = {}
         """Hashes this process computed and has not saved."""
 

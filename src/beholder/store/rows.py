@@ -155,16 +155,22 @@ class RowStore:
         self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:32]
         self.index = Database(self.folder / "index.sqlite", _SCHEMA, self.complaint)
         self._maps: dict[int, mmap.mmap] = {}
+        with self.opening():
+            if not (self.folder / "meta.json").exists():
+                (self.folder / "meta.json.tmp").write_text(text)
+                os.replace(self.folder / "meta.json.tmp", self.folder / "meta.json")
+            with self.index.query():
+                pass
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Alone among the processes that create the same store at the same moment. Raises `UserError`."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with flocked(root / ".lock"):  # several processes may create the same store at the same moment
-                if not (self.folder / "meta.json").exists():
-                    (self.folder / "meta.json.tmp").write_text(text)
-                    os.replace(self.folder / "meta.json.tmp", self.folder / "meta.json")
-                with self.index.query():
-                    pass
+            with flocked(self.root / ".lock"):
+                yield
         except OSError as e:
-            raise UserError(f"{name} {root}: cannot be opened: {e}. {remedy}") from e
+            raise UserError(f"{self.name} {self.root}: cannot be opened: {e}. {self.remedy}") from e
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}
