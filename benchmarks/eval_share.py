@@ -89,10 +89,10 @@ def open_parts(args: argparse.Namespace, folder: Path, console: Console) -> Sess
 
 def measure(session: Session, args: argparse.Namespace) -> dict[str, Any]:
     cfg, data, model = session.cfg, session.data, session.model
-    assert session.features.store is not None, "the recipe stores features"
+    assert session.store is not None, "the recipe stores features"
     trained = [p for p in model.connector.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    stream = data.stream(session.features.store, cfg, rank=0, world_size=1)
+    stream = data.stream(session.store, cfg, rank=0, world_size=1)
     held_out: list[Example] = list(islice(cycle(data.eval_examples), args.eval))
 
     def train(start: int, stop: int) -> None:
@@ -107,7 +107,7 @@ def measure(session: Session, args: argparse.Namespace) -> dict[str, Any]:
         model.train(False)
 
     def evaluate(layout: Layout, stored: bool) -> Callable[[], float]:
-        builder = data.builder(session.features.store if stored else None, train=False, cfg=cfg)
+        builder = data.builder(session.store if stored else None, train=False, cfg=cfg)
 
         def run() -> float:
             losses = sample_losses(model, eval_batches(held_out, builder, layout, args.batch))

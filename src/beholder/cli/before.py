@@ -39,7 +39,7 @@ def check(
     annotations: Annotated[Path | None, typer.Option(help="vqa: the annotation file with the answers.")] = None,
     stage: Annotated[
         str | None,
-        typer.Option(help="Whose rules records are held to; by default instruct's for conversations and questions."),
+        typer.Option(metavar="STAGE", help="Whose rules records are held to (align, instruct); guessed from DATA."),
     ] = None,
     image_root: Annotated[Path | None, typer.Option(help="Folder the image paths are relative to.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Hub name, folder or GGUF file, to count tokens.")] = None,
@@ -75,9 +75,11 @@ def preview(
     Python: beholder.prepare.preview.preview_config.
     """
     from beholder.config.file import load_config
+
+    cfg = load_config(config, sets or [])
     from beholder.prepare.preview import preview_config
 
-    preview_config(load_config(config, sets or []), num, out, terminal())
+    preview_config(cfg, num, out, terminal())
 
 
 @app.command(epilog=example("beholder plan configs/stage1_align.yaml"))
@@ -93,9 +95,11 @@ def plan(
     Python: beholder.prepare.estimate.estimate.
     """
     from beholder.config.file import load_config
+
+    cfg = load_config(config, sets or [])  # a wrong one is told before seconds of imports
     from beholder.prepare.estimate import estimate
 
-    tell(estimate(load_config(config, sets or []), llm_config=llm_config, vision_config=vision_config), json)
+    tell(estimate(cfg, llm_config=llm_config, vision_config=vision_config), json)
 
 
 @app.command(epilog=example("beholder audit configs/stage1_align.yaml --num-turns 256"))

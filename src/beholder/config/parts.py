@@ -47,11 +47,11 @@ class LlmConfig(Section):
 
 
 class VisionConfig(Section):
-    name_or_path: Annotated[str, decides("place")]
+    name_or_path: Annotated[str, decides("place", "weights")]
     """Hub name or local folder of a Hugging Face vision tower, or ``timm/<name>``."""
     revision: Annotated[str | None, Tiny()] = None
     """Hub commit or tag."""
-    weights: Annotated[str | None, decides("place"), _NOT_TIMM] = None
+    weights: Annotated[str | None, decides("place", "weights"), _NOT_TIMM] = None
     """``timm/…`` only: a local ``.safetensors`` file to load strictly, instead of timm's own download."""
     freeze: Literal[True] = True
     """The tower stays bit-identical."""
@@ -89,7 +89,7 @@ class ProjectorConfig(Section):
 
 
 class ConnectorConfig(Section):
-    load_checkpoint: Annotated[str | None, decides("place"), Tiny()] = None
+    load_checkpoint: Annotated[str | None, decides("start"), Tiny()] = None
     """A run or checkpoint folder that this run starts from: its connector, and its adapters where both have some."""
     trainable: bool = True
     num_visual_tokens: Positive | None = None

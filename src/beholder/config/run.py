@@ -32,7 +32,7 @@ class WeightDecays(Section):
     lora: Annotated[float, Field(ge=0), NO_ADAPTERS] = 0.0
 
 
-_SHOWN = decides("measuring")
+_SHOWN = decides("watching")
 
 
 class TrainConfig(Section):
@@ -120,7 +120,7 @@ _NO_CAPTIONS = Inert(lambda _, own: own.caption_samples == 0, "eval.caption_samp
 class EvalConfig(Section):
     all_decide = decides("measuring")
 
-    batch_size: Annotated[Positive, Tiny(at_most=8)] = 16
+    batch_size: Annotated[Positive, decides("speed"), Tiny(at_most=8)] = 16
     """Samples a forward pass; the numbers do not depend on it."""
     golden_set_path: Annotated[str | None, _NEVER_WRITTEN] = None
     """File of the fixed set; made on first use. Default inside the run folder."""
@@ -209,7 +209,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     ablation: AblationConfig = AblationConfig()
-    gates: Annotated[dict[str, GateConfig], Field(default_factory=dict, validate_default=True), _SHOWN]
+    gates: Annotated[dict[str, GateConfig], Field(default_factory=dict, validate_default=True), decides("measuring")]
     """What the evidence must show before the run may be built upon; the stage's own gates unless changed by name."""
     scales: Annotated[
         dict[str, dict[str, bool | int | float | str | None]], Field(default_factory=dict), decides("run")

@@ -21,12 +21,13 @@ Cadence = Literal["epoch", "end", "never"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
-Decided = Literal["weights", "data", "held_out", "measuring", "speed", "place", "run"]
+Decided = Literal["weights", "data", "held_out", "measuring", "watching", "speed", "place", "start", "run"]
 """What a setting decides.
 
 weights: what is learned. data: what it is learned from. held_out: which samples are kept for measuring. measuring: what
-is measured, shown and saved, and when. speed: how fast, not what. place: where parts and data lie; whether they are the
-same there, fingerprints say. run: the run's own name and folder.
+a run is measured by. watching: what is measured, shown and saved while it trains. speed: how fast, not what. place:
+where parts and data lie; whether they are the same there, fingerprints say. start: which run it begins from. run: its
+own name and folder.
 """
 
 

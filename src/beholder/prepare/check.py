@@ -35,6 +35,8 @@ def check(
     """
     if rejects is not None and (rejects.is_dir() or not rejects.parent.is_dir()):
         raise UserError(f"--rejects {rejects}: expected a file in an existing folder")
+    if stage is not None and stage not in STAGES:
+        raise UserError(f"--stage {stage}: no such stage; expected one of {', '.join(STAGES)}")
     llm = LlmConfig(name_or_path=tokenizer) if tokenizer else None
     if str(data).endswith((".yaml", ".yml")):
         if dataset or annotations or image_root or stage:
@@ -53,8 +55,6 @@ def check(
     else:
         root, answers = (None if path is None else str(path) for path in (image_root, annotations))
         sources = (guess_source(str(data), dataset=dataset, image_root=root, annotations=answers),)
-        if stage is not None and stage not in STAGES:
-            raise UserError(f"--stage {stage}: no such stage; expected one of {', '.join(STAGES)}")
         rules = {"stage": None if stage is None else STAGES[stage]}
     counter = None
     if llm is not None:

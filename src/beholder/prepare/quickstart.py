@@ -154,23 +154,16 @@ def print_alignment(evidence: Evidence, console: Console) -> None:
         m = evidence.get(name)
         return "–" if m is None else format(m.value, spec)
 
-    def n(name: str) -> int:
-        return next((m.n for m in evidence.measurements if m.name == name), 0)
-
-    where = ("correct", "shuffled", "zero", "noise", "chance")
-    for title, name in (("captions exactly right", "caption.exact_match"), ("questions answered right", "qa.accuracy")):
-        table.add_row(f"{title} (n={n(f'{name}.correct')})", *(value(f"{name}.{c}", ".1%") for c in where))
-    table.add_row(
-        f"loss, nats per token (n={n('ablation.loss.correct')})",
-        *(value(f"ablation.loss.{c}", ".4f") for c in CONDITIONS),
-        "",
-    )
-    table.add_row(
-        "  times the loss with its own image",
-        "1",
-        *(value(f"ablation.ratio.{c}", ".1f") for c in CONDITIONS[1:]),
-        "",
-    )
+    seen = ("correct", "shuffled", "zero", "noise", "chance")
+    for label, name, spec, columns in (
+        ("captions exactly right", "caption.exact_match", ".1%", seen),
+        ("questions answered right", "qa.accuracy", ".1%", seen),
+        ("loss, nats per token", "ablation.loss", ".4f", CONDITIONS),
+    ):
+        n = next((m.n for m in evidence.measurements if m.name == f"{name}.correct"), 0)
+        table.add_row(f"{label} (n={n})", *(value(f"{name}.{c}", spec) for c in columns))
+    ratios = (value(f"ablation.ratio.{c}", ".1f") for c in CONDITIONS[1:])
+    table.add_row("  times the loss with its own image", "1", *ratios)
     console.print()
     console.print(table)
     _print_gates(evidence, console)

@@ -446,7 +446,8 @@ def smoke_config(cfg: RunConfig, folder: Path | str, *, num_records: int = 64, s
     }  # fmt: skip
     raw["ablation"]["run_every"] = _sooner(cfg.ablation.run_every, half)
     raw["features"]["dir"] = str(folder / "features")
-    raw |= {"data": _smoke_data(cfg, folder / "data", num_records).model_dump(), "output_dir": str(folder / "run")}
+    raw["data"] |= _smoke_data(cfg, folder / "data", num_records)
+    raw["output_dir"] = str(folder / "run")
     return without_inert(RunConfig.model_validate(raw))
 
 
@@ -454,7 +455,7 @@ def _sooner(every: str | int, steps: int) -> str | int:
     return every if isinstance(every, str) else steps
 
 
-def _smoke_data(cfg: RunConfig, folder: Path, num_records: int) -> Any:
+def _smoke_data(cfg: RunConfig, folder: Path, num_records: int) -> dict[str, Any]:
     data = cfg.data
 
     def shrink(sources: Sequence[SourceConfig], group: str) -> tuple[SourceConfig, ...]:
@@ -481,7 +482,6 @@ def _smoke_data(cfg: RunConfig, folder: Path, num_records: int) -> Any:
         "eval_size": min(data.eval_size, num_records // 4) if data.eval_size else None,
         # The recipe's share of so few records may be none at all.
         "eval_ratio": None if data.eval_size or data.split == "none" else max(data.eval_ratio or 0.0, 0.2),
-        "num_workers": 0, "pin_memory": False,
         "hygiene": data.hygiene.model_copy(update={
             # Byte tokens: a caption has 8 to 60 of them, a conversation up to 180, whatever bounds the recipe has.
             "min_tokens": min(cfg.hygiene.min_tokens, cfg.stage_record.hygiene.min_tokens),
@@ -490,7 +490,7 @@ def _smoke_data(cfg: RunConfig, folder: Path, num_records: int) -> Any:
             "duplicates": "report",
         }),
     }  # fmt: skip
-    return data.model_copy(update=update)
+    return update
 
 
 def _llm_family(name: str) -> LlmFamily:

@@ -99,6 +99,8 @@ def measure(
         row = PANEL[name]
         if row.needs(session):
             row.make(session, m)
+        elif row.without is not None:
+            m.inapplicable |= dict([row.without])
         if name == "losses":
             tell_losses(session, m)
     with session.model.adapters_off():

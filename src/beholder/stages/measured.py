@@ -46,8 +46,8 @@ class Measured:
     """Losses of ``HeldOut.ablation_sample`` under each condition."""
     words: dict[int, list[WordReliance]] = field(default_factory=dict)
     word_stats: list[WordStat] = field(default_factory=list)
-    inapplicable: set[str] = field(default_factory=set)
-    """Gates about what this data does not hold."""
+    inapplicable: dict[str, str] = field(default_factory=dict)
+    """Beginnings of measurement names that say nothing here, and why; gates on them are not judged."""
     gaps: list[str] = field(default_factory=list)
     """What could not be measured, and why."""
 

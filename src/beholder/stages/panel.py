@@ -53,6 +53,8 @@ class Row:
     """When it comes due between steps, besides the end: ``epoch``, ``save`` or every so many steps; others: not."""
     needs: Callable[[Session], bool] = lambda session: True
     """Whether there is anything for it to measure."""
+    without: tuple[str, str] | None = None
+    """When there is not: how the names begin that gates are then not judged on, and why."""
     candidate: bool = False
     """Where it comes due, the whole held-out set is measured, and the step is a candidate for the best."""
 
@@ -284,7 +286,7 @@ def judge_answers(
             f"{answers.SHORT_WORDS} words, which are not right or wrong as a whole; they are judged by their loss."
         )
     if not short:
-        m.inapplicable |= {name for name, g in session.cfg.gates.items() if (g.measure or "").startswith("answer.")}
+        m.inapplicable["answer."] = "no held-out answer is short"
         return
     # the answer that was written is the last turn's
     groups = session.held_out.groups([chosen[k] for k in short])
@@ -384,7 +386,7 @@ def merging(session: Session) -> list[Measurement]:
     model, chosen = session.model, session.held_out.ablation_sample[:NUM_MERGED]
 
     def look() -> tuple[textonly.TextLogits, list[SampleLoss]]:
-        batches = session.data.eval_batches(session.held_out.at(chosen), session.features.store, session.cfg)
+        batches = session.data.eval_batches(session.held_out.at(chosen), session.store, session.cfg)
         return textonly.text_logits(model, session.tokenizer), loss.sample_losses(model, batches)
 
     text, apart = look()
@@ -421,6 +423,9 @@ def _whole(cfg: RunConfig) -> Sequence[str | int]:
     return (every, "save") if every == "epoch" and cfg.stage_record.evaluates_saves else (every,)
 
 
+_NONE = "there are no adapters"
+
+
 def _adapted(session: Session) -> bool:
     return bool(session.model.adapters)
 
@@ -437,8 +442,8 @@ PANEL: dict[str, Row] = {
         Row("written", written),
         Row("questions", questions),
         Row("guessable", guessable),
-        Row("retained", retained, needs=_adapted),
-        Row("merges", merges, needs=_adapted),
+        Row("retained", retained, needs=_adapted, without=("retention.", _NONE)),
+        Row("merges", merges, needs=_adapted, without=("merge.", _NONE)),
     )
 }
 """Every measurement. Which of them a stage makes at its end, and in which order, its record says."""

@@ -105,7 +105,7 @@ def train_and_measure(cfg: RunConfig, run: RunDir, dist: Dist, source: Path | No
         result = fit(
             model,
             OBJECTIVES[stage.objective],
-            session.data.stream(session.features.store, cfg, rank=dist.rank, world_size=dist.world_size),
+            session.data.stream(session.store, cfg, rank=dist.rank, world_size=dist.world_size),
             cfg=cfg.train,
             total_steps=total,
             optimizer=optimizer,

@@ -23,30 +23,32 @@ from beholder.model.vlm import VisionLanguageModel
 from beholder.probes.loss import SampleLoss
 from beholder.runs import RunDir, to_json
 from beholder.stages.held_out import HeldOut
-from beholder.stages.together import StoredFeatures, Together
-from beholder.store.features import FeatureStore, store_dir
+from beholder.stages.together import Together
+from beholder.store.features import FeatureStore, FillReport, store_dir
 from beholder.train import restore
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
 
 
 class Session:
-    """Everything a stage works with. `open_session` opens it and says what that took; nobody else sets anything."""
+    """Everything a stage works with. Opened by `open_session`; nobody sets anything on it from outside."""
 
     def __init__(
         self, cfg: RunConfig, run: RunDir, dist: Dist, model: VisionLanguageModel, tokenizer: Any, data: Data,
-        reporter: Reporter, *, frozen: dict[str, str], started: float,
+        reporter: Reporter, *, frozen: dict[str, str], started: float, gaps: list[str], phases_s: dict[str, float],
     ) -> None:  # fmt: skip
         self.cfg, self.run, self.dist = cfg, run, dist
         self.model, self.tokenizer, self.data, self.reporter = model, tokenizer, data, reporter
         self.started = started
         """`time.perf_counter` when the work began."""
-        self.features = StoredFeatures()
+        self.store: FeatureStore | None = None
+        """What `fill_features` has filled; None before, and where the config switches it off."""
+        self.filled: FillReport | None = None
         self.held_out = HeldOut(cfg, run, dist, data)
-        self.together = Together(cfg, dist, model, data, self.held_out, self.features, reporter)
-        self.gaps: list[str] = []
+        self.together = Together(cfg, dist, model, data, self.held_out, lambda: self.store, reporter)
+        self.gaps = gaps
         """What could not be had or measured, in the order it was found; `gap` adds."""
-        self.phases_s: dict[str, float] = {}
+        self.phases_s = phases_s
         """Seconds by phase; `phase` adds."""
         self._frozen = frozen
         self._inner_s: list[float] = [0.0]
@@ -116,7 +118,7 @@ class Session:
             )  # fmt: skip
             self.dist.barrier()
         self.reporter.line("features", report.summary)
-        self.features.store, self.features.report = store, report
+        self.store, self.filled = store, report
         if over := int(self.dist.all_reduce_sum([float(report.over_cap)])[0]):
             self.gap(
                 f"Feature store: {over} images did not fit into features.max_gb = {cfg.features.max_gb:g} GB; the "
@@ -169,10 +171,11 @@ def open_session(cfg: RunConfig, run: RunDir, dist: Dist) -> Session:
     if rejects := data.counts.rejects:
         reporter.line("data", "rejected " + " ".join(f"{reason}={n}" for reason, n in sorted(rejects.items())))
     data = data.without_unusable(skip_bad_images=cfg.data.on_bad_image == "skip")
-    session = Session(cfg, run, dist, model, tokenizer, data, reporter, frozen=frozen, started=started)
-    session.gaps += [f"Split: {note}" for note in data.counts.split_notes]
-    session.phases_s |= {"load": loaded - started, "data": time.perf_counter() - loaded}
-    return session
+    return Session(
+        cfg, run, dist, model, tokenizer, data, reporter, frozen=frozen, started=started,
+        gaps=[f"Split: {note}" for note in data.counts.split_notes],
+        phases_s={"load": loaded - started, "data": time.perf_counter() - loaded},
+    )  # fmt: skip
 
 
 def split_name(cfg: RunConfig) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 from beholder.config import GenerateConfig, RunConfig
@@ -13,20 +13,12 @@ from beholder.probes import audit, loss, written, wrong_images
 from beholder.probes.loss import SampleLoss
 from beholder.probes.written import Written
 from beholder.stages.held_out import HeldOut
-from beholder.store.features import FeatureStore, FillReport
+from beholder.store.features import FeatureStore
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
 from beholder.types import Batch, Condition, Example, UserError
 
 T = TypeVar("T")
-
-
-@dataclass
-class StoredFeatures:
-    """A run's use of the feature store: nothing until `Session.fill_features`, and where the config switches it off."""
-
-    store: FeatureStore | None = None
-    report: FillReport | None = None
 
 
 class HasId(Protocol):
@@ -42,10 +34,10 @@ class Together:
 
     def __init__(
         self, cfg: RunConfig, dist: Dist, model: VisionLanguageModel, data: Data, held_out: HeldOut,
-        features: StoredFeatures, reporter: Reporter,
+        store: Callable[[], FeatureStore | None], reporter: Reporter,
     ) -> None:  # fmt: skip
         self._cfg, self._dist, self._model, self._data = cfg, dist, model, data
-        self._held_out, self._features, self._reporter = held_out, features, reporter
+        self._held_out, self._store, self._reporter = held_out, store, reporter
 
     # -- measurements
 
@@ -85,7 +77,7 @@ class Together:
         shown = list(examples)
         if condition == "shuffled":
             shown = wrong_images.shuffle_images(examples, self._held_out.content_key, self._held_out.seed)
-        builder = self._data.builder(self._features.store, train=False, cfg=self._cfg)
+        builder = self._data.builder(self._store(), train=False, cfg=self._cfg)
         with self._reporter.progress(f"{label} ({condition} image)") as tick:
             mine = written.write(
                 self._model, self._data.encoder, builder, self._mine(shown), settings, seen,
@@ -95,7 +87,7 @@ class Together:
 
     def batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
         """This process's share of the examples as held-out batches."""
-        return self._data.eval_batches(self._mine(examples), self._features.store, self._cfg)
+        return self._data.eval_batches(self._mine(examples), self._store(), self._cfg)
 
     # -- shares
 

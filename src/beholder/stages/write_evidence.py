@@ -82,6 +82,12 @@ def make_evidence(
         for r in table.rows
     ]
     measured = [*m.measurements, *_as_measurements(facts, rows, text, logged)]
+    idle = {
+        name: why
+        for name, gate in cfg.gates.items()
+        for begin, why in m.inapplicable.items()
+        if (gate.measure or "").startswith(begin)
+    }
     evidence = Evidence(
         run_name=cfg.run_name,
         stage=cfg.stage_name,
@@ -96,7 +102,7 @@ def make_evidence(
         data=facts,
         baseline=before.measurements,
         measurements=measured,
-        gates=judge({name: g for name, g in cfg.gates.items() if name not in m.inapplicable}, measured),
+        gates=judge({name: g for name, g in cfg.gates.items() if name not in idle}, measured),
         findings=m.findings,
         words=m.word_stats,
         curves=_curves(steps, before),
@@ -113,7 +119,7 @@ def make_evidence(
         gaps=[
             *session.gaps,
             *m.gaps,
-            *(f"Gate {name}: not judged, no held-out answer is short." for name in sorted(m.inapplicable)),
+            *(f"Gate {name}: not judged, {why}." for name, why in sorted(idle.items())),
         ],
     )
     _say_figures(session, evidence)
@@ -225,7 +231,7 @@ def _cost(session: Session, logged: list[Record], trained: Trained) -> Cost:
         tokens_per_s=tokens / seconds,
         data_wait_share=_weighted(logged, "data_wait_share", "step_time_s"),
         peak_memory_mb=max(r["peak_memory_mb"] for r in logged),
-        feature_store_mb=None if (filled := session.features.report) is None else filled.bytes_used / 1e6,
+        feature_store_mb=None if (filled := session.filled) is None else filled.bytes_used / 1e6,
         device=str(session.dist.device),
         processes=session.dist.world_size,
     )

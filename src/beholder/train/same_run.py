@@ -26,7 +26,7 @@ def may_change(path: str, *, same_data: bool) -> bool:
     decided = decided_by(RunConfig, path)
     if decided & {"weights", "data"} or ("place" in decided and path.startswith("data.") and not same_data):
         return False
-    return bool(decided & {"measuring", "speed", "place", "run"})
+    return bool(decided & {"measuring", "watching", "speed", "place", "start", "run"})
 
 
 def check_same_config(
