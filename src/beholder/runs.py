@@ -370,25 +370,23 @@ def hang_up_signals() -> list[signal.Signals]:
     return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
 
 
+def _end(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
+
+
 @contextmanager
-def stop_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the process like an exception, so that its record and lock are put in order.
-
-    Inside the training loop `train.engine` takes over: there they finish the step and save.
+def stop_signals(handler: Callable[[int, Any], None] = _end, *more: signal.Signals) -> Iterator[None]:
+    """SIGTERM and SIGHUP (and ``more``) go to ``handler`` meanwhile; without one they end the process like an
+    exception, so that its record and lock are put in order. The training loop has its own: finish the step and save.
     """
-
-    def stop(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = [signal.SIGTERM, *hang_up_signals()]
-    if threading.current_thread() is not threading.main_thread():  # Python delivers signals nowhere else
-        numbers = []
-    previous = {number: signal.signal(number, stop) for number in numbers}
+    main = threading.current_thread() is threading.main_thread()  # Python delivers signals nowhere else
+    numbers = [*hang_up_signals(), signal.SIGTERM, *more] if main else []
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before if before is not None else signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -427,12 +425,7 @@ def hardware() -> dict[str, Any]:
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
             gpus.append({"name": properties.name, "memory_gb": round(properties.total_memory / 1e9, 1)})
-    return {
-        "cpu": _cpu_model(),
-        "cores": cores,
-        "ram_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "gpus": gpus,
-    }
+    return {"cpu": _cpu_model(), "cores": cores, "ram_gb": round(psutil.virtual_memory().total / 1e9, 1), "gpus": gpus}
 
 
 def _cpu_model() -> str:

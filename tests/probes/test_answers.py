@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from beholder.config import GREEDY
 from beholder.data.chat import ChatEncoder
 from beholder.evidence import Condition, Measurement
 from beholder.model.vlm import VisionLanguageModel
@@ -197,7 +198,7 @@ def test_the_blind_answer_is_the_language_models_to_the_words_alone(bench: Any, 
     )
     turns = (Turn("user", (ImageSlot(0), "\nWhat colour is it?")), Turn("assistant", ("red",)))
     examples = [replace(e, turns=turns) for e in bench.held_out[:3]]
-    settings = written.GREEDY.model_copy(update={"max_new_tokens": 5})
+    settings = GREEDY.model_copy(update={"max_new_tokens": 5})
 
     blind = written.write(sighted, encoder, bench.builder, examples, settings, "none")
 

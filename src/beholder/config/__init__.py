@@ -33,6 +33,7 @@ from beholder.config.parts import (
     VisionConfig,
 )  # fmt: skip
 from beholder.config.run import (
+    GREEDY,
     AblationConfig,
     EvalConfig,
     GenerateConfig,
@@ -47,7 +48,7 @@ from beholder.config.studies import SCALES, SweepConfig
 from beholder.types import DatasetKind
 
 __all__ = [
-    "CAPTION_SPAM", "CARRIES_IMAGES", "SCALES", "STAGES", "AblationConfig", "BestRule", "Cadence",
+    "CAPTION_SPAM", "CARRIES_IMAGES", "GREEDY", "SCALES", "STAGES", "AblationConfig", "BestRule", "Cadence",
     "ConnectorConfig", "DataConfig", "DatasetKind", "Decided", "EvalConfig", "FeaturesConfig", "Fraction",
     "GateConfig", "GenerateConfig", "HygieneConfig", "HygieneLimits", "LearningRates", "LlmConfig", "LoraConfig",
     "ModelConfig", "Positive", "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig",

@@ -109,6 +109,10 @@ class GenerateConfig(Section):
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
 
 
+GREEDY = GenerateConfig(temperature=0.0, top_p=1.0)
+"""Deterministic decoding, 64 new tokens: what scores are measured with, and what is used when nothing else is asked."""
+
+
 _NEVER_WRITTEN = Inert(
     lambda cfg, _: cfg.golden_size == 0 or cfg.eval.run_golden_every == "never",
     "the fixed set is never captioned (eval.golden_size 0, or run_golden_every never)",

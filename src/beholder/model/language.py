@@ -146,13 +146,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        prompts: list[Tensor],
-        how: GenerateConfig,
-        *,
-        eos_ids: list[int],
-        seed: int = 0,
-        streamer: Any = None,
+        self, prompts: list[Tensor], how: GenerateConfig, *, eos_ids: list[int], seed: int = 0, streamer: Any = None
     ) -> list[list[int]]:
         """New token ids for each prompt given as embeddings ``[T_i, Dh]``, up to and with the end token.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from beholder.config import GenerateConfig
+from beholder.config import GREEDY, GenerateConfig
 from beholder.data.chat import ChatEncoder
 from beholder.data.collate import SampleBuilder
 from beholder.data.images import ImageError
@@ -17,9 +17,6 @@ from beholder.evidence import Condition
 from beholder.probes import measuring
 from beholder.probes.wrong_images import SightedModel, blank_image, without_images
 from beholder.types import Encoded, Example, ImageInput
-
-GREEDY = GenerateConfig(temperature=0.0, top_p=1.0)
-"""Deterministic decoding, 64 new tokens: what the scores are measured with."""
 
 
 class WritingModel(SightedModel, Protocol):

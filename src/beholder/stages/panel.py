@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from beholder.config import RunConfig
+from beholder.config import GREEDY, RunConfig
 from beholder.evidence import Measurement, WordReliance
 from beholder.probes import (
     answers,
@@ -28,7 +28,7 @@ from beholder.probes import (
     wrong_images,
 )
 from beholder.probes.loss import SampleLoss
-from beholder.probes.written import GREEDY, Written
+from beholder.probes.written import Written
 from beholder.stages.measured import Measured
 from beholder.stages.session import Session
 from beholder.types import Condition

@@ -116,11 +116,7 @@ def make_evidence(
         cost=trained.cost or _cost(session, logged, trained),
         provenance={k: v for k, v in run.read_json("run.json").items() if k not in CHANGES},
         config_yaml=dump_config(cfg),
-        gaps=[
-            *session.gaps,
-            *m.gaps,
-            *(f"Gate {name}: not judged, {why}." for name, why in sorted(idle.items())),
-        ],
+        gaps=[*session.gaps, *m.gaps, *(f"Gate {name}: not judged, {why}." for name, why in sorted(idle.items()))],
     )
     _say_figures(session, evidence)
     if session.dist.is_main:

@@ -10,7 +10,6 @@ import os
 import resource
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from beholder.config import TrainConfig
-from beholder.runs import RunDir, hang_up_signals
+from beholder.runs import RunDir, hang_up_signals, stop_signals
 from beholder.train.distributed import Dist
 from beholder.train.nonfinite import NonFiniteError, only, samples_with_bad_loss
 from beholder.train.objectives import Objective
@@ -143,7 +142,8 @@ def fit(
     device = parameters[0].device
     step, record = start_step, None
 
-    with _Signals() as signals, reporter:
+    signals = _Signals()
+    with stop_signals(signals.handle, signal.SIGINT), reporter:
         reporter.start(start_step)
         if state.pending is not None:
             pending, state.pending = state.pending, None
@@ -362,27 +362,16 @@ class _Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._pid = os.getpid()
-        self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
-            for number in (*hang_up_signals(), signal.SIGTERM, signal.SIGINT):  # a closed terminal: as SIGTERM
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
-    def _handle(self, number: int, _frame: object) -> None:
-        if number not in (signal.SIGTERM, signal.SIGINT):
+    def handle(self, number: int, _frame: object) -> None:
+        if number not in (signal.SIGTERM, signal.SIGINT):  # a closed terminal: as SIGTERM
             number = int(signal.SIGTERM)
         if os.getpid() != self._pid:  # a loader process that was forked from here
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return  # Ctrl-C reaches the whole group; the training process decides
         if self.received is not None:  # at once, by an exception; a third one does not even wait for Python
-            for known in self._previous:
+            for known in (*hang_up_signals(), signal.SIGTERM, signal.SIGINT):
                 signal.signal(known, signal.SIG_DFL)
             if number == signal.SIGINT:
                 raise KeyboardInterrupt

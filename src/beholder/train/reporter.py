@@ -94,12 +94,7 @@ class Reporter:
         self.line("data", f"full_len={full_len} subset_train={subset_train} subset_eval={subset_eval}{tail}")
 
     def eval(
-        self,
-        loss: float,
-        *,
-        step: int | None = None,
-        epoch: int | None = None,
-        more: Sequence[tuple[str, float]] = (),
+        self, loss: float, *, step: int | None = None, epoch: int | None = None, more: Sequence[tuple[str, float]] = ()
     ) -> None:
         """``[eval] step=200 loss=3.9716`` or ``[eval] epoch=0 loss=3.5800``; ``more`` (name, number) follows it."""
         where = f"epoch={epoch}" if step is None else f"step={step}"

@@ -16,14 +16,14 @@ from typing import Any, Literal, TypeGuard
 
 import orjson
 
-from beholder.config import GenerateConfig
+from beholder.config import GREEDY, GenerateConfig
 from beholder.data.formats import BadRecord, image_paths, turn_said
 from beholder.data.images import check_exists, content_hash
 from beholder.data.questions import ImageNames, coco_names, image_names, plain_records
 from beholder.runs import sha256_file
 from beholder.train.checkpoint import MANIFEST
 from beholder.types import ImageRef, UserError
-from beholder.use.vlm import GREEDY, Request, Vlm
+from beholder.use.vlm import Request, Vlm
 
 _TEXTS = ("prompt", "question", "text", "messages", "conversations")
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from rich.console import Console
 
-from beholder.config import GenerateConfig
+from beholder.config import GREEDY, GenerateConfig
 from beholder.types import UserError
 from beholder.use.answer_file import answer_file, read_questions
-from beholder.use.vlm import GREEDY, Request, load
+from beholder.use.vlm import Request, load
 
 
 @dataclass(frozen=True)

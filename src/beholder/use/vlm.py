@@ -35,9 +35,6 @@ Images = ImageLike | Sequence[ImageLike] | None
 Messages = str | Sequence[Mapping[str, str]]
 """What the user says, or a whole conversation as ``{"role": "system" | "user" | "assistant", "content": text}``."""
 
-GREEDY = GenerateConfig(temperature=0.0)
-"""At most 64 tokens: what a question is answered with when nothing else is asked for."""
-
 
 class ContextFullError(UserError):
     """The conversation leaves no room for an answer."""
