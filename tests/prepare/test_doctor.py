@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from beholder.prepare import doctor
-from beholder.prepare.doctor import Check, diagnose, print_checks
+from beholder.prepare.doctor import Check, Diagnosis, diagnose
 
 
 def test_a_diagnosis_covers_the_machine_without_network_or_traces(
@@ -24,7 +24,8 @@ def test_a_diagnosis_covers_the_machine_without_network_or_traces(
     monkeypatch.setenv("BEHOLDER_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
 
-    checks = diagnose()
+    found = diagnose()
+    checks = found.checks
 
     names = {c.name for c in checks}
     assert {"Python", "packages", "device", "matrix products", "memory", "cache folder", "feature store"} <= names
@@ -108,7 +109,7 @@ def test_findings_are_printed_with_the_advice_below() -> None:
     out = io.StringIO()
     checks = [Check("a", "ok", "[fine]"), Check("b", "warn", "hm", "do [this]"), Check("c", "fail", "no", "do that")]
 
-    print_checks(checks, Console(file=out, width=80, color_system=None))
+    Diagnosis(tuple(checks)).print(Console(file=out, width=80, color_system=None))
 
     lines = [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
     assert lines[0].split() == ["ok", "a", "[fine]"]

@@ -47,7 +47,7 @@ def samples(tmp_path: Path) -> list[Example]:
 def test_images_are_written_as_the_tower_gets_them(
     builder: SampleBuilder, samples: list[Example], tmp_path: Path
 ) -> None:
-    items = preview(samples, builder, tmp_path / "out")
+    items = preview(samples, builder, tmp_path / "out").items
 
     assert [len(item.images) for item in items] == [1, 2]
     for item, example in zip(items, samples, strict=True):
@@ -63,10 +63,11 @@ def test_the_console_shows_what_is_supervised_and_counts_it(
 ) -> None:
     out = io.StringIO()
 
-    items = preview(samples, builder, tmp_path / "out", Console(file=out, width=300, force_terminal=True))
+    shown = preview(samples, builder, tmp_path / "out")
+    shown.print(Console(file=out, width=300, force_terminal=True))
 
     printed = out.getvalue()
-    first, second = items
+    first, second = shown.items
     assert first.num_targets == len(HOSTILE) + 1 and not first.truncated
     assert second.truncated and second.num_tokens == 90
     assert f"{first.num_tokens} tokens, {first.num_targets} supervised, 1 image\x1b" in printed

@@ -228,7 +228,7 @@ def test_a_loaded_run_looks_at_any_image(tiny_config: MakeConfig, tiny_parts: Ti
 
 
 def test_preview_shows_what_is_supervised(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    items = preview_config(tiny_config(tmp_path), 2, tmp_path / "preview")
+    items = preview_config(tiny_config(tmp_path), 2, tmp_path / "preview").items
 
     assert len(items) == 2 and all(p.exists() for item in items for p in item.images)
     assert all(0 < item.num_targets < item.num_tokens for item in items)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from beholder.cli import common
-from beholder.cli.common import ConfigArg, Sets, app, example, tell, terminal
+from beholder.cli.common import ConfigArg, Json, Sets, app, example, tell, terminal
 from beholder.types import DatasetKind
 
 
@@ -26,8 +26,7 @@ def prepare(
     """
     from beholder.prepare.packages import prepare as prepare_assets
 
-    folder = prepare_assets(name, out or Path("data") / name, say=typer.echo)
-    typer.echo(f"{name} is ready in {folder}")
+    typer.echo(f"{name} is ready in {prepare_assets(name, out or Path('data') / name, say=typer.echo)}")
 
 
 @app.command(epilog=example("beholder check data/captions.jsonl --image-root data/images --decode"))
@@ -45,7 +44,7 @@ def check(
     tokenizer: Annotated[str | None, typer.Option(help="Hub name, folder or GGUF file, to count tokens.")] = None,
     decode: Annotated[bool, typer.Option("--decode", help="Decode every image and find equal ones.")] = False,
     rejects: Annotated[Path | None, typer.Option(help="Write every reject to this JSONL file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    json: Json = False,
     sets: Sets = None,
 ) -> None:
     """Count, measure and vet a data set without training: lengths, rejects with reasons, duplicates.
@@ -53,11 +52,13 @@ def check(
     Python: beholder.prepare.check.check.
     """
     from beholder.prepare.check import check as check_files
+    from beholder.train.reporter import ticking
 
-    report = check_files(
-        data, dataset=dataset, annotations=annotations, stage=stage, image_root=image_root, tokenizer=tokenizer,
-        decode=decode, rejects=rejects, overrides=sets or [], progress=common.progress_line(),
-    )  # fmt: skip
+    with ticking(terminal(stderr=True)) as tick:
+        report = check_files(
+            data, dataset=dataset, annotations=annotations, stage=stage, image_root=image_root, tokenizer=tokenizer,
+            decode=decode, rejects=rejects, overrides=sets or [], progress=tick,
+        )  # fmt: skip
     tell(report, json)
     if rejects is not None:
         typer.echo(f"rejects written to {rejects}", err=True)
@@ -68,6 +69,7 @@ def preview(
     config: ConfigArg,
     num: Annotated[int, typer.Option(min=1, help="Samples to show.")] = 3,
     out: Annotated[Path, typer.Option(help="Folder for the images as the model sees them.")] = Path("preview"),
+    json: Json = False,
     sets: Sets = None,
 ) -> None:
     """Print samples as the model gets them: supervised tokens coloured, image spans marked, images beside them.
@@ -79,7 +81,7 @@ def preview(
     cfg = load_config(config, sets or [])
     from beholder.prepare.preview import preview_config
 
-    preview_config(cfg, num, out, terminal())
+    tell(preview_config(cfg, num, out), json)
 
 
 @app.command(epilog=example("beholder plan configs/stage1_align.yaml"))
@@ -87,7 +89,7 @@ def plan(
     config: ConfigArg,
     llm_config: Annotated[Path | None, typer.Option(help="config.json of the language model, when offline.")] = None,
     vision_config: Annotated[Path | None, typer.Option(help="config.json of the tower, when offline.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    json: Json = False,
     sets: Sets = None,
 ) -> None:
     """Say what will be trained, how much memory and time it takes, before anything large is loaded.
@@ -107,7 +109,7 @@ def audit(
     config: ConfigArg,
     num_turns: Annotated[int, typer.Option(min=1, help="Answers to score.")] = 256,
     part: Annotated[Literal["train", "eval"], typer.Option(help="Which samples of the data.")] = "train",
-    json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
+    json: Json = False,
     sets: Sets = None,
 ) -> None:
     """Say how much of a data set can be answered without any image, and what earlier turns give away.
@@ -123,13 +125,13 @@ def audit(
 
 
 @app.command(epilog=example("beholder doctor"))
-def doctor() -> None:
+def doctor(json: Json = False) -> None:
     """Look over this machine: versions, device, speed, memory, caches. Python: beholder.prepare.doctor.diagnose."""
-    from beholder.prepare.doctor import diagnose, print_checks
+    from beholder.prepare.doctor import diagnose
 
-    checks = diagnose()
-    print_checks(checks, terminal())
-    raise typer.Exit(common.EXIT_CRASH if any(c.level == "fail" for c in checks) else common.EXIT_OK)
+    found = diagnose()
+    tell(found, json)
+    raise typer.Exit(common.EXIT_CRASH if found.failed else common.EXIT_OK)
 
 
 @app.command(epilog=example("beholder schema > beholder.schema.json"))

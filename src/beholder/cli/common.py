@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
-import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -82,6 +78,7 @@ ConfigArg = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config
 RunArg = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, e.g. outputs/quickstart/instruct.")]
 # typer reads these lists on start, before any import of settings (pydantic) would be worth its time; a test holds them
 # to the lists of the functions behind.
+Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where the model runs.")]
 
 
@@ -113,52 +110,10 @@ def tell(record: Record, json: bool = False, stderr: bool = False) -> None:
         record.print(terminal(stderr))
 
 
-def exit_for(outcome: Outcome, *, smoke: bool = False) -> None:
-    """Prints where the report is and leaves with the exit code of the run's status.
-
-    ``smoke``: random parts and a few steps prove the plumbing and cannot pass a gate.
-    """
-    if not outcome.is_main:
-        raise typer.Exit(EXIT_OK)
-    say = partial(terminal().print, markup=False, soft_wrap=True)
+def exit_for(outcome: Outcome) -> None:
+    """Says how a run ended and leaves with its exit code."""
+    if outcome.is_main:
+        outcome.print(terminal())
     if outcome.signal is not None:
-        say(
-            f"stopped by {signal.Signals(outcome.signal).name} after step {outcome.step}; saved in {outcome.folder}. "
-            "The same command continues.",
-        )
         raise typer.Exit(EXIT_SIGINT if outcome.signal == signal.SIGINT else EXIT_SIGTERM)
-    if outcome.again:
-        say(
-            f"{outcome.folder} had finished before; its report is {outcome.folder / 'report.html'}. "
-            f"To measure it again: beholder evaluate {outcome.folder}. To train anew choose another output folder.",
-        )
-    if smoke:
-        terminal().print("smoke run: everything ran; its gates are not judged, tiny random parts cannot pass them")
-    elif outcome.evidence is not None and outcome.evidence.gates and outcome.evidence.failed_gates:
-        failed = outcome.evidence.failed_gates
-        say(
-            f"\nGATES FAILED: {len(failed)} of {len(outcome.evidence.gates)} ({', '.join(g.name for g in failed)}). "
-            f"Read {outcome.folder / 'report.html'} before you build on this run; a later stage refuses it unless it "
-            "is told --promote-anyway.",
-        )
-        raise typer.Exit(EXIT_GATES)
-    raise typer.Exit(EXIT_OK)
-
-
-def progress_line() -> Callable[[str, int, int], None]:
-    """Long checks say where they are, on standard error: a line that overwrites itself, or one every tenth."""
-    started: dict[str, float] = {}
-    last: dict[str, int] = {}
-    tty = sys.stderr.isatty()
-
-    def tick(what: str, done: int, total: int) -> None:
-        began = started.setdefault(what, time.perf_counter())
-        elapsed, tenth = time.perf_counter() - began, 10 * done // max(total, 1)
-        if elapsed < 2 or (not tty and tenth == last.get(what)):
-            return
-        last[what] = tenth
-        eta = elapsed * (total - done) / max(done, 1)
-        end = "\r" if tty and done < total else "\n"
-        print(f"[progress] {what} {done:,}/{total:,} ETA {eta:.0f} s ", end=end, file=sys.stderr, flush=True)
-
-    return tick
+    raise typer.Exit(EXIT_GATES if outcome.is_main and outcome.failed_gates else EXIT_OK)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from beholder.cli.common import RunArg, Sets, app, example, exit_for, tell
+from beholder.cli.common import Json, RunArg, Sets, app, example, exit_for, tell
 from beholder.types import UserError
 
 golden_app = typer.Typer(help="Look at the captions of the fixed golden set, step by step.", no_args_is_help=True)
@@ -40,7 +40,7 @@ def ablate(
         typer.Option(help="A wrong image: shuffled, zero or noise. Repeatable; default the run's own."),
     ] = None,
     words: Annotated[bool, typer.Option("--words", help="Also say which words lose most without the image.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
+    json: Json = False,
     sets: Sets = None,
 ) -> None:
     """Loss with its own, another's, an empty and a noise image: does the run look? Its evidence stays as it is.
@@ -56,7 +56,7 @@ def ablate(
 def golden_show(
     run_folder: RunArg,
     step: Annotated[str, typer.Option(help="A step, first or last.")] = "last",
-    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Captions of the golden set after a step, and what ails them. Python: beholder.probes.golden_history.show_step."""
     from beholder.probes.golden_history import show_step
@@ -69,7 +69,7 @@ def golden_diff(
     run_folder: RunArg,
     before: Annotated[str, typer.Argument(metavar="STEP", help="A step, first or last.")],
     after: Annotated[str, typer.Argument(metavar="STEP", help="A step, first or last.")],
-    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """What changed in the captions between two steps, word by word.
 
@@ -84,14 +84,13 @@ def golden_diff(
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN RUN…", help="Run folders, two or more.")],
     out: Annotated[Path | None, typer.Option(help="Write the comparison to this .html or .md file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Lay runs side by side: settings that differ, measurements with intervals, gates.
 
     Python: beholder.report.compare.compare_runs.
     """
     from beholder.report.compare import compare_runs
-    from beholder.runs import atomic_write
 
     if out is not None and out.suffix not in (".html", ".md"):
         raise UserError(f"--out {out}: expected a file that ends in .html or .md")
@@ -100,14 +99,13 @@ def compare(
     comparison = compare_runs(runs)
     tell(comparison, json)
     if out is not None:
-        atomic_write(out, comparison.to_html() if out.suffix == ".html" else comparison.to_markdown())
+        comparison.write(out)
         typer.echo(f"written to {out}", err=True)
 
 
 @app.command(epilog=example("beholder report outputs/quickstart/instruct"))
-def report(run_folder: RunArg) -> None:
+def report(run_folder: RunArg, json: Json = False) -> None:
     """Render report.html and report.md again, from evidence.json alone. Python: beholder.report.render.render."""
     from beholder.report import render
 
-    for path in render(run_folder, run_folder):
-        typer.echo(path)
+    tell(render(run_folder, run_folder), json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -71,7 +72,7 @@ def run(
         cfg = make_smoke(cfg, Path("outputs"))
     from beholder.stages import run_stage  # seconds of torch, after a wrong config was told
 
-    exit_for(run_stage(cfg, resume=resume, promote_anyway=promote_anyway), smoke=smoke)
+    exit_for(replace(run_stage(cfg, resume=resume, promote_anyway=promote_anyway), smoke=smoke))
 
 
 @app.command(epilog=example("beholder sweep configs/quickstart/sweep.yaml"))
@@ -89,4 +90,5 @@ def sweep(
     from beholder.studies.sweep import run_sweep
 
     result = run_sweep(config, sets or [], console=terminal(), promote_anyway=promote_anyway)
+    result.print(terminal())
     raise typer.Exit(result.exit_code)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from beholder.cli.common import Device, PartSets, RunArg, app, example, progress_line, tell
+from beholder.cli.common import Device, Json, PartSets, RunArg, app, example, tell, terminal
 
 
 @app.command(
@@ -41,21 +41,24 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     device: Device = "auto",
+    json: Json = False,
     sets: PartSets = None,
 ) -> None:
     """Say what a trained run sees in an image, or answer a file of questions.
 
     Python: beholder.load(RUN).generate(image, prompt); beholder.use.generate.generate for files.
     """
+    from beholder.train.reporter import ticking
     from beholder.use.generate import generate as ask
     from beholder.use.vlm import decoding
 
-    told = ask(
-        run_folder, image or [], prompt, questions=questions, out=out, image_root=image_root,
-        image_pattern=image_pattern, batch_size=batch_size, how=decoding(temperature, top_p, max_new_tokens),
-        seed=seed, device=device, overrides=sets or [], progress=progress_line(),
-    )  # fmt: skip
-    tell(told, stderr=questions is not None)
+    with ticking(terminal(stderr=True)) as tick:
+        told = ask(
+            run_folder, image or [], prompt, questions=questions, out=out, image_root=image_root,
+            image_pattern=image_pattern, batch_size=batch_size, how=decoding(temperature, top_p, max_new_tokens),
+            seed=seed, device=device, overrides=sets or [], progress=tick,
+        )  # fmt: skip
+    tell(told, json, stderr=questions is not None)
 
 
 @app.command(epilog=example("beholder chat outputs/quickstart/instruct --image data/quickstart/data/images/test/0.png"))
@@ -93,7 +96,7 @@ def score(
         Path, typer.Option(metavar="FILE", help="Answers, JSON or a line each, e.g. of beholder generate --from.")
     ],
     references: Annotated[Path, typer.Option(metavar="FILE", help="What is right: annotation file, or a line each.")],
-    json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Score a file of answers against references, with the arithmetic that runs are scored with. No model is loaded.
 

@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from rich.text import Text
 
 from beholder.data.chat_template import ChatTemplate, Piece, TemplateMisfit
 from beholder.data.tokens import END_TOKENS, control_tokens, leading_ids, tokenizer_fingerprint, without_word_mark
@@ -414,14 +413,6 @@ class ChatEncoder:
             )
             i = stop
         return out
-
-    def show(self, encoded: Encoded) -> Text:
-        """For a terminal: supervised tokens green, image spans collapsed to ``[image 1 ×64]``."""
-        style = {"prompt": "", "target": "bold green", "image": "black on cyan"}
-        text = Text()
-        for segment in self.segments(encoded):
-            text.append(segment.text, style=style[segment.kind])
-        return text
 
 
 class _Draft:

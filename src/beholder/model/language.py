@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from beholder.config import GenerateConfig, LlmConfig, VisionConfig
 from beholder.model import attention
 from beholder.model.placement import AdapterSite
-from beholder.model.weights import DTYPES, check_finite, check_loading_info, first_line, freeze, quiet_transformers
+from beholder.model.weights import DTYPES, check_finite, check_loading_info, freeze, loading
 from beholder.types import UserError
 
 
@@ -254,12 +254,8 @@ def load_tokenizer(cfg: LlmConfig) -> Any:
     from transformers import AutoTokenizer
 
     name, where = source_of(cfg)
-    try:
+    with loading(f"model.llm.name_or_path {cfg.name_or_path!r}: its tokenizer", "The folder must hold one."):
         return AutoTokenizer.from_pretrained(name, **where)
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(
-            f"model.llm.name_or_path {cfg.name_or_path!r}: no tokenizer could be loaded: {first_line(e)}"
-        ) from e
 
 
 def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, Any]:
@@ -274,21 +270,12 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
     dtype = DTYPES[cfg.precision]
     if "gguf_file" in where:
         where |= dequantize()
-    try:
-        with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype=dtype,
-                attn_implementation=cfg.attn_implementation,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **where,  # noted in info, and refused below with both shapes
-            )
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise UserError(
-            f"model.llm.name_or_path {cfg.name_or_path!r} cannot be loaded: {first_line(e)} Give a "
-            "Hugging Face causal language model (hub name or folder), or a .gguf file."
-        ) from e
+    wanted = "Give a Hugging Face causal language model (hub name or folder), or a .gguf file."
+    with loading(f"model.llm.name_or_path {cfg.name_or_path!r}", wanted):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=cfg.attn_implementation, output_loading_info=True,
+            ignore_mismatched_sizes=True, **where,  # noted in info, and refused below with both shapes
+        )  # fmt: skip
     model, info = loaded
     check_loading_info(info, model, cfg.name_or_path)
     check_finite(model, cfg.name_or_path)

@@ -17,16 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from beholder.config import VisionConfig
-from beholder.model.weights import (
-    DTYPES,
-    check_finite,
-    check_loading_info,
-    first_line,
-    freeze,
-    hash_module,
-    listed,
-    quiet_transformers,
-)
+from beholder.model.weights import DTYPES, check_finite, check_loading_info, freeze, hash_module, listed, loading
 from beholder.types import ImageGeometry, UserError
 
 RESAMPLE: dict[int, Literal["nearest", "lanczos", "bilinear", "bicubic"]] = {
@@ -118,23 +109,13 @@ def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
     if cfg.weights is not None:
         raise UserError("model.vision.weights belongs to timm/<name> towers; put the weights into the folder instead")
     where: dict[str, Any] = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code}
-    try:
+    wanted = "Give a Hugging Face vision model (hub name or folder with config.json and safetensors), or timm/<name>."
+    with loading(f"model.vision.name_or_path {name!r}", wanted):
         config = AutoConfig.from_pretrained(name, **where)
         part = getattr(config, "vision_config", None)
-        with quiet_transformers():
-            model, info = AutoModel.from_pretrained(
-                name,
-                config=part or config,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **where,
-            )
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(
-            f"model.vision.name_or_path {name!r} cannot be loaded: {first_line(e)} Give a Hugging "
-            "Face vision model (hub name or folder with config.json and safetensors), or timm/<name>."
-        ) from e
+        model, info = AutoModel.from_pretrained(
+            name, config=part or config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **where
+        )
     _drop_pooling(model)
     check_loading_info(info, model, name, other_parts=HEADS if part is None else None)
     check_finite(model, name)
@@ -289,13 +270,9 @@ def _load_timm(cfg: VisionConfig, device: torch.device) -> VisionTower:
     from timm.data.config import resolve_model_data_config
 
     name, dtype = timm_name(cfg), DTYPES[cfg.precision]
-    try:
+    wanted = "Without a network, give a local safetensors file as model.vision.weights."
+    with loading(f"model.vision.name_or_path: timm's {name!r}", wanted):
         model = timm.create_model(name, pretrained=cfg.weights is None, num_classes=0)
-    except (OSError, RuntimeError, ValueError) as e:
-        raise UserError(
-            f"model.vision.name_or_path: timm cannot get {name!r}: {first_line(e)} Without a network, "
-            "give a local safetensors file as model.vision.weights."
-        ) from e
     if cfg.weights is not None:
         if not Path(cfg.weights).is_file():
             raise UserError(

@@ -1,7 +1,7 @@
 """Strict loading checks and hashing of weights, shared by `vision`, `language` and `plan`.
 
-``from_pretrained`` keeps quiet about missing, extra and NaN weights, so the refusals live here. No loading happens
-here.
+``from_pretrained`` keeps quiet about missing, extra and NaN weights, so the refusals live here. `loading` makes one
+sentence of what a library raises over files that it cannot load.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from beholder.types import UserError
@@ -22,6 +23,18 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16,
 def first_line(error: Exception) -> str:
     """The first line of somebody else's error, or its kind where it has no words."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def loading(what: str, wanted: str) -> Iterator[None]:
+    """Quietly; an error over the files becomes `UserError`: ``what``, the error's first line, what is ``wanted``."""
+    try:
+        with quiet_transformers():
+            yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as e:
+        raise UserError(f"{what} cannot be loaded: {first_line(e)} {wanted}") from e
 
 
 @contextmanager

@@ -17,9 +17,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -56,25 +56,37 @@ def _judge(name: str, good: bool, found: str, advice: str, level: Level = "warn"
     return Check(name, "ok", found) if good else Check(name, level, found, advice)
 
 
-def diagnose() -> list[Check]:
-    """Every check, in the order a person would ask. Takes a second or two (two small matrix products are timed)."""
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found, in the order a person would ask."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def failed(self) -> bool:
+        return any(c.level == "fail" for c in self.checks)
+
+    def print(self, console: Console) -> None:
+        """The findings as a table, then what to do about those that are not right."""
+        colour = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for check in self.checks:
+            table.add_row(f"[{colour[check.level]}]{check.level}[/]", escape(check.name), escape(check.found))
+        console.print(table)
+        for check in self.checks:
+            if check.level != "ok" and check.advice:
+                label = f"[{colour[check.level]}]{check.level}[/]"
+                console.print(f"\n{label} {escape(check.name)}: {escape(check.advice)}", soft_wrap=True)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [asdict(c) for c in self.checks]
+
+
+def diagnose() -> Diagnosis:
+    """Every check. Takes a second or two (two small matrix products are timed)."""
     device = torch.device(pick_device("auto").type)
-    checks: list[Check] = [_python(), *_packages(), _torchvision(), _describe(device), _speed(device), _attention()]
-    checks += [_ram(), _shared_memory(), *_disks(), _cache(), _store(), _assets(), _hub()]
-    return checks
-
-
-def print_checks(checks: list[Check], console: Console) -> None:
-    """The findings as a table, then what to do about those that are not right."""
-    colour = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for check in checks:
-        table.add_row(f"[{colour[check.level]}]{check.level}[/]", escape(check.name), escape(check.found))
-    console.print(table)
-    for check in checks:
-        if check.level != "ok" and check.advice:
-            label = f"[{colour[check.level]}]{check.level}[/]"
-            console.print(f"\n{label} {escape(check.name)}: {escape(check.advice)}", soft_wrap=True)
+    software = _python(), *_packages(), _torchvision(), _describe(device), _speed(device), _attention()
+    return Diagnosis((*software, _ram(), _shared_memory(), *_disks(), _cache(), _store(), _assets(), _hub()))
 
 
 # ---------------------------------------------------------------------------------------------------------------

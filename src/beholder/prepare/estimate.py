@@ -51,7 +51,7 @@ from beholder.model.language import load_tokenizer, source_of
 from beholder.model.losses import MAX_LOGITS
 from beholder.model.placement import resolve_targets
 from beholder.model.plan import TrainableRow, TrainableTable
-from beholder.model.weights import DTYPES, first_line
+from beholder.model.weights import DTYPES, loading
 from beholder.prepare.doctor import matmul_rate
 from beholder.train.distributed import pick_device
 from beholder.types import Example, ImageRef, ImageSlot, Turn, UserError
@@ -363,13 +363,8 @@ def _config(what: str, cfg: LlmConfig | VisionConfig, file: Path | None) -> Any:
     if file is not None:
         return AutoConfig.from_pretrained(file, trust_remote_code=cfg.trust_remote_code)
     name, where = source_of(cfg)
-    try:
+    with loading(f"sizes of model.{what} {cfg.name_or_path!r}", f"Offline, give its config.json: --{what}-config FILE"):
         return AutoConfig.from_pretrained(name, **where)
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(
-            f"sizes of model.{what} {cfg.name_or_path!r}: no configuration at hand "
-            f"({first_line(e)}). Offline, give its config.json with --{what}-config FILE"
-        ) from e
 
 
 def _table(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -25,6 +26,8 @@ from beholder.model.language import load_tokenizer
 from beholder.model.vision import load_vision
 from beholder.runs import atomic_write
 from beholder.types import Example, UserError
+
+_COLOURS = {"prompt": "", "target": "bold green", "image": "black on cyan"}
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,29 @@ class PreviewItem:
     segments: tuple[Segment, ...]
 
 
-def preview(
-    examples: Sequence[Example], builder: SampleBuilder, folder: Path, console: Console | None = None
-) -> list[PreviewItem]:
-    """Prints each example (to ``console``, if given) and writes ``index.html`` and its images into ``folder``.
+@dataclass(frozen=True)
+class Preview:
+    """Samples as the model gets them, and the folder with their images and ``index.html``."""
+
+    folder: Path
+    items: tuple[PreviewItem, ...]
+
+    def print(self, console: Console) -> None:
+        for number, item in enumerate(self.items, 1):
+            console.rule(Text(f"{number} · {item.where}"))
+            console.print(Text.assemble(*((s.text, _COLOURS[s.kind]) for s in item.segments)))
+            for line in (_facts(item), *(f"  {path}" for path in item.images)):
+                console.print(Text(line, style="dim"))
+        console.print(Text("green: supervised, the loss counts these tokens only · ⏎ a newline token", style="dim"))
+        console.print(Text(f"page: {self.folder / 'index.html'}"))
+
+    def to_json(self) -> dict[str, Any]:
+        items = [asdict(i) | {"images": [str(p) for p in i.images]} for i in self.items]
+        return {"page": str(self.folder / "index.html"), "samples": items}
+
+
+def preview(examples: Sequence[Example], builder: SampleBuilder, folder: Path) -> Preview:
+    """Lays out each example and writes ``index.html`` and its images into ``folder``.
 
     Images go through the pipeline of ``builder``, with the augmentation of epoch 0 where it has one, also when the
     feature store holds them. Raises what building the sample for training would raise.
@@ -73,17 +95,8 @@ def preview(
             segments=tuple(builder.encoder.segments(encoded)),
         )  # fmt: skip
         items.append(item)
-        if console is not None:
-            console.rule(Text(f"{number + 1} · {example.where}"))
-            console.print(builder.encoder.show(encoded))
-            console.print(Text(_facts(item), style="dim"))
-            for path in paths:
-                console.print(Text(f"  {path}", style="dim"))
     atomic_write(folder / "index.html", _page(items))
-    if console is not None:
-        console.print(Text("green: supervised, the loss counts these tokens only · ⏎ a newline token", style="dim"))
-        console.print(Text(f"page: {folder / 'index.html'}"))
-    return items
+    return Preview(folder, tuple(items))
 
 
 def _facts(item: PreviewItem) -> str:
@@ -127,10 +140,10 @@ def _page(items: Sequence[PreviewItem]) -> str:
     )
 
 
-def preview_config(cfg: RunConfig, num: int, folder: Path, console: Console | None = None) -> list[PreviewItem]:
+def preview_config(cfg: RunConfig, num: int, folder: Path) -> Preview:
     """Show the first ``num`` training samples of a config as the model gets them; only the tower is loaded."""
     tower = load_vision(cfg.model.vision, torch.device("cpu"))
     num_visual_tokens = resolve_num_tokens(cfg.model.connector, tower.geometry.num_patches)
     data = build_data(cfg, load_tokenizer(cfg.model.llm), tower.geometry, num_visual_tokens)
     examples = [data.train.example_at(p) for p in range(min(num, len(data.train)))]
-    return preview(examples, data.builder(None, train=True, cfg=cfg), folder, console)
+    return preview(examples, data.builder(None, train=True, cfg=cfg), folder)

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from beholder.evidence import Measurement
-from beholder.model.weights import check_finite, check_loading_info, first_line, freeze, quiet_transformers
+from beholder.model.weights import check_finite, check_loading_info, freeze, loading
 from beholder.probes import mean, measurement
 from beholder.types import UserError
 
@@ -42,15 +41,11 @@ class ClipJudge:
         _check_folder(name)
         self.device = torch.device(device)
         self.pixels: Any = _preprocessing(name)
-        try:
-            with quiet_transformers():
-                loaded: Any = CLIPModel.from_pretrained(
-                    name, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-                    ignore_mismatched_sizes=True,
-                )  # fmt: skip
-                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-            raise UserError(f"eval.clip_model {name!r} cannot be loaded: {first_line(e)} {_WANTED}") from e
+        with loading(f"eval.clip_model {name!r}", _WANTED):
+            loaded: Any = CLIPModel.from_pretrained(
+                name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = loaded
         check_loading_info(info, model, name)
         check_finite(model, name)

@@ -28,6 +28,7 @@ from beholder.report.content import measured_step
 from beholder.report.markdown import escaped, table
 from beholder.report.page import page
 from beholder.report.words import fmt, fmt_ci, interval, number, visible, written
+from beholder.runs import atomic_write
 from beholder.types import UserError
 
 
@@ -125,6 +126,10 @@ class Comparison(Record):
         for title, headings, rows in self._tables():
             out += ["", f"## {title}", "", *(table(headings, rows) or ["None.", ""])[:-1]]
         return "\n".join(out) + "\n"
+
+    def write(self, out: Path) -> None:
+        """To a page or to Markdown, as ``out`` ends in .html or .md."""
+        atomic_write(out, self.to_html() if out.suffix == ".html" else self.to_markdown())
 
     def print(self, console: Console) -> None:
         """The same to a terminal."""

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
 
 from beholder.evidence import Curve, Evidence, catalogue, load_evidence
 from beholder.report import answers, content, plots, verdicts, words
@@ -19,7 +22,21 @@ from beholder.runs import atomic_write
 __all__ = ["render", "render_html", "render_markdown"]
 
 
-def render(evidence: Evidence | str | Path, folder: str | Path) -> tuple[Path, Path]:
+class Pages(NamedTuple):
+    """The files that `render` wrote."""
+
+    html: Path
+    markdown: Path
+
+    def print(self, console: Console) -> None:
+        for path in self:
+            console.print(str(path), markup=False, soft_wrap=True)
+
+    def to_json(self) -> dict[str, str]:
+        return {name: str(path) for name, path in self._asdict().items()}
+
+
+def render(evidence: Evidence | str | Path, folder: str | Path) -> Pages:
     """Write ``report.html`` and ``report.md`` into ``folder`` and give their paths.
 
     ``evidence`` is the record, an ``evidence.json``, or the run folder that holds one. Each file appears whole or not
@@ -28,10 +45,10 @@ def render(evidence: Evidence | str | Path, folder: str | Path) -> tuple[Path, P
     record = evidence if isinstance(evidence, Evidence) else load_evidence(evidence)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    paths = target / "report.html", target / "report.md"
-    for path, text in zip(paths, (render_html(record), render_markdown(record)), strict=True):
+    pages = Pages(target / "report.html", target / "report.md")
+    for path, text in zip(pages, (render_html(record), render_markdown(record)), strict=True):
         atomic_write(path, text)
-    return paths
+    return pages
 
 
 def render_html(e: Evidence) -> str:

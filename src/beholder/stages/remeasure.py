@@ -20,6 +20,7 @@ from rich.table import Table
 from beholder.config import RunConfig, decided_by
 from beholder.config.file import check_consent, diff_configs, load_config
 from beholder.evidence import Condition, Measurement, load_evidence
+from beholder.evidence.catalogue import IMAGE_NAMES
 from beholder.model.plan import TrainableTable, apply_train_plan, plan_of
 from beholder.probes import audit, loss, reliance
 from beholder.runs import RunDir, atomic_write, stop_signals, to_json
@@ -109,8 +110,6 @@ def evaluate_run(folder: str, overrides: Sequence[str] = ()) -> Outcome:
 # ---------------------------------------------------------------------------------------------------------------
 # One question at a time
 
-_WRONG: dict[Condition, str] = {"shuffled": "another image", "zero": "no image", "noise": "noise"}
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -194,7 +193,9 @@ def ablate_run(
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(path, "".join(line + "\n" for line in lines))
         columns = {"ablation.loss.correct": "loss, own image"}
-        columns |= {f"ablation.delta.{c}": f"{name}" for c, name in _WRONG.items()}
+        columns |= {
+            f"ablation.delta.{c}": f"{name}" for c, name in IMAGE_NAMES["caption"].items() if c in CONDITIONS[1:]
+        }
         title = f"{folder}, step {opened.step}: nats/token, and what a wrong image adds"
         return Answer(title, measured, columns, findings, path, session.dist.is_main)
 
@@ -225,17 +226,10 @@ def audit_data(cfg: RunConfig, *, num_turns: int = 256, part: Literal["train", "
         ]
         findings += found.gaps
         columns = {
-            "audit.answerable.alone": "answered from the question",
-            "audit.answerable.context": "and earlier turns",
+            "audit.answerable.alone": "answered from the question", "audit.answerable.context": "and earlier turns",
             "audit.leak": "leak, nats/token",
-        }
-        return Answer(
-            f"{part} samples of {cfg.run_name}, no image shown",
-            found.measurements,
-            columns,
-            findings,
-            None,
-            dist.is_main,
-        )
+        }  # fmt: skip
+        title = f"{part} samples of {cfg.run_name}, no image shown"
+        return Answer(title, found.measurements, columns, findings, is_main=dist.is_main)
     finally:
         shutdown_distributed()

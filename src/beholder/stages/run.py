@@ -6,12 +6,16 @@ What is done stands in the files it imports from. Which checkpoint a run starts 
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from rich.console import Console
 
 from beholder.config import RunConfig
 from beholder.data.sources import missing_files
-from beholder.evidence import Evidence, load_evidence
+from beholder.evidence import Evidence, GateResult, load_evidence
 from beholder.model.placement import render_sites
 from beholder.model.plan import apply_train_plan, param_groups, plan_of
 from beholder.runs import RunDir, stop_signals
@@ -41,6 +45,33 @@ class Outcome:
     is_main: bool = True
     again: bool = False
     """The run had finished before; nothing was done."""
+    smoke: bool = False
+    """Random parts and a few steps prove the plumbing and cannot pass a gate: none is judged."""
+
+    @property
+    def failed_gates(self) -> list[GateResult]:
+        return [] if self.evidence is None or self.smoke else self.evidence.failed_gates
+
+    def print(self, console: Console) -> None:
+        """What a person does next; what the run measured stands in its report."""
+        say = partial(console.print, markup=False, soft_wrap=True)
+        report = self.folder / "report.html"
+        if self.signal is not None:
+            name = signal.Signals(self.signal).name
+            say(f"stopped by {name} after step {self.step}; saved in {self.folder}. The same command continues.")
+        elif self.again:
+            say(
+                f"{self.folder} had finished before; its report is {report}. To measure it again: beholder evaluate "
+                f"{self.folder}. To train anew choose another output folder."
+            )
+        if self.smoke and self.signal is None:
+            say("smoke run: everything ran; its gates are not judged, tiny random parts cannot pass them")
+        if (failed := self.failed_gates) and self.evidence is not None:
+            say(
+                f"\nGATES FAILED: {len(failed)} of {len(self.evidence.gates)} ({', '.join(g.name for g in failed)}). "
+                f"Read {report} before you build on this run; a later stage refuses it unless it is told "
+                "--promote-anyway."
+            )
 
 
 def run_stage(cfg: RunConfig, *, resume: str = "auto", promote_anyway: bool = False) -> Outcome:

@@ -20,6 +20,7 @@ import signal
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,19 @@ class SweepResult:
             return 128 + self.signal
         return 0 if all(r.status == "finished" for r in self.record.rows) else 1
 
+    def print(self, console: Console) -> None:
+        print_record(self.record, console)
+        say = partial(console.print, markup=False, soft_wrap=True)
+        say(f"Page: {self.folder / 'sweep.html'}")
+        if self.signal is not None:
+            name = signal.Signals(self.signal).name
+            say(f"stopped by {name}; what was done is saved in {self.folder}. The same command continues.")
+
 
 def run_sweep(
     config: str | Path, overrides: Sequence[str] = (), *, console: Console | None = None, promote_anyway: bool = False
 ) -> SweepResult:
-    """Run what is missing of a sweep, then write, print and return its summary.
+    """Run what is missing of a sweep, then write and return its summary; ``console`` hears how the runs come along.
 
     A run that finished with the same settings is not run again, an interrupted one goes on from its last checkpoint,
     one that fails is named and the others go on (the same command tries it again). Ctrl-C (or SIGTERM) lets the running
@@ -86,14 +95,6 @@ def run_sweep(
         stopped, failed = Runner(points, console, promote_anyway).run()
         record = collect(points, failed, interrupted=stopped is not None)
         write_summary(record, points.folder)
-    print_record(record, console)
-    console.print(f"Page: {points.folder / 'sweep.html'}", markup=False, soft_wrap=True)
-    if stopped is not None:
-        console.print(
-            f"stopped by {signal.Signals(stopped).name}; what was done is saved in {points.folder}. "
-            "The same command continues.",
-            markup=False, soft_wrap=True,
-        )  # fmt: skip
     return SweepResult(points.folder, record, stopped)
 
 

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)  # fmt: skip
 
 _SMOOTHING_STEPS = 200
 """Steps the average step time remembers; the first step (warm-up of kernels and workers) is left out."""
@@ -124,26 +134,9 @@ class Reporter:
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Callable[[int, int], None]]:
-        """A ``tick(done, total)`` for long work: a bar with ETA on a terminal, a line every tenth otherwise."""
-        if self.live:
-            bar = Progress(
-                TextColumn(f"[bold]{label}"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
-                console=self.console, transient=True,
-            )  # fmt: skip
-            with bar:
-                task = bar.add_task(label, total=None)
-                yield lambda done, total: bar.update(task, completed=done, total=total)
-            return
-        started, last = time.perf_counter(), [0]
-
-        def tick(done: int, total: int) -> None:
-            tenth = 10 * done // max(total, 1)
-            if tenth != last[0] and time.perf_counter() - started > 2:
-                last[0] = tenth
-                eta = (time.perf_counter() - started) * (total - done) / max(done, 1)
-                self.line("progress", f"{label} {done}/{total} ({100 * done // max(total, 1)}%) ETA {duration(eta)}")
-
-        yield tick
+        """A ``tick(done, total)`` for long work: see `ticking`."""
+        with ticking(self.console, live=self.live, enabled=self.enabled) as tick:
+            yield partial(tick, label)
 
     def time(self, step_time_s: float) -> None:
         """Take a finished step's seconds into the average. The first one of a process is left out: it warms up."""
@@ -178,6 +171,38 @@ class Reporter:
             f"samples/s={record.get('samples_per_s', 0):.1f} tokens/s={record.get('tokens_per_s', 0):.0f} "
             f"data_wait={100 * record.get('data_wait_share', 0):.0f}%"
         )
+
+
+@contextmanager
+def ticking(
+    console: Console, *, live: bool | None = None, enabled: bool = True
+) -> Iterator[Callable[[str, int, int], None]]:
+    """A ``tick(label, done, total)`` for long work: a bar a label with its ETA on a terminal, else a line every tenth.
+
+    Work that takes less than two seconds is silent where lines are printed.
+    """
+    if console.is_terminal if live is None else live:
+        bar = Progress(
+            TextColumn("[bold]{task.description}"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
+            console=console, transient=True,
+        )  # fmt: skip
+        with bar:
+            tasks: defaultdict[str, TaskID] = defaultdict(lambda: bar.add_task("", total=None))
+            yield lambda label, done, total: bar.update(tasks[label], description=label, completed=done, total=total)
+        return
+    started: dict[str, float] = {}
+    last: dict[str, int] = {}
+
+    def tick(label: str, done: int, total: int) -> None:
+        elapsed = time.perf_counter() - started.setdefault(label, time.perf_counter())
+        share = done / max(total, 1)
+        if enabled and elapsed > 2 and int(10 * share) != last.get(label, 0):
+            last[label] = int(10 * share)
+            eta = duration(elapsed * (total - done) / max(done, 1))
+            text = f"[progress] {label} {done}/{total} ({int(100 * share)}%) ETA {eta}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    yield tick
 
 
 def duration(seconds: float) -> str:
