@@ -219,7 +219,7 @@ class RunDir:
                 if not isinstance(record, dict):
                     raise ValueError(f"{type(record).__name__} instead of an object")
                 records.append(record)
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 if number == len(lines):
                     continue
                 raise UserError(f"{self.metrics_path}:{number}: not a JSON line ({e}); repair or remove it") from e
@@ -256,7 +256,7 @@ class RunDir:
             value = json.loads(path.read_text())
         except FileNotFoundError:
             raise UserError(f"{path} does not exist; is {self.path} a run folder?") from None
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{path} is not JSON: {e}") from e
         if not isinstance(value, dict):
             raise UserError(f"{path} holds {type(value).__name__}, not an object; it is damaged, remove it")
@@ -330,7 +330,7 @@ def is_held(folder: Path) -> bool:
 
 
 def _holder(info_path: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         info = json.loads(info_path.read_text())
         if isinstance(info, dict):
             return info

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,8 +83,6 @@ def test_resumed_from_a_checkpoint_equals_the_straight_run(tiny_config: MakeConf
         with pytest.raises(RuntimeError, match="planted"):
             run_stage(tiny_config(resumed))
     assert json.loads((resumed / "run" / "run.json").read_text())["status"] == "failed"
-    import shutil
-
     shutil.rmtree(resumed / "run" / "checkpoints" / "step_4")  # … and its last checkpoint never made it
 
     run_stage(tiny_config(resumed))
@@ -156,6 +155,27 @@ def test_resume_refuses_another_config_and_never_refuses_a_used_folder(tiny_conf
         run_stage(tiny_config(tmp_path, **{"train.lr.connector": 0.5}))
     with pytest.raises(UserError, match="--resume is never"):
         run_stage(tiny_config(tmp_path), resume="never")
+
+
+def test_a_run_whose_every_checkpoint_is_damaged_is_refused_and_nothing_of_it_is_touched(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    run_stage(tiny_config(tmp_path))
+    run = tmp_path / "run"
+    shutil.copytree(run / "checkpoints" / "step_2", tmp_path / "step_2")
+    for weights in run.glob("checkpoints/step_*/connector.safetensors"):
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(bytes(data))
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+    for resume in ("auto", "never"):
+        with pytest.raises(UserError, match=r"(?s)every one was tried:.*step_4: .*step_2: .*To start afresh choose"):
+            run_stage(tiny_config(tmp_path), resume=resume)
+
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    outcome = run_stage(tiny_config(tmp_path), resume=str(tmp_path / "step_2"))  # a copy from elsewhere saves it
+    assert outcome.step == 4 and load_evidence(run).status == Status.SUCCEEDED
 
 
 def test_a_diverging_run_stops_itself_and_says_so(tiny_config: MakeConfig, tmp_path: Path) -> None:

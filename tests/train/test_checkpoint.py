@@ -23,6 +23,7 @@ from beholder.train import checkpoint as ck
 from beholder.train import restore
 from beholder.train.checkpoint import (
     best_checkpoint,
+    checkpoint_to_resume,
     latest_checkpoint,
     problem,
     resolve_checkpoint,
@@ -205,6 +206,7 @@ def flip_a_byte(path: Path) -> None:
         (lambda p: (p / "MANIFEST.json").unlink(), "it has no MANIFEST.json"),
         (lambda p: (p / "MANIFEST.json").write_text('{"format": "beh'), "MANIFEST.json is damaged"),
         (lambda p: (p / "MANIFEST.json").write_text("[]"), "MANIFEST.json is damaged"),
+        (lambda p: (p / "MANIFEST.json").write_text("[" * 99_999), "MANIFEST.json is damaged (RecursionError"),
         (lambda p: (p / "MANIFEST.json").write_text('{"format": "x/9", "files": {}}'), "its format is 'x/9'"),
     ],
 )
@@ -217,6 +219,17 @@ def test_a_spoiled_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path
     assert len(warnings) == 1 and reason in warnings[0] and "step_2" in warnings[0]
     with pytest.raises(UserError, match="step_2 cannot be used"):
         resolve_checkpoint(tmp_path / "step_2")
+
+
+def test_where_no_checkpoint_verifies_each_is_named_and_nothing_is_taken_for_a_fresh_folder(tmp_path: Path) -> None:
+    assert checkpoint_to_resume(tmp_path) is None and checkpoint_to_resume(tmp_path / "nowhere") is None
+    for step in (1, 2):
+        flip_a_byte(write(tmp_path, step) / "connector.safetensors")
+    said = r"every one was tried:\n  step_2: connector.safetensors does not.*\n  step_1: connector.*\n.*run_name"
+    with pytest.raises(UserError, match=said):
+        checkpoint_to_resume(tmp_path, warn=lambda message: None)
+    with pytest.raises(UserError, match=said):
+        resolve_checkpoint(tmp_path, warn=lambda message: None)
 
 
 def test_a_manifest_cannot_point_outside_its_folder(tmp_path: Path) -> None:
@@ -285,7 +298,7 @@ def test_unusable_paths_say_what_to_give_instead(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is a file; give the run folder"):
         resolve_checkpoint(tmp_path / "step_5" / "connector.safetensors")
     flip_a_byte(tmp_path / "step_5" / "trainer.json")
-    with pytest.raises(UserError, match=r"no usable checkpoint in .*sha256 differs"):
+    with pytest.raises(UserError, match=r"no usable checkpoint in .*\n  step_5: trainer.json .*sha256 differs"):
         resolve_checkpoint(tmp_path, warn=lambda _: None)
 
 

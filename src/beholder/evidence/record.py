@@ -405,7 +405,7 @@ def held_out_hashes(runs: Sequence[tuple[Path, Evidence]]) -> list[str | None]:
 
 def _split_hash(folder: Path) -> str | None:
     for file in sorted((folder / "splits").glob("split_*.json")):
-        with suppress(OSError, ValueError, AttributeError):
+        with suppress(OSError, ValueError, RecursionError, AttributeError):
             items = json.loads(file.read_bytes()).get("eval")
             if items:
                 what = json.dumps(items, sort_keys=True, ensure_ascii=True)

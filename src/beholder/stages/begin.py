@@ -63,7 +63,7 @@ def find_start(cfg: RunConfig, run: RunDir, resume: str) -> Path | None:
                 "into one folder. Choose another output_dir, or remove the later checkpoints to go back."
             )
     else:
-        found = checkpoint.latest_checkpoint(run.checkpoints) if run.checkpoints.is_dir() else None
+        found = checkpoint.checkpoint_to_resume(run.checkpoints)
         if found is not None and resume == "never":
             raise UserError(
                 f"{run.path} already holds checkpoints (latest {found.name}) and --resume is never: choose another "

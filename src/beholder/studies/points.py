@@ -162,7 +162,7 @@ def is_finished(run: Point) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         record = json.loads(path.read_bytes())
         if isinstance(record, dict):
             return record

@@ -199,7 +199,7 @@ def _child_setup() -> Callable[[], None]:
 
 def _progress(run: Point) -> str:
     """``step 40/100, `` of a run under way; empty before its first step."""
-    with suppress(OSError, ValueError, LookupError, TypeError):
+    with suppress(OSError, ValueError, RecursionError, LookupError, TypeError):
         with open(run.folder / "metrics.jsonl", "rb") as f:
             f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
             line = json.loads(f.read().splitlines()[-1])

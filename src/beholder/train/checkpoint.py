@@ -193,7 +193,7 @@ def problem(path: Path, *, hashes: bool = True) -> str | None:
         return f"it has no {MANIFEST}"
     except OSError as e:
         return f"it cannot be read: {e}"
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         return f"its {MANIFEST} is damaged ({type(e).__name__}: {e})"
     return None
 
@@ -206,6 +206,23 @@ def latest_checkpoint(folder: Path, *, warn: Warn = warn_to_stderr) -> Path | No
             return path
         warn(f"checkpoint {path} is passed over: {reason}")
     return None
+
+
+def checkpoint_to_resume(folder: Path, *, warn: Warn = warn_to_stderr) -> Path | None:
+    """`latest_checkpoint`, for who would start afresh without one: None only where there is nothing to go on from.
+
+    Raises `UserError` with the reason of each where there are checkpoints and none verifies: what a run has learned is
+    thrown away by a person, never by a command that was meant to go on.
+    """
+    found = latest_checkpoint(folder, warn=warn)
+    if found is None and (steps := _steps(folder)):
+        raise UserError(
+            f"no usable checkpoint in {folder}; every one was tried:\n  "
+            + "\n  ".join(f"{path.name}: {problem(path)}" for _, path in steps)
+            + "\nPut one of them back from a copy, or name another place with --resume. To start afresh choose another "
+            f"run_name or output_dir, or remove {folder}."
+        )
+    return found
 
 
 def set_best(checkpoints: Path, step: int, facts: Mapping[str, Any]) -> None:
@@ -234,7 +251,7 @@ def best_facts(checkpoints: Path) -> dict[str, Any] | None:
             raise ValueError(f"step is {said['step']!r}")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(
             f"{file} cannot be read ({type(e).__name__}: {e}). Remove it to use the latest checkpoint, or name a "
             "step_<n> folder."
@@ -299,9 +316,7 @@ def resolve_checkpoint(
     best = best_checkpoint(inside) if prefer == "best" else None
     if best is not None:
         return best
-    reasons: list[str] = []
-    found = latest_checkpoint(inside, warn=lambda m: (reasons.append(m), warn(m))[0])
+    found = checkpoint_to_resume(inside, warn=warn)
     if found is None:
-        why = "; ".join(reasons) or "it holds no step_<n> folder"
-        raise UserError(f"no usable checkpoint in {inside}: {why}")
+        raise UserError(f"no usable checkpoint in {inside}: it holds no step_<n> folder")
     return found
