@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_run
 import torch
 from tiny_run import Outcome, Tiny, exact_log, optimizer_for, settings, train
 
@@ -23,7 +24,7 @@ from beholder.train.checkpoint import latest_checkpoint
 from beholder.train.engine import LoopState, NonFiniteError
 from beholder.train.nonfinite import only
 from beholder.train.objectives import next_token
-from beholder.train.optim import optimizer_tensors
+from beholder.train.optim import named_parameters, optimizer_tensors
 from beholder.train.restore import load_connector
 from beholder.types import Batch, ImageRef, LossTerms, UserError
 
@@ -335,7 +336,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change_and_names_the
     sample, image = sample_of_step(tiny, model, cfg, 3)
     with pytest.raises(NonFiniteError, match=rf"loss of step 3 is not finite \(samples '{sample}'\)") as e:
         train(tiny, run, cfg, total_steps=5, model=model, features=OneBadImage(model, image), multi_image_fraction=0.0)
-    assert (e.value.which, e.value.step, e.value.sample_ids) == ("loss", 3, (sample,))
+    assert (e.value.which, e.value.step, e.value.named) == ("loss", 3, (sample,))
     assert [r["step"] for r in exact_log(run)] == [1, 2]
     saved = tiny.model()
     load_connector(run.path, saved.connector, saved.connector_info())
@@ -369,8 +370,40 @@ def test_a_gradient_that_is_not_finite_stops_and_names_the_sample(tiny: Tiny, tm
     before = {k: v.clone() for k, v in model.connector.state_dict().items()}
     with pytest.raises(NonFiniteError, match="the gradient of step 1 is not finite") as e:
         train(tiny, RunDir(tmp_path), cfg, total_steps=5, model=model, objective=objective, multi_image_fraction=0.0)
-    assert e.value.which == "gradient" and e.value.sample_ids == (sample,)
+    assert e.value.which == "gradient" and e.value.named == (sample,)
     assert identical(before, dict(model.connector.state_dict()))
+
+
+@pytest.mark.parametrize(("moment", "value", "which", "stops_at"), [
+    ("exp_avg", float("inf"), "weights", 3), ("exp_avg", float("nan"), "weights", 3),
+    ("exp_avg_sq", float("inf"), "optimizer state", 4),  # divides the update to 0 for good: found when it is saved
+])  # fmt: skip
+def test_what_an_update_makes_not_finite_is_never_saved_and_the_same_command_ends_as_the_straight_run(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, value: float, which: str, stops_at: int
+) -> None:
+    cfg, run = settings(save_every=2), RunDir(tmp_path / "b")
+    straight = train(tiny, RunDir(tmp_path / "a"), cfg, total_steps=5)
+    made: list[torch.optim.Optimizer] = []
+    monkeypatch.setattr(tiny_run, "optimizer_for", lambda *a: (made.append(optimizer_for(*a)), made[-1])[1])
+
+    class Spoil:
+        name = ""
+
+        def objective(self, model: Any, batch: Batch) -> LossTerms:
+            if len(exact_log(run)) == 2:  # after the save of step 2
+                self.name, parameter = next(iter(named_parameters(made[0]).items()))
+                made[0].state[parameter][moment].view(-1)[0] = value
+            return next_token(model, batch)
+
+    spoil = Spoil()
+    with pytest.raises(NonFiniteError, match=f"the {which} that would be saved are not finite") as e:
+        train(tiny, run, cfg, total_steps=5, objective=spoil.objective)
+    assert (e.value.which, e.value.step) == (which, stops_at)
+    assert e.value.named[0].startswith(spoil.name)
+    assert latest_checkpoint(run.checkpoints) == run.checkpoints / "step_2"
+    resumed = train(tiny, run, cfg, total_steps=5)
+    assert exact_log(run) == exact_log(RunDir(tmp_path / "a"))
+    assert identical(connector(straight), connector(resumed))
 
 
 def test_a_sample_taken_out_of_a_packed_batch_has_the_loss_it_has_inside(tiny: Tiny) -> None:

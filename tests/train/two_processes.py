@@ -81,7 +81,7 @@ def scenarios(tiny: Tiny, out: Path, dist: Dist) -> dict[str, Any]:
     try:
         train(tiny, RunDir(out / "nan"), EVEN, total_steps=3, dist=dist, objective=poisoned, multi_image_fraction=0.0)
     except NonFiniteError as e:
-        seen["nan"] = [e.step, list(e.sample_ids)]
+        seen["nan"] = [e.step, list(e.named)]
     seen["bad"] = bad
 
     # an image that one process cannot have

@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -21,9 +21,9 @@ import torch
 from beholder.config import TrainConfig
 from beholder.runs import RunDir, hang_up_signals, stop_signals
 from beholder.train.distributed import Dist
-from beholder.train.nonfinite import NonFiniteError, only, samples_with_bad_loss
+from beholder.train.nonfinite import NonFiniteError, not_finite, only, samples_with_bad_loss
 from beholder.train.objectives import Objective
-from beholder.train.optim import lr_at, set_lr, trainable_parameters
+from beholder.train.optim import lr_at, moments, named_parameters, set_lr, trainable_parameters
 from beholder.train.reporter import Reporter
 from beholder.types import Batch, UserError
 
@@ -118,7 +118,7 @@ def fit(
 
     A step: pull its micro-batches; count its supervised tokens over all processes; for each micro-batch, loss sum
     divided by that count, and backward; sum gradients over processes; stop if anything is not finite; clip; set the
-    learning rate; AdamW; log; callbacks; save when due. Because the one divisor is known before the first backward,
+    learning rate; AdamW; stop if what learns is not finite; log; callbacks; save when due. Because the one divisor is known before the first backward,
     accumulation and processes give the gradient of one large batch (no mean of means).
 
     ``save(step)`` writes a checkpoint; it is called on the main process only, after ``metrics.jsonl`` is flushed. A run
@@ -127,7 +127,8 @@ def fit(
 
     SIGTERM or SIGINT: the step is finished and saved, and the result says ``cancelled``; a second signal ends training
     at once (`KeyboardInterrupt`, or `SystemExit` 143). Raises `NonFiniteError` with the sample ids, before the weights
-    are touched, and `UserError` from data or disk; on several processes all of them stop.
+    are touched, or with the weights, before they are saved, and `UserError` from data or disk; on several processes all
+    of them stop.
     """
     dist = dist or Dist()
     state = state if state is not None else LoopState()
@@ -194,6 +195,7 @@ def fit(
             lrs = set_lr(optimizer, factor)
             if tokens:  # else every sample of the step was rejected: counted and named, nothing to learn from
                 optimizer.step()
+                _refuse_not_finite("weights", named_parameters(optimizer), step, dist)
                 if fp16:
                     state.clean_steps += 1
                     if state.clean_steps >= 2000 and state.loss_scale < 2.0**24:
@@ -243,6 +245,7 @@ def fit(
             elif callbacks:
                 state.pending = record
             if step % cfg.save_every == 0 or step == total_steps or stop is not None or keep:
+                _refuse_not_finite("optimizer state", moments(optimizer), step, dist)
                 dist.on_main(lambda step=step: _save(run, save, step))
             state.pending = None
             if stop is not None:
@@ -332,6 +335,15 @@ def _culprits(
             optimizer.zero_grad(set_to_none=True)
     everyone = [i for ids in dist.gather_objects(found) for i in ids]
     return everyone or [i for ids in dist.gather_objects([i for b in batches for i in b.ids]) for i in ids]
+
+
+def _refuse_not_finite(
+    which: Literal["weights", "optimizer state"], tensors: Mapping[str, torch.Tensor], step: int, dist: Dist
+) -> None:
+    """`NonFiniteError` on every process when a tensor of any of them holds a NaN or an infinity."""
+    mine = not_finite(tensors)
+    if dist.all_reduce_sum([float(len(mine))])[0]:
+        raise NonFiniteError(which, step, sorted({name for names in dist.gather_objects(mine) for name in names}))
 
 
 def _save(run: RunDir, save: Callable[[int], None], step: int) -> None:

@@ -1,12 +1,13 @@
 """When a run must stop itself, and who is to blame.
 
-The engine finds a loss or gradient that is not finite before the optimizer steps; this file names the samples.
-It runs only after something went wrong, so it may be slow.
+The engine finds a loss or gradient that is not finite before the optimizer steps, and weights or moments that are not
+before they are saved; this file names the samples and the tensors. But for `not_finite` it runs only after something
+went wrong, so it may be slow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -20,21 +21,40 @@ MAX_NAMED = 16
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient was NaN or infinite. No weight was touched by the step.
+    """Something of a training step was NaN or infinite. Nothing that is not finite was saved.
 
-    ``which``: loss or gradient. ``sample_ids``: the samples that give it also when they are alone; if none does, the
-    samples of its row or step.
+    ``which``: loss or gradient, found before a weight was touched; ``named`` are then the ids of the samples that give
+    it also when they are alone, or, if none does, the samples of its row or step. Else weights or optimizer state, found
+    after the update and before a save; ``named`` are the tensors.
     """
 
-    def __init__(self, which: Literal["loss", "gradient"], step: int, sample_ids: Sequence[str]) -> None:
-        self.which, self.step, self.sample_ids = which, step, tuple(sample_ids)
-        named = ", ".join(repr(i) for i in self.sample_ids[:MAX_NAMED])
-        more = f" and {len(self.sample_ids) - MAX_NAMED} more" if len(self.sample_ids) > MAX_NAMED else ""
-        super().__init__(
-            f"the {which} of step {step} is not finite (samples {named}{more}). Training stopped before the optimizer "
-            f"stepped: the weights are those of step {step - 1}. Look at the samples with `beholder preview`; if they "
-            "are sound, lower train.lr.connector, set train.grad_clip, or use train.precision: bf16 or fp32."
-        )
+    def __init__(
+        self, which: Literal["loss", "gradient", "weights", "optimizer state"], step: int, named: Sequence[str]
+    ) -> None:
+        self.which, self.step, self.named = which, step, tuple(named)
+        some = ", ".join(repr(i) for i in self.named[:MAX_NAMED])
+        some += f" and {len(self.named) - MAX_NAMED} more" if len(self.named) > MAX_NAMED else ""
+        if which in ("loss", "gradient"):
+            message = (
+                f"the {which} of step {step} is not finite (samples {some}). Training stopped before the optimizer "
+                f"stepped: the weights are those of step {step - 1}. Look at the samples with `beholder preview`; if "
+                "they are sound, lower train.lr.connector, set train.grad_clip, or use train.precision: bf16 or fp32."
+            )
+        else:
+            message = (
+                f"after the update of step {step} the {which} that would be saved are not finite ({some}), although "
+                "loss and gradient were. They were not saved: the latest checkpoint is an earlier, sound one, and the "
+                "same command goes on from it. If it happens again, lower train.lr or set train.grad_clip; if it does "
+                "not, suspect the memory of the machine."
+            )
+        super().__init__(message)
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors with a NaN or an infinity. One norm over all of them tells when there is none."""
+    if bool(torch.isfinite(torch.nn.utils.get_total_norm([t.detach() for t in tensors.values()]))):
+        return []
+    return [name for name, t in tensors.items() if not bool(torch.isfinite(t).all())]
 
 
 @torch.no_grad()

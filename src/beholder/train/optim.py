@@ -6,11 +6,12 @@ Which parameters form which group is decided in `model.plan`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
+from beholder.train.nonfinite import not_finite
 from beholder.types import UserError
 
 
@@ -70,37 +71,56 @@ def trainable_parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Para
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    for group in optimizer.param_groups:
-        yield from zip(group["param_names"], group["params"], strict=True)
+def named_parameters(optimizer: torch.optim.Optimizer) -> dict[str, torch.nn.Parameter]:
+    return {
+        name: p
+        for group in optimizer.param_groups
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+    }
+
+
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's moments as ``{"<parameter>/<exp_avg | exp_avg_sq>": tensor}``, where they are."""
+    return {
+        f"{name}/{key}": value
+        for name, p in named_parameters(optimizer).items()
+        for key, value in optimizer.state.get(p, {}).items()
+        if key != "step"
+    }
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The optimizer's state as ``{"<parameter>/<exp_avg | exp_avg_sq | step>": tensor}``, on the CPU."""
     tensors = {}
-    for name, parameter in _named(optimizer):
+    for name, parameter in named_parameters(optimizer).items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
     return tensors
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put `optimizer_tensors` back, bit for bit. Strict: a missing, extra or misshapen entry is a `UserError`.
+    """Put `optimizer_tensors` back, bit for bit. Strict: an entry that is missing, extra, misshapen or not finite is a
+    `UserError`.
 
     An empty mapping is the state before the first step.
     """
     if not tensors:
         optimizer.state.clear()
         return
-    expected = {f"{name}/{key}" for name, _ in _named(optimizer) for key in ("exp_avg", "exp_avg_sq", "step")}
+    expected = {f"{name}/{key}" for name in named_parameters(optimizer) for key in ("exp_avg", "exp_avg_sq", "step")}
     if expected != set(tensors):
         missing, extra = sorted(expected - set(tensors))[:3], sorted(set(tensors) - expected)[:3]
         raise UserError(
             f"the optimizer state does not fit this model: missing {missing or 'nothing'}, unexpected "
             f"{extra or 'nothing'}. The checkpoint is of another architecture or training plan; resume with its config."
         )
+    if bad := not_finite(tensors):
+        raise UserError(
+            f"the optimizer state has moments that are NaN or infinite: {', '.join(bad[:3])}. The next update would "
+            "spoil the weights; use an earlier checkpoint."
+        )
     state: dict[torch.Tensor, Any] = {}
-    for name, parameter in _named(optimizer):
+    for name, parameter in named_parameters(optimizer).items():
         for key in ("exp_avg", "exp_avg_sq"):
             if tensors[f"{name}/{key}"].shape != parameter.shape:
                 raise UserError(
