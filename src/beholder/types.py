@@ -25,6 +25,14 @@ class UserError(ValueError):
     """
 
 
+class ProcessError(RuntimeError):
+    """A process that this one leans on, of its job or one that loads data, failed, hangs or was killed.
+
+    No wrong input, and no bug of this process: the command line prints it without a traceback and ends as after a
+    crash.
+    """
+
+
 class Status(StrEnum):
     """How a run ended, honestly: a crash is never ``cancelled``."""
 

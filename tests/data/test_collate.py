@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,7 +35,7 @@ from beholder.data.collate import (
 from beholder.data.images import ImageError, ImagePipeline
 from beholder.data.mixture import Mixture
 from beholder.prepare.tiny import tiny_tokenizer
-from beholder.types import Batch, Encoded, Example, ImageGeometry, ImageInput, ImageRef, Turn, UserError
+from beholder.types import Batch, Encoded, Example, ImageGeometry, ImageInput, ImageRef, ProcessError, Turn, UserError
 
 # Python 3.12 warns whenever a process with threads forks; the loader processes touch nothing that threads hold.
 # torch warns of more workers than cores, which is what a test about worker counts wants.
@@ -520,14 +521,50 @@ def test_signals_to_the_group_leave_the_trainer_time_to_finish_its_step(encoder:
 
     for worker in workers:
         os.kill(worker.pid, signal.SIGINT)
-    after_ctrl_c = next(steps)  # they still deliver
     for worker in workers:
         os.kill(worker.pid, signal.SIGTERM)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and any(_alive(w) for w in workers):
-        time.sleep(0.02)  # torch would raise here, from its SIGCHLD handler, had they died of the signal
+    for _ in range(20):  # more than was ready: they still deliver
+        assert len(next(steps)) == 2
+    steps.close()  # type: ignore[attr-defined]
 
-    assert len(after_ctrl_c) == 2 and not any(_alive(w) for w in workers)
+    assert not any(_alive(w) for w in workers)
+
+
+def test_a_loader_process_that_hangs_or_is_killed_ends_the_run_with_the_samples_that_were_due(
+    encoder: ChatEncoder, root: Path
+) -> None:
+    make, before = builder(encoder), _children()
+    make.pipeline = _stuck
+    steps = stream(
+        examples(root), make, PADDED, num_workers=1, timeout_s=1.0, multi_image_fraction=0.0
+    ).steps(3, 500)  # fmt: skip
+    began = time.monotonic()
+    with pytest.raises(
+        ProcessError, match=r"gave no batch of step 4 \(samples 'e\d+', .*for 1 s: one hangs.*same command"
+    ):
+        next(steps)
+    assert time.monotonic() - began < 6 and _children() <= before, "nobody is waited for or left behind"
+
+    steps = stream(examples(root), make, PADDED, num_workers=1, timeout_s=60.0, multi_image_fraction=0.0).steps(3, 500)
+
+    def kill_it() -> None:
+        while not (workers := _children() - before):
+            time.sleep(0.05)
+        time.sleep(0.5)
+        workers.pop().kill()
+
+    began = time.monotonic()
+    killer = threading.Thread(target=kill_it)
+    killer.start()
+    with pytest.raises(ProcessError, match=r"killed while the batch of step 4 \(samples 'e\d+'.*data.num_workers"):
+        next(steps)
+    killer.join()
+    assert time.monotonic() - began < 8 and _children() <= before
+
+
+def _stuck(ref: ImageRef, key: str | None) -> torch.Tensor:
+    time.sleep(3600)
+    raise AssertionError
 
 
 def _children() -> set[psutil.Process]:

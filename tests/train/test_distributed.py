@@ -80,7 +80,7 @@ def test_an_image_one_process_cannot_read_stops_both_or_is_counted_once(two: Any
 
 def test_an_error_while_saving_reaches_every_process(two: Any) -> None:
     assert two[1][0]["full"].startswith("OSError: [Errno 28]")
-    assert two[1][1]["full"].startswith("UserError: the main process failed: OSError")
+    assert two[1][1]["full"].startswith("ProcessError: process 0 failed: OSError")
     assert [seen["latest"] for seen in two[1]] == ["None"] * 2
 
 
@@ -95,9 +95,9 @@ def test_processes_exchange_plain_data_and_exact_sums(two: Any) -> None:
             "the data differs between the processes of this run (process 0: abc0, process 1: abc1)" in seen["not_same"]
         )
     assert two[1][0]["on_main_error"].startswith("ZeroDivisionError")
-    assert two[1][1]["on_main_error"].startswith("UserError: the main process failed: ZeroDivisionError")
+    assert two[1][1]["on_main_error"].startswith("ProcessError: process 0 failed: ZeroDivisionError")
     assert two[1][1]["together"] == "ValueError: mine alone"
-    assert two[1][0]["together"] == "UserError: process 1 failed: ValueError: mine alone"
+    assert two[1][0]["together"] == "ProcessError: process 1 failed: ValueError: mine alone"
 
 
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:

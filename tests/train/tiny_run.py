@@ -100,7 +100,7 @@ class Tiny:
             Mixture(records, np.arange(len(records)), seed=seed, multi_image_fraction=multi_image_fraction), builder,
             Layout(packing=cfg.packing, pack_len=cfg.pack_len or 256, pad_to_multiple_of=8),
             micro_batch_size=cfg.micro_batch_size, gradient_accum=cfg.gradient_accum, rank=dist.rank,
-            world_size=dist.world_size, num_workers=num_workers,
+            world_size=dist.world_size, num_workers=num_workers, timeout_s=cfg.timeout_s,
         )  # fmt: skip
 
 

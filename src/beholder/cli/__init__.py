@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from beholder.cli import before, look, train, use
-from beholder.cli.common import EXIT_GUARDRAIL, EXIT_SIGINT, EXIT_USER, app
-from beholder.types import UserError, printable
+from beholder.cli.common import EXIT_CRASH, EXIT_GUARDRAIL, EXIT_SIGINT, EXIT_USER, app
+from beholder.types import ProcessError, UserError, printable
 
 __all__ = ["app", "before", "look", "main", "train", "use"]
 
@@ -30,6 +30,9 @@ def main() -> None:
     except UserError as error:
         err.print(f"[bold red]error:[/bold red] {escape(printable(str(error)))}", soft_wrap=True)
         sys.exit(EXIT_USER)
+    except ProcessError as error:
+        err.print(f"[bold red]error:[/bold red] {escape(printable(str(error)))}", soft_wrap=True)
+        sys.exit(EXIT_CRASH)
     except KeyboardInterrupt:
         err.print("interrupted")
         sys.exit(EXIT_SIGINT)

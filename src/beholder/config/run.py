@@ -96,6 +96,9 @@ class TrainConfig(Section):
     """Share of an epoch between ``[progress]`` lines."""
     num_threads: Annotated[Positive | None, decides("speed"), Tiny(value=1)] = None
     """CPU threads of a process; default torch's."""
+    timeout_s: Annotated[float, Field(ge=1, le=7 * 86_400), decides("speed")] = 600.0
+    """Longest wait in seconds for another process of the job, or for one that loads data, without a sign of life; then
+    the run stops and says which one hangs."""
 
 
 class GenerateConfig(Section):

@@ -164,6 +164,7 @@ class Data:
             prefetch_factor=cfg.data.prefetch_factor,
             pin_memory=cfg.data.pin_memory,
             persistent_workers=cfg.data.persistent_workers,
+            timeout_s=cfg.train.timeout_s,
         )
 
     def total_steps(self, cfg: RunConfig) -> int:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from beholder.data.chat import ChatEncoder, EncodeError
 from beholder.data.images import ImageError
 from beholder.data.mixture import Mixture
-from beholder.types import Batch, Encoded, Example, FeatureReader, ImageInput, ImageRef, UserError
+from beholder.types import Batch, Encoded, Example, FeatureReader, ImageInput, ImageRef, ProcessError, UserError
 
 Sample = tuple[str, Encoded, list[ImageInput]]
 """Sample id, tokens, one input per image."""
@@ -242,6 +245,10 @@ WINDOW = 64
 benchmarks/instruct_step.py), and a loader process holds the images of this many at a time."""
 
 
+_LOOK_S = 1.0
+"""Between looks whether the loader processes still live while one of them is waited for."""
+
+
 @dataclass(eq=False)
 class TrainStream:
     """Micro-batches of every optimizer step, for one rank.
@@ -265,6 +272,8 @@ class TrainStream:
     prefetch_factor: int = 2
     pin_memory: bool = False
     persistent_workers: bool = True
+    timeout_s: float = 600.0
+    """Longest wait for a batch of the loader processes."""
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size, (self.rank, self.world_size)
@@ -299,7 +308,8 @@ class TrainStream:
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """The micro-batches of steps ``start``, …, ``stop - 1``, a list per step.
 
-        Raises what a worker raised: a `UserError` with its own message, anything else with the worker's traceback.
+        Raises what a worker raised: a `UserError` with its own message, anything else with the worker's traceback; and
+        `ProcessError` with the samples that were due when one was killed or has given nothing for ``timeout_s``.
         """
         if self.persistent_workers or not self.num_workers:
             segments = [(start, stop)]
@@ -311,21 +321,24 @@ class TrainStream:
             yield from self._segment(first, last)
 
     def _segment(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        leaving = multiprocessing.RawValue("b", 0)
         loader = DataLoader(
             _Windows(self, start, stop),
             batch_size=None,  # an item is a whole window
             shuffle=False,
             num_workers=self.num_workers,
+            timeout=min(_LOOK_S, self.timeout_s) if self.num_workers else 0,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
             pin_memory=self.pin_memory,
             collate_fn=_as_it_is,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, leaving),
         )
         with _no_tokenizer_threads(self.num_workers > 0):
             items = iter(loader)
         try:
             step: list[Batch] = []
-            for number, item in enumerate(items, 1):
+            for number in range(1, len(loader) + 1):
+                item = self._next(items, start, number - 1)
                 if isinstance(item, _Failure):
                     raise UserError(item.message)
                 step += [part.unpack() if isinstance(part, _Parcel) else part for part in item]
@@ -337,7 +350,37 @@ class TrainStream:
             # collected as part of a cycle cannot tell its workers to stop and waits 5 s for each (torch 2.11 to 2.15).
             stop_workers = getattr(items, "_shutdown_workers", None)
             if stop_workers is not None:
+                leaving.value = 1
+                if isinstance(sys.exc_info()[1], ProcessError):
+                    for worker in getattr(items, "_workers", ()):  # torch would wait 5 s for one that hangs
+                        worker.terminate()
                 stop_workers()
+
+    def _next(self, items: Iterator[Any], start: int, j: int) -> Any:
+        """Item ``j`` of a segment that begins at step ``start``. torch waits for a loader process without an end, or
+        until a time at which it would notice that one has died: so it is asked again and again."""
+        began = time.monotonic()
+        while True:
+            try:
+                return next(items)
+            except RuntimeError as e:
+                timed_out = str(e).startswith("DataLoader timed out")
+                if timed_out and time.monotonic() - began < self.timeout_s:
+                    continue
+                died = str(e).startswith("DataLoader worker")
+                if not timed_out and not died:
+                    raise
+                step, window = divmod(j, self.windows_per_step)
+                ids = [self.mixture.example_at(p).id for p in self.positions(start + step, window).tolist()]
+                due = f"step {start + step + 1} (samples {', '.join(map(repr, ids[:4]))}{', …' if ids[4:] else ''})"
+                what = (
+                    f"a loader process was killed while the batch of {due} was due: {e}. Perhaps memory ran out; lower "
+                    "data.num_workers or data.prefetch_factor"
+                    if died
+                    else f"the loader processes gave no batch of {due} for {self.timeout_s:g} s: one hangs, perhaps on "
+                    "a network disk. If they were only slow, raise train.timeout_s"
+                )
+                raise ProcessError(f"{what}. The same command goes on from the latest checkpoint.") from e
 
 
 class _Windows(Dataset[Any]):
@@ -402,14 +445,20 @@ class _Parcel:
         return replace(self, batch=self.batch.pin_memory(), features=pin(self.features), pixels=pin(self.pixels))
 
 
-def _start_worker(_: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process of the group, but whether to stop is the trainer's decision.
+def _start_worker(leaving: Any, _: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process of the group, but whether to stop is the trainer's decision:
+    it may still need this loader's batch to finish its step. ``leaving`` says that it needs no more.
 
-    A loader that exits with 0 leaves the trainer undisturbed while it finishes its step and saves; one that dies of the
-    signal makes torch raise in the middle of that.
+    Exit code 0, because of another one torch raises in the middle of the trainer's saving.
     """
+    trainer = os.getppid()
+
+    def terminated(*_: object) -> None:
+        if leaving.value or os.getppid() != trainer:
+            os._exit(0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, terminated)
 
 
 def _as_it_is(item: Any) -> Any:

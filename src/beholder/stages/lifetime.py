@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from beholder.runs import RunDir
+from beholder.runs import RunDir, warn_to_stderr
 from beholder.train import restore
 from beholder.train.distributed import Dist
 from beholder.train.nonfinite import NonFiniteError
-from beholder.types import Status
+from beholder.train.peers import describe
+from beholder.types import Status, UserError
 
 
 @contextmanager
@@ -31,17 +32,32 @@ def sole_writer(run: RunDir, dist: Dist) -> Iterator[None]:
 
 @contextmanager
 def honest_status(run: RunDir, dist: Dist) -> Iterator[None]:
-    """Whatever ends a run early is written into ``run.json`` as what it is."""
+    """Whatever ends a run early is written into ``run.json`` as what it is: not that the connection to another process
+    broke or that torchrun sent a signal, but why that process ended."""
+
+    def write(error: BaseException) -> None:
+        # The second is an evaluation whose loss is not finite.
+        stopped = isinstance(error, NonFiniteError | FloatingPointError)
+        status = Status.STOPPED_BY_GUARDRAIL if stopped else Status.FAILED
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            status = Status.CANCELLED
+        if not (dist.is_main and run.run_path.exists()):
+            return
+        try:
+            run.set_status(status, error=describe(error))
+        except (UserError, OSError) as e:  # the error that is under way says more
+            warn_to_stderr(f"{run.run_path} cannot say how the run ended: {e}")
+
+    if dist.peers is not None:
+        dist.peers.on_failure = write
     try:
         yield
     except BaseException as e:
-        # The second is an evaluation whose loss is not finite.
-        status = Status.STOPPED_BY_GUARDRAIL if isinstance(e, NonFiniteError | FloatingPointError) else Status.FAILED
-        if isinstance(e, KeyboardInterrupt | SystemExit):
-            status = Status.CANCELLED
-        if dist.is_main and run.run_path.exists():
-            run.set_status(status, error=f"{type(e).__name__}: {e}")
-        raise
+        cause = dist.cause(e)
+        write(cause)
+        if cause is e:
+            raise
+        raise cause from e
 
 
 def is_finished(run: RunDir, source: Path | None) -> bool:

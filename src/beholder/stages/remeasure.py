@@ -31,7 +31,7 @@ from beholder.stages.panel import by_word
 from beholder.stages.run import Outcome
 from beholder.stages.session import Session, open_session
 from beholder.train import checkpoint, restore, same_run
-from beholder.train.distributed import init_distributed, shutdown_distributed
+from beholder.train.distributed import joined
 from beholder.types import CONDITIONS, UserError
 
 
@@ -63,25 +63,21 @@ def reopen(folder: str, overrides: Sequence[str]) -> Iterator[Opened]:
             "features.*, device, threads, workers) or where its parts and data lie; start a new run to train with "
             "other settings"
         )
-    dist = init_distributed(cfg.device)
     run = RunDir(path)
-    try:
-        with stop_signals(), sole_writer(run, dist):
-            where = checkpoint.resolve_checkpoint(path)
-            session = open_session(cfg, run, dist)
-            table = apply_train_plan(session.model, plan_of(cfg.model, cfg.stage_record))
-            session.load(where)
-            trainer = restore.read_trainer(where)
-            same_run.check_same_fingerprints(restore.entry(trainer, "fingerprints"), session.fingerprints)
-            told = run.read_json("run.json").get("promoted") if run.run_path.exists() else None
-            if told:
-                session.gap(told)
-            if judged := [f"{f}: {a} → {b}" for f, a, b in diff_configs(saved, cfg) if f.startswith("gates.")]:
-                session.gap(f"Gates judged otherwise than the run declared them: {'; '.join(judged)}.")
-            session.fill_features(0, 0)
-            yield Opened(session, table, int(trainer["step"]))
-    finally:
-        shutdown_distributed()
+    with joined(cfg.device, cfg.train.timeout_s) as dist, stop_signals(), sole_writer(run, dist):
+        where = checkpoint.resolve_checkpoint(path)
+        session = open_session(cfg, run, dist)
+        table = apply_train_plan(session.model, plan_of(cfg.model, cfg.stage_record))
+        session.load(where)
+        trainer = restore.read_trainer(where)
+        same_run.check_same_fingerprints(restore.entry(trainer, "fingerprints"), session.fingerprints)
+        told = run.read_json("run.json").get("promoted") if run.run_path.exists() else None
+        if told:
+            session.gap(told)
+        if judged := [f"{f}: {a} → {b}" for f, a, b in diff_configs(saved, cfg) if f.startswith("gates.")]:
+            session.gap(f"Gates judged otherwise than the run declared them: {'; '.join(judged)}.")
+        session.fill_features(0, 0)
+        yield Opened(session, table, int(trainer["step"]))
 
 
 def run_folder(name: str) -> Path:
@@ -206,8 +202,7 @@ def audit_data(cfg: RunConfig, *, num_turns: int = 256, part: Literal["train", "
     ``part``: the samples to train on, or the held-out ones. Nothing is trained, and no image is looked at beyond the
     checks that every run makes.
     """
-    dist = init_distributed(cfg.device)
-    try:
+    with joined(cfg.device, cfg.train.timeout_s) as dist:
         with tempfile.TemporaryDirectory() as folder:
             run = RunDir(folder)
             session = open_session(cfg, run, dist)
@@ -231,5 +226,3 @@ def audit_data(cfg: RunConfig, *, num_turns: int = 256, part: Literal["train", "
         }  # fmt: skip
         title = f"{part} samples of {cfg.run_name}, no image shown"
         return Answer(title, found.measurements, columns, findings, is_main=dist.is_main)
-    finally:
-        shutdown_distributed()

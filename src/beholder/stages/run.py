@@ -26,7 +26,7 @@ from beholder.stages.measure import measure, measure_before
 from beholder.stages.measured import Trained
 from beholder.stages.session import open_session
 from beholder.stages.watch import Watch
-from beholder.train.distributed import Dist, init_distributed, shutdown_distributed
+from beholder.train.distributed import Dist, joined
 from beholder.train.engine import fit
 from beholder.train.objectives import OBJECTIVES
 from beholder.train.optim import build_optimizer
@@ -88,21 +88,18 @@ def run_stage(cfg: RunConfig, *, resume: str = "auto", promote_anyway: bool = Fa
     started = run.checkpoints.is_dir()
     if not started and (missing := missing_files((*cfg.data.train_sources, *cfg.data.eval_sources))):
         raise UserError(f"data: {'; '.join(missing)}")  # before any weight is fetched
-    dist = init_distributed(cfg.device)
-    try:
-        with stop_signals(), sole_writer(run, dist):
-            source = find_start(cfg, run, resume)
-            if dist.on_main(lambda: is_finished(run, source)):
-                known = load_evidence(run.path)
-                return Outcome(run.path, known.status, known.cost.steps, None, known, dist.is_main, again=True)
-            if source is None:
-                promoted = check_promoted(cfg, promote_anyway)
-            else:  # asked when the run started
-                promoted = run.read_json("run.json").get("promoted") if run.run_path.exists() else None
-            with honest_status(run, dist):  # from here on it is this run's record; a refused command leaves it alone
-                return train_and_measure(cfg, run, dist, source, promoted)
-    finally:
-        shutdown_distributed()
+    with joined(cfg.device, cfg.train.timeout_s) as dist, stop_signals(), sole_writer(run, dist):
+        source = find_start(cfg, run, resume)
+        dist.same_on_all_ranks("the checkpoint to go on from", str(source))
+        if dist.on_main(lambda: is_finished(run, source)):
+            known = load_evidence(run.path)
+            return Outcome(run.path, known.status, known.cost.steps, None, known, dist.is_main, again=True)
+        if source is None:
+            promoted = check_promoted(cfg, promote_anyway)
+        else:  # asked when the run started
+            promoted = run.read_json("run.json").get("promoted") if run.run_path.exists() else None
+        with honest_status(run, dist):  # from here on it is this run's record; a refused command leaves it alone
+            return train_and_measure(cfg, run, dist, source, promoted)
 
 
 def train_and_measure(cfg: RunConfig, run: RunDir, dist: Dist, source: Path | None, promoted: str | None) -> Outcome:

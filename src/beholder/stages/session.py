@@ -112,9 +112,15 @@ class Session:
         stop = min(stop, start + len(self.data.train))  # later epochs show the same images again
         refs = dict.fromkeys([*self.data.train_refs(start, stop), *self.data.eval_refs()])
         with self.phase("features"), self.reporter.progress("features") as tick:
+
+            def progress(done: int, of: int) -> None:
+                tick(done, of)
+                self.dist.alive()
+
             report = store.fill(
                 refs, lambda pixels: vision(pixels.to(self.model.device)), self.data.pipeline, batch_size=32,
-                progress=tick, on_bad_image=cfg.data.on_bad_image, rank=self.dist.rank, world_size=self.dist.world_size,
+                progress=progress, on_bad_image=cfg.data.on_bad_image, rank=self.dist.rank,
+                world_size=self.dist.world_size,
             )  # fmt: skip
             self.dist.barrier()
         self.reporter.line("features", report.summary)
@@ -143,7 +149,7 @@ def open_session(cfg: RunConfig, run: RunDir, dist: Dist) -> Session:
     def open_data() -> Data:
         return build_data(
             cfg, tokenizer, model.geometry, model.num_visual_tokens, split_file=run.splits / split_name(cfg),
-            write_split=dist.is_main,
+            write_split=dist.is_main, progress=lambda *_: dist.alive(),
         )  # fmt: skip
 
     # The main process writes the split; the others read it.

@@ -6,21 +6,24 @@ JSON in uint8 tensors, because ``torch.distributed``'s own object collectives un
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as c10d
+from torch.distributed.rendezvous import rendezvous
 
-from beholder.types import UserError
+from beholder.train.peers import Peers, describe, error_of, kind_of
+from beholder.types import ProcessError, UserError
 
-_TIMEOUT = timedelta(hours=6)
-"""Longest wait for another process: rank 0 alone may evaluate or fill the feature store meanwhile. A process that
-dies is noticed at once by torchrun, not by this."""
+_BACKSTOP = timedelta(hours=6)
+"""torch's own limit, after which it ends the process. Waits end earlier, in `Peers.wait`."""
 _BUCKET = 16 << 20
 """Elements per all-reduce of gradients (64 MB of fp32)."""
 
@@ -33,6 +36,8 @@ class Dist:
     world_size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    peers: Peers | None = None
+    """None when alone."""
 
     @property
     def is_main(self) -> bool:
@@ -48,7 +53,7 @@ class Dist:
         if self.world_size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        c10d.all_reduce(tensor)
+        self._wait(c10d.all_reduce(tensor, async_op=True))
         return tensor.tolist()
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -69,10 +74,18 @@ class Dist:
             bucket.append(p.grad)
             size += p.grad.numel()
             if size >= _BUCKET:
-                _sum_bucket(bucket)
+                self._sum_bucket(bucket)
                 bucket, size = [], 0
         if bucket:
-            _sum_bucket(bucket)
+            self._sum_bucket(bucket)
+
+    def _sum_bucket(self, gradients: list[torch.Tensor]) -> None:
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        self._wait(c10d.all_reduce(flat, async_op=True))
+        offset = 0
+        for g in gradients:
+            g.copy_(flat[offset : offset + g.numel()].view_as(g))
+            offset += g.numel()
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every process's JSON-able ``value``, in rank order, on every process."""
@@ -86,8 +99,12 @@ class Dist:
 
     def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         out = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        c10d.all_gather(out, tensor)
+        self._wait(c10d.all_gather(out, tensor, async_op=True))
         return out
+
+    def _wait(self, work: c10d.Work | None) -> None:
+        assert self.peers is not None and work is not None
+        self.peers.wait(work)
 
     def same_on_all_ranks(self, name: str, value: str) -> None:
         """`UserError` when a fingerprint differs between processes, such as one machine holding other data."""
@@ -102,7 +119,7 @@ class Dist:
     def on_main(self, function: Callable[[], Any]) -> Any:
         """Run ``function`` on the main process only; every process gets its JSON-able result, or its error.
 
-        The error reaches the others as a `UserError`, so that nobody waits for a process that has given up.
+        The error reaches the others as `raise_together` says, so that nobody waits for a process that has given up.
         """
         if self.world_size == 1:
             return function()
@@ -112,35 +129,45 @@ class Dist:
             try:
                 outcome = {"value": function()}
             except Exception as e:  # passed on below
-                outcome, error = {"error": f"{type(e).__name__}: {e}"}, e
+                outcome, error = {"error": [kind_of(e), describe(e)]}, e
         outcome = self.gather_objects(outcome)[0]
         if error is not None:
             raise error
         if "error" in outcome:
-            raise UserError(f"the main process failed: {outcome['error']}")
+            raise error_of(0, *outcome["error"])
         return outcome["value"]
 
     def raise_together(self, error: BaseException | None) -> None:
-        """Stop every process when one has an ``error``: that one raises it, the others a `UserError` that quotes it."""
+        """Stop every process when one has an ``error``: that one raises it, the others one that quotes it, a
+        `UserError` for a `UserError`, a `ProcessError` for a fault (`peers.error_of`)."""
         if self.world_size == 1:
             if error is not None:
                 raise error
             return
-        messages = self.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+        told = self.gather_objects(None if error is None else [kind_of(error), describe(error)])
         if error is not None:
             raise error
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise UserError(f"process {rank} failed: {message}")
+        for rank, what in enumerate(told):
+            if what is not None:
+                raise error_of(rank, *what)
 
+    # -- processes that fail
 
-def _sum_bucket(gradients: list[torch.Tensor]) -> None:
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    c10d.all_reduce(flat)
-    offset = 0
-    for g in gradients:
-        g.copy_(flat[offset : offset + g.numel()].view_as(g))
-        offset += g.numel()
+    def alive(self) -> None:
+        """A sign of life during long work of one's own, for those that wait for this process."""
+        if self.peers is not None:
+            self.peers.alive()
+
+    def stopping(self) -> None:
+        """A signal asked this process to stop: it waits for the others no longer than leaves time to end in order."""
+        if self.peers is not None:
+            self.peers.stopping()
+
+    def cause(self, error: BaseException) -> BaseException:
+        """What is behind an ``error`` of this process: the failure of another one that it follows from, else itself."""
+        if self.peers is None or isinstance(error, UserError | ProcessError):
+            return error
+        return self.peers.cause() or error
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -161,11 +188,27 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device(name)
 
 
-def init_distributed(device: str = "auto") -> Dist:
+@contextmanager
+def joined(device: str = "auto", timeout_s: float = 600.0) -> Iterator[Dist]:
+    """This process among those of its job, left at the end; what ends it early is told to the others."""
+    dist = init_distributed(device, timeout_s)
+    try:
+        yield dist
+    except BaseException as e:
+        if dist.peers is not None:
+            dist.peers.tell(e)
+        raise
+    finally:
+        shutdown_distributed()
+
+
+def init_distributed(device: str = "auto", timeout_s: float = 600.0) -> Dist:
     """Join the job torchrun started (gloo on CPU, NCCL on CUDA), or be alone when there is none.
 
-    Reads ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``. Call `shutdown_distributed` at the end.
+    Reads ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``. ``timeout_s``: longest wait for another process without a sign of
+    life. Call `shutdown_distributed` at the end, or use `joined`.
     """
+    global _peers
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1 or "RANK" not in os.environ:
         return Dist(device=pick_device(device))
@@ -176,11 +219,30 @@ def init_distributed(device: str = "auto") -> Dist:
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if not c10d.is_initialized():
-        c10d.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=_TIMEOUT)
-    return Dist(rank=rank, world_size=world_size, local_rank=local_rank, device=where)
+        store, _, _ = next(rendezvous("env://", rank, world_size))
+        c10d.init_process_group(
+            "nccl" if where.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size, timeout=_BACKSTOP
+        )
+        _peers = Peers(rank, world_size, store, timeout_s)
+    assert _peers is not None, "the process group was made elsewhere"
+    _peers.timeout_s = timeout_s
+    return Dist(rank=rank, world_size=world_size, local_rank=local_rank, device=where, peers=_peers)
+
+
+_peers: Peers | None = None
+"""One for the process group, however often it is asked for."""
 
 
 def shutdown_distributed() -> None:
     """Leave the process group, if there is one."""
+    global _peers
+    if _peers is not None:
+        _peers.leave()
     if c10d.is_available() and c10d.is_initialized():
-        c10d.destroy_process_group()
+        if _peers is None or _peers.in_use:
+            c10d.destroy_process_group()
+        else:
+            # An exchange that never ends is under way, and torch waits for it when the group is taken apart, at the end
+            # of the process at the latest. One reference more than there is keeps it from being taken apart.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(c10d.group.WORLD))
+    _peers = None

@@ -118,8 +118,8 @@ def fit(
 
     A step: pull its micro-batches; count its supervised tokens over all processes; for each micro-batch, loss sum
     divided by that count, and backward; sum gradients over processes; stop if anything is not finite; clip; set the
-    learning rate; AdamW; stop if what learns is not finite; log; callbacks; save when due. Because the one divisor is known before the first backward,
-    accumulation and processes give the gradient of one large batch (no mean of means).
+    learning rate; AdamW; stop if what learns is not finite; log; callbacks; save when due. Because the one divisor is
+    known before the first backward, accumulation and processes give the gradient of one large batch (no mean of means).
 
     ``save(step)`` writes a checkpoint; it is called on the main process only, after ``metrics.jsonl`` is flushed. A run
     is exactly resumable when it saves weights, ``optimizer_tensors`` and ``state.as_dict()``: order and dropout are
@@ -143,7 +143,7 @@ def fit(
     device = parameters[0].device
     step, record = start_step, None
 
-    signals = _Signals()
+    signals = _Signals(dist)
     with stop_signals(signals.handle, signal.SIGINT), reporter:
         reporter.start(start_step)
         if state.pending is not None:
@@ -371,8 +371,9 @@ def peak_memory_mb(device: torch.device) -> float:
 class _Signals:
     """Turns the first SIGTERM or SIGINT into a request to stop after the step; a second one ends the process."""
 
-    def __init__(self) -> None:
+    def __init__(self, dist: Dist) -> None:
         self.received: int | None = None
+        self._dist = dist
         self._pid = os.getpid()
 
     def handle(self, number: int, _frame: object) -> None:
@@ -389,6 +390,7 @@ class _Signals:
                 raise KeyboardInterrupt
             raise SystemExit(128 + number)
         self.received = number
+        self._dist.stopping()
         name = signal.Signals(number).name
         os.write(2, f"[stop] {name}: finishing this step and saving; once more ends at once\n".encode())
 

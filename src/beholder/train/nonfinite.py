@@ -24,8 +24,8 @@ class NonFiniteError(RuntimeError):
     """Something of a training step was NaN or infinite. Nothing that is not finite was saved.
 
     ``which``: loss or gradient, found before a weight was touched; ``named`` are then the ids of the samples that give
-    it also when they are alone, or, if none does, the samples of its row or step. Else weights or optimizer state, found
-    after the update and before a save; ``named`` are the tensors.
+    it also when they are alone, or, if none does, the samples of its row or step. Else weights or optimizer state,
+    found after the update and before a save; ``named`` are the tensors.
     """
 
     def __init__(
