@@ -1,0 +1,183 @@
+"""Tiny random towers of the real classes of transformers, and the smallest model of each of timm's families."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VIT: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+"""What most plain transformers call their sizes."""
+
+GRID: dict[str, Any] = {"image_size": 64, "patch_size": 16}
+"""64 x 64 pixels in 4 x 4 patches."""
+
+PYRAMID: dict[str, Any] = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 24, 32, 48]}
+
+TEXT: dict[str, Any] = {
+    "vocab_size": 64, "max_position_embeddings": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """One Hugging Face family: ``model`` is the class, ``numbers`` those of its config."""
+
+    model: str
+    numbers: dict[str, Any]
+    pixels: int = 64
+    patches: int | None = 16
+    """Patch tokens of one image; None where the family must be refused."""
+    refused: str = ""
+    """What the refusal says."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the preprocessing file, where it isn't the usual."""
+
+
+HF: dict[str, Family] = {
+    # One patch embedding, no class token
+    "siglip": Family("SiglipVisionModel", VIT | GRID),
+    "siglip whole": Family("SiglipModel", {"vision_config": VIT | GRID, "text_config": TEXT}),
+    "siglip2 naflex": Family(
+        "Siglip2VisionModel", VIT | {"patch_size": 16, "num_patches": 16}, patches=None,
+        refused="fixed-resolution", settings={"max_num_patches": 256},
+    ),
+    "vit-mae": Family("ViTMAEModel", VIT | GRID | {"mask_ratio": 0.75}, patches=None, refused="mask"),
+    "ijepa": Family("IJepaModel", VIT | GRID),
+    "aimv2": Family("Aimv2VisionModel", VIT | GRID),
+    "idefics3": Family("Idefics3VisionTransformer", VIT | GRID),
+    "sam": Family(
+        "SamVisionModel",
+        VIT | GRID | {"output_channels": 24, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 96,
+                      "num_pos_feats": 12, "initializer_range": 0.1},
+    ),
+    "vitdet": Family("VitDetModel", VIT | GRID | {"pretrain_image_size": 64}),
+    # A class token
+    "clip": Family("CLIPVisionModel", VIT | GRID | {"projection_dim": 48}),
+    "metaclip2": Family("MetaClip2VisionModel", VIT | GRID | {"projection_dim": 48}),
+    "clipseg": Family("CLIPSegVisionModel", VIT | GRID),
+    "chinese-clip": Family("ChineseCLIPVisionModel", VIT | GRID | {"projection_dim": 48}),
+    "altclip": Family("AltCLIPVisionModel", VIT | GRID | {"projection_dim": 48}),
+    "blip": Family("BlipVisionModel", VIT | GRID),
+    "owlvit": Family("OwlViTVisionModel", VIT | GRID),
+    "mlcd": Family("MLCDVisionModel", VIT | GRID | {"num_key_value_groups": 1}),
+    "vit": Family("ViTModel", VIT | GRID),
+    "vit-msn": Family("ViTMSNModel", VIT | GRID),
+    "beit": Family("BeitModel", VIT | GRID | {"use_relative_position_bias": True}),
+    "data2vec": Family("Data2VecVisionModel", VIT | GRID | {"use_relative_position_bias": True}),
+    "dinov2": Family("Dinov2Model", VIT | GRID | {"mlp_ratio": 2}),
+    "pixio": Family("PixioModel", VIT | GRID | {"mlp_ratio": 2}),
+    "internvl": Family(
+        "InternVLVisionModel", VIT | {"image_size": [64, 64], "patch_size": [16, 16]}
+    ),
+    "llama4": Family(
+        "Llama4VisionModel",
+        VIT | GRID | {"vision_output_dim": 48, "projector_input_dim": 48, "projector_output_dim": 48,
+                      "pixel_shuffle_ratio": 0.5, "intermediate_size": 192}, patches=4,
+    ),
+    # Several
+    "deit distilled": Family("DeiTModel", VIT | GRID),
+    "yolos": Family("YolosModel", VIT | {"image_size": [64, 64], "patch_size": 16, "num_detection_tokens": 5}),
+    "dinov2 with registers": Family(
+        "Dinov2WithRegistersModel", VIT | GRID | {"mlp_ratio": 2, "num_register_tokens": 4}
+    ),
+    "dinov3 vit": Family("DINOv3ViTModel", VIT | GRID | {"num_register_tokens": 4}),
+    # Feature maps and pyramids
+    "resnet": Family("ResNetModel", PYRAMID | {"embedding_size": 16, "layer_type": "basic"}, patches=4),
+    "regnet": Family("RegNetModel", PYRAMID | {"embedding_size": 16, "groups_width": 8}, patches=4),
+    "bit": Family("BitModel", PYRAMID | {"embedding_size": 16, "num_groups": 4}, patches=4),
+    "convnext": Family("ConvNextModel", PYRAMID, patches=4),
+    "convnextv2": Family("ConvNextV2Model", PYRAMID, patches=4),
+    "dinov3 convnext": Family("DINOv3ConvNextModel", PYRAMID | {"image_size": 64}, patches=4),
+    "efficientnet": Family(
+        "EfficientNetModel",
+        {"image_size": 64, "width_coefficient": 0.5, "depth_coefficient": 0.3, "hidden_dim": 640}, patches=4,
+    ),
+    "mobilenet v1": Family("MobileNetV1Model", {"depth_multiplier": 0.25}, patches=4),
+    "mobilenet v2": Family("MobileNetV2Model", {"depth_multiplier": 0.25}, patches=4),
+    "mobilevit": Family(
+        "MobileViTModel",
+        {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 48], "num_attention_heads": 2,
+         "image_size": 64}, patches=4,
+    ),
+    "mobilevitv2": Family("MobileViTV2Model", {"image_size": 64, "width_multiplier": 0.25}, patches=4),
+    "hgnet v2": Family("HGNetV2Backbone", {}, patches=None, refused="x"),
+    "swiftformer": Family("SwiftFormerModel", {"embed_dims": [16, 24, 32, 48], "depths": [1, 1, 1, 1], "image_size": 64}, patches=4),
+    "textnet": Family("TextNetModel", {}, patches=4),
+    "poolformer": Family("PoolFormerModel", PYRAMID, patches=4),
+    "swin": Family(
+        "SwinModel",
+        {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [1, 1, 2], "num_heads": [1, 2, 2], "window_size": 4},
+    ),
+    "swinv2": Family(
+        "Swinv2Model",
+        {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [1, 1, 2], "num_heads": [1, 2, 2], "window_size": 4},
+    ),
+    "donut swin": Family(
+        "DonutSwinModel",
+        {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [1, 1, 2], "num_heads": [1, 2, 2], "window_size": 4},
+    ),
+    "focalnet": Family("FocalNetModel", {"image_size": 64, "embed_dim": 16, "hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 1, 1]}, patches=4),
+    "hiera": Family(
+        "HieraModel",
+        {"image_size": [64, 64], "embed_dim": 16, "depths": [1, 1, 1], "num_heads": [1, 2, 4], "num_query_pool": 2,
+         "masked_unit_size": [4, 4], "masked_unit_attention": [True, True, False]},
+    ),
+    "pvt": Family("PvtModel", PYRAMID | {"image_size": 64, "num_attention_heads": [1, 1, 2, 4], "mlp_ratios": [2, 2, 2, 2]}, patches=4),
+    "pvtv2": Family("PvtV2Model", PYRAMID | {"image_size": 64, "num_attention_heads": [1, 1, 2, 4], "mlp_ratios": [2, 2, 2, 2]}, patches=4),
+    "segformer": Family("SegformerModel", PYRAMID | {"num_attention_heads": [1, 1, 2, 4], "mlp_ratios": [2, 2, 2, 2]}, patches=4),
+    "glpn": Family("GLPNModel", PYRAMID | {"num_attention_heads": [1, 1, 2, 4], "mlp_ratios": [2, 2, 2, 2]}, patches=4),
+    "cvt": Family("CvtModel", {"embed_dim": [16, 24, 32], "num_heads": [1, 2, 4], "depth": [1, 2, 3]}),
+    "levit": Family(
+        "LevitModel",
+        {"image_size": 128, "hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1],
+         "key_dim": [8, 8, 8]}, pixels=128, patches=4,
+    ),
+    "dinat": Family("DinatModel", {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "kernel_size": 3}, patches=None, refused="natten"),
+    # Other ways of asking
+    "pixtral": Family("PixtralVisionModel", VIT | GRID),
+    "qwen2-vl": Family(
+        "models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel",
+        {"depth": 2, "embed_dim": 48, "hidden_size": 48, "num_heads": 4, "mlp_ratio": 2, "patch_size": 16}, patches=None,
+        refused="cannot be run on plain",
+    ),
+    "bert": Family("BertModel", TEXT, patches=None, refused="cannot be run on plain"),
+}  # fmt: skip
+
+
+def build(family: Family, folder: Path, seed: int = 0) -> None:
+    """Saves a random tower as its own class does, with a preprocessing file beside it."""
+    import transformers
+
+    where: Any = transformers
+    for part in family.model.split("."):
+        where = getattr(where, part)
+    model = where
+    config = model.config_class
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = model(config(**family.numbers))
+        shake(built)
+        built.save_pretrained(folder)
+    preprocessing = {
+        "size": {"height": family.pixels, "width": family.pixels}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        "resample": 3, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255,
+    } | family.settings  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+
+
+@torch.no_grad()
+def shake(model: torch.nn.Module) -> None:
+    """Weights of the size that trained ones have. Many start as zeros, ones or next to nothing (layer scales, class
+    tokens, the last norm of a block), and would hide what a layer does."""
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            p.copy_(torch.randn_like(p) * 0.1 + (0.0 if name.endswith("bias") else 1.0))
+        elif p.ndim > 1:
+            fan_in = p[0].numel() if p.shape[0] > 1 else 4
+            p.copy_(torch.randn_like(p) * fan_in**-0.5)
