@@ -1,8 +1,8 @@
 """Which of a tower's outputs are patches, and where in the picture each one lies.
 
-A feature map says it by its shape. A row of tokens may begin (or end) with class, register or pooled tokens that nothing
-announces, and may be in any order. What a tower declares is taken when the count agrees with it to the last token;
-everything else is found out by changing the picture: a token is a patch's own when it moves most with that patch.
+A feature map says it by its shape. A row of tokens may begin (or end) with class, register or pooled tokens that
+nothing announces, and may be in any order. What a tower declares is taken when the count agrees with it to the last
+token; everything else is found out by changing the picture: a patch's own token is the one that moves most with it.
 """
 
 import itertools
@@ -127,7 +127,11 @@ def _map_layout(out: Tensor, height: int, width: int, axes: Axes | None) -> Patc
     """A map's spatial axes are those in the picture's proportions."""
     if axes is None:
         _, a, b, c = out.shape
-        fits = [name for name, (rows, columns) in (("nchw", (b, c)), ("nhwc", (a, b))) if _fits(rows, columns, height, width)]
+        fits = [
+            name
+            for name, (rows, columns) in (("nchw", (b, c)), ("nhwc", (a, b)))
+            if _fits(rows, columns, height, width)
+        ]
         if len(fits) != 1:
             raise UnknownLayout(
                 f"of its feature map {list(out.shape)} it cannot be told which axes are rows and columns of a "
@@ -169,7 +173,9 @@ def _locate(
     """
     height, width = picture.shape[2:]
     last_row, last_column = layout.rows - 1, layout.columns - 1
-    cells = sorted({(0, 0), (0, last_column), (last_row, 0), (last_row, last_column), (layout.rows // 2, layout.columns // 2)})
+    cells = sorted(
+        {(0, 0), (0, last_column), (last_row, 0), (last_row, last_column), (layout.rows // 2, layout.columns // 2)}
+    )
     pictures = [picture]
     for row, column in cells:
         changed = picture.clone()

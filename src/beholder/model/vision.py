@@ -10,6 +10,7 @@ import importlib
 import inspect
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -217,9 +218,11 @@ def _timm_twins(model_type: str) -> str:
     """``, or one of timm's: …`` where timm has models of that family."""
     import timm
 
-    kind = model_type.removesuffix("_vision_model").replace("-", "").replace("_", "")
-    names = [n for n in timm.list_pretrained() if kind and kind in n.replace("_", "")]
-    names = sorted({n if kind not in n.partition(".")[0].replace("_", "") else n.partition(".")[0] for n in names}, key=len)
+    parts = [p for p in re.split("[_-]", model_type) if p not in ("vision", "model")]
+    twins = [n for n in timm.list_pretrained() if parts and all(p in n for p in parts)]
+    # A training method (MAE) is part of the tag, an architecture of the name before it.
+    bare = [n.partition(".")[0] for n in twins]
+    names = sorted({b if all(p in b for p in parts) else n for n, b in zip(twins, bare, strict=True)}, key=len)
     return f", or one of timm's: {', '.join(f'timm/{n}' for n in names[:3])}" if names else ""
 
 
@@ -301,6 +304,8 @@ def _probe(
     who = f"{name} ({type(model).__name__})"
     try:
         layout, out = find_layout(run, height, width, declared)
+    except UserError:
+        raise
     except UnknownLayout as e:
         raise UserError(f"{who}: {e}. {advice}") from e
     except FloatingPointError as e:
@@ -308,7 +313,9 @@ def _probe(
             f"{name}: the tower gives NaN or infinite features in {dtype}; set model.vision.precision: fp32"
         ) from e
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError, AssertionError) as e:
-        raise UserError(f"{who} cannot be run on plain {height} x {width} images: {first_line(e).rstrip('.')}. {advice}") from e
+        raise UserError(
+            f"{who} cannot be run on plain {height} x {width} images: {first_line(e).rstrip('.')}. {advice}"
+        ) from e
     return layout, layout.take(out, 2).shape[2]
 
 
@@ -332,7 +339,9 @@ def _load_timm(cfg: VisionConfig, device: torch.device) -> VisionTower:
             )
         if not cfg.weights.endswith(".safetensors"):
             raise UserError(f"model.vision.weights: {cfg.weights!r} is not .safetensors. {convert(cfg.weights)}")
-        with loading(f"model.vision.weights {cfg.weights!r}", "The file is damaged or no safetensors file; get it again."):
+        with loading(
+            f"model.vision.weights {cfg.weights!r}", "The file is damaged or no safetensors file; get it again."
+        ):
             weights = load_file(cfg.weights)
         _load_timm_weights(model, weights, cfg.weights)
     check_finite(model, cfg.weights or name)
@@ -398,7 +407,7 @@ def timm_declared(model: Any, layer: int) -> Declared:
 def _timm_advice(model: Any) -> str:
     last = len(getattr(model, "feature_info", ())) - 1
     if hasattr(model, "forward_intermediates") and last > 0:
-        return f"model.vision.feature_layer: {last} takes its last feature map instead, if it has one."
+        return f"model.vision.feature_layer: {last} takes its last feature map instead."
     return "Give another timm model, whose forward_features gives patch tokens or a feature map."
 
 

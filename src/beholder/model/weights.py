@@ -70,11 +70,13 @@ def convert(file: str = "pytorch_model.bin") -> str:
     """Why a pickle is not read, and how to make a safetensors file of it."""
     name = Path(file).name
     target = name.replace("pytorch_model", "model").rpartition(".")[0] + ".safetensors"
+    code = (
+        "import torch, safetensors.torch as s; s.save_file({k: v.clone() for k, v in "
+        f"torch.load('{name}', weights_only=True).items()}}, '{target}', {{'format': 'pt'}})"
+    )
     return (
-        "Weights are read from safetensors only; a pickle (.bin, .pt, .pth) can run code when read. Convert a file once, "
-        "in its folder: python -c \"import torch, safetensors.torch as s; s.save_file({k: "
-        f"v.clone() for k, v in torch.load('{name}', weights_only=True).items()}}, '{target}', {{'format': "
-        "'pt'}})\""
+        "Weights are read from safetensors only; a pickle (.bin, .pt, .pth) can run code when read. Convert a file "
+        f'once, in its folder: python -c "{code}"'
     )
 
 
