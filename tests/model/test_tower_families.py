@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[Table]:
     """Filled by the tests, printed when the last one has run."""
     rows = Table()
     yield rows
-    capture = request.config.pluginmanager.getplugin("capturemanager")
+    capture: Any = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
         print(f"\n\n{rows}")
 
@@ -60,7 +61,7 @@ def check(tower: VisionTower, patches: int) -> str:
     # Another batch size may be another blocking of the same sums.
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
     apart = (together[0] - together[1]).abs().max()
-    assert apart > 1e-2 * together.abs().max(), "the features do not depend on the picture"
+    assert apart > 1e-3 * together.abs().max(), "the features do not depend on the picture"
     side = round(patches**0.5)
     return f"{side} x {side} patches of width {g.d_vision} at {g.height} px"
 
@@ -109,7 +110,7 @@ def test_timm_families(name: str, tmp_path: Path, table: Table) -> None:
         warnings.simplefilter("ignore")  # of old model definitions
         torch.manual_seed(0)
         model = timm.create_model(name, pretrained=False, num_classes=10)
-        shake(model, matrices=False)
+        shake(model, model.pretrained_cfg["input_size"][1], matrices=False)
     path = tmp_path / "w.safetensors"
     save_file({k: v.clone().contiguous() for k, v in model.state_dict().items()}, path)
     cfg = VisionConfig(name_or_path=f"timm/{name}", weights=str(path), precision="fp32")

@@ -8,6 +8,7 @@ token; everything else is found out by changing the picture: a patch's own token
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class UnknownLayout(Exception):
     """Why an output cannot be read as patches, in half a sentence."""
 
 
-def per_image(out: Tensor, images: int) -> Tensor:
+def per_image(out: Any, images: int) -> Tensor:
     """Tokens by image: some towers (Pixtral) lay a whole batch in one row. Raises `UnknownLayout` for what is no
     tensor."""
     if not isinstance(out, Tensor):
@@ -68,7 +69,7 @@ def per_image(out: Tensor, images: int) -> Tensor:
     return out
 
 
-def expected_layout(out: Tensor, height: int, width: int, declared: Declared) -> tuple[PatchLayout, int]:
+def expected_layout(out: Any, height: int, width: int, declared: Declared) -> tuple[PatchLayout, int]:
     """The layout that the shape of ``[1, …]`` allows, and how many of its tokens are no patches; `find_layout` proves
     it. Raises `UnknownLayout`."""
     out = per_image(out, 1)
@@ -90,7 +91,7 @@ def expected_layout(out: Tensor, height: int, width: int, declared: Declared) ->
 
 
 def find_layout(
-    run: Callable[[Tensor], Tensor], height: int, width: int, declared: Declared
+    run: Callable[[Tensor], Any], height: int, width: int, declared: Declared
 ) -> tuple[PatchLayout, Tensor]:
     """Where the patches are in what ``run`` gives for normalised pictures ``[m, 3, h, w]``, and what it gave for two.
 
@@ -163,7 +164,7 @@ def _pictures(height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _locate(
-    run: Callable[[Tensor], Tensor], picture: Tensor, other: Tensor, layout: PatchLayout, extra: int
+    run: Callable[[Tensor], Any], picture: Tensor, other: Tensor, layout: PatchLayout, extra: int
 ) -> int | None:
     """How many tokens come before the patches, or None when no answer makes the tokens follow their patches.
 

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,6 +40,9 @@ RESAMPLE: dict[int, Literal["nearest", "lanczos", "bilinear", "bicubic"]] = {
     0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic",
 }  # fmt: skip
 """Pillow's numbers, which preprocessor files carry."""
+
+MAX_SIDE = 4096
+"""Pixels. No tower sees more at once, and a file that asks for more would only fill the memory."""
 
 HEADS = ("classifier.", "pooler.", "head.", "lm_head.", "logit_", "cls_classifier.", "distillation_classifier.")
 """Checkpoint keys of a single-tower file that are a head on top of the tower, not part of it."""
@@ -134,13 +138,19 @@ def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
     check_finite(model, name)
     processor = _preprocessor(name, where)
     part = part or config
-    height, width, resize, resize_to = _hf_size(processor, name)
-    rescale = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
-    mean, std = processor.get("image_mean") or 0.0, processor.get("image_std") or 1.0
-    if not processor.get("do_normalize", True):
-        mean, std = 0.0, 1.0
+    try:
+        height, width, resize, resize_to = _hf_size(processor, name)
+        mean, std = _hf_normalisation(processor)
+        resample = RESAMPLE.get(processor.get("resample", 3), "bicubic")
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
+        raise UserError(
+            f"{name}: its preprocessing file cannot be followed ({type(e).__name__}: {first_line(e)}); expected size "
+            "and crop_size in pixels, image_mean and image_std as three numbers, rescale_factor as one. Get it again."
+        ) from e
 
-    def outputs(backbone: nn.Module, pixels: Tensor) -> Tensor:
+    def outputs(backbone: nn.Module, pixels: Tensor) -> Any:
         extra = {"interpolate_pos_encoding": True} if interpolate else {}
         if cfg.feature_layer == -1:
             return backbone(pixel_values=pixels, **extra).last_hidden_state
@@ -166,8 +176,7 @@ def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
     )  # fmt: skip
     geometry = ImageGeometry(
         height, width, layout.num_patches, d_vision,
-        mean=_triple(mean, 255 * rescale), std=_triple(std, 255 * rescale),
-        resize=resize, resize_to=resize_to, resample=RESAMPLE.get(processor.get("resample", 3), "bicubic"),
+        mean=mean, std=std, resize=resize, resize_to=resize_to, resample=resample,
     )  # fmt: skip
     skip = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
     settings = {k: v for k, v in part.to_dict().items() if k not in skip}
@@ -176,7 +185,7 @@ def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
 
 
 def patches_of(
-    outputs: Callable[[nn.Module, Tensor], Tensor], layout: PatchLayout
+    outputs: Callable[[nn.Module, Tensor], Any], layout: PatchLayout
 ) -> Callable[[nn.Module, Tensor], Tensor]:
     """What gives ``[m, P, Dv]``, the patches alone."""
     return lambda backbone, pixels: layout.take(outputs(backbone, pixels), pixels.shape[0])
@@ -246,8 +255,11 @@ def _preprocessor(name: str, where: Mapping[str, Any]) -> dict[str, Any]:
             _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
         )  # fmt: skip
         if path is not None:
-            found = json.loads(Path(path).read_text())
-            return found.get("image_processor", found)
+            try:
+                found = json.loads(Path(path).read_text("utf-8"))
+                return dict(found.get("image_processor", found))
+            except (ValueError, TypeError, AttributeError, RecursionError) as e:
+                raise UserError(f"{name}: {file} is no JSON object ({first_line(e)}); get the file again") from e
     raise UserError(
         f"{name}: no preprocessor_config.json, so the image size and normalisation the tower was trained with are "
         "unknown. Save the tower's image processor beside its weights."
@@ -256,6 +268,15 @@ def _preprocessor(name: str, where: Mapping[str, Any]) -> dict[str, Any]:
 
 def _hf_size(processor: Mapping[str, Any], name: str) -> tuple[int, int, Literal["stretch", "shortest_edge"], int]:
     """(height, width, how to get there, short side before the crop) from ``size``, ``crop_size`` and ``crop_pct``."""
+    found = _read_hf_size(processor, name)
+    if not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in found[:2]):
+        raise UserError(
+            f"{name}: its preprocessing file asks for {found[0]} x {found[1]} pixels; expected 1 to {MAX_SIDE}"
+        )
+    return found
+
+
+def _read_hf_size(processor: Mapping[str, Any], name: str) -> tuple[int, int, Literal["stretch", "shortest_edge"], int]:
     size, crop = processor.get("size"), processor.get("crop_size")
     size = {"height": size, "width": size} if isinstance(size, int) else dict(size or {})
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else dict(crop or {})
@@ -278,6 +299,18 @@ def _hf_size(processor: Mapping[str, Any], name: str) -> tuple[int, int, Literal
     )
 
 
+def _hf_normalisation(processor: Mapping[str, Any]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of pixels scaled to 0..1. Raises ValueError where they aren't usable numbers."""
+    rescale = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
+    mean, std = processor.get("image_mean") or 0.0, processor.get("image_std") or 1.0
+    if not processor.get("do_normalize", True):
+        mean, std = 0.0, 1.0
+    mean, std = _triple(mean, 255 * rescale), _triple(std, 255 * rescale)
+    if not all(map(math.isfinite, mean)) or not all(math.isfinite(s) and s > 0 for s in std):
+        raise ValueError(f"image_mean {mean} and image_std {std}, for pixels of 0 to 1")
+    return mean, std
+
+
 def _triple(value: float | list[float], divisor: float) -> tuple[float, float, float]:
     """Three channel values for pixels scaled to 0..1, from a file written for pixels scaled by ``divisor / 255``."""
     r, g, b = value if isinstance(value, list | tuple) else (value, value, value)
@@ -287,7 +320,7 @@ def _triple(value: float | list[float], divisor: float) -> tuple[float, float, f
 @torch.no_grad()
 def _probe(
     model: nn.Module,
-    outputs: Callable[[nn.Module, Tensor], Tensor],
+    outputs: Callable[[nn.Module, Tensor], Any],
     height: int,
     width: int,
     device: torch.device,
@@ -298,7 +331,7 @@ def _probe(
 ) -> tuple[PatchLayout, int]:
     """(where the patches are, their width) in what the backbone gives, which must be finite."""
 
-    def run(pixels: Tensor) -> Tensor:
+    def run(pixels: Tensor) -> Any:
         return outputs(model, pixels.to(device=device, dtype=dtype))
 
     who = f"{name} ({type(model).__name__})"
@@ -381,10 +414,10 @@ def timm_name(cfg: VisionConfig) -> str:
     return name
 
 
-def timm_outputs(layer: int) -> Callable[[Any, Tensor], Tensor]:
+def timm_outputs(layer: int) -> Callable[[nn.Module, Tensor], Any]:
     """What gives the raw output of a timm model: its last (-1), or another layer's as a feature map."""
 
-    def outputs(backbone: Any, pixels: Tensor) -> Tensor:
+    def outputs(backbone: Any, pixels: Tensor) -> Any:
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         if layer == -1:
             return backbone.forward_features(pixels)

@@ -323,7 +323,7 @@ def _timm_shape(cfg: VisionConfig) -> VisionShape:
         pixels = torch.empty(1, *resolve_model_data_config(model)["input_size"])
     out, flops = _count(lambda: vision_door.timm_outputs(cfg.feature_layer)(model, pixels))
     declared = vision_door.timm_declared(model, cfg.feature_layer)
-    return _vision_shape(model, out, flops, *pixels.shape[2:], declared, name)
+    return _vision_shape(model, out, flops, pixels.shape[2], pixels.shape[3], declared, name)
 
 
 @torch.no_grad()
