@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from beholder.config import VisionConfig
 from beholder.model.vision import VisionTower, _hf_size, load_vision
+from beholder.prepare.estimate import vision_shape
 from beholder.types import UserError
 
 from .conftest import CPU, Parts
+from .tower_zoo import HF, build, shake
 
 GRID = {"siglip": 16, "clip": None, "dinov2": 4, "repvit": 49}
 
@@ -238,6 +244,153 @@ def test_timm_weights_are_loaded_strictly(parts: Parts, tmp_path: Path, change: 
     expected = {"missing": "lack", "extra": r"stages\.9\.conv", "shape": "another shape", "nan": "NaN or infinite"}
     with pytest.raises(UserError, match=expected[change]):
         load_vision(VisionConfig(name_or_path=name, weights=str(tmp_path / "w.safetensors")), CPU)
+
+
+@pytest.mark.parametrize("name", ["dinov3 convnext", "pvt", "deit distilled", "swin", "hiera", "blip", "pixtral"])
+def test_only_patches_are_patches(tmp_path: Path, name: str) -> None:
+    """Pooled, class and distillation tokens are dropped, whether or not the config speaks of them; a pyramid's grid is
+    the one at its end; a batch in one row is taken apart. `plan` counts the same."""
+    build(HF[name], tmp_path)
+    cfg = VisionConfig(name_or_path=str(tmp_path), precision="fp32")
+
+    tower = load_vision(cfg, CPU)
+
+    assert tower.geometry.num_patches == HF[name].patches == vision_shape(cfg).num_patches
+    pixels = noise(tower, 3)
+    together = tower(pixels)
+    assert together.shape == (3, tower.geometry.num_patches, tower.geometry.d_vision)
+    torch.testing.assert_close(together[1], tower(pixels[1:2])[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("model", "patches"), [("coat_lite_tiny", 49), ("lambda_resnet26t", 64), ("levit_128s", 16)])
+def test_timm_towers_that_declare_nothing(tmp_path: Path, model: str, patches: int) -> None:
+    """CoaT-Lite has a class token it does not tell of, the lambda layers a weight of rank 5."""
+    cfg = timm_tower(tmp_path, model)
+
+    tower = load_vision(cfg, CPU)
+
+    assert tower.geometry.num_patches == patches == vision_shape(cfg).num_patches
+    pixels = noise(tower)
+    torch.testing.assert_close(tower(pixels)[1], tower(pixels[1:])[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_pooled_output_is_refused_and_the_way_round_it_works(tmp_path: Path) -> None:
+    cfg = timm_tower(tmp_path, "pit_ti_224")
+    with pytest.raises(UserError, match=r"one token for the whole picture.*feature_layer: 2 takes its last"):
+        load_vision(cfg, CPU)
+    assert load_vision(cfg.model_copy(update={"feature_layer": 2}), CPU).geometry.num_patches == 49
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vit-mae", r"random masking.*timm/vit_base_patch16_224\.mae"),
+        ("qwen2-vl", "no tower that takes pictures alone.*SigLIP"),
+        ("hgnet v2", "timm/hgnetv2"),
+    ],
+)
+def test_what_is_no_tower_is_refused_with_what_to_take_instead(tmp_path: Path, name: str, words: str) -> None:
+    build(HF[name], tmp_path)
+    with pytest.raises(UserError, match=words):
+        load_vision(VisionConfig(name_or_path=str(tmp_path)), CPU)
+
+
+def timm_tower(folder: Path, model: str) -> VisionConfig:
+    import timm
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        built = timm.create_model(model, pretrained=False, num_classes=0)
+        shake(built, built.pretrained_cfg["input_size"][1], matrices=False)
+    path = folder / "w.safetensors"
+    save_file({k: v.clone().contiguous() for k, v in built.state_dict().items()}, path)
+    return VisionConfig(name_or_path=f"timm/{model}", weights=str(path), precision="fp32")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 200, 0.5, 0.999])
+def test_damaged_weights_are_named(parts: Parts, tmp_path: Path, kept: float) -> None:
+    """A download that stopped: nothing, half of the header's length, half of the header, half of the weights."""
+    folder = copied(parts, tmp_path)
+    whole = (folder / "model.safetensors").read_bytes()
+    part = whole[: int(kept if kept > 1 else kept * len(whole))]
+    (folder / "model.safetensors").write_bytes(part)
+    with pytest.raises(UserError, match=rf"{folder}.*cannot be loaded"):
+        load_vision(VisionConfig(name_or_path=str(folder)), CPU)
+    (tmp_path / "w.safetensors").write_bytes(part)
+    with pytest.raises(UserError, match=r"w\.safetensors' cannot be loaded.*get it again"):
+        load_vision(VisionConfig(name_or_path="timm/test_vit", weights=str(tmp_path / "w.safetensors")), CPU)
+
+
+class Bomb:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("how", ["bin", "config", "index", "outside"])
+def test_no_pickle_is_read_whatever_names_it(parts: Parts, tmp_path: Path, how: str) -> None:
+    folder = copied(parts, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    config = json.loads((folder / "config.json").read_text())
+    index = folder / "model.safetensors.index.json"
+    if how == "config":
+        (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "pytorch_model.bin"}))
+    elif how in ("index", "outside"):
+        (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+        where = "pytorch_model.bin" if how == "index" else "../model.safetensors"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, where)}))
+    else:
+        (folder / "model.safetensors").unlink()
+    expected = {
+        "bin": r"has no model\.safetensors, only pytorch_model\.bin\. Weights are read from safetensors only",
+        "config": r"config\.json names 'pytorch_model\.bin'", "index": r"index\.json names 'pytorch_model\.bin'",
+        "outside": r"names '\.\./model\.safetensors'",
+    }  # fmt: skip
+    with pytest.raises(UserError, match=expected[how]) as e:
+        load_vision(VisionConfig(name_or_path=str(folder), precision="fp32"), CPU)
+
+    if how == "bin":  # the advice works, in a shell
+        command = str(e.value).partition("in its folder: ")[2]
+        subprocess.run(command.replace("python", shlex.quote(sys.executable), 1), shell=True, check=True, cwd=folder)
+        converted = load_vision(VisionConfig(name_or_path=str(folder), precision="fp32"), CPU)
+        assert converted.fingerprint() == load(parts, "siglip").fingerprint()
+
+
+def test_a_pickle_with_code_in_it_is_not_run(parts: Parts, tmp_path: Path) -> None:
+    folder = copied(parts, tmp_path)
+    (folder / "model.safetensors").unlink()
+    mark = tmp_path / "ran"
+    with open(folder / "pytorch_model.bin", "wb") as file:
+        pickle.dump({"w": Bomb(mark)}, file)
+    with pytest.raises(UserError, match="safetensors only"):
+        load_vision(VisionConfig(name_or_path=str(folder)), CPU)
+    with pytest.raises(UserError, match="safetensors only"):
+        weights = str(folder / "pytorch_model.bin")
+        load_vision(VisionConfig(name_or_path="timm/test_vit", weights=weights), CPU)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "[1]", "[" * 100_000,
+        '{"size": {"height": "32", "width": 32}}', '{"size": {"height": 1e9, "width": 1e9}}',
+        '{"size": {"height": 100000, "width": 100000}}', '{"size": {"height": 0, "width": 0}}',
+        '{"size": {"shortest_edge": 32}, "do_center_crop": true, "crop_size": {"height": 1}}',
+        '{"size": 32, "rescale_factor": "x"}', '{"size": 32, "rescale_factor": 0}', '{"size": 32, "resample": []}',
+        '{"size": 32, "image_std": [1, 0, 1]}', '{"size": 32, "image_mean": [0.5]}', '{"size": 32, "image_mean": NaN}',
+    ],
+)  # fmt: skip
+def test_damaged_preprocessing_files_are_named(parts: Parts, tmp_path: Path, text: str) -> None:
+    folder = copied(parts, tmp_path)
+    (folder / "preprocessor_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"preprocess"):
+        load_vision(VisionConfig(name_or_path=str(folder)), CPU)
 
 
 def test_mistaken_names_say_what_was_meant(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from beholder.config import GenerateConfig, LlmConfig, VisionConfig
 from beholder.model import attention
 from beholder.model.placement import AdapterSite
-from beholder.model.weights import DTYPES, check_finite, check_loading_info, freeze, loading
+from beholder.model.weights import DTYPES, check_finite, check_loading_info, freeze, from_pretrained, loading
 from beholder.types import UserError
 
 
@@ -272,11 +272,9 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
         where |= dequantize()
     wanted = "Give a Hugging Face causal language model (hub name or folder), or a .gguf file."
     with loading(f"model.llm.name_or_path {cfg.name_or_path!r}", wanted):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=cfg.attn_implementation, output_loading_info=True,
-            ignore_mismatched_sizes=True, **where,  # noted in info, and refused below with both shapes
-        )  # fmt: skip
-    model, info = loaded
+        model, info = from_pretrained(
+            AutoModelForCausalLM, name, dtype=dtype, attn_implementation=cfg.attn_implementation, **where
+        )
     check_loading_info(info, model, cfg.name_or_path)
     check_finite(model, cfg.name_or_path)
     if "gguf_file" in where:

@@ -6,8 +6,12 @@ ever trained.
 """
 
 import difflib
+import importlib
 import inspect
+import itertools
 import json
+import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +21,28 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from beholder.config import VisionConfig
-from beholder.model.weights import DTYPES, check_finite, check_loading_info, freeze, hash_module, listed, loading
+from beholder.model.patch_layout import Declared, PatchLayout, UnknownLayout, find_layout
+from beholder.model.weights import (
+    DTYPES,
+    check_finite,
+    check_loading_info,
+    convert,
+    first_line,
+    freeze,
+    from_pretrained,
+    hash_module,
+    listed,
+    loading,
+)
 from beholder.types import ImageGeometry, UserError
 
 RESAMPLE: dict[int, Literal["nearest", "lanczos", "bilinear", "bicubic"]] = {
     0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic",
 }  # fmt: skip
 """Pillow's numbers, which preprocessor files carry."""
+
+MAX_SIDE = 4096
+"""Pixels. No tower sees more at once, and a file that asks for more would only fill the memory."""
 
 HEADS = ("classifier.", "pooler.", "head.", "lm_head.", "logit_", "cls_classifier.", "distillation_classifier.")
 """Checkpoint keys of a single-tower file that are a head on top of the tower, not part of it."""
@@ -103,7 +122,7 @@ def load_vision(cfg: VisionConfig, device: torch.device) -> VisionTower:
 
 
 def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
 
     name, dtype = cfg.name_or_path, DTYPES[cfg.precision]
     if cfg.weights is not None:
@@ -113,38 +132,35 @@ def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
     with loading(f"model.vision.name_or_path {name!r}", wanted):
         config = AutoConfig.from_pretrained(name, **where)
         part = getattr(config, "vision_config", None)
-        model, info = AutoModel.from_pretrained(
-            name, config=part or config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **where
-        )
+        model, info = from_pretrained(hf_class(part or config), name, config=part or config, dtype=dtype, **where)
     _drop_pooling(model)
     check_loading_info(info, model, name, other_parts=HEADS if part is None else None)
     check_finite(model, name)
     processor = _preprocessor(name, where)
     part = part or config
-    height, width, resize, resize_to = _hf_size(processor, name)
-    rescale = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
-    mean, std = processor.get("image_mean") or 0.0, processor.get("image_std") or 1.0
-    if not processor.get("do_normalize", True):
-        mean, std = 0.0, 1.0
-    prefix, grid = 0, None
-    patch = None if hasattr(part, "hidden_sizes") else getattr(part, "patch_size", None)  # hidden_sizes: a pyramid
-    if patch is not None:
-        ph, pw = patch if isinstance(patch, list | tuple) else (patch, patch)
-        grid = (height // ph) * (width // pw)
+    try:
+        height, width, resize, resize_to = _hf_size(processor, name)
+        mean, std = _hf_normalisation(processor)
+        resample = RESAMPLE.get(processor.get("resample", 3), "bicubic")
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
+        raise UserError(
+            f"{name}: its preprocessing file cannot be followed ({type(e).__name__}: {first_line(e)}); expected size "
+            "and crop_size in pixels, image_mean and image_std as three numbers, rescale_factor as one. Get it again."
+        ) from e
 
-    def features(backbone: nn.Module, pixels: Tensor) -> Tensor:
+    def outputs(backbone: nn.Module, pixels: Tensor) -> Any:
         extra = {"interpolate_pos_encoding": True} if interpolate else {}
         if cfg.feature_layer == -1:
-            out = backbone(pixel_values=pixels, **extra).last_hidden_state
-        else:
-            states = backbone(pixel_values=pixels, output_hidden_states=True, **extra).hidden_states
-            if not -len(states) <= cfg.feature_layer < len(states):
-                raise UserError(
-                    f"model.vision.feature_layer is {cfg.feature_layer}, but {cfg.name_or_path} has {len(states)} "
-                    f"hidden states: give -{len(states)} to {len(states) - 1} (-1 is the final output)"
-                )
-            out = states[cfg.feature_layer]
-        return (out.flatten(2).transpose(1, 2) if out.ndim == 4 else out)[:, prefix:]
+            return backbone(pixel_values=pixels, **extra).last_hidden_state
+        states = backbone(pixel_values=pixels, output_hidden_states=True, **extra).hidden_states
+        if not -len(states) <= cfg.feature_layer < len(states):
+            raise UserError(
+                f"model.vision.feature_layer is {cfg.feature_layer}, but {cfg.name_or_path} has {len(states)} "
+                f"hidden states: give -{len(states)} to {len(states) - 1} (-1 is the final output)"
+            )
+        return states[cfg.feature_layer]
 
     trained_at = getattr(part, "image_size", None)
     trained_at = trained_at[0] if isinstance(trained_at, list | tuple) else trained_at
@@ -153,24 +169,70 @@ def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
     )
     model = model.to(device)
     freeze(model)
-    shape = _probe(model, features, height, width, device, dtype, name)
-    if grid is not None:
-        registers = int(getattr(part, "num_register_tokens", 0) or 0)
-        prefix = shape[0] - grid
-        if prefix not in (0, 1, 1 + registers):
-            raise UserError(
-                f"{name}: {shape[0]} output tokens for a grid of {grid} patches ({height} x {width} pixels, patch "
-                f"{patch}); this tower's token layout is not supported"
-            )
+    twin = _timm_twins(str(getattr(part, "model_type", "")))
+    layout, d_vision = _probe(
+        model, outputs, height, width, device, dtype, name, hf_declared(part, height, width), "Give a tower that takes "
+        f"pixel_values and returns patch tokens, at a size it accepts{twin}.",
+    )  # fmt: skip
     geometry = ImageGeometry(
-        height, width, shape[0] - prefix, shape[1],
-        mean=_triple(mean, 255 * rescale), std=_triple(std, 255 * rescale),
-        resize=resize, resize_to=resize_to, resample=RESAMPLE.get(processor.get("resample", 3), "bicubic"),
+        height, width, layout.num_patches, d_vision,
+        mean=mean, std=std, resize=resize, resize_to=resize_to, resample=resample,
     )  # fmt: skip
     skip = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
     settings = {k: v for k, v in part.to_dict().items() if k not in skip}
     identity = {"class": type(model).__name__, "config": settings, "feature_layer": cfg.feature_layer}
-    return VisionTower(model, features, geometry, identity, dtype, cfg.name_or_path).to(device)
+    return VisionTower(model, patches_of(outputs, layout), geometry, identity, dtype, cfg.name_or_path).to(device)
+
+
+def patches_of(
+    outputs: Callable[[nn.Module, Tensor], Any], layout: PatchLayout
+) -> Callable[[nn.Module, Tensor], Tensor]:
+    """What gives ``[m, P, Dv]``, the patches alone."""
+    return lambda backbone, pixels: layout.take(outputs(backbone, pixels), pixels.shape[0])
+
+
+def hf_class(config: Any) -> Any:
+    """The class that a vision configuration belongs to. Some (BLIP, CLIPSeg, Llama 4) are known to no `AutoModel`; they
+    are found beside it."""
+    from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
+
+    kind = type(config)
+    if kind in MODEL_MAPPING or not kind.__module__.startswith("transformers.models."):
+        return AutoModel
+    module = importlib.import_module(kind.__module__.replace(".configuration_", ".modeling_"))
+    beside = [
+        c for name, c in inspect.getmembers(module, inspect.isclass)
+        if issubclass(c, PreTrainedModel) and c.config_class is kind and name.endswith("VisionModel")
+    ]  # fmt: skip
+    if len(beside) != 1:
+        raise UserError(
+            f"a {kind.model_type!r} part is no tower that takes pictures alone{_timm_twins(kind.model_type)}. Give a "
+            "tower such as SigLIP, CLIP or DINOv2"
+        )
+    return beside[0]
+
+
+def hf_declared(part: Any, height: int, width: int) -> Declared:
+    """What a configuration says of its output: a grid by ``patch_size``, and a class token with the registers, if any.
+    A pyramid (``hidden_sizes``) has another grid at its end."""
+    patch = None if hasattr(part, "hidden_sizes") else getattr(part, "patch_size", None)
+    if patch is None:
+        return Declared()
+    ph, pw = patch if isinstance(patch, list | tuple) else (patch, patch)
+    registers = int(getattr(part, "num_register_tokens", 0) or 0)
+    return Declared((height // ph, width // pw), frozenset({0, 1, 1 + registers}))
+
+
+def _timm_twins(model_type: str) -> str:
+    """``, or one of timm's: …`` where timm has models of that family."""
+    import timm
+
+    parts = [p for p in re.split("[_-]", model_type) if p not in ("vision", "model")]
+    twins = [n for n in timm.list_pretrained() if parts and all(p in n for p in parts)]
+    # A training method (MAE) is part of the tag, an architecture of the name before it.
+    bare = [n.partition(".")[0] for n in twins]
+    names = sorted({b if all(p in b for p in parts) else n for n, b in zip(twins, bare, strict=True)}, key=len)
+    return f", or one of timm's: {', '.join(f'timm/{n}' for n in names[:3])}" if names else ""
 
 
 def _drop_pooling(model: Any) -> None:
@@ -193,8 +255,11 @@ def _preprocessor(name: str, where: Mapping[str, Any]) -> dict[str, Any]:
             _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
         )  # fmt: skip
         if path is not None:
-            found = json.loads(Path(path).read_text())
-            return found.get("image_processor", found)
+            try:
+                found = json.loads(Path(path).read_text("utf-8"))
+                return dict(found.get("image_processor", found))
+            except (ValueError, TypeError, AttributeError, RecursionError) as e:
+                raise UserError(f"{name}: {file} is no JSON object ({first_line(e)}); get the file again") from e
     raise UserError(
         f"{name}: no preprocessor_config.json, so the image size and normalisation the tower was trained with are "
         "unknown. Save the tower's image processor beside its weights."
@@ -203,6 +268,15 @@ def _preprocessor(name: str, where: Mapping[str, Any]) -> dict[str, Any]:
 
 def _hf_size(processor: Mapping[str, Any], name: str) -> tuple[int, int, Literal["stretch", "shortest_edge"], int]:
     """(height, width, how to get there, short side before the crop) from ``size``, ``crop_size`` and ``crop_pct``."""
+    found = _read_hf_size(processor, name)
+    if not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in found[:2]):
+        raise UserError(
+            f"{name}: its preprocessing file asks for {found[0]} x {found[1]} pixels; expected 1 to {MAX_SIDE}"
+        )
+    return found
+
+
+def _read_hf_size(processor: Mapping[str, Any], name: str) -> tuple[int, int, Literal["stretch", "shortest_edge"], int]:
     size, crop = processor.get("size"), processor.get("crop_size")
     size = {"height": size, "width": size} if isinstance(size, int) else dict(size or {})
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else dict(crop or {})
@@ -225,6 +299,18 @@ def _hf_size(processor: Mapping[str, Any], name: str) -> tuple[int, int, Literal
     )
 
 
+def _hf_normalisation(processor: Mapping[str, Any]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of pixels scaled to 0..1. Raises ValueError where they aren't usable numbers."""
+    rescale = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
+    mean, std = processor.get("image_mean") or 0.0, processor.get("image_std") or 1.0
+    if not processor.get("do_normalize", True):
+        mean, std = 0.0, 1.0
+    mean, std = _triple(mean, 255 * rescale), _triple(std, 255 * rescale)
+    if not all(map(math.isfinite, mean)) or not all(math.isfinite(s) and s > 0 for s in std):
+        raise ValueError(f"image_mean {mean} and image_std {std}, for pixels of 0 to 1")
+    return mean, std
+
+
 def _triple(value: float | list[float], divisor: float) -> tuple[float, float, float]:
     """Three channel values for pixels scaled to 0..1, from a file written for pixels scaled by ``divisor / 255``."""
     r, g, b = value if isinstance(value, list | tuple) else (value, value, value)
@@ -234,30 +320,36 @@ def _triple(value: float | list[float], divisor: float) -> tuple[float, float, f
 @torch.no_grad()
 def _probe(
     model: nn.Module,
-    features: Callable[[nn.Module, Tensor], Tensor],
+    outputs: Callable[[nn.Module, Tensor], Any],
     height: int,
     width: int,
     device: torch.device,
     dtype: torch.dtype,
     name: str,
-) -> tuple[int, int]:
-    """(tokens, width) the backbone gives for one grey image, which must be finite."""
+    declared: Declared,
+    advice: str,
+) -> tuple[PatchLayout, int]:
+    """(where the patches are, their width) in what the backbone gives, which must be finite."""
+
+    def run(pixels: Tensor) -> Any:
+        return outputs(model, pixels.to(device=device, dtype=dtype))
+
+    who = f"{name} ({type(model).__name__})"
     try:
-        out = features(model, torch.zeros(1, 3, height, width, device=device, dtype=dtype))
-    except (TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise UserError(
-            f"{name} ({type(model).__name__}) cannot be run on plain {height} x {width} images: {e}. Give a tower that "
-            "takes pixel_values and returns patch tokens, at a size it accepts."
-        ) from e
-    if out.ndim != 3:
-        raise UserError(
-            f"{name}: the tower gives a tensor of shape {list(out.shape)}; expected [images, patches, width]"
-        )
-    if not bool(torch.isfinite(out).all()):
+        layout, out = find_layout(run, height, width, declared)
+    except UserError:
+        raise
+    except UnknownLayout as e:
+        raise UserError(f"{who}: {e}. {advice}") from e
+    except FloatingPointError as e:
         raise UserError(
             f"{name}: the tower gives NaN or infinite features in {dtype}; set model.vision.precision: fp32"
-        )
-    return out.shape[1], out.shape[2]
+        ) from e
+    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError, AssertionError) as e:
+        raise UserError(
+            f"{who} cannot be run on plain {height} x {width} images: {first_line(e).rstrip('.')}. {advice}"
+        ) from e
+    return layout, layout.take(out, 2).shape[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -279,26 +371,33 @@ def _load_timm(cfg: VisionConfig, device: torch.device) -> VisionTower:
                 f"model.vision.weights: no file {cfg.weights!r}; expected a .safetensors file of timm's {name}"
             )
         if not cfg.weights.endswith(".safetensors"):
-            raise UserError(
-                f"model.vision.weights: {cfg.weights!r} is not .safetensors; other formats can run code when read"
-            )
-        _load_timm_weights(model, load_file(cfg.weights), cfg.weights)
+            raise UserError(f"model.vision.weights: {cfg.weights!r} is not .safetensors. {convert(cfg.weights)}")
+        with loading(
+            f"model.vision.weights {cfg.weights!r}", "The file is damaged or no safetensors file; get it again."
+        ):
+            weights = load_file(cfg.weights)
+        _load_timm_weights(model, weights, cfg.weights)
     check_finite(model, cfg.weights or name)
     data = resolve_model_data_config(model)
     _, height, width = data["input_size"]
-    features = timm_features(model, cfg.feature_layer)
+    outputs = timm_outputs(cfg.feature_layer)
     # Depthwise convolutions want the channels innermost: EfficientNet-lite0 is 1.6 to 1.8 times as fast on a CPU
-    # (`benchmarks/tower_layout.py`).
-    model = model.to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    # (`benchmarks/tower_layout.py`). Tensors of other ranks have no such format (lambda layers convolve in 3-D).
+    model = model.to(device=device, dtype=dtype)
+    for weight in itertools.chain(model.parameters(), model.buffers()):
+        if weight.ndim == 4:
+            weight.data = weight.data.to(memory_format=torch.channels_last)
     freeze(model)
-    patches, width_out = _probe(model, features, height, width, device, dtype, name)
+    layout, d_vision = _probe(
+        model, outputs, height, width, device, dtype, name, timm_declared(model, cfg.feature_layer), _timm_advice(model)
+    )
     geometry = ImageGeometry(
-        height, width, patches, width_out, mean=tuple(data["mean"]), std=tuple(data["std"]),
+        height, width, layout.num_patches, d_vision, mean=tuple(data["mean"]), std=tuple(data["std"]),
         # Not timm's centre crop: a caption may speak of what the crop would cut off.
         resize="stretch", resample=data["interpolation"] if data["interpolation"] in RESAMPLE.values() else "bicubic",
     )  # fmt: skip
     identity = {"timm": name.split(".")[0], "class": type(model).__name__, "feature_layer": cfg.feature_layer}
-    return VisionTower(model, features, geometry, identity, dtype, cfg.name_or_path).to(device)
+    return VisionTower(model, patches_of(outputs, layout), geometry, identity, dtype, cfg.name_or_path).to(device)
 
 
 def timm_name(cfg: VisionConfig) -> str:
@@ -315,22 +414,34 @@ def timm_name(cfg: VisionConfig) -> str:
     return name
 
 
-def timm_features(model: Any, layer: int) -> Callable[[nn.Module, Tensor], Tensor]:
-    """What gives ``[m, P, Dv]`` of a timm model: its last output (-1) or another layer's, without prefix tokens."""
-    prefix = int(getattr(model, "num_prefix_tokens", 0))
-    channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+def timm_outputs(layer: int) -> Callable[[nn.Module, Tensor], Any]:
+    """What gives the raw output of a timm model: its last (-1), or another layer's as a feature map."""
 
-    def features(backbone: Any, pixels: Tensor) -> Tensor:
+    def outputs(backbone: Any, pixels: Tensor) -> Any:
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         if layer == -1:
-            out = backbone.forward_features(pixels)
-            if out.ndim == 3:
-                return out[:, prefix:]
-            return out.flatten(1, 2) if channels_last else out.flatten(2).transpose(1, 2)
-        maps = backbone.forward_intermediates(pixels, indices=[layer], intermediates_only=True, output_fmt="NCHW")
-        return maps[0].flatten(2).transpose(1, 2)
+            return backbone.forward_features(pixels)
+        return backbone.forward_intermediates(pixels, indices=[layer], intermediates_only=True, output_fmt="NCHW")[0]
 
-    return features
+    return outputs
+
+
+def timm_declared(model: Any, layer: int) -> Declared:
+    """What a timm model says of its output. Some with a class token (VOLO, CoaT) say nothing."""
+    axes = "nhwc" if layer == -1 and getattr(model, "output_fmt", "NCHW") == "NHWC" else "nchw"
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    prefix = getattr(model, "num_prefix_tokens", None)
+    return Declared(
+        (int(grid[0]), int(grid[1])) if grid is not None else None,
+        frozenset({int(prefix)}) if prefix is not None else None, axes,
+    )  # fmt: skip
+
+
+def _timm_advice(model: Any) -> str:
+    last = len(getattr(model, "feature_info", ())) - 1
+    if hasattr(model, "forward_intermediates") and last > 0:
+        return f"model.vision.feature_layer: {last} takes its last feature map instead."
+    return "Give another timm model, whose forward_features gives patch tokens or a feature map."
 
 
 def _load_timm_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:

@@ -1,14 +1,16 @@
 """Strict loading checks and hashing of weights, shared by `vision`, `language` and `plan`.
 
-``from_pretrained`` keeps quiet about missing, extra and NaN weights, so the refusals live here. `loading` makes one
-sentence of what a library raises over files that it cannot load.
+``from_pretrained`` keeps quiet about missing, extra and NaN weights, so the refusals live here. `from_pretrained` here
+reads no pickle; `loading` makes one sentence of what a library raises over files that it cannot load.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -35,6 +37,82 @@ def loading(what: str, wanted: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as e:
         raise UserError(f"{what} cannot be loaded: {first_line(e)} {wanted}") from e
+
+
+def from_pretrained(cls: Any, name: str, *, gguf_file: str | None = None, **how: Any) -> tuple[Any, dict[str, Any]]:
+    """(model, loading info) of transformers' ``cls.from_pretrained``, from safetensors or the GGUF file named.
+
+    Weights of another shape are noted in the info for `check_loading_info`. Raises `UserError` where the weights are
+    a pickle, or where a file of the checkpoint points at one, or outside of its folder.
+    """
+    how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    if gguf_file is not None:
+        return cls.from_pretrained(name, gguf_file=gguf_file, **how)
+    _check_weight_files(name, how.get("revision"))
+    try:
+        return cls.from_pretrained(name, use_safetensors=True, **how)
+    except OSError as e:
+        if "safetensors" not in str(e):
+            raise
+        raise UserError(f"{name}: {_no_safetensors(Path(name))}") from e
+
+
+def _no_safetensors(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"has no model.safetensors. {convert()}"
+    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth"))
+    if not pickles:
+        return "has no weights, that is no model.safetensors; get the files again, or save_pretrained the model again."
+    return f"has no model.safetensors, only {listed(pickles, 3)}. {convert(pickles[0])}"
+
+
+def convert(file: str = "pytorch_model.bin") -> str:
+    """Why a pickle is not read, and how to make a safetensors file of it."""
+    name = Path(file).name
+    target = name.replace("pytorch_model", "model").rpartition(".")[0] + ".safetensors"
+    code = (
+        "import torch, safetensors.torch as s; s.save_file({k: v.clone() for k, v in "
+        f"torch.load('{name}', weights_only=True).items()}}, '{target}', {{'format': 'pt'}})"
+    )
+    return (
+        "Weights are read from safetensors only; a pickle (.bin, .pt, .pth) can run code when read. Convert a file "
+        f'once, in its folder: python -c "{code}"'
+    )
+
+
+def _check_weight_files(name: str, revision: str | None) -> None:
+    """Only safetensors files of the checkpoint's own folder, whatever its ``config.json`` and index say: transformers
+    follows both to any file, and unpickles what does not end in .safetensors."""
+    from transformers.utils.hub import cached_file
+
+    for file, mark in (("config.json", "transformers_weights"), ("model.safetensors.index.json", "weight_map")):
+        path = cached_file(
+            name, file, revision=revision,
+            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        if path is None:
+            continue
+        text = Path(path).read_text("utf-8")
+        for named in sorted(_strings_under(json.loads(text), mark)) if mark in text else ():
+            if not named.endswith((".safetensors", ".safetensors.index.json")) or not _is_inside(named):
+                raise UserError(
+                    f"{name}: {file} names {named!r} as a file of weights; expected a .safetensors file in the same "
+                    f"folder. {convert()}"
+                )
+
+
+def _strings_under(tree: Any, mark: str, below: bool = False) -> set[str]:
+    """Every string at or below a key ``mark``, wherever that is."""
+    if isinstance(tree, dict):
+        return set().union(*(_strings_under(v, mark, below or k == mark) for k, v in tree.items()))
+    if isinstance(tree, list):
+        return set().union(*(_strings_under(v, mark, below) for v in tree))
+    return {tree} if below and isinstance(tree, str) else set()
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name.replace("\\", "/"))
+    return not path.is_absolute() and ".." not in path.parts
 
 
 @contextmanager

@@ -49,6 +49,7 @@ from beholder.model import vision as vision_door
 from beholder.model.connector import build_connector
 from beholder.model.language import load_tokenizer, source_of
 from beholder.model.losses import MAX_LOGITS
+from beholder.model.patch_layout import Declared, UnknownLayout, expected_layout
 from beholder.model.placement import resolve_targets
 from beholder.model.plan import TrainableRow, TrainableTable
 from beholder.model.weights import DTYPES, loading
@@ -276,12 +277,13 @@ def vision_shape(cfg: VisionConfig, config_file: Path | None = None) -> VisionSh
     """Sizes of the tower and the cost of one image. Raises `UserError` where no configuration can be found."""
     if cfg.name_or_path.startswith("timm/"):
         return _timm_shape(cfg)
-    from transformers import AutoModel
-
     config = _config("vision", cfg, config_file)
     part = getattr(config, "vision_config", None) or config
     with torch.device("meta"):
-        model = AutoModel.from_config(part, trust_remote_code=cfg.trust_remote_code).eval()
+        kind = vision_door.hf_class(part)
+        auto = hasattr(kind, "from_config")
+        model = kind.from_config(part, trust_remote_code=cfg.trust_remote_code) if auto else kind(part)
+        model.eval()
     vision_door._drop_pooling(model)
     trained_at = getattr(part, "image_size", None)
     trained_at = trained_at[0] if isinstance(trained_at, list | tuple) else trained_at
@@ -298,13 +300,17 @@ def vision_shape(cfg: VisionConfig, config_file: Path | None = None) -> VisionSh
         extra["interpolate_pos_encoding"] = True
     pixels = torch.empty(1, 3, height, width, device="meta")
     out, flops = _count(lambda: model(pixel_values=pixels, **extra).last_hidden_state)
-    if out.ndim == 4:  # a feature map
-        patches, d_vision = out.shape[2] * out.shape[3], out.shape[1]
-    else:
-        size: Any = getattr(part, "patch_size", None)
-        ph, pw = size if isinstance(size, list | tuple) else (size, size)
-        patches, d_vision = ((height // ph) * (width // pw) if size else out.shape[1]), out.shape[2]
-    return VisionShape(_weights(model), patches, d_vision, flops)
+    return _vision_shape(model, out, flops, height, width, vision_door.hf_declared(part, height, width), folder)
+
+
+def _vision_shape(
+    model: torch.nn.Module, out: torch.Tensor, flops: float, height: int, width: int, declared: Declared, name: str
+) -> VisionShape:
+    try:
+        layout, _ = expected_layout(out, height, width, declared)
+    except UnknownLayout as e:
+        raise UserError(f"{name} ({type(model).__name__}): {e}") from e
+    return VisionShape(_weights(model), layout.num_patches, layout.take(out, 1).shape[2], flops)
 
 
 def _timm_shape(cfg: VisionConfig) -> VisionShape:
@@ -315,8 +321,9 @@ def _timm_shape(cfg: VisionConfig) -> VisionShape:
     with torch.device("meta"):
         model: Any = timm.create_model(name, pretrained=False, num_classes=0).eval()
         pixels = torch.empty(1, *resolve_model_data_config(model)["input_size"])
-    out, flops = _count(lambda: vision_door.timm_features(model, cfg.feature_layer)(model, pixels))
-    return VisionShape(_weights(model), out.shape[1], out.shape[2], flops)
+    out, flops = _count(lambda: vision_door.timm_outputs(cfg.feature_layer)(model, pixels))
+    declared = vision_door.timm_declared(model, cfg.feature_layer)
+    return _vision_shape(model, out, flops, pixels.shape[2], pixels.shape[3], declared, name)
 
 
 @torch.no_grad()

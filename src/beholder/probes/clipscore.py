@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from beholder.evidence import Measurement
-from beholder.model.weights import check_finite, check_loading_info, freeze, loading
+from beholder.model.weights import check_finite, check_loading_info, freeze, from_pretrained, loading
 from beholder.probes import mean, measurement
 from beholder.types import UserError
 
@@ -42,11 +42,8 @@ class ClipJudge:
         self.device = torch.device(device)
         self.pixels: Any = _preprocessing(name)
         with loading(f"eval.clip_model {name!r}", _WANTED):
-            loaded: Any = CLIPModel.from_pretrained(
-                name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+            model, info = from_pretrained(CLIPModel, name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, info = loaded
         check_loading_info(info, model, name)
         check_finite(model, name)
         freeze(model)
@@ -191,13 +188,6 @@ def _check_folder(name: str) -> None:
     kind = _read_json(name, "config.json").get("model_type")
     if kind != "clip":
         raise UserError(f"eval.clip_model {name!r}: config.json is of a {kind!r} model, and CLIPScore needs 'clip'")
-    if not [*folder.glob("*.safetensors")]:
-        pickles = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in folder.glob(pattern))
-        what = f"only {pickles[0]}, a pickle that could run any code" if pickles else "no weights"
-        raise UserError(
-            f"eval.clip_model {name!r} has {what}; weights are read from model.safetensors only. Get the safetensors "
-            "file of the model, or save the model again with save_pretrained"
-        )
 
 
 def _read_json(name: str, *files: str) -> dict[str, Any]:
