@@ -17,11 +17,12 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from beholder.config import LoraConfig
 from beholder.model.adapted_linear import ADAPTER, AdaptedLinear, adapter_weights
 from beholder.model.language import LanguageModel
-from beholder.model.placement import FIELD, AdapterSite, counted, resolve_targets
+from beholder.model.placement import FIELD, AdapterSite, counted, folded, resolve_targets
 from beholder.model.weights import check_finite, listed, quiet_transformers
 from beholder.types import UserError
 
@@ -38,12 +39,14 @@ def attach(language: LanguageModel, cfg: LoraConfig, seed: int) -> list[AdapterS
 
     A is drawn from ``seed`` alone (U(±1/sqrt(d_in)), PEFT's own), B is 0: the model computes what it did before. The
     adapters' weights are fp32 whatever the base is stored in; the base's are untouched and frozen. Raises `UserError`
-    as `resolve_targets` does.
+    as `resolve_targets` does, and for layers that the model never calls.
     """
     assert not language.adapters, "the language model has adapters already"
     sites = resolve_targets(language.model, cfg.target_modules, cfg.r)
     config = _peft_config(cfg, sites)
-    config._register_custom_module({nn.Linear: AdaptedLinear})
+    # What others must know to merge; here each layer knows it of itself.
+    config.fan_in_fan_out = all(isinstance(language.model.get_submodule(s.name), Conv1D) for s in sites)
+    config._register_custom_module({nn.Linear: AdaptedLinear, Conv1D: AdaptedLinear})
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # PEFT draws weights of its own first
         # peft 0.21 asks transformers 5.23 in words that the latter is about to drop.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
@@ -65,7 +68,29 @@ def attach(language: LanguageModel, cfg: LoraConfig, seed: int) -> list[AdapterS
         layer.scalings = (_alpha_at_rest(cfg) / cfg.r, cfg.alpha / cfg.r)
     language.model.peft_config[ADAPTER].lora_alpha = _alpha_at_rest(cfg)
     language.train(False)
+    _check_reached(language)
     return sites
+
+
+@torch.no_grad()
+def _check_reached(language: LanguageModel) -> None:
+    """Refuse layers whose weights the model reads without calling them (Mamba's ``out_proj`` and ``dt_proj``): their
+    adapters would learn nothing and be merged all the same. An expert that no token chose is no such layer, where
+    another of its kind was called."""
+    placed = _adapted(language)
+    called: set[str] = set()
+    hooks = [m.register_forward_hook(lambda *_, n=name: called.add(n)) for name, m in placed.items()]
+    try:
+        ids = torch.arange(8, device=language.device)[None]
+        language.hidden(language.embed(ids), torch.arange(8, device=language.device)[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if idle := sorted({folded(n) for n in placed} - {folded(n) for n in called}):
+        raise UserError(
+            f"{FIELD}: {language.name} ({type(language.model).__name__}) never calls {listed(idle)}, but reads the "
+            "weights directly, so adapters there would learn nothing; take them out"
+        )
 
 
 def _alpha_at_rest(cfg: LoraConfig) -> int | float:
