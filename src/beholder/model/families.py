@@ -34,7 +34,8 @@ def kernel_at_hand(cfg: LlmConfig) -> Iterator[None]:
         if cfg.attn_implementation == "eager" or "does not support" not in why or "ttention" not in why:
             raise
         raise UserError(
-            f"model.llm.name_or_path {cfg.name_or_path!r}: {why.partition(' yet')[0]}. Set {KERNEL}: eager"
+            f"model.llm.name_or_path {cfg.name_or_path!r} with {KERNEL} {cfg.attn_implementation}: "
+            f"{why.partition(' yet')[0]}. Set {KERNEL}: eager"
         ) from e
 
 

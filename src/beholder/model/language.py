@@ -316,15 +316,18 @@ def source_of(cfg: LlmConfig | VisionConfig) -> tuple[str, dict[str, Any]]:
     return str(path.parent), {**where, "gguf_file": path.name}
 
 
-def load_tokenizer(cfg: LlmConfig) -> Any:
-    """The model's own tokenizer. Raises `UserError` when there is none."""
+def load_tokenizer(cfg: LlmConfig, *, beside: Path | None = None) -> Any:
+    """The model's own tokenizer, or that of the folder ``beside`` lies in, for which no hub is asked. Raises
+    `UserError` when there is none."""
     from transformers import AutoTokenizer
 
     name, where = source_of(cfg)
+    if beside is not None and not Path(name).is_dir():
+        name, where = str(beside.parent), {"trust_remote_code": cfg.trust_remote_code, "local_files_only": True}
     what = f"model.llm.name_or_path {cfg.name_or_path!r}: its tokenizer"
     try:
         with loading(what, "The folder must hold one."):
-            return AutoTokenizer.from_pretrained(name, **where)
+            tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except AttributeError as e:
         if "gguf_file" not in where or "bos_token_id" not in str(e):
             raise
@@ -332,6 +335,13 @@ def load_tokenizer(cfg: LlmConfig) -> Any:
             f"{what} cannot be read by this version of transformers, because the file names no beginning-of-text token "
             "(tokenizer.ggml.bos_token_id): update transformers to 5.18 or later, or give a Hugging Face folder"
         ) from e
+    if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
+        # What transformers makes up for a folder that holds a config.json alone: text would become nothing.
+        raise UserError(
+            f"{what} is not there: {name} has no tokenizer files (tokenizer.json, or what its family has instead); put "
+            "the model's own beside its config.json"
+        )
+    return tokenizer
 
 
 def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, Any]:
