@@ -816,8 +816,9 @@ def test_audited_copies_in_another_template_still_encode(families: dict[str, Fam
 
 R1_DISTILL = (
     "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
-    "{% set ns.system = m.content %}{% endif %}{% endfor %}{{ bos_token }}{{ ns.system }}{% for m in messages %}{% if m.role == 'user' %}"
-    "{{ '<|im_start|>User:' + m.content }}{% elif m.role == 'assistant' %}{% set text = m.content %}"
+    "{% set ns.system = m.content %}{% endif %}{% endfor %}{{ bos_token }}{{ ns.system }}{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ '<|im_start|>User:' + m.content }}"
+    "{% elif m.role == 'assistant' %}{% set text = m.content %}"
     "{% if '</think>' in text %}{% set text = text.split('</think>')[-1] %}{% endif %}"
     "{{ '<|im_start|>Assistant:' + text + '<|im_end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>Assistant:<think>\n' }}{% endif %}"

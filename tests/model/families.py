@@ -57,7 +57,7 @@ FAMILIES: dict[str, Family] = {
     "Qwen3": Family(), "Qwen3Moe": Family(GROUPED | {"num_experts": 4, "moe_intermediate_size": 32, **EXPERTS}),
     "Gemma": Family(), "Gemma2": Family(GROUPED | {"final_logit_softcapping": 3.0}, kernel="eager"),
     "Gemma3": Family(GROUPED | {"sliding_window": 3}, config="Gemma3TextConfig"),
-    "Phi": Family(), "Phi3": Family(), "SmolLM3": Family(),
+    "Phi": Family(), "Phi3": Family(GROUPED | {"sliding_window": 3}), "SmolLM3": Family(),
     "GPT2": Family(GPT2, model="GPT2LMHeadModel", positions=128),
     "GPTBigCode": Family(GPT2, positions=128),
     "GPTJ": Family(GPT2 | {"rotary_dim": 8}, kernel="eager", positions=128),
@@ -79,12 +79,13 @@ FAMILIES: dict[str, Family] = {
         {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}, kernel="eager", packs=False, positions=128
     ),
     "Falcon": Family({**WIDE, **DEEP}, packs=False), "StableLm": Family(), "Starcoder2": Family(),
-    "Olmo": Family(), "Olmo2": Family(), "Cohere": Family(GROUPED | {"logit_scale": 0.06}), "Cohere2": Family(),
+    "Olmo": Family(), "Olmo2": Family(), "Cohere": Family(GROUPED | {"logit_scale": 0.06}),
+    "Cohere2": Family(GROUPED | {"sliding_window": 3}),
     "Granite": Family(GROUPED | {"logits_scaling": 8.0, "embedding_multiplier": 12.0}),
     "GraniteMoe": Family(GROUPED | {"num_local_experts": 4, **EXPERTS}),
     "GptOss": Family(GROUPED | {"num_local_experts": 4, **EXPERTS}, kernel="eager", packs=False),
     "DeepseekV3": Family(LATENT, fused=True), "Glm4": Family(), "Nemotron": Family(), "Persimmon": Family(),
-    "Llama4": Family(GROUPED | {"num_local_experts": 2}, config="Llama4TextConfig", fused=True),
+    "Llama4": Family(GROUPED | {"num_local_experts": 2, "attention_chunk_size": 4}, config="Llama4TextConfig"),
     "Qwen3Next": Family(
         GROUPED | {
             "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, **EXPERTS,

@@ -135,7 +135,7 @@ def test_a_family_is_right_or_refused_with_a_sentence(name: str, tmp_path: Path,
     # The plan's numbers are the model's.
     assert language.max_positions == family.positions
     if name == "Mamba":
-        with pytest.raises(UserError, match="no attention heads.*cannot be estimated"):
+        with pytest.raises(UserError, match=r"no attention heads.*cannot be estimated"):
             language_shape(cfg)
     else:
         shape = language_shape(cfg)

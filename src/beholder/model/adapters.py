@@ -82,8 +82,8 @@ def _misplaced(language: LanguageModel, sites: Sequence[AdapterSite], why: str) 
     checkpoint is loaded."""
     return UserError(
         f"{FIELD}: on {language.name} ({type(language.model).__name__}) PEFT does not put adapters on "
-        f"{counted([s.name for s in sites])} as named: {why}. Where experts are fused it takes names that end like theirs "
-        "(gate_proj, up_proj, down_proj) for them. Name fewer layers, such as q_proj, o_proj"
+        f"{counted([s.name for s in sites])} as named: {why}. Where experts are fused it takes names that end like "
+        "theirs (gate_proj, up_proj, down_proj) for them. Name fewer layers, such as q_proj, o_proj"
     )
 
 

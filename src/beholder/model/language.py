@@ -378,6 +378,8 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
         device.type == "cpu"
         and model.config._attn_implementation == "sdpa"
         and type(model).__module__.startswith("transformers.")
+        # Llama 4's chunks are known to the mask alone, which ours does not read.
+        and "chunked_attention" not in (getattr(model.config.get_text_config(), "layer_types", None) or ())
     ):
         attention.register()
         model.set_attn_implementation(attention.NAME)
