@@ -809,3 +809,101 @@ def test_audited_copies_in_another_template_still_encode(families: dict[str, Fam
     encoded = plain_copy.encode(replace(example_of([("user", "hi"), ("assistant", "ho")]), images=()))
 
     assert plain_copy.tokenizer.decode(encoded.ids.tolist()) == "hi\nho<|im_end|>"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What generation starts from, and what training shows before an answer
+
+R1_DISTILL = (
+    "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
+    "{% set ns.system = m.content %}{% endif %}{% endfor %}{{ bos_token }}{{ ns.system }}{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ '<|im_start|>User:' + m.content }}"
+    "{% elif m.role == 'assistant' %}{% set text = m.content %}"
+    "{% if '</think>' in text %}{% set text = text.split('</think>')[-1] %}{% endif %}"
+    "{{ '<|im_start|>Assistant:' + text + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>Assistant:<think>\n' }}{% endif %}"
+)
+DEAF = CHATML.partition("{% if add_generation_prompt %}")[0]
+"""Writes the assistant's header before an answer only, whatever ``add_generation_prompt`` says."""
+THINKING_ONLY = QWEN3.partition("{%- if enable_thinking")[0].replace(
+    "{{- '<|im_start|>assistant\n' }}", "{{- '<|im_start|>assistant\n<think>\n' }}"
+) + "{%- endif %}"  # fmt: skip
+CHANNELS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ '<|im_start|>assistant<think>final' + m.content + '<|im_end|>' }}"
+    "{% else %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
+LATECOMER = CHATML.replace("<|im_start|>{{ m.role }}", "<|im_start|>{% if loop.last %}last {% endif %}{{ m.role }}")
+
+
+@pytest.mark.parametrize(("template", "own", "trained"), [
+    (R1_DISTILL, "<|im_start|>Assistant:<think>\\n", "<|im_start|>Assistant:"),
+    (DEAF, "<|im_end|>\\n", "<|im_start|>assistant\\n"),
+    (THINKING_ONLY, "<think>\\n", "<think>\\n\\n</think>\\n\\n"),
+    (CHANNELS, "<|im_start|>assistant", "<|im_start|>assistant<think>final"),
+], ids=["R1-Distill", "add_generation_prompt ignored", "Qwen3-Thinking", "channels"])  # fmt: skip
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_generation_starts_from_what_training_shows_where_the_templates_prompt_is_something_else(
+    families: dict[str, Family], template: str, own: str, trained: str, rounds: int
+) -> None:
+    tokenizer = families["chatml"].tokenizer
+    encoder = ChatEncoder(
+        tokenizer, num_visual_tokens=N, max_seq_len=4096, template="chat", instruction="-", instruction_multi="-",
+        chat_template=template,
+    )  # fmt: skip
+    talk: Talk = [("user", f"what {PICTURE}"), ("assistant", "a dog"), ("user", "an?"), ("assistant", "yes")]
+    talk = talk[: 2 * rounds]
+
+    full, prompt = encoder.encode(example_of(talk)), encoder.encode_prompt(example_of(talk))
+
+    assert full.ids[: len(prompt.ids)].tolist() == prompt.ids.tolist()
+    answer = tokenizer(talk[-1][1] + "<|im_end|>", add_special_tokens=False)["input_ids"]
+    after = full.ids[len(prompt.ids) :].tolist()
+    assert after[: len(answer)] == answer and full.supervise[len(prompt.ids) :][: len(answer)].all()
+    whole = tokenizer.apply_chat_template(
+        [{"role": r, "content": t} for r, t in talk], chat_template=template, tokenize=False, enable_thinking=False
+    )
+    assert bytes(b for b, _, _ in spell(encoder, full)).decode() == whole, "the sample is the template's own text"
+    assert encoder.prompt_note is not None and own in encoder.prompt_note and trained in encoder.prompt_note
+
+
+def test_only_templates_that_need_it_are_told_about_and_fingerprinted_anew(families: dict[str, Family]) -> None:
+    for name in FAMILIES:
+        assert make(families[name].tokenizer).prompt_note is None, name
+    thinking = make(families["qwen3"].tokenizer, thinking=True)
+    assert thinking.prompt_note is not None and "not trained" in thinking.prompt_note
+
+
+def test_a_template_that_shows_the_question_otherwise_once_it_is_answered_is_refused(
+    families: dict[str, Family],
+) -> None:
+    with pytest.raises(UserError, match="shows a conversation of user otherwise once it is answered"):
+        make(families["chatml"].tokenizer, chat_template=LATECOMER)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The table of embeddings
+
+
+def test_ids_that_can_occur_must_have_a_row_and_others_need_none(families: dict[str, Family], tmp_path: Path) -> None:
+    """Gemma 3's text-only models have a tokenizer with the image token of the others, one past the table."""
+    tokenizer = tiny_tokenizer(tmp_path, "smollm2")
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    encoder = make(tokenizer)
+
+    encoder.check_table(rows)
+
+    spelled = encoder.encode(example_of([("user", "<image_soft_token>"), ("assistant", "a <image_soft_token>")]))
+    assert spelled.ids.max() < rows, "its spelling in a text is text"
+    with pytest.raises(UserError, match=rf"table of {rows - 1} rows does not have: '<\|im_end\|>' \({rows - 1}\)"):
+        encoder.check_table(rows - 1)
+    with pytest.raises(UserError, match=r"table of 200 rows does not have: .*, …; they do not belong together"):
+        encoder.check_table(200)
+    with pytest.raises(UserError, match="image_soft_token"):
+        make(tokenizer, im_start="<image_soft_token>").check_table(rows)
+    with pytest.raises(UserError, match="image_soft_token"):
+        make(tokenizer, chat_template=CHATML.replace("{{ m.role }}", "{{ m.role }}<image_soft_token>")).check_table(
+            rows
+        )

@@ -64,7 +64,9 @@ class ChatEncoder:
     character. Supervised is what the model has to write after the template's generation prompt: each assistant turn,
     with the blank that some templates put beside it, and its end token. An image may stand anywhere in a user turn, and
     samples without one are fine. ``system`` goes before conversations that have no system turn; ``thinking`` is the
-    template's ``enable_thinking``. A template that dates its text always gets the date `chat_template.TEMPLATE_DATE`.
+    template's ``enable_thinking``. Generation starts from what training shows before an answer, also where the
+    template's own generation prompt is something else (`prompt_note` says so). A template that dates its text always
+    gets the date `chat_template.TEMPLATE_DATE`.
 
     ``too_long``: what `encode` does with a sample longer than ``max_seq_len``.
 
@@ -141,10 +143,17 @@ class ChatEncoder:
         }  # fmt: skip
         if self._chat is not None:
             facts |= {"chat_template": self._chat.text, "system": system, "thinking": thinking}
+            if self._chat.aligned:  # named only then: others are prompted as before
+                facts["prompt"] = "as trained"
         if too_long != "truncate_answer":  # named only then: runs from before the setting keep their fingerprint
             facts["too_long"] = too_long
         self.fingerprint: str = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         """sha256 over everything that decides which ids an example gives."""
+
+    @property
+    def prompt_note(self) -> str | None:
+        """What a person should know about where generation starts (`ChatTemplate.prompt_note`); mostly nothing."""
+        return self._chat.prompt_note if self._chat is not None else None
 
     # -------------------------------------------------------------------------------------------------------------
     # Templates
@@ -218,7 +227,7 @@ class ChatEncoder:
         """What generation starts from: the ids of `encode` up to where the last assistant turn starts, none supervised.
 
         A conversation that ends with the user's turn is taken whole. Under chat it ends with the template's generation
-        prompt, which some templates (Qwen3's, when thinking) do not repeat in front of a finished answer. Raises
+        prompt where that is a prefix of the sample, else with what the sample has before the answer. Raises
         `EncodeError` as `encode` does, `TooLongError` when it does not fit.
         """
         example = self.apply_template(example)
@@ -387,6 +396,23 @@ class ChatEncoder:
                 break
             kept.append(int(i))
         return str(self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+
+    def check_table(self, rows: int) -> None:
+        """Refuse an embedding table that lacks a row for an id that can occur: that of ordinary text, or one that
+        templates and brackets write. A control token that nothing writes may lie beyond (Gemma 3's image token does,
+        in its text-only models)."""
+        written = {*self.bos_ids, self.eos_ids[0], *self.im_start_ids, *self.im_end_ids, self.reserved_id}
+        if self._chat is not None:
+            written |= self._chat.control_ids
+        vocab: dict[str, int] = self.tokenizer.get_vocab()
+        beyond = {t: i for t, i in vocab.items() if i >= rows and (i in written or i not in self._control_ids)}
+        if beyond:
+            named = ", ".join(f"{printable(t)!r} ({i})" for t, i in sorted(beyond.items(), key=lambda ti: ti[1])[:4])
+            raise UserError(
+                f"the tokenizer {getattr(self.tokenizer, 'name_or_path', '')!r} gives ids that the language model's "
+                f"embedding table of {rows} rows does not have: {named}{', …' if len(beyond) > 4 else ''}; they do not "
+                "belong together (the table never grows)"
+            )
 
     # -------------------------------------------------------------------------------------------------------------
     # For people

@@ -68,6 +68,11 @@ class ChatTemplate:
     rendering of the record, every time: a template may look into a message and write something else (Qwen3's does for
     ``</think>``), and that must not go unnoticed.
 
+    What generation starts from must be what training shows before an answer. Where the template's generation prompt is
+    not (R1-Distill's ends in ``<think>``, others ignore ``add_generation_prompt`` or leave the model to choose a
+    channel), generation starts from the text before a finished answer instead, and `prompt_note` says so. Two
+    differences stay: a blank that the model writes, and, with ``thinking``, the reasoning that was asked for.
+
     A template is code of the person's choosing. It runs in Jinja's sandbox (no files, no private attributes), which
     bounds neither its running time nor the size of what it writes: in these it is trusted.
     """
@@ -87,13 +92,19 @@ class ChatTemplate:
         self._eats_left = {t for t in self._control_ids if t in added and added[t].lstrip}
         self._eats_right = {t for t in self._control_ids if t in added and added[t].rstrip}
         self._scaffolds: dict[tuple[tuple[str, ...], bool], _Scaffold] = {}
+        self.prompt_note: str | None = None
+        """How the start of generation differs from the template's own prompt or from training; set by `end_ids`."""
+        self.aligned = False
+        """Whether generation starts from what training shows instead of the template's own prompt."""
 
     def end_ids(self, system: str | None) -> list[int]:
         """The control tokens that end assistant turns, that of the last turn first. Raises `UserError`."""
         roles = ("user", "assistant", "user", "assistant")
         try:
             scaffold = self.scaffold(roles, prompt=False)
-            self.scaffold(roles[:1], prompt=True)
+            own = self.scaffold(roles[:1], prompt=True).texts[-1]
+            header = self.scaffold(roles[:2], prompt=False).texts[-2]
+            self.aligned = self._trained_opening(roles[:1]) is not None
         except TemplateMisfit as e:
             raise UserError(
                 f"{e}, so it cannot be used; give another one as prompting.chat_template, or set "
@@ -108,6 +119,16 @@ class ChatTemplate:
                     f"prompting.system is given, but {e}; leave it out, or give a template that takes a system turn "
                     "(prompting.chat_template)"
                 ) from e
+        if self.aligned:
+            self.prompt_note = (
+                f"the chat template's generation prompt ends in {own[-60:]!r}, but before a finished answer it writes "
+                f"{header[-60:]!r}, and that is what training shows: generation starts from the latter"
+            )
+        elif self.thinking and own != header and not header[len(own) :].isspace():
+            self.prompt_note = (
+                f"prompting.thinking is true: generation starts from {own[-60:]!r}, but a finished answer stands after "
+                f"{header[-60:]!r}, so writing the reasoning is not trained"
+            )
         ends: list[int] = []
         for pieces, place in zip(scaffold.pieces[:0:-1], scaffold.places[::-1], strict=True):
             if roles[place.turn] == "assistant":
@@ -142,7 +163,38 @@ class ChatTemplate:
                 f"the chat template rewrites the conversation, near turn {near} ({turns[near].role}): it writes "
                 f"{rendered[max(0, at - 20) : at + 40]!r} where {text[max(0, at - 20) : at + 40]!r} was expected"
             )
+        if prompt and (trained := self._trained_opening(tuple(t.role for t in turns))) is not None:
+            pieces[len(pieces) - len(scaffold.pieces[-1]) :] = trained
         return pieces, blank
+
+    @property
+    def control_ids(self) -> set[int]:
+        """The control tokens that the renderings so far are made of."""
+        return {
+            p.what for s in self._scaffolds.values() for pieces in s.pieces for p in pieces if isinstance(p.what, int)
+        }
+
+    def _trained_opening(self, roles: tuple[str, ...]) -> tuple[Piece, ...] | None:
+        """What training shows between ``roles`` and the answer to them; None where the template's own generation
+        prompt is that, or differs as it may."""
+        asked = self.scaffold(roles, prompt=True)
+        try:
+            answered = self.scaffold((*roles, "assistant"), prompt=False)
+        except TemplateMisfit:  # no such sample can be trained on either
+            return None
+        if answered.places[:-1] != asked.places or answered.texts[:-2] != asked.texts[:-1]:
+            raise TemplateMisfit(
+                f"the chat template shows a conversation of {', '.join(roles)} otherwise once it is answered, so "
+                "generation would not start from what training shows"
+            )
+        if self._may_differ(asked.texts[-1], answered.texts[-2]):
+            return None
+        return answered.pieces[-2]
+
+    def _may_differ(self, prompt: str, header: str) -> bool:
+        """Whether generation may start after ``prompt`` when a finished answer stands after ``header``."""
+        rest = header[len(prompt) :]
+        return header.startswith(prompt) and (not rest or rest.isspace() or self.thinking)
 
     def scaffold(self, roles: tuple[str, ...], *, prompt: bool) -> _Scaffold:
         """The template taken apart for ``roles``."""
@@ -172,7 +224,9 @@ class ChatTemplate:
             start = plain.index(marks[i])
             texts.append(plain[at:start])
             opening = self._opening(roles, marks, i) if roles[i] == "assistant" else None
-            border = len(opening) - at if opening is not None and plain.startswith(opening) else None
+            border = None
+            if opening is not None and self._may_differ(opening, plain[:start]):
+                border = len(opening) - at
             pieces.append(self._cut(texts[-1], self._is_answer(roles, places), border))
             padded = self._render_marked(roles, [*marks[:i], _PAD + marks[i] + _PAD, *marks[i + 1 :]], prompt=prompt)
             at = start + len(marks[i])

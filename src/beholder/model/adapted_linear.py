@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
 ADAPTER = "default"
 """The one adapter's name inside PEFT's layers; it is not part of the saved names."""
@@ -30,19 +31,26 @@ class AdaptedLinear(PeftLinear):
     scalings: tuple[float, float]
     """At rest, and while learning."""
 
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, **kwargs)
+        # One config may cover both kinds of layer, so each is asked for its own.
+        self.fan_in_fan_out = self.is_target_conv_1d_layer = isinstance(self.get_base_layer(), Conv1D)
+
     def learn(self, mode: bool) -> None:
         self.scaling[ADAPTER] = self.scalings[mode]
         self.lora_dropout.train(mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
-        half = x.dtype in (torch.bfloat16, torch.float16) and type(base) is nn.Linear and base.weight.dtype == x.dtype
+        half = x.dtype in (torch.bfloat16, torch.float16) and type(base) in (nn.Linear, Conv1D)
+        half = half and base.weight.dtype == x.dtype
         if self.disable_adapters or self.merged or not half:
             return super().forward(x, *args, **kwargs)
         down, up = adapter_weights(self)
         dropout = self.lora_dropout[ADAPTER]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return _AdaptedProduct.apply(x, base.weight, base.bias, down, up, self.scaling[ADAPTER], p)  # pyright: ignore[reportReturnType]
+        weight = base.weight.t() if self.fan_in_fan_out else base.weight
+        return _AdaptedProduct.apply(x, weight, base.bias, down, up, self.scaling[ADAPTER], p)  # pyright: ignore[reportReturnType]
 
 
 class _AdaptedProduct(torch.autograd.Function):

@@ -17,12 +17,13 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from beholder.config import LoraConfig
 from beholder.model.adapted_linear import ADAPTER, AdaptedLinear, adapter_weights
 from beholder.model.language import LanguageModel
-from beholder.model.placement import FIELD, AdapterSite, counted, resolve_targets
-from beholder.model.weights import check_finite, listed, quiet_transformers
+from beholder.model.placement import FIELD, AdapterSite, counted, folded, resolve_targets
+from beholder.model.weights import check_finite, first_line, listed, quiet_transformers
 from beholder.types import UserError
 
 KEY_PREFIX = "base_model.model."
@@ -38,18 +39,25 @@ def attach(language: LanguageModel, cfg: LoraConfig, seed: int) -> list[AdapterS
 
     A is drawn from ``seed`` alone (U(±1/sqrt(d_in)), PEFT's own), B is 0: the model computes what it did before. The
     adapters' weights are fp32 whatever the base is stored in; the base's are untouched and frozen. Raises `UserError`
-    as `resolve_targets` does.
+    as `resolve_targets` does, and for layers that the model never calls.
     """
     assert not language.adapters, "the language model has adapters already"
     sites = resolve_targets(language.model, cfg.target_modules, cfg.r)
     config = _peft_config(cfg, sites)
-    config._register_custom_module({nn.Linear: AdaptedLinear})
+    # What others must know to merge; here each layer knows it of itself.
+    config.fan_in_fan_out = all(isinstance(language.model.get_submodule(s.name), Conv1D) for s in sites)
+    config._register_custom_module({nn.Linear: AdaptedLinear, Conv1D: AdaptedLinear})
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # PEFT draws weights of its own first
         # peft 0.21 asks transformers 5.23 in words that the latter is about to drop.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-        inject_adapter_in_model(config, language.model, adapter_name=ADAPTER)
+        try:
+            inject_adapter_in_model(config, language.model, adapter_name=ADAPTER)
+        except ValueError as e:
+            raise _misplaced(language, sites, first_line(e)) from e
     placed = _adapted(language)
-    assert list(placed) == [s.name for s in sites], "PEFT placed adapters elsewhere than resolved"
+    if list(placed) != [s.name for s in sites] or config.target_parameters:
+        lost = [s.name for s in sites if s.name not in placed]
+        raise _misplaced(language, sites, f"{counted(lost)} would get none")
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for site, layer in zip(sites, placed.values(), strict=True):
@@ -65,7 +73,45 @@ def attach(language: LanguageModel, cfg: LoraConfig, seed: int) -> list[AdapterS
         layer.scalings = (_alpha_at_rest(cfg) / cfg.r, cfg.alpha / cfg.r)
     language.model.peft_config[ADAPTER].lora_alpha = _alpha_at_rest(cfg)
     language.train(False)
+    _check_reached(language)
     return sites
+
+
+def _misplaced(language: LanguageModel, sites: Sequence[AdapterSite], why: str) -> UserError:
+    """PEFT renames targets in families whose experts transformers keeps fused, and would do so again wherever the
+    checkpoint is loaded."""
+    return UserError(
+        f"{FIELD}: on {language.name} ({type(language.model).__name__}) PEFT does not put adapters on "
+        f"{counted([s.name for s in sites])} as named: {why}. Where experts are fused it takes names that end like "
+        "theirs (gate_proj, up_proj, down_proj) for them. Name fewer layers, such as q_proj, o_proj"
+    )
+
+
+@torch.no_grad()
+def _check_reached(language: LanguageModel) -> None:
+    """Refuse layers whose weights the model reads without calling them (Mamba's ``out_proj`` and ``dt_proj``): their
+    adapters would learn nothing and be merged all the same. An expert that no token chose is no such layer, where
+    another of its kind was called."""
+    placed = _adapted(language)
+    called: set[str] = set()
+    hooks = [m.register_forward_hook(lambda *_, n=name: called.add(n)) for name, m in placed.items()]
+    try:
+        ids = torch.arange(8, device=language.device)[None]
+        language.hidden(language.embed(ids), torch.arange(8, device=language.device)[None])
+    except (AttributeError, IndexError, TypeError, ValueError) as e:
+        raise UserError(
+            f"{FIELD}: {language.name} ({type(language.model).__name__}) does not run with adapters on "
+            f"{counted(list(placed))}: {first_line(e)}. One of these gives something else than a product (Llama 4's "
+            "router does). Name fewer layers, such as q_proj, o_proj"
+        ) from e
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if idle := sorted({folded(n) for n in placed} - {folded(n) for n in called}):
+        raise UserError(
+            f"{FIELD}: {language.name} ({type(language.model).__name__}) never calls {listed(idle)}, but reads the "
+            "weights directly, so adapters there would learn nothing; take them out"
+        )
 
 
 def _alpha_at_rest(cfg: LoraConfig) -> int | float:

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from beholder.config import GenerateConfig, LlmConfig, VisionConfig
 from beholder.model import attention
-from beholder.model.placement import AdapterSite
+from beholder.model.families import (
+    adapter_refusal,
+    check_no_adapter,
+    check_soft_cap,
+    kernel_at_hand,
+    position_limit,
+    running,
+)
+from beholder.model.placement import AdapterSite, decoder_of
 from beholder.model.weights import DTYPES, check_finite, check_loading_info, freeze, from_pretrained, loading
 from beholder.types import UserError
 
@@ -47,6 +55,8 @@ class LanguageModel(nn.Module):
             self._enable_checkpointing()
         table = self.model.get_input_embeddings()
         self.vocab, self.d_text = table.weight.shape
+        self.max_positions = position_limit(model)
+        """How many positions its table has; None where it has none."""
         self.embed_rms = self._embed_rms()
         self.packing_error: str | None = None
         self.segmented = self.model.config._attn_implementation == attention.NAME
@@ -54,7 +64,7 @@ class LanguageModel(nn.Module):
     # Held outside of the module tree so that the parts are not registered twice.
     @property
     def decoder(self) -> nn.Module:
-        return self.model.get_decoder()
+        return decoder_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,7 +150,8 @@ class LanguageModel(nn.Module):
             logits = logits / divisor
         if (factor := getattr(self.config, "logit_scale", None)) is not None:
             logits = logits * factor
-        if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:
+        cap = getattr(self.config, "final_logit_softcapping", None) or getattr(self.config, "logits_soft_cap", None)
+        if cap is not None:
             logits = cap * torch.tanh(logits / cap)
         return logits
 
@@ -152,11 +163,22 @@ class LanguageModel(nn.Module):
 
         One left-padded batch. Temperature 0 is greedy, and then (in fp32) independent of what else is in the batch.
         Sampling depends on ``seed`` and the batch, and leaves the global random state alone. ``streamer``
-        (transformers' ``put(ids)`` and ``end()``) gets each token as it comes; what it raises ends the writing.
+        (transformers' ``put(ids)`` and ``end()``) gets each token as it comes; what it raises ends the writing. A model
+        with a table of positions writes to its end and no further. Raises `UserError` for a prompt that fills it.
         """
         from transformers import GenerationConfig
 
         longest = max(p.shape[0] for p in prompts)
+        room = how.max_new_tokens
+        if self.max_positions is not None and longest + room > self.max_positions:
+            if len(prompts) > 1:  # each to its own end of the table
+                return [self.generate([p], how, eos_ids=eos_ids, seed=seed, streamer=streamer)[0] for p in prompts]
+            room = self.max_positions - longest
+            if room < 1:
+                raise UserError(
+                    f"the prompt takes {longest} positions and {self.name} has a table of {self.max_positions}, so "
+                    "there is no room for an answer; use a shorter prompt, or fewer images or visual tokens"
+                )
         embeds = prompts[0].new_zeros(len(prompts), longest, self.d_text, dtype=self.dtype)
         mask = torch.zeros(len(prompts), longest, dtype=torch.int64, device=embeds.device)
         for row, prompt in enumerate(prompts):
@@ -167,7 +189,7 @@ class LanguageModel(nn.Module):
         if not greedy:
             sampling = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
         settings = GenerationConfig(
-            max_new_tokens=how.max_new_tokens, repetition_penalty=how.repetition_penalty, eos_token_id=eos_ids,
+            max_new_tokens=room, repetition_penalty=how.repetition_penalty, eos_token_id=eos_ids,
             pad_token_id=eos_ids[0], use_cache=True, num_beams=1, **sampling,
         )  # fmt: skip
         devices = [embeds.device] if embeds.device.type == "cuda" else []
@@ -233,13 +255,58 @@ class LanguageModel(nn.Module):
                 "size). Set train.packing: false, or another model.llm.attn_implementation."
             )
 
+    @torch.no_grad()
+    def check_generation(self) -> None:
+        """Refuse a family whose writing is not that of its training forward, or depends on what fills a shorter prompt
+        up in a batch.
+
+        Two tokens are written after a prompt, alone and beside a longer one with two different fillings.
+        """
+        from transformers import GenerationConfig
+
+        prompt, longer = self.embed(self._probe_ids(5, seed=4)), self.embed(self._probe_ids(9, seed=5))
+        settings = GenerationConfig(max_new_tokens=2, do_sample=False, use_cache=True, num_beams=1, pad_token_id=0)
+
+        def written(filling: Tensor | None) -> tuple[Tensor, Tensor]:
+            embeds, mask = prompt, torch.ones(prompt.shape[:2], dtype=torch.int64, device=prompt.device)
+            if filling is not None:
+                embeds = torch.cat([torch.cat([filling, prompt], 1), longer])
+                mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
+                mask[0, : filling.shape[1]] = 0
+            out = self.model.generate(
+                inputs_embeds=embeds, attention_mask=mask, generation_config=settings, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+            return out.sequences[0, -2:], torch.stack([step[0] for step in out.logits]).float()
+
+        ids, alone = written(None)
+        empty, full = (written(fill)[1] for fill in (torch.zeros_like(longer[:, :4]), longer[:, :4]))
+        whole = torch.cat([prompt, self.embed(ids[None, :1])], 1)
+        positions = torch.arange(whole.shape[1], device=self.device)[None]
+        forward = self.head(self.hidden(whole, positions)[0, -2:]).float()
+        size = torch.linalg.vector_norm(alone).clamp_min(1e-6)
+        drifts = [float(torch.linalg.vector_norm(alone - other) / size) for other in (forward, empty, full)]
+        # The same sums in other shapes; in 16 bits a router may then choose another expert of nearly the same weight.
+        allowed = 1e-4 if self.dtype == torch.float32 else 0.2
+        if not max(drifts) <= allowed:
+            raise UserError(
+                f"{self.name} ({type(self.model).__name__}): what it writes is not what it is trained on (its logits "
+                f"differ from those of the training forward by {drifts[0]:.1e} of their size, and in a batch, where "
+                f"shorter prompts are filled up, by {max(drifts[1:]):.1e}; allowed {allowed:.0e}). Families that carry "
+                "a state through the filling cannot be used; give another language model (model.llm.name_or_path)"
+            )
+
     def _probe_ids(self, length: int, seed: int = 0) -> Tensor:
         draw = torch.Generator().manual_seed(seed)
         return torch.randint(0, self.vocab, (1, length), generator=draw).to(self.device)
 
 
 def source_of(cfg: LlmConfig | VisionConfig) -> tuple[str, dict[str, Any]]:
-    """(name, keyword arguments) for ``from_pretrained``; a .gguf file is named through its folder."""
+    """(name, keyword arguments) for ``from_pretrained``; a .gguf file is named through its folder.
+
+    Raises `UserError` for a .gguf file that is not there and for a folder of adapters.
+    """
+    check_no_adapter(cfg.name_or_path, f"model.{'llm' if isinstance(cfg, LlmConfig) else 'vision'}.name_or_path")
     where: dict[str, Any] = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code}
     if not cfg.name_or_path.endswith(".gguf"):
         return cfg.name_or_path, where
@@ -249,20 +316,40 @@ def source_of(cfg: LlmConfig | VisionConfig) -> tuple[str, dict[str, Any]]:
     return str(path.parent), {**where, "gguf_file": path.name}
 
 
-def load_tokenizer(cfg: LlmConfig) -> Any:
-    """The model's own tokenizer. Raises `UserError` when there is none."""
+def load_tokenizer(cfg: LlmConfig, *, beside: Path | None = None) -> Any:
+    """The model's own tokenizer, or that of the folder ``beside`` lies in, for which no hub is asked. Raises
+    `UserError` when there is none."""
     from transformers import AutoTokenizer
 
     name, where = source_of(cfg)
-    with loading(f"model.llm.name_or_path {cfg.name_or_path!r}: its tokenizer", "The folder must hold one."):
-        return AutoTokenizer.from_pretrained(name, **where)
+    if beside is not None and not Path(name).is_dir():
+        name, where = str(beside.parent), {"trust_remote_code": cfg.trust_remote_code, "local_files_only": True}
+    what = f"model.llm.name_or_path {cfg.name_or_path!r}: its tokenizer"
+    try:
+        with loading(what, "The folder must hold one."):
+            tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    except AttributeError as e:
+        if "gguf_file" not in where or "bos_token_id" not in str(e):
+            raise
+        raise UserError(  # transformers before 5.18
+            f"{what} cannot be read by this version of transformers, because the file names no beginning-of-text token "
+            "(tokenizer.ggml.bos_token_id): update transformers to 5.18 or later, or give a Hugging Face folder"
+        ) from e
+    if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
+        # What transformers makes up for a folder that holds a config.json alone: text would become nothing.
+        raise UserError(
+            f"{what} is not there: {name} has no tokenizer files (tokenizer.json, or what its family has instead); put "
+            "the model's own beside its config.json"
+        )
+    return tokenizer
 
 
 def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, Any]:
     """The language model and its tokenizer: strictly loaded, frozen, in eval mode, on ``device``.
 
-    Raises `UserError` for files that do not fit, NaN weights, a tokenizer larger than the embedding table, and families
-    whose logits the split model does not reproduce.
+    Raises `UserError` for files that do not fit, NaN weights, adapters instead of a model, attention the family does
+    not have, and families that cannot be run from embeddings, or not with what they compute themselves. Whether the
+    tokenizer's ids have rows is `data.chat`'s to say, which knows what can occur (`ChatEncoder.check_table`).
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -271,10 +358,13 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
     if "gguf_file" in where:
         where |= dequantize()
     wanted = "Give a Hugging Face causal language model (hub name or folder), or a .gguf file."
-    with loading(f"model.llm.name_or_path {cfg.name_or_path!r}", wanted):
+    with kernel_at_hand(cfg), loading(f"model.llm.name_or_path {cfg.name_or_path!r}", wanted):
         model, info = from_pretrained(
             AutoModelForCausalLM, name, dtype=dtype, attn_implementation=cfg.attn_implementation, **where
         )
+    if getattr(model, "_hf_peft_config_loaded", False):  # of the hub; a folder is refused by `source_of`
+        raise adapter_refusal(cfg.name_or_path, "model.llm.name_or_path")
+    check_soft_cap(model.config, cfg)
     check_loading_info(info, model, cfg.name_or_path)
     check_finite(model, cfg.name_or_path)
     if "gguf_file" in where:
@@ -286,19 +376,17 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
         device.type == "cpu"
         and model.config._attn_implementation == "sdpa"
         and type(model).__module__.startswith("transformers.")
+        # Llama 4's chunks are known to the mask alone, which ours does not read.
+        and "chunked_attention" not in (getattr(model.config.get_text_config(), "layer_types", None) or ())
     ):
         attention.register()
         model.set_attn_implementation(attention.NAME)
-    language = LanguageModel(model, cfg.name_or_path, cfg.gradient_checkpointing)
-    tokenizer = load_tokenizer(cfg)
-    if len(tokenizer) > language.vocab:
-        raise UserError(
-            f"{cfg.name_or_path}: the tokenizer has {len(tokenizer)} tokens but the embedding table {language.vocab} "
-            "rows; they do not belong together (the table never grows)"
-        )
-    language.check_head()
-    language.check_packing()
-    return language, tokenizer
+    with running(cfg.name_or_path, model):
+        language = LanguageModel(model, cfg.name_or_path, cfg.gradient_checkpointing)
+        language.check_head()
+        language.check_generation()
+        language.check_packing()
+    return language, load_tokenizer(cfg)
 
 
 def dequantize() -> dict[str, Any]:

@@ -28,7 +28,7 @@ class AdapterSite:
 
 
 def resolve_targets(causal_lm: nn.Module, patterns: Sequence[str], rank: int) -> list[AdapterSite]:
-    """The linear layers that ``patterns`` name, in the model's order.
+    """The linear layers (GPT-2's transposed ``Conv1D`` among them) that ``patterns`` name, in the model's order.
 
     A pattern is the last parts of a module's name (``q_proj``, ``self_attn.q_proj``) or a regular expression matching
     the whole name below ``causal_lm``. Raises `UserError` when one matches nothing (with the nearest names), something
@@ -37,7 +37,12 @@ def resolve_targets(causal_lm: nn.Module, patterns: Sequence[str], rank: int) ->
     """
     layers = decoder_layers(causal_lm)
     modules = {name: m for name, m in causal_lm.named_modules() if name}
-    adaptable = {n: m for n, m in modules.items() if n.startswith(layers + ".") and isinstance(m, nn.Linear)}
+    adaptable = {n: s for n, m in modules.items() if n.startswith(layers + ".") and (s := _linear_shape(m))}
+    if not adaptable:
+        raise UserError(
+            f"{type(causal_lm).__name__} has no linear layers in {layers}, so adapters cannot be placed; set "
+            "model.lora.enable: false for this language model"
+        )
     wanted: set[str] = set()
     for pattern in patterns:
         expression = _expression(pattern)
@@ -61,12 +66,26 @@ def resolve_targets(causal_lm: nn.Module, patterns: Sequence[str], rank: int) ->
             )
         wanted.update(hits)
     return [
-        AdapterSite(
-            name, linear.in_features, linear.out_features, rank, rank * (linear.in_features + linear.out_features)
-        )
-        for name, linear in adaptable.items()
+        AdapterSite(name, d_in, d_out, rank, rank * (d_in + d_out))
+        for name, (d_in, d_out) in adaptable.items()
         if name in wanted
     ]
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear layer, of which GPT-2 has a kind of its own; None for everything else."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        d_in, d_out = module.weight.shape  # pyright: ignore[reportGeneralTypeIssues]
+        return d_in, d_out
+    return None
+
+
+def decoder_of(causal_lm: Any) -> nn.Module:
+    """The part that gives hidden states. Llama 4's text model does not name its own, and gives itself."""
+    decoder = causal_lm.get_decoder()
+    return getattr(causal_lm, "model", decoder) if decoder is causal_lm else decoder
 
 
 def decoder_layers(causal_lm: nn.Module) -> str:
@@ -77,7 +96,7 @@ def decoder_layers(causal_lm: nn.Module) -> str:
         # Towers have the method too, but nothing that gives logits.
         if not hasattr(module, "get_decoder") or module.get_output_embeddings() is None:
             continue
-        decoder = module.get_decoder()
+        decoder = decoder_of(module)
         depth = module.config.get_text_config().num_hidden_layers
         for child in decoder.children():
             if isinstance(child, nn.ModuleList) and len(child) == depth:
@@ -98,7 +117,7 @@ def _expression(pattern: str) -> re.Pattern[str]:
         ) from e
 
 
-def _nearest(pattern: str, adaptable: Mapping[str, nn.Module]) -> str:
+def _nearest(pattern: str, adaptable: Mapping[str, object]) -> str:
     counts = Counter(name.rpartition(".")[2] for name in adaptable)
     last = re.split(r"[^\w]+", pattern.rstrip("$"))[-1]
     close = difflib.get_close_matches(last, counts, n=3, cutoff=0.5) or list(counts)
@@ -107,8 +126,13 @@ def _nearest(pattern: str, adaptable: Mapping[str, nn.Module]) -> str:
 
 def counted(names: Sequence[str]) -> str:
     """``model.vision_tower.….q_proj (12)``: names with their layer numbers folded."""
-    folded = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
-    return listed(f"{name} ({n})" if n > 1 else name for name, n in folded.items())
+    counts = Counter(folded(name) for name in names)
+    return listed(f"{name} ({n})" if n > 1 else name for name, n in counts.items())
+
+
+def folded(name: str) -> str:
+    """``model.layers.*.mlp.up_proj``: a module's name without its numbers."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _narrower(pattern: str, layers: str) -> str:

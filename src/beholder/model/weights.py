@@ -150,7 +150,7 @@ def check_loading_info(
     present = set(model.state_dict())
     missing = [k for k in info["missing_keys"] if k in present]
     mismatched = [f"{k[0]} (file {list(k[1])}, model {list(k[2])})" for k in info["mismatched_keys"] if k[0] in present]
-    unexpected = list(info["unexpected_keys"])
+    unexpected = [k for k in info["unexpected_keys"] if not _dead_buffer(k, model)]
     if other_parts is None:
         own = {k.partition(".")[0] for k in present} | {"vision_model", "vision_tower"}
         unexpected = [k for k in unexpected if k.partition(".")[0] in own]
@@ -171,6 +171,23 @@ def check_loading_info(
             f"{source} does not fit {type(model).__name__}: " + "; ".join(problems) + ". The files and config.json "
             "must belong together; download them again, or give the matching config."
         )
+
+
+def _dead_buffer(key: str, model: nn.Module) -> bool:
+    """Whether ``key`` is a constant that old versions of transformers wrote among the weights: a buffer that the model
+    computes itself now, or the causal mask (``attn.bias``, ``attn.masked_bias``) or frequencies of an attention module
+    that has no weights of its own, only layers that have. A bias that is lost belongs to such a layer, and is told."""
+    prefix = getattr(model, "base_model_prefix", "")  # left out in the oldest files
+    buffers = {name for name, _ in model.named_buffers()}
+    if not buffers.isdisjoint((key, f"{prefix}.{key}")):
+        return True
+    path, _, last = key.rpartition(".")
+    if last not in ("bias", "masked_bias", "inv_freq"):
+        return False
+    path = path.removesuffix(".rotary_emb") if last == "inv_freq" else path
+    modules = dict(model.named_modules())
+    module = modules.get(path) or modules.get(f"{prefix}.{path}")
+    return module is not None and any(module.children()) and not any(True for _ in module.parameters(recurse=False))
 
 
 def check_finite(model: nn.Module, source: str) -> None:

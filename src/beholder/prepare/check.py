@@ -31,13 +31,15 @@ def check(
 
     A config says itself what its data are (held-out ones included) and by which rules; for records ``dataset``,
     ``annotations``, ``stage`` and ``image_root`` do. ``tokenizer`` counts the tokens, by default the config's.
-    ``rejects``: file for every reject, a line of JSON each.
+    ``rejects``: file for every reject, a line of JSON each. Raises `UserError` for a config whose samples may be longer
+    than its language model's table of positions.
     """
     if rejects is not None and (rejects.is_dir() or not rejects.parent.is_dir()):
         raise UserError(f"--rejects {rejects}: expected a file in an existing folder")
     if stage is not None and stage not in STAGES:
         raise UserError(f"--stage {stage}: no such stage; expected one of {', '.join(STAGES)}")
     llm = LlmConfig(name_or_path=tokenizer) if tokenizer else None
+    cfg = None
     if str(data).endswith((".yaml", ".yml")):
         if dataset or annotations or image_root or stage:
             raise UserError(
@@ -61,6 +63,11 @@ def check(
         from beholder.model.language import load_tokenizer  # torch and transformers: only where tokens are counted
 
         counter = load_tokenizer(llm)
+    if cfg is not None and not tokenizer:  # with a tokenizer of its own, the language model need not be at hand
+        from beholder.model.families import check_positions
+        from beholder.prepare.estimate import max_positions
+
+        check_positions(max_positions(cfg.model.llm), cfg.prompting.max_seq_len, cfg.model.llm.name_or_path)
     report = check_data(sources, counter, verify_images="decode" if decode else "exists", progress=progress, **rules)
     if rejects is not None:
         report.write_rejects(rejects)

@@ -47,10 +47,11 @@ from beholder.data.collate import WINDOW
 from beholder.data.sources import missing_files
 from beholder.model import vision as vision_door
 from beholder.model.connector import build_connector
+from beholder.model.families import check_positions, check_soft_cap, kernel_at_hand, position_limit
 from beholder.model.language import load_tokenizer, source_of
 from beholder.model.losses import MAX_LOGITS
 from beholder.model.patch_layout import Declared, UnknownLayout, expected_layout
-from beholder.model.placement import resolve_targets
+from beholder.model.placement import decoder_layers, resolve_targets
 from beholder.model.plan import TrainableRow, TrainableTable
 from beholder.model.weights import DTYPES, loading
 from beholder.prepare.doctor import matmul_rate
@@ -80,6 +81,8 @@ class LanguageShape:
     layer_params: int
     """Weights inside the decoder layers: neither embeddings nor head."""
     qk_norm: bool
+    max_positions: int | None = None
+    """Rows of its table of positions; None where it has none (`model.families.position_limit`)."""
     adapter_params: int = 0
     adapter_inputs: int = 0
     """Width of all different inputs of adapted layers, added up over the model."""
@@ -207,8 +210,9 @@ def estimate(
     """The plan of a run, from configuration files, the records and a half-second measurement.
 
     ``llm_config``, ``vision_config``: a model's ``config.json``, for names that are neither local nor cached while
-    offline (a ``preprocessor_config.json`` beside the tower's is used too). ``measure`` False leaves the times out.
-    Raises `UserError` only for settings that can never work; what cannot be found out is a gap.
+    offline; a tokenizer and a ``preprocessor_config.json`` beside them are used too, and nothing is asked of the hub
+    about a model whose file is given. ``measure`` False leaves the times out. Raises `UserError` only for settings that
+    can never work; what cannot be found out is a gap.
     """
     for option, path in (("--llm-config", llm_config), ("--vision-config", vision_config)):
         if path is not None:
@@ -217,6 +221,8 @@ def estimate(
     device = torch.device(pick_device("auto").type if cfg.device == "auto" else cfg.device)
     lora = cfg.model.lora if cfg.has_adapters else None
     language = _try(gaps, lambda: language_shape(cfg.model.llm, llm_config, lora))
+    if language:
+        check_positions(language.max_positions, cfg.prompting.max_seq_len, cfg.model.llm.name_or_path)
     vision = _try(gaps, lambda: vision_shape(cfg.model.vision, vision_config))
     connector = None
     if language and vision:
@@ -225,7 +231,7 @@ def estimate(
     result = Estimate(cfg.run_name, cfg.stage_name, str(device), table, language, vision, connector, gaps=gaps)
     examples = _sample_records(cfg, result)
     if language and vision and connector:
-        _estimate_sequence(cfg, connector.num_tokens, examples, result)
+        _estimate_sequence(cfg, connector.num_tokens, examples, result, llm_config)
         _plan_memory(cfg, result, language, vision, connector)
         _plan_time(cfg, result, language, vision, connector, device if measure else None)
     return result
@@ -237,17 +243,16 @@ def estimate(
 
 def language_shape(cfg: LlmConfig, config_file: Path | None = None, lora: LoraConfig | None = None) -> LanguageShape:
     """Sizes of the language model and of its adapters, without weights. Raises `UserError` where no configuration is
-    found, and as `model.placement.resolve_targets` does."""
-    from transformers import AutoModelForCausalLM
-
-    config = _config("llm", cfg, config_file)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    layers = [p for name, p in model.named_parameters() if ".layers." in name or ".h." in name]
-    if not layers:
-        raise UserError(f"model.llm {cfg.name_or_path}: no decoder layers found in {type(model).__name__}")
+    found, for attention that the family does not have, and as `model.placement.resolve_targets` does."""
+    model = _empty_language(cfg, config_file)
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None:
+        raise UserError(
+            f"sizes of model.llm {cfg.name_or_path!r}: {type(model).__name__} has no attention heads, and the formulae "
+            "are those of attention, so memory and time cannot be estimated"
+        )
+    inside = decoder_layers(model) + "."
     sites = resolve_targets(model, lora.target_modules, lora.r) if lora else []
     # Queries, keys and values read one tensor, gate and up another: the same width below the same module. What leads
     # out of a module reads its own.
@@ -263,9 +268,28 @@ def language_shape(cfg: LlmConfig, config_file: Path | None = None, lora: LoraCo
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocab=model.get_input_embeddings().weight.shape[0],
         params=_weights(model),
-        layer_params=sum(p.numel() for p in layers),
+        layer_params=sum(p.numel() for name, p in model.named_parameters() if name.startswith(inside)),
         qk_norm=any("q_norm" in name for name, _ in model.named_parameters()),
+        max_positions=position_limit(model),
     )
+
+
+def _empty_language(cfg: LlmConfig, config_file: Path | None) -> Any:
+    """The language model on the meta device, from its configuration."""
+    from transformers import AutoModelForCausalLM
+
+    config = _config("llm", cfg, config_file)
+    check_soft_cap(config, cfg)
+    # Other kernels may not be installed where a run is planned.
+    kernel = {"attn_implementation": "sdpa"} if cfg.attn_implementation == "sdpa" else {}
+    what = f"sizes of model.llm {cfg.name_or_path!r}"
+    with torch.device("meta"), kernel_at_hand(cfg), loading(what, "Its config.json must be that of a causal LM."):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code, **kernel)
+
+
+def max_positions(cfg: LlmConfig) -> int | None:
+    """`model.families.position_limit` of a language model whose weights are not loaded."""
+    return position_limit(_empty_language(cfg, None))
 
 
 def _parent_and_role(name: str) -> tuple[str, str]:
@@ -368,7 +392,8 @@ def _config(what: str, cfg: LlmConfig | VisionConfig, file: Path | None) -> Any:
     from transformers import AutoConfig
 
     if file is not None:
-        return AutoConfig.from_pretrained(file, trust_remote_code=cfg.trust_remote_code)
+        with loading(f"--{what}-config {file}", "Give a model's config.json."):
+            return AutoConfig.from_pretrained(file, trust_remote_code=cfg.trust_remote_code)
     name, where = source_of(cfg)
     with loading(f"sizes of model.{what} {cfg.name_or_path!r}", f"Offline, give its config.json: --{what}-config FILE"):
         return AutoConfig.from_pretrained(name, **where)
@@ -398,12 +423,16 @@ def _torch_name(precision: str) -> str:
 # Data and tokens
 
 
-def _estimate_sequence(cfg: RunConfig, num_visual: int, examples: Sequence[Example], result: Estimate) -> None:
+def _estimate_sequence(
+    cfg: RunConfig, num_visual: int, examples: Sequence[Example], result: Estimate, llm_config: Path | None
+) -> None:
     """Token budget of a sample, and how samples become rows."""
     gaps = result.gaps
-    tokenizer = _try(gaps, lambda: load_tokenizer(cfg.model.llm))
+    tokenizer = _try(gaps, lambda: load_tokenizer(cfg.model.llm, beside=llm_config))
     targets = _target_lengths(cfg, examples, tokenizer, gaps)
-    prompt = _try(gaps, lambda: _prompt_tokens(cfg, tokenizer, num_visual)) if tokenizer else None
+    assert result.language is not None
+    rows = result.language.vocab
+    prompt = _try(gaps, lambda: _prompt_tokens(cfg, tokenizer, num_visual, rows)) if tokenizer else None
     if prompt is None:
         prompt = num_visual + 3 + round(len(cfg.prompting.instruction) / 4)
         gaps.append(f"prompt length: {prompt} tokens assumed (4 characters a token)")
@@ -476,9 +505,10 @@ def _target_lengths(cfg: RunConfig, examples: Sequence[Example], tokenizer: Any,
     return np.array([TYPICAL_TARGET_TOKENS])
 
 
-def _prompt_tokens(cfg: RunConfig, tokenizer: Any, num_visual: int) -> int:
+def _prompt_tokens(cfg: RunConfig, tokenizer: Any, num_visual: int, rows: int) -> int:
     """Positions before the target of a sample with one image, by the run's own encoder."""
     encoder = build_encoder(cfg, tokenizer, num_visual)
+    encoder.check_table(rows)
     question = Turn("user", (ImageSlot(0), "\n", cfg.prompting.instruction))
     example = Example("plan", (ImageRef(".", "-"),), (question, Turn("assistant", ("-",))))
     try:

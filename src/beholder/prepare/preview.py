@@ -25,7 +25,7 @@ from beholder.model.connector import resolve_num_tokens
 from beholder.model.language import load_tokenizer
 from beholder.model.vision import load_vision
 from beholder.runs import atomic_write
-from beholder.types import Example, UserError
+from beholder.types import Example, UserError, printable
 
 _COLOURS = {"prompt": "", "target": "bold green", "image": "black on cyan"}
 
@@ -51,6 +51,8 @@ class Preview:
 
     folder: Path
     items: tuple[PreviewItem, ...]
+    prompt_note: str | None = None
+    """Where generation starts otherwise than the chat template says (`ChatEncoder.prompt_note`)."""
 
     def print(self, console: Console) -> None:
         for number, item in enumerate(self.items, 1):
@@ -58,12 +60,14 @@ class Preview:
             console.print(Text.assemble(*((s.text, _COLOURS[s.kind]) for s in item.segments)))
             for line in (_facts(item), *(f"  {path}" for path in item.images)):
                 console.print(Text(line, style="dim"))
+        if self.prompt_note:
+            console.print(Text(f"note: {self.prompt_note}", style="yellow"))
         console.print(Text("green: supervised, the loss counts these tokens only · ⏎ a newline token", style="dim"))
         console.print(Text(f"page: {self.folder / 'index.html'}"))
 
     def to_json(self) -> dict[str, Any]:
         items = [asdict(i) | {"images": [str(p) for p in i.images]} for i in self.items]
-        return {"page": str(self.folder / "index.html"), "samples": items}
+        return {"page": str(self.folder / "index.html"), "samples": items, "prompt_note": self.prompt_note}
 
 
 def preview(examples: Sequence[Example], builder: SampleBuilder, folder: Path) -> Preview:
@@ -95,8 +99,9 @@ def preview(examples: Sequence[Example], builder: SampleBuilder, folder: Path) -
             segments=tuple(builder.encoder.segments(encoded)),
         )  # fmt: skip
         items.append(item)
-    atomic_write(folder / "index.html", _page(items))
-    return Preview(folder, tuple(items))
+    note = None if builder.encoder.prompt_note is None else printable(builder.encoder.prompt_note)
+    atomic_write(folder / "index.html", _page(items, note))
+    return Preview(folder, tuple(items), note)
 
 
 def _facts(item: PreviewItem) -> str:
@@ -119,7 +124,7 @@ img { image-rendering: pixelated; min-width: 8rem; margin-right: .5rem; border: 
 """
 
 
-def _page(items: Sequence[PreviewItem]) -> str:
+def _page(items: Sequence[PreviewItem], note: str | None) -> str:
     """A page without scripts; text from the records is escaped."""
     articles = []
     for number, item in enumerate(items):
@@ -136,7 +141,7 @@ def _page(items: Sequence[PreviewItem]) -> str:
         f"<style>{_STYLE}</style></head><body><h1>Samples as the model gets them</h1>"
         "<p>Images as the vision tower sees them. "
         '<span class="target">Green text</span> is supervised: only these tokens count in the loss.</p>'
-        f"{''.join(articles)}</body></html>\n"
+        f"{f'<p>Note: {html.escape(note)}.</p>' if note else ''}{''.join(articles)}</body></html>\n"
     )
 
 

@@ -43,7 +43,7 @@ class Written:
     tokens_len: int
     """Generated tokens, the end token not counted."""
     finished: bool = True
-    """False when ``max_new_tokens`` cut it off."""
+    """False when ``max_new_tokens``, or the end of the model's positions, cut it off."""
 
 
 def write(
@@ -90,7 +90,7 @@ def write(
                 length = next((k for k, token in enumerate(ids) if token in eos), len(ids))
                 records.append(Written(
                     example.id, example.answer_text, encoder.decode(ids), condition, tokens_len=length,
-                    finished=length < settings.max_new_tokens,
+                    finished=length < len(ids),
                 ))  # fmt: skip
             if progress is not None:
                 progress(min(start + batch_size, len(examples)), len(examples))

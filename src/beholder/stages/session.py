@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from beholder.config import RunConfig
-from beholder.data import Data, build_data
+from beholder.data import Data, build_data, build_encoder
 from beholder.model.build import build_vlm
+from beholder.model.families import check_positions
 from beholder.model.plan import frozen_fingerprint
 from beholder.model.vlm import VisionLanguageModel
 from beholder.probes.loss import SampleLoss
@@ -143,6 +144,8 @@ def open_session(cfg: RunConfig, run: RunDir, dist: Dist) -> Session:
         torch.set_num_threads(cfg.train.num_threads)
     started = time.perf_counter()
     model, tokenizer = build_vlm(cfg.model, compute_precision=cfg.train.precision, device=dist.device, seed=cfg.seed)
+    build_encoder(cfg, tokenizer, model.num_visual_tokens).check_table(model.language.vocab)
+    check_positions(model.language.max_positions, cfg.prompting.max_seq_len, model.language.name)
     frozen = frozen_fingerprint(model)
     loaded = time.perf_counter()
 
@@ -179,7 +182,10 @@ def open_session(cfg: RunConfig, run: RunDir, dist: Dist) -> Session:
     data = data.without_unusable(skip_bad_images=cfg.data.on_bad_image == "skip")
     return Session(
         cfg, run, dist, model, tokenizer, data, reporter, frozen=frozen, started=started,
-        gaps=[f"Split: {note}" for note in data.counts.split_notes],
+        gaps=[
+            *(f"Split: {note}" for note in data.counts.split_notes),
+            *(f"Prompt: {note}." for note in [data.encoder.prompt_note] if note),
+        ],
         phases_s={"load": loaded - started, "data": time.perf_counter() - loaded},
     )  # fmt: skip
 

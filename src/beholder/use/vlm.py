@@ -309,7 +309,9 @@ def load(run: str | Path, *, device: str = "auto", overrides: Sequence[str] = ()
     restore.load_adapter(where, model.language)
     trainer = restore.read_trainer(where)
     trained_with = trainer.get("fingerprints", {}).get("encoder")
-    own = build_encoder(cfg, tokenizer, model.num_visual_tokens).fingerprint
+    encoder = build_encoder(cfg, tokenizer, model.num_visual_tokens)
+    encoder.check_table(model.language.vocab)
+    own = encoder.fingerprint
     if trained_with not in (None, own) and not any(o.startswith("prompting.") for o in overrides):
         raise UserError(
             f"{where}: the tokenizer or its chat template is not what the run was trained with, so its prompts are "
