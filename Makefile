@@ -15,10 +15,14 @@ ARGS ?=
 UV_PIP := VIRTUAL_ENV="$(CURDIR)/$(VENV)" UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip
 COMPILE := $(UV_PIP) compile --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --quiet $(UPGRADE)
 UPGRADE ?=
+# What the tests' environment is made from.
+DEV_LOCK := requirements-dev.lock
+# The other Pythons that the package is declared for.
+PYTHONS ?= python3.12 python3.13
 
 .PHONY: help
 help: ## This list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 .PHONY: quickstart
 quickstart: $(VENV)/.run ## Train a connector between a real LLM and a real vision tower, and show the evidence (minutes)
@@ -41,6 +45,20 @@ test-slow: $(VENV)/.dev ## The long tests (crash and resume at random instants, 
 test-gpu: $(VENV)/.dev ## The tests that need a GPU
 	$(BIN)/python -m pytest -m "gpu" $(ARGS)
 
+# An environment for each Python, beside .venv. A warning of a library that its next version has mended is no failure.
+FLOOR = $(MAKE) test DEV_LOCK=requirements-floor.lock VENV=.venv-floor$(1) \
+  ARGS="-W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning -W ignore::FutureWarning $(ARGS)"
+.PHONY: test-floor
+test-floor: ## The same tests on the lowest versions that pyproject.toml declares (PYTHON= says on which Python)
+	$(call FLOOR,$(addprefix -,$(notdir $(PYTHON))))
+
+.PHONY: test-pythons
+test-pythons: ## The same tests on Python 3.12 and 3.13, on the locked and on the lowest versions
+	@for python in $(PYTHONS); do \
+	  $(MAKE) test PYTHON=$$python VENV=.venv-$$(basename $$python); \
+	  $(MAKE) test-floor PYTHON=$$python; \
+	done
+
 .PHONY: lint
 lint: $(VENV)/.dev ## ruff, pyright, import-linter
 	$(BIN)/ruff check .
@@ -61,11 +79,12 @@ lock: $(VENV)/.build ## Write the requirements*.lock files from pyproject.toml (
 	$(COMPILE) --group dev pyproject.toml -o requirements-dev.lock
 	$(COMPILE) pyproject.toml -c requirements-dev.lock -o requirements.lock
 	$(COMPILE) --group build -c requirements-dev.lock -o requirements-build.lock
+	$(COMPILE) --resolution lowest-direct --group dev --group build pyproject.toml -o requirements-floor.lock
 	@! grep -nE '://|--(index|extra|find)' requirements*.lock || { echo "a lock file names a registry" >&2; exit 1; }
 
 .PHONY: clean
 clean: ## Remove the environment and build leftovers (runs in outputs/ and the cache stay)
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-* build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # ---------------------------------------------------------------------------------------------------------------
 # The environment. Each stamp is younger than what it was made from, so a second call does nothing.
@@ -100,6 +119,6 @@ $(VENV)/.run: $(VENV)/.build requirements.lock pyproject.toml
 	$(call install,requirements.lock)
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.build requirements-dev.lock pyproject.toml
-	$(call install,requirements-dev.lock)
+$(VENV)/.dev: $(VENV)/.build $(DEV_LOCK) pyproject.toml
+	$(call install,$(DEV_LOCK))
 	@touch $(VENV)/.run $@

@@ -141,6 +141,20 @@ def test_a_run_loads_the_library_of_its_tower_and_peft_for_adapters_alone(
     assert ("timm" in loaded, "peft" in loaded) == (tower == "repvit", adapters)
 
 
+def test_what_a_config_switches_off_is_one_note_and_no_traceback(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    text = dump_config(tiny_config(tmp_path))
+    config.write_text(text.replace("  golden_size: 3\n", "  golden_size: 0\n"))
+    assert "max_new_tokens: 6" in text and config.read_text() != text
+
+    result = beholder("check", str(config), env={**os.environ, "BEHOLDER_CACHE": str(tmp_path / "cache")})
+
+    assert result.returncode == 0, result.stderr
+    notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1 and "eval.golden_generate.max_new_tokens: has no effect here: the fixed set" in notes[0]
+    assert "ConfigNote" not in result.stderr
+
+
 def test_wrong_input_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     text = "run_name: x\nmodel:\n  llm: {name_or_path: a}\n  vison: {name_or_path: b}\ndata: {json_path: d}\n"

@@ -33,6 +33,10 @@ class ProcessError(RuntimeError):
     """
 
 
+class ConfigNote(UserWarning):
+    """A config means what it says, and its author may want to know this of it."""
+
+
 class Status(StrEnum):
     """How a run ended, honestly: a crash is never ``cancelled``."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
@@ -15,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beholder.config import STAGES, RunConfig, section
+from beholder.config.data import SourceConfig
 from beholder.config.file import (
     ConfigError,
     config_hash,
@@ -27,7 +30,7 @@ from beholder.config.file import (
 )
 from beholder.config.inert import inert_settings
 from beholder.config.section import Inert, Section, items_of, section_of
-from beholder.types import UserError
+from beholder.types import ConfigNote, DatasetKind, UserError
 
 SEED_STAGE2 = Path(__file__).parents[2] / "configs" / "stage2_sft_single.yaml"
 """The YAML block of the stage-2 seed document, section 8, as it stands there."""
@@ -366,24 +369,17 @@ def test_an_override_is_checked_like_the_file_and_named(override: str, said: str
 # Settings without effect
 
 _NO_EFFECT = [
-    ("train: {lr: {lora: 5.0e-5}}", "train.lr.lora"),
-    ("train: {weight_decay: {lora: 0.0}}", "train.weight_decay.lora"),
+    ("train: {lr: {lora: 4.0e-5}}", "train.lr.lora"),
+    ("train: {weight_decay: {lora: 0.1}}", "train.weight_decay.lora"),
     ("train: {quick_eval_size: 5}", "train.quick_eval_size"),
     ("train: {quick_eval_steps: 5}", "train.quick_eval_steps"),
-    ("train: {packing: false, pack_len: 64}", "train.pack_len"),
-    ("train: {num_epochs: 1, train_steps: 5}", "train.num_epochs"),
+    ("train: {num_epochs: 2, train_steps: 5}", "train.num_epochs"),
     ("train: {lr_scheduler: constant, min_lr_ratio: 0.5}", "train.min_lr_ratio"),
-    ("eval: {golden_size: 0, golden_seed: 3}", "eval.golden_seed"),
-    ("eval: {golden_size: 0, golden_set_path: a}", "eval.golden_set_path"),
-    ("eval: {golden_size: 0, run_golden_every: save}", "eval.run_golden_every"),
-    ("eval: {golden_size: 5, run_golden_every: never}", "eval.golden_size"),
-    ("eval: {golden_generate: {temperature: 0, top_p: 0.5}}", "eval.golden_generate.top_p"),
-    ("features: {enabled: false, max_gb: 1}", "features.max_gb"),
     ("prompting: {max_images_per_sample: 1, instruction_multi: x}", "prompting.instruction_multi"),
 ]
 _NO_EFFECT_DATA = [
-    ("num_workers: 0\n  prefetch_factor: 2", "data.prefetch_factor"),
-    ("persistent_workers: true", "data.persistent_workers"),
+    ("prefetch_factor: 3", "data.prefetch_factor"),
+    ("persistent_workers: false", "data.persistent_workers"),
     ("split_mode: none\n  eval_size: 5", "data.eval_size"),
     ("split_mode: none\n  eval_ratio: 0.5", "data.eval_ratio"),
     ("dataset: parquet\n  image_root: x", "data.image_root"),
@@ -391,9 +387,8 @@ _NO_EFFECT_DATA = [
 ]
 _NO_EFFECT_MODEL = [
     ("lora: {r: 8}", "model.lora.r"),
-    ("lora: {enable: false, target_modules: [q_proj]}", "model.lora.target_modules"),
-    ("connector: {resampler: {kind: grid, depth: 2}}", "model.connector.resampler.depth"),
-    ("connector: {resampler: {kind: none, latent_std: 1.0}}", "model.connector.resampler.latent_std"),
+    ("connector: {resampler: {kind: grid, depth: 3}}", "model.connector.resampler.depth"),
+    ("connector: {resampler: {kind: none, latent_std: 0.5}}", "model.connector.resampler.latent_std"),
     ("connector: {projector: {kind: linear, hidden: 8}}", "model.connector.projector.hidden"),
 ]
 
@@ -417,25 +412,116 @@ def test_a_setting_that_does_nothing_here_is_an_error(text: str, path: str) -> N
     assert text.splitlines()[row - 1][column - 1 :].startswith(path.rsplit(".", 1)[-1])
 
 
-def test_every_rule_names_settings_that_exist() -> None:
-    def named(schema: type[Section]) -> set[str]:
-        return {s.path for s in section.settings(schema)}
+@pytest.mark.parametrize(
+    ("text", "paths"),
+    [
+        ("train: {quick_eval_size: 5, quick_eval_steps: 0}", "train.quick_eval_size"),
+        ("train: {packing: false, pack_len: 64}", "train.pack_len"),
+        ("eval: {golden_size: 0, golden_seed: 3, golden_set_path: a}", "eval.golden_set_path eval.golden_seed"),
+        ("eval: {golden_size: 0, golden_generate: {temperature: 0.5}}", "eval.golden_generate.temperature"),
+        ("eval: {golden_size: 5, run_golden_every: never}", "eval.golden_size"),
+        ("eval: {golden_generate: {temperature: 0, top_p: 0.5}}", "eval.golden_generate.top_p"),
+        ("eval: {caption_samples: 0, clip_model: a}", "eval.clip_model"),
+        ("features: {enabled: false, max_gb: 1}", "features.max_gb"),
+        ("model: {lora: {enable: false, target_modules: [q_proj], r: 8}}", "model.lora.r model.lora.target_modules"),
+        ("data: {num_workers: 0, prefetch_factor: 3}", "data.prefetch_factor"),
+    ],
+)
+def test_what_lies_beneath_a_switch_that_was_written_off_is_told_and_loads(text: str, paths: str) -> None:
+    data = yaml.safe_load(MINIMAL)
+    for name, more in yaml.safe_load(text).items():
+        data[name] = {**data.get(name, {}), **more}
 
+    with pytest.warns(ConfigNote) as told:
+        cfg = parse_config(yaml.safe_dump(data), "c.yaml")
+
+    said = [str(w.message) for w in told]
+    assert sorted(line.split(": ")[1] for line in said) == sorted(paths.split())
+    assert all(line.startswith("c.yaml:") and ": has no effect here: " in line for line in said)
+    assert parse_config(dump_config(cfg)) == cfg
+
+
+def _rules() -> list[tuple[str, type[Section], Inert]]:
+    """Every rule: the setting or section it stands at, the section around that, the rule."""
     places: list[tuple[str, type[Any]]] = [("", RunConfig)]
     for s in section.settings(RunConfig):
         for found in (section_of(s.info.annotation), section_of(items_of(s.info.annotation))):
             places += [] if found is None else [(f"{s.path}.", found)]
-    rules = [
-        (prefix, schema, rule)
+    return [
+        (prefix + name, schema, rule)
         for prefix, schema in places
-        for info in schema.model_fields.values()
+        for name, info in schema.model_fields.items()
         for rule in info.metadata
         if isinstance(rule, Inert)
     ]
+
+
+def test_every_rule_names_settings_that_exist() -> None:
+    named = {s.path for s in section.settings(RunConfig)}
+    rules = _rules()
     assert len(rules) > 40
     for _, schema, rule in rules:
         for name in rule.because.split():
-            assert name[1:] in schema.model_fields if name.startswith(".") else name in named(RunConfig), name
+            assert name[1:] in schema.model_fields if name.startswith(".") else name in named, name
+
+
+def _switched() -> Iterator[tuple[str, dict[str, Any]]]:
+    """A run's own config, every setting at its default and written out, with one switch or two set to each value that
+    could make others do nothing."""
+    free: dict[str, list[Any]] = {
+        "model.vision.name_or_path": ["a/b", "timm/x"], "train.train_steps": [5],
+        "prompting.max_images_per_sample": [1],
+        "data.sources": [[{"json_path": "s"}]], "data.eval_sources": [[{"json_path": "s"}]],
+    }  # fmt: skip
+    switches = sorted({
+        (path.rpartition(".")[0] if name.startswith(".") else "") + name
+        for path, _, rule in _rules() for name in rule.because.split()
+    })  # fmt: skip
+    infos = {s.path: s.info for s in section.settings(RunConfig)}
+    for stage in ([], ["model.lora.enable=true", "prompting.max_images_per_sample=1"]):
+        whole = parse_config(MINIMAL, overrides=stage).model_dump(mode="json")
+        del whole["gates"]  # no setting of theirs has a rule
+        for switch in switches:
+            if switch not in infos:  # of a source: below
+                continue
+            options = section.options_of(infos[switch].annotation)
+            values = free.get(switch) or [v for o in options if get_origin(o) is Literal for v in get_args(o)]
+            values += [v for v in (False, True) if bool in options] + ([0] if int in options else [])
+            for value in values:
+                data = copy.deepcopy(whole)
+                *above, last = switch.split(".")
+                functools.reduce(dict.__getitem__, above, data)[last] = value
+                if switch == "data.sources":
+                    data["data"]["json_path"] = None
+                yield f"{switch}={value}", data
+        for kind in get_args(DatasetKind):
+            data = copy.deepcopy(whole)
+            data["data"]["json_path"] = None
+            source = SourceConfig(json_path="x").model_dump(mode="json")
+            data["data"]["sources"] = data["data"]["eval_sources"] = [{**source, "dataset": kind}]
+            yield f"data.sources.dataset={kind}", data
+        data = copy.deepcopy(whole)
+        data["eval"] |= {"caption_samples": 0, "qa_samples": 0}
+        yield "eval.qa_samples=0, and no captions", data
+        data = copy.deepcopy(whole)
+        data["train"] |= {"quick_eval_size": 0, "quick_eval_steps": 0}
+        yield "no quick evaluation", data
+
+
+def test_at_its_default_a_setting_that_does_nothing_is_silent_whatever_was_switched_off() -> None:
+    idled: set[str] = set()
+    for what, data in _switched():
+        try:
+            cfg = parse_config(yaml.safe_dump(data), what)  # a note would be an error here
+        except ConfigError as e:
+            # What is set above may itself do nothing there: `stage: align` beside adapters is a mistake.
+            idle = {p.path for p in e.problems if "no effect" in p.text}
+            assert idle <= {what.partition("=")[0], "model.lora.enable"}, str(e)
+            continue
+        idled |= {re.sub(r"\.\d+\.", ".", ".".join(map(str, i.path))) for i in inert_settings(cfg)}
+
+    for path, _, _ in _rules():
+        assert any(p == path or p.startswith(f"{path}.") for p in idled), f"{path}: nothing above switches it off"
 
 
 def test_saying_what_is_the_case_anyway_is_no_error() -> None:
@@ -455,7 +541,7 @@ def test_a_switch_on_the_command_line_may_idle_settings_of_the_file() -> None:
 
 
 def test_a_setting_without_effect_is_told_beside_other_mistakes() -> None:
-    found = problems(MINIMAL + "train: {packing: false, pack_len: 64, sed: 3}\nseed: x\n")
+    found = problems(MINIMAL + "train: {lr_scheduler: constant, min_lr_ratio: 0.5, sed: 3}\nseed: x\n")
 
     assert len(found) == 3
 

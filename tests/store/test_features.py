@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -29,6 +31,8 @@ from beholder.data.images import ImagePipeline
 from beholder.model.build import build_vlm
 from beholder.model.plan import TrainPlan, apply_train_plan
 from beholder.model.vision import load_vision
+from beholder.stages import run_stage
+from beholder.stages.remeasure import evaluate_run
 from beholder.store import features as features_module
 from beholder.store import rows
 from beholder.store.features import FeatureStore, FillReport, store_dir
@@ -463,6 +467,46 @@ def test_loader_workers_read_while_the_parent_goes_on_reading(tmp_path):
     assert right_or_absent(copy, refs) == 12
 
 
+def open_files(below: Path) -> list[str]:
+    return sorted(f.path for f in psutil.Process().open_files() if Path(f.path).is_relative_to(below))
+
+
+def test_a_store_closes_its_files_when_it_is_left_and_when_nobody_holds_it(tmp_path):
+    refs = make_images(tmp_path / "images", 3)
+    with open_store(tmp_path / "store") as store:
+        fill(store, refs)
+        assert open_files(tmp_path)
+    assert open_files(tmp_path) == []
+
+    assert right_or_absent(store, refs) == 3, "a closed store opens its files again"
+    assert open_files(tmp_path)
+    del store
+    assert open_files(tmp_path) == []  # Python 3.13 warns of a database that is not closed
+
+
+def test_a_worker_closes_what_it_opened_and_not_what_it_inherited(tmp_path):
+    refs = make_images(tmp_path / "images", 3)
+    held = [open_store(tmp_path / "store")]
+    fill(held[0], refs)
+    with held[0].rows.index.query() as parents:
+        pass
+
+    def work() -> None:
+        assert right_or_absent(held[0], refs) == 3
+        with held[0].rows.index.query() as own:
+            assert own is not parents
+        held.clear()
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            own.execute("SELECT 1")
+        parents.total_changes  # noqa: B018  (raises where a connection is closed; nothing may be asked of it here)
+
+    process = run_forked(work)
+    process.join()
+
+    assert process.exitcode == 0
+    assert right_or_absent(held[0], refs) == 3
+
+
 def test_a_flipped_byte_is_never_returned_and_the_next_fill_repairs_it(tmp_path):
     refs = make_images(tmp_path / "images", 5)
     store = open_store(tmp_path / "store")
@@ -570,6 +614,18 @@ def train(cfg: RunConfig, store: FeatureStore | None, steps: int = 6) -> tuple[l
         optimizer.zero_grad()
         losses.append(float(total.detach()))
     return losses, {name: p.detach().clone() for name, p in model.connector.named_parameters()}
+
+
+def test_a_run_leaves_no_file_of_its_store_open(tmp_path, tiny_config):
+    cfg = tiny_config(tmp_path, **{"train.train_steps": 1, "eval.caption_samples": 0})
+    gc.disable()  # not when the collector happens to come by
+    try:
+        run_stage(cfg)
+        assert (tmp_path / "features").is_dir() and open_files(tmp_path) == []
+        evaluate_run(cfg.run_dir)
+        assert open_files(tmp_path) == []
+    finally:
+        gc.enable()
 
 
 def real_store(cfg: RunConfig, folder: Path) -> FeatureStore:

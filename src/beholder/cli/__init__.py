@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from beholder.cli import before, look, train, use
 from beholder.cli.common import EXIT_CRASH, EXIT_GUARDRAIL, EXIT_SIGINT, EXIT_USER, app
-from beholder.types import ProcessError, UserError, printable
+from beholder.types import ConfigNote, ProcessError, UserError, printable
 
 __all__ = ["app", "before", "look", "main", "train", "use"]
 
@@ -25,6 +27,15 @@ def main() -> None:
     # A tokenizer forked into a DataLoader worker warns about its thread pool on every batch otherwise.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     err = Console(stderr=True, highlight=False)
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, ConfigNote):
+            shown(message, category, *where, **more)
+        elif os.environ.get("RANK", "0") == "0":
+            err.print(f"[yellow]note:[/yellow] {escape(printable(str(message)))}", soft_wrap=True)
+
+    warnings.showwarning = show
     try:
         app()
     except UserError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from beholder.config.stages import GateConfig
 from beholder.config.studies import SCALES
 from beholder.config.tree import ConfigError, Loader, Problem, Tree, compose, override, read_node, show
 from beholder.config.validate import validate
-from beholder.types import UserError
+from beholder.types import ConfigNote, UserError
 
 __all__ = [
     "ConfigError", "Problem", "config_hash", "diff_configs", "dump_config", "json_schema", "load_config",
@@ -32,7 +33,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run config in a YAML file, with ``a.b.c=value`` overrides.
 
     Raises `ConfigError` with everything that is wrong: unknown keys, wrong types, impossible combinations, and settings
-    that have no effect. A setting of the file that loses its effect through an override is not an error.
+    that have no effect and stand at something other than their default. A setting of the file that loses its effect
+    through an override is not an error; one beneath a switch that the file itself turns off is a `ConfigNote`.
     """
     path = Path(path)
     try:
@@ -80,6 +82,8 @@ def _parse(text: str, name: str, overrides: Sequence[str]) -> RunConfig:
     if tree.problems:
         raise ConfigError([p for p in tree.problems if not (p.path in before and "got null" in p.text)])
     assert cfg is not None
+    for note in tree.notes:
+        warnings.warn(str(note), ConfigNote, stacklevel=1)
     return without_inert(cfg)
 
 

@@ -1,4 +1,4 @@
-"""Which settings have no effect in a config: "a setting that has no effect in this stage is an error".
+"""Which settings have no effect in a config.
 
 The rules stand at the settings themselves (`section.Inert`); `validate` turns a broken one into a message,
 `file.dump_config` leaves such settings out.
@@ -24,6 +24,8 @@ class Inert:
     why: str
     because: tuple[str, ...]
     """The settings that make it so, dotted."""
+    at_default: bool
+    """It stands at its default: nobody expects anything of it."""
 
 
 def inert_settings(cfg: RunConfig) -> list[Inert]:
@@ -36,13 +38,15 @@ def _inert(cfg: RunConfig, own: BaseModel, path: SettingPath, around: Sequence[s
     for name, info in type(own).model_fields.items():
         value, here = getattr(own, name), (*path, name)
         rules = [*around, *(m for m in info.metadata if isinstance(m, section.Inert))]
+        # Of a config in error a list is what was written, and no tuple yet.
+        plain = (tuple(value) if isinstance(value, list) else value) == info.get_default(call_default_factory=True)
         if isinstance(value, section.Section):
             yield from _inert(cfg, value, here, rules)
             continue
         for rule in rules:
             if rule.applies(cfg, own):
                 because = (dotted((*path, b[1:])) if b.startswith(".") else b for b in rule.because.split())
-                yield Inert(here, rule.why, tuple(because))
+                yield Inert(here, rule.why, tuple(because), plain)
         for k, item in enumerate(value) if isinstance(value, tuple) else ():
             if isinstance(item, section.Section):
                 yield from _inert(cfg, item, (*here, k), ())

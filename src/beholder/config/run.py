@@ -134,7 +134,7 @@ class EvalConfig(Section):
     golden_size: Annotated[
         Annotated[int, Field(ge=0)] | None,
         Inert(
-            lambda cfg, own: own.golden_size is not None and cfg.golden_size > 0 and own.run_golden_every == "never",
+            lambda cfg, own: cfg.golden_size > 0 and own.run_golden_every == "never",
             "eval.run_golden_every is never", ".run_golden_every",
         ),
     ] = None  # fmt: skip

@@ -48,7 +48,8 @@ def decides(*what: Decided) -> Decides:
 
 @dataclass(frozen=True, slots=True)
 class Inert:
-    """Beside which others the setting has no effect: "a setting that has no effect in this stage is an error"."""
+    """Beside which others the setting has no effect. Set to something other than its default, it is then an error, or
+    a note where those others were written off (false, 0, never): `validate` tells."""
 
     applies: Callable[[Any, Any], bool]
     """(the whole config, the section the setting stands in) -> whether it does nothing."""

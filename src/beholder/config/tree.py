@@ -96,6 +96,8 @@ class Tree:
     data: dict[str, Any] = field(default_factory=dict)
     marks: dict[SettingPath, Mark] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    notes: list[Problem] = field(default_factory=list)
+    """What is told and does not keep the config from loading."""
 
     def mark(self, path: SettingPath) -> Mark:
         """Of the setting, or of the nearest section around it that was written."""
@@ -103,10 +105,13 @@ class Tree:
             path = path[:-1]
         return self.marks.get(path) or Mark(self.name, 1, 1, 1, 1)
 
-    def complain(self, path: SettingPath, text: str, *, at: SettingPath | None = None, value: bool = False) -> None:
+    def complain(
+        self, path: SettingPath, text: str, *, at: SettingPath | None = None, value: bool = False,
+        to: list[Problem] | None = None,
+    ) -> None:  # fmt: skip
         mark = self.mark(path if at is None else at)
         line, column = (mark.value_line, mark.value_column) if value else (mark.line, mark.column)
-        self.problems.append(Problem(mark.name, line, column, dotted(path), text))
+        (self.problems if to is None else to).append(Problem(mark.name, line, column, dotted(path), text))
 
 
 def dotted(path: Iterable[str | int]) -> str:

@@ -118,20 +118,26 @@ def _complain_combinations(tree: Tree, section: Section, removed: set[str], path
             _complain_combinations(tree, inner, removed, (*path, name))
 
 
+_OFF = (False, 0, "never")
+
+
 def _complain_inert(tree: Tree, cfg: RunConfig) -> None:
+    """Settings that do nothing: silent at the default, as in a run's own resolved config; noted where what makes it so
+    was written off; else an error, as somebody expects something of them."""
     for inert in inert_settings(cfg):
         mark = tree.marks.get(inert.path)
-        if mark is None or get_at(tree.data, inert.path) is None:
+        if mark is None or inert.at_default:
             continue
-        if not mark.overridden and any(
-            m.overridden for b in inert.because for p, m in tree.marks.items() if dotted(p) == b
-        ):
+        switches = {p: m for p, m in tree.marks.items() if dotted(p) in inert.because}
+        if not mark.overridden and any(m.overridden for m in switches.values()):
             continue  # switched off from the command line; the file need not be edited for that
-        if inert.path == ("model", "lora", "enable") and not cfg.model.lora.enable:
-            continue  # says what is the case anyway
-        if any((p.name, p.line, p.column) == (mark.name, mark.line, mark.column) for p in tree.problems):
+        already = (*tree.problems, *tree.notes)
+        if any((p.name, p.line, p.column) == (mark.name, mark.line, mark.column) for p in already):
             continue  # one complaint a setting
-        tree.complain(inert.path, f"has no effect here: {inert.why}. Remove it")
+        # Somebody who switches something off leaves what is beneath it in the file, but types none of it anew.
+        meant = not mark.overridden and any(get_at(tree.data, p) in _OFF for p in switches)
+        told = f"has no effect here: {inert.why}"
+        tree.complain(inert.path, told if meant else f"{told}. Remove it", to=tree.notes if meant else None)
 
 
 def _repair(data: Any, path: SettingPath) -> None:

@@ -76,8 +76,9 @@ def reopen(folder: str, overrides: Sequence[str]) -> Iterator[Opened]:
             session.gap(told)
         if judged := [f"{f}: {a} → {b}" for f, a, b in diff_configs(saved, cfg) if f.startswith("gates.")]:
             session.gap(f"Gates judged otherwise than the run declared them: {'; '.join(judged)}.")
-        session.fill_features(0, 0)
-        yield Opened(session, table, int(trainer["step"]))
+        with session:
+            session.fill_features(0, 0)
+            yield Opened(session, table, int(trainer["step"]))
 
 
 def run_folder(name: str) -> Path:

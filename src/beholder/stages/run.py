@@ -24,9 +24,9 @@ from beholder.stages.keep import saver, settle
 from beholder.stages.lifetime import honest_status, is_finished, sole_writer
 from beholder.stages.measure import measure, measure_before
 from beholder.stages.measured import Trained
-from beholder.stages.session import open_session
+from beholder.stages.session import Session, open_session
 from beholder.stages.watch import Watch
-from beholder.train.distributed import Dist, joined
+from beholder.train.distributed import joined
 from beholder.train.engine import fit
 from beholder.train.objectives import OBJECTIVES
 from beholder.train.optim import build_optimizer
@@ -99,18 +99,18 @@ def run_stage(cfg: RunConfig, *, resume: str = "auto", promote_anyway: bool = Fa
         else:  # asked when the run started
             promoted = run.read_json("run.json").get("promoted") if run.run_path.exists() else None
         with honest_status(run, dist):  # from here on it is this run's record; a refused command leaves it alone
-            return train_and_measure(cfg, run, dist, source, promoted)
+            if source is None:
+                dist.on_main(lambda: fresh_folder(run))
+            dist.on_main(lambda: announce(cfg, run, dist, promoted))
+            with open_session(cfg, run, dist) as session:  # what, on what
+                if promoted:
+                    session.gap(promoted)
+                return train_and_measure(session, source)
 
 
-def train_and_measure(cfg: RunConfig, run: RunDir, dist: Dist, source: Path | None, promoted: str | None) -> Outcome:
-    """The page: build, start or resume from ``source``, measure, train, measure again, judge."""
-    if source is None:
-        dist.on_main(lambda: fresh_folder(run))
-    dist.on_main(lambda: announce(cfg, run, dist, promoted))
-
-    session = open_session(cfg, run, dist)  # what, on what
-    if promoted:
-        session.gap(promoted)
+def train_and_measure(session: Session, source: Path | None) -> Outcome:
+    """The page: start or resume from ``source``, measure, train, measure again, judge."""
+    cfg, run, dist = session.cfg, session.run, session.dist
     stage, model, line = cfg.stage_record, session.model, session.reporter.line
     table = apply_train_plan(model, plan_of(cfg.model, stage))  # what learns
     line("plan", "\n" + str(table))

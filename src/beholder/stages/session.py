@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -32,7 +32,8 @@ from beholder.train.reporter import Reporter
 
 
 class Session:
-    """Everything a stage works with. Opened by `open_session`; nobody sets anything on it from outside."""
+    """Everything a stage works with. Opened by `open_session`; nobody sets anything on it from outside. ``with``: its
+    files are closed at the end."""
 
     def __init__(
         self, cfg: RunConfig, run: RunDir, dist: Dist, model: VisionLanguageModel, tokenizer: Any, data: Data,
@@ -54,6 +55,13 @@ class Session:
         self._frozen = frozen
         self._inner_s: list[float] = [0.0]
         """Seconds of the phases inside each open phase, outermost first."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.store is not None:
+            self.store.close()
 
     @property
     def fingerprints(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
@@ -89,7 +89,8 @@ class FeatureStore:
     another preprocessing is another sub-folder, so changing any one of the three misses. Instances may be forked and
     pickled into loader workers.
 
-    Raises `UserError` where the folder cannot be used (not writable, damaged index, disk full).
+    Raises `UserError` where the folder cannot be used (not writable, damaged index, disk full). ``with``: closed at the
+    end.
     """
 
     def __init__(
@@ -115,6 +116,12 @@ class FeatureStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_recent": {}}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __len__(self) -> int:
         """Images stored for this tower and preprocessing."""

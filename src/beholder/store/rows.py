@@ -26,12 +26,14 @@ import os
 import sqlite3
 import threading
 import uuid
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from beholder.runs import fsync_dir
 from beholder.types import UserError
@@ -52,20 +54,30 @@ CREATE TABLE IF NOT EXISTS rows (key BLOB PRIMARY KEY, shard INTEGER NOT NULL, r
 # A database that crosses forks and pickles
 
 
+_INHERITED: list[sqlite3.Connection] = []
+
+
+def _let_go(pid: int, db: sqlite3.Connection) -> None:
+    """Close a connection in the process that opened it; one that crossed a fork must not be closed, so it stays."""
+    if pid == os.getpid():
+        db.close()
+    else:
+        _INHERITED.append(db)
+
+
 @dataclass(frozen=True, slots=True)
 class _Connection:
     pid: int
     lock: threading.RLock
     db: sqlite3.Connection
-
-
-_INHERITED: list[_Connection] = []
+    let_go: Callable[[], object]
 
 
 class Database:
     """A SQLite file that each process opens for itself; its threads share the connection under one lock.
 
-    ``complain`` turns SQLite's error into what the person is told.
+    `close` closes it; so does the end of this object, and that of the interpreter. ``complain`` turns SQLite's error
+    into what the person is told.
     """
 
     def __init__(self, path: Path, schema: str, complain: Callable[[sqlite3.DatabaseError], Exception]) -> None:
@@ -98,24 +110,30 @@ class Database:
     def close(self) -> None:
         """Close this process's connection; the next call opens another."""
         connection, self._connection = self._connection, None
-        if connection is not None and connection.pid == os.getpid():
-            connection.db.close()
+        if connection is not None:
+            connection.let_go()
 
     def _own(self) -> _Connection:
         connection = self._connection
         if connection is None or connection.pid != os.getpid():
             if connection is not None:
-                _INHERITED.append(connection)  # closing one that crossed a fork is not allowed
+                connection.let_go()
             with self._explained():
-                connection = self._connection = _Connection(os.getpid(), threading.RLock(), self._connect())
+                pid, db = os.getpid(), self._connect()
+            closer = weakref.finalize(self, _let_go, pid, db)
+            connection = self._connection = _Connection(pid, threading.RLock(), db, closer)
         return connection
 
     def _connect(self) -> sqlite3.Connection:
         # isolation_level None: transactions are opened where this file says BEGIN.
         db = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = NORMAL")
-        db.executescript(self.schema)
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            db.executescript(self.schema)
+        except BaseException:
+            db.close()
+            raise
         return db
 
     @contextmanager
@@ -130,6 +148,12 @@ class Database:
 # The store
 
 
+def _complaint(name: str, root: Path, e: sqlite3.DatabaseError) -> UserError:
+    return UserError(
+        f"{name} {root}: its index cannot be used ({e}). It is a cache: delete that folder and it is computed again"
+    )
+
+
 class _Location(NamedTuple):
     shard: int
     row: int
@@ -141,7 +165,7 @@ class RowStore:
 
     ``name`` and ``remedy`` are for messages: what the person knows the store as, and what can be done when its folder
     or its disk fails. Instances may be forked and pickled into loader workers. Raises `UserError` where the folder
-    cannot be used (not writable, damaged index, disk full).
+    cannot be used (not writable, damaged index, disk full). ``with``: closed at the end.
     """
 
     def __init__(
@@ -153,6 +177,8 @@ class RowStore:
         """Rows this process found damaged; they are forgotten, so that they are made again."""
         text = json.dumps(meta, sort_keys=True)
         self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:32]
+        self.complaint = partial(_complaint, name, root)  # no bound method: a circle would outlive the last reference
+        """What is told when a database of the store cannot be used."""
         self.index = Database(self.folder / "index.sqlite", _SCHEMA, self.complaint)
         self._maps: dict[int, mmap.mmap] = {}
         with self.opening():
@@ -175,16 +201,15 @@ class RowStore:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def __len__(self) -> int:
         with self.index.query() as db:
             return int(db.execute("SELECT COUNT(*) FROM rows").fetchone()[0])
-
-    def complaint(self, e: sqlite3.DatabaseError) -> UserError:
-        """What is told when a database of the store cannot be used."""
-        return UserError(
-            f"{self.name} {self.root}: its index cannot be used ({e}). It is a cache: delete that folder and it is "
-            "computed again"
-        )
 
     @property
     def bytes_used(self) -> int:
