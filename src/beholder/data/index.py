@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import orjson
 
-from beholder.data.images import parquet_cells, parquet_image_column
+from beholder.data.images import IMAGE_SUFFIXES, parquet_cells, parquet_image_column
 from beholder.runs import atomic_write, cache_dir
 from beholder.types import UserError
 
@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 CHUNK_BYTES = 8 << 20
 MAX_RECORD_BYTES = 64 << 20
 """A single record larger than this is taken for a missing bracket."""
-
-IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BOM = b"\xef\xbb\xbf"
