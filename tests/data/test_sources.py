@@ -781,6 +781,14 @@ def test_a_member_of_a_shard_is_an_image_by_every_usual_suffix(tmp_path: Path, s
     assert [read_bytes(ref) for ref in example.images] == [png(1)]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_shards_texts(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    members = [("1.png", png(1)), ("1.txt", mark + b"a"), ("2.png", png(2)), ("2.json", mark + b'{"caption": "b"}')]
+    write_tar(tmp_path / "s.tar", members)
+
+    assert open_one(tmp_path / "s.tar", "webdataset").target_texts() == ["a", "b"]
+
+
 def test_images_behind_a_link_are_read_when_the_folder_it_leads_to_is_named(tmp_path: Path) -> None:
     store, root = tmp_path / "store", tmp_path / "root"
     for folder in (store, root):
