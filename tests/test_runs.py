@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import platform
@@ -13,16 +15,19 @@ from pathlib import Path
 
 import pytest
 
+from beholder.prepare import packages
 from beholder.runs import (
     RunDir,
     atomic_write,
     hang_up_signals,
+    is_held,
     provenance,
     sha256_file,
     stop_signals,
     to_json,
     write_durably,
 )
+from beholder.store.rows import RowStore
 from beholder.types import Status, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -180,6 +185,59 @@ def test_the_lock_excludes_a_second_run_of_the_same_process_too(tmp_path: Path) 
             with RunDir(tmp_path).lock():
                 pass
     with RunDir(tmp_path).lock():
+        pass
+
+
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+@pytest.fixture(params=WITHOUT_LOCKS)
+def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that answers flock as network file systems without locks do."""
+
+    def flock(fd: int, how: int) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_a_file_system_without_locks_is_named_with_what_to_do(tmp_path: Path) -> None:
+    told = rf"{tmp_path} cannot be locked .*no file locks.*output_dir to a folder on a local disk, or .*NFS"
+
+    with pytest.raises(UserError, match=told), RunDir(tmp_path).lock():
+        pass
+    with pytest.raises(UserError, match=told):
+        is_held(tmp_path)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_the_store_and_the_packages_say_so_too(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be locked .*Move it, or have this one mounted with locks"):
+        RowStore(tmp_path / "s", {}, row_bytes=4, max_bytes=100, name="store", remedy="Move it")
+    with pytest.raises(UserError, match=r"cannot be locked .*BEHOLDER_CACHE"), packages._locked(tmp_path / ".l", print):
+        pass
+
+
+def test_a_store_whose_file_system_loses_its_locks_says_so_where_it_fills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RowStore(tmp_path, {}, row_bytes=4, max_bytes=100, name="store", remedy="Move it")
+
+    def flock(fd: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match="cannot be locked"), store.writer() as writer:
+        writer.has_room(1)
+
+
+def test_another_fault_of_a_lock_is_no_missing_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(fd: int, how: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="Input/output error"), RunDir(tmp_path).lock():
         pass
 
 

@@ -30,6 +30,7 @@ import psutil
 from beholder.types import Status, UserError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _ORPHAN_WAIT_S = 15.0
 """How long a lock whose holder is dead may still be held by the holder's loader processes, which notice within 5 s."""
 
@@ -291,7 +292,8 @@ def held(folder: Path, what: str) -> Iterator[None]:
     lock = filelock.FileLock(folder / ".lock")
     info_path = folder / ".lock.json"
     try:
-        lock.acquire(timeout=0)
+        with locking(folder, _ELSEWHERE):
+            lock.acquire(timeout=0)
     except filelock.Timeout:
         holder = _holder(info_path)
         here = holder.get("host") in (None, platform.node())
@@ -322,11 +324,31 @@ def is_held(folder: Path) -> bool:
         return False
     lock = filelock.FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        with locking(folder, _ELSEWHERE):
+            lock.acquire(timeout=0)
     except filelock.Timeout:
         return True
     lock.release()
     return False
+
+
+_ELSEWHERE = "Set output_dir to a folder on a local disk"
+
+
+@contextmanager
+def locking(folder: Path, way_out: str) -> Iterator[None]:
+    """Around an attempt to lock: `UserError` with the ``way_out`` where the file system of ``folder`` has no locks."""
+    try:
+        yield
+    except (OSError, NotImplementedError) as e:  # filelock before 4 raises the latter for ENOSYS
+        number = e.errno if isinstance(e, OSError) else errno.ENOSYS
+        if number not in _NO_LOCKS:
+            raise
+        raise UserError(
+            f"{folder} cannot be locked ({os.strerror(number)}): the file system it lies on has no file locks, so two "
+            f"processes could write there at once. {way_out}, or have this one mounted with locks (NFS: version 4, or "
+            "lockd running and no nolock; Lustre: flock)."
+        ) from e
 
 
 def _holder(info_path: Path) -> dict[str, Any]:

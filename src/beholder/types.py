@@ -95,6 +95,8 @@ class ImageRef:
     """tar: bytes. Otherwise unused."""
     item: int = 0
     """parquet: index inside the row's list of images."""
+    more_roots: tuple[str, ...] = ()
+    """file: further folders it may lie in, through a symlink or by an absolute path."""
 
     def __str__(self) -> str:
         return f"{self.root}/{self.path}" if self.kind == "file" else f"{self.root}!{self.path}"

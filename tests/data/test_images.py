@@ -8,6 +8,7 @@ import pickle
 import random
 import socket
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -20,7 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
+from beholder.data import images
 from beholder.data.images import (
+    FORMATS,
+    IMAGE_SUFFIXES,
     ImageError,
     ImagePipeline,
     check_exists,
@@ -47,13 +51,13 @@ def picture(width: int = 40, height: int = 24) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def deep_png(values: np.ndarray, colour_type: int) -> bytes:
     """A 16-bit PNG written by hand: Pillow cannot write RGB at 16 bits. ``values``: uint16 [H, W] or [H, W, C]."""
     height, width = values.shape[:2]
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     rows = b"".join(b"\0" + values[y].astype(">u2").tobytes() for y in range(height))
     header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
@@ -123,7 +127,9 @@ def test_bad_paths_are_refused_with_their_reason_and_the_quick_check_agrees(
 
 
 def test_the_message_names_the_file_and_what_to_do(hostile: Path) -> None:
-    with pytest.raises(ImageError, match=r"out\.png: resolves to .*secret\.png.*set image_root"):
+    with pytest.raises(
+        ImageError, match=r"out\.png: resolves to .*secret\.png.*a link that leads out.*more_image_roots"
+    ):
         read_bytes(ImageRef(str(hostile), "out.png"))
 
 
@@ -151,6 +157,29 @@ def test_good_files_open_directly_through_inner_symlinks_and_by_absolute_path(ho
     assert list(check_exists(refs)) == [None] * len(refs)
 
 
+def test_a_link_leads_out_of_the_root_only_into_a_folder_that_is_named_too(tmp_path: Path) -> None:
+    root, store, other = tmp_path / "data", tmp_path / "store" / "coco", tmp_path / "other"
+    for folder in (root, store / "train", other):
+        folder.mkdir(parents=True)
+    picture().save(store / "train" / "a.png")
+    picture().save(other / "b.png")
+    (root / "coco").symlink_to(store)
+    (root / "b.png").symlink_to(other / "b.png")
+
+    with pytest.raises(ImageError, match=rf"'{root}/coco' is a link that leads out.*more_image_roots: \['{store}'\]"):
+        read_bytes(ImageRef(str(root), "coco/train/a.png"))
+    with pytest.raises(ImageError, match=rf"more_image_roots: \['{other}'\]"):
+        read_bytes(ImageRef(str(root), "b.png"))
+
+    named = [
+        ImageRef(str(root), path, more_roots=(str(store),)) for path in ("coco/train/a.png", "b.png", "../other/b.png")
+    ]
+    assert decode(read_bytes(named[0]), "a", 50).size == (40, 24)
+    assert read_bytes(ImageRef(str(root), str(store / "train" / "a.png"), more_roots=(str(store),)))  # absolute
+    assert [reason(read_bytes, ref) for ref in named[1:]] == ["outside_root"] * 2
+    assert [error and error.reason for error in check_exists(named)] == [None, "outside_root", "outside_root"]
+
+
 def test_a_root_whose_name_is_a_prefix_of_another_folder_does_not_contain_it(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data2").mkdir()
@@ -171,7 +200,7 @@ def test_files_over_the_byte_limit_are_refused(hostile: Path) -> None:
 # What is never decoded
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_truncated_images_are_refused_in_every_format(format: str) -> None:
     data = png_bytes(picture(200, 150), format)
 
@@ -236,7 +265,7 @@ def test_tolerance_for_truncated_images_switched_on_elsewhere_is_not_accepted(mo
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]), st.integers(0, 2**32))
+@given(st.sampled_from(FORMATS), st.integers(0, 2**32))
 def test_damaged_bytes_give_an_image_or_an_image_error_and_nothing_else(format: str, seed: int) -> None:
     rng = random.Random(seed)
     data = bytearray(png_bytes(picture(), format))
@@ -250,6 +279,110 @@ def test_damaged_bytes_give_an_image_or_an_image_error_and_nothing_else(format: 
         assert e.reason and e.detail
     else:
         assert image.mode == "RGB"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What stands beside the pixels
+
+BOMB = zlib.compress(bytes(200_000_000), 9)  # 195 kB
+
+
+def with_chunks(*chunks: bytes, at_end: bool = False) -> bytes:
+    """The picture as a PNG with more chunks, before or behind its pixels."""
+    png = png_bytes(picture())
+    at = len(png) - 12 if at_end else 33
+    return png[:at] + b"".join(chunks) + png[at:]
+
+
+IDLE = {
+    "a profile of 5 MB": chunk(b"iCCP", b"printer\0\0" + zlib.compress(random.Random(0).randbytes(5_000_000))),
+    "a profile that unpacks to 200 MB": chunk(b"iCCP", b"printer\0\0" + BOMB),
+    "100 texts that unpack to 200 MB each": chunk(b"zTXt", b"prompt\0\0" + BOMB) * 100,
+    "an international text of that kind": chunk(b"iTXt", b"workflow\0\1\0\0\0" + BOMB),
+    "a plain text of 70 MB": chunk(b"tEXt", b"parameters\0" + b"x" * 70_000_000),
+    "20,000 texts": chunk(b"tEXt", b"a\0b") * 20_000,
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("what", IDLE)
+def test_a_png_is_read_whatever_profile_and_texts_it_has_and_none_is_unpacked(what: str, at_end: bool) -> None:
+    data = with_chunks(IDLE[what], at_end=at_end)
+    tracemalloc.start()
+
+    image = decode(data, "x", 50)
+
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.array_equal(np.asarray(image), np.asarray(picture()))
+    assert peak < len(data) + 20_000_000  # the bytes once more, without the chunks; never 200 MB
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("kind", [b"iTXt", b"zTXt"])
+def test_an_orientation_in_a_text_too_large_to_unpack_is_refused_and_says_why(kind: bytes, at_end: bool) -> None:
+    head = {b"iTXt": b"XML:com.adobe.xmp\0\1\0\0\0", b"zTXt": b"Raw profile type exif\0\0"}[kind]
+    data = with_chunks(chunk(kind, head + BOMB), at_end=at_end)
+
+    with pytest.raises(ImageError, match=r"EXIF or XMP text is larger than the 1 MB .*\[too_much_metadata\]"):
+        decode(data, "x", 50)
+
+
+def test_an_orientation_in_xmp_is_followed_beside_a_large_profile() -> None:
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+    data = with_chunks(IDLE["a profile of 5 MB"], chunk(b"iTXt", xmp))
+
+    assert decode(data, "x", 50).size == (24, 40)
+
+
+def test_a_profile_or_text_whose_checksum_is_wrong_is_damage_as_before() -> None:
+    for what in (b"iCCP", b"tEXt"):
+        broken = chunk(what, b"a\0\0" + zlib.compress(b"x"))[:-1] + b"?"
+
+        assert reason(decode, with_chunks(broken), "x", 50) in ("undecodable", "not_an_image")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# AVIF
+
+avif = pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow has no AVIF")
+
+
+@avif
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_avif_is_read_upright_with_alpha_on_white(orientation: int) -> None:
+    blue_on_nothing = Image.new("RGBA", (64, 32), (255, 0, 0, 0))
+    blue_on_nothing.paste((0, 0, 255, 255), (0, 0, 32, 32))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+
+    got = decode(png_bytes(blue_on_nothing, "AVIF", exif=exif, quality=95), "x", 50)
+
+    assert got.mode == "RGB" and got.size == ((64, 32) if orientation == 1 else (32, 64))
+    right, left = got.getpixel((got.width - 5, 5)), got.getpixel((got.width - 5, got.height - 5))
+    assert np.allclose(right, (0, 0, 255) if orientation == 6 else (255,) * 3, atol=12)
+    assert np.allclose(left, (255,) * 3, atol=12)
+
+
+@avif
+def test_an_avif_that_is_too_large_or_cut_off_is_refused() -> None:
+    data = png_bytes(picture(600, 500), "AVIF")
+
+    assert reason(decode, data, "x", 0.1) == "too_many_pixels"
+    assert reason(decode, data[: len(data) // 2], "x", 50) in ("truncated_image", "undecodable", "not_an_image")
+
+
+def test_avif_is_named_where_pillow_cannot_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "FORMATS", tuple(name for name in FORMATS if name != "AVIF"))
+    monkeypatch.setattr(images, "_HAS_AVIF", False)
+
+    with pytest.raises(ImageError, match=r"is AVIF, which this Pillow cannot read; install .*\[not_an_image\]"):
+        decode(b"\0\0\0 ftypavif" + bytes(100), "x", 50)
+
+
+def test_every_name_of_a_readable_format_is_a_name_of_images_in_a_shard() -> None:
+    assert {"jfif", "jpe", "avif", "jpg", "png", "webp", "tiff"} <= IMAGE_SUFFIXES
 
 
 # ---------------------------------------------------------------------------------------------------------------

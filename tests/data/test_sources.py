@@ -772,6 +772,38 @@ def test_the_image_folder_is_missed_where_images_are_read_from_it_and_not_where_
     assert missing_files([source("parquet"), source("webdataset")]) == []
 
 
+@pytest.mark.parametrize("suffix", ["jfif", "JFIF", "avif", "jpe"])
+def test_a_member_of_a_shard_is_an_image_by_every_usual_suffix(tmp_path: Path, suffix: str) -> None:
+    write_tar(tmp_path / "s.tar", [(f"1.{suffix}", png(1)), ("1.txt", b"a red square")])
+
+    (example,) = open_one(tmp_path / "s.tar", "webdataset")
+
+    assert [read_bytes(ref) for ref in example.images] == [png(1)]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_shards_texts(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    members = [("1.png", png(1)), ("1.txt", mark + b"a"), ("2.png", png(2)), ("2.json", mark + b'{"caption": "b"}')]
+    write_tar(tmp_path / "s.tar", members)
+
+    assert open_one(tmp_path / "s.tar", "webdataset").target_texts() == ["a", "b"]
+
+
+def test_images_behind_a_link_are_read_when_the_folder_it_leads_to_is_named(tmp_path: Path) -> None:
+    store, root = tmp_path / "store", tmp_path / "root"
+    for folder in (store, root):
+        folder.mkdir()
+    (store / "a.png").write_bytes(png(1))
+    (root / "coco").symlink_to(store)
+    file = write_lines(tmp_path / "a.jsonl", caption(images=["coco/a.png"]))
+
+    (example,) = open_one(file, image_root=str(root), more_image_roots=(str(store),))
+
+    assert read_bytes(example.images[0]) == png(1)
+    with pytest.raises(UserError, match=r"more_image_roots .*nowhere: is not a folder"):
+        open_one(file, image_root=str(root), more_image_roots=(str(tmp_path / "nowhere"),))
+
+
 def test_a_file_that_is_not_parquet_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "p.parquet").write_bytes(b"PAR1 not really PAR1")
 

@@ -50,6 +50,27 @@ def answers(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_file_of_questions(
+    write: WriteLines, names: list[str], tiny_parts: TinyParts
+) -> None:
+    file = write({"id": "a", "image": names[0], "prompt": "What is it?"}, {"id": "b", "image": names[1]})
+    plain = read_questions(file, tiny_parts.images, prompt="What?")
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+
+    assert read_questions(file, tiny_parts.images, prompt="What?") == plain
+
+
+def test_images_behind_a_link_are_found_when_the_folder_it_leads_to_is_named(
+    write: WriteLines, names: list[str], tiny_parts: TinyParts, tmp_path: Path
+) -> None:
+    (tmp_path / "linked").symlink_to(tiny_parts.images)
+    file = write({"id": "a", "image": f"linked/{names[0]}", "prompt": "What is it?"})
+
+    with pytest.raises(UserError, match=r"outside_root.*--image-root"):
+        read_questions(file)
+    assert len(read_questions(file, None, [tiny_parts.images])) == 1
+
+
 def test_every_shape_of_a_record_asks_the_same(
     vlm: Vlm, write: WriteLines, names: list[str], tiny_parts: TinyParts, tmp_path: Path
 ) -> None:

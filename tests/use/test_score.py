@@ -55,6 +55,32 @@ def value(score: Score, name: str, stratum: str | None = None) -> float:
 # Scores
 
 
+@pytest.mark.parametrize("kind", ["vqa", "pope", "caption"])
+@pytest.mark.parametrize("name", ["references", "reference"])
+def test_what_is_right_may_be_called_as_public_scorers_call_it(folder: Path, kind: Any, name: str):
+    right = ["yes", "yes it is"] if name == "references" else "yes"
+    given = [{"id": k, "prediction": "yes", "question": "Is it?"} for k in range(3)]
+    known = [{"id": k, name: right} for k in range(3)]
+
+    score = score_files(kind, write(folder / "a.jsonl", given), write(folder / "r.jsonl", known))
+
+    exact = {"vqa": "vqa.exact", "pope": "pope.accuracy", "caption": "caption.exact_match"}[kind]
+    assert (score.n, value(score, exact)) == (3, 1.0)
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_a_byte_order_mark_is_no_part_of_a_file(folder: Path, lines: bool):
+    records = [{"id": k, "answer": "yes"} for k in range(3)]
+    plain = write(folder / ("a.jsonl" if lines else "a.json"), records)
+    marked = folder / f"marked{plain.suffix}"
+    marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n"))
+
+    assert score_files("vqa", marked, plain).n == score_files("vqa", plain, marked).n == 3
+    marked.write_bytes(plain.read_text().encode("utf-16"))
+    with pytest.raises(UserError, match=r"is UTF-16, expected UTF-8; convert it"):
+        score_files("vqa", marked, plain)
+
+
 def test_vqa_files_are_scored_officially_by_question_and_by_answer_type(folder: Path):
     score = score_files("vqa", *vqa_files(folder))
 

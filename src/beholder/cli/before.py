@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from beholder.cli import common
-from beholder.cli.common import ConfigArg, Json, Sets, app, example, tell, terminal
+from beholder.cli.common import ConfigArg, ImageRoots, Json, Sets, app, example, tell, terminal
 from beholder.types import DatasetKind
 
 
@@ -40,7 +40,7 @@ def check(
         str | None,
         typer.Option(metavar="STAGE", help="Whose rules records are held to (align, instruct); guessed from DATA."),
     ] = None,
-    image_root: Annotated[Path | None, typer.Option(help="Folder the image paths are relative to.")] = None,
+    image_root: ImageRoots = None,
     tokenizer: Annotated[str | None, typer.Option(help="Hub name, folder or GGUF file, to count tokens.")] = None,
     decode: Annotated[bool, typer.Option("--decode", help="Decode every image and find equal ones.")] = False,
     rejects: Annotated[Path | None, typer.Option(help="Write every reject to this JSONL file.")] = None,
@@ -54,10 +54,12 @@ def check(
     from beholder.prepare.check import check as check_files
     from beholder.train.reporter import ticking
 
+    roots = image_root or []
     with ticking(terminal(stderr=True)) as tick:
         report = check_files(
-            data, dataset=dataset, annotations=annotations, stage=stage, image_root=image_root, tokenizer=tokenizer,
-            decode=decode, rejects=rejects, overrides=sets or [], progress=tick,
+            data, dataset=dataset, annotations=annotations, stage=stage, tokenizer=tokenizer, decode=decode,
+            image_root=next(iter(roots), None), more_image_roots=roots[1:], rejects=rejects, overrides=sets or [],
+            progress=tick,
         )  # fmt: skip
     tell(report, json)
     if rejects is not None:

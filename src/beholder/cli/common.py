@@ -76,6 +76,15 @@ PartSets = Annotated[
 ]
 ConfigArg = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config file.")]
 RunArg = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, e.g. outputs/quickstart/instruct.")]
+ImageRoots = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--image-root",
+        metavar="FOLDER",
+        help="Folder the image paths are relative to; default the file's own. Repeatable: symlinks may lead into the "
+        "others.",
+    ),
+]
 # typer reads these lists on start, before any import of settings (pydantic) would be worth its time; a test holds them
 # to the lists of the functions behind.
 Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]

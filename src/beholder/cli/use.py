@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from beholder.cli.common import Device, Json, PartSets, RunArg, app, example, tell, terminal
+from beholder.cli.common import Device, ImageRoots, Json, PartSets, RunArg, app, example, tell, terminal
 
 
 @app.command(
@@ -31,7 +31,7 @@ def generate(
     out: Annotated[
         Path | None, typer.Option(help="With --from: answers, a line of JSON each. What it answers already is skipped.")
     ] = None,
-    image_root: Annotated[Path | None, typer.Option(help="With --from: folder of the images; default FILE's.")] = None,
+    image_root: ImageRoots = None,
     image_pattern: Annotated[
         str | None, typer.Option(help="With --from: file name of an image_id, as in COCO_val2014_{image_id:012d}.jpg.")
     ] = None,
@@ -52,11 +52,13 @@ def generate(
     from beholder.use.generate import generate as ask
     from beholder.use.vlm import decoding
 
+    roots = image_root or []
     with ticking(terminal(stderr=True)) as tick:
         told = ask(
-            run_folder, image or [], prompt, questions=questions, out=out, image_root=image_root,
-            image_pattern=image_pattern, batch_size=batch_size, how=decoding(temperature, top_p, max_new_tokens),
-            seed=seed, device=device, overrides=sets or [], progress=tick,
+            run_folder, image or [], prompt, questions=questions, out=out, image_root=next(iter(roots), None),
+            more_image_roots=roots[1:], image_pattern=image_pattern, batch_size=batch_size,
+            how=decoding(temperature, top_p, max_new_tokens), seed=seed, device=device, overrides=sets or [],
+            progress=tick,
         )  # fmt: skip
     tell(told, json, stderr=questions is not None)
 

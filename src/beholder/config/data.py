@@ -39,6 +39,8 @@ class SourceConfig(Section):
     ``{image_id:012d}.jpg``; for gqa ``{image_id}.jpg``."""
     image_root: Annotated[str | None, _CARRIED] = None
     """Folder that image paths are relative to and may not leave. Not used by webdataset and parquet."""
+    more_image_roots: Annotated[tuple[str, ...], _CARRIED] = ()
+    """Further folders that images may lie in: symlinks below ``image_root`` and absolute paths may lead there."""
     name: str | None = None
     """Source name in counts and caps; default the record's own ``source``, else the file's stem."""
     cap: Positive | None = None
@@ -109,6 +111,14 @@ class DataConfig(Section):
         ),
     ] = None  # fmt: skip
     """Folder that image paths are relative to and may not leave."""
+    more_image_roots: Annotated[
+        tuple[str, ...], decides("place"),
+        Inert(
+            lambda _, own: not own.sources and own.dataset in CARRIES_IMAGES,
+            "webdataset and parquet carry their images", ".dataset",
+        ),
+    ] = ()  # fmt: skip
+    """Further folders that images may lie in: symlinks below ``image_root`` and absolute paths may lead there."""
     sources: Annotated[tuple[SourceConfig, ...], decides("place")] = ()
     """Several record files instead of ``json_path``."""
     eval_sources: Annotated[tuple[SourceConfig, ...], decides("place", "held_out")] = ()
@@ -166,8 +176,9 @@ class DataConfig(Section):
         wrong: list[str] = []
         if bool(self.json_path) == bool(self.sources):
             wrong.append("give exactly one of json_path and sources")
-        if self.sources and self.image_root:
-            wrong.append("image_root belongs to json_path; with sources, give image_root in each source")
+        for name in ("image_root", "more_image_roots"):
+            if self.sources and getattr(self, name):
+                wrong.append(f"{name} belongs to json_path; with sources, give {name} in each source")
         if self.eval_sources and self.split_mode not in (None, "none"):
             wrong.append(f"split_mode is {self.split_mode} but eval_sources are given; set split_mode: none")
         if self.eval_ratio is not None and self.eval_size is not None:
@@ -183,7 +194,12 @@ class DataConfig(Section):
         if self.sources:
             return self.sources
         assert self.json_path is not None
-        return (SourceConfig(dataset=self.dataset, json_path=self.json_path, image_root=self.image_root),)
+        return (
+            SourceConfig(
+                dataset=self.dataset, json_path=self.json_path, image_root=self.image_root,
+                more_image_roots=self.more_image_roots,
+            ),
+        )  # fmt: skip
 
     @property
     def split(self) -> Literal["ratio", "stratified_len", "none"]:

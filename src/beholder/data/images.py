@@ -13,7 +13,9 @@ import io
 import json
 import os
 import stat
+import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,8 +31,34 @@ if TYPE_CHECKING:  # checking files needs neither
     import pyarrow
     import torch
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+try:
+    from PIL.AvifImagePlugin import SUPPORTED as _HAS_AVIF
+except ImportError:  # Pillow before 11.3
+    _HAS_AVIF = False
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if _HAS_AVIF else ()))
 """The only decoders that are ever tried. None that needs an interpreter or another program (EPS, PDF, …)."""
+IMAGE_SUFFIXES = frozenset(
+    (
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "png",
+        "apng",
+        "webp",
+        "gif",
+        "bmp",
+        "tif",
+        "tiff",
+        "pbm",
+        "pgm",
+        "pnm",
+        "ppm",
+        "avif",
+    )
+)
+"""How names of files that hold one of `FORMATS` end; what is inside decides."""
 
 MAX_FILE_BYTES = 256 * 1000 * 1000
 _PIXEL_VERSION = 1
@@ -58,7 +86,7 @@ class ImageError(UserError):
     """One image cannot be used. ``reason`` is a short stable slug (a reject log counts by it), ``detail`` a sentence.
 
     Reasons: missing_image, outside_root, not_a_file, unreadable, empty_image, file_too_large, not_an_image,
-    too_many_pixels, truncated_image, unsupported_pixels, undecodable.
+    too_many_pixels, too_much_metadata, truncated_image, unsupported_pixels, undecodable.
     """
 
     def __init__(self, ref: ImageRef | str, reason: str = "undecodable", detail: str = "") -> None:
@@ -76,9 +104,9 @@ class ImageError(UserError):
 
 
 def read_bytes(ref: ImageRef, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-    """The encoded bytes of one image. Opens nothing outside ``ref.root`` and nothing but regular files.
+    """The encoded bytes of one image. Opens nothing outside ``ref.root`` and ``ref.more_roots``, only regular files.
 
-    Raises `ImageError` for a path that leaves its root (by ``..``, as an absolute path or through a symlink), for a
+    Raises `ImageError` for a path that leaves them (by ``..``, as an absolute path or through a symlink), for a
     missing, empty, oversized or unreadable file, and for directories, FIFOs, sockets and devices.
     """
     match ref.kind:
@@ -99,17 +127,35 @@ def content_hash(ref: ImageRef) -> str:
 
 
 def _contained_path(ref: ImageRef) -> str:
-    """Absolute path with every symlink resolved; raises when that is not below the root."""
+    """Absolute path with every symlink resolved; raises when that is below none of the roots."""
     if not ref.path or "\0" in ref.path:
         raise ImageError(ref, "missing_image", f"{ref.path!r} is not a file name")
     root = os.path.realpath(ref.root)
     real = os.path.realpath(os.path.join(root, ref.path))
-    if not real.startswith(root.rstrip(os.sep) + os.sep):
-        raise ImageError(
-            ref, "outside_root", f"resolves to {real}, which is not below the image root {root}; "
-            "move the file below the root or set image_root to a folder that holds it",
-        )  # fmt: skip
+    if not any(_is_below(real, allowed) for allowed in (root, *map(os.path.realpath, ref.more_roots))):
+        roots = " or ".join(map(repr, (root, *ref.more_roots)))
+        raise ImageError(ref, "outside_root", f"resolves to {real!r}, which is not below {roots}; {_way_in(ref, root)}")
     return real
+
+
+def _is_below(real: str, root: str) -> bool:
+    return real.startswith(root.rstrip(os.sep) + os.sep)
+
+
+def _way_in(ref: ImageRef, root: str) -> str:
+    """What to do about a path that leaves ``root``: where a link of the person's own leads out, name its target."""
+    parts = ref.path.split(os.sep)
+    own = [] if os.path.isabs(ref.path) or os.pardir in parts else range(len(parts))
+    links = (os.path.join(root, *parts[: k + 1]) for k in own)
+    link = next((path for path in links if os.path.islink(path) and not _is_below(os.path.realpath(path), root)), None)
+    if link is None:
+        return "record files may name images below image_root and more_image_roots only"
+    target = os.path.realpath(link)
+    folder = target if os.path.isdir(target) else os.path.dirname(target)
+    return (
+        f"{link!r} is a link that leads out. To allow what lies there, name that folder too: more_image_roots: "
+        f"[{folder!r}] beside image_root in the config, a second --image-root {folder!r} on the command line"
+    )
 
 
 def _open_regular(ref: ImageRef, real: str) -> tuple[int, int]:
@@ -239,7 +285,7 @@ def _parquet_item(ref: ImageRef) -> bytes:
 
 
 def check_exists(refs: Iterable[ImageRef]) -> Iterator[ImageError | None]:
-    """For each image None, or why it could not be read: missing, empty, not regular, outside its root.
+    """For each image None, or why it could not be read: missing, empty, not regular, outside its roots.
 
     Lists each folder once instead of resolving each path (558,000 images in seconds); whatever is not plainly a regular
     file below the root takes `read_bytes`' own checks. Tar members were checked while indexing; parquet cells are only
@@ -320,18 +366,17 @@ def _plain_sizes() -> Callable[[ImageRef], int]:
 
     def size(ref: ImageRef) -> int:
         folder, name = os.path.split(ref.path)
-        return listed(ref.root, folder).get(name, 0)
+        return listed(ref.root, folder, ref.more_roots).get(name, 0)
 
     return size
 
 
-def _regular_files(root: str, folder: str) -> dict[str, int]:
-    """Name → size of the regular files (no symlinks) of a folder that itself lies below the root; else empty."""
-    real_root = os.path.realpath(root)
+def _regular_files(root: str, folder: str, more_roots: tuple[str, ...]) -> dict[str, int]:
+    """Name → size of the regular files (no symlinks) of a folder that itself lies below a root; else empty."""
     if "\0" in folder:
         return {}
-    real = os.path.realpath(os.path.join(real_root, folder))
-    if real != real_root and not real.startswith(real_root.rstrip(os.sep) + os.sep):
+    real = os.path.realpath(os.path.join(os.path.realpath(root), folder))
+    if not any(real == allowed or _is_below(real, allowed) for allowed in map(os.path.realpath, (root, *more_roots))):
         return {}
     try:
         with os.scandir(real) as entries:
@@ -396,17 +441,64 @@ def _quiet() -> Iterator[None]:
 def _open_checked(data: bytes, name: ImageRef | str, max_megapixels: float) -> Image.Image:
     """The image with its header read and its size accepted, no pixel decoded."""
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(_without_idle_chunks(data)), formats=FORMATS)
     except Image.DecompressionBombError as e:
         raise ImageError(name, "too_many_pixels", str(e)) from None
     except MemoryError:
         raise
     except PIL.UnidentifiedImageError:
-        raise ImageError(name, "not_an_image", f"is not one of {', '.join(FORMATS)}") from None
+        raise ImageError(name, "not_an_image", _not_an_image(data)) from None
     except Exception as e:
-        raise ImageError(name, "undecodable", f"{type(e).__name__}: {e}") from None
+        raise _undecodable(e, name) from None
     _check_megapixels(image, name, max_megapixels)
     return image
+
+
+def _not_an_image(data: bytes) -> str:
+    if data[4:12] in (b"ftypavif", b"ftypavis") and not _HAS_AVIF:
+        return "is AVIF, which this Pillow cannot read; install one that can (pip install 'pillow>=11.3')"
+    return f"is not one of {', '.join(FORMATS)}"
+
+
+def _undecodable(e: Exception, name: ImageRef | str) -> ImageError:
+    """Pillow reports damage as OSError, SyntaxError, struct.error, zlib.error, … depending on the plugin."""
+    text = str(e)
+    if "MAX_TEXT_" in text:
+        detail = (
+            "its EXIF or XMP text is larger than the 1 MB (64 MB in all) that is unpacked; save it without metadata"
+        )
+        return ImageError(name, "too_much_metadata", detail)
+    cut = any(word in text.lower() for word in ("truncat", "unexpected end", "incomplete", "not enough", "eof"))
+    return ImageError(name, "truncated_image" if cut else "undecodable", f"{type(e).__name__}: {text}")
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_SAYS_WHICH_WAY_UP = (b"exif", b"Raw profile type exif", b"XML:com.adobe.xmp", b"xmp")
+"""Keywords of the PNG texts that Pillow looks for an orientation in."""
+
+
+def _without_idle_chunks(data: bytes) -> bytes:
+    """A PNG without colour profile and texts, which decide no pixel here; anything else, and what is damaged, as it is.
+
+    Pillow unpacks each of them and refuses the picture where one is larger than 1 MB (profiles of printers, prompts and
+    workflows of image generators). What is not unpacked needs no limit and cannot be a bomb.
+    """
+    if not data.startswith(_PNG):
+        return data
+    kept, at, kept_to = [], len(_PNG), 0
+    while at + 12 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 12 + size
+        if end > len(data) or kind == b"IEND":
+            break
+        if kind in (b"iCCP", b"tEXt", b"zTXt", b"iTXt"):
+            body = memoryview(data)[at + 8 : end - 4]
+            idle = kind == b"iCCP" or bytes(body[:80]).partition(b"\0")[0] not in _SAYS_WHICH_WAY_UP
+            if idle and zlib.crc32(body, zlib.crc32(kind)) == int.from_bytes(data[end - 4 : end]):
+                kept.append(data[kept_to:at])
+                kept_to = end
+        at = end
+    return b"".join((*kept, data[kept_to:])) if kept else data
 
 
 def _draft(image: Image.Image, at_least: int | None) -> None:
@@ -437,10 +529,7 @@ def _upright_rgb(image: Image.Image, name: ImageRef | str) -> Image.Image:
     except (ImageError, MemoryError):
         raise
     except Exception as e:
-        # Pillow reports damage as OSError, SyntaxError, struct.error, zlib.error, … depending on the plugin.
-        text = str(e)
-        cut = any(word in text.lower() for word in ("truncat", "unexpected end", "incomplete", "not enough", "eof"))
-        raise ImageError(name, "truncated_image" if cut else "undecodable", f"{type(e).__name__}: {text}") from None
+        raise _undecodable(e, name) from None
     return image.transpose(turn) if turn is not None else image
 
 

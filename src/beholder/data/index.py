@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import orjson
 
-from beholder.data.images import parquet_cells, parquet_image_column
+from beholder.data.images import IMAGE_SUFFIXES, parquet_cells, parquet_image_column
 from beholder.runs import atomic_write, cache_dir
 from beholder.types import UserError
 
@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 CHUNK_BYTES = 8 << 20
 MAX_RECORD_BYTES = 64 << 20
 """A single record larger than this is taken for a missing bracket."""
-
-IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BOM = b"\xef\xbb\xbf"
@@ -91,10 +89,15 @@ def first_character(path: str) -> str:
     """The first character that is not white space: ``[`` opens an array, ``{`` a line of JSONL."""
     require_regular(path)
     with open(path, "rb") as file:
-        head = file.read(4096).removeprefix(_BOM)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        head = file.read(4096)
+    return without_mark(head, path).lstrip()[:1].decode("latin-1")
+
+
+def without_mark(raw: bytes, path: object) -> bytes:
+    """What a file begins with, without the byte-order mark that Windows puts there. Raises `RecordError` for UTF-16."""
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise RecordError(f"{path}: is UTF-16, expected UTF-8; convert it, for example with iconv -f UTF-16 -t UTF-8")
-    return head.lstrip()[:1].decode("latin-1")
+    return raw.removeprefix(_BOM)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -386,7 +389,7 @@ def _tar_text(file: BinaryIO, members: Sequence[_Member]) -> dict[str, Any]:
 
 def _read(file: BinaryIO, member: _Member) -> bytes:
     file.seek(member.offset)
-    return file.read(min(member.size, MAX_RECORD_BYTES))
+    return file.read(min(member.size, MAX_RECORD_BYTES)).removeprefix(_BOM)
 
 
 # ---------------------------------------------------------------------------------------------------------------

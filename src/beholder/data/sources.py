@@ -29,7 +29,7 @@ from beholder.data.index import RecordError
 from beholder.runs import sha256_file
 from beholder.types import Example, ImageRef, UserError
 
-_INDEX_VERSION = 3
+_INDEX_VERSION = 4
 """Raised when a cached index means something else."""
 _FINGERPRINT_VERSION = 1
 """Raised when the same bytes give other examples: saved splits and checkpoints hold fingerprints."""
@@ -57,6 +57,7 @@ class _File:
 
     path: str
     image_root: str
+    more_roots: tuple[str, ...]
     rules: Rules
     stem: str
     starts: np.ndarray
@@ -131,7 +132,10 @@ class _File:
             case "file":
                 if self._coco is None:
                     self._coco = _CocoNames(self.image_root)
-                return tuple(ImageRef(self.image_root, self._coco.resolve(path)) for path in parsed.images)
+                return tuple(
+                    ImageRef(self.image_root, self._coco.resolve(path), more_roots=self.more_roots)
+                    for path in parsed.images
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fd": None, "_coco": None}
@@ -188,6 +192,9 @@ def _index_file(path: str, source: SourceConfig, rules: Rules) -> _File:
     stem = Path(path).name.split(".")[0]
     if source.image_root is not None and rules.format.images == "file" and not os.path.isdir(source.image_root):
         raise UserError(f"image_root {source.image_root}: is not a folder; image paths of {path} are relative to it")
+    for root in source.more_image_roots:
+        if not os.path.isdir(root):
+            raise UserError(f"more_image_roots {root}: is not a folder; expected one that images of {path} may lie in")
     image_root = source.image_root or os.path.dirname(os.path.abspath(path))
     content = index.stat_facts(path) if rules.format.images != "file" else sha256_file(path)
     answers = None if source.annotations_path is None else sha256_file(source.annotations_path)
@@ -198,7 +205,7 @@ def _index_file(path: str, source: SourceConfig, rules: Rules) -> _File:
         index.cache_save(key, *cached)
     arrays, meta = cached
     return _File(
-        path=path, image_root=image_root, rules=rules, stem=stem,
+        path=path, image_root=image_root, more_roots=source.more_image_roots, rules=rules, stem=stem,
         starts=arrays["starts"], stops=arrays["stops"], rows=arrays["rows"], source_ids=arrays["source_ids"],
         source_names=[source.name or name or stem for name in meta["source_names"]],
         rejects=[Reject(id or f"{stem}:{row}", row, path, why, detail) for id, row, why, detail in meta["rejects"]],
@@ -259,8 +266,8 @@ def missing_files(sources: Sequence[SourceConfig]) -> list[str]:
             if not os.path.exists(path) and not glob.glob(path):
                 found.append(f"no file {path}")
         own_files = FORMATS[source.dataset].images == "file"
-        if source.image_root is not None and own_files and not os.path.isdir(source.image_root):
-            found.append(f"no folder {source.image_root}")
+        roots = filter(None, (source.image_root, *source.more_image_roots))
+        found += [f"no folder {root}" for root in roots if own_files and not os.path.isdir(root)]
     return list(dict.fromkeys(found))
 
 
@@ -398,7 +405,12 @@ class Records:
 
 
 def guess_source(
-    path: str, *, dataset: DatasetKind | None = None, image_root: str | None = None, annotations: str | None = None
+    path: str,
+    *,
+    dataset: DatasetKind | None = None,
+    image_root: str | None = None,
+    more_image_roots: Sequence[str] = (),
+    annotations: str | None = None,
 ) -> SourceConfig:
     """The source a bare path stands for: the kind is told by suffix and first bytes unless ``dataset`` is given."""
     if dataset is None:
@@ -418,7 +430,10 @@ def guess_source(
                         f"{path}: begins with {other!r}, so its kind cannot be told; expected a .tar or .parquet file, "
                         "a JSON array ('['), a record a line ('{') or a question file, or say --dataset"
                     )
-    return SourceConfig(dataset=dataset, json_path=path, image_root=image_root, annotations_path=annotations)
+    return SourceConfig(
+        dataset=dataset, json_path=path, image_root=image_root, more_image_roots=tuple(more_image_roots),
+        annotations_path=annotations,
+    )  # fmt: skip
 
 
 def _object_kind(path: str) -> DatasetKind:

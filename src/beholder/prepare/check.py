@@ -21,6 +21,7 @@ def check(
     annotations: str | Path | None = None,
     stage: str | None = None,
     image_root: str | Path | None = None,
+    more_image_roots: Sequence[str | Path] = (),
     tokenizer: str | None = None,
     decode: bool = False,
     rejects: Path | None = None,
@@ -30,9 +31,9 @@ def check(
     """Count, measure and vet ``data``: a config's (``.yaml`` / ``.yml``), or a record file, folder or glob.
 
     A config says itself what its data are (held-out ones included) and by which rules; for records ``dataset``,
-    ``annotations``, ``stage`` and ``image_root`` do. ``tokenizer`` counts the tokens, by default the config's.
-    ``rejects``: file for every reject, a line of JSON each. Raises `UserError` for a config whose samples may be longer
-    than its language model's table of positions.
+    ``annotations``, ``stage``, ``image_root`` and ``more_image_roots`` do. ``tokenizer`` counts the tokens, by default
+    the config's. ``rejects``: file for every reject, a line of JSON each. Raises `UserError` for a config whose samples
+    may be longer than its language model's table of positions.
     """
     if rejects is not None and (rejects.is_dir() or not rejects.parent.is_dir()):
         raise UserError(f"--rejects {rejects}: expected a file in an existing folder")
@@ -56,7 +57,10 @@ def check(
         raise UserError("--set overrides settings of a config file, but DATA is a record file; remove it")
     else:
         root, answers = (None if path is None else str(path) for path in (image_root, annotations))
-        sources = (guess_source(str(data), dataset=dataset, image_root=root, annotations=answers),)
+        more = [str(path) for path in more_image_roots]
+        sources = (
+            guess_source(str(data), dataset=dataset, image_root=root, more_image_roots=more, annotations=answers),
+        )  # fmt: skip
         rules = {"stage": None if stage is None else STAGES[stage]}
     counter = None
     if llm is not None:

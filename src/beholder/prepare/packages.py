@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 
 from beholder.model.weights import quiet_transformers
 from beholder.prepare.openmoji import make_openmoji
-from beholder.runs import cache_dir, sha256_file
+from beholder.runs import cache_dir, locking, sha256_file
 from beholder.types import UserError
 
 Say = Callable[[str], None]
@@ -300,7 +300,8 @@ def _locked(path: Path, say: Say) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
         try:
-            lock.acquire(timeout=0.2)
+            with locking(path.parent, "Name a folder on a local disk (BEHOLDER_CACHE for the quickstart's own)"):
+                lock.acquire(timeout=0.2)
         except Timeout:
             say(f"[assets] another process is preparing {path.parent}; waiting for it …")
             lock.acquire()

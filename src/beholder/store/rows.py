@@ -35,7 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from beholder.runs import fsync_dir
+from beholder.runs import fsync_dir, locking
 from beholder.types import UserError
 
 SHARD_BYTES = 256 * 2**20
@@ -193,7 +193,7 @@ class RowStore:
         """Alone among the processes that create the same store at the same moment. Raises `UserError`."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with flocked(self.root / ".lock"):
+            with flocked(self.root / ".lock", self.remedy):
                 yield
         except OSError as e:
             raise UserError(f"{self.name} {self.root}: cannot be opened: {e}. {self.remedy}") from e
@@ -297,7 +297,7 @@ class RowStore:
                 size = os.fstat(fd).st_size
                 if size < reserved * self.row_bytes:
                     db.execute("DELETE FROM rows WHERE shard = ? AND row >= ?", (shard, size // self.row_bytes))
-                if _try_flock(fd):  # nobody writes to it
+                if _try_flock(fd, self):  # nobody writes to it
                     _shrink(db, shard, fd, self.row_bytes)
                 os.close(fd)
             # Shards are created inside a transaction too, so a file without an entry has lost its writer.
@@ -397,7 +397,7 @@ class RowWriter:
                 fd = os.open(self.store.folder / name, os.O_RDWR | os.O_CLOEXEC)
             except FileNotFoundError:
                 continue  # the next fill forgets it
-            if not _try_flock(fd):
+            if not _try_flock(fd, self.store):
                 os.close(fd)
                 continue
             used = {row for (row,) in db.execute("SELECT row FROM rows WHERE shard = ?", (shard,))}
@@ -409,7 +409,7 @@ class RowWriter:
     def _create(self, db: sqlite3.Connection) -> None:
         name = f"shard-{uuid.uuid4().hex[:16]}.bin"
         self.fd = os.open(self.store.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        assert _try_flock(self.fd), "a file that was just created is locked"
+        assert _try_flock(self.fd, self.store), "a file that was just created is locked"
         fsync_dir(self.store.folder)
         self.shard = int(db.execute("INSERT INTO shards (name, reserved) VALUES (?, 0)", (name,)).lastrowid or 0)
         self.reserved, self.slots = 0, []
@@ -440,19 +440,21 @@ def _shrink(db: sqlite3.Connection, shard: int, fd: int, row_bytes: int) -> None
 
 
 @contextmanager
-def flocked(path: Path) -> Iterator[None]:
-    """Alone among processes with the lock file ``path``; waits for it."""
+def flocked(path: Path, way_out: str) -> Iterator[None]:
+    """Alone among processes with the lock file ``path``; waits for it. ``way_out``: see `runs.locking`."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        with locking(path.parent, way_out):
+            fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)
 
 
-def _try_flock(fd: int) -> bool:
+def _try_flock(fd: int, store: RowStore) -> bool:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with locking(store.folder, store.remedy):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -38,18 +38,25 @@ class Question:
 
 
 def read_questions(
-    path: Path, image_root: Path | None = None, *, prompt: str | None = None, image_pattern: str | None = None
+    path: Path,
+    image_root: Path | None = None,
+    more_image_roots: Sequence[Path] = (),
+    *,
+    prompt: str | None = None,
+    image_pattern: str | None = None,
 ) -> list[Question]:
     """Every question of a file, or a `UserError` that names ``file:line`` of the first one that cannot be asked.
 
     A record has an ``id`` or ``question_id``, what is said (``prompt``, ``question`` or ``text``; or ``messages`` /
     ``conversations``, of which trailing answers are left out; or nothing, when ``prompt`` is for all or the run has an
     instruction) and what it is about (``image``, ``images``, or VQA's ``image_id``, whose file goes by
-    ``image_pattern``). Images lie in ``image_root``, default the file's own folder.
+    ``image_pattern``). Images lie in ``image_root``, default the file's own folder; symlinks and absolute paths may
+    lead into ``more_image_roots``.
     """
-    root = image_root or path.parent
-    if not root.is_dir():
-        raise UserError(f"--image-root {root} is not a folder")
+    roots = (image_root or path.parent, *more_image_roots)
+    for root in roots:
+        if not root.is_dir():
+            raise UserError(f"--image-root {root} is not a folder")
     expected = "a file of questions: a record a line, a JSON array, or VQA's or GQA's question file"
     file = plain_records(path, expected, ("questions",))
     if image_pattern is not None:
@@ -62,7 +69,7 @@ def read_questions(
     seen: dict[str, str] = {}  # by the text of the id: that is how answers and references find each other
     for where, record in file.records:
         try:
-            question = _question(record, root, prompt, naming, where)
+            question = _question(record, roots, prompt, naming, where)
             if str(question.id) in seen:
                 raise UserError(
                     f"{question.key} {question.id!r} was asked before, at {seen[str(question.id)]}; ids are compared "
@@ -119,7 +126,7 @@ def answer_file(
 # Reading
 
 
-def _question(record: Any, root: Path, prompt: str | None, naming: ImageNames, where: str) -> Question:
+def _question(record: Any, roots: Sequence[Path], prompt: str | None, naming: ImageNames, where: str) -> Question:
     if not isinstance(record, dict):
         raise UserError(f"the record is a {type(record).__name__}, expected an object with id, image and prompt")
     key: Literal["id", "question_id"] = "question_id" if "id" not in record else "id"
@@ -129,7 +136,8 @@ def _question(record: Any, root: Path, prompt: str | None, naming: ImageNames, w
     given = [name for name in _TEXTS if name in record]
     if len(given) > 1:
         raise UserError(f"has {' and '.join(given)}, expected one of them")
-    refs = [ImageRef(root=str(root), path=name) for name in _images(record, naming)]
+    root, *more = map(str, roots)
+    refs = [ImageRef(root, name, more_roots=tuple(more)) for name in _images(record, naming)]
     if not given:
         return Question(key, id, Request(prompt, refs, where))
     value = record[given[0]]

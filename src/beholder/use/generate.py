@@ -40,6 +40,7 @@ def generate(
     questions: Path | None = None,
     out: Path | None = None,
     image_root: Path | None = None,
+    more_image_roots: Sequence[Path] = (),
     image_pattern: str | None = None,
     batch_size: int = 8,
     how: GenerateConfig = GREEDY,
@@ -50,7 +51,8 @@ def generate(
 ) -> Said:
     """What ``run`` says about ``images``, seen together, or its answers to the ``questions`` of a file, into ``out``.
 
-    ``questions`` are answered greedily and have images of their own, in ``image_root``: see `answer_file`. Raises
+    ``questions`` are answered greedily and have images of their own, in ``image_root`` (or, through symlinks, in
+    ``more_image_roots``): see `answer_file`. Raises
     `UserError` for settings of one kind given with the other, before anything is loaded.
     """
     if questions is None:
@@ -64,7 +66,7 @@ def generate(
         raise UserError("--from needs --out FILE for the answers")
     if images or how.temperature > 0:
         raise UserError("--from has its own images and answers greedily; remove --image and --temperature")
-    asked = read_questions(questions, image_root, prompt=prompt, image_pattern=image_pattern)
+    asked = read_questions(questions, image_root, more_image_roots, prompt=prompt, image_pattern=image_pattern)
     vlm = load(run, device=device, overrides=overrides)
     new = answer_file(vlm, asked, out, batch_size=batch_size, how=how, progress=progress)
     before = len(asked) - new

@@ -33,6 +33,8 @@ MAX_TOLD = 10
 """Ids that an error names."""
 _IDS = {"vqa": ("question_id", "id"), "pope": ("question_id", "id"), "caption": ("image_id", "id")}
 _TEXTS = ("answer", "prediction", "text", "caption")
+_REFERENCES = ("references", "reference")
+"""As Hugging Face evaluate, sacrebleu and NLTK call what is right."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,8 @@ def read_references(path: Path, kind: Kind, id_field: str | None = None) -> dict
       for captions, COCO's (``annotations`` with ``image_id`` and ``caption``, one or more a picture);
     - a GQA question file, an object of questions by id;
     - a JSON array or JSONL of objects with an id and ``answers`` (texts, or objects with ``answer``), ``answer``,
-      ``label``, ``captions``, ``caption`` or ``messages`` (the assistant's last turn), and perhaps ``question_type``
-      and ``answer_type``. POPE's label files are of this shape.
+      ``label``, ``captions``, ``caption``, ``references``, ``reference`` or ``messages`` (the assistant's last turn),
+      and perhaps ``question_type`` and ``answer_type``. POPE's label files are of this shape.
 
     ``id_field``: where the answers have their ids; it goes first where a record has several.
     """
@@ -175,10 +177,11 @@ def read_references(path: Path, kind: Kind, id_field: str | None = None) -> dict
 
 
 def _reference(record: Mapping[str, Any], kind: Kind, where: str) -> Reference:
-    order = {
+    own = {
         "vqa": ("answers", "answer", "label", "multiple_choice_answer"), "pope": ("label", "answer", "answers"),
         "caption": ("captions", "caption", "answers", "answer"),
     }[kind]  # fmt: skip
+    order = (*own, *_REFERENCES)
     value = next((record[name] for name in order if name in record), None)
     turns = record.get("messages", record.get("conversations"))
     if value is None and isinstance(turns, list):
