@@ -49,7 +49,8 @@ def _described(annotation: Any, bounds: Mapping[str, str] | None = None) -> Iter
         for arg in get_args(annotation):
             yield from _described(arg, bounds)
         return
-    told = [words for name, words in (bounds or {}).items() if not (name == "gt" and bounds and "ge" in bounds)]
+    told = [(bounds or {}).get(name) for name in ("ge" if "ge" in (bounds or {}) else "gt", "lt", "le")]
+    told = [words for words in told if words]
     suffix = f" {' and '.join(told)}" if told else ""
     if get_origin(annotation) is Literal:
         yield from ("true" if v is True else "false" if v is False else str(v) for v in get_args(annotation))
