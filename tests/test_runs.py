@@ -7,10 +7,12 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import signal
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -72,9 +74,55 @@ def test_full_disk_keeps_the_old_content_and_says_what_to_do(
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_other_write_errors_are_not_disguised(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+@contextmanager
+def read_only() -> Iterator[Path]:
+    """A run folder that this process may not write to, also where it is root's."""
+    folder, me = Path(tempfile.mkdtemp()), os.geteuid()
+    for name in ("checkpoints", "splits", "qual"):
+        (folder / "run" / name).mkdir(parents=True)
+    folder.chmod(0o755)
+    (folder / "run").chmod(0o555)
+    try:
+        if me == 0:
+            os.seteuid(65534)
+        yield folder / "run"
+    finally:
+        os.seteuid(me)
+        (folder / "run").chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_every_error_of_the_disk_names_the_file_and_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot write .*a: No such file.*was removed meanwhile"):
         write_durably(tmp_path / "nowhere" / "a", b"x")
+    with pytest.raises(UserError, match=r"cannot write .*: Is a directory. .*See to the disk"):
+        write_durably(tmp_path, b"x")
+    with pytest.raises(UserError, match=r"cannot write .*xx … x.*: File name too long. Set a shorter run_name"):
+        RunDir(tmp_path / ("x" * 300)).create()
+    denied = r"cannot write .*: Permission denied. Nothing .* is touched. Make the folder writable"
+    with read_only() as folder:
+        for write in (write_durably, atomic_write):
+            with pytest.raises(UserError, match=denied):
+                write(folder / "a", b"x")
+        with pytest.raises(UserError, match=denied):
+            RunDir(folder / "inner").create()
+        with pytest.raises(UserError, match=denied), RunDir(folder).lock():
+            pass
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_run_folder_that_is_removed_under_its_run_is_told_and_not_made_anew(tmp_path: Path, back: bool) -> None:
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(UserError, match=f"was {'replaced' if back else 'removed'} while its run went on"):
+        with run.lock():
+            run.log({"step": 1})
+            run.path.rename(tmp_path / "elsewhere")  # as a removal, but its inode is not given away again
+            if back:
+                run.path.mkdir()
+            with pytest.raises(UserError, match="while its run went on"):
+                run.write_json("a/evidence.json", {})
+            run.log({"step": 2})
+    assert run.path.exists() == back and not (run.path / "metrics.jsonl").exists()
 
 
 def test_sha256_file_is_the_hash_of_the_bytes(tmp_path: Path) -> None:

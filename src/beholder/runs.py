@@ -19,10 +19,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import filelock
 import psutil
@@ -42,13 +42,13 @@ _ORPHAN_WAIT_S = 15.0
 def write_durably(path: Path, data: bytes) -> None:
     """Create (or truncate) ``path`` with ``data`` and flush it to the device. Not atomic: see `atomic_write`.
 
-    Raises `UserError` naming the file when the disk is full.
+    Raises `UserError` naming the file when the disk does not take it.
     """
     _put(path, data, os.O_TRUNC, sync=True)
 
 
 def _put(path: Path, data: bytes, how: int, *, sync: bool) -> None:
-    try:
+    with writing(path):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | how, 0o644)
         try:
             view = memoryview(data)
@@ -58,26 +58,50 @@ def _put(path: Path, data: bytes, how: int, *, sync: bool) -> None:
                 os.fsync(fd)
         finally:
             os.close(fd)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the disk refuses meanwhile is a `UserError` that names ``path`` and says what to do."""
+    try:
+        yield
     except OSError as e:
-        _reraise(e, path)
+        free = ""
+        if e.errno in _DISK_FULL:
+            with suppress(OSError):
+                free = f"; {psutil.disk_usage(str(path.parent)).free / 1e6:,.0f} MB are free there"
+        shown = str(path) if len(str(path)) < 300 else f"{str(path)[:150]} … {str(path)[-50:]}"
+        raise UserError(
+            f"cannot write {shown}: {os.strerror(e.errno) if e.errno else e}{free}. {_ADVICE.get(e.errno or 0, _OTHER)}"
+        ) from e
 
 
-def _reraise(error: OSError, path: Path) -> NoReturn:
-    """`UserError` when the disk, the quota or the file size limit is exhausted; otherwise the error itself."""
-    if error.errno not in _DISK_FULL:
-        raise error
-    free = ""
-    with suppress(OSError):
-        free = f"; {psutil.disk_usage(str(path.parent)).free / 1e6:,.0f} MB are free there"
-    raise UserError(
-        f"cannot write {path}: {os.strerror(error.errno or 0)}{free}. Nothing that was saved before is touched. "
-        "Free some space (or set output_dir to another disk) and start again with --resume auto."
-    ) from error
+_ADVICE = {
+    **dict.fromkeys(
+        _DISK_FULL,
+        "Nothing that was saved before is touched. Free some space (or set output_dir to another disk) and start again "
+        "with --resume auto.",
+    ),
+    **dict.fromkeys(
+        (errno.EROFS, errno.EACCES, errno.EPERM),
+        "Nothing that was saved before is touched. Make the folder writable, or set output_dir to one that is.",
+    ),
+    errno.ENAMETOOLONG: "Set a shorter run_name or output_dir.",
+    **dict.fromkeys(
+        (errno.ENOENT, errno.ESTALE),
+        "Its folder is not there, or was removed meanwhile with what was in it. Start again; where the folder is back, "
+        "the run goes on from its checkpoints.",
+    ),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "Set output_dir or run_name to something else."),
+}
+"""What to do about an error of the disk, by its number."""
+_OTHER = "Nothing that was saved before is touched. See to the disk and start again with --resume auto."
 
 
 def fsync_dir(path: Path) -> None:
     """Make the entries of a folder durable: a rename is only safe from power loss after this."""
-    fd = os.open(path, os.O_RDONLY)
+    with writing(path):
+        fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     except OSError as e:  # some network file systems cannot fsync a folder; nothing more can be done there
@@ -90,13 +114,14 @@ def fsync_dir(path: Path) -> None:
 def atomic_write(path: str | Path, data: bytes | str) -> None:
     """Write a file so that any reader, and any crash, sees the old content or the new one, never a part.
 
-    Raises `UserError` when the disk is full; the old content stays.
+    Raises `UserError` when the disk does not take it; the old content stays.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_durably(temporary, data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
+        with writing(path):
+            os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
@@ -169,6 +194,8 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.splits = self.path / "splits"
         self.qual = self.path / "qual"
+        self._held: int | None = None
+        """The folder's inode while `lock` holds it."""
 
     def __repr__(self) -> str:
         return f"RunDir({str(self.path)!r})"
@@ -184,26 +211,48 @@ class RunDir:
                     "Set output_dir or run_name to something else."
                 ) from e
             except OSError as e:
-                _reraise(e, folder)
+                with writing(folder):
+                    raise e
         return self
 
     @contextmanager
     def lock(self) -> Iterator[RunDir]:
         """Hold the folder for this process; a second one gets a `UserError` that names the holder."""
         self.create()
-        with held(self.path, "run"):
-            yield self
+        with ExitStack() as stack:
+            with writing(self.path):
+                stack.enter_context(held(self.path, "run"))
+                self._held = self.path.stat().st_ino
+            try:
+                yield self
+            finally:
+                self._held = None
+
+    def _check(self) -> None:
+        """`UserError` when the folder this process holds is gone, also when somebody made another one of that name."""
+        if self._held is None:
+            return
+        try:
+            there = self.path.stat().st_ino
+        except FileNotFoundError:
+            there = None
+        if there != self._held:
+            raise UserError(
+                f"the run folder {self.path} was {'removed' if there is None else 'replaced'} while its run went on, "
+                "with what was in it. Start again in a folder that stays."
+            )
 
     # -- metrics.jsonl
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``: one write, so that readers and crashes see whole lines."""
+        self._check()
         _put(self.metrics_path, (to_json(dict(record)) + "\n").encode(), os.O_APPEND, sync=False)
 
     def sync_metrics(self) -> None:
         """Flush ``metrics.jsonl`` to the device, so that no checkpoint outlives the lines that led to it."""
         if self.metrics_path.exists():
-            with self.metrics_path.open("rb") as file:
+            with writing(self.metrics_path), self.metrics_path.open("rb") as file:
                 os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -245,8 +294,10 @@ class RunDir:
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write ``<run>/<name>`` atomically as indented strict JSON."""
+        self._check()
         path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, to_json(value, indent=2) + "\n")
         return path
 

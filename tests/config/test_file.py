@@ -30,6 +30,7 @@ from beholder.config.file import (
 )
 from beholder.config.inert import inert_settings
 from beholder.config.section import Inert, Section, items_of, section_of
+from beholder.config.wording import annotation_at, expected
 from beholder.types import ConfigNote, DatasetKind, UserError
 
 SEED_STAGE2 = Path(__file__).parents[2] / "configs" / "stage2_sft_single.yaml"
@@ -137,8 +138,9 @@ def test_every_mistake_of_a_file_is_told_at_once_with_its_place() -> None:
         "model.vision.name_or_path": "missing; expected text",
         "model.vision.name": "no such setting in model.vision; nearest: name_or_path",
         "model.connector": "num_visual_tokens is 64 but resampler.num_latents is 32",
-        "model.lora.r": "got the text '16'; expected a whole number above 0; write 16 without quotes",
-        "data.eval_size": "got the number 2000.0; expected a whole number above 0 or null; write 2000",
+        "model.lora.r": "got the text '16'; expected a whole number above 0 and of at most 65536; write 16 without",
+        "data.eval_size": "got the number 2000.0; expected a whole number above 0 and of at most 1000000000 or null; "
+        "write 2000",
         "data.pin_memory": "got the text 'off'; expected true or false",
         "prompting.max_seq_len": "given twice; first in line",
         "train.train_stpes": "no such setting in train; nearest: train_steps",
@@ -146,7 +148,8 @@ def test_every_mistake_of_a_file_is_told_at_once_with_its_place() -> None:
         "train.grad_clip": "got the text 'abc'; expected a number above 0 or null",
         "train.lr": "got the number 0.0001; expected a section with connector, lora",
         "train.batch_size": "nearest: micro_batch_size; or batch_size exists as eval.batch_size",
-        "train.full_eval_every": "expected epoch or end or never or a whole number above 0; nearest: epoch",
+        "train.full_eval_every": "expected epoch or end or never or a whole number above 0 and of at most "
+        "1000000000; nearest: epoch",
     }
     assert len(found) == len(expected), found
     for line in found:
@@ -675,3 +678,35 @@ def test_what_is_nested_without_end_is_told_and_no_traceback(text: str) -> None:
 
 def test_an_override_that_contains_itself_is_told() -> None:
     assert "nested too deeply" in one(MINIMAL, "train.betas=&b [*b]")
+
+
+@pytest.mark.parametrize(("setting", "most"), [
+    ("train.num_threads=1000000", 1024), ("data.num_workers=100000", 512), ("train.micro_batch_size=80000", 65536),
+    ("data.prefetch_factor=1000000", 1024), ("eval.batch_size=1000000", 65536), ("train.num_epochs=1e300", 1000000),
+    ("train.train_steps=99999999999999999999999", 10**9), ("features.max_gb=1e30", 1000000),
+    ("model.connector.resampler.depth=100000", 1024), ("ablation.num_samples=18446744073709551616", 10**9),
+])  # fmt: skip
+def test_a_number_that_only_a_slip_of_the_finger_makes_is_refused_with_the_most_there_is(
+    setting: str, most: int
+) -> None:
+    path = setting.partition("=")[0]
+    assert re.search(
+        rf"--set {re.escape(path)}: got .*; expected .* of at most {most:g}\b|{most}", one(MINIMAL, setting)
+    )
+
+
+def test_every_count_of_the_schema_has_a_bound() -> None:
+    """The next setting, too: without one, a number beyond 63 bits reaches numpy and torch."""
+    told = {s.path: expected(annotation_at(tuple(s.path.split(".")))) for s in section.settings(RunConfig)}
+    counts = {path: words for path, words in told.items() if "a whole number" in words}
+    assert len(counts) > 40
+    unbound = {path for path, words in counts.items() if "of at most" not in words}
+    assert unbound == {"scales", "sweep.grid"}, "what these hold is given to other settings, which have theirs"
+    assert told["train.num_threads"] == "a whole number above 0 and of at most 1024 or null"
+    assert told["train.keep_checkpoints"] == "a whole number of at least 2 and of at most 1000000000"
+
+
+def test_a_run_name_that_no_disk_takes_is_refused() -> None:
+    assert "expected a plain name without slashes, of at most 200 char" in one(MINIMAL, f"run_name={'x' * 300}")
+    with pytest.raises(UserError, match=r"train\.betas"):
+        parse_config(MINIMAL, overrides=["train.betas=[0.9,1]"])

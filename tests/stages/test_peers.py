@@ -23,6 +23,7 @@ from tests.conftest import MakeConfig
 from beholder import cli
 from beholder.config.file import dump_config
 from beholder.probes import loss
+from beholder.stages import measure
 from beholder.train import objectives, peers
 from beholder.train.checkpoint import latest_checkpoint
 from beholder.types import UserError
@@ -200,6 +201,22 @@ def test_a_process_that_hangs_ends_the_job_after_the_timeout_and_is_named(
     assert status(tmp_path)[0] == "failed"
     assert f"process {rank} did not come to where the others wait" in status(tmp_path)[1]
     assert "no sign of life for 3 s" in status(tmp_path)[1]
+
+
+def test_an_error_after_the_others_have_ended_in_order_is_its_own_cause(config: Any, tmp_path: Path) -> None:
+    def fault(rank: int, now: Callable[[], None]) -> None:
+        def make_evidence(*_: Any) -> Any:
+            now()
+            if rank == 0:
+                time.sleep(2)
+                raise KeyError("planted")
+
+        measure.make_evidence = make_evidence
+
+    main, other = job(config(), fault)
+
+    assert main.code == 1 and other.seconds < main.seconds, (main, other)
+    assert status(tmp_path) == ("failed", "KeyError: 'planted'")
 
 
 def test_a_signal_ends_a_process_that_waits_for_one_that_hangs(

@@ -13,7 +13,7 @@ from tests.conftest import MakeConfig, TinyParts
 
 from beholder.evidence import load_evidence
 from beholder.prepare.preview import preview_config
-from beholder.runs import sha256_file
+from beholder.runs import RunDir, sha256_file
 from beholder.stages import run_stage
 from beholder.stages.begin import as_read_now
 from beholder.stages.remeasure import evaluate_run
@@ -176,6 +176,24 @@ def test_a_run_whose_every_checkpoint_is_damaged_is_refused_and_nothing_of_it_is
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
     outcome = run_stage(tiny_config(tmp_path), resume=str(tmp_path / "step_2"))  # a copy from elsewhere saves it
     assert outcome.step == 4 and load_evidence(run).status == Status.SUCCEEDED
+
+
+def test_a_run_folder_that_cannot_be_or_is_taken_away_is_an_error_of_the_command(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"File name too long\. Set a shorter run_name or output_dir"):
+        run_stage(tiny_config(tmp_path, output_dir=str(tmp_path / ("x" * 300))))
+
+    real = RunDir.sync_metrics
+
+    def remove(run: RunDir) -> None:  # the first save is under way
+        real(run)
+        shutil.rmtree(run.path)
+
+    monkeypatch.setattr(RunDir, "sync_metrics", remove)
+    with pytest.raises(UserError, match=r"cannot write .*checkpoints: No such file or directory.*removed meanwhile"):
+        run_stage(tiny_config(tmp_path))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_diverging_run_stops_itself_and_says_so(tiny_config: MakeConfig, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from beholder.config.section import Fraction, Inert, Positive, Section, Tiny, decides
+from beholder.config.section import Fraction, Inert, Natural, Positive, Section, Tiny, decides
 from beholder.types import DatasetKind
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ CAPTION_SPAM = (
 
 
 class HygieneConfig(Section):
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Natural | None = None
     """Samples with fewer target tokens are rejected. Default 5 in stage align, 1 in stage instruct."""
     max_tokens: Positive | None = None
     """Samples with more target tokens, over all turns, are rejected. Default 60 in stage align, none in instruct."""
@@ -148,7 +148,7 @@ class DataConfig(Section):
     split_seed: Annotated[Annotated[int, Field(ge=0, le=2**32 - 1)] | None, decides("held_out")] = None
     """Decides which samples are used and held out, and which images are swapped; default ``seed``. Runs that differ
     in ``seed`` alone are measured on the same samples when this is the same."""
-    len_buckets: Annotated[tuple[int, ...], decides("held_out")] = (0, 10, 20, 9999)
+    len_buckets: Annotated[tuple[Natural, ...], decides("held_out")] = (0, 10, 20, 9999)
     """Upper bounds of the target-length buckets in tokens: ``[0, 10, 20, 9999]`` means <=10, 11-20, >=21."""
     max_samples: Annotated[Positive | None, decides("held_out")] = None
     """Use only this many records (train + eval), drawn by the seed."""
@@ -160,12 +160,12 @@ class DataConfig(Section):
     """A missing or undecodable image: stop, or reject the sample, count it and name it."""
     verify_images: Annotated[Literal["none", "exists", "decode"], decides("speed")] = "exists"
     """What is checked of every image before training starts."""
-    max_megapixels: Annotated[float, Field(gt=0)] = 50.0
+    max_megapixels: Annotated[float, Field(gt=0, le=100_000)] = 50.0
     """Larger images are refused before they are decoded."""
     hygiene: Annotated[HygieneConfig, decides("data", "held_out")] = HygieneConfig()
-    num_workers: Annotated[int, Field(ge=0), decides("speed"), Tiny(value=0)] = 0
+    num_workers: Annotated[Natural, Field(le=512), decides("speed"), Tiny(value=0)] = 0
     """Processes that decode and encode ahead of training, per rank. 0: in the training process."""
-    prefetch_factor: Annotated[Positive, decides("speed"), _NO_WORKERS] = 2
+    prefetch_factor: Annotated[Positive, Field(le=1024), decides("speed"), _NO_WORKERS] = 2
     """What each worker keeps ready: micro-batches, or with packing what shares rows (up to 64 samples)."""
     pin_memory: Annotated[bool, decides("speed"), Tiny(value=False)] = False
     """Page-locked host memory for faster copies to a GPU."""
@@ -217,7 +217,7 @@ class FeaturesConfig(Section):
     dir: Annotated[str | None, decides("place"), _NOT_ENABLED] = None
     """Folder of the store, shared by all runs. Default ``$BEHOLDER_CACHE/features``, else
     ``~/.cache/beholder/features``."""
-    max_gb: Annotated[float, Field(gt=0), _NOT_ENABLED, Tiny(value=0.1)] = 20.0
+    max_gb: Annotated[float, Field(gt=0, le=1_000_000), _NOT_ENABLED, Tiny(value=0.1)] = 20.0
     """Size cap in GB (1e9 bytes). Images that do not fit go through the tower at every step."""
 
 
@@ -236,9 +236,9 @@ class PromptingConfig(Section):
 
     image_token: str = "<image>"
     """Marker of an image in the user turns of record files."""
-    max_images_per_sample: Positive = 2
+    max_images_per_sample: Annotated[Positive, Field(le=65_536)] = 2
     """Samples with more images are rejected."""
-    max_seq_len: Positive = 1536
+    max_seq_len: Annotated[Positive, Field(le=16_777_216)] = 1536
     """Longest sample in tokens, image positions included. Longer captions are cut and counted."""
     too_long: Literal["truncate_answer", "reject"] = "truncate_answer"
     """A sample longer than ``max_seq_len``: cut the end of its last answer and count it, or reject, name and count it.
@@ -261,5 +261,5 @@ class PromptingConfig(Section):
     """Text whose existing tokens open an image; auto: the tokenizer's own vision token, else ``[``."""
     im_end: str = "auto"
     """Text whose existing tokens close an image; auto: the tokenizer's own vision token, else ``]``."""
-    pad_to_multiple_of: Positive = 8
+    pad_to_multiple_of: Annotated[Positive, Field(le=65_536)] = 8
     """Row lengths are rounded up to this."""

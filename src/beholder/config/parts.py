@@ -55,7 +55,7 @@ class VisionConfig(Section):
     """``timm/…`` only: a local ``.safetensors`` file to load strictly, instead of timm's own download."""
     freeze: Literal[True] = True
     """The tower stays bit-identical."""
-    feature_layer: int = -1
+    feature_layer: Annotated[int, Field(ge=-1024, le=1024)] = -1
     """Hidden layer whose patch tokens are used: -1 is the tower's final output, -2 the layer before."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """Compute type of the tower."""
@@ -67,13 +67,13 @@ class ResamplerConfig(Section):
     kind: Literal["perceiver", "mean_pool", "grid", "pixel_shuffle", "none"] = "perceiver"
     """perceiver: learned latents attend to the patches. mean_pool: one token. grid: average-pooled square.
     pixel_shuffle: neighbouring patches stacked into channels. none: every patch is a token."""
-    num_latents: Annotated[Positive | None, Tiny()] = None
+    num_latents: Annotated[Positive | None, Field(le=65_536), Tiny()] = None
     """Visual tokens per image; must equal ``connector.num_visual_tokens`` when both are given."""
-    depth: Annotated[Positive, _NOT_PERCEIVER] = 2
+    depth: Annotated[Positive, Field(le=1024), _NOT_PERCEIVER] = 2
     """perceiver: number of cross-attention blocks."""
-    num_heads: Annotated[Positive, _NOT_PERCEIVER, Tiny(value=4)] = 8
+    num_heads: Annotated[Positive, Field(le=65_536), _NOT_PERCEIVER, Tiny(value=4)] = 8
     """perceiver: attention heads."""
-    dim: Annotated[Positive | None, _NOT_PERCEIVER, Tiny(value=64)] = None
+    dim: Annotated[Positive | None, Field(le=1_048_576), _NOT_PERCEIVER, Tiny(value=64)] = None
     """perceiver: width Dr; default the tower's width."""
     latent_std: Annotated[float, Field(gt=0), _NOT_PERCEIVER] = 1.0
     """perceiver: standard deviation the latents are drawn with. See `model.connector.Perceiver` for why it is 1."""
@@ -82,7 +82,7 @@ class ResamplerConfig(Section):
 class ProjectorConfig(Section):
     kind: Literal["mlp", "linear"] = "mlp"
     """mlp: Linear, GELU, Linear. linear: one matrix."""
-    hidden: Annotated[Positive | None, _LINEAR, Tiny()] = None
+    hidden: Annotated[Positive | None, Field(le=1_048_576), _LINEAR, Tiny()] = None
     """mlp: hidden width; default the language model's width."""
     dropout: Annotated[float, Field(ge=0, lt=1), _LINEAR] = 0.0
     """mlp: dropout after the activation; 0 to 0.1 is usual."""
@@ -92,7 +92,7 @@ class ConnectorConfig(Section):
     load_checkpoint: Annotated[str | None, decides("start"), Tiny()] = None
     """A run or checkpoint folder that this run starts from: its connector, and its adapters where both have some."""
     trainable: bool = True
-    num_visual_tokens: Positive | None = None
+    num_visual_tokens: Annotated[Positive | None, Field(le=65_536)] = None
     """N, the language-model positions one image takes. Default 64 for the perceiver; fixed by the other kinds."""
     vision_ln: bool = False
     """LayerNorm on the patch features. Must match the checkpoint that is loaded."""
@@ -130,9 +130,9 @@ class LoraConfig(Section):
         ),
     ] = False
     """Train low-rank adapters on the language model (stage 2)."""
-    r: Annotated[Positive, NO_ADAPTERS] = 16
+    r: Annotated[Positive, Field(le=65_536), NO_ADAPTERS] = 16
     """Rank of the two matrices of an adapter."""
-    alpha: Annotated[Positive, NO_ADAPTERS] = 32
+    alpha: Annotated[Positive, Field(le=1_048_576), NO_ADAPTERS] = 32
     """The adapter's output is scaled by alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1), NO_ADAPTERS] = 0.05
     """Dropout on the adapter's input while training."""

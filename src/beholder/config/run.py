@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from beholder.config.data import DataConfig, FeaturesConfig, HygieneLimits, PromptingConfig, Template
 from beholder.config.parts import FROZEN_CONNECTOR, NO_ADAPTERS, ModelConfig
-from beholder.config.section import Cadence, Fraction, Inert, Positive, Section, Tiny, decides
+from beholder.config.section import Cadence, Fraction, Inert, Natural, Positive, Section, Tiny, decides
 from beholder.config.stages import GateConfig, Stage, StageName, complete_gates, stage_of
 from beholder.config.studies import SweepConfig
 
@@ -33,27 +33,29 @@ class WeightDecays(Section):
 
 
 _SHOWN = decides("watching")
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Section):
     num_epochs: Annotated[
-        float, Field(gt=0),
+        float, Field(gt=0, le=1_000_000),
         Inert(lambda _, own: own.train_steps is not None, "train.train_steps decides", ".train_steps"),
     ] = 1  # fmt: skip
     """Passes over the training samples. Ignored when ``train_steps`` is given."""
     train_steps: Positive | None = None
     """Optimizer steps."""
-    micro_batch_size: Annotated[Positive, Tiny(at_most=4)] = 8
+    micro_batch_size: Annotated[Positive, Field(le=65_536), Tiny(at_most=4)] = 8
     """Samples in one forward and backward pass. When packed: whole rows, as many as so many samples fill on average,
     at least one; so a micro-batch of 1 is packed too (up to 64 samples of a step share rows), in the memory of a row of
     ``pack_len``."""
-    gradient_accum: Annotated[Positive, Tiny(at_most=2)] = 1
+    gradient_accum: Annotated[Positive, Field(le=65_536), Tiny(at_most=2)] = 1
     """micro_batch_size x gradient_accum samples make one optimizer step, however many processes share them."""
     packing: bool = True
     """Lay several samples into one row, with restarting positions and block-diagonal attention."""
     pack_len: Annotated[
-        Positive | None, Inert(lambda _, own: not own.packing, "train.packing is false", ".packing")
-    ] = None
+        Positive | None, Field(le=16_777_216),
+        Inert(lambda _, own: not own.packing, "train.packing is false", ".packing"),
+    ] = None  # fmt: skip
     """Longest packed row in tokens; default max_seq_len."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """Compute type; trainable weights and optimizer state are always fp32."""
@@ -61,7 +63,7 @@ class TrainConfig(Section):
     """Largest global gradient norm."""
     lr: LearningRates = LearningRates()
     weight_decay: WeightDecays = WeightDecays()
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     warmup_ratio: Fraction = 0.03
     """Share of the steps with a linearly rising learning rate."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
@@ -71,7 +73,7 @@ class TrainConfig(Section):
     """Share of the peak the schedule ends at."""
     save_every: Annotated[Positive, _SHOWN] = 1000
     """Steps between checkpoints; one is always written at the end."""
-    keep_checkpoints: Annotated[int, Field(ge=2), _SHOWN] = 3
+    keep_checkpoints: Annotated[Positive, Field(ge=2), _SHOWN] = 3
     """Checkpoints kept; never fewer than two."""
     log_every: Annotated[Positive, _SHOWN, Tiny(value=1)] = 20
     """Steps between log lines; metrics.jsonl gets every step."""
@@ -79,14 +81,14 @@ class TrainConfig(Section):
     """When the whole held-out set is evaluated. epoch, in stage instruct: at every ``save_every`` too, because the best
     checkpoint is chosen among those that were (S2-7)."""
     quick_eval_size: Annotated[
-        int, Field(ge=0), _SHOWN, Tiny(at_most=4),
+        Natural, _SHOWN, Tiny(at_most=4),
         Inert(
             lambda _, own: own.quick_eval_steps == 0, "train.quick_eval_steps is 0 or not given", ".quick_eval_steps"
         ),
     ] = 0  # fmt: skip
     """Held-out samples of a quick evaluation."""
     quick_eval_steps: Annotated[
-        int, Field(ge=0), _SHOWN, Tiny(at_most=2),
+        Natural, _SHOWN, Tiny(at_most=2),
         Inert(lambda _, own: own.quick_eval_size == 0, "train.quick_eval_size is 0 or not given", ".quick_eval_size"),
     ] = 0  # fmt: skip
     """Steps between quick evaluations; 0: none."""
@@ -94,7 +96,7 @@ class TrainConfig(Section):
     """No live progress bar, even on a terminal."""
     progress_percent: Annotated[float, Field(gt=0, le=1), _SHOWN] = 0.1
     """Share of an epoch between ``[progress]`` lines."""
-    num_threads: Annotated[Positive | None, decides("speed"), Tiny(value=1)] = None
+    num_threads: Annotated[Positive | None, Field(le=1024), decides("speed"), Tiny(value=1)] = None
     """CPU threads of a process; default torch's."""
     timeout_s: Annotated[float, Field(ge=1, le=7 * 86_400), decides("speed")] = 600.0
     """Longest wait in seconds for another process of the job, or for one that loads data, without a sign of life; then
@@ -108,7 +110,7 @@ class GenerateConfig(Section):
         float, Field(gt=0, le=1),
         Inert(lambda _, own: own.temperature == 0, "temperature 0 is greedy", ".temperature"),
     ] = 0.9  # fmt: skip
-    max_new_tokens: Annotated[Positive, Tiny(value=6)] = 64
+    max_new_tokens: Annotated[Positive, Field(le=1_048_576), Tiny(value=6)] = 64
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
 
 
@@ -127,12 +129,12 @@ _NO_CAPTIONS = Inert(lambda _, own: own.caption_samples == 0, "eval.caption_samp
 class EvalConfig(Section):
     all_decide = decides("measuring")
 
-    batch_size: Annotated[Positive, decides("speed"), Tiny(at_most=8)] = 16
+    batch_size: Annotated[Positive, Field(le=65_536), decides("speed"), Tiny(at_most=8)] = 16
     """Samples a forward pass; the numbers do not depend on it."""
     golden_set_path: Annotated[str | None, _NEVER_WRITTEN] = None
     """File of the fixed set; made on first use. Default inside the run folder."""
     golden_size: Annotated[
-        Annotated[int, Field(ge=0)] | None,
+        Natural | None,
         Inert(
             lambda cfg, own: cfg.golden_size > 0 and own.run_golden_every == "never",
             "eval.run_golden_every is never", ".run_golden_every",
@@ -145,15 +147,15 @@ class EvalConfig(Section):
         Literal["save", "epoch", "end", "never"] | Positive,
         Inert(lambda cfg, _: cfg.golden_size == 0, "eval.golden_size is 0", ".golden_size"),
     ] = "save"
-    golden_batch_size: Annotated[Positive, _NEVER_WRITTEN] = 8
+    golden_batch_size: Annotated[Positive, Field(le=65_536), _NEVER_WRITTEN] = 8
     golden_generate: Annotated[GenerateConfig, _NEVER_WRITTEN] = GenerateConfig()
-    caption_samples: Annotated[int, Field(ge=0), Tiny(at_most=4)] = 256
+    caption_samples: Annotated[Natural, Tiny(at_most=4)] = 256
     """Held-out samples whose last answer is written at the end, greedily. align: captions, scored by exact match, BLEU,
     ROUGE-L, CIDEr-D and CHAIR; instruct: answers, scored by VQA accuracy, POPE and exact match as well. 0: none."""
-    answer_tokens: Annotated[Positive, _NO_CAPTIONS, Tiny(at_most=6)] = 64
+    answer_tokens: Annotated[Positive, Field(le=1_048_576), _NO_CAPTIONS, Tiny(at_most=6)] = 64
     """Longest answer written for them, in tokens."""
     qa_samples: Annotated[
-        int, Field(ge=0), Tiny(at_most=4),
+        Natural, Tiny(at_most=4),
         Inert(
             lambda cfg, _: "questions" not in cfg.stage_record.measures,
             "stage instruct is asked the data's own questions (eval.caption_samples)", "stage model.lora.enable",
@@ -179,7 +181,7 @@ class EvalConfig(Section):
     """Objects for CHAIR and the questions: a text file, one ``name: synonym, synonym`` a line. Default COCO's 80."""
     clip_model: Annotated[str | None, _NO_CAPTIONS, Tiny()] = None
     """CLIP folder or hub name for CLIPScore; none: not measured."""
-    audit_turns: Annotated[int, Field(ge=0), Tiny(at_most=8)] = 128
+    audit_turns: Annotated[Natural, Tiny(at_most=8)] = 128
     """Held-out answers that the language model is scored on without any image, and the trained model with an empty one
     (leakage audit); 0: none."""
 
@@ -189,7 +191,7 @@ class AblationConfig(Section):
 
     run_every: Cadence | Positive = "end"
     """When the loss with the wrong images is measured besides the end."""
-    num_samples: Annotated[int, Field(ge=2), Tiny(at_most=8)] = 256
+    num_samples: Annotated[Positive, Field(ge=2), Tiny(at_most=8)] = 256
     """Held-out samples of the measurement; shuffling needs at least two."""
     conditions: tuple[Literal["shuffled", "zero", "noise"], ...] = ("shuffled", "zero", "noise")
     """The wrong images: another sample's, one whose normalised pixels are 0, one whose normalised pixels are drawn
@@ -199,7 +201,7 @@ class AblationConfig(Section):
 class RunConfig(Section):
     """One run: a stage, its parts, its data, its training and its evidence."""
 
-    run_name: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$"), decides("run")]
+    run_name: Annotated[str, Field(max_length=200, pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$"), decides("run")]
     """Name of the run; part of a path, so without slashes and not starting with a dot."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """Decides order, split, initial weights and dropout."""

@@ -18,7 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 Cadence = Literal["epoch", "end", "never"]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=10**9)]
+Natural = Annotated[int, Field(ge=0, le=10**9)]
+"""Counts end at a billion: more is a slip of the finger, and beyond 63 bits it would crash. Where less is nonsense
+already, the setting says ``Field(le=…)`` itself."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 Decided = Literal["weights", "data", "held_out", "measuring", "watching", "speed", "place", "start", "run"]

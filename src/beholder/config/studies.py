@@ -23,7 +23,7 @@ class SweepConfig(Section):
     """Score = held-out loss - this x (shuffled minus correct loss + zero minus correct loss); lower is better."""
     collapsed_below: Fraction = 0.1
     """Runs whose shuffled minus correct loss is below this share of the grid's median are marked "do not use"."""
-    parallel: Positive | None = None
+    parallel: Annotated[Positive | None, Field(le=1024)] = None
     """Runs at a time; default one for each GPU, one on a CPU."""
 
     def impossible(self) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types as pytypes
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
@@ -39,17 +39,19 @@ def expected(annotation: Any) -> str:
     return " or ".join(dict.fromkeys(_described(annotation)))
 
 
-def _described(annotation: Any, bounds: str = "") -> Iterator[str]:
+def _described(annotation: Any, bounds: Mapping[str, str] | None = None) -> Iterator[str]:
     if get_origin(annotation) is typing.Annotated:
         inner, *extras = get_args(annotation)
-        found = [b for extra in extras for b in _bounds(extra)]
-        yield from _described(inner, " and ".join(found) or bounds)
+        found = {name: words for extra in extras for name, words in _bounds(extra)}
+        yield from _described(inner, {**found, **(bounds or {})})  # what is said further out is the closer bound
         return
     if get_origin(annotation) in (typing.Union, pytypes.UnionType):
         for arg in get_args(annotation):
             yield from _described(arg, bounds)
         return
-    suffix = f" {bounds}" if bounds else ""
+    told = [(bounds or {}).get(name) for name in ("ge" if "ge" in (bounds or {}) else "gt", "lt", "le")]
+    told = [words for words in told if words]
+    suffix = f" {' and '.join(told)}" if told else ""
     if get_origin(annotation) is Literal:
         yield from ("true" if v is True else "false" if v is False else str(v) for v in get_args(annotation))
     elif get_origin(annotation) in (tuple, list):
@@ -66,12 +68,12 @@ def _described(annotation: Any, bounds: str = "") -> Iterator[str]:
         yield {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[annotation] + suffix
 
 
-def _bounds(extra: Any) -> Iterator[str]:
+def _bounds(extra: Any) -> Iterator[tuple[str, str]]:
     for item in (extra, *getattr(extra, "metadata", ())):
         for attribute, words in (("gt", "above"), ("ge", "of at least"), ("lt", "below"), ("le", "of at most")):
             if (limit := getattr(item, attribute, None)) is not None:
                 number = str(limit) if isinstance(limit, int) else f"{limit:g}"
-                yield f"{words} {number}"
+                yield attribute, f"{words} {number}"
 
 
 def nearest(path: SettingPath) -> str:

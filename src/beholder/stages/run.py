@@ -18,7 +18,7 @@ from beholder.data.sources import missing_files
 from beholder.evidence import Evidence, GateResult, load_evidence
 from beholder.model.placement import render_sites
 from beholder.model.plan import apply_train_plan, param_groups, plan_of
-from beholder.runs import RunDir, stop_signals
+from beholder.runs import RunDir, stop_signals, writing
 from beholder.stages.begin import announce, check_promoted, find_start, fresh_folder, start_from
 from beholder.stages.keep import saver, settle
 from beholder.stages.lifetime import honest_status, is_finished, sole_writer
@@ -85,7 +85,8 @@ def run_stage(cfg: RunConfig, *, resume: str = "auto", promote_anyway: bool = Fa
     if cfg.sweep is not None:
         raise UserError("this config holds a sweep; run it with: beholder sweep CONFIG (or remove its sweep section)")
     run = RunDir(cfg.run_dir)
-    started = run.checkpoints.is_dir()
+    with writing(run.path):  # a name that is too long, a folder that may not be entered
+        started = run.checkpoints.is_dir()
     if not started and (missing := missing_files((*cfg.data.train_sources, *cfg.data.eval_sources))):
         raise UserError(f"data: {'; '.join(missing)}")  # before any weight is fetched
     with joined(cfg.device, cfg.train.timeout_s) as dist, stop_signals(), sole_writer(run, dist):

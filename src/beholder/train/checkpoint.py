@@ -32,7 +32,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from beholder.runs import Warn, atomic_write, fsync_dir, sha256_file, to_json, warn_to_stderr, write_durably
+from beholder.runs import Warn, atomic_write, fsync_dir, sha256_file, to_json, warn_to_stderr, write_durably, writing
 from beholder.types import UserError
 
 FORMAT = "beholder-checkpoint/1"
@@ -70,12 +70,14 @@ def save_checkpoint(
     then it gets its name, and only then old ones beyond the newest ``keep`` (at least 2) are removed; the one marked as
     best never is. ``adapter`` and ``adapter_config`` (`model.adapters.adapter_tensors`, `adapter_config`) come
     together. ``trainer`` carries ``config`` (resolved, as a dict), ``config_hash`` and ``data_cursor`` besides whatever
-    the caller needs to go on. A full disk is a `UserError`; the earlier checkpoints stay as they are.
+    the caller needs to go on. A disk that is full or takes nothing is a `UserError`; the earlier checkpoints stay as
+    they are.
     """
     assert keep >= 2, keep
     assert (adapter is None) == (adapter_config is None), "an adapter and its config come together"
-    folder.mkdir(parents=True, exist_ok=True)
-    _clean_leftovers(folder)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)  # not its parents: a run folder that was removed meanwhile is not made anew
+        _clean_leftovers(folder)
     payloads = {
         # One entry only: safetensors writes several in random order, and equal weights should be equal files.
         CONNECTOR: safetensors.torch.save(_plain(connector), metadata={"format": FORMAT}),
@@ -96,7 +98,8 @@ def save_checkpoint(
     temporary = folder / f".tmp-{step}-{os.getpid()}"
     final = folder / f"step_{step}"
     try:
-        temporary.mkdir()
+        with writing(temporary):
+            temporary.mkdir()
         for name, payload in payloads.items():
             write_durably(temporary / name, payload)
         write_durably(temporary / MANIFEST, (to_json(manifest, indent=2) + "\n").encode())
@@ -105,9 +108,10 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     aside = folder / f".old-{step}-{os.getpid()}"
-    if final.exists():  # a run resumed from an earlier step comes by again, or what is there is broken
-        final.rename(aside)
-    temporary.rename(final)
+    with writing(final):
+        if final.exists():  # a run resumed from an earlier step comes by again, or what is there is broken
+            final.rename(aside)
+        temporary.rename(final)
     fsync_dir(folder)
     shutil.rmtree(aside, ignore_errors=True)
     _prune(folder, keep, spare=final)

@@ -29,7 +29,8 @@ _LEAVE_S = 4.0
 """How long a process has to end by itself once another one has failed."""
 _LOOK_S = 0.5
 """Between looks into the store while waiting."""
-_FAILED, _WHO, _ALIVE, _WAITS = "beholder/failed", "beholder/who", "beholder/alive", "beholder/waits"
+_FAILED, _WHO, _ALIVE, _WAITS, _LEFT = (f"beholder/{word}" for word in ("failed", "who", "alive", "waits", "left"))
+"""Keys in the store; all but the first and third end with a rank."""
 
 
 class Peers:
@@ -61,6 +62,8 @@ class Peers:
     def leave(self) -> None:
         """This process is about to end by itself."""
         self._left.set()
+        with suppress(RuntimeError):
+            self._store.set(f"{_LEFT}/{self.rank}", "")
 
     def alive(self) -> None:
         """A sign of life during long work of one's own; others that wait begin to count anew."""
@@ -94,7 +97,7 @@ class Peers:
         """A process of this machine that has died without a word, as an error."""
         for rank in range(self.world_size):
             with suppress(RuntimeError, ValueError, psutil.Error):
-                if not self._store.check([f"{_WHO}/{rank}"]):
+                if not self._store.check([f"{_WHO}/{rank}"]) or self._store.check([f"{_LEFT}/{rank}"]):
                     continue
                 host, pid = json.loads(self._store.get(f"{_WHO}/{rank}"))
                 if host == platform.node() and (
