@@ -360,8 +360,15 @@ def _load_timm(cfg: VisionConfig, device: torch.device) -> VisionTower:
     import timm
     from safetensors.torch import load_file
     from timm.data.config import resolve_model_data_config
+    from timm.models import get_pretrained_cfg
 
     name, dtype = timm_name(cfg), DTYPES[cfg.precision]
+    source = get_pretrained_cfg(name)
+    if cfg.weights is None and source and source.url and not source.hf_hub_id:  # an old release, never on the hub
+        raise UserError(
+            f"model.vision.name_or_path: timm has {name} at {source.url} only. {convert(Path(source.url).name)}, and give "
+            "the file as model.vision.weights"
+        )
     wanted = "Without a network, give a local safetensors file as model.vision.weights."
     with loading(f"model.vision.name_or_path: timm's {name!r}", wanted):
         model = timm.create_model(name, pretrained=cfg.weights is None, num_classes=0)
