@@ -132,7 +132,7 @@ def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
     with loading(f"model.vision.name_or_path {name!r}", wanted):
         config = AutoConfig.from_pretrained(name, **where)
         part = getattr(config, "vision_config", None)
-        model, info = from_pretrained(hf_class(part or config), name, config=part or config, dtype=dtype, **where)
+        model, info = from_pretrained(hf_class(part or config, name), name, config=part or config, dtype=dtype, **where)
     _drop_pooling(model)
     check_loading_info(info, model, name, other_parts=HEADS if part is None else None)
     check_finite(model, name)
@@ -191,7 +191,7 @@ def patches_of(
     return lambda backbone, pixels: layout.take(outputs(backbone, pixels), pixels.shape[0])
 
 
-def hf_class(config: Any) -> Any:
+def hf_class(config: Any, name: str) -> Any:
     """The class that a vision configuration belongs to. Some (BLIP, CLIPSeg, Llama 4) are known to no `AutoModel`; they
     are found beside it."""
     from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
@@ -201,12 +201,12 @@ def hf_class(config: Any) -> Any:
         return AutoModel
     module = importlib.import_module(kind.__module__.replace(".configuration_", ".modeling_"))
     beside = [
-        c for name, c in inspect.getmembers(module, inspect.isclass)
-        if issubclass(c, PreTrainedModel) and c.config_class is kind and name.endswith("VisionModel")
+        c for n, c in inspect.getmembers(module, inspect.isclass)
+        if issubclass(c, PreTrainedModel) and c.config_class is kind and n.endswith("VisionModel")
     ]  # fmt: skip
     if len(beside) != 1:
         raise UserError(
-            f"a {kind.model_type!r} part is no tower that takes pictures alone{_timm_twins(kind.model_type)}. Give a "
+            f"{name}: a {kind.model_type!r} part is no tower that takes pictures alone{_timm_twins(kind.model_type)}. Give a "
             "tower such as SigLIP, CLIP or DINOv2"
         )
     return beside[0]
@@ -366,8 +366,8 @@ def _load_timm(cfg: VisionConfig, device: torch.device) -> VisionTower:
     source = get_pretrained_cfg(name)
     if cfg.weights is None and source and source.url and not source.hf_hub_id:  # an old release, never on the hub
         raise UserError(
-            f"model.vision.name_or_path: timm has {name} at {source.url} only. {convert(Path(source.url).name)}, and give "
-            "the file as model.vision.weights"
+            f"model.vision.name_or_path: timm has {name} at {source.url} only. {convert(Path(source.url).name)}, and "
+            "give the file as model.vision.weights"
         )
     wanted = "Without a network, give a local safetensors file as model.vision.weights."
     with loading(f"model.vision.name_or_path: timm's {name!r}", wanted):
