@@ -206,8 +206,8 @@ def hf_class(config: Any, name: str) -> Any:
     ]  # fmt: skip
     if len(beside) != 1:
         raise UserError(
-            f"{name}: a {kind.model_type!r} part is no tower that takes pictures alone{_timm_twins(kind.model_type)}. Give a "
-            "tower such as SigLIP, CLIP or DINOv2"
+            f"{name}: a {kind.model_type!r} part is no tower that takes pictures alone{_timm_twins(kind.model_type)}. "
+            "Give a tower such as SigLIP, CLIP or DINOv2"
         )
     return beside[0]
 
@@ -216,9 +216,9 @@ def hf_declared(part: Any, height: int, width: int) -> Declared:
     """What a configuration says of its output: a grid by ``patch_size``, and a class token with the registers, if any.
     A pyramid (``hidden_sizes``) has another grid at its end."""
     patch = None if hasattr(part, "hidden_sizes") else getattr(part, "patch_size", None)
-    if patch is None:
+    ph, pw = patch if isinstance(patch, list | tuple) and len(patch) == 2 else (patch, patch)
+    if not isinstance(ph, int) or not isinstance(pw, int) or min(ph, pw) < 1:
         return Declared()
-    ph, pw = patch if isinstance(patch, list | tuple) else (patch, patch)
     registers = int(getattr(part, "num_register_tokens", 0) or 0)
     return Declared((height // ph, width // pw), frozenset({0, 1, 1 + registers}))
 
