@@ -361,6 +361,11 @@ def test_no_pickle_is_read_whatever_names_it(parts: Parts, tmp_path: Path, how: 
         assert converted.fingerprint() == load(parts, "siglip").fingerprint()
 
 
+def test_a_pickle_that_timm_would_fetch_is_refused() -> None:
+    with pytest.raises(UserError, match=r"only\. Weights are read from safetensors only.*model\.vision\.weights"):
+        load_vision(VisionConfig(name_or_path="timm/legacy_xception.tf_in1k"), CPU)
+
+
 def test_a_pickle_with_code_in_it_is_not_run(parts: Parts, tmp_path: Path) -> None:
     folder = copied(parts, tmp_path)
     (folder / "model.safetensors").unlink()

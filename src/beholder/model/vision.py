@@ -132,7 +132,7 @@ def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
     with loading(f"model.vision.name_or_path {name!r}", wanted):
         config = AutoConfig.from_pretrained(name, **where)
         part = getattr(config, "vision_config", None)
-        model, info = from_pretrained(hf_class(part or config), name, config=part or config, dtype=dtype, **where)
+        model, info = from_pretrained(hf_class(part or config, name), name, config=part or config, dtype=dtype, **where)
     _drop_pooling(model)
     check_loading_info(info, model, name, other_parts=HEADS if part is None else None)
     check_finite(model, name)
@@ -191,7 +191,7 @@ def patches_of(
     return lambda backbone, pixels: layout.take(outputs(backbone, pixels), pixels.shape[0])
 
 
-def hf_class(config: Any) -> Any:
+def hf_class(config: Any, name: str) -> Any:
     """The class that a vision configuration belongs to. Some (BLIP, CLIPSeg, Llama 4) are known to no `AutoModel`; they
     are found beside it."""
     from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
@@ -201,13 +201,13 @@ def hf_class(config: Any) -> Any:
         return AutoModel
     module = importlib.import_module(kind.__module__.replace(".configuration_", ".modeling_"))
     beside = [
-        c for name, c in inspect.getmembers(module, inspect.isclass)
-        if issubclass(c, PreTrainedModel) and c.config_class is kind and name.endswith("VisionModel")
+        c for n, c in inspect.getmembers(module, inspect.isclass)
+        if issubclass(c, PreTrainedModel) and c.config_class is kind and n.endswith("VisionModel")
     ]  # fmt: skip
     if len(beside) != 1:
         raise UserError(
-            f"a {kind.model_type!r} part is no tower that takes pictures alone{_timm_twins(kind.model_type)}. Give a "
-            "tower such as SigLIP, CLIP or DINOv2"
+            f"{name}: a {kind.model_type!r} part is no tower that takes pictures alone{_timm_twins(kind.model_type)}. "
+            "Give a tower such as SigLIP, CLIP or DINOv2"
         )
     return beside[0]
 
@@ -216,9 +216,9 @@ def hf_declared(part: Any, height: int, width: int) -> Declared:
     """What a configuration says of its output: a grid by ``patch_size``, and a class token with the registers, if any.
     A pyramid (``hidden_sizes``) has another grid at its end."""
     patch = None if hasattr(part, "hidden_sizes") else getattr(part, "patch_size", None)
-    if patch is None:
+    ph, pw = patch if isinstance(patch, list | tuple) and len(patch) == 2 else (patch, patch)
+    if not isinstance(ph, int) or not isinstance(pw, int) or min(ph, pw) < 1:
         return Declared()
-    ph, pw = patch if isinstance(patch, list | tuple) else (patch, patch)
     registers = int(getattr(part, "num_register_tokens", 0) or 0)
     return Declared((height // ph, width // pw), frozenset({0, 1, 1 + registers}))
 
@@ -360,8 +360,15 @@ def _load_timm(cfg: VisionConfig, device: torch.device) -> VisionTower:
     import timm
     from safetensors.torch import load_file
     from timm.data.config import resolve_model_data_config
+    from timm.models import get_pretrained_cfg
 
     name, dtype = timm_name(cfg), DTYPES[cfg.precision]
+    source = get_pretrained_cfg(name)
+    if cfg.weights is None and source and source.url and not source.hf_hub_id:  # an old release, never on the hub
+        raise UserError(
+            f"model.vision.name_or_path: timm has {name} at {source.url} only. {convert(Path(source.url).name)}, and "
+            "give the file as model.vision.weights"
+        )
     wanted = "Without a network, give a local safetensors file as model.vision.weights."
     with loading(f"model.vision.name_or_path: timm's {name!r}", wanted):
         model = timm.create_model(name, pretrained=cfg.weights is None, num_classes=0)

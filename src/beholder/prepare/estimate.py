@@ -304,7 +304,7 @@ def vision_shape(cfg: VisionConfig, config_file: Path | None = None) -> VisionSh
     config = _config("vision", cfg, config_file)
     part = getattr(config, "vision_config", None) or config
     with torch.device("meta"):
-        kind = vision_door.hf_class(part)
+        kind = vision_door.hf_class(part, cfg.name_or_path)
         auto = hasattr(kind, "from_config")
         model = kind.from_config(part, trust_remote_code=cfg.trust_remote_code) if auto else kind(part)
         model.eval()
