@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 from beholder.config import GenerateConfig, LlmConfig
@@ -157,15 +158,6 @@ def test_weights_that_are_not_finite_are_named(parts: Parts, tmp_path: Path) -> 
         load(rewrite(copied(parts, tmp_path), spoil))
 
 
-def test_a_tokenizer_larger_than_the_table_is_refused(parts: Parts, tmp_path: Path) -> None:
-    folder = copied(parts, tmp_path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([f"<extra{i}>" for i in range(80)])
-    tokenizer.save_pretrained(folder)
-    with pytest.raises(UserError, match=r"tokenizer has \d+ tokens but the embedding table 320 rows"):
-        load(folder)
-
-
 def test_names_that_lead_nowhere_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
         load(tmp_path)
@@ -256,7 +248,12 @@ def test_a_gguf_file_loads_dense_with_the_weights_of_its_blocks(parts: Parts, tm
     tokenizer = transformers.AutoTokenizer.from_pretrained(parts.llm("smollm2"))
     kept = write_gguf(tmp_path / "tiny.Q8_0.gguf", original, tokenizer)
 
-    language, read = load_language(LlmConfig(name_or_path=str(tmp_path / "tiny.Q8_0.gguf"), precision="fp32"), CPU)
+    cfg = LlmConfig(name_or_path=str(tmp_path / "tiny.Q8_0.gguf"), precision="fp32")
+    if Version(transformers.__version__) < Version("5.18"):  # which cannot do without a beginning-of-text token
+        with pytest.raises(UserError, match=r"names no beginning-of-text token.*update transformers"):
+            load_language(cfg, CPU)
+        return
+    language, read = load_language(cfg, CPU)
 
     weights = language.model.state_dict()
     for key, value in kept.items():

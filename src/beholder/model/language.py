@@ -18,7 +18,7 @@ from beholder.model.families import (
     check_no_adapter,
     check_soft_cap,
     kernel_at_hand,
-    position_limit,
+    limits_of,
     running,
 )
 from beholder.model.placement import AdapterSite, decoder_of
@@ -55,8 +55,7 @@ class LanguageModel(nn.Module):
             self._enable_checkpointing()
         table = self.model.get_input_embeddings()
         self.vocab, self.d_text = table.weight.shape
-        self.max_positions = position_limit(model)
-        """How many positions its table has; None where it has none."""
+        self.limits = limits_of(model)
         self.embed_rms = self._embed_rms()
         self.packing_error: str | None = None
         self.segmented = self.model.config._attn_implementation == attention.NAME
@@ -170,14 +169,15 @@ class LanguageModel(nn.Module):
 
         longest = max(p.shape[0] for p in prompts)
         room = how.max_new_tokens
-        if self.max_positions is not None and longest + room > self.max_positions:
+        table = self.limits.positions
+        if table is not None and longest + room - 1 > table:  # the last one written is not read again
             if len(prompts) > 1:  # each to its own end of the table
                 return [self.generate([p], how, eos_ids=eos_ids, seed=seed, streamer=streamer)[0] for p in prompts]
-            room = self.max_positions - longest
+            room = table - longest + 1
             if room < 1:
                 raise UserError(
-                    f"the prompt takes {longest} positions and {self.name} has a table of {self.max_positions}, so "
-                    "there is no room for an answer; use a shorter prompt, or fewer images or visual tokens"
+                    f"the prompt takes {longest} positions and {self.name} has a table of {table}, so there "
+                    "is no room for an answer; use a shorter prompt, or fewer images or visual tokens"
                 )
         embeds = prompts[0].new_zeros(len(prompts), longest, self.d_text, dtype=self.dtype)
         mask = torch.zeros(len(prompts), longest, dtype=torch.int64, device=embeds.device)
