@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
+from packaging.version import Version
 from torch import Tensor, nn
 
 from beholder.config import GenerateConfig, LlmConfig, VisionConfig
@@ -319,7 +320,8 @@ def source_of(cfg: LlmConfig | VisionConfig) -> tuple[str, dict[str, Any]]:
 def load_tokenizer(cfg: LlmConfig, *, beside: Path | None = None) -> Any:
     """The model's own tokenizer, or that of the folder ``beside`` lies in, for which no hub is asked. Raises
     `UserError` when there is none."""
-    from transformers import AutoTokenizer
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer
 
     name, where = source_of(cfg)
     if beside is not None and not Path(name).is_dir():
@@ -335,6 +337,10 @@ def load_tokenizer(cfg: LlmConfig, *, beside: Path | None = None) -> Any:
             f"{what} cannot be read by this version of transformers, because the file names no beginning-of-text token "
             "(tokenizer.ggml.bos_token_id): update transformers to 5.18 or later, or give a Hugging Face folder"
         ) from e
+    if "gguf_file" in where and Version(transformers.__version__) < Version("5.18"):
+        # These give the token that begins a text as the one that ends it.
+        config = AutoConfig.from_pretrained(name, **where)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
         # What transformers makes up for a folder that holds a config.json alone: text would become nothing.
         raise UserError(
