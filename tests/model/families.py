@@ -37,8 +37,8 @@ class Family:
     """Name of its model class, where it is not the family's name with ``ForCausalLM``."""
     kernel: str = "sdpa"
     """Attention it is used with: eager where the family has no other on a CPU, which the refusal of sdpa must say."""
-    packs: bool = True
-    """Whether restarting positions keep packed samples apart."""
+    packs: bool | None = True
+    """Whether restarting positions keep packed samples apart; None: not with every version of transformers."""
     positions: int | None = None
     """Rows of its table of positions."""
     fused: bool = False
@@ -85,7 +85,9 @@ FAMILIES: dict[str, Family] = {
     "GraniteMoe": Family(GROUPED | {"num_local_experts": 4, **EXPERTS}),
     "GptOss": Family(GROUPED | {"num_local_experts": 4, **EXPERTS}, kernel="eager", packs=False),
     "DeepseekV3": Family(LATENT, fused=True), "Glm4": Family(), "Nemotron": Family(), "Persimmon": Family(),
-    "Llama4": Family(GROUPED | {"num_local_experts": 2, "attention_chunk_size": 4}, config="Llama4TextConfig"),
+    "Llama4": Family(
+        GROUPED | {"num_local_experts": 2, "attention_chunk_size": 4}, config="Llama4TextConfig", packs=None
+    ),
     "Qwen3Next": Family(
         GROUPED | {
             "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, **EXPERTS,

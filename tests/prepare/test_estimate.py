@@ -16,6 +16,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from beholder.config import STAGES, ConnectorConfig, LlmConfig, LoraConfig, RunConfig, VisionConfig
+from beholder.config.file import dump_config
 from beholder.data import build_data
 from beholder.model.adapters import adapter_parameters, attach
 from beholder.model.build import build_vlm
@@ -24,6 +25,7 @@ from beholder.model.language import load_language
 from beholder.model.plan import TrainPlan, apply_train_plan, plan_of
 from beholder.model.vision import load_vision
 from beholder.prepare import estimate as room
+from beholder.prepare.check import check
 from beholder.prepare.estimate import (
     LanguageShape,
     VisionShape,
@@ -33,8 +35,10 @@ from beholder.prepare.estimate import (
     matmul_rate,
     vision_shape,
 )
-from beholder.prepare.tiny import tiny_llm, tiny_vision
+from beholder.prepare.tiny import tiny_llm, tiny_tokenizer, tiny_vision
 from beholder.runs import to_json
+from beholder.stages import run_stage
+from beholder.types import Status, UserError
 
 CPU = torch.device("cpu")
 
@@ -132,8 +136,6 @@ def test_a_hub_name_that_is_not_at_hand_is_a_gap_that_names_the_way_out(tmp_path
 
 
 def test_a_file_the_user_names_must_be_a_models_config(tmp_path, tiny_config):
-    from beholder.types import UserError
-
     (tmp_path / "text.json").write_text("no json")
     (tmp_path / "other.json").write_text("{}")
     for name, match in (
@@ -146,10 +148,89 @@ def test_a_file_the_user_names_must_be_a_models_config(tmp_path, tiny_config):
 
 
 def test_settings_that_can_never_work_raise(tmp_path, tiny_config):
-    from beholder.types import UserError
-
     with pytest.raises(UserError, match="heads"):
         estimate(tiny_config(tmp_path, **{"model.connector.resampler.num_heads": 7}), measure=False)
+
+
+# -- what the language model cannot take
+
+
+def gpt2(folder: Path, positions: int = 128) -> Path:
+    """A tiny GPT-2, whose positions are a table."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = tiny_tokenizer(folder, "smollm2")
+    GPT2LMHeadModel(
+        GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=positions, vocab_size=len(tokenizer))
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_samples_longer_than_the_table_of_positions_are_refused_by_plan_check_and_run(tmp_path, tiny_config):
+    sets = {"model.llm.name_or_path": str(gpt2(tmp_path / "gpt2"))}
+    long = tiny_config(tmp_path, **sets)
+    (tmp_path / "long.yaml").write_text(dump_config(long))
+    message = r"prompting\.max_seq_len is 1536, but .*gpt2 has a table of 128 positions.*max_seq_len: 128 or lower"
+
+    for look in (
+        lambda: estimate(long, measure=False), lambda: check(tmp_path / "long.yaml"), lambda: run_stage(long),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            look()
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+    short = tiny_config(tmp_path / "short", **sets, **{"prompting.max_seq_len": 128})
+    (tmp_path / "short.yaml").write_text(dump_config(short))
+    assert estimate(short, measure=False).language is not None
+    assert check(tmp_path / "short.yaml").accepted == 72
+    assert run_stage(short).status == Status.SUCCEEDED
+
+
+def test_a_packed_row_longer_than_a_stored_mask_is_refused(tmp_path, tiny_config):
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    tokenizer = tiny_tokenizer(tmp_path / "neo", "smollm2")
+    GPTNeoForCausalLM(
+        GPTNeoConfig(
+            hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+            max_position_embeddings=128, vocab_size=len(tokenizer),
+        )
+    ).save_pretrained(tmp_path / "neo")  # fmt: skip
+    sets = {
+        "model.llm.name_or_path": str(tmp_path / "neo"), "model.llm.attn_implementation": "eager",
+        "prompting.max_seq_len": 128, "train.packing": True,
+    }  # fmt: skip
+
+    with pytest.raises(UserError, match=r"train\.pack_len is 256, but .*neo has a mask for rows of 128 positions"):
+        estimate(tiny_config(tmp_path, **sets, **{"train.pack_len": 256}), measure=False)
+    estimate(tiny_config(tmp_path, **sets), measure=False)
+
+
+def test_a_plan_from_two_config_files_asks_the_hub_nothing(tmp_path, tiny_config, tiny_parts, monkeypatch):
+    asked: list[Any] = []
+
+    def no_network(host: Any, *_: Any, **__: Any) -> Any:
+        asked.append(host)
+        raise OSError("no network here")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between the tries that must not be made
+    names = {"model.llm.name_or_path": "nobody/no-such-llm", "model.vision.name_or_path": "nobody/no-such-tower"}
+    files = {"llm_config": tiny_parts.llm / "config.json", "vision_config": Path(tiny_parts.vision) / "config.json"}
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(files["llm_config"], alone / "config.json")
+
+    found = estimate(tiny_config(tmp_path, **names), **files, measure=False)
+    without_tokenizer = estimate(
+        tiny_config(tmp_path, **names), **files | {"llm_config": alone / "config.json"}, measure=False
+    )
+
+    assert asked == [] and found.gaps == [], "the tokenizer beside the config file is used"
+    assert any("its tokenizer is not there" in gap for gap in without_tokenizer.gaps)
+    estimate(tiny_config(tmp_path, **names), vision_config=files["vision_config"], measure=False)
+    assert asked, "without a file the hub is asked, and this test would see it"
 
 
 # -- formulae

@@ -15,7 +15,7 @@ from beholder.data.collate import SampleBuilder
 from beholder.data.images import ImageError, ImagePipeline
 from beholder.prepare.preview import preview
 from beholder.prepare.tiny import tiny_tokenizer
-from beholder.types import Example, ImageGeometry, ImageRef, Turn
+from beholder.types import Example, ImageGeometry, ImageRef, ImageSlot, Turn
 
 GEOMETRY = ImageGeometry(8, 8, 9, 5, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 HOSTILE = '<script>alert("x")</script>[red]</pre>'
@@ -91,3 +91,29 @@ def test_a_bad_image_stops_the_preview(builder: SampleBuilder, samples: list[Exa
 
     with pytest.raises(ImageError, match=r"1\.png.*record 1"):
         preview(samples, builder, tmp_path / "out")
+
+
+def test_where_generation_starts_is_said_when_it_is_not_the_templates_own_prompt(
+    builder: SampleBuilder, samples: list[Example], tmp_path: Path
+) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant:<think>{{ '\\n' }}{% endif %}"
+    )
+    encoder = ChatEncoder(
+        builder.encoder.tokenizer, num_visual_tokens=4, max_seq_len=900, template="chat", instruction="-",
+        instruction_multi="-", chat_template=template,
+    )  # fmt: skip
+    asked = Example("a", samples[0].images, (Turn("user", (ImageSlot(0),)), Turn("assistant", ("red",))))
+    chat = SampleBuilder(encoder, builder.pipeline, None, on_bad_image="skip", augment_seed=None)
+    out = io.StringIO()
+
+    shown = preview([asked], chat, tmp_path / "out")
+    shown.print(Console(file=out, width=400))
+
+    end = "<|im_end|><|im_start|>assistant:"
+    note = f"ends in '{end}<think>\\n', but before a finished answer it writes '{end}'"
+    assert shown.prompt_note is not None and note in shown.prompt_note and shown.to_json()["prompt_note"]
+    assert f"note: the chat template's generation prompt {note}" in out.getvalue()
+    assert "assistant:&lt;think&gt;" in (tmp_path / "out" / "index.html").read_text()
+    assert preview(samples[:1], builder, tmp_path / "plain").prompt_note is None

@@ -49,7 +49,8 @@ class AdaptedLinear(PeftLinear):
         down, up = adapter_weights(self)
         dropout = self.lora_dropout[ADAPTER]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        weight = base.weight.t() if self.fan_in_fan_out else base.weight
+        weight: Any = base.weight
+        weight = weight.t() if self.fan_in_fan_out else weight
         return _AdaptedProduct.apply(x, weight, base.bias, down, up, self.scaling[ADAPTER], p)  # pyright: ignore[reportReturnType]
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from beholder.config import LlmConfig
+from beholder.config import LlmConfig, RunConfig
 from beholder.model.weights import first_line
 from beholder.types import UserError
 
@@ -81,33 +81,57 @@ def running(name: str, model: nn.Module) -> Iterator[None]:
         ) from e
 
 
-def position_limit(causal_lm: nn.Module) -> int | None:
-    """How many positions a sample may have before the model looks beyond a table of them; None where positions are
-    computed (rotary, and most biases), whatever length the model was trained at. Works on the meta device too.
+class Limits(NamedTuple):
+    """Lengths beyond which a model has nothing; None where it computes what it needs (rotary, and most biases),
+    whatever length it was trained at."""
+
+    positions: int | None
+    """Positions of a sample: the rows of its table."""
+    row: int | None
+    """Positions of a packed row, however they are numbered: the side of its stored mask."""
+
+
+NO_LIMITS = Limits(None, None)
+
+
+def limits_of(causal_lm: nn.Module) -> Limits:
+    """Told from what the model holds; works on the meta device too.
 
     A table is a module or buffer with a row for each of the config's positions (OPT keeps two more): GPT-2, GPT-Neo,
-    GPT-J, CodeGen, OPT, BioGPT.
+    GPT-J, CodeGen, OPT, BioGPT. GPT-Neo also keeps its causal mask.
     """
     config: Any = causal_lm.config
     config = config.get_text_config()
     if config.model_type == "mpt":  # its bias is computed for so many, and nothing of that length is kept
-        return int(config.max_seq_len)
+        return Limits(config.max_seq_len, config.max_seq_len)
     stated = getattr(config, "max_position_embeddings", None)
     if not isinstance(stated, int):
-        return None
+        return NO_LIMITS
     tokens = causal_lm.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     rows = [m.num_embeddings for m in causal_lm.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    masks: list[int] = []
     for module in causal_lm.modules():
         if hasattr(module, "make_weights"):  # fairseq's sinusoids, which grow
             continue
-        rows += [b.shape[0] for b in module.buffers(recurse=False) if b.ndim == 2]
-    return stated if any(stated <= n <= stated + 2 for n in rows) else None
+        for buffer in module.buffers(recurse=False):
+            if buffer.ndim == 2:
+                rows.append(buffer.shape[0])
+            elif buffer.ndim == 4 and buffer.shape[-1] == buffer.shape[-2] == stated:
+                masks.append(stated)
+    return Limits(stated if any(stated <= n <= stated + 2 for n in rows) else None, min(masks, default=None))
 
 
-def check_positions(limit: int | None, max_seq_len: int, name: str) -> None:
-    """Refuse samples longer than the language model's table of positions."""
-    if limit is not None and max_seq_len > limit:
+def check_limits(limits: Limits, cfg: RunConfig) -> None:
+    """Refuse samples and packed rows that are longer than the language model can take."""
+    name, longest = cfg.model.llm.name_or_path, cfg.prompting.max_seq_len
+    if limits.positions is not None and longest > limits.positions:
         raise UserError(
-            f"prompting.max_seq_len is {max_seq_len}, but {name} has a table of {limit} positions and none beyond; set "
-            f"prompting.max_seq_len: {limit} or lower"
+            f"prompting.max_seq_len is {longest}, but {name} has a table of {limits.positions} positions and none "
+            f"beyond; set prompting.max_seq_len: {limits.positions} or lower"
+        )
+    row = cfg.train.pack_len or longest
+    if cfg.train.packing and limits.row is not None and row > limits.row:
+        raise UserError(
+            f"train.pack_len is {row}, but {name} has a mask for rows of {limits.row} positions; set train.pack_len: "
+            f"{limits.row} or lower"
         )

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
+from packaging.version import Version
 from torch import Tensor, nn
 
 from beholder.config import GenerateConfig, LlmConfig, VisionConfig
@@ -18,7 +19,7 @@ from beholder.model.families import (
     check_no_adapter,
     check_soft_cap,
     kernel_at_hand,
-    position_limit,
+    limits_of,
     running,
 )
 from beholder.model.placement import AdapterSite, decoder_of
@@ -55,8 +56,7 @@ class LanguageModel(nn.Module):
             self._enable_checkpointing()
         table = self.model.get_input_embeddings()
         self.vocab, self.d_text = table.weight.shape
-        self.max_positions = position_limit(model)
-        """How many positions its table has; None where it has none."""
+        self.limits = limits_of(model)
         self.embed_rms = self._embed_rms()
         self.packing_error: str | None = None
         self.segmented = self.model.config._attn_implementation == attention.NAME
@@ -170,14 +170,15 @@ class LanguageModel(nn.Module):
 
         longest = max(p.shape[0] for p in prompts)
         room = how.max_new_tokens
-        if self.max_positions is not None and longest + room > self.max_positions:
+        table = self.limits.positions
+        if table is not None and longest + room - 1 > table:  # the last one written is not read again
             if len(prompts) > 1:  # each to its own end of the table
                 return [self.generate([p], how, eos_ids=eos_ids, seed=seed, streamer=streamer)[0] for p in prompts]
-            room = self.max_positions - longest
+            room = table - longest + 1
             if room < 1:
                 raise UserError(
-                    f"the prompt takes {longest} positions and {self.name} has a table of {self.max_positions}, so "
-                    "there is no room for an answer; use a shorter prompt, or fewer images or visual tokens"
+                    f"the prompt takes {longest} positions and {self.name} has a table of {table}, so there "
+                    "is no room for an answer; use a shorter prompt, or fewer images or visual tokens"
                 )
         embeds = prompts[0].new_zeros(len(prompts), longest, self.d_text, dtype=self.dtype)
         mask = torch.zeros(len(prompts), longest, dtype=torch.int64, device=embeds.device)
@@ -319,7 +320,8 @@ def source_of(cfg: LlmConfig | VisionConfig) -> tuple[str, dict[str, Any]]:
 def load_tokenizer(cfg: LlmConfig, *, beside: Path | None = None) -> Any:
     """The model's own tokenizer, or that of the folder ``beside`` lies in, for which no hub is asked. Raises
     `UserError` when there is none."""
-    from transformers import AutoTokenizer
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer
 
     name, where = source_of(cfg)
     if beside is not None and not Path(name).is_dir():
@@ -335,6 +337,10 @@ def load_tokenizer(cfg: LlmConfig, *, beside: Path | None = None) -> Any:
             f"{what} cannot be read by this version of transformers, because the file names no beginning-of-text token "
             "(tokenizer.ggml.bos_token_id): update transformers to 5.18 or later, or give a Hugging Face folder"
         ) from e
+    if "gguf_file" in where and Version(transformers.__version__) < Version("5.18"):
+        # These give the token that begins a text as the one that ends it.
+        config = AutoConfig.from_pretrained(name, **where)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
         # What transformers makes up for a folder that holds a config.json alone: text would become nothing.
         raise UserError(

@@ -77,8 +77,9 @@ def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
-        d_in, d_out = module.weight.shape  # pyright: ignore[reportGeneralTypeIssues]
-        return d_in, d_out
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight.shape[0], weight.shape[1]
     return None
 
 

@@ -68,10 +68,10 @@ def check(
 
         counter = load_tokenizer(llm)
     if cfg is not None and not tokenizer:  # with a tokenizer of its own, the language model need not be at hand
-        from beholder.model.families import check_positions
-        from beholder.prepare.estimate import max_positions
+        from beholder.model.families import check_limits
+        from beholder.prepare.estimate import language_limits
 
-        check_positions(max_positions(cfg.model.llm), cfg.prompting.max_seq_len, cfg.model.llm.name_or_path)
+        check_limits(language_limits(cfg.model.llm), cfg)
     report = check_data(sources, counter, verify_images="decode" if decode else "exists", progress=progress, **rules)
     if rejects is not None:
         report.write_rejects(rejects)

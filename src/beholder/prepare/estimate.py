@@ -47,7 +47,7 @@ from beholder.data.collate import WINDOW
 from beholder.data.sources import missing_files
 from beholder.model import vision as vision_door
 from beholder.model.connector import build_connector
-from beholder.model.families import check_positions, check_soft_cap, kernel_at_hand, position_limit
+from beholder.model.families import NO_LIMITS, Limits, check_limits, check_soft_cap, kernel_at_hand, limits_of
 from beholder.model.language import load_tokenizer, source_of
 from beholder.model.losses import MAX_LOGITS
 from beholder.model.patch_layout import Declared, UnknownLayout, expected_layout
@@ -81,8 +81,7 @@ class LanguageShape:
     layer_params: int
     """Weights inside the decoder layers: neither embeddings nor head."""
     qk_norm: bool
-    max_positions: int | None = None
-    """Rows of its table of positions; None where it has none (`model.families.position_limit`)."""
+    limits: Limits = NO_LIMITS
     adapter_params: int = 0
     adapter_inputs: int = 0
     """Width of all different inputs of adapted layers, added up over the model."""
@@ -222,7 +221,7 @@ def estimate(
     lora = cfg.model.lora if cfg.has_adapters else None
     language = _try(gaps, lambda: language_shape(cfg.model.llm, llm_config, lora))
     if language:
-        check_positions(language.max_positions, cfg.prompting.max_seq_len, cfg.model.llm.name_or_path)
+        check_limits(language.limits, cfg)
     vision = _try(gaps, lambda: vision_shape(cfg.model.vision, vision_config))
     connector = None
     if language and vision:
@@ -270,7 +269,7 @@ def language_shape(cfg: LlmConfig, config_file: Path | None = None, lora: LoraCo
         params=_weights(model),
         layer_params=sum(p.numel() for name, p in model.named_parameters() if name.startswith(inside)),
         qk_norm=any("q_norm" in name for name, _ in model.named_parameters()),
-        max_positions=position_limit(model),
+        limits=limits_of(model),
     )
 
 
@@ -287,9 +286,9 @@ def _empty_language(cfg: LlmConfig, config_file: Path | None) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code, **kernel)
 
 
-def max_positions(cfg: LlmConfig) -> int | None:
-    """`model.families.position_limit` of a language model whose weights are not loaded."""
-    return position_limit(_empty_language(cfg, None))
+def language_limits(cfg: LlmConfig) -> Limits:
+    """`model.families.limits_of` a language model whose weights are not loaded."""
+    return limits_of(_empty_language(cfg, None))
 
 
 def _parent_and_role(name: str) -> tuple[str, str]:
@@ -431,8 +430,8 @@ def _estimate_sequence(
     tokenizer = _try(gaps, lambda: load_tokenizer(cfg.model.llm, beside=llm_config))
     targets = _target_lengths(cfg, examples, tokenizer, gaps)
     assert result.language is not None
-    rows = result.language.vocab
-    prompt = _try(gaps, lambda: _prompt_tokens(cfg, tokenizer, num_visual, rows)) if tokenizer else None
+    table_rows = result.language.vocab
+    prompt = _try(gaps, lambda: _prompt_tokens(cfg, tokenizer, num_visual, table_rows)) if tokenizer else None
     if prompt is None:
         prompt = num_visual + 3 + round(len(cfg.prompting.instruction) / 4)
         gaps.append(f"prompt length: {prompt} tokens assumed (4 characters a token)")

@@ -18,7 +18,7 @@ import torch
 from beholder.config import RunConfig
 from beholder.data import Data, build_data, build_encoder
 from beholder.model.build import build_vlm
-from beholder.model.families import check_positions
+from beholder.model.families import check_limits
 from beholder.model.plan import frozen_fingerprint
 from beholder.model.vlm import VisionLanguageModel
 from beholder.probes.loss import SampleLoss
@@ -153,7 +153,7 @@ def open_session(cfg: RunConfig, run: RunDir, dist: Dist) -> Session:
     started = time.perf_counter()
     model, tokenizer = build_vlm(cfg.model, compute_precision=cfg.train.precision, device=dist.device, seed=cfg.seed)
     build_encoder(cfg, tokenizer, model.num_visual_tokens).check_table(model.language.vocab)
-    check_positions(model.language.max_positions, cfg.prompting.max_seq_len, model.language.name)
+    check_limits(model.language.limits, cfg)
     frozen = frozen_fingerprint(model)
     loaded = time.perf_counter()
 
