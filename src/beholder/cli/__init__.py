@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 import sys
 
-from rich.console import Console
 from rich.markup import escape
 
 from beholder.cli import before, look, train, use
-from beholder.cli.common import EXIT_GUARDRAIL, EXIT_SIGINT, EXIT_USER, app
-from beholder.types import UserError, printable
+from beholder.cli.common import EXIT_GUARDRAIL, EXIT_SIGINT, EXIT_USER, app, terminal
+from beholder.types import UserError
 
 __all__ = ["app", "before", "look", "main", "train", "use"]
 
@@ -24,11 +23,11 @@ def main() -> None:
     """Entry point of ``beholder`` and ``python -m beholder``."""
     # A tokenizer forked into a DataLoader worker warns about its thread pool on every batch otherwise.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    err = Console(stderr=True, highlight=False)
+    err = terminal(stderr=True)
     try:
         app()
     except UserError as error:
-        err.print(f"[bold red]error:[/bold red] {escape(printable(str(error)))}", soft_wrap=True)
+        err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(EXIT_USER)
     except KeyboardInterrupt:
         err.print("interrupted")
@@ -37,6 +36,6 @@ def main() -> None:
         from beholder.train.nonfinite import NonFiniteError
 
         if isinstance(error, NonFiniteError | FloatingPointError):
-            err.print(f"[bold red]stopped:[/bold red] {escape(printable(str(error)))}", soft_wrap=True)
+            err.print(f"[bold red]stopped:[/bold red] {escape(str(error))}", soft_wrap=True)
             sys.exit(EXIT_GUARDRAIL)
         raise
