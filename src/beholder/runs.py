@@ -27,7 +27,7 @@ from typing import Any
 import filelock
 import psutil
 
-from beholder.types import Status, UserError
+from beholder.types import Status, UserError, printable
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -534,7 +534,7 @@ def _git(folder: Path) -> dict[str, Any] | None:
 
 def warn_to_stderr(message: str) -> None:
     """The default way of this layer to tell a person something without stopping."""
-    print(f"[warning] {message}", file=sys.stderr, flush=True)
+    print(f"[warning] {printable(message)}", file=sys.stderr, flush=True)
 
 
 Warn = Callable[[str], None]

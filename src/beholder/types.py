@@ -57,15 +57,24 @@ webdataset: tar shards. parquet: rows with image bytes.
 """
 
 
-def printable(text: str) -> str:
-    """``text`` without power over a terminal: newlines and tabs kept, other control, format and direction characters
-    as escapes. It may be given in pieces."""
+def printable(text: str, *, one_line: bool = False) -> str:
+    """``text`` without power over a terminal or a page: control, format and direction characters as JSON escapes.
+
+    Newlines and tabs are kept unless it has to stay on ``one_line``. It may be given in pieces; JSON stays the same
+    JSON.
+    """
+    if text.isprintable():
+        return text
+    kept = "\N{ZERO WIDTH JOINER}" if one_line else "\n\t\N{ZERO WIDTH JOINER}"  # the joiner holds emoji together
     return "".join(
-        f"\\u{ord(c):04x}"
-        if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\n\t\N{ZERO WIDTH JOINER}"
-        else c
+        _json_escape(c) if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in kept else c
         for c in text
     )
+
+
+def _json_escape(c: str) -> str:
+    units = c.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[k : k + 4]}" for k in range(0, len(units), 4))
 
 
 Condition = Literal["correct", "shuffled", "zero", "noise", "none"]

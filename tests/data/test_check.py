@@ -112,7 +112,7 @@ def test_hostile_text_is_printed_literally(tmp_path: Path) -> None:
     text = printed(check_data([SourceConfig(json_path=str(tmp_path / "a.jsonl"))]))
 
     assert "\x1b" not in text and "\u202e" not in text
-    assert "[red]\\x1b[2J\\u202e[/red][link=x]" in text.replace("\n", "")
+    assert "[red]\\u001b[2J\\u202e[/red][link=x]" in text.replace("\n", "")
 
 
 def test_a_file_with_only_bad_records_is_reported_and_not_a_crash(tmp_path: Path) -> None:

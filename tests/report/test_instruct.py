@@ -20,7 +20,8 @@ from beholder.report.content import candidate_rows, footprint, key_numbers, rete
 from beholder.report.content import warnings as told_warnings
 from beholder.report.render import exact_curves, exact_plot, small_plots
 from beholder.report.verdicts import fails, gate_rows, looks, promotes
-from beholder.report.words import fmt, fmt_ci, visible
+from beholder.report.words import fmt, fmt_ci
+from beholder.types import printable
 
 MakeEvidence = Callable[..., Evidence]
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -386,7 +387,7 @@ def test_hostile_questions_kinds_modules_and_reasons_stay_text(make_instruct_evi
 
     assert [t for t, _ in page.elements] == [t for t, _ in expected.elements]
     assert [sorted(a) for _, a in page.elements] == [sorted(a) for _, a in expected.elements]
-    assert visible(text).split("\n")[0] in page.text
+    assert printable(text).split("\n")[0] in page.text
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", html)
     assert not re.search(r"(?<!\\)[<`]", markdown.replace("> **", ""))
     assert not re.search(r"(?<!\\)\]\(", markdown)

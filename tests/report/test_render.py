@@ -25,8 +25,8 @@ from beholder.evidence import (
 from beholder.report import render, render_html, render_markdown
 from beholder.report.content import warnings
 from beholder.report.verdicts import learned, looks
-from beholder.report.words import duration, fmt, fmt_ci, visible
-from beholder.types import Status, UserError
+from beholder.report.words import duration, fmt, fmt_ci
+from beholder.types import Status, UserError, printable
 
 MakeEvidence = Callable[..., Evidence]
 
@@ -268,7 +268,7 @@ def test_hostile_text_is_shown_and_never_acts(make_evidence: MakeEvidence, text:
 
     assert [t for t, _ in page.elements] == [t for t, _ in expected.elements]
     assert [sorted(a) for _, a in page.elements] == [sorted(a) for _, a in expected.elements]
-    assert visible(text).split("\n")[0] in page.text
+    assert printable(text).split("\n")[0] in page.text
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", html)
 
 

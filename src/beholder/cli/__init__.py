@@ -12,12 +12,11 @@ import sys
 import warnings
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from beholder.cli import before, look, train, use
-from beholder.cli.common import EXIT_CRASH, EXIT_GUARDRAIL, EXIT_SIGINT, EXIT_USER, app
-from beholder.types import ConfigNote, ProcessError, UserError, printable
+from beholder.cli.common import EXIT_CRASH, EXIT_GUARDRAIL, EXIT_SIGINT, EXIT_USER, app, terminal
+from beholder.types import ConfigNote, ProcessError, UserError
 
 __all__ = ["app", "before", "look", "main", "train", "use"]
 
@@ -26,23 +25,23 @@ def main() -> None:
     """Entry point of ``beholder`` and ``python -m beholder``."""
     # A tokenizer forked into a DataLoader worker warns about its thread pool on every batch otherwise.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    err = Console(stderr=True, highlight=False)
+    err = terminal(stderr=True)
     shown = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if not issubclass(category, ConfigNote):
             shown(message, category, *where, **more)
         elif os.environ.get("RANK", "0") == "0":
-            err.print(f"[yellow]note:[/yellow] {escape(printable(str(message)))}", soft_wrap=True)
+            err.print(f"[yellow]note:[/yellow] {escape(str(message))}", soft_wrap=True)
 
     warnings.showwarning = show
     try:
         app()
     except UserError as error:
-        err.print(f"[bold red]error:[/bold red] {escape(printable(str(error)))}", soft_wrap=True)
+        err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(EXIT_USER)
     except ProcessError as error:
-        err.print(f"[bold red]error:[/bold red] {escape(printable(str(error)))}", soft_wrap=True)
+        err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(EXIT_CRASH)
     except KeyboardInterrupt:
         err.print("interrupted")
@@ -51,6 +50,6 @@ def main() -> None:
         from beholder.train.nonfinite import NonFiniteError
 
         if isinstance(error, NonFiniteError | FloatingPointError):
-            err.print(f"[bold red]stopped:[/bold red] {escape(printable(str(error)))}", soft_wrap=True)
+            err.print(f"[bold red]stopped:[/bold red] {escape(str(error))}", soft_wrap=True)
             sys.exit(EXIT_GUARDRAIL)
         raise

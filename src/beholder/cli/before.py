@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from beholder.cli import common
-from beholder.cli.common import ConfigArg, ImageRoots, Json, Sets, app, example, tell, terminal
+from beholder.cli.common import ConfigArg, ImageRoots, Json, Sets, app, example, say, tell, terminal
 from beholder.types import DatasetKind
 
 
@@ -26,7 +26,7 @@ def prepare(
     """
     from beholder.prepare.packages import prepare as prepare_assets
 
-    typer.echo(f"{name} is ready in {prepare_assets(name, out or Path('data') / name, say=typer.echo)}")
+    say(f"{name} is ready in {prepare_assets(name, out or Path('data') / name, say=say)}")
 
 
 @app.command(epilog=example("beholder check data/captions.jsonl --image-root data/images --decode"))
@@ -63,7 +63,7 @@ def check(
         )  # fmt: skip
     tell(report, json)
     if rejects is not None:
-        typer.echo(f"rejects written to {rejects}", err=True)
+        say(f"rejects written to {rejects}", err=True)
 
 
 @app.command(epilog=example("beholder preview configs/stage1_align.yaml --num 3 --out preview"))

@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from beholder.terminal import Terminal
+from beholder.types import printable
+
 if TYPE_CHECKING:
     from beholder.stages import Outcome
 
@@ -95,8 +98,13 @@ def example(text: str) -> str:
     return f"[bold]Example:[/bold] {escape(text)}"
 
 
-def terminal(stderr: bool = False) -> Console:
-    return Console(highlight=False, stderr=stderr)
+def terminal(stderr: bool = False) -> Terminal:
+    return Terminal(stderr=stderr)
+
+
+def say(line: str, err: bool = False) -> None:
+    """A line as it is: not wrapped, never markup."""
+    typer.echo(printable(line), err=err)
 
 
 class Record(Protocol):
@@ -114,7 +122,7 @@ def tell(record: Record, json: bool = False, stderr: bool = False) -> None:
     if json:
         from beholder.runs import to_json
 
-        typer.echo(to_json(record.to_json(), indent=2))
+        say(to_json(record.to_json(), indent=2))
     else:
         record.print(terminal(stderr))
 

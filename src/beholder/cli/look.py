@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from beholder.cli.common import Json, RunArg, Sets, app, example, exit_for, tell
+from beholder.cli.common import Json, RunArg, Sets, app, example, exit_for, say, tell
 from beholder.types import UserError
 
 golden_app = typer.Typer(help="Look at the captions of the fixed golden set, step by step.", no_args_is_help=True)
@@ -100,7 +100,7 @@ def compare(
     tell(comparison, json)
     if out is not None:
         comparison.write(out)
-        typer.echo(f"written to {out}", err=True)
+        say(f"written to {out}", err=True)
 
 
 @app.command(epilog=example("beholder report outputs/quickstart/instruct"))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from beholder.cli.common import ConfigArg, Sets, app, example, exit_for, terminal
+from beholder.cli.common import ConfigArg, Sets, app, example, exit_for, say, terminal
 
 
 @app.command(epilog=example("beholder quickstart"))
@@ -65,7 +65,7 @@ def run(
     else:
         cfg, settings = load_scaled(config, scale, sets or [])
         if os.environ.get("RANK", "0") == "0":
-            typer.echo(f"scale {scale}: {', '.join(settings) or 'the config as it is'}; run folder {cfg.run_dir}")
+            say(f"scale {scale}: {', '.join(settings) or 'the config as it is'}; run folder {cfg.run_dir}")
     if smoke:
         from beholder.prepare.tiny import make_smoke
 

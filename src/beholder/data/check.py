@@ -23,6 +23,7 @@ from beholder.data.formats import INSTRUCTION_KINDS
 from beholder.data.hygiene import HygieneReport, Progress, apply_hygiene
 from beholder.data.images import ImageFacts
 from beholder.data.sources import Records, Reject, open_sources
+from beholder.types import printable
 
 EXAMPLES_PER_REASON = 3
 
@@ -77,7 +78,7 @@ class CheckReport:
                       f"{len(self.files)} file(s), fingerprint {self.fingerprint[:12]}")  # fmt: skip
         table = _table("sources", "source", "records", "accepted")
         for name, n in self.sources.items():
-            table.add_row(Text(_printable(name)), f"{n['records']:,}", f"{n['accepted']:,}")
+            table.add_row(Text(printable(name, one_line=True)), f"{n['records']:,}", f"{n['accepted']:,}")
         console.print(table)
         if self.length:
             console.print(f"target length in {self.unit}: " + ", ".join(f"{k} {v:g}" for k, v in self.length.items()))
@@ -101,7 +102,9 @@ class CheckReport:
             table = _table("rejects", "reason", "records", "first")
             for reason, n in self.rejects_by_reason.items():
                 first = [r for r in self.rejects if r.reason == reason][:EXAMPLES_PER_REASON]
-                shown = "\n".join(_printable(f"{r.file}: record {r.row} (id {r.id}): {r.detail}") for r in first)
+                shown = "\n".join(
+                    printable(f"{r.file}: record {r.row} (id {r.id}): {r.detail}", one_line=True) for r in first
+                )
                 table.add_row(reason, f"{n:,}", Text(shown))
             console.print(table)
         for note in self.notes:
@@ -206,8 +209,3 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right" if column in ("records", "accepted") else "left")
     return table
-
-
-def _printable(text: str) -> str:
-    """Control and direction-changing characters as escapes, so that hostile data cannot rewrite the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -25,7 +25,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageFile
 
-from beholder.types import ImageGeometry, ImageRef, UserError
+from beholder.types import ImageGeometry, ImageRef, UserError, printable
 
 if TYPE_CHECKING:  # checking files needs neither
     import pyarrow
@@ -96,7 +96,8 @@ class ImageError(UserError):
         self.detail = detail
 
     def __str__(self) -> str:
-        return f"image {self.ref}: {self.detail} [{self.reason}]" if self.detail else str(self.ref)
+        name = printable(str(self.ref), one_line=True)
+        return f"image {name}: {self.detail} [{self.reason}]" if self.detail else name
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from beholder.evidence import CONDITIONS, Condition, Evidence, Measurement, Samp
 from beholder.evidence.gates import verdict
 from beholder.prepare.packages import Assets, prepare_quickstart
 from beholder.stages import Outcome, run_stage
+from beholder.terminal import Terminal
 from beholder.types import UserError
 
 OBJECTS = "easy_vqa_objects.txt"
@@ -111,7 +112,7 @@ def run_quickstart(
     The outcome is that of the last part that ran: each starts only when the one before passed its gates.
     ``scale``: of the second part, ``smoke`` or ``full``.
     """
-    console = console or Console(highlight=False)
+    console = console or Terminal()
     started = time.perf_counter()
     assets = prepare_quickstart(say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
     if resume not in ("auto", "never"):
@@ -179,7 +180,7 @@ def print_answers(evidence: Evidence, console: Console) -> None:
         row = [evidence.get(f"answer.accuracy.{c}", stratum) for c in ("correct", "shuffled", "none")]
         gain = evidence.get("answer.gain.none", stratum)
         n = "" if row[0] is None else str(row[0].n)
-        table.add_row(stratum or "all", *("–" if m is None else f"{m.value:.1%}" for m in row), _gain(gain), n)
+        table.add_row(Text(stratum or "all"), *("–" if m is None else f"{m.value:.1%}" for m in row), _gain(gain), n)
     console.print()
     console.print(table)
     curve = next((c for c in evidence.curves if c.name == "quick_eval.exact"), None)

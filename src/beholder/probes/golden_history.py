@@ -17,7 +17,8 @@ from rich.text import Text
 from beholder.probes import collapse
 from beholder.probes.caption_metrics import exact_match
 from beholder.probes.golden import MAX_TOLD, GoldenCaption, load_captions
-from beholder.types import UserError
+from beholder.terminal import Terminal
+from beholder.types import UserError, printable
 
 Step = int | str
 """Optimizer steps done, or ``first`` or ``last`` for the earliest and latest that were captioned."""
@@ -94,7 +95,7 @@ class GoldenStep:
 
     def print(self, console: Console | None = None) -> None:
         """Reference and caption of every picture, and the symptoms of collapse."""
-        console = console or Console()
+        console = console or Terminal()
         rows = self.rows
         table = Table(title=_plain(f"{self.folder}: golden captions, step {self.step}"))
         chats = any(r.category or r.prompt_text for r in rows)
@@ -168,7 +169,7 @@ class GoldenDiff:
 
     def print(self, console: Console | None = None) -> None:
         """Every picture whose caption changed, with the words that did; the others are only counted."""
-        console = console or Console()
+        console = console or Terminal()
         if self.changed:
             table = Table(title=_plain(f"{self.folder}: golden captions, step {self.step_before} → {self.step_after}"))
             table.add_column("sample", overflow="fold")
@@ -253,8 +254,7 @@ def _marked(row: GoldenChange) -> Text:
 
 def _plain(text: str, style: str = "") -> Text:
     """Model output on a terminal: never markup, and no control character reaches it."""
-    line = " ".join(text.split())
-    return Text("".join(c if c.isprintable() else "\ufffd" for c in line) or "(empty)", style)
+    return Text(printable(" ".join(text.split())) or "(empty)", style)
 
 
 def _exact(captions: Sequence[GoldenCaption]) -> int:

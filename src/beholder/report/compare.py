@@ -27,9 +27,9 @@ from beholder.evidence.catalogue import called, unit_of
 from beholder.report.content import measured_step
 from beholder.report.markdown import escaped, table
 from beholder.report.page import page
-from beholder.report.words import fmt, fmt_ci, interval, number, visible, written
+from beholder.report.words import fmt, fmt_ci, interval, number, written
 from beholder.runs import atomic_write
-from beholder.types import UserError
+from beholder.types import UserError, printable
 
 
 class Run(Record):
@@ -134,14 +134,14 @@ class Comparison(Record):
     def print(self, console: Console) -> None:
         """The same to a terminal."""
         for warning in self.warnings:
-            console.print(Text("warning: " + visible(warning), style="bold red"), soft_wrap=True)
+            console.print(Text("warning: " + printable(warning), style="bold red"), soft_wrap=True)
         for title, headings, rows in self._tables():
             shown = Table(title=title, title_justify="left")
             for k, heading in enumerate(headings):
                 right = title == MEASUREMENTS and k > 1
-                shown.add_column(Text(visible(heading)), overflow="fold", justify="right" if right else "left")
+                shown.add_column(Text(printable(heading)), overflow="fold", justify="right" if right else "left")
             for row in rows:
-                shown.add_row(*(Text(visible(v)) for v in row))
+                shown.add_row(*(Text(printable(v)) for v in row))
             console.print(shown)
             console.print()
 

@@ -10,7 +10,8 @@ from beholder.evidence import Evidence, Measurement
 from beholder.evidence.catalogue import grouping_name, shown
 from beholder.report import answers, content
 from beholder.report.verdicts import Verdict, gate_rows, verdicts
-from beholder.report.words import condition_names, count, flatten, fmt, fmt_ci, metric_name, signed, visible, with_ci
+from beholder.report.words import condition_names, count, flatten, fmt, fmt_ci, metric_name, signed, with_ci
+from beholder.types import printable
 
 MARKS = {"good": "✅", "weak": "⚠️", "bad": "❌", "unknown": "❔", "plain": "▫️"}
 
@@ -199,7 +200,7 @@ def _record(e: Evidence) -> list[str]:
     lines += table(["source", "samples"], [[k, count(v)] for k, v in d.sources.items()])
     lines += ["## Provenance", "", *table(["", ""], [list(row) for row in flatten(e.provenance)])]
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`+", e.config_yaml)), 3)
-    return [*lines, "## Config", "", f"{fence}yaml", visible(e.config_yaml).rstrip(), fence, ""]
+    return [*lines, "## Config", "", f"{fence}yaml", printable(e.config_yaml).rstrip(), fence, ""]
 
 
 def _noted(e: Evidence, measured: Sequence[Measurement]) -> list[list[str]]:
@@ -216,5 +217,5 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def escaped(text: str) -> str:
     """Text as text: HTML and Markdown characters escaped, on one line."""
-    one_line = " ".join(visible(text).split())
+    one_line = " ".join(printable(text).split())
     return re.sub(r"([\\`*_\[\]|#!~$])", r"\\\1", html.escape(one_line, quote=False))

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined
 
-from beholder.report.words import visible
+from beholder.types import printable
 
 
 def page(template: str, *, folder: Path | None = None, **facts: Any) -> str:
@@ -25,4 +25,4 @@ def page(template: str, *, folder: Path | None = None, **facts: Any) -> str:
 
 def _finalize(value: Any) -> Any:
     # Every text that a template prints passes here; Markup (our own SVG) is a str subclass and passes unchanged.
-    return visible(value) if type(value) is str else value
+    return printable(value) if type(value) is str else value

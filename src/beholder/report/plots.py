@@ -19,7 +19,8 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from beholder.evidence import Curve, Histogram, Measurement
-from beholder.report.words import MINUS, NBSP, count, fmt, fmt_ci, number, visible
+from beholder.report.words import MINUS, NBSP, count, fmt, fmt_ci, number
+from beholder.types import printable
 
 # Matplotlib wants hex colours; each of these stands for a CSS variable and is replaced in the SVG text.
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
@@ -74,7 +75,7 @@ def curves(
             axes.yaxis.set_minor_locator(LogLocator(subs=()))
             axes.yaxis.set_major_formatter(_plain)
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel(visible(lines[0][1].unit))
+        axes.set_ylabel(printable(lines[0][1].unit))
         axes.margins(x=0.01)
         _draw_bands(axes, bands, log, height)
         svg = _svg(figure, title)
@@ -95,7 +96,7 @@ def _draw_bands(axes: Any, bands: Sequence[tuple[str, float]], log: bool, height
     for label, level in sorted(drawn, key=lambda band: band[1]):
         share = math.log(level / low) / math.log(high / low) if log else (level - low) / (high - low)
         floor = max(share, floor)
-        name = visible(f"{label} {number(level, '')}")
+        name = printable(f"{label} {number(level, '')}")
         axes.text(1.008, floor, name, transform=axes.transAxes, va="center", color=_MUTED, fontsize=11)
         floor += gap
 
@@ -217,8 +218,8 @@ def histogram(
         for k, name in enumerate(names):
             places = [i - 0.42 + slot * (k + 0.5) for i in range(len(data.bins))]
             axes.bar(places, data.series[name], width=slot * 0.94, color=_SERIES[slots[k]], linewidth=0)
-        axes.set_xticks(range(len(data.bins)), [visible(b) for b in data.bins])
-        axes.set_xlabel(visible(data.unit))
+        axes.set_xticks(range(len(data.bins)), [printable(b) for b in data.bins])
+        axes.set_xlabel(printable(data.unit))
         axes.set_ylabel("samples")
         svg = _svg(figure, title)
     return Plot(svg, [(f"s{s + 1}", labels.get(n, n)) for s, n in zip(slots, names, strict=True)])
@@ -291,5 +292,5 @@ def _svg(figure: Any, title: str) -> Markup:
         text = text.replace(color, f"var({variable})")
     view = re.search(r'viewBox="([^"]+)"', text)
     assert view is not None
-    head = f'<svg viewBox="{view[1]}" role="img" aria-label="{escape(visible(title))}">'
+    head = f'<svg viewBox="{view[1]}" role="img" aria-label="{escape(printable(title))}">'
     return Markup(head + text[text.index(">") + 1 :].strip())

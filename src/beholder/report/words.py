@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -149,20 +148,3 @@ def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     if isinstance(value, list):
         return [(prefix, " ".join(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in value))]
     return [(prefix, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))]
-
-
-def visible(text: str) -> str:
-    """The text with control and direction characters as visible symbols, so that none can act on the page.
-
-    C0 controls become their pictures (U+2400 …), others and Unicode's direction marks become ``\\u202e``-like
-    escapes; line breaks and tabs stay.
-    """
-    return "".join(c if c in "\n\t" else _shown(c) for c in text)
-
-
-def _shown(c: str) -> str:
-    if ord(c) < 32:
-        return chr(0x2400 + ord(c))
-    if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c != "\u200d":  # the joiner holds emoji together
-        return f"\\u{ord(c):04x}"
-    return c

@@ -16,9 +16,10 @@ from beholder.evidence import Measurement
 from beholder.report.markdown import escaped, table
 from beholder.report.page import page
 from beholder.report.plots import round_steps_around
-from beholder.report.words import duration, visible
+from beholder.report.words import duration
 from beholder.runs import atomic_write
 from beholder.studies.record import DELTAS, Row, SweepRecord, titles, value_of, word
+from beholder.types import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,18 +144,18 @@ def print_record(record: SweepRecord, console: Console) -> None:
         shown.add_column(heading, justify="left" if heading in ("run", "do not use") else "right", overflow="fold")
     for r in record.by_rank():
         if r.status != "finished":
-            shown.add_row(visible(r.name), *[""] * 6, Text(r.status, style="red"))
+            shown.add_row(Text(printable(r.name)), *[""] * 6, Text(r.status, style="red"))
             continue
         shown.add_row(
-            Text(visible(r.name), style="bold green" if _best(record, r) else "dim" if r.flags else ""),
+            Text(printable(r.name), style="bold green" if _best(record, r) else "dim" if r.flags else ""),
             *map(number, (r.score, *map(value_of, (r.eval_loss, *r.deltas)))),
             "–" if r.wall_s is None else duration(r.wall_s),
             Text(", ".join(r.flags), style="red"),
         )
     console.print(shown)
     for warning in record.warnings:
-        console.print(Text(visible(f"warning: {warning}"), style="bold red"), soft_wrap=True)
-    console.print(Text(visible(record.ranking.verdict), style="bold"), soft_wrap=True)
+        console.print(Text(printable(f"warning: {warning}"), style="bold red"), soft_wrap=True)
+    console.print(Text(printable(record.ranking.verdict), style="bold"), soft_wrap=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------

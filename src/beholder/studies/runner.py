@@ -22,6 +22,7 @@ from beholder.evidence import load_evidence
 from beholder.report.words import duration
 from beholder.runs import is_held, now, stop_signals
 from beholder.studies.points import Point, Points, is_finished
+from beholder.types import printable
 
 GATES_FAILED = 3
 """Exit code of a run that finished and whose gates failed; for a sweep it is a result like any other."""
@@ -147,7 +148,7 @@ class Runner:
         )
 
     def _say(self, line: str) -> None:
-        self.console.print(f"[sweep] {line}", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(f"[sweep] {printable(line, one_line=True)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _slots(points: Points) -> list[dict[str, str]]:

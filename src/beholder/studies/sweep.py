@@ -35,6 +35,7 @@ from beholder.studies.points import Points, check_folders, is_finished, points_o
 from beholder.studies.record import MEASURED, RECORD, SUMMARY, Row, SweepRecord, summary_csv
 from beholder.studies.runner import Runner
 from beholder.studies.score import Entry, flags, rank, score
+from beholder.terminal import Terminal
 from beholder.types import UserError
 
 
@@ -74,7 +75,7 @@ def run_sweep(
     Raises `UserError` for a config that cannot be swept, for run folders of other settings, and when another process
     sweeps the same folder.
     """
-    console = console or Console(highlight=False)
+    console = console or Terminal()
     points = points_of(config, overrides)
     if (points.folder / "run.json").exists():
         raise UserError(

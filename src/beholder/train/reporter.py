@@ -25,6 +25,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )  # fmt: skip
 
+from beholder.terminal import Terminal
+from beholder.types import printable
+
 _SMOOTHING_STEPS = 200
 """Steps the average step time remembers; the first step (warm-up of kernels and workers) is left out."""
 
@@ -50,7 +53,7 @@ class Reporter:
         enabled: bool = True,
         console: Console | None = None,
     ) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Terminal(soft_wrap=True)
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
         self.full_epoch_steps = (full_train_samples or steps_per_epoch * samples_per_step) / samples_per_step
@@ -94,9 +97,9 @@ class Reporter:
     # -- lines
 
     def line(self, tag: str, text: str) -> None:
-        """``[tag] text``; above the bar when there is one."""
+        """``[tag] text``, a line whatever is in it; above the bar when there is one."""
         if self.enabled:
-            self.console.print(f"[{tag}] {text}", markup=False, highlight=False)
+            self.console.print(f"[{tag}] {printable(text, one_line=True)}", markup=False, highlight=False)
 
     def data(self, *, full_len: int, subset_train: int, subset_eval: int, full_train: int | None = None) -> None:
         """The seed's ``[data]`` line: records in the files, samples trained on, samples held out."""

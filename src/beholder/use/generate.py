@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from beholder.config import GREEDY, GenerateConfig
-from beholder.types import UserError
+from beholder.types import UserError, printable
 from beholder.use.answer_file import answer_file, read_questions
 from beholder.use.vlm import Request, load
 
@@ -26,7 +26,7 @@ class Said:
     facts: dict[str, Any]
 
     def print(self, console: Console) -> None:
-        console.file.write(f"{self.text}\n")  # as it is: not wrapped, and never markup
+        console.file.write(f"{printable(self.text)}\n")  # not wrapped, no tab expanded, never markup
 
     def to_json(self) -> dict[str, Any]:
         return self.facts

@@ -25,6 +25,7 @@ from beholder.probes.answers import accuracy_rule, mean_share, pope, says_yes
 from beholder.probes.caption_metrics import exact_match
 from beholder.probes.captions import match_scores
 from beholder.probes.vqa import vqa_accuracy
+from beholder.terminal import Terminal
 from beholder.types import UserError, printable
 
 Kind = Literal["vqa", "pope", "caption"]
@@ -62,7 +63,7 @@ class Score:
 
     def print(self, console: Console | None = None) -> None:
         """A table: value, 95 % interval and number of answers of every score; what to know about them below."""
-        console = console or Console()
+        console = console or Terminal()
         table = Table(title=Text(printable(f"{self.predictions} against {self.references}")), title_justify="left")
         table.add_column("score", overflow="fold")
         for heading in ("value", "95 % interval", "n"):
@@ -235,7 +236,7 @@ def _what(value: object) -> str:
 
 
 def _some(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:MAX_TOLD]) + (", …" if len(ids) > MAX_TOLD else "")
+    return ", ".join(printable(id, one_line=True) for id in ids[:MAX_TOLD]) + (", …" if len(ids) > MAX_TOLD else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------
