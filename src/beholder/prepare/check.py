@@ -11,13 +11,14 @@ from beholder.config.file import load_config
 from beholder.data.check import CheckReport, check_data
 from beholder.data.hygiene import Progress
 from beholder.data.sources import guess_source
-from beholder.types import DatasetKind, UserError
+from beholder.types import DatasetKind, ShapeName, UserError
 
 
 def check(
     data: str | Path,
     *,
     dataset: DatasetKind | None = None,
+    shape: ShapeName | None = None,
     annotations: str | Path | None = None,
     stage: str | None = None,
     image_root: str | Path | None = None,
@@ -30,8 +31,8 @@ def check(
     """Count, measure and vet ``data``: a config's (``.yaml`` / ``.yml``), or a record file, folder or glob.
 
     A config says itself what its data are (held-out ones included) and by which rules; for records ``dataset``,
-    ``annotations``, ``stage`` and ``image_root`` do. ``tokenizer`` counts the tokens, by default the config's.
-    ``rejects``: file for every reject, a line of JSON each.
+    ``shape``, ``annotations``, ``stage`` and ``image_root`` do. ``tokenizer`` counts the tokens, by default the
+    config's. ``rejects``: file for every reject, a line of JSON each.
     """
     if rejects is not None and (rejects.is_dir() or not rejects.parent.is_dir()):
         raise UserError(f"--rejects {rejects}: expected a file in an existing folder")
@@ -39,10 +40,10 @@ def check(
         raise UserError(f"--stage {stage}: no such stage; expected one of {', '.join(STAGES)}")
     llm = LlmConfig(name_or_path=tokenizer) if tokenizer else None
     if str(data).endswith((".yaml", ".yml")):
-        if dataset or annotations or image_root or stage:
+        if dataset or shape or annotations or image_root or stage:
             raise UserError(
-                "--dataset, --annotations, --stage and --image-root describe a record file; DATA is a config file, "
-                "which says these itself; remove them"
+                "--dataset, --as, --annotations, --stage and --image-root describe a record file; DATA is a config "
+                "file, which says these itself; remove them"
             )
         cfg = load_config(data, overrides)
         sources, llm = (*cfg.data.train_sources, *cfg.data.eval_sources), llm or cfg.model.llm
@@ -54,7 +55,7 @@ def check(
         raise UserError("--set overrides settings of a config file, but DATA is a record file; remove it")
     else:
         root, answers = (None if path is None else str(path) for path in (image_root, annotations))
-        sources = (guess_source(str(data), dataset=dataset, image_root=root, annotations=answers),)
+        sources = (guess_source(str(data), dataset=dataset, shape=shape, image_root=root, annotations=answers),)
         rules = {"stage": None if stage is None else STAGES[stage]}
     counter = None
     if llm is not None:
