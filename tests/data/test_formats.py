@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from beholder.config import STAGES, SourceConfig
-from beholder.data import containers, sources
+from beholder.data import containers, images, sources
 from beholder.data.check import check_data
 from beholder.data.images import read_bytes
 from beholder.data.sources import RecordError, Records, instructs, open_sources
@@ -314,6 +314,19 @@ def test_tables_with_lists_slices_nulls_and_nested_bytes_give_the_right_pictures
     wanted = {i: [f"{10 * i + k}".encode() for k in range(i % 3)] for i in range(60) if i % 5 != 3 and i % 3}
     assert {e.row: [read_bytes(r) for r in e.images] for e in records} == wanted
     assert {r.reason for r in records.rejects} == {"no_image"}
+
+
+def test_row_groups_too_large_to_be_held_are_read_from_a_copy(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "MAX_GROUP_BYTES", 1000)
+    rows = [{"image": {"bytes": f"{i}".encode() * 300, "path": None}, "caption": "x"} for i in range(200)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+
+    records = opened(tmp_path / "a.parquet")
+
+    assert [read_bytes(records[i].images[0]) for i in (150, 3)] == [b"150" * 300, b"3" * 300]
+    assert len(list((own_cache / "files").rglob("*.arrow"))) == 1
 
 
 def test_a_picture_column_of_another_name_is_read_from_the_table(tmp_path: Path) -> None:

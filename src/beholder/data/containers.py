@@ -16,7 +16,6 @@ import gzip
 import os
 import re
 import shutil
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +29,6 @@ import orjson
 from beholder.data import index, questions
 from beholder.data.images import arrow_table
 from beholder.data.index import BOM, IMAGE_SUFFIXES, MAX_RECORD_BYTES, Found, RecordError, tar_members
-from beholder.runs import cache_dir
 from beholder.types import UserError
 
 if TYPE_CHECKING:
@@ -206,7 +204,7 @@ def local_file(path: str) -> str:
         except (gzip.BadGzipFile, zlib.error) as e:
             raise RecordError(f"{path}: the gzip is damaged: {e}") from None
 
-    return _made_once(key, name, unpack, path)
+    return index.made_once(key, name, unpack, path)
 
 
 def _fetched(url: str) -> str:
@@ -218,7 +216,7 @@ def _fetched(url: str) -> str:
             with fs.open(path, "rb") as file:
                 _copy(file, out, url)
 
-        return _made_once(key, os.path.basename(path), fetch, url)
+        return index.made_once(key, os.path.basename(path), fetch, url)
 
 
 def _copy(file: Any, out: BinaryIO, what: str) -> None:
@@ -227,27 +225,6 @@ def _copy(file: Any, out: BinaryIO, what: str) -> None:
             told = f"{what}: its copy in {os.path.dirname(out.name)} would leave less than 1 GB free"
             raise UserError(f"{told}; make room, or set BEHOLDER_CACHE to a folder on a larger disk")
         out.write(chunk)
-
-
-def _made_once(key: str, name: str, fill: Callable[[BinaryIO], None], what: str) -> str:
-    folder = cache_dir() / "files" / key
-    made = folder / name
-    if not made.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as out:
-                try:
-                    fill(out)  # pyright: ignore[reportArgumentType]
-                    out.flush()
-                    os.replace(out.name, made)
-                except BaseException:
-                    with suppress(OSError):
-                        os.unlink(out.name)
-                    raise
-        except OSError as e:
-            told = f"{what}: its copy in the cache {folder} cannot be written ({e.strerror or e})"
-            raise UserError(f"{told}; set BEHOLDER_CACHE to a folder with room") from None
-    return str(made)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -509,7 +486,7 @@ def _parquet_records(path: str, rules: Rules) -> Iterator[Found]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             names = _wanted(path, file.schema_arrow.names, rules)
             leaves, bare = _without_bytes(file, names)
             # Rows whose image bytes must be read to know which are there are few at a time.

@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
 import orjson
 import PIL
 from PIL import Image, ImageFile
 
+from beholder.data import index
 from beholder.types import ImageGeometry, ImageRef, UserError
 
 if TYPE_CHECKING:  # checking files needs neither
@@ -36,6 +37,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """The only decoders that are ever tried. None that needs an interpreter or another program (EPS, PDF, …)."""
 
 MAX_FILE_BYTES = 256 * 1000 * 1000
+MAX_GROUP_BYTES = 64 * 1000 * 1000
+"""Row groups of parquet with more image bytes are not held, but copied once into a file of random access."""
 _PIXEL_VERSION = 1
 """Raise when the same bytes and geometry start to give other pixels: stored features are keyed by it."""
 
@@ -174,11 +177,16 @@ def _cell_item(ref: ImageRef) -> bytes:
         if ref.kind == "arrow":
             cell = arrow_table(ref.root).column(ref.column)[ref.offset]
         else:
-            mtime_ns = os.stat(ref.root).st_mtime_ns
-            ends = _parquet_group_ends(ref.root, mtime_ns)
-            group = int(np.searchsorted(ends, ref.offset, side="right"))
-            start = int(ends[group - 1]) if group else 0
-            cell = _parquet_row_group(ref.root, ref.column, group, mtime_ns, os.getpid())[ref.offset - start]
+            info = os.stat(ref.root)
+            ends, most_bytes = _parquet_groups(ref.root, ref.column, info.st_mtime_ns)
+            if most_bytes > MAX_GROUP_BYTES:
+                cell = arrow_table(_arrow_copy(ref.root, ref.column, info)).column(ref.column)[ref.offset]
+            else:
+                group = int(np.searchsorted(ends, ref.offset, side="right"))
+                start = int(ends[group - 1]) if group else 0
+                cell = _parquet_row_group(ref.root, ref.column, group, info.st_mtime_ns, os.getpid())[
+                    ref.offset - start
+                ]
         data = next(islice(_all_bytes(cell.as_py()), ref.item, None), None)
     except (OSError, pa.ArrowException, LookupError, ValueError) as e:
         raise ImageError(ref, "unreadable", f"row {ref.offset}: {e}") from None
@@ -209,11 +217,34 @@ def _parquet_row_group(path: str, column: str, group: int, mtime_ns: int, pid: i
 
 
 @functools.lru_cache(maxsize=256)
-def _parquet_group_ends(path: str, mtime_ns: int) -> np.ndarray:
+def _parquet_groups(path: str, column: str, mtime_ns: int) -> tuple[np.ndarray, int]:
+    """(row behind each row group, bytes of the column in the largest)."""
     import pyarrow.parquet as pq
 
     meta = pq.read_metadata(path)
-    return np.cumsum([meta.row_group(g).num_rows for g in range(meta.num_row_groups)], dtype=np.int64)
+    groups = [meta.row_group(g) for g in range(meta.num_row_groups)]
+    sizes = [
+        sum(leaf.total_uncompressed_size for leaf in map(group.column, range(meta.num_columns))
+            if leaf.path_in_schema.split(".")[0] == column)
+        for group in groups
+    ]  # fmt: skip
+    return np.cumsum([group.num_rows for group in groups], dtype=np.int64), max(sizes, default=0)
+
+
+def _arrow_copy(path: str, column: str, info: os.stat_result) -> str:
+    """A column of a parquet file whose row groups are too large to be held, once and for all in the cache."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def fill(out: BinaryIO) -> None:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            schema = pa.schema([file.schema_arrow.field(column)])
+            with pa.ipc.new_stream(out, schema) as stream:
+                for batch in file.iter_batches(64, columns=[column], use_threads=False):
+                    stream.write_batch(batch)
+
+    key = index.cache_key("arrow", os.path.realpath(path), column, info.st_size, info.st_mtime_ns)
+    return index.made_once(key, "column.arrow", fill, path)
 
 
 def arrow_table(path: str) -> pyarrow.Table:

@@ -17,7 +17,7 @@ import re
 import stat
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from types import EllipsisType
 from typing import Any, BinaryIO, NamedTuple
@@ -433,6 +433,28 @@ def copied_texts(key: str, digest: str) -> str | None:
         return _texts_of(key) if sha256_file(_texts_of(key)) == digest else None
     except OSError:
         return None
+
+
+def made_once(key: str, name: str, fill: Callable[[BinaryIO], None], what: str) -> str:
+    """The file in the cache that ``fill`` writes, by whoever comes first. ``what`` it is a copy of, for messages."""
+    folder = cache_dir() / "files" / key
+    made = folder / name
+    if not made.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as out:
+                try:
+                    fill(out)  # pyright: ignore[reportArgumentType]
+                    out.flush()
+                    os.replace(out.name, made)
+                except BaseException:
+                    with suppress(OSError):
+                        os.unlink(out.name)
+                    raise
+        except OSError as e:
+            told = f"{what}: its copy in the cache {folder} cannot be written ({e.strerror or e})"
+            raise UserError(f"{told}; set BEHOLDER_CACHE to a folder with room") from None
+    return str(made)
 
 
 def field_names(raw: bytes) -> list[str]:

@@ -38,7 +38,7 @@ def plain_records(path: Path, expected: str, lists: Sequence[str]) -> PlainFile:
     Raises `UserError`, which ends with what was ``expected``, for a file that cannot be read or holds something else.
     """
     try:
-        raw = path.read_bytes()
+        raw = path.read_bytes().removeprefix(index.BOM)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e}); expected {expected}") from e
     try:

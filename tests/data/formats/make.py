@@ -152,7 +152,8 @@ def layouts() -> dict[str, bytes]:
         "bytes.parquet": parquet([{"image": png(c) if c else None, "text": t} for c, t in
                                   (("red", "a red tile"), ("blue", "a blue tile"), (None, "nothing"))]),
         "arrow_folder/data-00000-of-00001.arrow": arrow([
-            {"image": cell(c), "caption": t} for c, t in (("red", "a red tile"), ("blue", "a blue tile"), (None, "-"))]),
+            {"image": cell(c), "caption": t}
+            for c, t in (("red", "a red tile"), ("blue", "a blue tile"), (None, "-"))]),
         "arrow_folder/state.json": json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}).encode(),
         "arrow_folder/dataset_info.json": b"{}",
         "shards.tar": tar([("0.png", png("red")), ("0.txt", b"a red tile"), ("1.png", png("blue")),
