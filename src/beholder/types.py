@@ -47,14 +47,18 @@ class Status(StrEnum):
     CANCELLED = "cancelled"
 
 
-DatasetKind = Literal["jsonl", "llava_pretrain", "llava_instruct", "sharegpt", "vqa", "gqa", "webdataset", "parquet"]
-"""What a record file holds; here, where the command line can read it without loading the settings.
+DatasetKind = Literal[
+    "auto", "jsonl", "llava_pretrain", "llava_instruct", "sharegpt", "vqa", "gqa", "webdataset", "parquet"
+]
+"""What a record file is; here, where the command line can read it without loading the settings.
 
-jsonl: ``{"id","images":[…],"caption" | "messages" | "conversations","source"}`` a line. llava_pretrain: one JSON array
-of conversations. llava_instruct: the same shape, multi-turn. sharegpt: conversations with system turns, as a JSON array
-or a record a line. vqa: VQA-v2's or OK-VQA's question file, with its annotation file. gqa: GQA's question file.
-webdataset: tar shards. parquet: rows with image bytes.
+auto: recognised by looking. The others hold a file to one container, and some to one shape: jsonl: a record a line.
+llava_pretrain, llava_instruct: one JSON array of conversations. sharegpt: the same, or a record a line. vqa: VQA-v2's
+or OK-VQA's question file, with its annotation file. gqa: GQA's question file. webdataset: tar shards. parquet: rows.
 """
+
+ShapeName = Literal["caption", "turns", "parts", "texts", "query", "instruction", "question", "statement"]
+"""What a record says: a row each of `data.formats.SHAPES`."""
 
 
 def printable(text: str, *, one_line: bool = False) -> str:
@@ -94,16 +98,18 @@ class ImageRef:
     """Where the bytes of one image are. Opening it is `data.images`' business and nobody else's."""
 
     root: str
-    """Folder the image must lie in after every symlink is resolved; or a shard / parquet file."""
+    """Folder the image must lie in after every symlink is resolved; or the file that holds its bytes."""
     path: str
-    """Path below ``root`` as the record spells it; or the member name inside a shard, or the row's label."""
-    kind: Literal["file", "tar", "parquet"] = "file"
+    """Path below ``root`` as the record spells it; or the member name inside a shard, or a label."""
+    kind: Literal["file", "tar", "parquet", "arrow", "inline"] = "file"
     offset: int = 0
-    """tar: byte offset of the member's data. parquet: row number. file: unused."""
+    """tar: byte offset of the member's data. parquet, arrow: row number. inline: byte offset of the record's JSON."""
     size: int = 0
-    """tar: bytes. Otherwise unused."""
+    """tar, inline: bytes. Otherwise unused."""
     item: int = 0
-    """parquet: index inside the row's list of images."""
+    """parquet, arrow: which of the bytes in the cell. inline: which of the record's ``data:`` URIs."""
+    column: str = ""
+    """parquet, arrow: the cell's column."""
     more_roots: tuple[str, ...] = ()
     """file: further folders it may lie in, through a symlink or by an absolute path."""
 

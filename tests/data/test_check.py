@@ -145,7 +145,7 @@ def test_instruction_data_is_checked_by_the_rules_of_its_stage(tmp_path: Path) -
         "one answer to one question about another image is none"
     )
     text = printed(report)
-    assert "one image and no marker, which get it at their start: 3" in text
+    assert "records without a marker, which get their images at their start: 3" in text
     assert "conversations that repeat an earlier one: 1 exactly" in text
     assert "limits of at least 1 tokens" in text
 
@@ -156,7 +156,7 @@ def test_a_question_file_is_checked_with_its_annotations(tmp_path: Path) -> None
     told = guess_source(source.json_path, image_root=source.image_root, annotations=source.annotations_path)
     report = check_data([told.model_copy(update={"image_pattern": source.image_pattern})], verify_images="decode")
 
-    assert told.dataset == "vqa"
+    assert report.layouts == {"VQA question file of question": 12}
     assert (report.records, report.accepted, report.images, report.duplicate_images) == (12, 12, 12, 0)
     with pytest.raises(UserError, match="--annotations"):
         check_data([guess_source(source.json_path)])

@@ -529,11 +529,11 @@ def test_parquet_cells_of_every_shape_give_their_bytes(tmp_path: Path, shape: st
     pq.write_table(pa.table({"image": [wrap(b) for b in cells], "caption": ["c"] * 7}), path, row_group_size=3)
     item = 1 if shape.startswith("list") else 0
 
-    got = [read_bytes(ImageRef(path, f"row {i}", "parquet", i, 0, item)) for i in (6, 0, 3, 2, 5, 1, 4)]
+    got = [read_bytes(ImageRef(path, f"row {i}", "parquet", i, 0, item, "image")) for i in (6, 0, 3, 2, 5, 1, 4)]
 
     assert got == [cells[i] for i in (6, 0, 3, 2, 5, 1, 4)]
-    assert reason(read_bytes, ImageRef(path, "row 0", "parquet", 0, 0, 5)) == "missing_image"
-    assert reason(read_bytes, ImageRef(path, "row 7", "parquet", 7, 0, item)) == "unreadable"
+    assert reason(read_bytes, ImageRef(path, "row 0", "parquet", 0, 0, 5, "image")) == "missing_image"
+    assert reason(read_bytes, ImageRef(path, "row 7", "parquet", 7, 0, item, "image")) == "unreadable"
 
 
 def test_a_null_parquet_cell_is_a_missing_image(tmp_path: Path) -> None:
@@ -542,7 +542,7 @@ def test_a_null_parquet_cell_is_a_missing_image(tmp_path: Path) -> None:
         pa.table({"image": pa.array([{"bytes": None, "path": "/etc/passwd"}, {"bytes": b"x", "path": ""}])}), path
     )
 
-    assert reason(read_bytes, ImageRef(path, "row 0", "parquet", 0)) == "missing_image"
+    assert reason(read_bytes, ImageRef(path, "row 0", "parquet", 0, column="image")) == "missing_image"
 
 
 # ---------------------------------------------------------------------------------------------------------------

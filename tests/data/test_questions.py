@@ -10,6 +10,8 @@ import pytest
 
 from beholder.config import SourceConfig
 from beholder.data import index
+from beholder.data.containers import recognise
+from beholder.data.formats import Rules
 from beholder.data.sources import Records, guess_source, open_sources
 from beholder.types import ImageSlot, UserError
 
@@ -203,7 +205,7 @@ def test_settings_of_question_files_beside_another_kind_are_errors(tmp_path: Pat
 
     for setting in ("annotations_path", "image_pattern"):
         source = SourceConfig.model_validate({"json_path": str(tmp_path / "a.jsonl"), setting: "{image_id}"})
-        with pytest.raises(UserError, match=f"{setting} .*jsonl"):
+        with pytest.raises(UserError, match=f"{setting} .*JSON lines"):
             open_sources([source], image_token="<image>", max_images=1, on_reject="collect")
 
 
@@ -325,6 +327,6 @@ def test_question_files_are_told_from_records_a_line(tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
 
-    kinds = {name: guess_source(str(tmp_path / name)).dataset for name in files}
+    kinds = {name: recognise(str(tmp_path / name), Rules("auto", "<image>", 1).fits) for name in files}
 
-    assert kinds == {"vqa": "vqa", "gqa": "gqa", "one": "jsonl", "lines": "jsonl", "broken": "jsonl"}
+    assert kinds == {"vqa": "vqa", "gqa": "gqa", "one": "lines", "lines": "lines", "broken": "lines"}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 
 from beholder import probes
-from beholder.config import CARRIES_IMAGES, STAGES, DatasetKind
-from beholder.data.formats import FORMATS
+from beholder.config import STAGES, DatasetKind
+from beholder.data.containers import CONTAINERS
+from beholder.data.formats import DATASETS, SHAPES
 from beholder.stages.panel import PANEL
 from beholder.train.objectives import OBJECTIVES
+from beholder.types import ShapeName
 
 
 def test_every_measurement_and_objective_of_a_stage_exists_and_every_row_is_used() -> None:
@@ -35,8 +37,9 @@ def test_a_stage_that_names_none_is_the_first_it_may_be_meant_as_and_there_is_al
 def test_what_the_settings_know_of_layouts_is_what_the_layouts_say() -> None:
     from typing import get_args
 
-    assert tuple(FORMATS) == get_args(DatasetKind)
-    assert {name for name, form in FORMATS.items() if form.images != "file"} == CARRIES_IMAGES
+    assert tuple(DATASETS) == get_args(DatasetKind) and tuple(SHAPES) == get_args(ShapeName)
+    for kind in DATASETS.values():
+        assert set(kind.containers) <= set(CONTAINERS) and set(kind.shapes) <= set(SHAPES)
 
 
 def test_no_file_but_the_stages_knows_a_stages_name() -> None:

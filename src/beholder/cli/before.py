@@ -9,7 +9,7 @@ import typer
 
 from beholder.cli import common
 from beholder.cli.common import ConfigArg, ImageRoots, Json, Sets, app, example, say, tell, terminal
-from beholder.types import DatasetKind
+from beholder.types import DatasetKind, ShapeName, UserError
 
 
 @app.command(epilog=example("beholder prepare openmoji"))
@@ -31,9 +31,12 @@ def prepare(
 
 @app.command(epilog=example("beholder check data/captions.jsonl --image-root data/images --decode"))
 def check(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="A record file, shard, folder of shards, or config.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A record file, shard, folder, glob, URL, or config.")],
     dataset: Annotated[
-        DatasetKind | None, typer.Option(help="Kind of DATA; guessed from the file when not given.")
+        DatasetKind | None, typer.Option(help="Hold DATA to this kind; recognised by looking when not given.")
+    ] = None,
+    shape: Annotated[
+        ShapeName | None, typer.Option("--as", help="What every record says; recognised by looking when not given.")
     ] = None,
     annotations: Annotated[Path | None, typer.Option(help="vqa: the annotation file with the answers.")] = None,
     stage: Annotated[
@@ -57,13 +60,19 @@ def check(
     roots = image_root or []
     with ticking(terminal(stderr=True)) as tick:
         report = check_files(
-            data, dataset=dataset, annotations=annotations, stage=stage, tokenizer=tokenizer, decode=decode,
-            image_root=next(iter(roots), None), more_image_roots=roots[1:], rejects=rejects, overrides=sets or [],
-            progress=tick,
+            data, dataset=dataset, shape=shape, annotations=annotations, stage=stage, tokenizer=tokenizer,
+            decode=decode, image_root=next(iter(roots), None), more_image_roots=roots[1:], rejects=rejects,
+            overrides=sets or [], progress=tick,
         )  # fmt: skip
     tell(report, json)
     if rejects is not None:
         say(f"rejects written to {rejects}", err=True)
+    if report.fruitless:
+        raise UserError(
+            f"{', '.join(report.fruitless[:3])}: nothing was accepted; the rejects above say why. Where the fields are "
+            "called otherwise, name them as columns in data.sources; where looking does not tell what records say, "
+            "give --as"
+        )
 
 
 @app.command(epilog=example("beholder preview configs/stage1_align.yaml --num 3 --out preview"))

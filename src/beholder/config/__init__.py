@@ -15,7 +15,6 @@ The field docstrings become the JSON schema's descriptions (``beholder schema``)
 
 from beholder.config.data import (
     CAPTION_SPAM,
-    CARRIES_IMAGES,
     DataConfig,
     FeaturesConfig,
     HygieneConfig,
@@ -48,7 +47,7 @@ from beholder.config.studies import SCALES, SweepConfig
 from beholder.types import DatasetKind
 
 __all__ = [
-    "CAPTION_SPAM", "CARRIES_IMAGES", "GREEDY", "SCALES", "STAGES", "AblationConfig", "BestRule", "Cadence",
+    "CAPTION_SPAM", "GREEDY", "SCALES", "STAGES", "AblationConfig", "BestRule", "Cadence",
     "ConnectorConfig", "DataConfig", "DatasetKind", "Decided", "EvalConfig", "FeaturesConfig", "Fraction",
     "GateConfig", "GenerateConfig", "HygieneConfig", "HygieneLimits", "LearningRates", "LlmConfig", "LoraConfig",
     "ModelConfig", "Positive", "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig",

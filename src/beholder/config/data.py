@@ -8,37 +8,45 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from beholder.config.section import Fraction, Inert, Natural, Positive, Section, Tiny, decides
-from beholder.types import DatasetKind
+from beholder.types import DatasetKind, ShapeName
 
 # ---------------------------------------------------------------------------------------------------------------
 # data
 
 
-CARRIES_IMAGES: frozenset[DatasetKind] = frozenset(("webdataset", "parquet"))
-"""Kinds whose images lie in the record file itself."""
-
 Template = Literal["caption", "conversation", "chat"]
 
-_CARRIED = Inert(lambda _, own: own.dataset in CARRIES_IMAGES, "webdataset and parquet carry their images", ".dataset")
+_CARRIED = Inert(lambda _, own: own.dataset == "webdataset", "tar shards carry their images", ".dataset")
+_NO_QUESTIONS = Inert(
+    lambda _, own: own.dataset not in ("vqa", "gqa", "auto"), "only vqa and gqa files have it", ".dataset"
+)
+_QUESTIONS = Inert(
+    lambda _, own: own.dataset in ("vqa", "gqa"), "vqa and gqa files have fields of their own", ".dataset"
+)
 
 
 class SourceConfig(Section):
-    dataset: DatasetKind = "jsonl"
+    dataset: DatasetKind = "auto"
+    """auto: recognised by looking. The others hold the file to what they say."""
     json_path: str
-    """The record file; for webdataset and parquet a file, a folder or a glob; for vqa and gqa the question file."""
+    """The record file, a folder or a glob of them, or their URL; for vqa and gqa the question file."""
+    shape: Annotated[ShapeName | None, _QUESTIONS] = None
+    """What every record says, where looking does not tell: ``beholder check --as``."""
+    columns: Annotated[dict[str, str], _QUESTIONS] = Field(default_factory=dict)
+    """Fields that are called something else here, as in ``{image: img_path, caption: alt_text}``."""
+    min_rating: Annotated[dict[str, float], _QUESTIONS] = Field(default_factory=dict)
+    """Records rated lower are rejected and counted, as in ``{relevance: 3}`` for ``relevance_ratings`` of FineVision;
+    of several ratings the lowest counts."""
     annotations_path: Annotated[
-        str | None, Inert(lambda _, own: own.dataset != "vqa", "only vqa files have it", ".dataset")
+        str | None, Inert(lambda _, own: own.dataset not in ("vqa", "auto"), "only vqa files have it", ".dataset")
     ] = None
     """vqa: the annotation file with the ten answers of each question."""
-    image_pattern: Annotated[
-        str | None,
-        Inert(lambda _, own: own.dataset not in ("vqa", "gqa"), "only vqa and gqa files have it", ".dataset"),
-    ] = None
+    image_pattern: Annotated[str | None, _NO_QUESTIONS] = None
     """vqa, gqa: file name of an image below ``image_root``, with ``{image_id}``, as in
     ``COCO_val2014_{image_id:012d}.jpg``. Default for vqa COCO's own name for the question file's split, else
     ``{image_id:012d}.jpg``; for gqa ``{image_id}.jpg``."""
     image_root: Annotated[str | None, _CARRIED] = None
-    """Folder that image paths are relative to and may not leave. Not used by webdataset and parquet."""
+    """Folder that image paths are relative to and may not leave; default the record file's own."""
     more_image_roots: Annotated[tuple[str, ...], _CARRIED] = ()
     """Further folders that images may lie in: symlinks below ``image_root`` and absolute paths may lead there."""
     name: str | None = None
@@ -99,23 +107,21 @@ class DataConfig(Section):
 
     dataset: Annotated[
         DatasetKind, Inert(lambda _, own: bool(own.sources), "each of data.sources has its own", ".sources")
-    ] = "jsonl"
-    """Kind of ``json_path``; see also ``sources`` for several."""
+    ] = "auto"
+    """Kind of ``json_path``; see also ``sources`` for several, and for more settings."""
     json_path: Annotated[str | None, decides("place")] = None
     """Training records. Give this or ``sources``."""
     image_root: Annotated[
         str | None, decides("place"),
         Inert(
-            lambda _, own: not own.sources and own.dataset in CARRIES_IMAGES,
-            "webdataset and parquet carry their images", ".dataset",
+            lambda _, own: not own.sources and own.dataset == "webdataset", "tar shards carry their images", ".dataset"
         ),
     ] = None  # fmt: skip
     """Folder that image paths are relative to and may not leave."""
     more_image_roots: Annotated[
         tuple[str, ...], decides("place"),
         Inert(
-            lambda _, own: not own.sources and own.dataset in CARRIES_IMAGES,
-            "webdataset and parquet carry their images", ".dataset",
+            lambda _, own: not own.sources and own.dataset == "webdataset", "tar shards carry their images", ".dataset"
         ),
     ] = ()  # fmt: skip
     """Further folders that images may lie in: symlinks below ``image_root`` and absolute paths may lead there."""

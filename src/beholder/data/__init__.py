@@ -1,6 +1,7 @@
 """From record files to batches, in five steps. This is the only overview.
 
-1. `sources`   record files, laid out as `formats` says -> `Example`s with image references; bad ones -> named rejects
+1. `sources`   record files, `containers` of records of a `formats` shape -> `Example`s with image references; bad ones
+               -> named rejects
 2. `hygiene`   every caption and image vetted -> accepted indices, rejects with reasons, target lengths
 3. `splits`    accepted indices -> train and held-out (persisted); `mixture` orders train: position -> `Example`
 4. `chat`      `Example` -> `Encoded`: ids + supervision mask + image spans, appended together

@@ -19,10 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from beholder.config import STAGES, HygieneConfig, HygieneLimits, PromptingConfig, SourceConfig, Stage
-from beholder.data.formats import INSTRUCTION_KINDS
 from beholder.data.hygiene import HygieneReport, Progress, apply_hygiene
 from beholder.data.images import ImageFacts
-from beholder.data.sources import Records, Reject, open_sources
+from beholder.data.sources import Records, Reject, instructs, open_sources
 from beholder.types import printable
 
 EXAMPLES_PER_REASON = 3
@@ -57,7 +56,11 @@ class CheckReport:
     image_sizes: dict[str, Any] | None = None
     """min, median and max of width and height, megapixels, and counts per format; None: images were not read"""
     inserted_markers: int = 0
-    """Conversations with one image and no marker, which get it in front of their first user turn"""
+    """Records with images and no place for them, which get them in front of their first user turn"""
+    layouts: dict[str, int] = field(default_factory=dict)
+    """What the files were read as, container and shape, and how many good records of each"""
+    fruitless: list[str] = field(default_factory=list)
+    """Files from which nothing was accepted"""
     chat: bool = False
     """Held to the rules of stage instruct: the user speaks first, at least one image, no empty answer"""
     notes: list[str] = field(default_factory=list)
@@ -74,6 +77,7 @@ class CheckReport:
 
     def print(self, console: Console) -> None:
         """Tables for a person. Text from the data is printed literally, never as markup."""
+        console.print(Text("read as " + ", ".join(f"{name} ({n:,})" for name, n in self.layouts.items())))
         console.print(f"[bold]{self.accepted:,} of {self.records:,} records accepted[/], {self.images:,} images, "
                       f"{len(self.files)} file(s), fingerprint {self.fingerprint[:12]}")  # fmt: skip
         table = _table("sources", "source", "records", "accepted")
@@ -92,8 +96,7 @@ class CheckReport:
         console.print(f"{what} that repeat an earlier one: {exact:,} exactly, {near:,} nearly; "
                       f"repeated ids: {self.duplicate_ids:,}")  # fmt: skip
         if self.inserted_markers:
-            console.print(f"conversations with one image and no marker, which get it at their start: "
-                          f"{self.inserted_markers:,}")  # fmt: skip
+            console.print(f"records without a marker, which get their images at their start: {self.inserted_markers:,}")
         if self.image_sizes is not None:
             console.print(f"images that are copies of another: {self.duplicate_images:,}")
             for name, value in self.image_sizes.items():
@@ -125,15 +128,15 @@ def check_data(
 ) -> CheckReport:
     """Open ``sources``, vet every record, and report. Bad records and images are counted, never raised.
 
-    ``stage``: whose rules records are held to; by default those of a stage of dialogues when all sources are of an
-    instruction kind (`formats.INSTRUCTION_KINDS`), else of one of captions, and a note says so. ``hygiene`` and
+    ``stage``: whose rules records are held to; by default those of a stage of dialogues when all sources are made for
+    such a one (`sources.instructs`), else of one of captions, and a note says so. ``hygiene`` and
     ``max_images`` default to that stage's own. ``tokenizer`` None: lengths are in words and the length limits are not
     applied (a note says so). ``verify_images`` decode also reads every image, for sizes and for copies. Raises
     `UserError` where a file as a whole cannot be read.
     """
     guessed = stage is None
     if stage is None:
-        dialogues = all(source.dataset in INSTRUCTION_KINDS for source in sources)
+        dialogues = all(map(instructs, sources))
         stage = next(s for s in STAGES.values() if s.dialogues == dialogues)
     cfg = hygiene or HygieneConfig().limits(stage.hygiene)
     most = max_images or stage.max_images or PromptingConfig().max_images_per_sample
@@ -146,7 +149,7 @@ def check_data(
     facts = vetted.image_facts
     notes = []
     if guessed:
-        kinds = ", ".join(dict.fromkeys(source.dataset for source in sources))
+        kinds = ", ".join(records.layouts)
         others = " or ".join(name for name in STAGES if name != stage.name)
         notes.append(
             f"records of {kinds} are held to the rules of stage {stage.name}; for the other's say --stage {others}"
@@ -174,9 +177,16 @@ def check_data(
         duplicate_images=None if facts is None else len(facts) - len({f.sha256 for f in facts}),
         image_sizes=None if facts is None else _image_sizes(facts),
         inserted_markers=records.inserted_markers,
+        layouts=records.layouts,
+        fruitless=_fruitless(records, vetted),
         chat=stage.dialogues,
         notes=notes,
     )
+
+
+def _fruitless(records: Records, vetted: HygieneReport) -> list[str]:
+    lost = Counter(reject.file for reject in vetted.rejects)
+    return [path for path, (good, _) in records.num_of.items() if good == lost[path]]
 
 
 def _per_source(records: Records, vetted: HygieneReport) -> dict[str, dict[str, int]]:

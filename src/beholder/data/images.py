@@ -7,6 +7,7 @@ vision tower does it, so that a feature store and a live tower see the same inte
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import io
@@ -19,12 +20,15 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from itertools import islice
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
+import orjson
 import PIL
 from PIL import Image, ImageFile
 
+from beholder.data import index
 from beholder.types import ImageGeometry, ImageRef, UserError, printable
 
 if TYPE_CHECKING:  # checking files needs neither
@@ -61,6 +65,8 @@ IMAGE_SUFFIXES = frozenset(
 """How names of files that hold one of `FORMATS` end; what is inside decides."""
 
 MAX_FILE_BYTES = 256 * 1000 * 1000
+MAX_GROUP_BYTES = 64 * 1000 * 1000
+"""Row groups of parquet with more image bytes are not held, but copied once into a file of random access."""
 _PIXEL_VERSION = 1
 """Raise when the same bytes and geometry start to give other pixels: stored features are keyed by it."""
 
@@ -116,8 +122,8 @@ def read_bytes(ref: ImageRef, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         case "tar":
             _check_size(ref, ref.size, max_bytes)
             return _read_range(ref, ref.offset, ref.size)
-        case "parquet":
-            data = _parquet_item(ref)
+        case "parquet" | "arrow" | "inline":
+            data = _inline_item(ref) if ref.kind == "inline" else _cell_item(ref)
             _check_size(ref, len(data), max_bytes)
             return data
 
@@ -208,77 +214,123 @@ def _check_size(ref: ImageRef, size: int, max_bytes: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Parquet cells
-
-PARQUET_IMAGE_COLUMNS = ("images", "image")
+# Cells of parquet and Arrow files; data: URIs
 
 
-def parquet_image_column(schema: pyarrow.Schema, where: str) -> str:
-    """Name of the column that holds image bytes: binary, ``{bytes, path}`` structs, or lists of either."""
-    import pyarrow.types as pt
+def _cell_item(ref: ImageRef) -> bytes:
+    import pyarrow as pa
 
-    for name in PARQUET_IMAGE_COLUMNS:
-        if name not in schema.names:
-            continue
-        cell = schema.field(name).type
-        if pt.is_list(cell) or pt.is_large_list(cell):
-            cell = cell.value_type
-        if pt.is_struct(cell) and any(cell.field(i).name == "bytes" for i in range(cell.num_fields)):
-            cell = cell.field("bytes").type
-        if pt.is_binary(cell) or pt.is_large_binary(cell):
-            return name
-        raise UserError(f"{where}: column {name!r} is {schema.field(name).type}, expected image bytes (binary, a "
-                        "struct with a binary field 'bytes', or a list of one of them)")  # fmt: skip
-    raise UserError(f"{where}: no column 'image' or 'images'; the columns are {', '.join(schema.names)}")
+    try:
+        if ref.kind == "arrow":
+            cell = arrow_table(ref.root).column(ref.column)[ref.offset]
+        else:
+            info = os.stat(ref.root)
+            ends, most_bytes = _parquet_groups(ref.root, ref.column, info.st_mtime_ns)
+            if most_bytes > MAX_GROUP_BYTES:
+                cell = arrow_table(_arrow_copy(ref.root, ref.column, info)).column(ref.column)[ref.offset]
+            else:
+                group = int(np.searchsorted(ends, ref.offset, side="right"))
+                start = int(ends[group - 1]) if group else 0
+                cell = _parquet_row_group(ref.root, ref.column, group, info.st_mtime_ns, os.getpid())[
+                    ref.offset - start
+                ]
+        data = next(islice(_all_bytes(cell.as_py()), ref.item, None), None)
+    except (OSError, pa.ArrowException, LookupError, ValueError) as e:
+        raise ImageError(ref, "unreadable", f"row {ref.offset}: {e}") from None
+    if data is None:
+        raise ImageError(ref, "missing_image", f"row {ref.offset} has no image bytes number {ref.item} in {ref.column}")
+    return data
 
 
-def parquet_cells(value: object) -> list[object]:
-    """The images of one cell, whatever its shape: a list of bytes, ``{bytes, path}`` dictionaries or nulls."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
+def _all_bytes(value: object) -> Iterator[bytes]:
+    """Every bytes of a cell, in order, whatever it is: bytes, ``{bytes, path}``, messages, lists of them."""
+    if isinstance(value, bytes):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _all_bytes(item)
 
 
 @functools.lru_cache(maxsize=2)
-def _parquet_row_group(path: str, group: int, mtime_ns: int, pid: int) -> list[object]:
-    """All image cells of one row group. Parquet has no smaller unit of access, so the last two are kept.
+def _parquet_row_group(path: str, column: str, group: int, mtime_ns: int, pid: int) -> pyarrow.ChunkedArray:
+    """One column of one row group. Parquet has no smaller unit of access, so the last two are kept.
 
     ``pid`` is part of the key because pyarrow's files must not be shared over a fork.
     """
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path, pre_buffer=False) as file:
-        column = parquet_image_column(file.schema_arrow, path)
-        return file.read_row_group(group, columns=[column], use_threads=False).column(0).to_pylist()
+        return file.read_row_group(group, columns=[column], use_threads=False).column(0)
 
 
 @functools.lru_cache(maxsize=256)
-def _parquet_group_ends(path: str, mtime_ns: int) -> np.ndarray:
+def _parquet_groups(path: str, column: str, mtime_ns: int) -> tuple[np.ndarray, int]:
+    """(row behind each row group, bytes of the column in the largest)."""
     import pyarrow.parquet as pq
 
     meta = pq.read_metadata(path)
-    return np.cumsum([meta.row_group(g).num_rows for g in range(meta.num_row_groups)], dtype=np.int64)
+    groups = [meta.row_group(g) for g in range(meta.num_row_groups)]
+    sizes = [
+        sum(leaf.total_uncompressed_size for leaf in map(group.column, range(meta.num_columns))
+            if leaf.path_in_schema.split(".")[0] == column)
+        for group in groups
+    ]  # fmt: skip
+    return np.cumsum([group.num_rows for group in groups], dtype=np.int64), max(sizes, default=0)
 
 
-def _parquet_item(ref: ImageRef) -> bytes:
+def _arrow_copy(path: str, column: str, info: os.stat_result) -> str:
+    """A column of a parquet file whose row groups are too large to be held, once and for all in the cache."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def fill(out: BinaryIO) -> None:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            schema = pa.schema([file.schema_arrow.field(column)])
+            with pa.ipc.new_stream(out, schema) as stream:
+                for batch in file.iter_batches(64, columns=[column], use_threads=False):
+                    stream.write_batch(batch)
+
+    key = index.cache_key("arrow", os.path.realpath(path), column, info.st_size, info.st_mtime_ns)
+    return index.made_once(key, "column.arrow", fill, path)
+
+
+def arrow_table(path: str) -> pyarrow.Table:
+    """An Arrow stream or file, mapped into memory and not read."""
+    return _arrow_table(path, os.stat(path).st_mtime_ns, os.getpid())
+
+
+@functools.lru_cache(maxsize=256)
+def _arrow_table(path: str, mtime_ns: int, pid: int) -> pyarrow.Table:
     import pyarrow as pa
 
+    mapped = pa.memory_map(path)
+    is_file = mapped.read(6) == b"ARROW1"
+    mapped.seek(0)
+    return (pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)).read_all()
+
+
+def data_uris(value: object) -> Iterator[str]:
+    """The ``data:`` URIs of a JSON value, in the order in which they stand."""
+    if isinstance(value, str):
+        if value.startswith("data:"):
+            yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from data_uris(item)
+
+
+def _inline_item(ref: ImageRef) -> bytes:
     try:
-        mtime_ns = os.stat(ref.root).st_mtime_ns
-        ends = _parquet_group_ends(ref.root, mtime_ns)
-        group = int(np.searchsorted(ends, ref.offset, side="right"))
-        start = int(ends[group - 1]) if group else 0
-        cells = parquet_cells(_parquet_row_group(ref.root, group, mtime_ns, os.getpid())[ref.offset - start])
-    except (OSError, pa.ArrowException, IndexError) as e:
-        raise ImageError(ref, "unreadable", f"row {ref.offset}: {e}") from None
-    if ref.item >= len(cells):
-        raise ImageError(ref, "missing_image", f"row {ref.offset} has {len(cells)} images, asked for number {ref.item}")
-    cell = cells[ref.item]
-    data = cell.get("bytes") if isinstance(cell, dict) else cell
-    if data is None:
-        raise ImageError(ref, "missing_image", f"row {ref.offset} has no image bytes; nothing outside the file is read")
-    assert isinstance(data, bytes)
-    return data
+        uri = next(islice(data_uris(orjson.loads(_read_range(ref, ref.offset, ref.size))), ref.item, None))
+    except (orjson.JSONDecodeError, StopIteration):
+        raise ImageError(ref, "unreadable", "the record changed since it was indexed") from None
+    head, comma, text = uri.partition(",")
+    try:
+        if not comma or not head.endswith(";base64"):
+            raise ValueError(f"it begins with {head[:40]!r}")
+        return base64.b64decode(text, validate=True)
+    except ValueError as e:
+        raise ImageError(ref, "undecodable", f"expected data:image/…;base64,… and its base64: {e}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -289,8 +341,8 @@ def check_exists(refs: Iterable[ImageRef]) -> Iterator[ImageError | None]:
     """For each image None, or why it could not be read: missing, empty, not regular, outside its roots.
 
     Lists each folder once instead of resolving each path (558,000 images in seconds); whatever is not plainly a regular
-    file below the root takes `read_bytes`' own checks. Tar members were checked while indexing; parquet cells are only
-    known when they are read.
+    file below the root takes `read_bytes`' own checks. Tar members were checked while indexing; what lies in cells
+    and records is only known when it is read.
     """
     plain_size = _plain_sizes()
     for ref in refs:
@@ -312,7 +364,7 @@ class SameContent:
     """Finds the images that are byte for byte one of ``wanted``, under whatever name and in whatever kind of file.
 
     Equal bytes need equal sizes, and a size is known without reading (folders are listed, tar members are indexed),
-    so only images as large as one of the wanted are read and hashed. Parquet does not tell the size of a cell: its
+    so only images as large as one of the wanted are read and hashed. Tables do not tell the size of a cell: their
     cells are read, row group by row group when they come in order. What cannot be read equals nothing: whether that
     is an error is the image check's business, not this one's.
     """
@@ -336,7 +388,7 @@ class SameContent:
             data = self._read(ref)
             digests = self._digests.get(len(data)) if data is not None else None
             known = data is not None and digests is not None and hashlib.sha256(data).digest() in digests
-            if ref.kind != "parquet":  # each row has cells of its own, and there may be millions
+            if ref.kind in ("file", "tar"):  # each row has cells of its own, and there may be millions
                 self._known[ref] = known
         return known
 
@@ -347,7 +399,7 @@ class SameContent:
                 return self._plain_size(ref) or None  # 0: a symlink, perhaps
             case "tar":
                 return ref.size
-            case "parquet":
+            case _:
                 return None
 
     def _read(self, ref: ImageRef) -> bytes | None:

@@ -1,13 +1,13 @@
-"""Finds the records inside JSONL, JSON-array, tar and parquet files, without holding them, and caches where they are.
+"""Finds the records inside JSON and the members of tar files, without holding them, and caches where they are.
 
 Here a record is bytes with a place; what its fields mean is `formats`' business. JSON files are left where they are and
-addressed by byte offsets; from tar and parquet files the text of every record is copied into one compact blob of JSON
-(images stay in the file), because neither format gives random access to a caption.
+addressed by byte offsets; of records that do not stand in their file as JSON, a copy is kept beside the index (images
+stay in the file), because no other container gives random access to a caption.
 """
 
 from __future__ import annotations
 
-import glob
+import atexit
 import hashlib
 import io
 import json
@@ -16,14 +16,16 @@ import os
 import re
 import stat
 import tarfile
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from types import EllipsisType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import orjson
 
-from beholder.data.images import IMAGE_SUFFIXES, parquet_cells, parquet_image_column
-from beholder.runs import atomic_write, cache_dir
+from beholder.runs import atomic_write, cache_dir, sha256_file
 from beholder.types import UserError
 
 log = logging.getLogger(__name__)
@@ -33,7 +35,8 @@ MAX_RECORD_BYTES = 64 << 20
 """A single record larger than this is taken for a missing bracket."""
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
+"""Some editors put it before a text; it is no part of it."""
 _FILE_END = "the end of the file: is it cut off?"
 
 
@@ -54,21 +57,6 @@ class Found(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------------------------
 # Files
-
-
-def expand(path: str, suffixes: tuple[str, ...]) -> list[str]:
-    """The files a path, folder or glob names, sorted. Raises `UserError` when there is none."""
-    if os.path.isdir(path):
-        found = [os.path.join(path, n) for n in sorted(os.listdir(path)) if n.lower().endswith(suffixes)]
-        if not found:
-            raise UserError(f"{path}: the folder has no file that ends in {' or '.join(suffixes)}")
-        return found
-    if os.path.lexists(path):
-        return [path]
-    found = sorted(glob.glob(path))
-    if not found:
-        raise UserError(f"{path}: no such file, folder or glob")
-    return found
 
 
 def require_regular(path: str) -> os.stat_result:
@@ -97,7 +85,7 @@ def without_mark(raw: bytes, path: object) -> bytes:
     """What a file begins with, without the byte-order mark that Windows puts there. Raises `RecordError` for UTF-16."""
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise RecordError(f"{path}: is UTF-16, expected UTF-8; convert it, for example with iconv -f UTF-16 -t UTF-8")
-    return raw.removeprefix(_BOM)
+    return raw.removeprefix(BOM)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -110,7 +98,7 @@ def json_lines(path: str) -> Iterator[Found]:
         raise RecordError(f"{path}: begins with '[': this is one JSON array, not a record a line; "
                           "set dataset: llava_pretrain")  # fmt: skip
     with open(path, "rb") as file:
-        start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+        start = len(BOM) if file.read(len(BOM)) == BOM else 0
         file.seek(start)
         line = 0
         while raw := file.readline(MAX_RECORD_BYTES):
@@ -136,10 +124,11 @@ def json_array(path: str) -> Iterator[Found]:
         yield from _JsonScanner(path, file).elements()
 
 
-def json_members(path: str, inside: str | None = None) -> Iterator[tuple[str, Found]]:
+def json_members(path: str, inside: str | EllipsisType | None = None) -> Iterator[tuple[str, Found]]:
     """(name, value) of every field of the one large JSON object a file holds, in order, holding one chunk at a time.
 
-    Under the name ``inside`` lies an array, whose elements come one by one. Raises `RecordError` as `json_array` does.
+    Under the name ``inside`` lies an array, whose elements come one by one; ``...``: so do those of every array, and
+    only they have a place (``where``). Raises `RecordError` as `json_array` does.
     """
     if (first := first_character(path)) != "{":
         raise RecordError(f"{path}: begins with {first!r}, not with a JSON object: expected '{{'")
@@ -160,8 +149,8 @@ class _JsonScanner:
         # Strictness is orjson's part, record by record.
         self.scan_once = json.JSONDecoder(strict=False).scan_once  # pyright: ignore[reportAttributeAccessIssue]
         self._grow()
-        if self.raw.startswith(_BOM):
-            self.at = len(_BOM)
+        if self.raw.startswith(BOM):
+            self.at = len(BOM)
 
     def elements(self) -> Iterator[Found]:
         self.what = "array"
@@ -169,7 +158,7 @@ class _JsonScanner:
         yield from self._elements()
         self._end()
 
-    def members(self, inside: str | None) -> Iterator[tuple[str, Found]]:
+    def members(self, inside: str | EllipsisType | None) -> Iterator[tuple[str, Found]]:
         self.what = "object"
         self._expect("{", "the opening '{'")
         for _ in self._parted("}", "a value"):
@@ -177,13 +166,14 @@ class _JsonScanner:
                 raise self._malformed(f"expected a field name in quotes, got {repr(got) if got else _FILE_END}")
             name = json.loads(self._value().raw.decode("utf-8", "replace"), strict=False)
             self._expect(":", "':' after a field name")
-            if name == inside:
+            if name == inside or (inside is ... and self._peek() == "["):
                 self._expect("[", f"an array under {inside!r}")
                 self.count = 0
                 for found in self._elements():
                     yield name, found
             else:
-                yield name, self._value()
+                found = self._value()
+                yield name, found._replace(where="") if inside is ... else found
                 self.count += 1
         self._end()
 
@@ -285,13 +275,13 @@ _TYPES_WITHOUT_DATA = (
 )  # fmt: skip
 
 
-class _Member(NamedTuple):
+class Member(NamedTuple):
     name: str
     offset: int
     size: int
 
 
-def tar_members(path: str) -> Iterator[_Member]:
+def tar_members(path: str) -> Iterator[Member]:
     """Regular files of an uncompressed tar: name, data offset, bytes. Only headers are read, nothing is extracted.
 
     Unlike `tarfile`, a damaged header in the middle is an error and not the end of the archive.
@@ -332,7 +322,7 @@ def tar_members(path: str) -> Iterator[_Member]:
             name = long_name or info.name
             long_name, long_size = None, None
             if info.type in _REGULAR and not name.endswith("/"):
-                yield _Member(name.encode("utf-8", "backslashreplace").decode(), data, length)
+                yield Member(name.encode("utf-8", "backslashreplace").decode(), data, length)
 
 
 def _pax_fields(data: bytes) -> dict[str, str]:
@@ -342,92 +332,6 @@ def _pax_fields(data: bytes) -> dict[str, str]:
         key, _, value = record[match.end() : -1].partition(b"=")
         fields[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
     return fields
-
-
-def tar_records(path: str) -> Iterator[Found]:
-    """Samples of a shard: members that share a name up to the first dot. ``.json`` and / or ``.txt``, and images.
-
-    ``raw`` is the member's JSON (or ``{"caption": …}`` from the ``.txt``) with ``images`` set to
-    ``[[member name, data offset, bytes], …]`` in the order of the members.
-    """
-    samples: dict[str, list[_Member]] = {}
-    for member in tar_members(path):
-        folder, name = os.path.split(member.name)
-        samples.setdefault(os.path.join(folder, name.partition(".")[0]), []).append(member)
-    with open(path, "rb") as file:
-        for key, members in samples.items():
-            images = [list(m) for m in members if _suffix(m) in IMAGE_SUFFIXES]
-            yield Found(0, orjson.dumps({"id": key, **_tar_text(file, members), "images": images}), f"sample {key!r}")
-
-
-def _suffix(member: _Member) -> str:
-    return member.name.rpartition(".")[2].lower()
-
-
-def _tar_text(file: BinaryIO, members: Sequence[_Member]) -> dict[str, Any]:
-    """The text fields of one sample; under ``!`` what is wrong with its members."""
-    json_members = [m for m in members if _suffix(m) == "json"]
-    txt_members = [m for m in members if _suffix(m) == "txt"]
-    if len(json_members) > 1 or len(txt_members) > 1:
-        return {"!": f"{len(json_members)} .json and {len(txt_members)} .txt members, expected at most one of each"}
-    fields: dict[str, Any] = {}
-    if json_members:
-        try:
-            fields = orjson.loads(_read(file, json_members[0]))
-        except orjson.JSONDecodeError as e:
-            return {"!": f"member {json_members[0].name!r} is malformed JSON: {e}"}
-        if not isinstance(fields, dict):
-            return {"!": f"member {json_members[0].name!r} is not a JSON object"}
-        fields = {k: v for k, v in fields.items() if k in ("id", "source", "caption", "conversations", "messages")}
-    if txt_members and not fields.keys() & {"caption", "conversations", "messages"}:
-        try:
-            fields["caption"] = _read(file, txt_members[0]).decode("utf-8")
-        except UnicodeDecodeError:
-            return {"!": f"member {txt_members[0].name!r} is not UTF-8"}
-    return fields
-
-
-def _read(file: BinaryIO, member: _Member) -> bytes:
-    file.seek(member.offset)
-    return file.read(min(member.size, MAX_RECORD_BYTES)).removeprefix(_BOM)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Parquet
-
-
-def parquet_records(path: str) -> Iterator[Found]:
-    """Rows with an image column and one of ``caption``, ``text``, ``conversations``, ``messages``; optional id, source.
-
-    ``raw`` has ``images`` set to ``[[label, row, item], …]``. A list column of images is read once to know its lengths;
-    a plain column is not, so a null image shows when it is opened.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import pyarrow.types as pt
-
-    require_regular(path)
-    try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:
-            schema = file.schema_arrow
-            column = parquet_image_column(schema, path)
-            is_list = pt.is_list(schema.field(column).type) or pt.is_large_list(schema.field(column).type)
-            texts = [n for n in ("caption", "text", "conversations", "messages") if n in schema.names][:1]
-            if not texts:
-                raise UserError(f"{path}: no column caption, text, conversations or messages; "
-                                f"the columns are {', '.join(schema.names)}")  # fmt: skip
-            columns = texts + [n for n in ("id", "source") if n in schema.names] + [column] * is_list
-            row = 0
-            for batch in file.iter_batches(64 if is_list else 4096, columns=columns, use_threads=False):
-                for record in batch.to_pylist():
-                    num = len(parquet_cells(record.pop(column))) if is_list else 1
-                    if texts[0] == "text":
-                        record["caption"] = record.pop("text")
-                    record["images"] = [[f"row {row}" + f" image {k}" * (num > 1), row, k] for k in range(num)]
-                    yield Found(0, orjson.dumps(record), f"row {row}")
-                    row += 1
-    except (pa.ArrowException, OSError, TypeError) as e:
-        raise RecordError(f"{path}: cannot be read as parquet: {e}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -461,6 +365,108 @@ def cache_save(key: str, arrays: dict[str, np.ndarray], meta: Any) -> None:
         atomic_write(cache_dir() / "index" / f"{key}.npz", buffer.getvalue())
     except (OSError, UserError) as e:
         log.warning("the record index is not cached: %s", e)
+
+
+def cache_drop(key: str) -> None:
+    """Forget what was cached."""
+    with suppress(OSError):
+        (cache_dir() / "index" / f"{key}.npz").unlink()
+
+
+class CopiedTexts:
+    """Writes the JSON of one file's records into the cache, else where temporary files go: never all in memory."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._file: Any = None
+        self._size = 0
+        self._kept = False
+
+    def __enter__(self) -> CopiedTexts:
+        return self
+
+    def add(self, raw: bytes) -> int:
+        """Where the copy begins."""
+        if self._file is None:
+            self._file = self._create()
+        self._file.write(raw)
+        self._size += len(raw)
+        return self._size - len(raw)
+
+    def keep(self) -> str:
+        """The file, complete."""
+        if self._file is None:
+            self._file = self._create()
+        self._file.close()
+        self._kept = True
+        if os.path.dirname(self._file.name) != str(cache_dir() / "index"):
+            atexit.register(_forget, self._file.name, os.getpid())
+            return self._file.name
+        os.replace(self._file.name, path := _texts_of(self._key))
+        return path
+
+    def _create(self) -> Any:
+        folder = cache_dir() / "index"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return tempfile.NamedTemporaryFile(dir=folder, prefix=".texts-", delete=False)
+        except OSError as e:
+            log.warning("the texts of records are not cached: %s", e)
+            return tempfile.NamedTemporaryFile(prefix="beholder-", delete=False)
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None and not self._kept:
+            self._file.close()
+            _forget(self._file.name, os.getpid())
+
+
+def _forget(path: str, pid: int) -> None:
+    if pid == os.getpid():  # children inherit what their parent does at its end
+        with suppress(OSError):
+            os.unlink(path)
+
+
+def _texts_of(key: str) -> str:
+    return str(cache_dir() / "index" / f"{key}.json")
+
+
+def copied_texts(key: str, digest: str) -> str | None:
+    """The file that `CopiedTexts` kept, or None when it is not there or damaged."""
+    try:
+        return _texts_of(key) if sha256_file(_texts_of(key)) == digest else None
+    except OSError:
+        return None
+
+
+def made_once(key: str, name: str, fill: Callable[[BinaryIO], None], what: str) -> str:
+    """The file in the cache that ``fill`` writes, by whoever comes first. ``what`` it is a copy of, for messages."""
+    folder = cache_dir() / "files" / key
+    made = folder / name
+    if not made.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as out:
+                try:
+                    fill(out)  # pyright: ignore[reportArgumentType]
+                    out.flush()
+                    os.replace(out.name, made)
+                except BaseException:
+                    with suppress(OSError):
+                        os.unlink(out.name)
+                    raise
+        except OSError as e:
+            told = f"{what}: its copy in the cache {folder} cannot be written ({e.strerror or e})"
+            raise UserError(f"{told}; set BEHOLDER_CACHE to a folder with room") from None
+    return str(made)
+
+
+def field_names(raw: bytes) -> list[str]:
+    """The fields of a record's JSON; none where it has none."""
+    try:
+        record = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return []
+    return list(record) if isinstance(record, dict) else []
 
 
 def stat_facts(path: str) -> Sequence[object]:

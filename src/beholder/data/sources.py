@@ -1,33 +1,35 @@
 """Record files → `Example`s, parsed when they are asked for; structurally bad records → named rejects.
 
-Which layouts there are is `formats`' business, where records lie in a file `index`', how question and annotation files
-go together `questions`', what is inside an image `images`', whether a good record is wanted `hygiene`'s. A record is
+Where records lie in a file is `containers`' business, what they say `formats`', how question and annotation files go
+together `questions`', what is inside an image `images`', whether a good record is wanted `hygiene`'s. A record is
 checked once, when its file is indexed; after that only byte offsets are held.
 """
 
 from __future__ import annotations
 
+import difflib
 import glob
-import hashlib
 import os
 import re
 import threading
+from array import array
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
-from pathlib import Path
-from typing import Any, Literal
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, islice
+from typing import Any, Literal, get_args
 
 import numpy as np
-import orjson
 
-from beholder.config import DatasetKind, SourceConfig
+from beholder.config import SourceConfig
 from beholder.data import index, questions
-from beholder.data.formats import FORMATS, BadRecord, Parsed, Rules
+from beholder.data.containers import CONTAINERS, expand, is_url, local_file, recognise
+from beholder.data.formats import DATASETS, FIELDS, SHAPES, BadRecord, Cell, Image, Inline, Parsed, Rules
 from beholder.data.index import RecordError
 from beholder.runs import sha256_file
-from beholder.types import Example, ImageRef, UserError
+from beholder.types import DatasetKind, Example, ImageRef, ShapeName, UserError
 
 _INDEX_VERSION = 4
 """Raised when a cached index means something else."""
@@ -56,29 +58,36 @@ class _File:
     """Offsets of the good records of one file."""
 
     path: str
+    """As it was named"""
+    local: str
+    """Where it lies on this machine: the same, or its copy in the cache"""
+    text: str
+    """The file that holds the records' JSON: ``local``, or the copies that were made of them"""
     image_root: str
     more_roots: tuple[str, ...]
     rules: Rules
     stem: str
     starts: np.ndarray
-    """int64 [n]: first byte of record i, in the file or in ``blob``"""
+    """int64 [n]: first byte of record i in ``text``"""
     stops: np.ndarray
     """int64 [n]"""
     rows: np.ndarray
     """int64 [n]: record number in the file, bad ones counted"""
+    items: np.ndarray
+    """int32 [n]: number among the records that this one's JSON stands for"""
     source_ids: np.ndarray
     """int32 [n] into ``source_names``"""
     source_names: list[str]
     rejects: list[Reject]
     digest: str
-    """sha256 of the file (JSON), of all record texts and image places (tar, parquet)"""
+    """sha256 of the records' JSON: of the file, or of the copies"""
     num_images: int
     inserted_markers: int
-    """Conversations that got the marker they lacked"""
-    blob: bytes | None
-    """Record texts of tar, parquet and question files; None: they are read from the file."""
+    """Records whose images got the place that they lacked"""
+    shapes: dict[ShapeName, int]
+    """Records of each shape"""
     stat: tuple[int, int]
-    """(bytes, modification time in ns) at indexing"""
+    """(bytes, modification time in ns) of ``text`` at indexing"""
     _fd: int | None = field(default=None, repr=False)
     _coco: _CocoNames | None = field(default=None, repr=False)
 
@@ -87,15 +96,13 @@ class _File:
 
     def raw(self, i: int) -> bytes:
         start, stop = int(self.starts[i]), int(self.stops[i])
-        if self.blob is not None:
-            return self.blob[start:stop]
         # pread and not mmap: a file that is cut while in use then gives an error and not a bus error.
         return os.pread(self._fd if self._fd is not None else self._open(), stop - start, start)
 
     def _open(self) -> int:
         with _OPENING:
             if self._fd is None:
-                fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                fd = os.open(self.text, os.O_RDONLY | os.O_CLOEXEC)
                 info = os.fstat(fd)
                 if (info.st_size, info.st_mtime_ns) != self.stat:
                     os.close(fd)
@@ -105,37 +112,50 @@ class _File:
 
     def parse(self, i: int) -> Parsed:
         try:
-            return self.rules.parse(self.raw(i))
+            return self.rules.parse(self.raw(i), int(self.items[i]))
         except BadRecord as e:
             raise RecordError(f"{self.path}: record {self.rows[i]} changed since it was indexed: {e.detail}") from None
 
+    def id(self, i: int, parsed: Parsed) -> str:
+        item = int(self.items[i])
+        return parsed.id or f"{self.stem}:{int(self.rows[i])}" + (f"#{item}" if item else "")
+
     def example(self, i: int, source: str) -> Example:
-        parsed, row = self.parse(i), int(self.rows[i])
+        parsed = self.parse(i)
         return Example(
-            id=parsed.id or f"{self.stem}:{row}",
-            images=self.refs(parsed),
-            turns=self.rules.turns(parsed),
+            id=self.id(i, parsed),
+            images=self.refs(i, parsed),
+            turns=parsed.turns,
             source=source,
             file=self.path,
-            row=row,
+            row=int(self.rows[i]),
             answers=parsed.answers,
             question_type=parsed.question_type,
             answer_type=parsed.answer_type,
         )
 
-    def refs(self, parsed: Parsed) -> tuple[ImageRef, ...]:
-        match self.rules.format.images:
-            case "tar":
-                return tuple(ImageRef(self.path, name, "tar", at, size) for name, at, size in parsed.images)
-            case "parquet":
-                return tuple(ImageRef(self.path, name, "parquet", row, 0, item) for name, row, item in parsed.images)
-            case "file":
+    def refs(self, i: int, parsed: Parsed) -> tuple[ImageRef, ...]:
+        return tuple(self._ref(i, image) for image in parsed.images)
+
+    def _ref(self, i: int, image: Image) -> ImageRef:
+        match image:
+            case Cell([str() as name, int() as at, int() as size]):
+                return ImageRef(self.local, name, "tar", at, size)
+            case Cell([column, item]):
+                row, kind = int(self.rows[i]), self.rules.format.images
+                assert kind is not None
+                name = f"row {row}" + (f" {column}" if column not in ("image", "images") else "")
+                name += f" image {item}" if item else ""
+                return ImageRef(self.local, name, kind, row, 0, item, column)
+            case Inline(item):
+                start, stop = int(self.starts[i]), int(self.stops[i])
+                name = f"record {int(self.rows[i])} image {item}"
+                return ImageRef(self.text, name, "inline", start, stop - start, item)
+            case str():
                 if self._coco is None:
                     self._coco = _CocoNames(self.image_root)
-                return tuple(
-                    ImageRef(self.image_root, self._coco.resolve(path), more_roots=self.more_roots)
-                    for path in parsed.images
-                )
+                return ImageRef(self.image_root, self._coco.resolve(image), more_roots=self.more_roots)
+        raise AssertionError(image)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fd": None, "_coco": None}
@@ -187,70 +207,86 @@ class _CocoNames:
 _COCO_NAME = re.compile(r"(?P<prefix>COCO_[a-z]+[0-9]{4}_)?(?P<number>[0-9]{12}\.jpg)")
 
 
-def _index_file(path: str, source: SourceConfig, rules: Rules) -> _File:
-    info = index.require_regular(path)
-    stem = Path(path).name.split(".")[0]
-    if source.image_root is not None and rules.format.images == "file" and not os.path.isdir(source.image_root):
+def _index_file(path: str, local: str, source: SourceConfig, rules: Rules) -> _File:
+    index.require_regular(local)
+    form = rules.format
+    stem = os.path.basename(path).split(".")[0]
+    if source.image_root is not None and form.images != "tar" and not os.path.isdir(source.image_root):
         raise UserError(f"image_root {source.image_root}: is not a folder; image paths of {path} are relative to it")
     for root in source.more_image_roots:
         if not os.path.isdir(root):
             raise UserError(f"more_image_roots {root}: is not a folder; expected one that images of {path} may lie in")
-    image_root = source.image_root or os.path.dirname(os.path.abspath(path))
-    content = index.stat_facts(path) if rules.format.images != "file" else sha256_file(path)
-    answers = None if source.annotations_path is None else sha256_file(source.annotations_path)
-    key = index.cache_key("index", _INDEX_VERSION, rules.identity, rules.image_pattern, content, answers)
+    image_root = source.image_root or os.path.dirname(os.path.abspath(local if is_url(path) else path))
+    content = index.stat_facts(local) if form.large else sha256_file(local)
+    answers = None if rules.annotations is None else sha256_file(rules.annotations)
+    key = index.cache_key(
+        "index", _INDEX_VERSION, rules.identity, rules.container, rules.image_pattern, content, answers
+    )
     cached = index.cache_load(key)
     if cached is None:
-        cached = _scan(path, source.annotations_path, rules, content if isinstance(content, str) else None)
-        index.cache_save(key, *cached)
-    arrays, meta = cached
+        with index.CopiedTexts(key) as copies:
+            arrays, meta = _scan(path, local, rules, copies)
+            text = copies.keep() if form.copied else local
+        meta["digest"] = content if isinstance(content, str) and not form.copied else sha256_file(text)
+        index.cache_save(key, arrays, meta)
+    else:
+        arrays, meta = cached
+        text = index.copied_texts(key, meta["digest"]) if form.copied else local
+        if text is None:
+            index.cache_drop(key)
+            return _index_file(path, local, source, rules)
+    info = os.stat(text)
     return _File(
-        path=path, image_root=image_root, more_roots=source.more_image_roots, rules=rules, stem=stem,
-        starts=arrays["starts"], stops=arrays["stops"], rows=arrays["rows"], source_ids=arrays["source_ids"],
+        path=path, local=local, text=text, image_root=image_root, more_roots=source.more_image_roots, rules=rules,
+        stem=stem, starts=arrays["starts"], stops=arrays["stops"], rows=arrays["rows"], items=arrays["items"],
+        source_ids=arrays["source_ids"],
         source_names=[source.name or name or stem for name in meta["source_names"]],
         rejects=[Reject(id or f"{stem}:{row}", row, path, why, detail) for id, row, why, detail in meta["rejects"]],
         digest=meta["digest"], num_images=meta["num_images"], inserted_markers=meta["inserted_markers"],
-        blob=arrays["blob"].tobytes() if rules.format.copied else None,
-        stat=(info.st_size, info.st_mtime_ns),
+        shapes=meta["shapes"], stat=(info.st_size, info.st_mtime_ns),
     )  # fmt: skip
 
 
 def _scan(
-    path: str, annotations: str | None, rules: Rules, digest: str | None
+    path: str, local: str, rules: Rules, copies: index.CopiedTexts
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Parse every record once; keep places, sources and rejects."""
     form = rules.format
-    found = form.find(path, rules, annotations)
-    starts, stops, rows, source_ids = [], [], [], []
+    starts, stops, rows, items, source_ids = (array("q") for _ in range(5))
     names: dict[str, int] = {}
     rejects: list[tuple[str, int, str, str]] = []
-    blob = bytearray()
+    shapes: Counter[ShapeName] = Counter()
     row, num_images, inserted_markers = -1, 0, 0
-    for row, (start, raw, where) in enumerate(found):
+    there: dict[str, None] = {}
+    for row, (start, raw, where) in enumerate(form.find(local, rules)):
+        if rules.columns and rules.told_columns(there):
+            there |= dict.fromkeys(index.field_names(raw))
         try:
             parsed = rules.parse(raw)
         except BadRecord as e:
             rejects.append((e.id, row, e.reason, f"{where}: {e.detail}"))
             continue
         if form.copied:
-            start = len(blob)
-            blob += raw
-        starts.append(start)
-        stops.append(start + len(raw))
-        rows.append(row)
-        source_ids.append(names.setdefault(parsed.source, len(names)))
-        num_images += len(parsed.images)
-        inserted_markers += parsed.in_front and not form.asked
+            start = copies.add(raw)
+        for item in range(parsed.several):
+            starts.append(start)
+            stops.append(start + len(raw))
+            rows.append(row)
+            items.append(item)
+            source_ids.append(names.setdefault(parsed.source, len(names)))
+            num_images += len(parsed.images)
+            inserted_markers += parsed.inserted
+            shapes[parsed.shape] += 1
     if row < 0:
         raise RecordError(f"{path}: holds no records")
-    arrays = {
+    if told := rules.told_columns(there):
+        raise UserError(f"{path}: {told}")
+    return {
         "starts": np.array(starts, np.int64), "stops": np.array(stops, np.int64), "rows": np.array(rows, np.int64),
-        "source_ids": np.array(source_ids, np.int32), "blob": np.frombuffer(blob, np.uint8),
-    }  # fmt: skip
-    return arrays, {
+        "items": np.array(items, np.int32), "source_ids": np.array(source_ids, np.int32),
+    }, {
         "source_names": list(names), "rejects": rejects, "num_images": num_images,
-        "inserted_markers": inserted_markers,
-        "digest": digest if digest and not form.copied else hashlib.sha256(blob).hexdigest(),
+        "inserted_markers": inserted_markers, "shapes": dict(shapes),
     }  # fmt: skip
 
 
@@ -263,11 +299,10 @@ def missing_files(sources: Sequence[SourceConfig]) -> list[str]:
     found: list[str] = []
     for source in sources:
         for path in filter(None, (source.json_path, source.annotations_path)):
-            if not os.path.exists(path) and not glob.glob(path):
+            if not is_url(path) and not os.path.exists(path) and not glob.glob(path):
                 found.append(f"no file {path}")
-        own_files = FORMATS[source.dataset].images == "file"
         roots = filter(None, (source.image_root, *source.more_image_roots))
-        found += [f"no folder {root}" for root in roots if own_files and not os.path.isdir(root)]
+        found += [f"no folder {root}" for root in roots if source.dataset != "webdataset" and not os.path.isdir(root)]
     return list(dict.fromkeys(found))
 
 
@@ -286,12 +321,8 @@ def open_sources(
     """
     files, origins = [], []
     for origin, source in enumerate(sources):
-        _require_fitting(source)
-        rules = Rules(source.dataset, image_token, max_images, chat, source.image_pattern)
-        suffixes = rules.format.suffixes
-        paths = index.expand(source.json_path, suffixes) if suffixes else [source.json_path]
-        for path in paths:
-            files.append(_index_file(path, source, rules))
+        for path, local, rules in _opened(source, image_token, max_images, chat):
+            files.append(_index_file(path, local, source, rules))
             origins.append(origin)
     records = Records(files, origins, sources, chat=chat)
     if on_reject == "error" and records.rejects:
@@ -301,22 +332,58 @@ def open_sources(
     return records
 
 
-def _require_fitting(source: SourceConfig) -> None:
-    """Raises `UserError` where question files' settings and the kind do not go together."""
-    if source.dataset == "vqa" and source.annotations_path is None:
+def _opened(source: SourceConfig, image_token: str, max_images: int, chat: bool) -> Iterator[tuple[str, str, Rules]]:
+    """(file as named, where it lies here, how it is read) of every file of a source."""
+    kind = DATASETS[source.dataset]
+    for name in source.columns:
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name, FIELDS, 3) or sorted(FIELDS)
+            raise UserError(f"columns.{name}: no record has such a field to be read; nearest: {', '.join(near)}")
+    if source.image_pattern is not None:
+        questions.image_names(source.image_pattern)
+    rules = Rules(
+        source.dataset, image_token, max_images, chat, source.image_pattern, source.annotations_path,
+        shape=source.shape, columns=tuple(source.columns.items()), min_rating=tuple(source.min_rating.items()),
+    )  # fmt: skip
+    for path in expand(source.json_path, kind.containers):
+        local = local_file(path)
+        container = kind.containers[0] if len(kind.containers) == 1 else recognise(local, rules.fits)
+        if container not in kind.containers:
+            expected = " or a ".join(CONTAINERS[name].title for name in kind.containers)
+            raise RecordError(f"{path}: is a {CONTAINERS[container].title}, dataset {source.dataset} is a {expected}")
+        _require_fitting(source, path, container)
+        yield path, local, replace(rules, container=container)
+
+
+def _require_fitting(source: SourceConfig, path: str, container: str) -> None:
+    """Raises `UserError` where question files' settings and the file do not go together."""
+    if container == "vqa" and source.annotations_path is None:
         raise UserError(
-            f"{source.json_path}: dataset vqa has its answers in a second file; give annotations_path in data.sources "
+            f"{path}: dataset vqa has its answers in a second file; give annotations_path in data.sources "
             "(--annotations on the command line), such as v2_mscoco_train2014_annotations.json"
         )
-    if source.dataset != "vqa" and source.annotations_path is not None:
-        raise UserError(f"annotations_path {source.annotations_path}: dataset {source.dataset} has none, only vqa")
-    if source.image_pattern is not None:
-        if source.dataset not in ("vqa", "gqa"):
-            raise UserError(
-                f"image_pattern {source.image_pattern!r}: records of dataset {source.dataset} name their images "
-                "themselves; only vqa and gqa have it"
-            )
-        questions.image_names(source.image_pattern)
+    title = source.dataset if source.dataset != "auto" else CONTAINERS[container].title
+    if container != "vqa" and source.annotations_path is not None:
+        raise UserError(f"annotations_path {source.annotations_path}: dataset {title} has none, only vqa")
+    if source.image_pattern is not None and container not in ("vqa", "gqa"):
+        raise UserError(
+            f"image_pattern {source.image_pattern!r}: records of dataset {title} name their images themselves; only "
+            "vqa and gqa have it"
+        )
+
+
+def instructs(source: SourceConfig) -> bool:
+    """Whether a source is made for stages of dialogues: by its name, else by its first good record."""
+    if source.dataset != "auto":
+        return DATASETS[source.dataset].instructs
+    most = 1_000_000
+    for _, local, rules in _opened(source, "<image>", most, False):
+        if rules.format.asked:
+            return True
+        for found in islice(rules.format.find(local, rules), 100):
+            with suppress(BadRecord):
+                return SHAPES[rules.parse(found.raw).shape].asks
+    return False
 
 
 class Records:
@@ -335,7 +402,17 @@ class Records:
         self.num_images = sum(f.num_images for f in files)
         """Image references of all records, repeated ones counted again."""
         self.inserted_markers = sum(f.inserted_markers for f in files)
-        """Conversations with one image and no marker, which got it in front of their first user turn."""
+        """Records with images and no place for them, which got them in front of their first user turn."""
+        self.layouts: dict[str, int] = {}
+        """What was read, ``JSON lines of caption``, and how many records of it."""
+        self.num_of: dict[str, tuple[int, int]] = {}
+        """File → its good and bad records."""
+        for f in files:
+            for shape, num in (f.shapes or {"no known shape": 0}).items():
+                name = f"{f.rules.format.title} of {shape}"
+                self.layouts[name] = self.layouts.get(name, 0) + num
+            good, bad = self.num_of.get(f.path, (0, 0))
+            self.num_of[f.path] = good + len(f), bad + len(f.rejects)
         self.chat = chat
         """Held to stage instruct's rules."""
         number = {name: i for i, name in enumerate(self.source_names)}
@@ -375,7 +452,7 @@ class Records:
 
     def target_texts(self, indices: Sequence[int] | None = None) -> list[str]:
         """`Example.target_text` of many records, without building examples."""
-        return ["\n".join(t for role, t in p.messages if role == "assistant") for _, p in self._parsed(indices)]
+        return [parsed.target_text for _, _, parsed in self._parsed(indices)]
 
     def compared_texts(self) -> list[str]:
         """What makes a record the repetition of another: its caption; for a conversation all turns and its images.
@@ -384,68 +461,41 @@ class Records:
         """
         if not self.chat:
             return self.target_texts()
-        return ["\n".join((*map(str, p.images), *(t for _, t in p.messages))) for _, p in self._parsed(None)]
+        return [
+            "\n".join((*map(str, file.refs(i, p) if p.images and not isinstance(p.images[0], str) else p.images),
+                       *(turn.text for turn in p.turns)))
+            for file, i, p in self._parsed(None)
+        ]  # fmt: skip
 
     def ids(self) -> list[str]:
         """`Example.id` of every record."""
-        return [
-            file.parse(i).id or f"{file.stem}:{int(file.rows[i])}" for file in self._files for i in range(len(file))
-        ]
+        return [file.id(i, parsed) for file, i, parsed in self._parsed(None)]
 
     def images_of(self, indices: Sequence[int] | None = None) -> Iterator[tuple[int, tuple[ImageRef, ...]]]:
         """(record, its images) of many records, without building examples."""
         chosen = range(len(self)) if indices is None else indices
-        for i, (file, parsed) in zip(chosen, self._parsed(indices), strict=True):
-            yield int(i), file.refs(parsed)
+        for number, (file, i, parsed) in zip(chosen, self._parsed(indices), strict=True):
+            yield int(number), file.refs(i, parsed)
 
-    def _parsed(self, indices: Sequence[int] | None) -> Iterator[tuple[_File, Parsed]]:
+    def _parsed(self, indices: Sequence[int] | None) -> Iterator[tuple[_File, int, Parsed]]:
         for chosen in range(len(self)) if indices is None else indices:
             file, i = self._locate(chosen)
-            yield file, file.parse(i)
+            yield file, i, file.parse(i)
 
 
 def guess_source(
     path: str,
     *,
     dataset: DatasetKind | None = None,
+    shape: ShapeName | None = None,
     image_root: str | None = None,
     more_image_roots: Sequence[str] = (),
     annotations: str | None = None,
 ) -> SourceConfig:
-    """The source a bare path stands for: the kind is told by suffix and first bytes unless ``dataset`` is given."""
-    if dataset is None:
-        first = index.expand(path, (".tar", ".parquet"))[0]
-        if first.endswith(".tar"):
-            dataset = "webdataset"
-        elif first.endswith(".parquet"):
-            dataset = "parquet"
-        else:
-            match index.first_character(first):
-                case "[":
-                    dataset = "llava_pretrain"
-                case "{":
-                    dataset = _object_kind(first)
-                case other:
-                    raise UserError(
-                        f"{path}: begins with {other!r}, so its kind cannot be told; expected a .tar or .parquet file, "
-                        "a JSON array ('['), a record a line ('{') or a question file, or say --dataset"
-                    )
+    """The source a bare path stands for: recognised by looking unless ``dataset`` or ``shape`` is given."""
+    if shape not in (None, *get_args(ShapeName)):
+        raise UserError(f"--as {shape}: no such shape; expected one of {', '.join(get_args(ShapeName))}")
     return SourceConfig(
-        dataset=dataset, json_path=path, image_root=image_root, more_image_roots=tuple(more_image_roots),
-        annotations_path=annotations,
+        dataset=dataset or "auto", json_path=path, shape=shape, image_root=image_root,
+        more_image_roots=tuple(more_image_roots), annotations_path=annotations,
     )  # fmt: skip
-
-
-def _object_kind(path: str) -> DatasetKind:
-    """What begins with '{': a question file, or records a line. Reads the first question at most, or the first line."""
-    try:
-        for name, found in index.json_members(path, "questions"):
-            value = orjson.loads(found.raw)
-            if isinstance(value, dict):
-                if name == "questions" and "question_id" in value:
-                    return "vqa"
-                if "question" in value and "imageId" in value:
-                    return "gqa"
-    except (RecordError, orjson.JSONDecodeError):
-        pass  # a second line follows, or it is malformed: reading it as records names what is wrong, line by line
-    return "jsonl"

@@ -11,13 +11,14 @@ from beholder.config.file import load_config
 from beholder.data.check import CheckReport, check_data
 from beholder.data.hygiene import Progress
 from beholder.data.sources import guess_source
-from beholder.types import DatasetKind, UserError
+from beholder.types import DatasetKind, ShapeName, UserError
 
 
 def check(
     data: str | Path,
     *,
     dataset: DatasetKind | None = None,
+    shape: ShapeName | None = None,
     annotations: str | Path | None = None,
     stage: str | None = None,
     image_root: str | Path | None = None,
@@ -31,9 +32,9 @@ def check(
     """Count, measure and vet ``data``: a config's (``.yaml`` / ``.yml``), or a record file, folder or glob.
 
     A config says itself what its data are (held-out ones included) and by which rules; for records ``dataset``,
-    ``annotations``, ``stage``, ``image_root`` and ``more_image_roots`` do. ``tokenizer`` counts the tokens, by default
-    the config's. ``rejects``: file for every reject, a line of JSON each. Raises `UserError` for a config whose samples
-    may be longer than its language model's table of positions.
+    ``shape``, ``annotations``, ``stage``, ``image_root`` and ``more_image_roots`` do. ``tokenizer`` counts the tokens,
+    by default the config's. ``rejects``: file for every reject, a line of JSON each. Raises `UserError` for a config
+    whose samples may be longer than its language model's table of positions.
     """
     if rejects is not None and (rejects.is_dir() or not rejects.parent.is_dir()):
         raise UserError(f"--rejects {rejects}: expected a file in an existing folder")
@@ -42,10 +43,10 @@ def check(
     llm = LlmConfig(name_or_path=tokenizer) if tokenizer else None
     cfg = None
     if str(data).endswith((".yaml", ".yml")):
-        if dataset or annotations or image_root or stage:
+        if dataset or shape or annotations or image_root or stage:
             raise UserError(
-                "--dataset, --annotations, --stage and --image-root describe a record file; DATA is a config file, "
-                "which says these itself; remove them"
+                "--dataset, --as, --annotations, --stage and --image-root describe a record file; DATA is a config "
+                "file, which says these itself; remove them"
             )
         cfg = load_config(data, overrides)
         sources, llm = (*cfg.data.train_sources, *cfg.data.eval_sources), llm or cfg.model.llm
@@ -57,9 +58,11 @@ def check(
         raise UserError("--set overrides settings of a config file, but DATA is a record file; remove it")
     else:
         root, answers = (None if path is None else str(path) for path in (image_root, annotations))
-        more = [str(path) for path in more_image_roots]
         sources = (
-            guess_source(str(data), dataset=dataset, image_root=root, more_image_roots=more, annotations=answers),
+            guess_source(
+                str(data), dataset=dataset, shape=shape, image_root=root, annotations=answers,
+                more_image_roots=[str(path) for path in more_image_roots],
+            ),
         )  # fmt: skip
         rules = {"stage": None if stage is None else STAGES[stage]}
     counter = None

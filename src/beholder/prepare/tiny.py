@@ -215,6 +215,8 @@ def colour_source(
     such conversations instead of captions.
     """
     folder = Path(folder)
+    if kind == "auto":
+        kind = "jsonl"
     if kind == "jsonl" and not dialogues:
         path, root = colour_set(folder, num, seed=seed, captions="varied")
         return SourceConfig(dataset=kind, json_path=str(path), image_root=str(root), name=name)

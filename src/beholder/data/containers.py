@@ -1,0 +1,647 @@
+"""Where records and image bytes lie in a file: one row of `CONTAINERS` each, recognised by looking.
+
+A record is handed on as JSON text with its place (`index.Found`); what it says is `formats`' business. Image bytes that
+lie in a container are never copied into that text: tar shards give ``{"!": [member, offset, bytes]}`` in their place,
+tables ``{"!": [column, k]}`` for the k-th bytes of a cell. A record that cannot be used is ``{"!": [reason, detail]}``.
+
+What is gzip'd is unpacked once into the cache, and what has a URL (`fsspec`) is fetched once; both are then read like
+any file.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import os
+import re
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+
+import orjson
+
+from beholder.data import index, questions
+from beholder.data.images import IMAGE_SUFFIXES, arrow_table
+from beholder.data.index import BOM, MAX_RECORD_BYTES, Found, RecordError, tar_members
+from beholder.types import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from beholder.data.formats import Rules
+
+IMAGE_FIELDS = ("images", "image", "file_name", "filepath")
+"""Where a record names its images; the first two may hold several."""
+_MIN_FREE_BYTES = 1_000_000_000
+"""Unpacking stops before less than this is left on the disk: a gzip of 1 MB can hold 1 GB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """One way to put records into a file."""
+
+    title: str
+    find: Callable[[str, Rules], Iterator[Found]]
+    suffixes: tuple[str, ...] = ()
+    """Of such files, gzip's own left out: which ones of a folder are read."""
+    images: Literal["tar", "parquet", "arrow"] | None = None
+    """How image bytes lie in the file itself; None: images are files of their own, or ``data:`` URIs."""
+    copied: bool = True
+    """Records do not stand in the file as JSON, so their texts are kept beside the index."""
+    asked: bool = False
+    """Question files: a record is put together from a question and its answer."""
+
+    @property
+    def large(self) -> bool:
+        """Recognised by size and time instead of by all its bytes."""
+        return self.images is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Which files
+
+
+def is_url(path: str) -> bool:
+    """``s3://…``, ``filecache::https://…``: everything else is a path of this machine."""
+    return _URL.match(path) is not None
+
+
+_URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*::)*[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def expand(path: str, containers: Sequence[str]) -> list[str]:
+    """The files a path, folder or glob names, sorted. Raises `UserError` when there is none.
+
+    A folder is one that `datasets.save_to_disk` wrote, an imagefolder (``metadata.jsonl``, ``.csv``, ``.parquet``), or
+    holds files of one kind of container.
+    """
+    if is_url(path):
+        return _remote_files(path)
+    if not os.path.isdir(path):
+        if os.path.lexists(path):
+            return [path]
+        if found := sorted(glob.glob(path)):
+            return found
+        raise UserError(f"{path}: no such file, folder or glob")
+    names = sorted(os.listdir(path))
+    if "arrow" in containers and {"state.json", "dataset_dict.json"} & set(names):
+        return _arrow_folder(path, names)
+    suffixes = tuple(s for name in containers for s in CONTAINERS[name].suffixes)
+    found = [name for name in names if _packed_suffix(name)[1].endswith(suffixes)]
+    if len(containers) > 1:
+        if metadata := [name for name in found if Path(name).stem == "metadata"]:
+            found = metadata
+        kinds = sorted({Path(_packed_suffix(name)[1]).suffix for name in found})
+        if len(kinds) > 1:
+            told = f"{path}: holds {' and '.join(kinds)} files, expected one kind; name one file, or a glob such as"
+            raise UserError(f"{told} {os.path.join(path, '*' + kinds[-1])}")
+    if not found:
+        raise UserError(f"{path}: the folder has no file that ends in {' or '.join(dict.fromkeys(suffixes))}")
+    return [os.path.join(path, name) for name in found]
+
+
+def _packed_suffix(name: str) -> tuple[bool, str]:
+    """(whether the name is of a gzip, the name without that) in lower case."""
+    name = name.lower()
+    if name.endswith(".tgz"):
+        return True, name[:-4] + ".tar"
+    return name.endswith(".gz"), name.removesuffix(".gz")
+
+
+def _arrow_folder(path: str, names: Sequence[str]) -> list[str]:
+    """The data files that a folder of `datasets.save_to_disk` lists."""
+    if "dataset_dict.json" in names:
+        splits = [name for name in names if os.path.isfile(os.path.join(path, name, "state.json"))]
+        told = f"{path}: is a DatasetDict with the splits {', '.join(splits) or 'none'}; name the folder of one"
+        raise UserError(f"{told}, such as {os.path.join(path, (splits or ['train'])[0])}")
+    state = os.path.join(path, "state.json")
+    index.require_regular(state)
+    try:
+        told = orjson.loads(Path(state).read_bytes())
+        files = [entry["filename"] for entry in told["_data_files"]]
+    except (orjson.JSONDecodeError, TypeError, KeyError) as e:
+        raise RecordError(f"{state}: is not what datasets.save_to_disk writes: no list _data_files ({e})") from None
+    if not files or not all(isinstance(name, str) and name and name == os.path.basename(name) for name in files):
+        raise RecordError(f"{state}: _data_files names {files[:3]}, expected names of files in this folder")
+    if told.get("_indices_files"):
+        raise UserError(f"{path}: is a selection over its data files; save it again with a current version of datasets")
+    return [os.path.join(path, name) for name in files]
+
+
+def _remote(path: str) -> tuple[Any, str]:
+    """(file system, path in it) of a URL. Raises `UserError` where its protocol has no driver here."""
+    try:
+        import fsspec
+
+        return fsspec.core.url_to_fs(path)
+    except ImportError as e:
+        told = f"{path}: reading it needs a driver that is not installed ({e}); pip install 'beholder[remote]'"
+        raise UserError(f"{told}, or fetch the file and name its path") from None
+    except ValueError as e:
+        raise UserError(
+            f"{path}: {e}; expected a URL that fsspec knows, such as s3://, hf://, gs:// or https://"
+        ) from e
+
+
+def _remote_files(url: str) -> list[str]:
+    fs, path = _remote(url)
+    named = [path]
+    with _told(url):
+        if glob.has_magic(path):
+            named = sorted(fs.glob(path))
+        elif fs.isdir(path):
+            named = sorted(n for n in fs.ls(path, detail=False) if _packed_suffix(n)[1].endswith((".parquet", ".tar")))
+    if not named:
+        raise UserError(f"{url}: no such file, folder or glob")
+    # The one that was written keeps its spelling: unstripped, a URL may say more than its path.
+    return [url] if named == [path] else [url[: _last_protocol(url)] + _bare(fs, name) for name in named]
+
+
+def _last_protocol(url: str) -> int:
+    match = _URL.match(url)
+    assert match is not None
+    return match.end()
+
+
+def _bare(fs: Any, path: str) -> str:
+    return _URL.sub("", path) if is_url(path) else path
+
+
+@contextmanager
+def _told(url: str) -> Iterator[None]:
+    """Whatever a driver or a network raises becomes a sentence that names the URL."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"{url}: cannot be fetched ({type(e).__name__}: {e})") from e
+
+
+def local_file(path: str) -> str:
+    """``path``, or its copy in the cache where it has a URL or is gzip'd. Both are made once for each version."""
+    if is_url(path):
+        path = _fetched(path)
+    info = index.require_regular(path)
+    with open(path, "rb") as file:
+        if file.read(2) != b"\x1f\x8b":
+            return path
+    key = index.cache_key("unpacked", os.path.realpath(path), info.st_size, info.st_mtime_ns)
+    name = _packed_suffix(os.path.basename(path))[1]
+
+    def unpack(out: BinaryIO) -> None:
+        try:
+            with gzip.open(path, "rb") as file:
+                _copy(file, out, path)
+        except EOFError:
+            raise RecordError(f"{path}: the gzip ends early: it is cut off; fetch or write it again") from None
+        except (gzip.BadGzipFile, zlib.error) as e:
+            raise RecordError(f"{path}: the gzip is damaged: {e}") from None
+
+    return index.made_once(key, name, unpack, path)
+
+
+def _fetched(url: str) -> str:
+    fs, path = _remote(url)
+    with _told(url):
+        key = index.cache_key("fetched", url, fs.ukey(path))
+
+        def fetch(out: BinaryIO) -> None:
+            with fs.open(path, "rb") as file:
+                _copy(file, out, url)
+
+        return index.made_once(key, os.path.basename(path), fetch, url)
+
+
+def _copy(file: Any, out: BinaryIO, what: str) -> None:
+    while chunk := file.read(index.CHUNK_BYTES):
+        if shutil.disk_usage(os.path.dirname(out.name)).free - len(chunk) < _MIN_FREE_BYTES:
+            told = f"{what}: its copy in {os.path.dirname(out.name)} would leave less than 1 GB free"
+            raise UserError(f"{told}; make room, or set BEHOLDER_CACHE to a folder on a larger disk")
+        out.write(chunk)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What kind of file
+
+
+def recognise(path: str, fits: Callable[[dict[str, Any]], bool]) -> str:
+    """The row of `CONTAINERS` that a local file is. ``fits``: whether an object is a record as it stands."""
+    index.require_regular(path)
+    for suffix, name in ((".tar", "tar"), (".parquet", "parquet"), (".arrow", "arrow")):
+        if path.lower().endswith(suffix):
+            return name
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return "arrow"
+    if head[257:262] == b"ustar":
+        return "tar"
+    match index.first_character(path):
+        case "[":
+            return "array"
+        case "{":
+            return _object_kind(path, fits)
+        case other:
+            for name, delimiter in (("tsv", "\t"), ("csv", ",")):
+                with suppress(RecordError, StopIteration):
+                    header, _ = _table(path, delimiter)
+                    if len(header) > 1 and all(re.fullmatch(r"[\w .-]{1,60}", column) for column in header):
+                        return name
+            raise UserError(
+                f"{path}: begins with {other!r}, so its kind cannot be told; expected a .tar, .parquet or .arrow file, "
+                "a JSON array ('['), a record a line ('{'), a question file, or a table whose first line names its "
+                "columns"
+            )
+
+
+def _object_kind(path: str, fits: Callable[[dict[str, Any]], bool]) -> str:
+    """What begins with '{': records a line, a question file, COCO's, or an object with the records under one name."""
+    with open(path, "rb") as file:
+        first = file.readline(MAX_RECORD_BYTES).removeprefix(BOM)
+        more = bool(file.read(4096).strip())
+    with suppress(orjson.JSONDecodeError):
+        record = orjson.loads(first)
+        if more or (isinstance(record, dict) and fits(record)):
+            return "lines"
+    with suppress(RecordError):
+        for name, found in index.json_members(path, ...):
+            if fits({name: found}):
+                break
+            if kind := _member_kind(name, found):
+                return kind
+    return "lines"  # a second line follows, or it is malformed: reading it as records names what is wrong
+
+
+def _member_kind(name: str, found: Found) -> str | None:
+    try:
+        value = orjson.loads(found.raw)
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(value, dict):
+        return None
+    match name:
+        case "questions" if "question_id" in value:
+            return "vqa"
+        case "annotations" if "question_id" in value:
+            return "vqa"  # which says that this is not the question file
+        case "annotations" if "image_id" in value:
+            return "coco"
+    if "question" in value and "imageId" in value:
+        return "gqa"
+    if found.where and name not in _BESIDE:
+        return "object"
+    return None
+
+
+_BESIDE = frozenset(("info", "license", "licenses", "images", "categories", "videos"))
+"""What COCO's and VQA's files have before their records."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tables of text
+
+
+def _table(path: str, delimiter: str) -> tuple[list[str], Any]:
+    """(names of the columns, the reader behind them)."""
+    csv.field_size_limit(MAX_RECORD_BYTES)  # an image as a data: URI has more than the default of 131,072 characters
+    file = open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")  # noqa: SIM115
+    rows = csv.reader(_closing(file), delimiter=delimiter, strict=True)
+    try:
+        header = [name.strip() for name in next(rows)]
+    except csv.Error as e:
+        raise RecordError(f"{path}: line 1, which names the columns, cannot be read: {e}") from None
+    return header, rows
+
+
+def _closing(file: Any) -> Iterator[str]:
+    with file:
+        yield from file
+
+
+def _table_records(delimiter: str) -> Callable[[str, Rules], Iterator[Found]]:
+    """A record a row, after a header; an empty cell is an absent field, and lists are written as JSON."""
+
+    def find(path: str, rules: Rules) -> Iterator[Found]:
+        index.first_character(path)  # UTF-16 is told by name
+        header, rows = _table(path, delimiter)
+        if doubled := [name for name, n in Counter(header).items() if n > 1]:
+            raise RecordError(f"{path}: the columns {', '.join(map(repr, doubled))} are named twice in line 1")
+        while True:
+            start = rows.line_num + 1
+            try:
+                row = next(rows, None)
+            except csv.Error as e:
+                if "end of data" in str(e):
+                    raise RecordError(f"{path}: the quotes opened in the row of line {start} never close") from None
+                yield Found(0, _unusable("bad_row", f"cannot be read: {e}"), f"line {start}")
+                continue
+            if row is None:
+                return
+            if not row:
+                continue
+            yield Found(0, _table_row(header, row), f"line {start}")
+
+    return find
+
+
+def _table_row(header: Sequence[str], row: Sequence[str]) -> bytes:
+    if len(row) != len(header):
+        return _unusable("bad_row", f"has {len(row)} cells, the header names {len(header)} columns")
+    try:
+        return orjson.dumps({name: _cell(value) for name, value in zip(header, row, strict=True) if value})
+    except TypeError:  # what was not UTF-8 became half a surrogate pair
+        return _unusable("bad_row", "is not UTF-8")
+
+
+def _cell(text: str) -> Any:
+    if text[0] in "[{":
+        with suppress(orjson.JSONDecodeError):
+            return orjson.loads(text)
+    return text
+
+
+def _unusable(reason: str, detail: str, id: str | None = None) -> bytes:
+    return orjson.dumps({"id": id, "!": [reason, detail]})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# JSON objects
+
+
+def _object_records(path: str, rules: Rules) -> Iterator[Found]:
+    """The array of objects under the one name of an object that has one, such as ``{"data": […]}``."""
+    chosen = None
+    for name, found in index.json_members(path, ...):
+        if name != chosen:
+            if not found.where or name in _BESIDE or not found.raw.startswith(b"{"):
+                continue
+            if chosen is not None:
+                told = f"{path}: has records under {chosen!r} and under {name!r}, expected one array of them"
+                raise RecordError(f"{told}; keep one, as an array or a record a line")
+            chosen = name
+        yield found
+
+
+def _coco_records(path: str, rules: Rules) -> Iterator[Found]:
+    """COCO captions: each annotation with its image's file name."""
+    names: dict[str, str] = {}
+    annotations: list[tuple[str, bytes]] = []
+    for name, found in index.json_members(path, ...):
+        if name == "annotations":
+            annotations.append((found.where, found.raw))
+        elif name == "images":
+            try:
+                image = orjson.loads(found.raw)
+                names[str(image["id"])] = image["file_name"]
+            except (orjson.JSONDecodeError, TypeError, KeyError):
+                continue  # an annotation that asks for it is rejected
+    for where, raw in annotations:
+        yield Found(0, _coco_record(raw, names), where)
+
+
+def _coco_record(raw: bytes, names: dict[str, str]) -> bytes:
+    try:
+        given = orjson.loads(raw)
+    except orjson.JSONDecodeError as e:
+        return _unusable("bad_json", f"malformed JSON at character {e.pos} of the annotation: {e.msg}")
+    id = str(given["id"]) if isinstance(given, dict) and given.get("id") is not None else None
+    if not isinstance(given, dict) or given.get("caption") is None:
+        return _unusable("missing_field", "the annotation has no caption (of objects or key points?)", id)
+    image = str(given.get("image_id"))
+    if image not in names:
+        return _unusable("no_image", f"image_id {image[:40]!r} is not among the file's images with a file_name", id)
+    return orjson.dumps({"id": id, "file_name": names[image], "caption": given["caption"]})
+
+
+def _vqa_records(path: str, rules: Rules) -> Iterator[Found]:
+    assert rules.annotations is not None, "open_sources asks for it"
+    return questions.vqa_records(path, rules.annotations, rules.image_pattern)
+
+
+def _gqa_records(path: str, rules: Rules) -> Iterator[Found]:
+    return questions.gqa_records(path, rules.image_pattern)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tar shards
+
+
+def _tar_records(path: str, rules: Rules) -> Iterator[Found]:
+    """Samples of a shard: members that share a name up to the first dot. ``.json`` and / or ``.txt``, and images."""
+    samples: dict[str, list[index.Member]] = {}
+    for member in tar_members(path):
+        folder, name = os.path.split(member.name)
+        samples.setdefault(os.path.join(folder, name.partition(".")[0]), []).append(member)
+    with open(path, "rb") as file:
+        for key, members in samples.items():
+            yield Found(0, _tar_record(file, key, members, rules), f"sample {key!r}")
+
+
+def _tar_record(file: BinaryIO, key: str, members: Sequence[index.Member], rules: Rules) -> bytes:
+    images, jsons, texts = (
+        [m for m in members if m.name.rpartition(".")[2].lower() in suffixes]
+        for suffixes in (IMAGE_SUFFIXES, ("json",), ("txt",))
+    )
+    if len(jsons) > 1 or len(texts) > 1:
+        told = f"{len(jsons)} .json and {len(texts)} .txt members, expected at most one of each"
+        return _unusable("bad_member", told, key)
+    fields: Any = {}
+    if jsons:
+        try:
+            fields = orjson.loads(_read(file, jsons[0]))
+        except orjson.JSONDecodeError as e:
+            return _unusable("bad_member", f"member {jsons[0].name!r} is malformed JSON: {e}", key)
+        if not isinstance(fields, dict):
+            return _unusable("bad_member", f"member {jsons[0].name!r} is not a JSON object", key)
+    if texts and not rules.fits(fields):
+        try:
+            fields["caption"] = _read(file, texts[0]).decode("utf-8")
+        except UnicodeDecodeError:
+            return _unusable("bad_member", f"member {texts[0].name!r} is not UTF-8", key)
+    said = {name: value for name, value in fields.items() if name not in (*IMAGE_FIELDS, "!")}
+    return orjson.dumps({"id": key, **said, "images": [{"!": list(m)} for m in images]})
+
+
+def _read(file: BinaryIO, member: index.Member) -> bytes:
+    file.seek(member.offset)
+    return file.read(min(member.size, MAX_RECORD_BYTES)).removeprefix(BOM)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parquet and Arrow
+
+
+def _parquet_records(path: str, rules: Rules) -> Iterator[Found]:
+    """Rows, of which only the columns that a shape knows are read, and of images not the bytes where all are there."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            names = _wanted(path, file.schema_arrow.names, rules)
+            leaves, bare = _without_bytes(file, names)
+            # Rows whose image bytes must be read to know which are there are few at a time.
+            rows = 4096 if bare >= {n for n in names if _holds_bytes(file.schema_arrow.field(n).type)} else 64
+            yield from _rows(file.iter_batches(rows, columns=leaves, use_threads=False), bare)
+    except (pa.ArrowException, OSError, TypeError, UnicodeDecodeError) as e:
+        raise RecordError(f"{path}: cannot be read as parquet: {e}") from None
+
+
+def _arrow_records(path: str, rules: Rules) -> Iterator[Found]:
+    """Rows of an Arrow stream or file, memory-mapped: images are not touched."""
+    import pyarrow as pa
+
+    try:
+        table = arrow_table(path)
+        table.validate(full=True)  # offsets of an untrusted file could point anywhere
+        table = table.select(_wanted(path, table.column_names, rules))
+        yield from _rows(table.to_batches(max_chunksize=4096), frozenset())
+    except (pa.ArrowException, OSError, TypeError, UnicodeDecodeError) as e:
+        raise RecordError(f"{path}: cannot be read as an Arrow file: {e}") from None
+
+
+def _wanted(path: str, there: Sequence[str], rules: Rules) -> list[str]:
+    if told := rules.told_columns(there) or (
+        None if rules.fits(dict.fromkeys(there, 0)) else rules.told_missing(there)
+    ):
+        raise UserError(f"{path}: {told}")
+    return [name for name in there if name in rules.fields]
+
+
+def _without_bytes(file: Any, names: Sequence[str]) -> tuple[list[str], frozenset[str]]:
+    """(leaves to read, columns whose image bytes are not read because the file's own counts say that none is null)."""
+    counts: Counter[str] = Counter()
+    meta = file.metadata
+    for group in range(meta.num_row_groups):
+        for k in range(meta.num_columns):
+            leaf = meta.row_group(group).column(k)
+            statistics = leaf.statistics
+            counts[leaf.path_in_schema] += statistics.null_count if statistics and statistics.has_null_count else 1
+    leaves, bare = [], set()
+    for name in names:
+        own = [leaf for leaf in counts if leaf == name or leaf.startswith(name + ".")]
+        images = [leaf for leaf in own if leaf == name or leaf.endswith(".bytes")]
+        if (
+            len(images) == 1
+            and counts[images[0]] == 0
+            and (_is_bytes(file.schema_arrow.field(name).type) or (len(own) == 2 and _is_image(file, name)))
+        ):
+            bare.add(name)
+            own.remove(images[0])
+        leaves += own
+    return leaves, frozenset(bare)
+
+
+def _is_image(file: Any, name: str) -> bool:
+    """``{bytes, path}``, or a list of them."""
+    import pyarrow.types as pt
+
+    kind = file.schema_arrow.field(name).type
+    if pt.is_list(kind) or pt.is_large_list(kind):
+        kind = kind.value_type
+    return pt.is_struct(kind) and {f.name for f in kind} == {"bytes", "path"} and _is_bytes(kind.field("bytes").type)
+
+
+def _is_bytes(kind: pyarrow.DataType) -> bool:
+    import pyarrow.types as pt
+
+    return pt.is_binary(kind) or pt.is_large_binary(kind) or pt.is_binary_view(kind) or pt.is_fixed_size_binary(kind)
+
+
+def _holds_bytes(kind: pyarrow.DataType) -> bool:
+    return _is_bytes(kind) or any(_holds_bytes(kind.field(k).type) for k in range(kind.num_fields))
+
+
+def _rows(batches: Iterable[pyarrow.RecordBatch], bare: frozenset[str]) -> Iterator[Found]:
+    row = 0
+    for batch in batches:
+        columns = {name: _emptied(batch.column(k)).to_pylist() for k, name in enumerate(batch.schema.names)}
+        for k in range(batch.num_rows):
+            record = {name: values[k] for name, values in columns.items()}
+            record |= {name: _filled(record.get(name)) for name in bare}
+            fragments = {
+                name: orjson.Fragment(orjson.dumps(value, default=_Places(name)))
+                for name, value in record.items()
+                if value is not None
+            }
+            yield Found(0, orjson.dumps(fragments), f"row {row}")
+            row += 1
+
+
+class _Places:
+    """Writes ``{"!": [column, k]}`` for the k-th bytes of a cell, and other things that JSON lacks as text."""
+
+    def __init__(self, column: str) -> None:
+        self.column, self.count = column, 0
+
+    def __call__(self, value: object) -> object:
+        if not isinstance(value, bytes):
+            return str(value)
+        self.count += 1
+        return {"!": [self.column, self.count - 1]}
+
+
+def _filled(value: Any) -> Any:
+    """An image cell that was read without its bytes, with empty ones in their place."""
+    match value:
+        case None:
+            return b""
+        case list():
+            return [_filled(item) for item in value]
+        case _:
+            return {"bytes": b"", **value}
+
+
+def _emptied(array: pyarrow.Array) -> pyarrow.Array:
+    """The same with empty bytes wherever bytes are: which ones are null is all that a record has to say."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.types as pt
+
+    kind = array.type
+    if _is_bytes(kind):
+        none = pa.scalar(None, pa.binary())
+        return pc.if_else(array.is_valid(), pa.scalar(b""), none)  # pyright: ignore[reportAttributeAccessIssue]
+    if not _holds_bytes(kind):
+        return array
+    if pt.is_struct(kind):
+        fields = [_emptied(array.field(k)) for k in range(kind.num_fields)]
+        return pa.StructArray.from_arrays(fields, [f.name for f in kind], mask=array.is_null())
+    if pt.is_list(kind) or pt.is_large_list(kind):
+        offsets = array.offsets.cast(pa.int64())
+        first, last = offsets[0].as_py(), offsets[-1].as_py()
+        values = _emptied(array.values.slice(first, last - first))
+        offsets = pc.subtract(offsets, first)  # pyright: ignore[reportAttributeAccessIssue]
+        return pa.LargeListArray.from_arrays(offsets, values)  # a null list is an empty one
+    raise TypeError(f"image bytes lie in a column of type {kind}, expected bytes, structs or lists of them")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The table
+
+
+CONTAINERS: dict[str, Container] = {
+    "array": Container("JSON array", lambda path, _: index.json_array(path), (".json",), copied=False),
+    "lines": Container(
+        "JSON lines", lambda path, _: index.json_lines(path), (".jsonl", ".ndjson", ".json"), copied=False
+    ),
+    "object": Container("JSON object with one array", _object_records, (".json",), copied=False),
+    "csv": Container("CSV", _table_records(","), (".csv",)),
+    "tsv": Container("TSV", _table_records("\t"), (".tsv",)),
+    "parquet": Container("parquet", _parquet_records, (".parquet",), "parquet"),
+    "arrow": Container("Arrow", _arrow_records, (".arrow",), "arrow"),
+    "tar": Container("tar shards", _tar_records, (".tar",), "tar"),
+    "coco": Container("COCO captions", _coco_records, (".json",)),
+    "vqa": Container("VQA question file", _vqa_records, (".json",), asked=True),
+    "gqa": Container("GQA question file", _gqa_records, (".json",), asked=True),
+}  # fmt: skip
+"""Every container by its name."""

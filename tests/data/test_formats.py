@@ -1,0 +1,629 @@
+"""Every layout that is read: the small files of `formats/`, what they are recognised as, and what bad input becomes."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import importlib.util
+import io
+import json
+import os
+import shutil
+import tarfile
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from beholder.config import STAGES, SourceConfig
+from beholder.data import containers, images, sources
+from beholder.data.check import check_data
+from beholder.data.images import read_bytes
+from beholder.data.sources import RecordError, Records, instructs, open_sources
+from beholder.types import ImageRef, ImageSlot, UserError
+
+FORMATS = Path(__file__).parent / "formats"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BEHOLDER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def opened(path: Path | str, *, chat: bool = False, max_images: int = 4, **source: Any) -> Records:
+    return open_sources(
+        [SourceConfig(json_path=str(path), **source)],
+        image_token="<image>", max_images=max_images, on_reject="collect", chat=chat,
+    )  # fmt: skip
+
+
+def lines(path: Path, *records: Any) -> Path:
+    path.write_bytes(b"".join(orjson.dumps(r) + b"\n" for r in records))
+    return path
+
+
+def colour(ref: ImageRef) -> str:
+    """The name of a tile's colour, by its pixels."""
+    red, green, blue = Image.open(io.BytesIO(read_bytes(ref))).convert("RGB").getpixel((0, 0))  # type: ignore[misc]
+    return "white" if min(red, green, blue) > 200 else max(("red", red), ("green", green), ("blue", blue), key=_by)[0]
+
+
+def _by(pair: tuple[str, int]) -> int:
+    return pair[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The table
+
+LAYOUTS: list[tuple[str, dict[str, Any], str, list[list[str]], str]] = [
+    # file or folder, settings of the source, what it is read as, colours of the good records' images, reason of the bad
+    ("captions.json", {}, "JSON array of caption", [["red"], ["blue"]], "wrong_type"),
+    ("captions.jsonl", {}, "JSON lines of caption", [["red"], ["blue"]], "wrong_type"),
+    ("captions.jsonl.gz", {}, "JSON lines of caption", [["red"], ["blue"]], "wrong_type"),
+    ("captions.csv", {}, "CSV of caption", [["red"], ["blue"]], "missing_image"),
+    ("open_clip.tsv", {}, "TSV of caption", [["red"], ["blue"]], "missing_image"),
+    ("data.json", {}, "JSON object with one array of caption", [["red"], ["blue"]], "wrong_type"),
+    ("several.jsonl", {}, "JSON lines of caption", [["red"], ["red"], ["blue"], ["blue"]], "wrong_type"),
+    ("imagefolder", {}, "JSON lines of caption", [["red"], ["blue"]], "outside_root"),
+    ("imagefolder_csv", {}, "CSV of caption", [["red"], ["blue"]], "missing_image"),
+    ("coco_captions.json", {}, "COCO captions of caption", [["red"], ["red"]], "no_image"),
+    ("captions.parquet", {}, "parquet of caption", [["red"], ["blue"]], "no_image"),
+    ("bytes.parquet", {}, "parquet of caption", [["red"], ["blue"]], "no_image"),
+    ("arrow_folder", {}, "Arrow of caption", [["red"], ["blue"]], "no_image"),
+    ("shards.tar", {}, "tar shards of caption", [["red"], ["blue"]], "no_image"),
+    ("llava.json", {}, "JSON array of turns", [["red"], ["blue"]], "image_count"),
+    ("onevision.parquet", {}, "parquet of turns", [["red"], ["blue"]], "image_count"),
+    ("m4.json", {}, "JSON array of turns", [["red", "blue"], ["blue", "green"]], "image_count"),
+    ("mantis.parquet", {}, "parquet of turns", [["red", "white"], ["blue", "white"]], "image_count"),
+    ("sharegpt.jsonl", {}, "JSON lines of turns", [["red"], ["blue"]], "unknown_role"),
+    ("openai.jsonl", {}, "JSON lines of parts", [["red"], ["blue"]], "part_without_image"),
+    ("trl.jsonl", {}, "JSON lines of parts", [["red", "white"], ["blue", "white"]], "unknown_part"),
+    ("trl.parquet", {}, "parquet of parts", [["red", "white"], ["blue", "white"]], "image_count"),
+    ("cauldron.parquet", {}, "parquet of texts", [["red", "white"], ["blue", "white"]], "no_image"),
+    ("finevision.parquet", {"min_rating": {"relevance": 3}}, "parquet of texts", [["red"], ["blue"]], "low_rating"),
+    ("ms_swift.jsonl", {}, "JSON lines of query", [["red"], ["blue"]], "image_count"),
+    ("alpaca.json", {}, "JSON array of instruction", [["red"], ["blue"]], "wrong_type"),
+    ("unified.jsonl", {}, "JSON lines of instruction", [["red"], ["blue"]], "remote_image"),
+    ("questions.jsonl", {}, "JSON lines of question", [["red"], ["blue"]], "no_target"),
+    ("nlvr2.jsonl", {"image_root": "images"}, "JSON lines of statement", [["red", "green"]] * 2, "wrong_type"),
+    ("vqa_questions.json", {"image_root": "images", "annotations_path": "vqa_annotations.json"},
+     "VQA question file of question", [["red"], ["blue"]], "no_annotation"),
+    ("gqa.json", {"image_root": "images", "image_pattern": "{image_id}.png"}, "GQA question file of question",
+     [["red"], ["blue"]], "no_target"),
+    ("renamed.csv", {"columns": {"image": "img_path", "caption": "alt_text"}}, "CSV of caption", [["red"], ["blue"]],
+     "missing_image"),
+]  # fmt: skip
+
+
+def layout(name: str, settings: dict[str, Any]) -> SourceConfig:
+    paths = ("image_root", "annotations_path")
+    told = {k: str(FORMATS / v) if k in paths else v for k, v in settings.items()}
+    return SourceConfig(json_path=str(FORMATS / name), **told)
+
+
+def test_every_layout_is_recognised_and_its_records_are_accepted_or_rejected_by_name(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print(f"\n{'layout':22} {'read as':40} {'in':>3} {'accepted':>8} {'rejected':>8}")
+    for name, settings, read_as, colours, reason in LAYOUTS:
+        source = layout(name, settings)
+        stage = STAGES["instruct" if instructs(source) else "align"]
+
+        report = check_data([source], stage=stage, max_images=4, verify_images="decode")
+        records = open_sources([source], image_token="<image>", max_images=4, on_reject="collect", chat=stage.dialogues)
+
+        print(f"{name:22} {read_as:40} {report.records:3} {report.accepted:8} {len(report.rejects):8}")
+        assert read_as in report.layouts, (name, report.layouts)
+        assert report.records == len(colours) + 1 == report.accepted + len(report.rejects), name
+        assert list(report.rejects_by_reason) == [reason], (name, report.rejects)
+        good = [records[i] for i in range(len(records)) if records[i].id not in {r.id for r in report.rejects}]
+        assert [[colour(ref) for ref in e.images] for e in good] == colours, name
+        for example in good:
+            slots = [p.index for turn in example.turns for p in turn.parts if isinstance(p, ImageSlot)]
+            assert slots == list(range(len(example.images)) if len(example.turns) > 1 else []), name
+    with capsys.disabled():
+        print(capsys.readouterr().out)
+
+
+def test_the_files_of_the_table_are_those_that_are_made() -> None:
+    spec = importlib.util.spec_from_file_location("make_formats", FORMATS / "make.py")
+    assert spec is not None and spec.loader is not None
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+
+    made = make.layouts()
+
+    there = {str(p.relative_to(FORMATS)) for p in FORMATS.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert there == set(made)
+    for name, data in made.items():
+        if not name.endswith((".parquet", ".arrow", ".gz")):  # which name the versions of their writers
+            assert (FORMATS / name).read_bytes() == data, f"{name}: make it again with {FORMATS / 'make.py'}"
+
+
+def test_the_documents_table_has_an_example_of_every_layout_and_the_example_is_read(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `{")]
+    shapes = set()
+    for k, row in enumerate(rows):
+        example = json.loads(row[1].strip().strip("`"))
+        records = opened(lines(tmp_path / f"{k}.jsonl", example))
+        assert not records.rejects, (example, records.rejects)
+        (name,) = records.layouts
+        assert row[2].strip() == f"`{name.removeprefix('JSON lines of ')}`"
+        shapes.add(name.removeprefix("JSON lines of "))
+    from beholder.data.formats import SHAPES
+
+    assert shapes == set(SHAPES)
+    for container in containers.CONTAINERS.values():
+        assert container.title in text
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What shapes say
+
+
+def test_an_absent_field_and_a_null_one_are_the_same(tmp_path: Path) -> None:
+    turns = [{"from": None, "value": None, "role": "user", "content": "?"},
+             {"from": "gpt", "value": "x", "role": None, "content": None}]  # fmt: skip
+    path = lines(
+        tmp_path / "a.jsonl",
+        {"image": "a.png", "caption": "x", "conversations": None, "messages": None},
+        {"image": "a.png", "images": None, "caption": None, "messages": turns},
+        {"image": "a.png", "messages": [{"role": "user", "content": [
+            {"type": "image", "text": None, "image": None}, {"type": "text", "text": "?", "image": None}]},
+            {"role": "assistant", "content": "x"}]},
+    )  # fmt: skip
+
+    records = opened(path, chat=True)
+
+    assert [r.reason for r in records.rejects] == ["starts_with_assistant"]
+    assert [e.turns[0].parts for e in records] == [(ImageSlot(0), "\n?"), (ImageSlot(0), "?")]
+    assert len(opened(path)) == 2, "in an alignment a conversation needs its marker"
+
+
+def test_null_columns_of_parquet_are_absent(tmp_path: Path) -> None:
+    picture = {"bytes": (FORMATS / "images/red.png").read_bytes(), "path": None}
+    rows = [{"image": picture, "caption": "x", "conversations": None},
+            {"image": picture, "caption": None, "conversations": [{"from": "gpt", "value": "y"}]}]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+
+    records = opened(tmp_path / "a.parquet", max_images=1)
+
+    assert records.target_texts() == ["x"] and [r.reason for r in records.rejects] == ["image_count"]
+
+
+def test_a_marker_typed_where_a_shape_has_none_stays_text(tmp_path: Path) -> None:
+    text = "What does <image> mean?"
+    path = lines(
+        tmp_path / "a.jsonl",
+        {"images": ["a"], "texts": [{"user": text, "assistant": "a <image>"}]},
+        {"image": "a", "question": text, "answer": "x"},
+        {"images": ["a"], "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
+                                       {"role": "assistant", "content": "x"}]},
+        {"images": ["a", "b"], "sentence": text, "label": True},
+    )  # fmt: skip
+
+    records = opened(path, chat=True)
+
+    assert not records.rejects and records.inserted_markers == 3
+    assert [e.turns[0].parts for e in records] == [
+        (ImageSlot(0), "\n" + text), (ImageSlot(0), "\n" + text), (ImageSlot(0), text),
+        (ImageSlot(0), ImageSlot(1), "\n" + text),
+    ]  # fmt: skip
+    assert records[0].turns[1].parts == ("a <image>",)
+
+
+def test_history_system_and_input_come_before_the_question(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", {
+        "images": ["a", "b"], "system": "S", "history": [["<image> one", "1"]], "instruction": "two <image>",
+        "input": "more", "output": "2",
+    })  # fmt: skip
+
+    (example,) = opened(path, chat=True)
+
+    assert [(t.role, t.parts) for t in example.turns] == [
+        ("system", ("S",)), ("user", (ImageSlot(0), " one")), ("assistant", ("1",)),
+        ("user", ("two ", ImageSlot(1), "\nmore")), ("assistant", ("2",)),
+    ]  # fmt: skip
+
+
+def test_each_caption_of_a_list_is_a_record_of_its_own(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "a.jsonl", {"id": "x", "image": "a", "caption": ["one", "two"]}, {"image": "b", "text": "z"}
+    )
+
+    records = opened(path)
+
+    assert records.ids() == [e.id for e in records] == ["x", "x#1", "a:1"]
+    assert records.target_texts() == [e.target_text for e in records] == ["one", "two", "z"]
+    assert [e.row for e in records] == [0, 0, 1] and list(opened(path)) == list(records)
+
+
+def test_an_inline_picture_is_read_where_it_lies_and_not_held(tmp_path: Path, own_cache: Path) -> None:
+    noise = os.urandom(200_000)
+    uri = "data:image/png;base64," + base64.b64encode(noise).decode()
+    record = {"image": uri, "caption": "x", "note": "data:not this one"}
+    path = lines(tmp_path / "a.jsonl", *({"note": "data:first", **record, "id": str(i)} for i in range(40)))
+    escaped = tmp_path / "b.json"
+    escaped.write_text("[" + json.dumps(record).replace("/", "\\/") + "]")
+    table = tmp_path / "c.csv"
+    table.write_text(f'image,caption\n"{uri}",x\n')
+
+    tracemalloc.start()
+    records = opened(path)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+
+    assert len(records) == 40 and held < 4_000_000 < 40 * len(noise)
+    for given in (records, opened(escaped), opened(table)):
+        ref = given[len(given) - 1].images[0]
+        assert ref.kind == "inline" and len(ref.path) < 40
+        assert read_bytes(ref) == noise
+
+
+@pytest.mark.parametrize("uri", ["data:image/png;base64,%%%", "data:image/png,raw", "data:"])
+def test_an_inline_picture_that_is_not_base64_is_an_error_of_the_picture(tmp_path: Path, uri: str) -> None:
+    report = check_data(
+        [SourceConfig(json_path=str(lines(tmp_path / "a.jsonl", {"image": uri, "caption": "x"})))],
+        verify_images="decode",
+    )
+
+    assert report.rejects_by_reason == {"undecodable": 1} and "base64" in report.rejects[0].detail
+
+
+def test_pictures_of_tables_are_bytes_or_paths_below_the_root_or_missing(tmp_path: Path) -> None:
+    red = (FORMATS / "images/red.png").read_bytes()
+    cells = [{"bytes": red, "path": "x.png"}, {"bytes": None, "path": "images/blue.png"},
+             {"bytes": None, "path": "/etc/passwd"}, {"bytes": None, "path": None}]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist([{"image": c, "caption": "x"} for c in cells]), tmp_path / "a.parquet")
+
+    report = check_data(
+        [SourceConfig(json_path=str(tmp_path / "a.parquet"), image_root=str(FORMATS))], verify_images="decode"
+    )
+
+    assert report.accepted == 2
+    assert report.rejects_by_reason == {"no_image": 1, "outside_root": 1}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_tables_with_lists_slices_nulls_and_nested_bytes_give_the_right_pictures(tmp_path: Path, kind: str) -> None:
+    def cell(i: int) -> dict[str, Any]:
+        return {"bytes": f"{i}".encode(), "path": None}
+
+    rows = [
+        {"images": None if i % 5 == 3 else [cell(10 * i + k) for k in range(i % 3)], "text": f"{i}"} for i in range(60)
+    ]
+    table = pa.Table.from_pylist(rows)
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path, row_group_size=7)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table.slice(0, 31))
+            writer.write_table(table.slice(31))
+
+    records = opened(path)
+
+    wanted = {i: [f"{10 * i + k}".encode() for k in range(i % 3)] for i in range(60) if i % 5 != 3 and i % 3}
+    assert {e.row: [read_bytes(r) for r in e.images] for e in records} == wanted
+    assert {r.reason for r in records.rejects} == {"no_image"}
+
+
+def test_row_groups_too_large_to_be_held_are_read_from_a_copy(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "MAX_GROUP_BYTES", 1000)
+    rows = [{"image": {"bytes": f"{i}".encode() * 300, "path": None}, "caption": "x"} for i in range(200)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+
+    records = opened(tmp_path / "a.parquet")
+
+    assert [read_bytes(records[i].images[0]) for i in (150, 3)] == [b"150" * 300, b"3" * 300]
+    assert len(list((own_cache / "files").rglob("*.arrow"))) == 1
+
+
+def test_a_picture_column_of_another_name_is_read_from_the_table(tmp_path: Path) -> None:
+    rows = [{"jpg": f"{i}".encode(), "image": "not this", "txt": f"{i}"} for i in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+
+    records = opened(tmp_path / "a.parquet", columns={"image": "jpg", "caption": "txt"})
+
+    assert [read_bytes(e.images[0]) for e in records] == [b"0", b"1", b"2"] and records.target_texts() == [
+        "0",
+        "1",
+        "2",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Containers
+
+
+@pytest.mark.parametrize("name", ["captions.json", "captions.jsonl", "captions.csv", "open_clip.tsv", "data.json"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_byte_order_mark_and_gzip_change_nothing(tmp_path: Path, name: str, packed: bool) -> None:
+    data = b"\xef\xbb\xbf" + (FORMATS / name).read_bytes()
+    path = tmp_path / (name + ".gz" * packed)
+    path.write_bytes(gzip.compress(data) if packed else data)
+
+    with_mark, plain = opened(path), opened(FORMATS / name)
+
+    assert with_mark.target_texts() == plain.target_texts() and len(with_mark.rejects) == len(plain.rejects)
+    assert with_mark.layouts == plain.layouts
+    assert with_mark[0].file == str(path) and with_mark[0].images[0].root == str(tmp_path)
+
+
+def test_a_compressed_shard_is_unpacked_once_and_its_pictures_read_from_there(tmp_path: Path, own_cache: Path) -> None:
+    path = tmp_path / "s.tgz"
+    path.write_bytes(gzip.compress((FORMATS / "shards.tar").read_bytes()))
+
+    records = opened(path)
+    again = opened(path)
+
+    assert [colour(e.images[0]) for e in records] == ["red", "blue"] and list(again) == list(records)
+    assert len(list((own_cache / "files").rglob("*.tar"))) == 1
+
+
+@pytest.mark.parametrize("cut", [-1, -9, 30])
+def test_a_gzip_that_ends_early_or_is_damaged_is_an_error_and_leaves_nothing(
+    tmp_path: Path, own_cache: Path, cut: int
+) -> None:
+    data = (FORMATS / "captions.jsonl.gz").read_bytes()
+    (tmp_path / "a.jsonl.gz").write_bytes(data[:cut])
+    flipped = bytearray(data)
+    flipped[-6] ^= 1
+    (tmp_path / "b.jsonl.gz").write_bytes(flipped)
+
+    with pytest.raises(RecordError, match=r"a\.jsonl\.gz: the gzip ends early"):
+        opened(tmp_path / "a.jsonl.gz")
+    with pytest.raises(RecordError, match=r"b\.jsonl\.gz: the gzip is damaged"):
+        opened(tmp_path / "b.jsonl.gz")
+    assert not [p for p in (own_cache / "files").rglob("*") if p.is_file()]
+
+
+def test_a_gzip_that_would_fill_the_disk_is_stopped(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"{}\n" * 1000))
+    monkeypatch.setattr(containers, "_MIN_FREE_BYTES", 1 << 62)
+
+    with pytest.raises(UserError, match="less than 1 GB free"):
+        opened(tmp_path / "a.jsonl.gz")
+    assert not [p for p in (own_cache / "files").rglob("*") if p.is_file()]
+
+
+def test_a_row_of_a_table_that_does_not_fit_its_header_is_a_reject_and_an_open_quote_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'image,caption\na.png,one\nb.png\nc.png,"two\nlines"\nd.png,three,x\ne.png,\xff\n\nf.png,\n')
+
+    records = opened(path)
+
+    assert records.target_texts() == ["one", "two\nlines"] and [e.row for e in records] == [0, 2]
+    assert [(r.row, r.reason) for r in records.rejects] == [
+        (1, "bad_row"), (3, "bad_row"), (4, "bad_row"), (5, "missing_field"),
+    ]  # fmt: skip
+    assert "line 3: has 1 cells, the header names 2 columns" in records.rejects[0].detail
+    path.write_text('image,caption\na.png,one\nb.png,"two\nc.png,three\n')
+    with pytest.raises(RecordError, match="opened in the row of line 3 never close"):
+        opened(path)
+    path.write_text("image,caption,image\na,b,c\n")
+    with pytest.raises(RecordError, match="'image' are named twice"):
+        opened(path)
+
+
+def test_folders_and_globs_are_read_in_order_and_mixed_ones_refused(tmp_path: Path) -> None:
+    for k in (2, 0, 1):
+        lines(tmp_path / f"{k}.jsonl", {"image": "a", "caption": f"{k}"})
+
+    assert opened(tmp_path).target_texts() == opened(tmp_path / "*.jsonl").target_texts() == ["0", "1", "2"]
+    (tmp_path / "x.tar").write_bytes((FORMATS / "shards.tar").read_bytes())
+    with pytest.raises(UserError, match=r"holds \.jsonl and \.tar files.*a glob such as"):
+        opened(tmp_path)
+    assert len(opened(tmp_path, dataset="webdataset")) == 2
+
+
+def test_an_arrow_folder_is_read_by_its_list_and_only_below_itself(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    shutil.copytree(FORMATS / "arrow_folder", folder / "train")
+    (folder / "dataset_dict.json").write_text('{"splits": ["train"]}')
+
+    with pytest.raises(UserError, match=r"splits train; name the folder of one, such as .*saved/train"):
+        opened(folder)
+    assert [colour(e.images[0]) for e in opened(folder / "train")] == ["red", "blue"]
+    (folder / "train" / "state.json").write_text('{"_data_files": [{"filename": "../../x.arrow"}]}')
+    with pytest.raises(RecordError, match="expected names of files in this folder"):
+        opened(folder / "train")
+    (folder / "train" / "state.json").write_text("[]")
+    with pytest.raises(RecordError, match=r"not what datasets\.save_to_disk writes"):
+        opened(folder / "train")
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.6, 0.9])
+def test_a_damaged_arrow_file_is_an_error(tmp_path: Path, cut: float) -> None:
+    data = (FORMATS / "arrow_folder/data-00000-of-00001.arrow").read_bytes()
+    (tmp_path / "a.arrow").write_bytes(data[: int(len(data) * cut)])
+
+    with pytest.raises(RecordError, match="cannot be read as an Arrow file"):
+        opened(tmp_path / "a.arrow")
+
+
+def test_the_copies_of_records_are_made_again_when_they_are_damaged_or_gone(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = list(opened(FORMATS / "captions.parquet"))
+    (copies,) = (own_cache / "index").glob("*.json")
+
+    copies.write_bytes(copies.read_bytes().replace(b"red", b"dim"))
+    assert list(opened(FORMATS / "captions.parquet")) == expected
+    copies.unlink()
+    assert list(opened(FORMATS / "captions.parquet")) == expected
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BEHOLDER_CACHE", str(tmp_path / "file"))
+    assert [e.target_text for e in opened(FORMATS / "captions.parquet")] == [e.target_text for e in expected]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bad input
+
+TALK = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]
+
+
+def parts(*content: Any, **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(content)}, TALK[1]], **fields}
+
+
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({"image": "a", "caption": "x", "messages": TALK}, "two_shapes",
+     "caption (caption) and turns (messages); say which is meant: shape in data.sources, or beholder check --as"),
+    ({"image": "a", "text": "x", "question": "?", "answer": "x"}, "two_shapes", "it fits 2 shapes"),
+    (parts({"type": "video", "video": "x"}), "unknown_part", "messages[0].content[0].type is the string 'video'"),
+    (parts({"text": "x"}), "unknown_part", "messages[0].content[0].type is null or absent"),
+    (parts("x"), "wrong_type", "messages[0].content[0] is the string 'x', expected an object with a type"),
+    (parts({"type": "text", "text": 3}), "wrong_type", "messages[0].content[0].text is the number 3"),
+    (parts({"type": "image"}), "part_without_image", "messages[0].content[0] is an image part without an image"),
+    (parts({"type": "image", "image": "a"}, {"type": "image"}), "part_without_image", "messages[0].content[1]"),
+    (parts({"type": "image"}, {"type": "image"}, images=["a"]), "image_count", "1 images but 2 image parts"),
+    (parts({"type": "image"}, images=["a", "b"]), "image_count", "2 images but 1 image parts"),
+    (parts({"type": "image_url", "image_url": {}}), "no_image", "content[0].image_url is an object without"),
+    (parts({"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}), "remote_image", "nothing is fetched"),
+    ({"messages": [TALK[0], {"role": "assistant", "content": [{"type": "image", "image": "a"}]}]}, "image_place",
+     "messages[1].content[0] is an image in a turn of assistant"),
+    ({"image": "file:///etc/passwd", "caption": "x"}, "remote_image", "is the URL"),
+    ({"image": {"bytes": "aGk=", "path": None}, "caption": "x"}, "wrong_type", "image.bytes is a string"),
+    ({"image": {"!": ["image", 0]}, "caption": "x"}, "no_image", "without bytes, path or url"),
+    ({"image": True, "caption": "x"}, "wrong_type", "image is the boolean true"),
+    ({"images": ["a", None], "caption": "x"}, "wrong_type", "images[1] is null"),
+    ({"images": ["a"], "texts": [{"user": "?"}]}, "wrong_type", "texts[0].assistant is null or absent"),
+    ({"images": ["a"], "query": "?", "response": "x", "history": [["a"]]}, "wrong_type", "history[0] is a list"),
+    ({"image": "a", "question": "?", "answers": [3]}, "wrong_type", "answers[0] is the number 3"),
+    ({"images": ["a"], "sentence": "x", "label": True}, "image_count", "1 images, a statement is about 2"),
+    ({"image": "a", "caption": "x", "relevance": "high"}, "wrong_type", "relevance is the string 'high'"),
+    ({"image": "a", "caption": "x", "relevance_ratings": [5, None]}, "wrong_type", "relevance_ratings[1] is null"),
+    ({"image": "a", "caption": "x", "relevance_ratings": [5, True]}, "wrong_type", "relevance_ratings[1] is the bool"),
+    ({"image": "a", "caption": "x", "relevance_ratings": [5, 1]}, "low_rating", "is 1, min_rating wants at least 2"),
+    ({"image": "a", "caption": "x"}, "no_rating", "none of relevance_ratings, relevance_min, relevance is there"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "reason", "detail"), BAD, ids=[f"{r}-{d[:30]}" for _, r, d in BAD])
+def test_a_bad_record_is_a_named_reject_between_its_neighbours(
+    tmp_path: Path, record: dict[str, Any], reason: str, detail: str
+) -> None:
+    rated = "rating" in detail or any(name.startswith("relevance") for name in record)
+    good = {"image": "a", "caption": "x", "relevance": "4.5"}
+    path = lines(tmp_path / "a.jsonl", good, record, good)
+
+    records = opened(path, min_rating={"relevance": 2} if rated else {})
+
+    assert [e.row for e in records] == [0, 2]
+    (reject,) = records.rejects
+    assert (reject.row, reject.reason, reject.file) == (1, reason, str(path))
+    assert detail in reject.detail and "line 2" in reject.detail
+
+
+def test_a_record_that_fits_two_shapes_is_read_as_the_one_it_is_said_to_be(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", {"image": "a", "text": "x", "messages": [{"role": "user", "content": "<image>"},
+                                                                                 TALK[1]]})  # fmt: skip
+
+    assert [r.reason for r in opened(path).rejects] == ["two_shapes"]
+    assert [len(opened(path, shape=shape)[0].turns) for shape in ("caption", "turns")] == [1, 2]
+    assert opened(path, shape="caption").fingerprint != opened(path, shape="turns").fingerprint
+    assert opened(path, shape="parts")[0].turns[0].parts == (ImageSlot(0), "\n<image>"), "there it is text"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_a_column_that_is_not_there_is_an_error_with_the_nearest_names(tmp_path: Path, name: str) -> None:
+    rows = [{"img_path": "a", "alt_text": "x"}] * 2
+    match name:
+        case "a.jsonl":
+            lines(tmp_path / name, *rows)
+        case "a.csv":
+            (tmp_path / name).write_text("img_path,alt_text\na,x\n")
+        case _:
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+
+    assert opened(tmp_path / name, columns={"image": "img_path", "caption": "alt_text"}).target_texts()[0] == "x"
+    with pytest.raises(UserError, match=rf"{name}.*'img_paht', which is no field here; nearest: img_path"):
+        opened(tmp_path / name, columns={"image": "img_paht", "caption": "alt_text"})
+    with pytest.raises(UserError, match=r"columns\.captoin: .*; nearest: caption"):
+        opened(tmp_path / name, columns={"captoin": "alt_text"})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Remote
+
+
+@pytest.fixture
+def bucket() -> Any:
+    fs = fsspec.filesystem("memory")
+    for name in ("captions.parquet", "shards.tar"):
+        fs.pipe(f"/bucket/{name}", (FORMATS / name).read_bytes())
+    yield fs
+    fs.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("protocol", ["memory://", "filecache::memory://", "simplecache::memory://"])
+def test_remote_tables_and_shards_are_fetched_once_and_read_like_files(
+    bucket: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    urls = [f"{protocol}bucket/{name}" for name in ("captions.parquet", "shards.tar")]
+
+    for url, num in zip(urls, (1, 1), strict=True):
+        records = opened(url)
+        assert [colour(e.images[0]) for e in records] == ["red", "blue"] and len(records.rejects) == num
+        assert records[0].file == url and records[0].images[0].root.startswith(str(own_cache))
+    monkeypatch.setattr(containers, "_copy", lambda *_: pytest.fail("fetched again"))
+    assert [len(opened(url)) for url in urls] == [2, 2]
+
+
+def test_a_remote_file_that_changed_is_fetched_again_and_globs_and_folders_name_its_files(bucket: Any) -> None:
+    assert len(opened("memory://bucket/*.tar")) == 2
+    first = opened("memory://bucket/captions.parquet")
+    bucket.pipe("/bucket/captions.parquet", (FORMATS / "bytes.parquet").read_bytes())
+    second = opened("memory://bucket/captions.parquet")
+
+    assert first.fingerprint != second.fingerprint and [colour(e.images[0]) for e in second] == ["red", "blue"]
+    bucket.rm("/bucket/shards.tar")
+    assert {e.file for e in opened("memory://bucket")} == {"memory:///bucket/captions.parquet"}
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("memory://bucket/gone.parquet", r"gone\.parquet: cannot be fetched \(FileNotFoundError"),
+        ("memory://bucket/*.json", "no such file, folder or glob"),
+        ("nosuch://bucket/a.parquet", "Protocol not known: nosuch"),
+    ],
+)
+def test_what_cannot_be_fetched_is_an_error_that_names_it(bucket: Any, url: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        opened(url)
+
+
+def test_a_protocol_without_its_driver_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(_: str) -> Any:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", without)
+    with pytest.raises(UserError, match=r"s3://bucket/a\.parquet: .*Install s3fs.*pip install 'beholder\[remote\]'"):
+        opened("s3://bucket/a.parquet")
+
+
+def test_nothing_is_fetched_for_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda *_: pytest.fail("fetched"))
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as tar:
+        data = orjson.dumps({"caption": "x", "image": "memory://bucket/a.png"})
+        member = tarfile.TarInfo("0.json")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+
+    assert [r.reason for r in opened(shard).rejects] == ["no_image"]
+    assert sources.missing_files([SourceConfig(json_path="s3://bucket/a.parquet")]) == []
