@@ -365,9 +365,10 @@ def _load_timm(cfg: VisionConfig, device: torch.device) -> VisionTower:
     name, dtype = timm_name(cfg), DTYPES[cfg.precision]
     source = get_pretrained_cfg(name)
     if cfg.weights is None and source and source.url and not source.hf_hub_id:  # an old release, never on the hub
+        url = source.url if isinstance(source.url, str) else source.url[0]
         raise UserError(
-            f"model.vision.name_or_path: timm has {name} at {source.url} only. "
-            f"{convert(Path(str(source.url)).name)}, and give the file as model.vision.weights"
+            f"model.vision.name_or_path: timm has {name} at {url} only. {convert(Path(url).name)}, and give the file "
+            "as model.vision.weights"
         )
     wanted = "Without a network, give a local safetensors file as model.vision.weights."
     with loading(f"model.vision.name_or_path: timm's {name!r}", wanted):
