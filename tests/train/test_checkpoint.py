@@ -526,7 +526,8 @@ def test_what_may_change_on_resume_is_derived_from_the_settings_and_moves_no_wei
         "data.prefetch_factor", "data.pin_memory", "data.persistent_workers", "data.verify_images", "features.dir",
         "features.max_gb", "train.num_threads", "model.llm.gradient_checkpointing", "train.save_every",
         "train.keep_checkpoints", "train.log_every", "train.tqdm_disable", "train.progress_percent",
-        "train.full_eval_every", "train.quick_eval_size", "train.quick_eval_steps", "gates", "scales",
+        "train.full_eval_every", "train.quick_eval_size", "train.quick_eval_steps", "train.timeout_s",
+        "gates", "scales",
         # what lies there is compared by its fingerprint
         "data.json_path", "data.image_root", "data.sources", "data.eval_sources",
     }  # fmt: skip
