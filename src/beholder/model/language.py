@@ -395,6 +395,23 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
     return language, load_tokenizer(cfg)
 
 
+def empty_language(cfg: LlmConfig, config: Any = None) -> Any:
+    """The language model on the meta device, from its configuration alone. Raises `UserError` for attention that the
+    family does not have, and for a configuration that is not there or not that of a causal language model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    what = f"sizes of model.llm {cfg.name_or_path!r}"
+    with kernel_at_hand(cfg), loading(what, "Its config.json must be that of a causal language model."):
+        if config is None:
+            name, where = source_of(cfg)
+            config = AutoConfig.from_pretrained(name, **where)
+        check_soft_cap(config, cfg)
+        # Other kernels may not be installed where a run is planned.
+        kernel = {"attn_implementation": "sdpa"} if cfg.attn_implementation == "sdpa" else {}
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code, **kernel)
+
+
 def dequantize() -> dict[str, Any]:
     """Ask for plain dense weights where this transformers would otherwise keep the file's blocks (5.20 and later)."""
     try:

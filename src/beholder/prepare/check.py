@@ -71,10 +71,10 @@ def check(
 
         counter = load_tokenizer(llm)
     if cfg is not None and not tokenizer:  # with a tokenizer of its own, the language model need not be at hand
-        from beholder.model.families import check_limits
-        from beholder.prepare.estimate import language_limits
+        from beholder.model.families import check_limits, limits_of
+        from beholder.model.language import empty_language
 
-        check_limits(language_limits(cfg.model.llm), cfg)
+        check_limits(limits_of(empty_language(cfg.model.llm)), cfg)
     report = check_data(sources, counter, verify_images="decode" if decode else "exists", progress=progress, **rules)
     if rejects is not None:
         report.write_rejects(rejects)

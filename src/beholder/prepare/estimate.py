@@ -47,8 +47,8 @@ from beholder.data.collate import WINDOW
 from beholder.data.sources import missing_files
 from beholder.model import vision as vision_door
 from beholder.model.connector import build_connector
-from beholder.model.families import NO_LIMITS, Limits, check_limits, check_soft_cap, kernel_at_hand, limits_of
-from beholder.model.language import load_tokenizer, source_of
+from beholder.model.families import NO_LIMITS, Limits, check_limits, limits_of
+from beholder.model.language import empty_language, load_tokenizer, source_of
 from beholder.model.losses import MAX_LOGITS
 from beholder.model.patch_layout import Declared, UnknownLayout, expected_layout
 from beholder.model.placement import decoder_layers, resolve_targets
@@ -243,7 +243,7 @@ def estimate(
 def language_shape(cfg: LlmConfig, config_file: Path | None = None, lora: LoraConfig | None = None) -> LanguageShape:
     """Sizes of the language model and of its adapters, without weights. Raises `UserError` where no configuration is
     found, for attention that the family does not have, and as `model.placement.resolve_targets` does."""
-    model = _empty_language(cfg, config_file)
+    model = empty_language(cfg, _config("llm", cfg, config_file))
     text = model.config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     if heads is None:
@@ -271,24 +271,6 @@ def language_shape(cfg: LlmConfig, config_file: Path | None = None, lora: LoraCo
         qk_norm=any("q_norm" in name for name, _ in model.named_parameters()),
         limits=limits_of(model),
     )
-
-
-def _empty_language(cfg: LlmConfig, config_file: Path | None) -> Any:
-    """The language model on the meta device, from its configuration."""
-    from transformers import AutoModelForCausalLM
-
-    config = _config("llm", cfg, config_file)
-    check_soft_cap(config, cfg)
-    # Other kernels may not be installed where a run is planned.
-    kernel = {"attn_implementation": "sdpa"} if cfg.attn_implementation == "sdpa" else {}
-    what = f"sizes of model.llm {cfg.name_or_path!r}"
-    with torch.device("meta"), kernel_at_hand(cfg), loading(what, "Its config.json must be that of a causal LM."):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code, **kernel)
-
-
-def language_limits(cfg: LlmConfig) -> Limits:
-    """`model.families.limits_of` a language model whose weights are not loaded."""
-    return limits_of(_empty_language(cfg, None))
 
 
 def _parent_and_role(name: str) -> tuple[str, str]:
