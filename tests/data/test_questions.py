@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +152,9 @@ UNUSABLE: list[tuple[Any, Any, str, str]] = [
     (asked(1, image_id="cat"), annotated(1), "wrong_type", "image 'cat' has no place in"),
     ({"question": "?"}, annotated(1), "wrong_type", "question_id is missing"),
     ("text", annotated(1), "wrong_type", "not a JSON object"),
-    (asked(1, question="\ud800"), annotated(1), "bad_json", "not valid Unicode at character 48 of the question"),
-    (asked(1), annotated(1, "red", "\udc00"), "bad_json", "not valid Unicode at character 122 of the annotation"),
-    (asked(1, image_id=10**30), annotated(1), "wrong_type", "image_id 1e+30 is too large"),
+    (asked(1, question="\ud800"), annotated(1), "bad_json", r"not valid Unicode at character \d+ of the question"),
+    (asked(1), annotated(1, "red", "\udc00"), "bad_json", r"not valid Unicode at character \d+ of the annotation"),
+    (asked(1, image_id=10**30), annotated(1), "wrong_type", r"image_id 1e\+30 is too large"),
     (asked(1, image_id="1" * 31), annotated(1), "wrong_type", "image_id has 31 digits, which is too large"),
     (asked(1), {"question_id": 1}, "wrong_type", "answers of the annotation"),
     (asked(1), {"question_id": 1, "answers": [{"answer": 3}]}, "wrong_type", "answers of the annotation"),
@@ -172,7 +173,8 @@ def test_a_question_that_cannot_be_used_is_named_and_its_neighbours_are_kept(
     assert [(e.id, e.row) for e in records] == [("5", 0), ("6", 2)]
     (reject,) = records.rejects
     assert (reject.row, reject.reason) == (1, reason)
-    assert detail in reject.detail and "line 1, byte" in reject.detail
+    # Which character of it, versions of orjson see differently.
+    assert re.search(detail, reject.detail) and "line 1, byte" in reject.detail
 
 
 def test_files_given_in_each_others_place_are_told_apart(tmp_path: Path) -> None:
