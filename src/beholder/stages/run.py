@@ -116,9 +116,9 @@ def train_and_measure(cfg: RunConfig, run: RunDir, dist: Dist, source: Path | No
         session.gap(promoted)
     stage, model, line = cfg.stage_record, session.model, session.reporter.line
     table = apply_train_plan(model, plan_of(cfg.model, stage))  # what learns
-    line("plan", "\n" + str(table))
+    line("plan", "", str(table))
     if model.adapters:
-        line("adapters", "\n" + render_sites(model.adapters))
+        line("adapters", "", render_sites(model.adapters))
         if (strength := cfg.model.lora.strength) < 1:
             line("adapters", f"outside training at {strength:g} of their strength: model.lora.strength")
     rates, decays = cfg.train.lr.model_dump(), cfg.train.weight_decay.model_dump()
