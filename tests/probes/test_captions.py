@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from beholder.config import GenerateConfig
+from beholder.config.stages import GATES
 from beholder.data.chat import ChatEncoder
 from beholder.data.collate import SampleBuilder
 from beholder.data.images import ImageError, content_hash
 from beholder.evidence import Measurement
+from beholder.evidence.gates import judge
 from beholder.model.vlm import VisionLanguageModel
 from beholder.probes import captions, written
 from beholder.probes.written import Written
@@ -55,6 +57,42 @@ def test_a_model_that_looks_captions_well_only_with_its_own_image(bench: Any, si
     chance = m["caption.exact_match.chance"]
     assert blind.value <= chance.value
     assert m["caption.cider_d.correct"].value > m["caption.cider_d.shuffled"].value
+    (described,) = judge({"describes": GATES["describes"]}, list(m.values()))
+    assert described.passed and described.value is not None and described.value > 1
+
+
+def test_a_model_that_writes_without_looking_does_not_describe(bench: Any, sighted: VisionLanguageModel):
+    blind = written.write(sighted, bench.encoder, bench.builder, bench.held_out, condition="zero")
+    records = [replace(r, condition=c) for c in ("correct", "shuffled") for r in blind]
+
+    (described,) = judge({"describes": GATES["describes"]}, captions.score(records))
+
+    assert not described.passed and described.value == 0
+
+
+def test_the_gain_over_another_image_is_paired_by_sample() -> None:
+    references = [
+        f"a {colour} {shape}" for colour in ("red", "blue", "green", "teal") for shape in ("disc", "box", "bar")
+    ]
+    own = [record(r, r, id=str(k)) for k, r in enumerate(references)]
+    other = [record(r, references[k - 1], "shuffled", id=str(k)) for k, r in enumerate(references)]
+    same = [replace(r, condition="zero") for r in own]
+
+    m = named(captions.score([*own, *other, *same]))
+
+    gain, nothing = m["caption.gain.shuffled"], m["caption.gain.zero"]
+    lost = m["caption.cider_d.correct"].value - m["caption.cider_d.shuffled"].value
+    assert gain.value == pytest.approx(lost) and gain.value > 0 and gain.n == 12
+    assert gain.ci95 is not None and gain.ci95[0] > 0
+    assert (nothing.value, nothing.ci95) == (0, (0, 0))
+
+
+def test_one_sample_has_no_gain_and_samples_that_differ_are_our_own_mistake() -> None:
+    pair = [record("a red disc", "a red disc", id="a"), record("a red disc", "a disc", "shuffled", id="a")]
+
+    assert not [m for m in captions.score(pair) if m.name.startswith("caption.gain.")]
+    with pytest.raises(AssertionError, match="captions of other samples"):
+        captions.score([*pair, replace(pair[0], id="b"), replace(pair[1], id="c")])
 
 
 def test_end_of_text_is_reported_and_length_counts_tokens_before_it(bench: Any, sighted: VisionLanguageModel):
@@ -194,7 +232,8 @@ def test_only_the_own_image_has_a_direction():
 
 
 def test_exact_match_of_each_stratum_is_over_its_own_captions():
-    records = [record("a", "a"), record("b", "x"), record("c", "c"), record("d", "d"), record("a", "x", "zero")]
+    records = [record("a", "a"), record("b", "x"), record("c", "c"), record("d", "d")]
+    records += [record(letter, "x", "zero") for letter in "abcd"]
     groups = {"length": ["short", "short", "long", None], "question": ["all", "all", "all", "all"]}
 
     rows = [m for m in captions.score(records, groups=groups) if m.stratum is not None]

@@ -16,7 +16,7 @@ from tests.report.conftest import gate, group, measurement, text_of
 
 from beholder.evidence import Cost, Curve, DataFacts, Evidence, Measurement, Prediction, WordReliance, WordStat
 from beholder.evidence.catalogue import called
-from beholder.report import plots, render_html, render_markdown
+from beholder.report import content, plots, render_html, render_markdown
 from beholder.report.content import (
     MAX_STEPS,
     MAX_WORD_ROWS,
@@ -167,7 +167,7 @@ def test_how_clearly_a_group_must_look_is_what_the_run_declared(
     ("name", "worse"),
     [
         ("learned", "learn"), ("better_than_text", "learn"), ("looks_zero", "look"), ("looks_clearly", "look"),
-        ("no_collapse", "fail"), ("frozen", ""),
+        ("describes", "look"), ("no_collapse", "fail"), ("frozen", ""),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("value", [-0.1, None])
@@ -183,6 +183,50 @@ def test_no_answer_is_kinder_than_a_failed_gate_about_it(
         assert found[worse].tone == "weak" and found[worse].answer.endswith(", but not as declared.")
         assert f"Not passed: {name} (" in found[worse].why
     assert all(v.tone == "good" for v in verdicts(make_evidence(gates=[gate(name, 1.0)])) if v.key in found)
+
+
+@pytest.mark.parametrize(
+    ("right", "level", "told"),
+    [(0.006, 0.017, True), (0.1, 0.08, True), (0.9, 0.017, False), (0.0, 1 / 400, False)],
+)
+def test_what_is_not_better_than_guessing_is_told_where_it_fails(
+    make_evidence: MakeEvidence, right: float, level: float, told: bool
+):
+    """Of 400 captions; where every reference is another (1 in 400), an exact match has no level to be judged by."""
+    e = make_evidence()
+    rest = [m for m in e.measurements if not m.name.startswith("caption.exact_match.")]
+    own = measurement("caption.exact_match.correct", right, half=0.03, better="higher")
+    guess = measurement("caption.exact_match.chance", level)
+
+    verdict = fails(e.model_copy(update={"measurements": [*rest, own, guess]}))
+
+    assert (verdict.tone, verdict.answer) == (
+        ("weak", "No better than guessing.") if told else ("good", "Nothing stands out.")
+    )
+    percent = f"{100 * level:.1f}"
+    assert (f"exact match {100 * right:.1f}" in verdict.why and f"guessing gives {percent}" in verdict.why) == told
+
+
+def test_made_up_questions_answered_no_better_than_by_guessing_are_told_too(make_evidence: MakeEvidence):
+    e = make_evidence()
+    rest = [m for m in e.measurements if m.name != "qa.accuracy.correct"]
+    poor = measurement("qa.accuracy.correct", 0.25, half=0.05, better="higher", n=200)
+
+    verdict = fails(e.model_copy(update={"measurements": [*rest, poor]}))
+
+    assert verdict.tone == "weak" and "answers right 25.0" in verdict.why and "guessing gives 24.0" in verdict.why
+
+
+def test_a_gain_over_another_image_is_a_row_of_the_table_of_what_was_written(make_evidence: MakeEvidence):
+    e = make_evidence()
+    gain = measurement("caption.gain.shuffled", 6.5, "score 0-10", 0.4, better="higher")
+    e = e.model_copy(update={"measurements": [*e.measurements, gain]})
+
+    conditions, rows = content.answer_table(e)
+
+    (row,) = [r for r in rows if r.name == "CIDEr-D gain over"]
+    assert row.values[conditions.index("shuffled")] == gain and row.values[conditions.index("correct")] is None
+    assert "CIDEr-D gain over" in render_html(e) and "CIDEr-D gain over" in render_markdown(e)
 
 
 def test_an_average_does_not_hide_a_group_answered_without_looking(make_evidence: MakeEvidence):

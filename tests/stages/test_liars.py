@@ -69,7 +69,9 @@ def failed(evidence: Evidence | None) -> set[str]:
 
 
 def test_an_honest_run_passes_every_gate(recipe: Recipe) -> None:
-    evidence = run_stage(recipe("honest")).evidence
+    # No connector makes a frozen language model of random weights write; what `describes` says of one that does is
+    # tested where captions are scored.
+    evidence = run_stage(recipe("honest", **{"gates.describes.enable": False})).evidence
 
     assert failed(evidence) == set() and evidence is not None and evidence.promotable
 

@@ -31,6 +31,14 @@ def lines(**options: Any) -> tuple[Reporter, io.StringIO]:
     return Reporter(console=Console(file=out, width=40, soft_wrap=True), **options), out
 
 
+def test_a_line_stays_one_whatever_is_in_it_and_a_table_stands_below() -> None:
+    report, out = lines(total_steps=1, steps_per_epoch=1, samples_per_step=1)
+
+    report.line("finding", "a\n[gate] passed \x1b[2J", "x  1\ny  2")
+
+    assert out.getvalue() == "[finding] a\\u000a[gate] passed \\u001b[2J\nx  1\ny  2\n"
+
+
 def test_lines_are_spelled_like_the_seeds() -> None:
     reporter, out = lines(total_steps=3675, steps_per_epoch=1225, samples_per_step=4, full_train_samples=546965)
     reporter.data(full_len=558128, subset_train=4900, subset_eval=100, full_train=546965)

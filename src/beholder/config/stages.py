@@ -66,6 +66,10 @@ GATES: dict[str, GateConfig] = {
     "looks_everywhere": _gate(
         "ablation.ratio.shuffled", "no group of samples is answered without looking", above=1.02, end="low", strata=True
     ),
+    "describes": _gate(
+        "caption.gain.shuffled", "what it writes fits its own image better than what it writes for another's",
+        above=0, end="low",
+    ),
     "no_leak": _gate(
         "audit.trained.leak", "answers are not read from earlier turns' text instead of the image", at_most=0.05,
         end="low",
@@ -83,7 +87,7 @@ GATES: dict[str, GateConfig] = {
 }  # fmt: skip
 """The gates of every alignment (S11-7); ``gates:`` in a config changes, switches off or adds some by name."""
 
-INSTRUCT_GATES: dict[str, GateConfig] = GATES | {
+INSTRUCT_GATES: dict[str, GateConfig] = {name: gate for name, gate in GATES.items() if name != "describes"} | {
     "frozen": _gate("frozen.changed", "tower and base weights are bit-identical afterwards", at_most=0),
     "text_unchanged": _gate(
         "text.changed", "with its adapters off the language model answers text as before, bit for bit", at_most=0
@@ -105,7 +109,8 @@ INSTRUCT_GATES: dict[str, GateConfig] = GATES | {
         at_most=2,
     ),
 }  # fmt: skip
-"""The gates of every instruction tuning (S2-5, S2-7): the alignment's, about a model whose adapters learn."""
+"""The gates of every instruction tuning (S2-5, S2-7): the alignment's, about a model whose adapters learn and that
+answers: ``answers_look_closely`` instead of ``describes``."""
 
 
 @dataclass(frozen=True, slots=True)

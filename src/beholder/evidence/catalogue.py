@@ -135,6 +135,7 @@ CATALOGUE: tuple[Quantity, ...] = (
     *(_Q(f"caption.bleu{k}.<image>", f"BLEU-{k}", "score 0-1", "higher", "written") for k in (1, 2, 3, 4)),
     _Q("caption.rouge_l.<image>", "ROUGE-L", "score 0-1", "higher", "written"),
     _Q("caption.cider_d.<image>", "CIDEr-D", "score 0-10", "higher", "written", said=OWN, headline=_H(caption=2)),
+    _Q("caption.gain.<any>", "CIDEr-D gain over <image>", "score 0-10", "higher", "written", said=("shuffled",)),
     _Q("caption.length.<image>", "length", "words", "none", "written"),
     _Q("caption.distinct.<image>", "different captions", _SHARE, "none", "written", chat="different answers"),
     _Q("caption.empty.<any>", "empty captions", _SHARE, "lower", "written", chat="empty answers"),

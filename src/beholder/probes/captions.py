@@ -34,8 +34,9 @@ def score(
     """Every caption metric, ``caption.<metric>.<condition>``, for each condition among the records.
 
     Exact match and the empty share carry Wilson intervals, corpus BLEU and the means (ROUGE-L, CIDEr-D, length)
-    bootstrap intervals. BLEU-n is absent when no reference has n words. ``caption.exact_match.chance`` is what always
-    writing the most frequent reference scores: the level of a model that does not look.
+    bootstrap intervals. BLEU-n is absent when no reference has n words. ``caption.gain.<condition>`` is how much higher
+    CIDEr-D is with the own image than under another condition, paired by sample. ``caption.exact_match.chance`` is what
+    always writing the most frequent reference scores: the level of a model that does not look.
 
     ``groups`` (grouping -> stratum of each record of condition ``correct``, in their order; None: in no stratum) adds
     the exact match of each stratum with the own image; a grouping with a single stratum says nothing new and is left
@@ -46,9 +47,27 @@ def score(
     out: list[Measurement] = []
     for condition in _conditions(records):
         out += _score_condition([r for r in records if r.condition == condition], condition, seed)
+    out += _gains(records, seed)
     if groups:
         out += _exact_by_stratum([r for r in records if r.condition == "correct"], groups)
     return [*out, chance(records)]
+
+
+def _gains(records: Sequence[Written], seed: int) -> list[Measurement]:
+    """CIDEr-D with the own image minus that under each other condition, on the same samples; of one sample nothing."""
+    by = {c: [r for r in records if r.condition == c] for c in _conditions(records)}
+    own = by.pop("correct", [])
+    if len(own) < 2:
+        return []
+    references = [[tokenize(r.reference)] for r in own]
+    scores = np.array(cider_d([tokenize(r.prediction) for r in own], references))
+    out: list[Measurement] = []
+    for condition, others in by.items():
+        assert [r.id for r in others] == [r.id for r in own], f"{condition}: captions of other samples"
+        lost = scores - np.array(cider_d([tokenize(r.prediction) for r in others], references))
+        caveat = "paired: the same samples with the right and the wrong image"
+        out.append(measurement(f"caption.gain.{condition}", *mean(lost, seed), n=len(own), caveat=caveat))
+    return out
 
 
 def _exact_by_stratum(records: Sequence[Written], groups: Mapping[str, Sequence[str | None]]) -> list[Measurement]:

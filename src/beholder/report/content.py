@@ -180,12 +180,15 @@ def answer_table(e: Evidence) -> tuple[list[Condition], list[AnswerRow]]:
     conditions: list[Condition] = [c for c in ALL_CONDITIONS if any(m.name.endswith(f".{c}") for m in found)]
     arrows = {"higher": "↑", "lower": "↓", "none": ""}
     out: list[AnswerRow] = []
+    seen: set[str] = set()
     for m in found:
         stem, _, condition = m.name.rpartition(".")
-        if condition == "correct":
+        if condition == "correct" or (e.get(f"{stem}.correct") is None and stem not in seen):
+            seen.add(stem)
             values = [e.get(f"{stem}.{c}") for c in conditions]
             chance = e.get(f"{stem}.chance")
-            out.append(AnswerRow(metric_name(e, m.name), arrows[m.better], m.caveat, values, chance))
+            name = metric_name(e, m.name if condition == "correct" else stem)
+            out.append(AnswerRow(name, arrows[m.better], m.caveat, values, chance))
     return conditions, out
 
 

@@ -246,7 +246,7 @@ def looks(e: Evidence) -> Verdict:
         return say("weak", "On average, not everywhere.", why)
     if answers is not None and answers.standing in ("few", "unknown"):
         return say("weak", "Its loss does; its answers are too few.", f"{why} A gain from the image was not shown.")
-    return _by_its_gates(e, say("good", "Yes, it looks.", why), "looks_", measures=("answer.gain.",))
+    return _by_its_gates(e, say("good", "Yes, it looks.", why), "looks_", "describes", measures=("answer.gain.",))
 
 
 def _compared(answers: AnswerKind) -> str:
@@ -289,8 +289,9 @@ def fails(e: Evidence) -> Verdict:
     """Which groups are answered without looking, and what the audit and the collapse check found."""
     rule = (
         "Bad when the audit or the collapse check found something, or another sample's image is not shown to raise the "
-        f"loss of a group of at least {JUDGED_FROM} samples (interval reaches 0). Good only while no gate "
-        "about it failed. Nothing found is not a proof."
+        f"loss of a group of at least {JUDGED_FROM} samples (interval reaches 0). Weak when what it writes is not "
+        "shown to be right more often than guessing (its interval reaches that). Good only while no gate about it "
+        "failed. Nothing found is not a proof."
     )
     answers, ratio = all_answers(e), e.get("retention.loss_ratio")
     if answers is not None:
@@ -300,6 +301,7 @@ def fails(e: Evidence) -> Verdict:
     kept = Clearly.of(e, "retained")
     if ratio is not None:
         rule += f" Weak when the loss on plain text, adapters on over off, is not {kept}."
+    guesses = [own for m in e.measurements if m.name.endswith(".chance") and (own := _no_better_than(e, m)) is not None]
     say = partial(Verdict, "fail", "Where does it fail?", rule=rule)
     members = list(all_groups(e))
     blind = [g for g in members if g.standing == "blind"]
@@ -313,11 +315,14 @@ def fails(e: Evidence) -> Verdict:
     forgot = [] if ratio is None or kept.met(ratio) else ["language forgotten"]
     if ratio is not None and forgot:
         why.append(f"It forgets language: on plain text its loss is {fmt(ratio)} that of the base.")
+    no_better = ["no better than guessing"] if guesses else []
+    if guesses:
+        why.append(f"Not shown to be right more often than guessing: {'; '.join(guesses)}.")
     if e.findings or blind or guessed:
         parts = [plural(len(e.findings), "finding")] if e.findings else []
         parts += [plural(len(guessed), "kind") + " of question answered without looking"] if guessed else []
         parts += [plural(len(blind), "group") + " not looked at"] if blind else []
-        return say("bad", ", ".join([*parts, *forgot]).capitalize() + ".", " ".join(why))
+        return say("bad", ", ".join([*parts, *forgot, *no_better]).capitalize() + ".", " ".join(why))
     judged = [g for g in members if g.standing in ("weak", "looks")]
     if judged:
         weakest = min(judged, key=lambda g: g.worst_first)
@@ -329,15 +334,28 @@ def fails(e: Evidence) -> Verdict:
         why.append(f"Answers not right: {number(1 - own.value, 'share')}.")
     elif (match := e.get("caption.exact_match.correct")) is not None:
         why.append(f"Captions not exactly right: {number(1 - match.value, 'share')}.")
-    if weak or forgot:
+    if weak or forgot or guesses:
         parts = [plural(len(weak), "weak group")] if weak else []
-        return say("weak", ", ".join([*parts, *forgot]).capitalize() + ".", " ".join(why))
+        return say("weak", ", ".join([*parts, *forgot, *no_better]).capitalize() + ".", " ".join(why))
     if not judged and worst is None:
         why.insert(0, "Neither groups of samples nor collapse were measured.")
         return say("unknown", "Not measured.", " ".join(why))
     found = say("good", "Nothing stands out.", " ".join(why))
     about = ("answer.accuracy.", "answer.exact.", "pope.", "retention.", "merge.")
     return _by_its_gates(e, found, "looks_everywhere", "no_collapse", "no_leak", measures=about)
+
+
+def _no_better_than(e: Evidence, chance: Measurement) -> str | None:
+    """Both numbers, where the one with the own image is not shown to be above what guessing gives; else None.
+
+    Where every reference is another, guessing one is right once, which says nothing.
+    """
+    own = e.get(chance.name.removesuffix("chance") + "correct")
+    if chance.stratum is not None or own is None or own.ci95 is None or own.n < JUDGED_FROM:
+        return None
+    if own.ci95[0] > chance.value or chance.value * chance.n < 1.5:
+        return None
+    return f"{metric_name(e, own.name)} {with_ci(own)}, where guessing gives {fmt(chance)}"
 
 
 def _told(members: list[Group]) -> str:

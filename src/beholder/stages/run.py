@@ -114,9 +114,9 @@ def train_and_measure(session: Session, source: Path | None) -> Outcome:
     cfg, run, dist = session.cfg, session.run, session.dist
     stage, model, line = cfg.stage_record, session.model, session.reporter.line
     table = apply_train_plan(model, plan_of(cfg.model, stage))  # what learns
-    line("plan", "\n" + str(table))
+    line("plan", "", str(table))
     if model.adapters:
-        line("adapters", "\n" + render_sites(model.adapters))
+        line("adapters", "", render_sites(model.adapters))
         if (strength := cfg.model.lora.strength) < 1:
             line("adapters", f"outside training at {strength:g} of their strength: model.lora.strength")
     rates, decays = cfg.train.lr.model_dump(), cfg.train.weight_decay.model_dump()

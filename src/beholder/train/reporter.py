@@ -96,10 +96,11 @@ class Reporter:
 
     # -- lines
 
-    def line(self, tag: str, text: str) -> None:
-        """``[tag] text``, a line whatever is in it; above the bar when there is one."""
+    def line(self, tag: str, text: str, below: str = "") -> None:
+        """``[tag] text``, a line whatever is in it, and a table ``below`` it; above the bar when there is one."""
         if self.enabled:
-            self.console.print(f"[{tag}] {printable(text, one_line=True)}", markup=False, highlight=False)
+            told = f"[{tag}] {printable(text, one_line=True)}" + (f"\n{below}" if below else "")
+            self.console.print(told, markup=False, highlight=False)
 
     def data(self, *, full_len: int, subset_train: int, subset_eval: int, full_train: int | None = None) -> None:
         """The seed's ``[data]`` line: records in the files, samples trained on, samples held out."""
