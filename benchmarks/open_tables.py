@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -59,11 +58,11 @@ def generate(folder: Path, rows: int, num_bytes: int) -> dict[str, Path]:
     return paths
 
 
-def peak_mb() -> float:
-    """Peak resident memory of this process that no file backs, MB (1e6 bytes): mapped files can be dropped."""
+def memory_mb(fact: str) -> float:
+    """RssAnon: resident memory that no file backs (mapped files can be dropped). VmHWM: the peak of all of it."""
     with open("/proc/self/status") as file:
         facts = dict(line.split(":", 1) for line in file)
-    return int(facts["RssAnon"].split()[0]) * 1024 / 1e6
+    return int(facts[fact].split()[0]) * 1024 / 1e6
 
 
 def measure(path: Path, label: str) -> None:
@@ -73,15 +72,13 @@ def measure(path: Path, label: str) -> None:
     from beholder.data.sources import open_sources
 
     def clock(what: str) -> None:
-        nonlocal start
-        whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-        told = (
-            f"{time.perf_counter() - start:6.1f} s, {peak_mb():6,.0f} MB held, peak with mapped files {whole:6,.0f} MB"
-        )
-        print(f"{label}: {what:34} {told}", flush=True)
-        start = time.perf_counter()
+        nonlocal start, cpu_start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+        told = f"{memory_mb('RssAnon'):6,.0f} MB held, peak with mapped files {memory_mb('VmHWM'):6,.0f} MB"
+        print(f"{label}: {what:32} {seconds:6.1f} s ({cpu:5.1f} CPU seconds), {told}", flush=True)
+        start, cpu_start = time.perf_counter(), time.process_time()
 
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     records = open_sources([SourceConfig(json_path=str(path))], image_token="<image>", max_images=1, on_reject="error")
     clock(f"open {len(records):,} rows")
     apply_hygiene(records, None, HygieneLimits(), verify_images="exists")

@@ -22,7 +22,7 @@ from tests.conftest import MakeConfig, TinyParts
 from tests.use.talking import untrained_run
 from typer.testing import CliRunner
 
-from beholder import cli
+from beholder import cli, types
 from beholder.cli import app
 from beholder.config.file import dump_config, load_scaled
 from beholder.runs import sha256_file
@@ -73,6 +73,7 @@ def test_the_choices_of_the_command_line_are_those_of_the_functions_behind() -> 
 
     settings = config.RunConfig
     assert choices(cli.before.check, "dataset") == typing.get_args(config.DatasetKind)
+    assert choices(cli.before.check, "shape") == typing.get_args(types.ShapeName)
     assert choices(cli.use.generate, "device") == choices(settings, "device")
     assert choices(cli.use.score, "kind") == typing.get_args(score.Kind)
     assert choices(cli.before.prepare, "name") == choices(packages.prepare, "name")
@@ -222,6 +223,31 @@ def test_check_counts_and_rejects_by_name(tiny_parts: TinyParts, tmp_path: Path)
     assert report["records"] == 74
     reasons = {json.loads(line)["reason"] for line in (tmp_path / "rejects.jsonl").read_text().splitlines()}
     assert {"bad_json", "empty_caption"} <= reasons
+
+
+def test_check_names_the_layout_first_and_fails_over_a_file_that_gives_nothing(tmp_path: Path) -> None:
+    def write(name: str, value: object) -> str:
+        (tmp_path / name).write_text(json.dumps(value))
+        return str(tmp_path / name)
+
+    (tmp_path / "a.png").write_bytes(b"x")
+    good = {"image": "a.png", "text": "a red tile", "messages": [{"role": "assistant", "content": "x"}]}
+    boxes = [{"id": 1, "image_id": 1, "bbox": [0, 0, 1, 1]}]
+    objects = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": boxes}
+
+    told = CliRunner().invoke(app, ["check", write("a.json", {"data": [good]}), "--as", "caption"])
+    assert told.exit_code == 0 and told.output.startswith("read as JSON object with one array of caption (1)")
+    for path, why in (
+        (write("b.json", {"data": [good]}), "two_shapes"),
+        (
+            write("c.json", {"data": [{"imge": "a.png", "captoin": "x"}]}),
+            "nearest: image for imge, caption for captoin",
+        ),
+        (write("d.json", objects), "the annotation has no caption"),
+    ):
+        done = beholder("check", path, env={**os.environ, "COLUMNS": "1000"})
+        assert done.returncode == 2 and why in done.stdout, done.stdout
+        assert f"{path}: nothing was accepted" in done.stderr and "--as" in done.stderr
 
 
 def test_report_is_rendered_again_from_the_evidence_alone(tiny_config: MakeConfig, tmp_path: Path) -> None:

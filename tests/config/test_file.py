@@ -385,8 +385,8 @@ _NO_EFFECT_DATA = [
     ("persistent_workers: false", "data.persistent_workers"),
     ("split_mode: none\n  eval_size: 5", "data.eval_size"),
     ("split_mode: none\n  eval_ratio: 0.5", "data.eval_ratio"),
-    ("dataset: parquet\n  image_root: x", "data.image_root"),
-    ("eval_sources: [{dataset: parquet, json_path: p, image_root: x}]", "data.eval_sources.0.image_root"),
+    ("dataset: webdataset\n  image_root: x", "data.image_root"),
+    ("eval_sources: [{dataset: webdataset, json_path: p, image_root: x}]", "data.eval_sources.0.image_root"),
 ]
 _NO_EFFECT_MODEL = [
     ("lora: {r: 8}", "model.lora.r"),

@@ -13,6 +13,7 @@ from beholder.config import SourceConfig
 from beholder.data import index
 from beholder.data.containers import recognise
 from beholder.data.formats import Rules
+from beholder.data.questions import plain_records
 from beholder.data.sources import Records, guess_source, open_sources
 from beholder.types import ImageSlot, UserError
 
@@ -332,3 +333,13 @@ def test_question_files_are_told_from_records_a_line(tmp_path: Path) -> None:
     kinds = {name: recognise(str(tmp_path / name), Rules("auto", "<image>", 1).fits) for name in files}
 
     assert kinds == {"vqa": "vqa", "gqa": "gqa", "one": "lines", "lines": "lines", "broken": "lines"}
+
+
+@pytest.mark.parametrize("text", ['[{"id": 1}]', '{"id": 1}\n{"id": 2}\n', '{"questions": [{"id": 1}]}'])
+def test_a_byte_order_mark_changes_nothing_in_files_that_are_asked_or_scored(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plain").write_text(text)
+    (tmp_path / "marked").write_bytes(b"\xef\xbb\xbf" + text.encode())
+
+    plain, marked = (plain_records(tmp_path / name, "questions", ("questions",)) for name in ("plain", "marked"))
+
+    assert [record for _, record in marked.records] == [record for _, record in plain.records] != []

@@ -312,7 +312,7 @@ def copies(tmp_path: Path) -> dict[str, ImageRef]:
 
     pq.write_table(pa.table({"image": [other, picture]}), tmp_path / "rows.parquet")
     for row, name in enumerate(("other", "same")):
-        refs[f"parquet {name}"] = ImageRef(str(tmp_path / "rows.parquet"), name, "parquet", row)
+        refs[f"parquet {name}"] = ImageRef(str(tmp_path / "rows.parquet"), name, "parquet", row, column="image")
     return refs
 
 

@@ -77,8 +77,8 @@ def test_every_shape_of_a_record_asks_the_same(
     name, ask = names[0], "What colour?"
     stem = int(name.split("-")[1])
     file = write(
-        {"id": "prompt", "image": name, "prompt": ask},
-        {"question_id": 7, "image": name, "text": ask, "category": "colour"},
+        {"id": "prompt", "image": name, "prompt": ask, "question": None, "messages": None},
+        {"question_id": 7, "id": None, "image": name, "text": ask, "category": "colour"},
         {"id": "list", "images": [name], "question": ask},
         {"id": "messages", "image": name, "messages": [{"role": "user", "content": f"<image>\n{ask}"}]},
         {"id": "reference", "image": name, "conversations": [

@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from itertools import chain
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -246,15 +246,7 @@ class Rules:
 
     def told_missing(self, record: Collection[str]) -> str:
         """That none of the fields is there which a record needs, and what is there instead."""
-        wanted = dict.fromkeys("+".join(sorted(fields)) for name in self.shapes for fields in SHAPES[name].needs)
-        there = list(record)[:12]
-        close = {own: difflib.get_close_matches(own, FIELDS, 1) for own in there if own not in FIELDS}
-        near = ", ".join(f"{match[0]} for {own}" for own, match in close.items() if match)
-        return (
-            f"has none of the fields {', '.join(wanted)}; its fields are {', '.join(there) or 'none'}; "
-            + (f"nearest: {near}; " if near else "")
-            + "name them as columns in data.sources, such as columns: {caption: NAME}"
-        )
+        return _told_missing(tuple(record)[:12], self.shapes)
 
     def told_columns(self, there: Collection[str]) -> str | None:
         """Which of `columns` is not among the fields that are there, and what may be meant."""
@@ -648,7 +640,7 @@ FIELDS: frozenset[str] = frozenset((
 """Every field that some shape reads: what `columns` may name."""
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _fitting(fields: frozenset[str], shapes: tuple[ShapeName, ...]) -> dict[ShapeName, list[frozenset[str]]]:
     """The shapes that a record of these fields has, each with the sets of fields that make it so.
 
@@ -660,6 +652,18 @@ def _fitting(fields: frozenset[str], shapes: tuple[ShapeName, ...]) -> dict[Shap
         if needs and not (name == "parts" and "turns" in shapes):
             found[name] = needs
     return found
+
+
+@lru_cache(maxsize=1024)
+def _told_missing(there: tuple[str, ...], shapes: tuple[ShapeName, ...]) -> str:
+    wanted = dict.fromkeys("+".join(sorted(fields)) for name in shapes for fields in SHAPES[name].needs)
+    close = {own: difflib.get_close_matches(own, FIELDS, 1) for own in there if own not in FIELDS}
+    near = ", ".join(f"{match[0]} for {own}" for own, match in close.items() if match)
+    return (
+        f"has none of the fields {', '.join(wanted)}; its fields are {', '.join(there) or 'none'}; "
+        + (f"nearest: {near}; " if near else "")
+        + "name them as columns in data.sources, such as columns: {caption: NAME}"
+    )
 
 
 @dataclass(frozen=True, slots=True)

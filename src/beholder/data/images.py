@@ -235,10 +235,11 @@ def _cell_item(ref: ImageRef) -> bytes:
             else:
                 group = int(np.searchsorted(ends, ref.offset, side="right"))
                 start = int(ends[group - 1]) if group else 0
-                cell = _parquet_row_group(ref.root, ref.column, group, info.st_mtime_ns, os.getpid())[
-                    ref.offset - start
-                ]
+                cells = _parquet_row_group(ref.root, ref.column, group, info.st_mtime_ns, os.getpid())
+                cell = cells[ref.offset - start]
         data = next(islice(_all_bytes(cell.as_py()), ref.item, None), None)
+    except UserError:  # no room for a copy: not this image's fault
+        raise
     except (OSError, pa.ArrowException, LookupError, ValueError) as e:
         raise ImageError(ref, "unreadable", f"row {ref.offset}: {e}") from None
     if data is None:

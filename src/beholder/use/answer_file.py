@@ -129,11 +129,11 @@ def answer_file(
 def _question(record: Any, roots: Sequence[Path], prompt: str | None, naming: ImageNames, where: str) -> Question:
     if not isinstance(record, dict):
         raise UserError(f"the record is a {type(record).__name__}, expected an object with id, image and prompt")
-    key: Literal["id", "question_id"] = "question_id" if "id" not in record else "id"
+    key: Literal["id", "question_id"] = "question_id" if record.get("id") is None else "id"
     id = record.get(key)
     if not _is_id(id):
         raise UserError(f"{key} is {id!r}, expected a text or a number; every answer is found again by its id")
-    given = [name for name in _TEXTS if name in record]
+    given = [name for name in _TEXTS if record.get(name) is not None]
     if len(given) > 1:
         raise UserError(f"has {' and '.join(given)}, expected one of them")
     root, *more = map(str, roots)
