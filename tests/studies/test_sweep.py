@@ -255,9 +255,11 @@ def swept(story: dict[str, Story], write_sweep: WriteSweep, tmp_path_factory: py
 
     console = quiet()
     finished = run_sweep(config, console=console)
+    finished.print(console)
     stamps = {p: p.stat().st_mtime_ns for p in folder.glob("*/*") if p.is_file() and p.parent.name != "configs"}
     asked = quiet()
     again = run_sweep(config, console=asked)
+    again.print(asked)
     changed = [str(p) for p, stamp in stamps.items() if p.stat().st_mtime_ns != stamp]
     story["it"] = Story(
         folder, config, left, interrupted, code, reached, finished, said(console), again, said(asked), changed
