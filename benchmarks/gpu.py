@@ -12,10 +12,10 @@
 Each part is a row of ``gpu.md`` and ``gpu.json``, written after every part; what fails or finds no time is a row too.
 The exit code is 1 when something failed.
 
-No network is touched. Of packages it needs torch, transformers, peft, timm and torchvision, safetensors, tokenizers,
-numpy, pillow, jaxtyping and what the rooms of `beholder` import: pydantic (with pydantic-core, annotated-types and
-typing-inspection), orjson, PyYAML, jinja2, rich, filelock, psutil, pyarrow, matplotlib, packaging; neither resvg-py nor
-gguf, accelerate, typer, beartype or pytest. What a machine without a registry lacks of them travels as wheels; here,
+No network is touched. Of packages it needs torch, transformers, peft (with accelerate), timm (with torchvision),
+safetensors, tokenizers, numpy, pillow, jaxtyping and what the rooms of `beholder` import: pydantic (with pydantic-core,
+annotated-types and typing-inspection), orjson, PyYAML, jinja2, rich, filelock, psutil, pyarrow, matplotlib, packaging;
+neither resvg-py nor gguf, typer, beartype or pytest. What a machine without a registry lacks of them travels as wheels;
 with the versions of requirements.lock, for a machine with Python 3.12:
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_17_x86_64 -d wheels \

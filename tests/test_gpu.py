@@ -36,7 +36,6 @@ def test_dry_it_runs_whole_without_what_a_gpu_machine_may_lack(tmp_path: Path) -
     lacking = (
         "resvg_py",
         "gguf",
-        "accelerate",
         "typer",
         "beartype",
         "pytest",

@@ -527,7 +527,7 @@ def test_rows_that_were_swapped_are_never_returned(tmp_path):
     refs = make_images(tmp_path / "images", 2)
     store = open_store(tmp_path / "store")
     fill(store, refs)
-    with sqlite3.connect(store.rows.folder / "index.sqlite") as db:  # an index that points to the other image's row
+    with store.rows.index.transaction() as db:  # an index that points to the other image's row
         db.execute("UPDATE rows SET row = row + 10")
         db.execute("UPDATE rows SET row = 11 - row")
 
