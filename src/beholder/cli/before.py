@@ -38,6 +38,10 @@ def check(
     shape: Annotated[
         ShapeName | None, typer.Option("--as", help="What every record says; recognised by looking when not given.")
     ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=NAME", help="What a field is called here, as caption=description. Repeatable."),
+    ] = None,
     annotations: Annotated[Path | None, typer.Option(help="vqa: the annotation file with the answers.")] = None,
     stage: Annotated[
         str | None,
@@ -57,21 +61,26 @@ def check(
     from beholder.prepare.check import check as check_files
     from beholder.train.reporter import ticking
 
+    columns = dict(pair.split("=", 1) for pair in column or [] if "=" in pair)
+    if len(columns) < len(column or []):
+        raise UserError(
+            f"--column {' '.join(column or [])}: expected FIELD=NAME, each field once, as caption=description"
+        )
     roots = image_root or []
     with ticking(terminal(stderr=True)) as tick:
         report = check_files(
-            data, dataset=dataset, shape=shape, annotations=annotations, stage=stage, tokenizer=tokenizer,
-            decode=decode, image_root=next(iter(roots), None), more_image_roots=roots[1:], rejects=rejects,
-            overrides=sets or [], progress=tick,
+            data, dataset=dataset, shape=shape, columns=columns, annotations=annotations, stage=stage,
+            tokenizer=tokenizer, decode=decode, image_root=next(iter(roots), None), more_image_roots=roots[1:],
+            rejects=rejects, overrides=sets or [], progress=tick,
         )  # fmt: skip
     tell(report, json)
     if rejects is not None:
         say(f"rejects written to {rejects}", err=True)
     if report.fruitless:
         raise UserError(
-            f"{', '.join(report.fruitless[:3])}: nothing was accepted; the rejects above say why. Where the fields are "
-            "called otherwise, name them as columns in data.sources; where looking does not tell what records say, "
-            "give --as"
+            f"{', '.join(report.fruitless[:3])}: nothing was accepted; the rejects above say why. Fields called "
+            "otherwise: --column caption=NAME (columns in data.sources); images elsewhere: --image-root DIR; several "
+            "images a record: --stage align; where looking does not tell what records say: --as SHAPE"
         )
 
 

@@ -242,8 +242,8 @@ class PromptingConfig(Section):
 
     image_token: str = "<image>"
     """Marker of an image in the user turns of record files."""
-    max_images_per_sample: Annotated[Positive, Field(le=65_536)] = 2
-    """Samples with more images are rejected."""
+    max_images_per_sample: Annotated[Positive, Field(le=65_536)] | None = None
+    """Samples with more images are rejected. Default 2 in stage align, 1 in stage instruct."""
     max_seq_len: Annotated[Positive, Field(le=16_777_216)] = 1536
     """Longest sample in tokens, image positions included. Longer captions are cut and counted."""
     too_long: Literal["truncate_answer", "reject"] = "truncate_answer"

@@ -214,7 +214,7 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     features: FeaturesConfig = FeaturesConfig()
-    prompting: PromptingConfig = PromptingConfig()
+    prompting: Annotated[PromptingConfig, Field(validate_default=True)] = PromptingConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     ablation: AblationConfig = AblationConfig()
@@ -227,6 +227,13 @@ class RunConfig(Section):
     smoke, trial and full."""
     sweep: Annotated[SweepConfig | None, decides("run"), Tiny()] = None
     """Only for ``beholder sweep``."""
+
+    @field_validator("prompting")
+    @classmethod
+    def _number_of_images(cls, given: PromptingConfig, info: ValidationInfo) -> PromptingConfig:
+        stage = stage_of(info.data.get("stage"), info.data.get("model"))
+        most = given.max_images_per_sample or stage.max_images
+        return given.model_copy(update={"max_images_per_sample": most})
 
     @field_validator("gates")
     @classmethod
@@ -267,6 +274,11 @@ class RunConfig(Section):
         return self.output_dir or f"outputs/{self.run_name}"
 
     @property
+    def max_images(self) -> int:
+        """Samples with more images are rejected."""
+        return self.prompting.max_images_per_sample or self.stage_record.max_images
+
+    @property
     def template(self) -> Template:
         return self.prompting.template or self.stage_record.template
 
@@ -277,7 +289,7 @@ class RunConfig(Section):
 
     def impossible(self) -> list[str]:
         wrong: list[str] = []
-        stage, most = self.stage_record, self.prompting.max_images_per_sample
+        stage = self.stage_record
         if not self.model.connector.trainable and stage.connector_learns:
             wrong.append(f"stage {stage.name} trains the connector, but model.connector.trainable is false")
         elif not self.model.connector.trainable and not self.has_adapters:
@@ -287,12 +299,13 @@ class RunConfig(Section):
                 f"stage {stage.name} answers questions, and prompting.template {self.template} has none; use "
                 f"{' or '.join(stage.templates)}"
             )
-        if stage.max_images is not None and most > stage.max_images:
-            number = {1: "one image"}.get(stage.max_images, f"at most {stage.max_images} images")
+        if stage.most_images is not None and self.max_images > stage.most_images:
+            number = {1: "one image"}.get(stage.most_images, f"at most {stage.most_images} images")
             wrong.append(
-                f"stage {stage.name} takes {number} a sample; set prompting.max_images_per_sample: {stage.max_images}"
+                f"stage {stage.name} takes {number} a sample; set prompting.max_images_per_sample: "
+                f"{stage.most_images}. Records of several are for stage align with prompting.template: conversation"
             )
-        if self.prompting.max_images_per_sample < 2 and self.data.multi_image_fraction > 0:
+        if self.max_images < 2 and self.data.multi_image_fraction > 0:
             wrong.append("data.multi_image_fraction needs prompting.max_images_per_sample of at least 2")
         limits = self.hygiene
         if limits.max_tokens is not None and limits.min_tokens > limits.max_tokens:

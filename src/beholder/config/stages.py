@@ -143,8 +143,10 @@ class Stage:
     """How samples are laid out unless ``prompting.template`` says otherwise."""
     templates: tuple[Template, ...]
     """All that make sense here."""
-    max_images: int | None
-    """Images of a sample; None: as many as ``prompting.max_images_per_sample`` says."""
+    max_images: int
+    """Images of a sample, unless ``prompting.max_images_per_sample`` says otherwise."""
+    most_images: int | None
+    """What it may not be more than; None: no bound."""
     dialogues: bool
     """Records are held to the rules of a dialogue: the user opens it, about an image, and is always answered."""
     hygiene: HygieneLimits
@@ -182,7 +184,8 @@ ALIGN = Stage(
     objective="next_token",
     template="caption",
     templates=("caption", "conversation", "chat"),
-    max_images=None,
+    max_images=2,
+    most_images=None,
     dialogues=False,
     hygiene=HygieneLimits(min_tokens=5, max_tokens=60, spam=CAPTION_SPAM),
     writes="caption",
@@ -204,6 +207,7 @@ INSTRUCT = Stage(
     template="chat",
     templates=("chat", "conversation"),
     max_images=1,
+    most_images=1,
     dialogues=True,
     hygiene=HygieneLimits(min_tokens=1, max_tokens=None, spam=()),
     writes="answer",

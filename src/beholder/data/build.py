@@ -218,7 +218,7 @@ def open_records(cfg: RunConfig, sources: Sequence[SourceConfig]) -> Records:
     return open_sources(
         sources,
         image_token=cfg.prompting.image_token,
-        max_images=cfg.prompting.max_images_per_sample,
+        max_images=cfg.max_images,
         on_reject="collect",
         chat=cfg.stage_record.dialogues,
     )

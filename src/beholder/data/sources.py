@@ -15,7 +15,7 @@ import threading
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
@@ -488,6 +488,7 @@ def guess_source(
     *,
     dataset: DatasetKind | None = None,
     shape: ShapeName | None = None,
+    columns: Mapping[str, str] | None = None,
     image_root: str | None = None,
     more_image_roots: Sequence[str] = (),
     annotations: str | None = None,
@@ -496,6 +497,6 @@ def guess_source(
     if shape not in (None, *get_args(ShapeName)):
         raise UserError(f"--as {shape}: no such shape; expected one of {', '.join(get_args(ShapeName))}")
     return SourceConfig(
-        dataset=dataset or "auto", json_path=path, shape=shape, image_root=image_root,
+        dataset=dataset or "auto", json_path=path, shape=shape, columns=dict(columns or {}), image_root=image_root,
         more_image_roots=tuple(more_image_roots), annotations_path=annotations,
     )  # fmt: skip

@@ -266,7 +266,10 @@ class LanguageModel(nn.Module):
         from transformers import GenerationConfig
 
         prompt, longer = self.embed(self._probe_ids(5, seed=4)), self.embed(self._probe_ids(9, seed=5))
-        settings = GenerationConfig(max_new_tokens=2, do_sample=False, use_cache=True, num_beams=1, pad_token_id=0)
+        settings = GenerationConfig(
+            max_new_tokens=2, do_sample=False, use_cache=True, num_beams=1, pad_token_id=0,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
 
         def written(filling: Tensor | None) -> tuple[Tensor, Tensor]:
             embeds, mask = prompt, torch.ones(prompt.shape[:2], dtype=torch.int64, device=prompt.device)
@@ -274,10 +277,7 @@ class LanguageModel(nn.Module):
                 embeds = torch.cat([torch.cat([filling, prompt], 1), longer])
                 mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
                 mask[0, : filling.shape[1]] = 0
-            out = self.model.generate(
-                inputs_embeds=embeds, attention_mask=mask, generation_config=settings, output_logits=True,
-                return_dict_in_generate=True,
-            )  # fmt: skip
+            out = self.model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=settings)
             return out.sequences[0, -2:], torch.stack([step[0] for step in out.logits]).float()
 
         ids, alone = written(None)
@@ -307,11 +307,16 @@ def source_of(cfg: LlmConfig | VisionConfig) -> tuple[str, dict[str, Any]]:
 
     Raises `UserError` for a .gguf file that is not there and for a folder of adapters.
     """
-    check_no_adapter(cfg.name_or_path, f"model.{'llm' if isinstance(cfg, LlmConfig) else 'vision'}.name_or_path")
+    setting = f"model.{'llm' if isinstance(cfg, LlmConfig) else 'vision'}.name_or_path"
+    check_no_adapter(cfg.name_or_path, setting)
+    path = Path(cfg.name_or_path)
+    # "a/b" may be a hub name; a path of another form, or one below a folder that is here, is none.
+    meant = path.is_absolute() or cfg.name_or_path.startswith((".", "~")) or len(path.parts) > 2
+    if not path.exists() and (meant or (len(path.parts) == 2 and path.parent.is_dir())):
+        raise UserError(f"{setting}: no folder {cfg.name_or_path!r}; expected a folder with config.json, or a hub name")
     where: dict[str, Any] = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code}
     if not cfg.name_or_path.endswith(".gguf"):
         return cfg.name_or_path, where
-    path = Path(cfg.name_or_path)
     if not path.is_file():
         raise UserError(f"model.llm.name_or_path: no file {cfg.name_or_path!r}")
     return str(path.parent), {**where, "gguf_file": path.name}

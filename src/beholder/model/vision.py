@@ -169,11 +169,13 @@ def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
     )
     model = model.to(device)
     freeze(model)
-    twin = _timm_twins(str(getattr(part, "model_type", "")))
-    layout, d_vision = _probe(
-        model, outputs, height, width, device, dtype, name, hf_declared(part, height, width), "Give a tower that takes "
-        f"pixel_values and returns patch tokens, at a size it accepts{twin}.",
-    )  # fmt: skip
+
+    def advice() -> str:
+        twin = _timm_twins(str(getattr(part, "model_type", "")))  # timm takes seconds to load
+        return f"Give a tower that takes pixel_values and returns patch tokens, at a size it accepts{twin}."
+
+    declared = hf_declared(part, height, width)
+    layout, d_vision = _probe(model, outputs, height, width, device, dtype, name, declared, advice)
     geometry = ImageGeometry(
         height, width, layout.num_patches, d_vision,
         mean=mean, std=std, resize=resize, resize_to=resize_to, resample=resample,
@@ -327,7 +329,7 @@ def _probe(
     dtype: torch.dtype,
     name: str,
     declared: Declared,
-    advice: str,
+    advice: Callable[[], str],
 ) -> tuple[PatchLayout, int]:
     """(where the patches are, their width) in what the backbone gives, which must be finite."""
 
@@ -340,14 +342,14 @@ def _probe(
     except UserError:
         raise
     except UnknownLayout as e:
-        raise UserError(f"{who}: {e}. {advice}") from e
+        raise UserError(f"{who}: {e}. {advice()}") from e
     except FloatingPointError as e:
         raise UserError(
             f"{name}: the tower gives NaN or infinite features in {dtype}; set model.vision.precision: fp32"
         ) from e
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError, AssertionError) as e:
         raise UserError(
-            f"{who} cannot be run on plain {height} x {width} images: {first_line(e).rstrip('.')}. {advice}"
+            f"{who} cannot be run on plain {height} x {width} images: {first_line(e).rstrip('.')}. {advice()}"
         ) from e
     return layout, layout.take(out, 2).shape[2]
 
@@ -396,9 +398,8 @@ def _load_timm(cfg: VisionConfig, device: torch.device) -> VisionTower:
         if weight.ndim == 4:
             weight.data = weight.data.to(memory_format=torch.channels_last)
     freeze(model)
-    layout, d_vision = _probe(
-        model, outputs, height, width, device, dtype, name, timm_declared(model, cfg.feature_layer), _timm_advice(model)
-    )
+    declared = timm_declared(model, cfg.feature_layer)
+    layout, d_vision = _probe(model, outputs, height, width, device, dtype, name, declared, lambda: _timm_advice(model))
     geometry = ImageGeometry(
         height, width, layout.num_patches, d_vision, mean=tuple(data["mean"]), std=tuple(data["std"]),
         # Not timm's centre crop: a caption may speak of what the crop would cut off.

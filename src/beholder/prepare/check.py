@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ def check(
     *,
     dataset: DatasetKind | None = None,
     shape: ShapeName | None = None,
+    columns: Mapping[str, str] | None = None,
     annotations: str | Path | None = None,
     stage: str | None = None,
     image_root: str | Path | None = None,
@@ -52,7 +53,7 @@ def check(
         sources, llm = (*cfg.data.train_sources, *cfg.data.eval_sources), llm or cfg.model.llm
         rules: dict[str, Any] = {
             "stage": cfg.stage_record, "hygiene": cfg.hygiene, "image_token": cfg.prompting.image_token,
-            "max_images": cfg.prompting.max_images_per_sample, "max_megapixels": cfg.data.max_megapixels,
+            "max_images": cfg.max_images, "max_megapixels": cfg.data.max_megapixels,
         }  # fmt: skip
     elif overrides:
         raise UserError("--set overrides settings of a config file, but DATA is a record file; remove it")
@@ -60,7 +61,7 @@ def check(
         root, answers = (None if path is None else str(path) for path in (image_root, annotations))
         sources = (
             guess_source(
-                str(data), dataset=dataset, shape=shape, image_root=root, annotations=answers,
+                str(data), dataset=dataset, shape=shape, columns=columns, image_root=root, annotations=answers,
                 more_image_roots=[str(path) for path in more_image_roots],
             ),
         )  # fmt: skip

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from beholder.config import RunConfig
+from beholder.config import RunConfig, decided_by
+from beholder.config.file import diff_configs, load_config
 from beholder.data.sources import missing_files
 from beholder.evidence import Evidence, GateResult, load_evidence
 from beholder.model.placement import render_sites
@@ -32,6 +33,9 @@ from beholder.train.objectives import OBJECTIVES
 from beholder.train.optim import build_optimizer
 from beholder.types import Status, UserError
 
+_APART = {"run", "place", "speed"}
+"""What settings decide that no result follows from."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -45,6 +49,8 @@ class Outcome:
     is_main: bool = True
     again: bool = False
     """The run had finished before; nothing was done."""
+    unheard: tuple[str, ...] = ()
+    """Settings that this config has otherwise than the finished run: ``eval.answer_tokens: 64 → 8``."""
     smoke: bool = False
     """Random parts and a few steps prove the plumbing and cannot pass a gate: none is judged."""
 
@@ -64,8 +70,16 @@ class Outcome:
                 f"{self.folder} had finished before; its report is {report}. To measure it again: beholder evaluate "
                 f"{self.folder}. To train anew choose another output folder."
             )
+        if self.unheard:
+            say(
+                f"Not done with what the config says otherwise now: {'; '.join(self.unheard)}. "
+                f"To measure with it: beholder evaluate {self.folder} --set KEY=VALUE."
+            )
         if self.smoke and self.signal is None:
-            say("smoke run: everything ran; its gates are not judged, tiny random parts cannot pass them")
+            say(
+                "smoke run, on generated data and tiny random parts: everything ran; gates are not judged, it cannot "
+                "pass them"
+            )
         if (failed := self.failed_gates) and self.evidence is not None:
             say(
                 f"\nGATES FAILED: {len(failed)} of {len(self.evidence.gates)} ({', '.join(g.name for g in failed)}). "
@@ -94,7 +108,13 @@ def run_stage(cfg: RunConfig, *, resume: str = "auto", promote_anyway: bool = Fa
         dist.same_on_all_ranks("the checkpoint to go on from", str(source))
         if dist.on_main(lambda: is_finished(run, source)):
             known = load_evidence(run.path)
-            return Outcome(run.path, known.status, known.cost.steps, None, known, dist.is_main, again=True)
+            saved = load_config(run.config_path)
+            unheard = tuple(
+                f"{f}: {a} → {b}" for f, a, b in diff_configs(saved, cfg) if not decided_by(RunConfig, f) & _APART
+            )
+            return Outcome(
+                run.path, known.status, known.cost.steps, None, known, dist.is_main, again=True, unheard=unheard
+            )
         if source is None:
             promoted = check_promoted(cfg, promote_anyway)
         else:  # asked when the run started
