@@ -379,10 +379,8 @@ def _load_timm(cfg: VisionConfig, device: torch.device) -> VisionTower:
         model = timm.create_model(name, pretrained=cfg.weights is None, num_classes=0)
     if cfg.weights is not None:
         if not Path(cfg.weights).is_file():
-            problem = "is a folder" if Path(cfg.weights).is_dir() else "does not exist"
-            raise UserError(
-                f"model.vision.weights: {cfg.weights!r} {problem}; expected a .safetensors file of timm's {name}"
-            )
+            problem = f"{cfg.weights!r} is a folder" if Path(cfg.weights).is_dir() else f"no file {cfg.weights!r}"
+            raise UserError(f"model.vision.weights: {problem}; expected a .safetensors file of timm's {name}")
         if not cfg.weights.endswith(".safetensors"):
             raise UserError(f"model.vision.weights: {cfg.weights!r} is not .safetensors. {convert(cfg.weights)}")
         with loading(
