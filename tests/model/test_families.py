@@ -282,7 +282,7 @@ def test_a_folder_of_adapters_is_refused_by_every_door(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT 0.21 with transformers 5.23
 def test_adapters_that_come_from_the_hub_are_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a hub name they are no folder to look into; what was loaded tells."""
+    """As a hub name they are no folder to look into; the door for weights asks for the file."""
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 

@@ -97,6 +97,15 @@ def test_no_weight_file_is_needed(tmp_path, tiny_config, tiny_parts):
     assert estimate(without, measure=False).to_json() == estimate(whole, measure=False).to_json()
 
 
+@pytest.mark.parametrize("part", ["llm", "vision"])
+def test_adapters_instead_of_a_model_are_no_gap(tmp_path, tiny_config, part):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    cfg = tiny_config(tmp_path, **{f"model.{part}.name_or_path": str(tmp_path)})
+
+    with pytest.raises(UserError, match=rf"model\.{part}\.name_or_path .* is a PEFT adapter"):
+        estimate(cfg, measure=False)
+
+
 def test_the_reference_pair_is_planned_offline_from_its_config_files(tmp_path, tiny_config):
     from transformers import Qwen3Config, SiglipVisionConfig
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from beholder.config import LlmConfig, RunConfig
-from beholder.model.weights import first_line
+from beholder.model.weights import adapter_refusal, first_line
 from beholder.types import UserError
 
 KERNEL = "model.llm.attn_implementation"
@@ -55,14 +55,6 @@ def check_no_adapter(name: str, what: str) -> None:
     would be about a base that is none. ``what`` is the setting."""
     if (Path(name) / "adapter_config.json").is_file():
         raise adapter_refusal(name, what)
-
-
-def adapter_refusal(name: str, what: str) -> UserError:
-    return UserError(
-        f"{what} {name!r} is a PEFT adapter (adapter_config.json), not a model. Merge it into its base first and give "
-        f"that folder: AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained(FOLDER), "
-        "its tokenizer beside it"
-    )
 
 
 @contextmanager

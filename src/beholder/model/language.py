@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from beholder.config import GenerateConfig, LlmConfig, VisionConfig
 from beholder.model import attention
 from beholder.model.families import (
-    adapter_refusal,
     check_no_adapter,
     check_soft_cap,
     kernel_at_hand,
@@ -373,8 +372,6 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
         model, info = from_pretrained(
             AutoModelForCausalLM, name, dtype=dtype, attn_implementation=cfg.attn_implementation, **where
         )
-    if getattr(model, "_hf_peft_config_loaded", False):  # of the hub; a folder is refused by `source_of`
-        raise adapter_refusal(cfg.name_or_path, "model.llm.name_or_path")
     check_soft_cap(model.config, cfg)
     check_loading_info(info, model, cfg.name_or_path)
     check_finite(model, cfg.name_or_path)

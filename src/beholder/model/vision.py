@@ -21,6 +21,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from beholder.config import VisionConfig
+from beholder.model.families import check_no_adapter
 from beholder.model.patch_layout import Declared, PatchLayout, UnknownLayout, find_layout
 from beholder.model.weights import (
     DTYPES,
@@ -127,11 +128,14 @@ def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
     name, dtype = cfg.name_or_path, DTYPES[cfg.precision]
     if cfg.weights is not None:
         raise UserError("model.vision.weights belongs to timm/<name> towers; put the weights into the folder instead")
+    check_no_adapter(name, "model.vision.name_or_path")
     where: dict[str, Any] = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code}
     wanted = "Give a Hugging Face vision model (hub name or folder with config.json and safetensors), or timm/<name>."
     with loading(f"model.vision.name_or_path {name!r}", wanted):
         config = AutoConfig.from_pretrained(name, **where)
         part = getattr(config, "vision_config", None)
+        if part is not None and (file := getattr(config, "transformers_weights", None)) is not None:
+            part.transformers_weights = file  # the part's weights are among the whole model's
         model, info = from_pretrained(hf_class(part or config, name), name, config=part or config, dtype=dtype, **where)
     _drop_pooling(model)
     check_loading_info(info, model, name, other_parts=HEADS if part is None else None)
@@ -377,9 +381,8 @@ def _load_timm(cfg: VisionConfig, device: torch.device) -> VisionTower:
         model = timm.create_model(name, pretrained=cfg.weights is None, num_classes=0)
     if cfg.weights is not None:
         if not Path(cfg.weights).is_file():
-            raise UserError(
-                f"model.vision.weights: no file {cfg.weights!r}; expected a .safetensors file of timm's {name}"
-            )
+            problem = f"{cfg.weights!r} is a folder" if Path(cfg.weights).is_dir() else f"no file {cfg.weights!r}"
+            raise UserError(f"model.vision.weights: {problem}; expected a .safetensors file of timm's {name}")
         if not cfg.weights.endswith(".safetensors"):
             raise UserError(f"model.vision.weights: {cfg.weights!r} is not .safetensors. {convert(cfg.weights)}")
         with loading(

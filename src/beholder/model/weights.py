@@ -7,6 +7,7 @@ reads no pickle; `loading` makes one sentence of what a library raises over file
 import hashlib
 import json
 import os
+import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -27,6 +30,13 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+_FAULTS = (
+    OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError,
+    StrictDataclassError,
+)  # fmt: skip
+"""What the libraries raise over files: the last one over a ``config.json`` with a value of another type."""
+
+
 @contextmanager
 def loading(what: str, wanted: str) -> Iterator[None]:
     """Quietly; an error over the files becomes `UserError`: ``what``, the error's first line, what is ``wanted``."""
@@ -35,20 +45,31 @@ def loading(what: str, wanted: str) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as e:
-        raise UserError(f"{what} cannot be loaded: {first_line(e)} {wanted}") from e
+    except _FAULTS as e:
+        # A strict dataclass names the field in its first line and says what is wrong with it in the next.
+        why = " ".join(str(e).split()) if isinstance(e, StrictDataclassError) else first_line(e)
+        raise UserError(f"{what} cannot be loaded: {why} {wanted}") from e
 
 
 def from_pretrained(cls: Any, name: str, *, gguf_file: str | None = None, **how: Any) -> tuple[Any, dict[str, Any]]:
     """(model, loading info) of transformers' ``cls.from_pretrained``, from safetensors or the GGUF file named.
 
     Weights of another shape are noted in the info for `check_loading_info`. Raises `UserError` where the weights are
-    a pickle, or where a file of the checkpoint points at one, or outside of its folder.
+    a pickle, where a file of the checkpoint points at one, or outside of its folder, and for adapters.
     """
     how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    revision = how.get("revision")
+    if _found(name, "adapter_config.json", revision) is not None:  # names a base anywhere, and may be a pickle
+        raise adapter_refusal(name)
     if gguf_file is not None:
         return cls.from_pretrained(name, gguf_file=gguf_file, **how)
-    _check_weight_files(name, how.get("revision"))
+    if "config" not in how:
+        from transformers import AutoConfig
+
+        kind = getattr(cls, "config_class", None) or AutoConfig
+        code = how.get("trust_remote_code", False)
+        how["config"] = kind.from_pretrained(name, revision=revision, trust_remote_code=code)
+    _check_weight_files(name, revision, how["config"])
     try:
         return cls.from_pretrained(name, use_safetensors=True, **how)
     except OSError as e:
@@ -80,39 +101,89 @@ def convert(file: str = "pytorch_model.bin") -> str:
     )
 
 
-def _check_weight_files(name: str, revision: str | None) -> None:
-    """Only safetensors files of the checkpoint's own folder, whatever its ``config.json`` and index say: transformers
-    follows both to any file, and unpickles what does not end in .safetensors."""
+def adapter_refusal(name: str, what: str = "the model") -> UserError:
+    return UserError(
+        f"{what} {name!r} is a PEFT adapter (adapter_config.json), not a model. Merge it into its base first and give "
+        f"that folder: AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained(FOLDER), "
+        "its tokenizer beside it"
+    )
+
+
+def _found(name: str, file: str, revision: str | None) -> str | None:
+    """Where a file of the checkpoint lies, or None."""
     from transformers.utils.hub import cached_file
 
-    for file, mark in (("config.json", "transformers_weights"), ("model.safetensors.index.json", "weight_map")):
-        path = cached_file(
-            name, file, revision=revision,
-            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
-        )  # fmt: skip
+    return cached_file(
+        name, file, revision=revision,
+        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+
+
+_INDEX = ".safetensors.index.json"
+
+
+def _check_weight_files(name: str, revision: str | None, config: Any) -> None:
+    """Only safetensors files of the checkpoint's own folder, whatever its configuration, index and links say:
+    transformers follows all three to any file, and unpickles what does not end in .safetensors.
+
+    ``config`` is the one the model is made with, so that what is checked is what is followed."""
+    named = _named_weights(config)
+    for file in named:
+        _check_name(name, "config.json", file, (".safetensors", _INDEX))
+    for index in sorted({"model" + _INDEX, *(f for f in named if f.endswith(_INDEX))}):
+        path = _found(name, index, revision)
         if path is None:
             continue
-        text = Path(path).read_text("utf-8")
-        for named in sorted(_strings_under(json.loads(text), mark)) if mark in text else ():
-            if not named.endswith((".safetensors", ".safetensors.index.json")) or not _is_inside(named):
-                raise UserError(
-                    f"{name}: {file} names {named!r} as a file of weights; expected a .safetensors file in the same "
-                    f"folder. {convert()}"
-                )
+        content = json.loads(Path(path).read_text("utf-8"))
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise ValueError(f"{index} has no weight_map that gives the file of every weight.")
+        for shard in sorted(set(shards.values())):
+            _check_name(name, index, shard, (".safetensors",))
+            named.add(shard)
+    if Path(name).is_dir():
+        _check_links(Path(name), named)
 
 
-def _strings_under(tree: Any, mark: str, below: bool = False) -> set[str]:
-    """Every string at or below a key ``mark``, wherever that is."""
-    if isinstance(tree, dict):
-        return set().union(*(_strings_under(v, mark, below or k == mark) for k, v in tree.items()))
-    if isinstance(tree, list):
-        return set().union(*(_strings_under(v, mark, below) for v in tree))
-    return {tree} if below and isinstance(tree, str) else set()
+def _named_weights(config: Any) -> set[str]:
+    """The files of weights that a configuration, or one inside it, names."""
+    from transformers import PreTrainedConfig
+
+    named, parts = set[str](), [config, config.get_text_config()]
+    while parts:
+        part = parts.pop()
+        file = getattr(part, "transformers_weights", None)
+        if file is not None and not isinstance(file, str):
+            raise ValueError(f"transformers_weights in config.json is {file!r:.60}; expected the name of a file.")
+        named |= {file} if file is not None else set()
+        parts += [value for value in vars(part).values() if isinstance(value, PreTrainedConfig)]
+    return named
 
 
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name.replace("\\", "/"))
-    return not path.is_absolute() and ".." not in path.parts
+def _check_name(name: str, source: str, file: str, endings: tuple[str, ...]) -> None:
+    path = PurePosixPath(file.replace("\\", "/"))
+    if not file.endswith(endings) or path.is_absolute() or ".." in path.parts:
+        raise UserError(
+            f"{name}: {source} names {file!r} as a file of weights; expected a .safetensors file in the same folder. "
+            f"{convert()}"
+        )
+
+
+def _check_links(folder: Path, named: Iterable[str]) -> None:
+    """Refuse files of weights that are links to somewhere else than the folder or the hub's cache, whose snapshots are
+    links to its blobs."""
+    root = folder.resolve()
+    roots = [root, Path(HF_HUB_CACHE).resolve()]
+    if root.parent.name == "snapshots":  # of a cache that was copied elsewhere
+        roots.append(root.parents[1])
+    own = {f.name for f in folder.iterdir() if f.name.endswith((".safetensors", _INDEX))}
+    for file in sorted({*own, *named}):
+        target = (folder / file).resolve()
+        if not any(target.is_relative_to(allowed) for allowed in roots):
+            raise UserError(
+                f"{folder}: {file} is a link that leads out of the folder, to {target}; expected the file itself. "
+                "Copy it into the folder"
+            )
 
 
 @contextmanager

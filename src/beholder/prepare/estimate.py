@@ -47,7 +47,7 @@ from beholder.data.collate import WINDOW
 from beholder.data.sources import missing_files
 from beholder.model import vision as vision_door
 from beholder.model.connector import build_connector
-from beholder.model.families import NO_LIMITS, Limits, check_limits, limits_of
+from beholder.model.families import NO_LIMITS, Limits, check_limits, check_no_adapter, limits_of
 from beholder.model.language import empty_language, load_tokenizer, source_of
 from beholder.model.losses import MAX_LOGITS
 from beholder.model.patch_layout import Declared, UnknownLayout, expected_layout
@@ -216,6 +216,8 @@ def estimate(
     for option, path in (("--llm-config", llm_config), ("--vision-config", vision_config)):
         if path is not None:
             _check_named_file(option, path)
+    for part, model in (("llm", cfg.model.llm), ("vision", cfg.model.vision)):
+        check_no_adapter(model.name_or_path, f"model.{part}.name_or_path")
     gaps: list[str] = []
     device = torch.device(pick_device("auto").type if cfg.device == "auto" else cfg.device)
     lora = cfg.model.lora if cfg.has_adapters else None
