@@ -12,7 +12,7 @@ import shutil
 import tarfile
 import tracemalloc
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import fsspec
 import orjson
@@ -24,9 +24,10 @@ from PIL import Image
 from beholder.config import STAGES, SourceConfig
 from beholder.data import containers, images, sources
 from beholder.data.check import check_data
+from beholder.data.formats import BadRecord, Rules
 from beholder.data.images import read_bytes
 from beholder.data.sources import RecordError, Records, instructs, open_sources
-from beholder.types import ImageRef, ImageSlot, UserError
+from beholder.types import ImageRef, ImageSlot, ShapeName, UserError
 
 FORMATS = Path(__file__).parent / "formats"
 
@@ -627,3 +628,50 @@ def test_nothing_is_fetched_for_a_record(tmp_path: Path, monkeypatch: pytest.Mon
 
     assert [r.reason for r in opened(shard).rejects] == ["no_image"]
     assert sources.missing_files([SourceConfig(json_path="s3://bucket/a.parquet")]) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What must not be lost or be taken for something else
+
+
+@pytest.mark.parametrize("shape", [name for name in get_args(ShapeName)])
+def test_a_shape_that_is_said_outright_rejects_records_without_its_fields_by_name(shape: ShapeName) -> None:
+    rules = Rules("auto", "<image>", 6, shape=shape)
+
+    with pytest.raises(BadRecord) as caught:
+        rules.parse(orjson.dumps({"image": "a.png", "txt": "a tile"}))
+
+    assert caught.value.reason == "missing_field"
+
+
+@pytest.mark.parametrize("said", [
+    {"conversations": [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "A tile."}]},
+    {"texts": [{"user": "What?", "assistant": "A tile."}]},
+    {"question": "What?", "answer": "a tile"},
+    {"query": "What?", "response": "A tile."},
+])  # fmt: skip
+def test_a_system_text_beside_the_turns_is_the_first_turn(said: dict[str, Any]) -> None:
+    parsed = Rules("auto", "<image>", 6).parse(orjson.dumps({"image": "a.png", "system": "Be brief.", **said}))
+
+    assert parsed.messages[0] == ("system", ("Be brief.",))
+    assert [role for role, _ in parsed.messages].count("system") == 1
+
+
+def test_a_system_text_and_a_system_turn_are_one_too_many() -> None:
+    turns = [{"role": "system", "content": "a"}, {"role": "user", "content": "<image>"},
+             {"role": "assistant", "content": "b"}]  # fmt: skip
+
+    with pytest.raises(BadRecord, match="both system and a turn"):
+        Rules("auto", "<image>", 6).parse(orjson.dumps({"image": "a.png", "system": "c", "messages": turns}))
+
+
+def test_an_image_part_whose_index_is_not_its_place_is_rejected() -> None:
+    def record(*indices: int) -> bytes:
+        parts = [{"type": "image", "index": i} for i in indices]
+        turns = [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]},
+                 {"role": "assistant", "content": "b"}]  # fmt: skip
+        return orjson.dumps({"images": ["a.png", "b.png"], "messages": turns})
+
+    assert len(Rules("auto", "<image>", 6).parse(record(0, 1)).images) == 2
+    with pytest.raises(BadRecord, match="says index 1"):
+        Rules("auto", "<image>", 6).parse(record(1, 0))

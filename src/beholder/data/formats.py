@@ -183,6 +183,10 @@ class Rules:
         shape = SHAPES[name]
         source = _text_field(record, "source")
         said = shape.read(record)
+        if name != "caption" and (system := _text_field(record, "system")):
+            if said.messages[0][0] == "system":
+                raise BadRecord("wrong_type", "has both system and a turn of the system, expected one of them")
+            said.messages.insert(0, ("system", [system]))
         if item:
             said.messages[:] = [said.messages[item]]
             id = id and f"{id}#{item}"
@@ -227,6 +231,8 @@ class Rules:
 
     def _shape(self, record: Record) -> ShapeName:
         if self.shape is not None:
+            if not any(fields <= record.keys() for fields in SHAPES[self.shape].needs):
+                raise BadRecord("missing_field", self.told_missing(record))
             return self.shape
         fitting = _fitting(frozenset(record), self.shapes)
         if len(fitting) == 1:
@@ -484,6 +490,7 @@ def _parts(record: Record) -> Said:
     """The layout of OpenAI and TRL: text is literal, and an image part is an image place."""
     name, value = _talk(record)
     messages: list[tuple[Role, list[Any]]] = []
+    taken = 0
     for k, turn in enumerate(value):
         where = f"{name}[{k}]"
         role, content, key = _turn(turn, where)
@@ -491,7 +498,14 @@ def _parts(record: Record) -> Said:
             messages.append((role, [content]))
             continue
         _require(list, content, f"{where}.{key}", "a string or a list of parts")
-        messages.append((role, [_part(part, role, f"{where}.{key}[{i}]") for i, part in enumerate(content)]))
+        said = [_part(part, role, f"{where}.{key}[{i}]") for i, part in enumerate(content)]
+        for part, read in zip(content, said, strict=True):
+            if isinstance(read, Place) and read.image is None:
+                if part.get("index") not in (None, taken):
+                    told = f"{read.where} says index {part['index']}, but image parts take the images in order"
+                    raise BadRecord("image_place", told)
+                taken += 1
+        messages.append((role, said))
     return Said(_with_target(messages, name), False)
 
 
@@ -553,8 +567,6 @@ def _instruction(record: Record) -> Said:
 def _asked(record: Record, text: str, answer: str) -> Said:
     """One question and its answer, after what was said before."""
     messages: list[tuple[Role, list[Any]]] = []
-    if system := _text_field(record, "system"):
-        messages.append(("system", [system]))
     for k, pair in enumerate(_require(list, record.get("history", []), "history", "a list of pairs")):
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRecord("wrong_type", f"history[{k}] is {_kind(pair)}, expected a question and its answer")
