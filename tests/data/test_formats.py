@@ -399,6 +399,51 @@ def test_a_gzip_that_would_fill_the_disk_is_stopped(
     assert not [p for p in (own_cache / "files").rglob("*") if p.is_file()]
 
 
+@pytest.mark.parametrize("depth", [255, 990, 5000])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tar", "coco.json"])
+def test_json_nested_too_deeply_is_a_reject_that_says_so(tmp_path: Path, name: str, depth: int) -> None:
+    uri = "data:image/png;base64,AAAA"
+    deep = "[" * depth + "]" * depth
+    record = f'{{"image": "{uri}", "caption": "x", "z": {deep}}}'
+    objects = '{"image":' * depth + f'"{uri}"' + "}" * depth
+    path = tmp_path / name
+    if name == "a.jsonl":
+        path.write_text(f'{record}\n{{"image": {objects}, "caption": "x"}}\n')
+    elif name == "a.csv":
+        path.write_text(f'image,caption\na.png,"{deep}"\n')
+    elif name == "a.tar":
+        with tarfile.open(path, "w") as tar:
+            info = tarfile.TarInfo("a.json")
+            info.size = len(record)
+            tar.addfile(info, io.BytesIO(record.encode()))
+    else:
+        if depth > 255:
+            pytest.skip("the scanner of the whole file stops first, which is an error with its byte")
+        told = '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": "x"}'
+        path.write_text(f'{told}, {{"image_id": 1, "caption": {deep}}}]}}')
+
+    rejects = opened(path).rejects
+
+    assert len(rejects) == (2 if name == "a.jsonl" else 1)
+    assert all("nested more than 250 deep" in reject.detail for reject in rejects)
+
+
+def test_an_image_id_that_stands_for_two_files_of_coco_is_a_reject(tmp_path: Path) -> None:
+    images = [
+        {"id": 1, "file_name": "a.png"},
+        {"id": "1", "file_name": "b.png"},
+        *[{"id": 2, "file_name": "c.png"}] * 2,
+    ]
+    annotations = [{"image_id": k, "caption": str(k)} for k in (1, 2)]
+    path = tmp_path / "coco.json"
+    path.write_bytes(orjson.dumps({"images": images, "annotations": annotations}))
+
+    records = opened(path)
+
+    assert records.target_texts() == ["2"]
+    assert [r.reason for r in records.rejects] == ["doubled_image"]
+
+
 def test_a_row_of_a_table_that_does_not_fit_its_header_is_a_reject_and_an_open_quote_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b'image,caption\na.png,one\nb.png\nc.png,"two\nlines"\nd.png,three,x\ne.png,\xff\n\nf.png,\n')
@@ -438,6 +483,9 @@ def test_an_arrow_folder_is_read_by_its_list_and_only_below_itself(tmp_path: Pat
         opened(folder)
     assert [colour(e.images[0]) for e in opened(folder / "train")] == ["red", "blue"]
     (folder / "train" / "state.json").write_text('{"_data_files": [{"filename": "../../x.arrow"}]}')
+    with pytest.raises(RecordError, match="expected names of files in this folder"):
+        opened(folder / "train")
+    (folder / "train" / "state.json").write_text('{"_data_files": [{"filename": "a\\u0000.arrow"}]}')
     with pytest.raises(RecordError, match="expected names of files in this folder"):
         opened(folder / "train")
     (folder / "train" / "state.json").write_text("[]")
@@ -508,6 +556,9 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"image": "a", "caption": "x", "relevance_ratings": [5, None]}, "wrong_type", "relevance_ratings[1] is null"),
     ({"image": "a", "caption": "x", "relevance_ratings": [5, True]}, "wrong_type", "relevance_ratings[1] is the bool"),
     ({"image": "a", "caption": "x", "relevance_ratings": [5, 1]}, "low_rating", "is 1, min_rating wants at least 2"),
+    *(({"image": "a", "caption": "x", "relevance": n}, "wrong_type", f"relevance is the string '{n}'")
+      for n in ("nan", "inf", "-inf")),
+    ({"image": "a", "caption": "x", "relevance_ratings": ["nan", 1]}, "wrong_type", "relevance_ratings[0] is the str"),
     ({"image": "a", "caption": "x"}, "no_rating", "none of relevance_ratings, relevance_min, relevance is there"),
 ]  # fmt: skip
 

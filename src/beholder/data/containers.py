@@ -127,7 +127,9 @@ def _arrow_folder(path: str, names: Sequence[str]) -> list[str]:
         files = [entry["filename"] for entry in told["_data_files"]]
     except (orjson.JSONDecodeError, TypeError, KeyError) as e:
         raise RecordError(f"{state}: is not what datasets.save_to_disk writes: no list _data_files ({e})") from None
-    if not files or not all(isinstance(name, str) and name and name == os.path.basename(name) for name in files):
+    if not files or not all(
+        isinstance(name, str) and name and "\0" not in name and name == os.path.basename(name) for name in files
+    ):
         raise RecordError(f"{state}: _data_files names {files[:3]}, expected names of files in this folder")
     if told.get("_indices_files"):
         raise UserError(f"{path}: is a selection over its data files; save it again with a current version of datasets")
@@ -285,7 +287,7 @@ def _object_kind(path: str, fits: Callable[[dict[str, Any]], bool]) -> str:
 
 def _member_kind(name: str, found: Found) -> str | None:
     try:
-        value = orjson.loads(found.raw)
+        value = index.loads(found.raw)
     except orjson.JSONDecodeError:
         return None
     if not isinstance(value, dict):
@@ -361,14 +363,20 @@ def _table_row(header: Sequence[str], row: Sequence[str]) -> bytes:
     try:
         cells = zip(header, row, strict=True)
         return orjson.dumps({name: _cell(text) for name, text in cells if text and name != "!"})
+    except index.TooDeep as e:
+        return _unusable("bad_row", f"has a cell that is {e.msg}")
     except TypeError:  # what was not UTF-8 became half a surrogate pair
         return _unusable("bad_row", "is not UTF-8")
 
 
 def _cell(text: str) -> Any:
     if text[0] in "[{":
-        with suppress(orjson.JSONDecodeError):
-            return orjson.loads(text)
+        try:
+            return index.loads(text.encode("utf-8", "surrogateescape"))
+        except index.TooDeep:
+            raise
+        except orjson.JSONDecodeError:
+            pass
     return text
 
 
@@ -397,23 +405,26 @@ def _object_records(path: str, rules: Rules) -> Iterator[Found]:
 def _coco_records(path: str, rules: Rules) -> Iterator[Found]:
     """COCO captions: each annotation with its image's file name."""
     names: dict[str, str] = {}
+    doubled: set[str] = set()
     annotations: list[tuple[str, bytes]] = []
     for name, found in index.json_members(path, ...):
         if name == "annotations":
             annotations.append((found.where, found.raw))
         elif name == "images":
             try:
-                image = orjson.loads(found.raw)
-                names[str(image["id"])] = image["file_name"]
+                image = index.loads(found.raw)
+                id, file_name = str(image["id"]), image["file_name"]
             except (orjson.JSONDecodeError, TypeError, KeyError):
                 continue  # an annotation that asks for it is rejected
+            if names.setdefault(id, file_name) != file_name:
+                doubled.add(id)
     for where, raw in annotations:
-        yield Found(0, _coco_record(raw, names), where)
+        yield Found(0, _coco_record(raw, names, doubled), where)
 
 
-def _coco_record(raw: bytes, names: dict[str, str]) -> bytes:
+def _coco_record(raw: bytes, names: dict[str, str], doubled: set[str]) -> bytes:
     try:
-        given = orjson.loads(raw)
+        given = index.loads(raw)
     except orjson.JSONDecodeError as e:
         return _unusable("bad_json", f"malformed JSON at character {e.pos} of the annotation: {e.msg}")
     id = str(given["id"]) if isinstance(given, dict) and given.get("id") is not None else None
@@ -422,6 +433,9 @@ def _coco_record(raw: bytes, names: dict[str, str]) -> bytes:
     image = str(given.get("image_id"))
     if image not in names:
         return _unusable("no_image", f"image_id {image[:40]!r} is not among the file's images with a file_name", id)
+    if image in doubled:
+        told = f"image_id {image[:40]!r} is there twice among the file's images, with two file_names"
+        return _unusable("doubled_image", told, id)
     return orjson.dumps({"id": id, "file_name": names[image], "caption": given["caption"]})
 
 
@@ -460,7 +474,7 @@ def _tar_record(file: BinaryIO, key: str, members: Sequence[index.Member], rules
     fields: Any = {}
     if jsons:
         try:
-            fields = orjson.loads(_read(file, jsons[0]))
+            fields = index.loads(_read(file, jsons[0]))
         except orjson.JSONDecodeError as e:
             return _unusable("bad_member", f"member {jsons[0].name!r} is malformed JSON: {e}", key)
         if not isinstance(fields, dict):

@@ -92,6 +92,25 @@ def without_mark(raw: bytes, path: object) -> bytes:
 # JSON
 
 
+class TooDeep(orjson.JSONDecodeError):
+    """JSON that could be read but not written again, nor walked."""
+
+
+def loads(raw: bytes) -> Any:
+    """What untrusted JSON says. Raises `orjson.JSONDecodeError`, `TooDeep` where it is nested more than 250 deep."""
+    try:
+        value = orjson.loads(raw)
+        if raw.count(b"[") + raw.count(b"{") > 250:
+            orjson.dumps([[[[value]]]])  # reading stops at 1,024 levels, writing at 254
+    except orjson.JSONDecodeError as e:
+        if "depth" not in e.msg and "ecursion" not in e.msg:
+            raise
+        raise TooDeep("nested more than 250 deep", e.doc, e.pos) from None
+    except TypeError:
+        raise TooDeep("nested more than 250 deep", "", 0) from None
+    return value
+
+
 def json_lines(path: str) -> Iterator[Found]:
     """One record a line; blank lines are skipped."""
     if first_character(path) == "[":
@@ -463,7 +482,7 @@ def made_once(key: str, name: str, fill: Callable[[BinaryIO], None], what: str) 
 def field_names(raw: bytes) -> list[str]:
     """The fields of a record's JSON; none where it has none."""
     try:
-        record = orjson.loads(raw)
+        record = loads(raw)
     except orjson.JSONDecodeError:
         return []
     return list(record) if isinstance(record, dict) else []
