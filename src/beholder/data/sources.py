@@ -199,7 +199,7 @@ class _CocoNames:
         """COCO's names in a folder, and the prefixes that occur."""
         try:
             matches = [m for n in os.listdir(os.path.join(self.root, folder)) if (m := _COCO_NAME.fullmatch(n))]
-        except OSError:  # the missing folder is told where its images are asked for
+        except (OSError, ValueError):  # the missing folder is told where its images are asked for
             return frozenset(), ()
         return frozenset(m[0] for m in matches), tuple(sorted({m["prefix"] for m in matches if m["prefix"]}))
 
