@@ -444,6 +444,114 @@ def test_an_image_id_that_stands_for_two_files_of_coco_is_a_reject(tmp_path: Pat
     assert [r.reason for r in records.rejects] == ["doubled_image"]
 
 
+def table_file(path: Path, table: pa.Table) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as out, pa.ipc.new_stream(out, table.schema) as stream:
+            stream.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_rows_of_nothing_are_refused_and_not_counted(tmp_path: Path, name: str) -> None:
+    path = table_file(tmp_path / name, pa.table({"image": pa.nulls(300_000), "caption": pa.nulls(300_000)}))
+
+    with pytest.raises(RecordError, match="claims 300,000 rows in"):
+        opened(path)
+
+
+SAME = pa.array(["x" * 20_000] * 3000)
+ONCE = {
+    "a.parquet": SAME,
+    "b.parquet": SAME.dictionary_encode(),
+    "talk.parquet": pa.array([[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x" * 20_000}]] * 3000),
+    "a.arrow": SAME.dictionary_encode(),
+    "views.arrow": pa.array(["x" * 20_000] * 20).cast(pa.string_view()),
+}
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_a_text_that_stands_once_in_a_file_and_in_every_row_is_never_held_for_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(containers, "MAX_RECORD_BYTES", 1_000_000)
+    column, said = ONCE[name], "conversations" if name == "talk.parquet" else "caption"
+    path = table_file(tmp_path / name, pa.table({"image": ["a.png"] * len(column), said: column}))
+
+    tracemalloc.start()
+    records = opened(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert len(records) == len(column) and records[len(column) - 1].target_text == "x" * 20_000
+    assert peak < 8_000_000
+
+
+def test_a_row_that_a_few_bytes_make_endless_is_a_reject(tmp_path: Path) -> None:
+    offsets = pa.array([0, 1, 2**31 - 2, 2**31 - 1], pa.int32())
+    talk = pa.ListArray.from_arrays(offsets, pa.nulls(2**31 - 1))
+    path = table_file(tmp_path / "a.arrow", pa.table({"image": ["a.png"] * 3, "conversations": talk}))
+
+    rejects = opened(path).rejects
+
+    assert [r.reason for r in rejects] == ["wrong_type", "too_large", "wrong_type"]
+
+
+def test_columns_that_no_record_has_are_not_unpacked(tmp_path: Path) -> None:
+    damaged = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
+    table = pa.table({"z": damaged, "image": ["a.png"], "caption": ["x"]})
+
+    assert opened(table_file(tmp_path / "a.arrow", table)).target_texts() == ["x"]
+    with pytest.raises(RecordError, match="UTF8"):
+        opened(table_file(tmp_path / "b.arrow", table.rename_columns(["title", "image", "caption"])))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "id"),
+    [
+        (pa.timestamp("us"), 0, "1970-01-01T00:00:00"),
+        (pa.timestamp("ns"), 1, "1970-01-01 00:00:00.000000001"),
+        (pa.timestamp("us"), 2**62, "<value out of range: 4611686018427387904>"),
+        (pa.duration("s"), 2**62, "4611686018427387904"),
+        (pa.date64(), 86_400_000 * 2**35, "<value out of range: 2968681394995200000>"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_time_that_python_has_not_is_read_as_text(
+    tmp_path: Path, name: str, kind: pa.DataType, value: int, id: str
+) -> None:
+    if name == "a.parquet" and (kind == pa.date64() or pa.types.is_duration(kind)):
+        pytest.skip("parquet has no such time")
+    times = pa.array([value], pa.int64()).view(kind)
+    path = table_file(tmp_path / name, pa.table({"id": times, "image": ["a.png"], "caption": ["x"]}))
+
+    assert opened(path).ids() == [id]
+
+
+def test_a_time_zone_that_there_is_not_and_a_time_inside_a_list_are_told(tmp_path: Path) -> None:
+    there, far = pa.array([1], pa.int64()), pa.array([2**62], pa.int64()).view(pa.timestamp("us"))
+    listed = pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), far)
+    for times in (there.view(pa.timestamp("us", "../../etc/passwd")), listed):
+        table = pa.table({"id": times, "image": ["a.png"], "caption": ["x"]})
+        with pytest.raises(RecordError, match="cannot be read as an Arrow file"):
+            opened(table_file(tmp_path / "a.arrow", table))
+
+
+@pytest.mark.parametrize("text", ["a.png," + "x" * 5000, 'a.png,"' + "x\n" * 5000, '"\n",' * 5000], ids=len)
+def test_a_row_without_an_end_is_an_error_before_it_is_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(containers, "MAX_RECORD_BYTES", 1000)
+    path = tmp_path / "a.csv"
+    path.write_text("image,caption\n" + "b.png,y\n" * 1000 + text)
+
+    with pytest.raises(RecordError, match="a row has over 1,000 characters"):
+        opened(path)
+    path.write_text("image,caption\n" + "b.png,y\n" * 1000)
+    assert len(opened(path)) == 1000
+
+
 def test_a_row_of_a_table_that_does_not_fit_its_header_is_a_reject_and_an_open_quote_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b'image,caption\na.png,one\nb.png\nc.png,"two\nlines"\nd.png,three,x\ne.png,\xff\n\nf.png,\n')

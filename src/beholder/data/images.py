@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 import orjson
@@ -233,12 +233,14 @@ def _cell_item(ref: ImageRef) -> bytes:
 
     try:
         if ref.kind == "arrow":
-            cell = arrow_table(ref.root).column(ref.column)[ref.offset]
+            cell = arrow_table(ref.root, (ref.column,)).column(ref.column)[ref.offset]
         else:
             info = os.stat(ref.root)
             ends, most_bytes = _parquet_groups(ref.root, ref.column, info.st_mtime_ns)
             if most_bytes > MAX_GROUP_BYTES:
-                cell = arrow_table(_arrow_copy(ref.root, ref.column, info)).column(ref.column)[ref.offset]
+                cell = arrow_table(_arrow_copy(ref.root, ref.column, info), (ref.column,)).column(ref.column)[
+                    ref.offset
+                ]
             else:
                 group = int(np.searchsorted(ends, ref.offset, side="right"))
                 start = int(ends[group - 1]) if group else 0
@@ -306,19 +308,27 @@ def _arrow_copy(path: str, column: str, info: os.stat_result) -> str:
     return index.made_once(key, "column.arrow", fill, path)
 
 
-def arrow_table(path: str) -> pyarrow.Table:
-    """An Arrow stream or file, mapped into memory and not read."""
-    return _arrow_table(path, os.stat(path).st_mtime_ns, os.getpid())
+def arrow_table(path: str, columns: tuple[str, ...]) -> pyarrow.Table:
+    """Columns of an Arrow stream or file, mapped into memory and not read; of the others nothing is unpacked."""
+    return _arrow_table(path, columns, os.stat(path).st_mtime_ns, os.getpid())
 
 
 @functools.lru_cache(maxsize=256)
-def _arrow_table(path: str, mtime_ns: int, pid: int) -> pyarrow.Table:
+def _arrow_table(path: str, columns: tuple[str, ...], mtime_ns: int, pid: int) -> pyarrow.Table:
+    import pyarrow as pa
+
+    there = arrow_reader(path).schema.names
+    wanted = [k for k, name in enumerate(there) if name in columns]
+    return arrow_reader(path, pa.ipc.IpcReadOptions(included_fields=wanted)).read_all()
+
+
+def arrow_reader(path: str, options: Any = None) -> Any:
     import pyarrow as pa
 
     mapped = pa.memory_map(path)
     is_file = mapped.read(6) == b"ARROW1"
     mapped.seek(0)
-    return (pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)).read_all()
+    return (pa.ipc.open_file if is_file else pa.ipc.open_stream)(mapped, options=options)
 
 
 def data_uris(value: object) -> Iterator[str]:
