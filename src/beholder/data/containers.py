@@ -522,11 +522,12 @@ def _parquet_records(path: str, rules: Rules) -> Iterator[Found]:
             _require_plausible(path, file.metadata.num_rows)
             leaves, bare = _without_bytes(file, names)
             texts = _text_leaves(file, leaves)
+            kinds = {name: kind for name in names if not _holds_bytes(kind := file.schema_arrow.field(name).type)}
         # A text that stands once in the file and in a million rows is held once.
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, read_dictionary=texts) as file:
             # Rows whose image bytes must be read to know which are there are few at a time.
             rows = 4096 if bare >= {n for n in names if _holds_bytes(file.schema_arrow.field(n).type)} else 64
-            yield from _rows(file.iter_batches(rows, columns=leaves, use_threads=False), bare)
+            yield from _rows(file.iter_batches(rows, columns=leaves, use_threads=False), bare, kinds)
     except UserError:
         raise
     except (pa.ArrowException, OSError, TypeError, ValueError, OverflowError) as e:
@@ -541,7 +542,7 @@ def _arrow_records(path: str, rules: Rules) -> Iterator[Found]:
         table = arrow_table(path, tuple(_wanted(path, arrow_reader(path).schema.names, rules)))
         _require_plausible(path, table.num_rows)
         table.validate(full=True)  # offsets of an untrusted file could point anywhere
-        yield from _rows(table.to_batches(max_chunksize=4096), frozenset())
+        yield from _rows(table.to_batches(max_chunksize=4096), frozenset(), {})
     except UserError:
         raise
     except (pa.ArrowException, OSError, TypeError, ValueError, OverflowError) as e:
@@ -623,7 +624,9 @@ def _holds_bytes(kind: pyarrow.DataType) -> bool:
     return _is_bytes(kind) or any(_holds_bytes(kind.field(k).type) for k in range(kind.num_fields))
 
 
-def _rows(batches: Iterable[pyarrow.RecordBatch], bare: frozenset[str]) -> Iterator[Found]:
+def _rows(
+    batches: Iterable[pyarrow.RecordBatch], bare: frozenset[str], kinds: dict[str, pyarrow.DataType]
+) -> Iterator[Found]:
     row = 0
     for batch in chain.from_iterable(map(_pieces, batches)):
         if batch.num_rows == 1 and (weight := _weight_of(batch)) > MAX_RECORD_BYTES:
@@ -631,7 +634,8 @@ def _rows(batches: Iterable[pyarrow.RecordBatch], bare: frozenset[str]) -> Itera
             yield Found(0, _unusable("too_large", told), f"row {row}")
             row += 1
             continue
-        columns = {name: _values(_emptied(batch.column(k))) for k, name in enumerate(batch.schema.names)}
+        given = zip(batch.schema.names, map(_emptied, batch.columns), strict=True)
+        columns = {name: _values(array.cast(kinds.get(name, array.type))) for name, array in given}
         for k in range(batch.num_rows):
             record = {name: values[k] for name, values in columns.items()}
             record |= {name: _filled(record.get(name)) for name in bare}
