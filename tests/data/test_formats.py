@@ -488,6 +488,16 @@ def test_a_text_that_stands_once_in_a_file_and_in_every_row_is_never_held_for_al
     assert peak < 8_000_000
 
 
+def test_a_file_whose_rows_are_far_more_text_than_it_is_large_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_MOST_COPIED", 10_000_000)
+    path = table_file(tmp_path / "a.parquet", pa.table({"image": ["a.png"] * 3000, "caption": SAME}))
+
+    with pytest.raises(RecordError, match=r"over 10,\d{3},\d{3} bytes of JSON, the file has"):
+        opened(path)
+
+
 def test_a_row_that_a_few_bytes_make_endless_is_a_reject(tmp_path: Path) -> None:
     offsets = pa.array([0, 1, 2**31 - 2, 2**31 - 1], pa.int32())
     talk = pa.ListArray.from_arrays(offsets, pa.nulls(2**31 - 1))

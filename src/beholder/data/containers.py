@@ -521,12 +521,14 @@ def _parquet_records(path: str, rules: Rules) -> Iterator[Found]:
             names = _wanted(path, file.schema_arrow.names, rules)
             _require_plausible(path, file.metadata.num_rows)
             leaves, bare = _without_bytes(file, names)
-            texts = _text_leaves(file, leaves)
-            kinds = {name: kind for name in names if not _holds_bytes(kind := file.schema_arrow.field(name).type)}
+            schema = file.schema_arrow
+            kinds = {name: kind for name in names if _is_text(kind := schema.field(name).type)}
         # A text that stands once in the file and in a million rows is held once.
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, read_dictionary=texts) as file:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, read_dictionary=list(kinds)) as file:
             # Rows whose image bytes must be read to know which are there are few at a time.
-            rows = 4096 if bare >= {n for n in names if _holds_bytes(file.schema_arrow.field(n).type)} else 64
+            rows = 4096 if bare >= {n for n in names if _holds_bytes(schema.field(n).type)} else 64
+            if any(leaf not in names for leaf in leaves):
+                rows = min(rows, 256)  # of texts in lists and structs pyarrow has no dictionaries
             yield from _rows(file.iter_batches(rows, columns=leaves, use_threads=False), bare, kinds)
     except UserError:
         raise
@@ -590,18 +592,10 @@ def _without_bytes(file: Any, names: Sequence[str]) -> tuple[list[str], frozense
     return leaves, frozenset(bare)
 
 
-def _text_leaves(file: Any, leaves: Sequence[str]) -> list[str]:
-    """Those of the leaves that hold texts, and no bytes."""
-    meta, schema = file.metadata, file.schema_arrow
-    bytes_in = {name for name in schema.names if _holds_bytes(schema.field(name).type)}
-    chunks = map(meta.row_group(0).column, range(meta.num_columns)) if meta.num_row_groups else ()
-    return [
-        chunk.path_in_schema
-        for chunk in chunks
-        if chunk.path_in_schema in leaves
-        and chunk.physical_type == "BYTE_ARRAY"
-        and chunk.path_in_schema.split(".")[0] not in bytes_in
-    ]
+def _is_text(kind: pyarrow.DataType) -> bool:
+    import pyarrow.types as pt
+
+    return pt.is_string(kind) or pt.is_large_string(kind)
 
 
 def _is_image(file: Any, name: str) -> bool:
@@ -627,6 +621,7 @@ def _holds_bytes(kind: pyarrow.DataType) -> bool:
 def _rows(
     batches: Iterable[pyarrow.RecordBatch], bare: frozenset[str], kinds: dict[str, pyarrow.DataType]
 ) -> Iterator[Found]:
+    """``kinds``: what the texts of columns become that are read as dictionaries, which are slow in Python."""
     row = 0
     for batch in chain.from_iterable(map(_pieces, batches)):
         if batch.num_rows == 1 and (weight := _weight_of(batch)) > MAX_RECORD_BYTES:
@@ -634,8 +629,10 @@ def _rows(
             yield Found(0, _unusable("too_large", told), f"row {row}")
             row += 1
             continue
-        given = zip(batch.schema.names, map(_emptied, batch.columns), strict=True)
-        columns = {name: _values(array.cast(kinds.get(name, array.type))) for name, array in given}
+        columns = {
+            name: _values(_emptied(_plain(batch.column(k), kinds.get(name))))
+            for k, name in enumerate(batch.schema.names)
+        }
         for k in range(batch.num_rows):
             record = {name: values[k] for name, values in columns.items()}
             record |= {name: _filled(record.get(name)) for name in bare}
@@ -679,7 +676,7 @@ def _weight(array: pyarrow.Array) -> int:
         return own + _weight(array.keys) + _weight(array.items)
     if isinstance(array, pa.DictionaryArray):
         values = array.dictionary
-        if pt.is_string(values.type) or pt.is_large_string(values.type):
+        if _is_text(values.type):
             longest = pc.max(pc.binary_length(values)).as_py()  # pyright: ignore[reportAttributeAccessIssue]
             return own + (longest or 0) * len(array)
         return own + _weight(values) * len(array)
@@ -688,6 +685,10 @@ def _weight(array: pyarrow.Array) -> int:
         return own + lengths.nbytes * len(array)
     shared = pt.is_list_view(kind) or pt.is_large_list_view(kind) or pt.is_run_end_encoded(kind)
     return own + array.nbytes * (len(array) if shared else 1)
+
+
+def _plain(array: pyarrow.Array, kind: pyarrow.DataType | None) -> pyarrow.Array:
+    return array if kind is None or kind == array.type else array.cast(kind)
 
 
 def _values(array: pyarrow.Array) -> list[Any]:
