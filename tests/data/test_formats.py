@@ -498,6 +498,18 @@ def test_a_file_whose_rows_are_far_more_text_than_it_is_large_is_refused(
         opened(path)
 
 
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_texts_and_talks_across_row_groups_are_those_that_were_written(tmp_path: Path, dictionary: bool) -> None:
+    said = [None if i % 7 == 3 else f"{i % 5}" * (i % 11 + 1) for i in range(700)]
+    talks = [[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": text}] for text in said]
+    for name, table in (("caption", {"caption": said}), ("talk", {"conversations": talks})):
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table({"image": ["a"] * 700, **table}), path, row_group_size=90, use_dictionary=dictionary)
+        records = opened(path)
+        assert records.target_texts() == [text for text in said if text is not None], name
+        assert len(records.rejects) == said.count(None)
+
+
 def test_a_row_that_a_few_bytes_make_endless_is_a_reject(tmp_path: Path) -> None:
     offsets = pa.array([0, 1, 2**31 - 2, 2**31 - 1], pa.int32())
     talk = pa.ListArray.from_arrays(offsets, pa.nulls(2**31 - 1))
