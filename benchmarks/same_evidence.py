@@ -30,7 +30,10 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
                 yield from leaves(item, f"{name}.{key}" if name else str(key))
         case list():
             for k, item in enumerate(value):
-                yield from leaves(item, f"{name}[{k}]")
+                # by its name where it has one: a measurement more moves those behind it
+                own = item.get("name") if isinstance(item, dict) else None
+                place = k if own is None else "/".join(str(item[f]) for f in ("name", "by", "stratum") if item.get(f))
+                yield from leaves(item, f"{name}[{place}]")
         case _:
             yield name, value
 

@@ -400,6 +400,181 @@ def test_a_gzip_that_would_fill_the_disk_is_stopped(
     assert not [p for p in (own_cache / "files").rglob("*") if p.is_file()]
 
 
+@pytest.mark.parametrize("depth", [255, 990, 5000])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tar", "coco.json"])
+def test_json_nested_too_deeply_is_a_reject_that_says_so(tmp_path: Path, name: str, depth: int) -> None:
+    uri = "data:image/png;base64,AAAA"
+    deep = "[" * depth + "]" * depth
+    record = f'{{"image": "{uri}", "caption": "x", "z": {deep}}}'
+    objects = '{"image":' * depth + f'"{uri}"' + "}" * depth
+    path = tmp_path / name
+    if name == "a.jsonl":
+        path.write_text(f'{record}\n{{"image": {objects}, "caption": "x"}}\n')
+    elif name == "a.csv":
+        path.write_text(f'image,caption\na.png,"{deep}"\n')
+    elif name == "a.tar":
+        with tarfile.open(path, "w") as tar:
+            info = tarfile.TarInfo("a.json")
+            info.size = len(record)
+            tar.addfile(info, io.BytesIO(record.encode()))
+    else:
+        if depth > 255:
+            pytest.skip("the scanner of the whole file stops first, which is an error with its byte")
+        told = '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": "x"}'
+        path.write_text(f'{told}, {{"image_id": 1, "caption": {deep}}}]}}')
+
+    rejects = opened(path).rejects
+
+    assert len(rejects) == (2 if name == "a.jsonl" else 1)
+    assert all("nested more than 250 deep" in reject.detail for reject in rejects)
+
+
+def test_an_image_id_that_stands_for_two_files_of_coco_is_a_reject(tmp_path: Path) -> None:
+    images = [
+        {"id": 1, "file_name": "a.png"},
+        {"id": "1", "file_name": "b.png"},
+        *[{"id": 2, "file_name": "c.png"}] * 2,
+    ]
+    annotations = [{"image_id": k, "caption": str(k)} for k in (1, 2)]
+    path = tmp_path / "coco.json"
+    path.write_bytes(orjson.dumps({"images": images, "annotations": annotations}))
+
+    records = opened(path)
+
+    assert records.target_texts() == ["2"]
+    assert [r.reason for r in records.rejects] == ["doubled_image"]
+
+
+def table_file(path: Path, table: pa.Table) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as out, pa.ipc.new_stream(out, table.schema) as stream:
+            stream.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_rows_of_nothing_are_refused_and_not_counted(tmp_path: Path, name: str) -> None:
+    path = table_file(tmp_path / name, pa.table({"image": pa.nulls(300_000), "caption": pa.nulls(300_000)}))
+
+    with pytest.raises(RecordError, match="claims 300,000 rows in"):
+        opened(path)
+
+
+SAME = pa.array(["x" * 20_000] * 3000)
+ONCE = {
+    "a.parquet": SAME,
+    "b.parquet": SAME.dictionary_encode(),
+    "talk.parquet": pa.array([[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x" * 20_000}]] * 3000),
+    "a.arrow": SAME.dictionary_encode(),
+    "views.arrow": pa.array(["x" * 20_000] * 20).cast(pa.string_view()),
+}
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_a_text_that_stands_once_in_a_file_and_in_every_row_is_never_held_for_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(containers, "MAX_RECORD_BYTES", 1_000_000)
+    column, said = ONCE[name], "conversations" if name == "talk.parquet" else "caption"
+    path = table_file(tmp_path / name, pa.table({"image": ["a.png"] * len(column), said: column}))
+
+    tracemalloc.start()
+    records = opened(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert len(records) == len(column) and records[len(column) - 1].target_text == "x" * 20_000
+    assert peak < 8_000_000
+
+
+def test_a_file_whose_rows_are_far_more_text_than_it_is_large_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_MOST_COPIED", 10_000_000)
+    path = table_file(tmp_path / "a.parquet", pa.table({"image": ["a.png"] * 3000, "caption": SAME}))
+
+    with pytest.raises(RecordError, match=r"over 10,\d{3},\d{3} bytes of JSON, the file has"):
+        opened(path)
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_texts_and_talks_across_row_groups_are_those_that_were_written(tmp_path: Path, dictionary: bool) -> None:
+    said = [None if i % 7 == 3 else f"{i % 5}" * (i % 11 + 1) for i in range(700)]
+    talks = [[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": text}] for text in said]
+    for name, table in (("caption", {"caption": said}), ("talk", {"conversations": talks})):
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table({"image": ["a"] * 700, **table}), path, row_group_size=90, use_dictionary=dictionary)
+        records = opened(path)
+        assert records.target_texts() == [text for text in said if text is not None], name
+        assert len(records.rejects) == said.count(None)
+
+
+def test_a_row_that_a_few_bytes_make_endless_is_a_reject(tmp_path: Path) -> None:
+    offsets = pa.array([0, 1, 2**31 - 2, 2**31 - 1], pa.int32())
+    talk = pa.ListArray.from_arrays(offsets, pa.nulls(2**31 - 1))
+    path = table_file(tmp_path / "a.arrow", pa.table({"image": ["a.png"] * 3, "conversations": talk}))
+
+    rejects = opened(path).rejects
+
+    assert [r.reason for r in rejects] == ["wrong_type", "too_large", "wrong_type"]
+
+
+def test_columns_that_no_record_has_are_not_unpacked(tmp_path: Path) -> None:
+    damaged = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
+    table = pa.table({"z": damaged, "image": ["a.png"], "caption": ["x"]})
+
+    assert opened(table_file(tmp_path / "a.arrow", table)).target_texts() == ["x"]
+    with pytest.raises(RecordError, match="UTF8"):
+        opened(table_file(tmp_path / "b.arrow", table.rename_columns(["title", "image", "caption"])))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "id"),
+    [
+        (pa.timestamp("us"), 0, "1970-01-01T00:00:00"),
+        (pa.timestamp("ns"), 1, "1970-01-01 00:00:00.000000001"),
+        (pa.timestamp("us"), 2**62, "<value out of range: 4611686018427387904>"),
+        (pa.duration("s"), 2**62, "4611686018427387904"),
+        (pa.date64(), 86_400_000 * 2**35, "<value out of range: 2968681394995200000>"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_time_that_python_has_not_is_read_as_text(
+    tmp_path: Path, name: str, kind: pa.DataType, value: int, id: str
+) -> None:
+    if name == "a.parquet" and (kind == pa.date64() or pa.types.is_duration(kind)):
+        pytest.skip("parquet has no such time")
+    times = pa.array([value], pa.int64()).view(kind)
+    path = table_file(tmp_path / name, pa.table({"id": times, "image": ["a.png"], "caption": ["x"]}))
+
+    assert opened(path).ids() == [id]
+
+
+def test_a_time_zone_that_there_is_not_and_a_time_inside_a_list_are_told(tmp_path: Path) -> None:
+    there, far = pa.array([1], pa.int64()), pa.array([2**62], pa.int64()).view(pa.timestamp("us"))
+    listed = pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), far)
+    for times in (there.view(pa.timestamp("us", "../../etc/passwd")), listed):
+        table = pa.table({"id": times, "image": ["a.png"], "caption": ["x"]})
+        with pytest.raises(RecordError, match="cannot be read as an Arrow file"):
+            opened(table_file(tmp_path / "a.arrow", table))
+
+
+@pytest.mark.parametrize("text", ["a.png," + "x" * 5000, 'a.png,"' + "x\n" * 5000, '"\n",' * 5000], ids=len)
+def test_a_row_without_an_end_is_an_error_before_it_is_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(containers, "MAX_RECORD_BYTES", 1000)
+    path = tmp_path / "a.csv"
+    path.write_text("image,caption\n" + "b.png,y\n" * 1000 + text)
+
+    with pytest.raises(RecordError, match="a row has over 1,000 characters"):
+        opened(path)
+    path.write_text("image,caption\n" + "b.png,y\n" * 1000)
+    assert len(opened(path)) == 1000
+
+
 def test_a_row_of_a_table_that_does_not_fit_its_header_is_a_reject_and_an_open_quote_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b'image,caption\na.png,one\nb.png\nc.png,"two\nlines"\nd.png,three,x\ne.png,\xff\n\nf.png,\n')
@@ -439,6 +614,9 @@ def test_an_arrow_folder_is_read_by_its_list_and_only_below_itself(tmp_path: Pat
         opened(folder)
     assert [colour(e.images[0]) for e in opened(folder / "train")] == ["red", "blue"]
     (folder / "train" / "state.json").write_text('{"_data_files": [{"filename": "../../x.arrow"}]}')
+    with pytest.raises(RecordError, match="expected names of files in this folder"):
+        opened(folder / "train")
+    (folder / "train" / "state.json").write_text('{"_data_files": [{"filename": "a\\u0000.arrow"}]}')
     with pytest.raises(RecordError, match="expected names of files in this folder"):
         opened(folder / "train")
     (folder / "train" / "state.json").write_text("[]")
@@ -509,6 +687,9 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"image": "a", "caption": "x", "relevance_ratings": [5, None]}, "wrong_type", "relevance_ratings[1] is null"),
     ({"image": "a", "caption": "x", "relevance_ratings": [5, True]}, "wrong_type", "relevance_ratings[1] is the bool"),
     ({"image": "a", "caption": "x", "relevance_ratings": [5, 1]}, "low_rating", "is 1, min_rating wants at least 2"),
+    *(({"image": "a", "caption": "x", "relevance": n}, "wrong_type", f"relevance is the string '{n}'")
+      for n in ("nan", "inf", "-inf")),
+    ({"image": "a", "caption": "x", "relevance_ratings": ["nan", 1]}, "wrong_type", "relevance_ratings[0] is the str"),
     ({"image": "a", "caption": "x"}, "no_rating", "none of relevance_ratings, relevance_min, relevance is there"),
 ]  # fmt: skip
 

@@ -34,6 +34,7 @@ from beholder.data.images import (
     random_crop_box,
     read_bytes,
 )
+from beholder.data.sources import _CocoNames
 from beholder.types import ImageGeometry, ImageRef, UserError
 
 SQUARE = ImageGeometry(32, 32, 16, 8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -641,3 +642,14 @@ def test_pipeline_and_errors_survive_pickling(tmp_path: Path) -> None:
 
     assert torch.equal(pickle.loads(pickle.dumps(pipeline))(ref), pipeline(ref))
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+@pytest.mark.parametrize("path", ["a/" * 1_000_000, "a/" * 1_000_000 + "000000000001.jpg", "a\0/000000000001.jpg"])
+def test_a_path_that_no_file_can_have_is_missing_at_once(tmp_path: Path, path: str) -> None:
+    ref = ImageRef(str(tmp_path), _CocoNames(str(tmp_path)).resolve(path))
+    (error,) = check_exists([ref])
+
+    assert error is not None and error.reason == "missing_image" and len(str(error)) < 10_000
+    for open_it in (lambda: read_bytes(ref), lambda: ImagePipeline(SQUARE, 1.0).from_file(path)):
+        with pytest.raises(ImageError, match="is not a file name"):
+            open_it()

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -671,6 +672,42 @@ def test_members_are_those_that_tarfile_finds(tmp_path: Path, format: int) -> No
 
     assert [tuple(m) for m in index.tar_members(str(path))] == expected
     assert len(expected) == len(names) + 1
+
+
+def pax(body: bytes, size: int | None = None) -> bytes:
+    """A shard that begins with an extended header."""
+    info, member = tarfile.TarInfo("x"), tarfile.TarInfo("a.txt")
+    info.type, info.size = tarfile.XHDTYPE, len(body) if size is None else size
+    return info.tobuf(tarfile.USTAR_FORMAT) + body + b"\0" * (-len(body) % 512) + member.tobuf() + b"\0" * 1024
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("11 size=²\n".encode(), "gives the size '²', expected a number"),
+        (b"5015 size=" + b"9" * 5000 + b"\n", "gives the size '9999"),
+        (b"6 a=b\n" * 300_000, "the extended header at byte 0 has 1,800,000 bytes, expected at most 1,048,576"),
+    ],
+)
+def test_an_extended_header_that_says_nonsense_or_never_ends_is_an_error(
+    tmp_path: Path, body: bytes, told: str
+) -> None:
+    path = tmp_path / "s.tar"
+    path.write_bytes(pax(body))
+
+    with pytest.raises(RecordError, match=told):
+        list(index.tar_members(str(path)))
+
+
+def test_a_large_extended_header_is_read_once(tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    body = b"6 a=b\n" * 170_000 + b"14 path=b.txt\n" + b"9" * 5000 + b" a=b\n"  # a length no one can read ends it
+    path.write_bytes(pax(body))
+
+    started = time.perf_counter()
+    (member,) = index.tar_members(str(path))
+
+    assert member.name == "b.txt" and time.perf_counter() - started < 2  # seconds more where each field copied the rest
 
 
 def test_incomplete_samples_of_a_shard_are_named_rejects(tmp_path: Path) -> None:

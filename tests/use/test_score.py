@@ -256,3 +256,10 @@ def test_captions_by_id_are_references_too(folder: Path):
 def test_an_absent_file_is_an_error(folder: Path):
     with pytest.raises(UserError, match=r"absent\.json: cannot be read"):
         score_files("vqa", folder / "absent.json", folder / "absent.json")
+
+
+def test_a_text_too_long_to_be_scored_is_named(folder: Path):
+    long, short = [{"image_id": 7, "caption": "a " * 20_000}], [{"image_id": 7, "caption": "a cat"}]
+    for said, right, told in ((long, short, "p.jsonl"), (short, long, "r.jsonl")):
+        with pytest.raises(UserError, match=f"{told}: the text of id 7 has 40,000 characters, expected at most 20,000"):
+            score_files("caption", write(folder / "p.jsonl", said), write(folder / "r.jsonl", right))

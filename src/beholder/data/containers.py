@@ -21,13 +21,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import orjson
 
 from beholder.data import index, questions
-from beholder.data.images import IMAGE_SUFFIXES, arrow_table
+from beholder.data.images import IMAGE_SUFFIXES, arrow_reader, arrow_table
 from beholder.data.index import BOM, MAX_RECORD_BYTES, Found, RecordError, tar_members
 from beholder.types import UserError
 
@@ -127,7 +128,9 @@ def _arrow_folder(path: str, names: Sequence[str]) -> list[str]:
         files = [entry["filename"] for entry in told["_data_files"]]
     except (orjson.JSONDecodeError, TypeError, KeyError) as e:
         raise RecordError(f"{state}: is not what datasets.save_to_disk writes: no list _data_files ({e})") from None
-    if not files or not all(isinstance(name, str) and name and name == os.path.basename(name) for name in files):
+    if not files or not all(
+        isinstance(name, str) and name and "\0" not in name and name == os.path.basename(name) for name in files
+    ):
         raise RecordError(f"{state}: _data_files names {files[:3]}, expected names of files in this folder")
     if told.get("_indices_files"):
         raise UserError(f"{path}: is a selection over its data files; save it again with a current version of datasets")
@@ -255,7 +258,7 @@ def recognise(path: str, fits: Callable[[dict[str, Any]], bool]) -> str:
         case other:
             for name, delimiter in (("tsv", "\t"), ("csv", ",")):
                 with suppress(RecordError, StopIteration):
-                    header, _ = _table(path, delimiter)
+                    header, *_ = _table(path, delimiter)
                     if len(header) > 1 and all(re.fullmatch(r"[\w .-]{1,60}", column) for column in header):
                         return name
             raise UserError(
@@ -285,7 +288,7 @@ def _object_kind(path: str, fits: Callable[[dict[str, Any]], bool]) -> str:
 
 def _member_kind(name: str, found: Found) -> str | None:
     try:
-        value = orjson.loads(found.raw)
+        value = index.loads(found.raw)
     except orjson.JSONDecodeError:
         return None
     if not isinstance(value, dict):
@@ -312,21 +315,34 @@ _BESIDE = frozenset(("info", "license", "licenses", "images", "categories", "vid
 # Tables of text
 
 
-def _table(path: str, delimiter: str) -> tuple[list[str], Any]:
-    """(names of the columns, the reader behind them)."""
+def _table(path: str, delimiter: str) -> tuple[list[str], Any, _Room]:
+    """(names of the columns, the reader behind them, the room that its next row has)."""
     csv.field_size_limit(MAX_RECORD_BYTES)  # an image as a data: URI has more than the default of 131,072 characters
     file = open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")  # noqa: SIM115
-    rows = csv.reader(_closing(file), delimiter=delimiter, strict=True)
+    room = _Room()
+    rows = csv.reader(_bounded(path, file, room), delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in next(rows)]
     except csv.Error as e:
         raise RecordError(f"{path}: line 1, which names the columns, cannot be read: {e}") from None
-    return header, rows
+    return header, rows, room
 
 
-def _closing(file: Any) -> Iterator[str]:
+class _Room:
+    """Characters that one row, of however many lines, may still have."""
+
+    def __init__(self) -> None:
+        self.left = MAX_RECORD_BYTES
+
+
+def _bounded(path: str, file: Any, room: _Room) -> Iterator[str]:
     with file:
-        yield from file
+        while line := file.readline(room.left + 1):
+            room.left -= len(line)
+            if room.left < 0:
+                told = f"{path}: a row has over {MAX_RECORD_BYTES:,} characters: are quotes or line ends missing?"
+                raise RecordError(told)
+            yield line
 
 
 def _table_records(delimiter: str) -> Callable[[str, Rules], Iterator[Found]]:
@@ -334,11 +350,11 @@ def _table_records(delimiter: str) -> Callable[[str, Rules], Iterator[Found]]:
 
     def find(path: str, rules: Rules) -> Iterator[Found]:
         index.first_character(path)  # UTF-16 is told by name
-        header, rows = _table(path, delimiter)
+        header, rows, room = _table(path, delimiter)
         if doubled := [name for name, n in Counter(header).items() if n > 1]:
             raise RecordError(f"{path}: the columns {', '.join(map(repr, doubled))} are named twice in line 1")
         while True:
-            start = rows.line_num + 1
+            start, room.left = rows.line_num + 1, MAX_RECORD_BYTES
             try:
                 row = next(rows, None)
             except csv.Error as e:
@@ -361,14 +377,20 @@ def _table_row(header: Sequence[str], row: Sequence[str]) -> bytes:
     try:
         cells = zip(header, row, strict=True)
         return orjson.dumps({name: _cell(text) for name, text in cells if text and name != "!"})
+    except index.TooDeep as e:
+        return _unusable("bad_row", f"has a cell that is {e.msg}")
     except TypeError:  # what was not UTF-8 became half a surrogate pair
         return _unusable("bad_row", "is not UTF-8")
 
 
 def _cell(text: str) -> Any:
     if text[0] in "[{":
-        with suppress(orjson.JSONDecodeError):
-            return orjson.loads(text)
+        try:
+            return index.loads(text.encode("utf-8", "surrogateescape"))
+        except index.TooDeep:
+            raise
+        except orjson.JSONDecodeError:
+            pass
     return text
 
 
@@ -397,23 +419,26 @@ def _object_records(path: str, rules: Rules) -> Iterator[Found]:
 def _coco_records(path: str, rules: Rules) -> Iterator[Found]:
     """COCO captions: each annotation with its image's file name."""
     names: dict[str, str] = {}
+    doubled: set[str] = set()
     annotations: list[tuple[str, bytes]] = []
     for name, found in index.json_members(path, ...):
         if name == "annotations":
             annotations.append((found.where, found.raw))
         elif name == "images":
             try:
-                image = orjson.loads(found.raw)
-                names[str(image["id"])] = image["file_name"]
+                image = index.loads(found.raw)
+                id, file_name = str(image["id"]), image["file_name"]
             except (orjson.JSONDecodeError, TypeError, KeyError):
                 continue  # an annotation that asks for it is rejected
+            if names.setdefault(id, file_name) != file_name:
+                doubled.add(id)
     for where, raw in annotations:
-        yield Found(0, _coco_record(raw, names), where)
+        yield Found(0, _coco_record(raw, names, doubled), where)
 
 
-def _coco_record(raw: bytes, names: dict[str, str]) -> bytes:
+def _coco_record(raw: bytes, names: dict[str, str], doubled: set[str]) -> bytes:
     try:
-        given = orjson.loads(raw)
+        given = index.loads(raw)
     except orjson.JSONDecodeError as e:
         return _unusable("bad_json", f"malformed JSON at character {e.pos} of the annotation: {e.msg}")
     id = str(given["id"]) if isinstance(given, dict) and given.get("id") is not None else None
@@ -422,6 +447,9 @@ def _coco_record(raw: bytes, names: dict[str, str]) -> bytes:
     image = str(given.get("image_id"))
     if image not in names:
         return _unusable("no_image", f"image_id {image[:40]!r} is not among the file's images with a file_name", id)
+    if image in doubled:
+        told = f"image_id {image[:40]!r} is there twice among the file's images, with two file_names"
+        return _unusable("doubled_image", told, id)
     return orjson.dumps({"id": id, "file_name": names[image], "caption": given["caption"]})
 
 
@@ -460,7 +488,7 @@ def _tar_record(file: BinaryIO, key: str, members: Sequence[index.Member], rules
     fields: Any = {}
     if jsons:
         try:
-            fields = orjson.loads(_read(file, jsons[0]))
+            fields = index.loads(_read(file, jsons[0]))
         except orjson.JSONDecodeError as e:
             return _unusable("bad_member", f"member {jsons[0].name!r} is malformed JSON: {e}", key)
         if not isinstance(fields, dict):
@@ -491,11 +519,20 @@ def _parquet_records(path: str, rules: Rules) -> Iterator[Found]:
     try:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             names = _wanted(path, file.schema_arrow.names, rules)
+            _require_plausible(path, file.metadata.num_rows)
             leaves, bare = _without_bytes(file, names)
+            schema = file.schema_arrow
+            kinds = {name: kind for name in names if _is_text(kind := schema.field(name).type)}
+        # A text that stands once in the file and in a million rows is held once.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, read_dictionary=list(kinds)) as file:
             # Rows whose image bytes must be read to know which are there are few at a time.
-            rows = 4096 if bare >= {n for n in names if _holds_bytes(file.schema_arrow.field(n).type)} else 64
-            yield from _rows(file.iter_batches(rows, columns=leaves, use_threads=False), bare)
-    except (pa.ArrowException, OSError, TypeError, UnicodeDecodeError) as e:
+            rows = 4096 if bare >= {n for n in names if _holds_bytes(schema.field(n).type)} else 64
+            if any(leaf not in names for leaf in leaves):
+                rows = min(rows, 256)  # of texts in lists and structs pyarrow has no dictionaries
+            yield from _rows(file.iter_batches(rows, columns=leaves, use_threads=False), bare, kinds)
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, TypeError, ValueError, OverflowError) as e:
         raise RecordError(f"{path}: cannot be read as parquet: {e}") from None
 
 
@@ -504,12 +541,23 @@ def _arrow_records(path: str, rules: Rules) -> Iterator[Found]:
     import pyarrow as pa
 
     try:
-        table = arrow_table(path)
+        table = arrow_table(path, tuple(_wanted(path, arrow_reader(path).schema.names, rules)))
+        _require_plausible(path, table.num_rows)
         table.validate(full=True)  # offsets of an untrusted file could point anywhere
-        table = table.select(_wanted(path, table.column_names, rules))
-        yield from _rows(table.to_batches(max_chunksize=4096), frozenset())
-    except (pa.ArrowException, OSError, TypeError, UnicodeDecodeError) as e:
+        yield from _rows(table.to_batches(max_chunksize=4096), frozenset(), {})
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, TypeError, ValueError, OverflowError) as e:
         raise RecordError(f"{path}: cannot be read as an Arrow file: {e}") from None
+
+
+def _require_plausible(path: str, rows: int) -> None:
+    """Raises `RecordError` for rows of nothing, of which 300 bytes can hold any number."""
+    size = os.path.getsize(path)
+    if rows > max(size, 100_000):
+        raise RecordError(
+            f"{path}: claims {rows:,} rows in {size:,} bytes, so most are empty or the same; is it damaged?"
+        )
 
 
 def _wanted(path: str, there: Sequence[str], rules: Rules) -> list[str]:
@@ -544,6 +592,12 @@ def _without_bytes(file: Any, names: Sequence[str]) -> tuple[list[str], frozense
     return leaves, frozenset(bare)
 
 
+def _is_text(kind: pyarrow.DataType) -> bool:
+    import pyarrow.types as pt
+
+    return pt.is_string(kind) or pt.is_large_string(kind)
+
+
 def _is_image(file: Any, name: str) -> bool:
     """``{bytes, path}``, or a list of them."""
     import pyarrow.types as pt
@@ -564,10 +618,21 @@ def _holds_bytes(kind: pyarrow.DataType) -> bool:
     return _is_bytes(kind) or any(_holds_bytes(kind.field(k).type) for k in range(kind.num_fields))
 
 
-def _rows(batches: Iterable[pyarrow.RecordBatch], bare: frozenset[str]) -> Iterator[Found]:
+def _rows(
+    batches: Iterable[pyarrow.RecordBatch], bare: frozenset[str], kinds: dict[str, pyarrow.DataType]
+) -> Iterator[Found]:
+    """``kinds``: what the texts of columns become that are read as dictionaries, which are slow in Python."""
     row = 0
-    for batch in batches:
-        columns = {name: _emptied(batch.column(k)).to_pylist() for k, name in enumerate(batch.schema.names)}
+    for batch in chain.from_iterable(map(_pieces, batches)):
+        if batch.num_rows == 1 and (weight := _weight_of(batch)) > MAX_RECORD_BYTES:
+            told = f"would take {weight:,} bytes without its images, expected at most {MAX_RECORD_BYTES:,}"
+            yield Found(0, _unusable("too_large", told), f"row {row}")
+            row += 1
+            continue
+        columns = {
+            name: _values(_emptied(_plain(batch.column(k), kinds.get(name))))
+            for k, name in enumerate(batch.schema.names)
+        }
         for k in range(batch.num_rows):
             record = {name: values[k] for name, values in columns.items()}
             record |= {name: _filled(record.get(name)) for name in bare}
@@ -578,6 +643,73 @@ def _rows(batches: Iterable[pyarrow.RecordBatch], bare: frozenset[str]) -> Itera
             }
             yield Found(0, orjson.dumps(fragments), f"row {row}")
             row += 1
+
+
+def _pieces(batch: pyarrow.RecordBatch) -> Iterator[pyarrow.RecordBatch]:
+    """The batch in parts that may become Python's objects: a cell of a few bytes can stand for any number of them."""
+    half = batch.num_rows // 2
+    if half == 0 or _weight_of(batch) <= MAX_RECORD_BYTES:
+        yield batch
+    else:
+        yield from _pieces(batch.slice(0, half))
+        yield from _pieces(batch.slice(half))
+
+
+def _weight_of(batch: pyarrow.RecordBatch) -> int:
+    return sum(map(_weight, batch.columns))
+
+
+def _weight(array: pyarrow.Array) -> int:
+    """About as many bytes as its cells take in Python, those of bytes left out, or more."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.types as pt
+
+    kind, own = array.type, 64 * len(array)
+    if _is_bytes(kind):
+        return own
+    if pt.is_struct(kind):
+        return own + sum(map(_weight, array.flatten()))
+    if pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind):
+        return own + _weight(array.flatten())
+    if pt.is_map(kind):
+        return own + _weight(array.keys) + _weight(array.items)
+    if isinstance(array, pa.DictionaryArray):
+        values = array.dictionary
+        if _is_text(values.type):
+            longest = pc.max(pc.binary_length(values)).as_py()  # pyright: ignore[reportAttributeAccessIssue]
+            return own + (longest or 0) * len(array)
+        return own + _weight(values) * len(array)
+    if pt.is_string_view(kind):  # views may lie over each other
+        lengths = array.cast(pa.large_string()) if len(array) == 1 else array
+        return own + lengths.nbytes * len(array)
+    shared = pt.is_list_view(kind) or pt.is_large_list_view(kind) or pt.is_run_end_encoded(kind)
+    return own + array.nbytes * (len(array) if shared else 1)
+
+
+def _plain(array: pyarrow.Array, kind: pyarrow.DataType | None) -> pyarrow.Array:
+    return array if kind is None or kind == array.type else array.cast(kind)
+
+
+def _values(array: pyarrow.Array) -> list[Any]:
+    """Its cells as Python has them; a time that Python has not, before the year 1 or of nanoseconds, as text."""
+    import pyarrow.types as pt
+
+    try:
+        return array.to_pylist()
+    except (ValueError, OverflowError):
+        if not pt.is_temporal(array.type):
+            raise
+    return [_time(cell) for cell in array]
+
+
+def _time(cell: pyarrow.Scalar) -> Any:
+    import pyarrow as pa
+
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError):
+        return str(cell.cast(pa.string()))
 
 
 class _Places:

@@ -12,6 +12,7 @@ at least one image, in which the assistant always says something.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -23,6 +24,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import orjson
 
 from beholder.config import DatasetKind
+from beholder.data import index
 from beholder.data.containers import CONTAINERS, IMAGE_FIELDS, Container
 from beholder.data.images import data_uris
 from beholder.types import ImageSlot, Part, ShapeName, Turn
@@ -154,7 +156,9 @@ class Rules:
         Raises `BadRecord` with a reason and a sentence naming the field, what was got and what was expected.
         """
         try:
-            given = orjson.loads(raw)
+            given = index.loads(raw)
+        except index.TooDeep as e:
+            raise BadRecord("bad_json", f"malformed JSON: {e.msg}") from None
         except orjson.JSONDecodeError as e:
             raise BadRecord("bad_json", f"malformed JSON at character {e.pos} of the record: {e.msg}") from None
         _require(dict, given, "the record", "an object")
@@ -380,9 +384,11 @@ def _require(kind: Any, value: object, where: str, expected: str) -> Any:
 
 def _require_number(value: Any, where: str) -> None:
     try:
-        float(value if not isinstance(value, bool) else "")
+        finite = math.isfinite(float(value if not isinstance(value, bool) else ""))
     except (TypeError, ValueError):
-        raise BadRecord("wrong_type", f"{where} is {_kind(value)}, expected a number") from None
+        finite = False
+    if not finite:  # NaN is below no limit
+        raise BadRecord("wrong_type", f"{where} is {_kind(value)}, expected a number")
 
 
 def _answers(record: Record) -> tuple[str, ...]:

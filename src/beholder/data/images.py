@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 import orjson
@@ -68,6 +68,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 """How names of files that hold one of `FORMATS` end; what is inside decides."""
 
+MAX_PATH = 4096
+"""Characters; Linux opens no longer one."""
 MAX_FILE_BYTES = 256 * 1000 * 1000
 MAX_GROUP_BYTES = 64 * 1000 * 1000
 """Row groups of parquet with more image bytes are not held, but copied once into a file of random access."""
@@ -106,7 +108,7 @@ class ImageError(UserError):
         self.detail = detail
 
     def __str__(self) -> str:
-        name = printable(str(self.ref), one_line=True)
+        name = printable(str(self.ref)[:MAX_PATH], one_line=True)
         return f"image {name}: {self.detail} [{self.reason}]" if self.detail else name
 
 
@@ -139,14 +141,19 @@ def content_hash(ref: ImageRef) -> str:
 
 def _contained_path(ref: ImageRef) -> str:
     """Absolute path with every symlink resolved; raises when that is below none of the roots."""
-    if not ref.path or "\0" in ref.path:
-        raise ImageError(ref, "missing_image", f"{ref.path!r} is not a file name")
+    if not _may_exist(ref.path):
+        raise ImageError(ref, "missing_image", f"{ref.path[:80]!r} is not a file name")
     root = os.path.realpath(ref.root)
     real = os.path.realpath(os.path.join(root, ref.path))
     if not any(_is_below(real, allowed) for allowed in (root, *map(os.path.realpath, ref.more_roots))):
         roots = " or ".join(map(repr, (root, *ref.more_roots)))
         raise ImageError(ref, "outside_root", f"resolves to {real!r}, which is not below {roots}; {_way_in(ref, root)}")
     return real
+
+
+def _may_exist(path: str) -> bool:
+    """Whether a path could be one: resolving one of a million parts takes minutes."""
+    return path != "" and "\0" not in path and len(path) <= MAX_PATH
 
 
 def _is_below(real: str, root: str) -> bool:
@@ -226,12 +233,14 @@ def _cell_item(ref: ImageRef) -> bytes:
 
     try:
         if ref.kind == "arrow":
-            cell = arrow_table(ref.root).column(ref.column)[ref.offset]
+            cell = arrow_table(ref.root, (ref.column,)).column(ref.column)[ref.offset]
         else:
             info = os.stat(ref.root)
             ends, most_bytes = _parquet_groups(ref.root, ref.column, info.st_mtime_ns)
             if most_bytes > MAX_GROUP_BYTES:
-                cell = arrow_table(_arrow_copy(ref.root, ref.column, info)).column(ref.column)[ref.offset]
+                cell = arrow_table(_arrow_copy(ref.root, ref.column, info), (ref.column,)).column(ref.column)[
+                    ref.offset
+                ]
             else:
                 group = int(np.searchsorted(ends, ref.offset, side="right"))
                 start = int(ends[group - 1]) if group else 0
@@ -299,19 +308,27 @@ def _arrow_copy(path: str, column: str, info: os.stat_result) -> str:
     return index.made_once(key, "column.arrow", fill, path)
 
 
-def arrow_table(path: str) -> pyarrow.Table:
-    """An Arrow stream or file, mapped into memory and not read."""
-    return _arrow_table(path, os.stat(path).st_mtime_ns, os.getpid())
+def arrow_table(path: str, columns: tuple[str, ...]) -> pyarrow.Table:
+    """Columns of an Arrow stream or file, mapped into memory and not read; of the others nothing is unpacked."""
+    return _arrow_table(path, columns, os.stat(path).st_mtime_ns, os.getpid())
 
 
 @functools.lru_cache(maxsize=256)
-def _arrow_table(path: str, mtime_ns: int, pid: int) -> pyarrow.Table:
+def _arrow_table(path: str, columns: tuple[str, ...], mtime_ns: int, pid: int) -> pyarrow.Table:
+    import pyarrow as pa
+
+    there = arrow_reader(path).schema.names
+    wanted = [k for k, name in enumerate(there) if name in columns]
+    return arrow_reader(path, pa.ipc.IpcReadOptions(included_fields=wanted)).read_all()
+
+
+def arrow_reader(path: str, options: Any = None) -> Any:
     import pyarrow as pa
 
     mapped = pa.memory_map(path)
     is_file = mapped.read(6) == b"ARROW1"
     mapped.seek(0)
-    return (pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)).read_all()
+    return (pa.ipc.open_file if is_file else pa.ipc.open_stream)(mapped, options=options)
 
 
 def data_uris(value: object) -> Iterator[str]:
@@ -431,7 +448,7 @@ def _plain_sizes() -> Callable[[ImageRef], int]:
 
 def _regular_files(root: str, folder: str, more_roots: tuple[str, ...]) -> dict[str, int]:
     """Name → size of the regular files (no symlinks) of a folder that itself lies below a root; else empty."""
-    if "\0" in folder:
+    if folder and not _may_exist(folder):
         return {}
     real = os.path.realpath(os.path.join(os.path.realpath(root), folder))
     if not any(real == allowed or _is_below(real, allowed) for allowed in map(os.path.realpath, (root, *more_roots))):
@@ -659,8 +676,8 @@ class ImagePipeline:
 
     def from_file(self, path: str) -> torch.Tensor:
         """uint8 [3, H, W] of a path that the user typed: the path itself is the permission to open it."""
-        if not path or "\0" in path:
-            raise ImageError(repr(path), "missing_image", "is not a file name")
+        if not _may_exist(path):
+            raise ImageError(repr(path[:80]), "missing_image", "is not a file name")
         real = os.path.realpath(path)
         return self(ImageRef(root=os.path.dirname(real), path=os.path.basename(real)))
 

@@ -92,6 +92,25 @@ def without_mark(raw: bytes, path: object) -> bytes:
 # JSON
 
 
+class TooDeep(orjson.JSONDecodeError):
+    """JSON that could be read but not written again, nor walked."""
+
+
+def loads(raw: bytes) -> Any:
+    """What untrusted JSON says. Raises `orjson.JSONDecodeError`, `TooDeep` where it is nested more than 250 deep."""
+    try:
+        value = orjson.loads(raw)
+        if raw.count(b"[") + raw.count(b"{") > 250:
+            orjson.dumps([[[[value]]]])  # reading stops at 1,024 levels, writing at 254
+    except orjson.JSONDecodeError as e:
+        if "depth" not in e.msg and "ecursion" not in e.msg:
+            raise
+        raise TooDeep("nested more than 250 deep", e.doc, e.pos) from None
+    except TypeError:
+        raise TooDeep("nested more than 250 deep", "", 0) from None
+    return value
+
+
 def json_lines(path: str) -> Iterator[Found]:
     """One record a line; blank lines are skipped."""
     if first_character(path) == "[":
@@ -275,6 +294,10 @@ _TYPES_WITHOUT_DATA = (
 )  # fmt: skip
 
 
+_MAX_HEADER_BYTES = 1 << 20
+"""What describes the next member, such as its name, is read whole."""
+
+
 class Member(NamedTuple):
     name: str
     offset: int
@@ -307,6 +330,9 @@ def tar_members(path: str) -> Iterator[Member]:
             if length < 0 or data + length > size:
                 raise RecordError(f"{path}: member {info.name!r} at byte {offset:,} claims {length:,} bytes, "
                                   f"but the file ends at {size:,}: it is cut off; fetch it again")  # fmt: skip
+            if info.type in _DESCRIBES_NEXT and length > _MAX_HEADER_BYTES:
+                raise RecordError(f"{path}: the extended header at byte {offset:,} has {length:,} bytes, expected at "
+                                  f"most {_MAX_HEADER_BYTES:,}: no name is that long")  # fmt: skip
             offset = data + -(-length // 512) * 512
             match info.type:
                 case tarfile.GNUTYPE_LONGNAME:
@@ -315,7 +341,11 @@ def tar_members(path: str) -> Iterator[Member]:
                 case tarfile.XHDTYPE:
                     fields = _pax_fields(file.read(length))
                     long_name = fields.get("path", long_name)
-                    long_size = int(fields["size"]) if fields.get("size", "").isdigit() else None
+                    told = fields.get("size")
+                    if told is not None and not re.fullmatch("[0-9]{1,19}", told):
+                        raise RecordError(f"{path}: the extended header at byte {data - 512:,} gives the size "
+                                          f"{told[:40]!r}, expected a number of bytes")  # fmt: skip
+                    long_size = None if told is None else int(told)
                     continue
                 case tarfile.XGLTYPE | tarfile.GNUTYPE_LONGLINK:
                     continue
@@ -325,11 +355,15 @@ def tar_members(path: str) -> Iterator[Member]:
                 yield Member(name.encode("utf-8", "backslashreplace").decode(), data, length)
 
 
+_PAX_LENGTH = re.compile(rb"([0-9]{1,10}) ")
+
+
 def _pax_fields(data: bytes) -> dict[str, str]:
     fields: dict[str, str] = {}
-    while (match := re.match(rb"(\d+) ", data)) and int(match[1]) > 0:
-        record, data = data[: int(match[1])], data[int(match[1]) :]
-        key, _, value = record[match.end() : -1].partition(b"=")
+    at = 0
+    while (match := _PAX_LENGTH.match(data, at)) and int(match[1]) > 0:
+        at += int(match[1])
+        key, _, value = data[match.end() : at - 1].partition(b"=")
         fields[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
     return fields
 
@@ -463,7 +497,7 @@ def made_once(key: str, name: str, fill: Callable[[BinaryIO], None], what: str) 
 def field_names(raw: bytes) -> list[str]:
     """The fields of a record's JSON; none where it has none."""
     try:
-        record = orjson.loads(raw)
+        record = loads(raw)
     except orjson.JSONDecodeError:
         return []
     return list(record) if isinstance(record, dict) else []

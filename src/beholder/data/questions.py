@@ -161,7 +161,7 @@ def vqa_records(path: str, annotations: str, pattern: str | None) -> Iterator[Fo
 
 def _vqa_record(raw: bytes, answers: dict[str, bytes], annotations: str, names: ImageNames) -> dict[str, Any]:
     try:
-        question = orjson.loads(raw)
+        question = index.loads(raw)
     except orjson.JSONDecodeError as e:
         return _unusable(_lenient_id(raw), "bad_json", _malformed("question", e))
     if not isinstance(question, dict):
@@ -191,7 +191,7 @@ def _annotations(path: str) -> dict[str, bytes]:
         if name != "annotations":
             continue
         try:
-            annotation: Any = orjson.loads(found.raw)
+            annotation: Any = index.loads(found.raw)
             spoiled = None
             key = annotation.get("question_id") if isinstance(annotation, dict) else None
         except orjson.JSONDecodeError as e:
@@ -208,7 +208,7 @@ def _annotations(path: str) -> dict[str, bytes]:
         raise RecordError(f"{path}: no annotations under 'annotations', its fields are {_first(seen)}{hint}")
     if names:
         for key, raw in found_answers.items():
-            kept = orjson.loads(raw)
+            kept = index.loads(raw)
             if (kind := kept.get("question_type")) in names:
                 found_answers[key] = orjson.dumps({**kept, "question_type": names[kind]})
     return found_answers
@@ -249,7 +249,7 @@ def _gqa_record(key: str, raw: bytes, names: ImageNames) -> dict[str, Any]:
     if _shown(key) != key:
         return _unusable(key, "bad_json", "the question's key is not valid Unicode: it has half of a surrogate pair")
     try:
-        question = orjson.loads(raw)
+        question = index.loads(raw)
     except orjson.JSONDecodeError as e:
         return _unusable(key, "bad_json", _malformed("question", e))
     if not isinstance(question, dict):
@@ -283,7 +283,7 @@ def _record(key: Any, image_id: Any, field: str, names: ImageNames, **fields: An
 def _header(path: str, name: str, found: Found) -> Any:
     """The value of a field beside the records. Raises `RecordError` where only the lenient scanner took it for JSON."""
     try:
-        return orjson.loads(found.raw)
+        return index.loads(found.raw)
     except orjson.JSONDecodeError as e:
         raise RecordError(f"{path}: {found.where}: {_malformed(name, e)}") from None
 

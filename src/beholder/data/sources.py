@@ -31,8 +31,10 @@ from beholder.data.index import RecordError
 from beholder.runs import sha256_file
 from beholder.types import DatasetKind, Example, ImageRef, ShapeName, UserError
 
-_INDEX_VERSION = 4
+_INDEX_VERSION = 5
 """Raised when a cached index means something else."""
+_MOST_COPIED = 256 << 20
+"""Bytes of records' JSON from which on it is compared with the file's."""
 _FINGERPRINT_VERSION = 1
 """Raised when the same bytes give other examples: saved splits and checkpoints hold fingerprints."""
 
@@ -199,7 +201,7 @@ class _CocoNames:
         """COCO's names in a folder, and the prefixes that occur."""
         try:
             matches = [m for n in os.listdir(os.path.join(self.root, folder)) if (m := _COCO_NAME.fullmatch(n))]
-        except OSError:  # the missing folder is told where its images are asked for
+        except (OSError, ValueError):  # the missing folder is told where its images are asked for
             return frozenset(), ()
         return frozenset(m[0] for m in matches), tuple(sorted({m["prefix"] for m in matches if m["prefix"]}))
 
@@ -258,6 +260,7 @@ def _scan(
     shapes: Counter[ShapeName] = Counter()
     row, num_images, inserted_markers = -1, 0, 0
     there: dict[str, None] = {}
+    size = os.path.getsize(local)
     for row, (start, raw, where) in enumerate(form.find(local, rules)):
         if rules.columns and rules.told_columns(there):
             there |= dict.fromkeys(index.field_names(raw))
@@ -268,6 +271,11 @@ def _scan(
             continue
         if form.copied:
             start = copies.add(raw)
+            if start > _MOST_COPIED and start > 100 * size:
+                raise RecordError(
+                    f"{path}: its records are over {start:,} bytes of JSON, the file has {size:,}: the same large "
+                    "texts stand in every row; is it damaged?"
+                )
         for item in range(parsed.several):
             starts.append(start)
             stops.append(start + len(raw))

@@ -122,13 +122,20 @@ def bleu_score(correct: np.ndarray, guess: np.ndarray, length: np.ndarray, refer
 
 
 def lcs_length(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
-    row = [0] * (len(b) + 1)
+    """Length of the longest common subsequence.
+
+    The rows of its table differ by 0 or 1 from cell to cell, so that one is an integer's bits and the next one an
+    addition (Hyyrö 2004): 64 cells at a time.
+    """
+    where: dict[str, int] = {}
+    for j, y in enumerate(b):
+        where[y] = where.get(y, 0) | 1 << j
+    every = (1 << len(b)) - 1
+    row = every  # a 0 where the cell is larger than its left neighbour
     for x in a:
-        diagonal = 0
-        for j, y in enumerate(b, start=1):
-            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
-    return row[-1]
+        match = row & where.get(x, 0)
+        row = ((row + match) | (row - match)) & every
+    return len(b) - row.bit_count()
 
 
 def rouge_l(

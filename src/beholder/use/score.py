@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,8 @@ from beholder.types import UserError, printable
 
 Kind = Literal["vqa", "pope", "caption"]
 
+MAX_CHARACTERS = 20_000
+"""Of a text that is scored."""
 MAX_TOLD = 10
 """Ids that an error names."""
 _IDS = {"vqa": ("question_id", "id"), "pope": ("question_id", "id"), "caption": ("image_id", "id")}
@@ -104,6 +107,14 @@ def score_files(kind: Kind, predictions: str | Path, references: str | Path) -> 
             "by giving a reference file of that part"
         )
     texts, given = [said[id] for id in right], list(right.values())
+    for file, id, text in chain(
+        ((predictions, id, said[id]) for id in right), ((references, id, t) for id, r in right.items() for t in r.texts)
+    ):
+        if len(text) > MAX_CHARACTERS:
+            raise UserError(
+                f"{file}: the text of id {_some([id[:80]])} has {len(text):,} characters, expected at most "
+                f"{MAX_CHARACTERS:,}: scoring takes time that grows with the square; cut it"
+            )
     scored = {"vqa": _vqa, "pope": _pope, "caption": _captions}[kind](texts, given)
     return Score(kind, str(predictions), str(references), len(texts), scored)
 
