@@ -466,11 +466,10 @@ def test_byte_order_marks_blank_lines_and_windows_line_ends_are_understood(tmp_p
 # ---------------------------------------------------------------------------------------------------------------
 # The index
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
-)
+json_values: st.SearchStrategy[Any] = st.deferred(
+    lambda: st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text()
+    | st.lists(json_values, max_size=3) | st.dictionaries(st.text(), json_values, max_size=3)
+)  # fmt: skip
 
 
 @settings(max_examples=120, deadline=None)

@@ -529,7 +529,7 @@ def test_what_may_change_on_resume_is_derived_from_the_settings_and_moves_no_wei
         "train.full_eval_every", "train.quick_eval_size", "train.quick_eval_steps", "train.timeout_s",
         "gates", "scales",
         # what lies there is compared by its fingerprint
-        "data.json_path", "data.image_root", "data.sources", "data.eval_sources",
+        "data.json_path", "data.image_root", "data.more_image_roots", "data.sources", "data.eval_sources",
     }  # fmt: skip
     assert {p for p in paths if p.startswith(("eval.", "ablation."))} < may
     assert may_change("gates.looks_clearly.above", same_data=True) and not may_change("unheard.of", same_data=True)

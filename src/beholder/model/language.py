@@ -310,11 +310,12 @@ def source_of(cfg: LlmConfig | VisionConfig) -> tuple[str, dict[str, Any]]:
     check_no_adapter(cfg.name_or_path, setting)
     path = Path(cfg.name_or_path)
     # "a/b" may be a hub name; a path of another form, or one below a folder that is here, is none.
+    gguf = cfg.name_or_path.endswith(".gguf")
     meant = path.is_absolute() or cfg.name_or_path.startswith((".", "~")) or len(path.parts) > 2
-    if not path.exists() and (meant or (len(path.parts) == 2 and path.parent.is_dir())):
+    if not gguf and not path.exists() and (meant or (len(path.parts) == 2 and path.parent.is_dir())):
         raise UserError(f"{setting}: no folder {cfg.name_or_path!r}; expected a folder with config.json, or a hub name")
     where: dict[str, Any] = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code}
-    if not cfg.name_or_path.endswith(".gguf"):
+    if not gguf:
         return cfg.name_or_path, where
     if not path.is_file():
         raise UserError(f"model.llm.name_or_path: no file {cfg.name_or_path!r}")
