@@ -14,19 +14,23 @@ import sys
 import time
 import typing
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import typer
 from tests.conftest import MakeConfig, TinyParts
 from tests.use.talking import untrained_run
 from typer.testing import CliRunner
 
 from beholder import cli, types
 from beholder.cli import app
+from beholder.cli.common import exit_for
 from beholder.config.file import dump_config, load_scaled
 from beholder.runs import sha256_file
-from beholder.types import UserError
+from beholder.stages import Outcome
+from beholder.types import Status, UserError
 
 COMMANDS = (
     "quickstart", "run", "prepare", "check", "preview", "plan", "generate", "chat", "score", "evaluate", "ablate",
@@ -494,3 +498,36 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(chatty: Path, ti
     finally:
         process.kill()
         os.close(keyboard)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a newcomer stumbled over
+
+
+def test_only_the_main_process_of_a_job_leaves_with_more_than_0() -> None:
+    for outcome in (Outcome(Path("x"), Status.CANCELLED, 3, signal.SIGTERM), Outcome(Path("x"), Status.SUCCEEDED, 3)):
+        with pytest.raises(typer.Exit) as left:
+            exit_for(replace(outcome, is_main=False))
+        assert left.value.exit_code == 0
+
+
+def test_check_takes_the_names_of_columns_for_a_file_and_not_for_a_config(
+    trained: Path, tiny_parts: TinyParts, tmp_path: Path
+) -> None:
+    image = next(Path(tiny_parts.images).rglob("*.png"))
+    (tmp_path / "a.csv").write_text(f"img,description\n{image.name},a red tile on a wall\n")
+    names = ("--column", "image=img", "--column", "caption=description", "--image-root", str(image.parent))
+
+    assert json.loads(invoke("check", str(tmp_path / "a.csv"), *names, "--json"))["accepted"] == 1
+    with pytest.raises(UserError, match="expected FIELD=NAME"):
+        invoke("check", str(tmp_path / "a.csv"), "--column", "img")
+    with pytest.raises(UserError, match=r"--column.*describe a record file"):
+        invoke("check", str(trained / "config.yaml"), *names)
+
+
+def test_a_finished_run_says_which_settings_it_was_not_made_with(trained: Path) -> None:
+    again = ["run", str(trained / "config.yaml")]
+    output = CliRunner().invoke(app, [*again, "--set", "eval.answer_tokens=3"]).output
+
+    assert "had finished before" in output and re.search(r"eval\.answer_tokens: \d+ → 3", output)
+    assert "→" not in CliRunner().invoke(app, again).output

@@ -163,6 +163,8 @@ def test_names_that_lead_nowhere_are_user_errors(tmp_path: Path) -> None:
         load(tmp_path)
     with pytest.raises(UserError, match="no file"):
         load(tmp_path / "model.gguf")
+    with pytest.raises(UserError, match=r"no folder .*expected a folder with config\.json"):
+        load(tmp_path / "nowhere")
 
 
 def test_the_checkpoints_own_sampling_defaults_are_forgotten(parts: Parts, tmp_path: Path) -> None:

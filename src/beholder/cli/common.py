@@ -129,8 +129,9 @@ def tell(record: Record, json: bool = False, stderr: bool = False) -> None:
 
 def exit_for(outcome: Outcome) -> None:
     """Says how a run ended and leaves with its exit code."""
-    if outcome.is_main:
-        outcome.print(terminal())
+    if not outcome.is_main:
+        raise typer.Exit(EXIT_OK)
+    outcome.print(terminal())
     if outcome.signal is not None:
         raise typer.Exit(EXIT_SIGINT if outcome.signal == signal.SIGINT else EXIT_SIGTERM)
-    raise typer.Exit(EXIT_GATES if outcome.is_main and outcome.failed_gates else EXIT_OK)
+    raise typer.Exit(EXIT_GATES if outcome.failed_gates else EXIT_OK)

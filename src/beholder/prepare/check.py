@@ -33,9 +33,9 @@ def check(
     """Count, measure and vet ``data``: a config's (``.yaml`` / ``.yml``), or a record file, folder or glob.
 
     A config says itself what its data are (held-out ones included) and by which rules; for records ``dataset``,
-    ``shape``, ``annotations``, ``stage``, ``image_root`` and ``more_image_roots`` do. ``tokenizer`` counts the tokens,
-    by default the config's. ``rejects``: file for every reject, a line of JSON each. Raises `UserError` for a config
-    whose samples may be longer than its language model's table of positions.
+    ``shape``, ``columns``, ``annotations``, ``stage``, ``image_root`` and ``more_image_roots`` do. ``tokenizer`` counts
+    the tokens, by default the config's. ``rejects``: file for every reject, a line of JSON each. Raises `UserError` for
+    a config whose samples may be longer than its language model's table of positions.
     """
     if rejects is not None and (rejects.is_dir() or not rejects.parent.is_dir()):
         raise UserError(f"--rejects {rejects}: expected a file in an existing folder")
@@ -44,10 +44,10 @@ def check(
     llm = LlmConfig(name_or_path=tokenizer) if tokenizer else None
     cfg = None
     if str(data).endswith((".yaml", ".yml")):
-        if dataset or shape or annotations or image_root or stage:
+        if dataset or shape or columns or annotations or image_root or stage:
             raise UserError(
-                "--dataset, --as, --annotations, --stage and --image-root describe a record file; DATA is a config "
-                "file, which says these itself; remove them"
+                "--dataset, --as, --column, --annotations, --stage and --image-root describe a record file; DATA is a "
+                "config file, which says these itself; remove them"
             )
         cfg = load_config(data, overrides)
         sources, llm = (*cfg.data.train_sources, *cfg.data.eval_sources), llm or cfg.model.llm
