@@ -46,26 +46,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if _H
 AVIF alone may hold a larger picture than its header says, which is decoded and then shrunk: there libavif's own limit
 of 268 megapixels is what bounds memory (64 megapixels behind a header of 40 x 40 took 137 MB and 0.2 s).
 """
-IMAGE_SUFFIXES = frozenset(
-    (
-        "jpg",
-        "jpeg",
-        "jpe",
-        "jfif",
-        "png",
-        "apng",
-        "webp",
-        "gif",
-        "bmp",
-        "tif",
-        "tiff",
-        "pbm",
-        "pgm",
-        "pnm",
-        "ppm",
-        "avif",
-    )
-)
+IMAGE_SUFFIXES = frozenset((
+    "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "pbm", "pgm", "pnm", "ppm",
+    "avif",
+))  # fmt: skip
 """How names of files that hold one of `FORMATS` end; what is inside decides."""
 
 MAX_PATH = 4096
