@@ -262,6 +262,17 @@ class RunConfig(Section):
         return self.output_dir or f"outputs/{self.run_name}"
 
     @property
+    def max_images(self) -> int:
+        """Samples with more images are rejected."""
+        return self.prompting.max_images_per_sample or self.stage_record.max_images
+
+    @property
+    def image_label(self) -> str:
+        """Before each image of a sample with several."""
+        given = self.prompting.image_label
+        return self.stage_record.image_label if given is None else given
+
+    @property
     def template(self) -> Template:
         return self.prompting.template or self.stage_record.template
 
@@ -272,7 +283,7 @@ class RunConfig(Section):
 
     def impossible(self) -> list[str]:
         wrong: list[str] = []
-        stage, most = self.stage_record, self.prompting.max_images_per_sample
+        stage = self.stage_record
         if not self.model.connector.trainable and stage.connector_learns:
             wrong.append(f"stage {stage.name} trains the connector, but model.connector.trainable is false")
         elif not self.model.connector.trainable and not self.has_adapters:
@@ -282,12 +293,16 @@ class RunConfig(Section):
                 f"stage {stage.name} answers questions, and prompting.template {self.template} has none; use "
                 f"{' or '.join(stage.templates)}"
             )
-        if stage.max_images is not None and most > stage.max_images:
-            number = {1: "one image"}.get(stage.max_images, f"at most {stage.max_images} images")
+        if stage.most_images is not None and self.max_images > stage.most_images:
+            number = {1: "one image"}.get(stage.most_images, f"at most {stage.most_images} images")
             wrong.append(
-                f"stage {stage.name} takes {number} a sample; set prompting.max_images_per_sample: {stage.max_images}"
+                f"stage {stage.name} takes {number} a sample; set prompting.max_images_per_sample: {stage.most_images}"
             )
-        if self.prompting.max_images_per_sample < 2 and self.data.multi_image_fraction > 0:
+        try:
+            self.image_label.format(k=1)
+        except (LookupError, ValueError, AttributeError) as e:
+            wrong.append(f"prompting.image_label {self.image_label!r}: {e}; expected a text with {{k}} for the number")
+        if self.max_images < 2 and self.data.multi_image_fraction > 0:
             wrong.append("data.multi_image_fraction needs prompting.max_images_per_sample of at least 2")
         limits = self.hygiene
         if limits.max_tokens is not None and limits.min_tokens > limits.max_tokens:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from beholder.config import STAGES, HygieneConfig, HygieneLimits, PromptingConfig, SourceConfig, Stage
+from beholder.config import STAGES, HygieneConfig, HygieneLimits, SourceConfig, Stage
 from beholder.data.formats import INSTRUCTION_KINDS
 from beholder.data.hygiene import HygieneReport, Progress, apply_hygiene
 from beholder.data.images import ImageFacts
@@ -133,7 +133,7 @@ def check_data(
         dialogues = all(source.dataset in INSTRUCTION_KINDS for source in sources)
         stage = next(s for s in STAGES.values() if s.dialogues == dialogues)
     cfg = hygiene or HygieneConfig().limits(stage.hygiene)
-    most = max_images or stage.max_images or PromptingConfig().max_images_per_sample
+    most = max_images or stage.max_images
     records = open_sources(sources, image_token=image_token, max_images=most, on_reject="collect", chat=stage.dialogues)
     vetted = apply_hygiene(
         records, tokenizer, cfg, verify_images=verify_images, max_megapixels=max_megapixels, on_bad_image="skip",

@@ -48,7 +48,7 @@ def check(
         sources, llm = (*cfg.data.train_sources, *cfg.data.eval_sources), llm or cfg.model.llm
         rules: dict[str, Any] = {
             "stage": cfg.stage_record, "hygiene": cfg.hygiene, "image_token": cfg.prompting.image_token,
-            "max_images": cfg.prompting.max_images_per_sample, "max_megapixels": cfg.data.max_megapixels,
+            "max_images": cfg.max_images, "max_megapixels": cfg.data.max_megapixels,
         }  # fmt: skip
     elif overrides:
         raise UserError("--set overrides settings of a config file, but DATA is a record file; remove it")

@@ -207,7 +207,7 @@ class Vlm:
 
     def _example(self, request: Request) -> tuple[Example, list[ImageLike]]:
         images = _listed(request.images)
-        limit = self.cfg.prompting.max_images_per_sample
+        limit = self.cfg.max_images
         if len(images) > limit:
             raise UserError(f"{len(images)} images given, but the run was trained with at most {limit} a sample")
         refs = tuple(ImageRef(root="", path=f"image {k + 1}") for k in range(len(images)))
