@@ -70,5 +70,5 @@ def test_looking_at_one_place_only_is_no_better_than_chance_at_colors(asked: lis
 def test_the_same_seed_asks_the_same_and_the_record_has_a_marker_an_image(asked: list[Asked]) -> None:
     assert list(questions(CAPTIONS, 50, seed=5)) == asked[:50] != list(questions(CAPTIONS, 50, seed=6))
     made = record(asked[0])
-    assert made["messages"][0]["content"].count("<image>") == len(made["images"]) == 2
+    assert made["messages"][0]["content"].count("<image>") == len(asked[0].images) == 2
     assert made["question_type"] == asked[0].kind

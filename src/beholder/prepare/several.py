@@ -61,10 +61,9 @@ def questions(captions: Mapping[int, str], count: int, seed: int) -> Iterator[As
 
 
 def record(asked: Asked) -> dict[str, Any]:
-    """As a record of messages: the pictures in front of the question; numbers are the encoder's (``image_label``)."""
+    """What a record says beside its images: the pictures in front of the question; numbers are the encoder's (``image_label``)."""
     places = "<image>\n" * len(asked.images)
     return {
-        "images": [f"{n}.png" for n in asked.images],
         "messages": [
             {"role": "user", "content": f"{places}{asked.question}"}, {"role": "assistant", "content": asked.answer}
         ],
