@@ -61,7 +61,7 @@ def questions(captions: Mapping[int, str], count: int, seed: int) -> Iterator[As
 
 
 def record(asked: Asked) -> dict[str, Any]:
-    """What a record says beside its images: the pictures in front of the question; numbers are the encoder's (``image_label``)."""
+    """What a record says beside its images: they stand in front of the question; the encoder numbers them."""
     places = "<image>\n" * len(asked.images)
     return {
         "messages": [

@@ -38,9 +38,9 @@ def groups_of(examples: Sequence[Example], buckets: Sequence[str]) -> Groups:
     ``length``: the sample's bucket. ``turn``: first or later. ``question``: `Example.question_type` for the last answer
     of a sample that has one, else the first two words of what the user asked; `OTHER_QUESTIONS` for a kind that fewer
     than 20 of these samples have (a sample that has it in several turns counts once). ``answer``:
-    `Example.answer_type` for the last answer, else VQA's types by the words: yes/no, number, other. ``images``: how many
-    the sample shows. No name occurs in
-    two groupings: easy-VQA's question type "yes/no" is told as "yes/no questions".
+    `Example.answer_type` for the last answer, else VQA's types by the words: yes/no, number, other. ``images``: how
+    many the sample shows. No name occurs in two groupings: easy-VQA's question type "yes/no" is told as "yes/no
+    questions".
     """
     assert len(examples) == len(buckets), f"{len(examples)} examples, {len(buckets)} buckets"
     asked = [questions(example) for example in examples]
