@@ -17,9 +17,10 @@ from beholder.types import Example, ImageRef, ImageSlot, Turn, UserError
 class Listed:
     """The part of `Records` that is needed here, in memory."""
 
-    def __init__(self, examples: Sequence[Example], fingerprint: str = "f") -> None:
+    def __init__(self, examples: Sequence[Example], fingerprint: str = "f", origins: Sequence[int] = ()) -> None:
         self.examples = list(examples)
         self.fingerprint = fingerprint
+        self.origins = np.array(origins or [0] * len(self.examples))
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -164,3 +165,60 @@ def test_nothing_to_train_on_and_nothing_to_join_are_errors() -> None:
         Mixture(captioned(3), np.zeros(0, dtype=np.int64), seed=0)
     with pytest.raises(UserError, match="multi_image_fraction"):
         Mixture(captioned(3), np.array([1]), seed=0, multi_image_fraction=0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def weighted(weights: Sequence[float], *, sizes: Sequence[int] = (30, 500, 7), seed: int = 3) -> Mixture:
+    origins = [k for k, n in enumerate(sizes) for _ in range(n)]
+    return Mixture(Listed(captioned(sum(sizes)).examples, origins=origins), np.arange(sum(sizes)), seed=seed,
+                   weights=weights)  # fmt: skip
+
+
+def origin_of(mixture: Mixture, position: int) -> int:
+    return int(mixture.examples.origins[mixture.index_at(position)])
+
+
+def test_every_thousand_positions_hold_the_sources_exactly_by_weight() -> None:
+    mixture = weighted([2, 1, 1])
+
+    drawn = [origin_of(mixture, p) for p in range(2500)]
+
+    for block in (drawn[:1000], drawn[1000:2000]):
+        assert [block.count(k) for k in range(3)] == [500, 250, 250]
+    assert [drawn.count(k) for k in range(3)] == mixture.shares(2500)
+    assert len({tuple(drawn[k : k + 5]) for k in range(0, 100, 5)}) > 10, "mixed, not in stretches"
+
+
+def test_each_source_runs_through_epochs_of_its_own() -> None:
+    mixture = weighted([1, 1, 1])
+    drawn = [mixture.index_at(p) for p in range(3000)]
+
+    for start, size in ((0, 30), (30, 500), (530, 7)):
+        own = [i for i in drawn if start <= i < start + size]
+        for epoch in range(len(own) // size):
+            assert sorted(own[epoch * size : (epoch + 1) * size]) == list(range(start, start + size))
+
+
+def test_a_weighted_position_is_the_same_whenever_it_is_asked_for() -> None:
+    straight, back = weighted([3, 1, 1]), weighted([3, 1, 1])
+    wanted = [straight.index_at(p) for p in range(2100)]
+
+    assert [back.index_at(p) for p in reversed(range(2100))] == wanted[::-1]
+    assert back.fingerprint == straight.fingerprint != weighted([2, 1, 1]).fingerprint
+    assert weighted([6, 2, 2]).fingerprint == straight.fingerprint, "the same shares"
+
+
+def test_weights_that_do_not_go_into_a_thousand_are_rounded_by_the_largest_remainders() -> None:
+    assert weighted([1, 1, 1]).shares(1000) == [334, 333, 333]
+
+
+@pytest.mark.parametrize(("weights", "sizes", "message"), [
+    ([5000, 1, 1], (30, 500, 7), r"data\.sources\.1\.weight is less than a 1000th"),
+    ([1, 1, 1], (30, 0, 7), r"data\.sources\.1 has a weight, but none of its records is left"),
+])  # fmt: skip
+def test_a_weight_that_gives_nothing_is_named(weights: list[float], sizes: tuple[int, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        weighted(weights, sizes=sizes)

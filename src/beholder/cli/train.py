@@ -18,7 +18,10 @@ def quickstart(
     sets: Sets = None,
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder.")] = "auto",
     scale: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of the second part; full: longer, for the last per cent.")
+        str | None, typer.Option(metavar="NAME", help="Of the later parts; full: longer, for the last per cent.")
+    ] = None,
+    part: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Run up to this part; multi: questions about several images.")
     ] = None,
 ) -> None:
     """Grow eyes on a real language model, teach it to answer questions about pictures, and prove that it looks.
@@ -29,7 +32,7 @@ def quickstart(
     """
     from beholder.prepare.quickstart import run_quickstart
 
-    exit_for(run_quickstart(out, overrides=sets or [], resume=resume, scale=scale, console=terminal()))
+    exit_for(run_quickstart(out, overrides=sets or [], resume=resume, scale=scale, part=part, console=terminal()))
 
 
 @app.command(epilog=example("beholder run configs/stage2_sft_single.yaml --scale trial"))

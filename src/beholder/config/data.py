@@ -53,6 +53,10 @@ class SourceConfig(Section):
     """Source name in counts and caps; default the record's own ``source``, else the file's stem."""
     cap: Positive | None = None
     """At most this many accepted samples from this source."""
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Share of the training samples that come from this source, beside the other sources' weights: of every 1,000
+    exactly so many, each source in epochs of its own. Give all sources a weight, or none: then every sample comes once
+    an epoch."""
 
 
 CAPTION_SPAM = (
@@ -185,6 +189,10 @@ class DataConfig(Section):
         for name in ("image_root", "more_image_roots"):
             if self.sources and getattr(self, name):
                 wrong.append(f"{name} belongs to json_path; with sources, give {name} in each source")
+        if 0 < sum(s.weight is not None for s in self.sources) < len(self.sources):
+            wrong.append("sources: some have a weight and some have none; give each one, or none")
+        if any(s.weight is not None for s in self.eval_sources):
+            wrong.append("eval_sources: a weight is for training; held-out samples are all measured")
         if self.eval_sources and self.split_mode not in (None, "none"):
             wrong.append(f"split_mode is {self.split_mode} but eval_sources are given; set split_mode: none")
         if self.eval_ratio is not None and self.eval_size is not None:
@@ -232,9 +240,7 @@ _CHAT = Inert(
     "stage prompting.template model.lora.enable",
 )  # fmt: skip
 _NO_CHAT = Inert(lambda cfg, _: cfg.template != "chat", "only the chat template has it", "stage prompting.template")
-_ONE_IMAGE = Inert(
-    lambda _, own: own.max_images_per_sample == 1, "prompting.max_images_per_sample is 1", ".max_images_per_sample"
-)
+_ONE_IMAGE = Inert(lambda cfg, _: cfg.max_images == 1, "prompting.max_images_per_sample is 1", ".max_images_per_sample")
 
 
 class PromptingConfig(Section):
@@ -243,7 +249,10 @@ class PromptingConfig(Section):
     image_token: str = "<image>"
     """Marker of an image in the user turns of record files."""
     max_images_per_sample: Annotated[Positive, Field(le=65_536)] | None = None
-    """Samples with more images are rejected. Default 2 in stage align, 1 in stage instruct."""
+    """Samples with more images are rejected. Default 2 in stage align, 1 in instruct, 6 in multi."""
+    image_label: Annotated[str | None, _ONE_IMAGE] = None
+    """Text before each image of a sample with several, ``{k}`` its number, so that words can name an image; the same in
+    training, evaluation and chat. Default ``Image {k}: `` in stage multi, none in the others."""
     max_seq_len: Annotated[Positive, Field(le=16_777_216)] = 1536
     """Longest sample in tokens, image positions included. Longer captions are cut and counted."""
     too_long: Literal["truncate_answer", "reject"] = "truncate_answer"

@@ -279,6 +279,12 @@ class RunConfig(Section):
         return self.prompting.max_images_per_sample or self.stage_record.max_images
 
     @property
+    def image_label(self) -> str:
+        """Before each image of a sample with several."""
+        given = self.prompting.image_label
+        return self.stage_record.image_label if given is None else given
+
+    @property
     def template(self) -> Template:
         return self.prompting.template or self.stage_record.template
 
@@ -303,8 +309,12 @@ class RunConfig(Section):
             number = {1: "one image"}.get(stage.most_images, f"at most {stage.most_images} images")
             wrong.append(
                 f"stage {stage.name} takes {number} a sample; set prompting.max_images_per_sample: "
-                f"{stage.most_images}. Records of several are for stage align with prompting.template: conversation"
+                f"{stage.most_images}. Several images are for stage multi"
             )
+        try:
+            self.image_label.format(k=1)
+        except (LookupError, ValueError, AttributeError) as e:
+            wrong.append(f"prompting.image_label {self.image_label!r}: {e}; expected a text with {{k}} for the number")
         if self.max_images < 2 and self.data.multi_image_fraction > 0:
             wrong.append("data.multi_image_fraction needs prompting.max_images_per_sample of at least 2")
         limits = self.hygiene

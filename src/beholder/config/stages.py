@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from beholder.config.data import CAPTION_SPAM, HygieneLimits, Template
@@ -147,6 +147,8 @@ class Stage:
     """Images of a sample, unless ``prompting.max_images_per_sample`` says otherwise."""
     most_images: int | None
     """What it may not be more than; None: no bound."""
+    image_label: str
+    """Before each image of a sample with several, unless ``prompting.image_label`` says otherwise."""
     dialogues: bool
     """Records are held to the rules of a dialogue: the user opens it, about an image, and is always answered."""
     hygiene: HygieneLimits
@@ -186,6 +188,7 @@ ALIGN = Stage(
     templates=("caption", "conversation", "chat"),
     max_images=2,
     most_images=None,
+    image_label="",
     dialogues=False,
     hygiene=HygieneLimits(min_tokens=5, max_tokens=60, spam=CAPTION_SPAM),
     writes="caption",
@@ -208,6 +211,7 @@ INSTRUCT = Stage(
     templates=("chat", "conversation"),
     max_images=1,
     most_images=1,
+    image_label="",
     dialogues=True,
     hygiene=HygieneLimits(min_tokens=1, max_tokens=None, spam=()),
     writes="answer",
@@ -220,7 +224,17 @@ INSTRUCT = Stage(
 )
 """Connector and adapters learn from conversations about one image (S2)."""
 
-STAGES: dict[str, Stage] = {stage.name: stage for stage in (ALIGN, INSTRUCT)}
+MULTI = replace(
+    INSTRUCT,
+    name="multi",
+    is_meant=None,
+    max_images=6,
+    most_images=None,
+    image_label="Image {k}: ",
+)
+"""Connector and adapters learn from conversations about several images (S3)."""
+
+STAGES: dict[str, Stage] = {stage.name: stage for stage in (ALIGN, INSTRUCT, MULTI)}
 """Every stage by name. A config that names none is of the first that it may be meant as."""
 
 

@@ -192,6 +192,7 @@ def build_encoder(cfg: RunConfig, tokenizer: Any, num_visual_tokens: int) -> Cha
         instruction_multi=p.instruction_multi,
         im_start=p.im_start,
         im_end=p.im_end,
+        image_label=cfg.image_label,
         chat_template=_template_text(p.chat_template),
         system=p.system,
         thinking=p.thinking,
@@ -337,7 +338,8 @@ def build_data(
         hygiene=hygiene,
         split=split,
         train=Mixture(
-            records, train_indices, seed=cfg.seed, multi_image_fraction=d.multi_image_fraction
+            records, train_indices, seed=cfg.seed, multi_image_fraction=d.multi_image_fraction,
+            weights=[s.weight for s in d.train_sources if s.weight is not None],
         ),
         eval_examples=eval_examples,
         eval_buckets=eval_buckets,

@@ -68,6 +68,10 @@ class ChatEncoder:
     template's own generation prompt is something else (`prompt_note` says so). A template that dates its text always
     gets the date `chat_template.TEMPLATE_DATE`.
 
+    ``image_label``: literal text before each image of a sample with several, ``{k}`` its number from 1, so that words
+    can name an image; a text that ends with it already keeps its own. Only the layout has it: a sample without its
+    images has no labels either.
+
     ``too_long``: what `encode` does with a sample longer than ``max_seq_len``.
 
     Raises `UserError` when the tokenizer has no end token, ``num_visual_tokens`` leaves no room, or the chat template
@@ -85,6 +89,7 @@ class ChatEncoder:
         instruction_multi: str,
         im_start: str = "auto",
         im_end: str = "auto",
+        image_label: str = "",
         chat_template: str | None = None,
         system: str | None = None,
         thinking: bool = False,
@@ -108,6 +113,7 @@ class ChatEncoder:
         self.instruction = instruction
         self.instruction_multi = instruction_multi
         self.system = system
+        self.image_label = image_label
         self.too_long = too_long
         self._cache: dict[tuple[str, bool], list[int]] = {}
 
@@ -145,8 +151,11 @@ class ChatEncoder:
             facts |= {"chat_template": self._chat.text, "system": system, "thinking": thinking}
             if self._chat.aligned:  # named only then: others are prompted as before
                 facts["prompt"] = "as trained"
-        if too_long != "truncate_answer":  # named only then: runs from before the setting keep their fingerprint
+        # named only then: runs from before the setting keep their fingerprint
+        if too_long != "truncate_answer":
             facts["too_long"] = too_long
+        if image_label:
+            facts["image_label"] = image_label
         self.fingerprint: str = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         """sha256 over everything that decides which ids an example gives."""
 
@@ -268,6 +277,10 @@ class ChatEncoder:
             self._chat_pieces(where, turns, prompt=prompt) if self.template == "chat" else self._plain_pieces(turns)
         )
         for what, supervise in pieces:
+            if isinstance(what, ImageSlot) and len(example.images) > 1:
+                label = self.image_label.format(k=what.index + 1)
+                if not text.rstrip().endswith(label.rstrip()):
+                    text += label
             if what is None or not isinstance(what, str) or supervise != learned:
                 tokenise()
             match what:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from beholder.data.sources import Records
 from beholder.types import Example, Turn, UserError
 
+BLOCK = 1000
+"""Positions over which the sources of a weighted mixture have exactly their shares."""
 _ROUNDS = 8
 _PARTNER_TRIES = 32
 
@@ -57,14 +60,19 @@ def _mix(x: np.ndarray) -> np.ndarray:
 class Mixture:
     """The endless training stream over ``indices`` of ``examples``: epoch e is positions [e·len, (e+1)·len).
 
+    ``weights``: one for each of the config's sources (`Records.origins`); every `BLOCK` positions then hold them in
+    exactly these proportions, in a drawn order, and each source runs through its own epochs. An epoch of the whole is
+    still as many positions as there are samples. Without weights every sample comes once an epoch.
+
     ``multi_image_fraction`` of the positions join their example with another one of the same set under template B, so
     that the model learns which image is which. Both must have one image and one caption; a position whose example does
     not, or that finds no such partner in a bounded number of draws, stays as it is.
     """
 
     def __init__(
-        self, examples: Records, indices: np.ndarray | Sequence[int], *, seed: int, multi_image_fraction: float = 0.0
-    ) -> None:
+        self, examples: Records, indices: np.ndarray | Sequence[int], *, seed: int, multi_image_fraction: float = 0.0,
+        weights: Sequence[float] = (),
+    ) -> None:  # fmt: skip
         self.examples = examples
         self.indices = np.asarray(indices, dtype=np.int64)
         if not self.indices.size:
@@ -73,12 +81,15 @@ class Mixture:
             raise UserError("data.multi_image_fraction joins two samples, but there is only one training sample")
         self.seed = seed
         self.multi_image_fraction = multi_image_fraction
-        facts = f"{examples.fingerprint}|{seed}|{multi_image_fraction!r}|".encode()
+        self._sources = _sources(examples, self.indices, weights) if weights else []
+        shares = "|".join(f"{s.per_block}" for s in self._sources)
+        facts = f"{examples.fingerprint}|{seed}|{multi_image_fraction!r}|{shares}".encode()
         self.fingerprint: str = hashlib.sha256(facts + self.indices.astype("<i8").tobytes()).hexdigest()
         """sha256 over everything that decides which example a position gives."""
         # Of the set alone: changing multi_image_fraction must not change the order of the rest.
         members = examples.fingerprint.encode() + self.indices.astype("<i8").tobytes()
         self._order_key = hashlib.sha256(members).hexdigest()
+        self._block: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return int(self.indices.size)
@@ -89,8 +100,33 @@ class Mixture:
 
     def index_at(self, position: int) -> int:
         """Index into ``examples`` at a position (of the first example, where two are joined)."""
-        epoch, place = divmod(position, len(self))
-        return int(self.indices[permute(len(self), self.seed, epoch, self._order_key, np.array([place]))[0]])
+        if not self._sources:
+            epoch, place = divmod(position, len(self))
+            return int(self.indices[permute(len(self), self.seed, epoch, self._order_key, np.array([place]))[0]])
+        number, place = divmod(position, BLOCK)
+        which, earlier = self._drawn(number)
+        source = self._sources[k := int(which[place])]
+        draw = number * source.per_block + int(earlier[place])
+        epoch, at = divmod(draw, len(source.indices))
+        key = f"{self._order_key}|source {k}"
+        return int(source.indices[permute(len(source.indices), self.seed, epoch, key, np.array([at]))[0]])
+
+    def shares(self, positions: int) -> list[int]:
+        """How many of the first ``positions`` each source has; nothing without weights."""
+        whole, rest = divmod(positions, BLOCK)
+        which = self._drawn(whole)[0][:rest] if self._sources else ()
+        return [whole * s.per_block + int(np.count_nonzero(which == k)) for k, s in enumerate(self._sources)]
+
+    def _drawn(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source of each position of a block, how many of the block's earlier ones have the same), int64 [BLOCK]."""
+        if self._block is None or self._block[0] != block:
+            order = permute(BLOCK, self.seed, block, f"{self._order_key}|block", np.arange(BLOCK))
+            which = np.repeat(np.arange(len(self._sources)), [s.per_block for s in self._sources])[order]
+            earlier = np.empty(BLOCK, np.int64)
+            for k in range(len(self._sources)):
+                earlier[which == k] = np.arange(np.count_nonzero(which == k))
+            self._block = block, which, earlier
+        return self._block[1:]
 
     def example_at(self, position: int) -> Example:
         """The training sample at a position."""
@@ -108,6 +144,26 @@ class Mixture:
         """Uniform in [0, 1), a pure function of its arguments and the mixture."""
         text = f"{purpose}|{position}|{self.seed}|{self._order_key}".encode()
         return int.from_bytes(hashlib.sha256(text).digest()[:6], "big") / 2**48
+
+
+class _Source(NamedTuple):
+    indices: np.ndarray
+    per_block: int
+
+
+def _sources(examples: Records, indices: np.ndarray, weights: Sequence[float]) -> list[_Source]:
+    """Each source's samples and its positions in a block: the nearest whole numbers, by the largest remainders."""
+    exact = np.array(weights, np.float64) / sum(weights) * BLOCK
+    counts = np.floor(exact).astype(int)
+    for k in np.argsort(counts - exact, kind="stable")[: BLOCK - int(counts.sum())]:
+        counts[k] += 1
+    found = [_Source(indices[examples.origins[indices] == k], int(n)) for k, n in enumerate(counts)]
+    for k, source in enumerate(found):
+        if not source.per_block:
+            raise UserError(f"data.sources.{k}.weight is less than a {BLOCK}th of all weights; leave the source out")
+        if not source.indices.size:
+            raise UserError(f"data.sources.{k} has a weight, but none of its records is left to train on")
+    return found
 
 
 def _is_caption(example: Example) -> bool:

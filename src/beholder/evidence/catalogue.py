@@ -35,7 +35,7 @@ IMAGE_NAMES: Mapping[Written, Mapping[str, str]] = {
 
 GROUPINGS = {
     "length": "target length", "turn": "turn", "question": "question", "answer": "kind of answer",
-    "kind": "kind of made-up question",
+    "kind": "kind of made-up question", "images": "number of images",
 }  # fmt: skip
 """What the groupings of samples (``by``) are called."""
 

@@ -31,6 +31,7 @@ from typing import Any, Final, Literal
 from filelock import FileLock, Timeout
 
 from beholder.model.weights import quiet_transformers
+from beholder.prepare import several
 from beholder.prepare.openmoji import make_openmoji
 from beholder.runs import cache_dir, locking, sha256_file
 from beholder.types import UserError
@@ -57,6 +58,9 @@ class Assets:
     """JSONL, one question a line: ``{"id", "images", "messages", "question_type", "source"}``, the user's turn being
     "<image>", a line break and the question, the type shape, color or yes/no."""
     questions_test: Path
+    multi_train: Path
+    """JSONL, one question about several pictures a line: as above, a marker an image, the kinds those of `several`."""
+    multi_test: Path
     images_train: Path
     """Folder that ``images`` of the train records are relative to."""
     images_test: Path
@@ -143,6 +147,8 @@ def prepare_quickstart(folder: Path | None = None, say: Say = print) -> Assets:
         captions_test=data / "test.jsonl",
         questions_train=data / "train_questions.jsonl",
         questions_test=data / "test_questions.jsonl",
+        multi_train=data / "train_multi.jsonl",
+        multi_test=data / "test_multi.jsonl",
         images_train=data / "images" / "train",
         images_test=data / "images" / "test",
     )
@@ -533,7 +539,8 @@ def _make_data(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> None
     """Official train images for training, official test images for evaluation: captions, and the questions themselves.
 
     ``<split>.jsonl`` has a caption an image; ``<split>_questions.jsonl`` a question a record, in easy-VQA's order, so
-    that id ``train-q17`` is its question 17; ``<split>_turns.jsonl`` all questions about an image in one conversation,
+    that id ``train-q17`` is its question 17; ``<split>_multi.jsonl`` questions about several of the captioned images
+    (`several`); ``<split>_turns.jsonl`` all questions about an image in one conversation,
     in an order drawn once. The last is what a model can learn to answer without looking (docs/footguns.md).
     """
     (archive,) = archives
@@ -549,15 +556,22 @@ def _make_data(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> None
         for number in asked:
             (images / f"{number}.png").write_bytes(archive.read(f"{prefix}/images/{number}.png"))
         _write_records(
-            out / f"{split}.jsonl", ((f"{split}-{n}", n, {"caption": caption}) for n, caption in captions.items())
+            out / f"{split}.jsonl", ((f"{split}-{n}", (n,), {"caption": caption}) for n, caption in captions.items())
         )
         _write_records(
             out / f"{split}_turns.jsonl",
-            ((f"{split}-{n}", n, _conversation(pairs, random.Random(n))) for n, pairs in sorted(asked.items())),
+            ((f"{split}-{n}", (n,), _conversation(pairs, random.Random(n))) for n, pairs in sorted(asked.items())),
         )
         _write_records(
             out / f"{split}_questions.jsonl",
-            ((f"{split}-q{k}", image, _question(q, answer)) for k, (q, answer, image) in enumerate(questions)),
+            ((f"{split}-q{k}", (image,), _question(q, answer)) for k, (q, answer, image) in enumerate(questions)),
+        )
+        _write_records(
+            out / f"{split}_multi.jsonl",
+            (
+                (f"{split}-m{k}", asked.images, several.record(asked))
+                for k, asked in enumerate(several.questions(captions, NUM_MULTI[split], seed=0))
+            ),
         )
         why = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items())) or "none"
         say(
@@ -566,10 +580,15 @@ def _make_data(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> None
         )
 
 
-def _write_records(path: Path, records: Iterable[tuple[str, int, dict[str, Any]]]) -> None:
+def _write_records(path: Path, records: Iterable[tuple[str, Sequence[int], dict[str, Any]]]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for id, image, what in records:
-            file.write(json.dumps({"id": id, "images": [f"{image}.png"], **what, "source": "easy_vqa"}) + "\n")
+        for id, images, what in records:
+            names = [f"{n}.png" for n in images]
+            file.write(json.dumps({"id": id, "images": names, **what, "source": "easy_vqa"}) + "\n")
+
+
+NUM_MULTI: Final = {"train": 18_000, "test": 1_200}
+"""Questions about several pictures that are made of each split's."""
 
 
 def _question(question: str, answer: str) -> dict[str, Any]:
@@ -589,7 +608,7 @@ def _conversation(pairs: list[tuple[str, str]], rng: random.Random) -> dict[str,
 PARTS: Final = (
     _Part("llm", (LLM,), 2, _make_llm, "SmolLM2-135M-Instruct"),
     _Part("vision", (VISION,), 1, _make_vision, "EfficientNet-Lite0 (ImageNet)"),
-    _Part("data", (DATA,), 3, _make_data, "easy-VQA captions, questions and images"),
+    _Part("data", (DATA,), 4, _make_data, "easy-VQA captions, questions and images"),
 )
 """The quickstart's, in the order they are prepared."""
 

@@ -12,9 +12,10 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from rich.columns import Columns
@@ -38,20 +39,45 @@ NUM_ASKED = 8
 
 
 @dataclass(frozen=True)
+class Records:
+    """Record files of a part."""
+
+    name: str
+    train: Callable[[Assets], Path]
+    test: Callable[[Assets], Path]
+    weight: float | None = None
+    """Its share of the training samples, where there are several."""
+    held_out: int | None = None
+    """At most so many of ``test``."""
+
+    def sources(self, assets: Assets) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Its entries in ``data.sources`` and ``data.eval_sources``."""
+        entries = []
+        for split, path, images, more in (
+            ("train", self.train(assets), assets.images_train, {"weight": self.weight}),
+            ("test", self.test(assets), assets.images_test, {"cap": self.held_out}),
+        ):
+            known = {"json_path": str(path), "image_root": str(images), "name": f"{self.name} {split}"}
+            entries.append(known | {k: v for k, v in more.items() if v is not None})
+        return entries[0], entries[1]
+
+
+@dataclass(frozen=True)
 class Part:
     """One run of the quickstart. Another one is another record in `PARTS`, after the part that it starts from."""
 
     name: str
     """Its folder, and what its overrides begin with."""
     recipe: str
-    records: Callable[[Assets], tuple[Path, Path]]
-    """Of train and test."""
+    records: tuple[Records, ...]
     show: Callable[[Evidence, Console], None]
     """Prints what came out."""
     starts_from: str | None = None
     """The part whose connector it goes on with; it must have passed its gates."""
     scaled: bool = False
     """Whether ``--scale`` is for it."""
+    asked_for: bool = False
+    """It is run when it is named (``--part``), not with the others."""
 
     def folder(self, out: Path, scale: str | None) -> Path:
         """``out/align``, ``out/instruct``, ``out/instruct_full``: runs of other lengths do not share a folder."""
@@ -70,16 +96,13 @@ def recipe(
     recipes = files("beholder") / "prepare" / "recipes"
     text = (recipes / own.recipe).read_text(encoding="utf-8")
 
-    def source(records: Path, images: Path, name: str) -> str:
-        return json.dumps([{"dataset": "jsonl", "json_path": str(records), "image_root": str(images), "name": name}])
-
-    train, test = own.records(assets)
+    train, test = zip(*(r.sources(assets) for r in own.records), strict=True)
     places = [
         f"output_dir={json.dumps(str(own.folder(out, scale)))}",
         f"model.llm.name_or_path={json.dumps(str(assets.llm))}",
         f"model.vision.weights={json.dumps(str(assets.vision_weights))}",
-        f"data.sources={source(train, assets.images_train, 'easy_vqa train')}",
-        f"data.eval_sources={source(test, assets.images_test, 'easy_vqa test')}",
+        f"data.sources={json.dumps(train)}",
+        f"data.eval_sources={json.dumps(test)}",
         f"eval.object_list={json.dumps(str(recipes / OBJECTS))}",
     ]
     if own.starts_from is not None:
@@ -88,6 +111,12 @@ def recipe(
     if own.scaled and scale:
         places += scale_overrides(parse_config(text, own.recipe, places), scale)
     return parse_config(text, own.recipe, [*places, *_for(own, overrides)])
+
+
+def _up_to(name: str) -> list[str]:
+    """A part and those it starts from, in the order they are run."""
+    before = PARTS[name].starts_from
+    return [*(_up_to(before) if before else ()), name]
 
 
 def _for(part: Part, overrides: Sequence[str]) -> Iterator[str]:
@@ -105,27 +134,32 @@ def run_quickstart(
     overrides: Sequence[str] = (),
     resume: str = "auto",
     scale: str | None = None,
+    part: str | None = None,
     console: Console | None = None,
 ) -> Outcome:
     """Prepare the parts, align them, teach them to answer, print what came out and where the reports lie.
 
     The outcome is that of the last part that ran: each starts only when the one before passed its gates.
-    ``scale``: of the second part, ``smoke`` or ``full``.
+    ``scale``: of the later parts, ``smoke`` or ``full``. ``part``: run up to this one; a part that finished before is
+    not run again.
     """
     console = console or Terminal()
     started = time.perf_counter()
     assets = prepare_quickstart(say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
     if resume not in ("auto", "never"):
         raise UserError("--resume of the quickstart is auto or never; resume one part of it with beholder run")
-    configs = {name: recipe(assets, out, overrides, part=name, scale=scale) for name in PARTS}  # all, before training
+    if part is not None and part not in PARTS:
+        raise UserError(f"the quickstart has no part {part!r}; its parts are {', '.join(PARTS)}")
+    names = _up_to(part) if part else [p.name for p in PARTS.values() if not p.asked_for]
+    configs = {name: recipe(assets, out, overrides, part=name, scale=scale) for name in names}  # all, before training
 
     def run(name: str) -> Outcome:
         outcome = run_stage(configs[name], resume=resume)
-        if outcome.evidence is not None and outcome.is_main:
+        if outcome.evidence is not None and outcome.is_main and (name == names[-1] or not outcome.again):
             PARTS[name].show(outcome.evidence, console)
         return outcome
 
-    *before, last = PARTS
+    *before, last = names
     for name in before:
         outcome = run(name)
         if outcome.evidence is None or not outcome.evidence.promotable:
@@ -249,13 +283,24 @@ def _print_gates(evidence: Evidence, console: Console) -> None:
     console.print(f"Gates: {verdict(evidence)}.", markup=False, soft_wrap=True)
 
 
+QUESTIONS = Records("easy_vqa", lambda a: a.questions_train, lambda a: a.questions_test)
 PARTS = {
     part.name: part
     for part in (
-        Part("align", "quickstart_align.yaml", lambda a: (a.captions_train, a.captions_test), print_alignment),
         Part(
-            "instruct", "quickstart_instruct.yaml", lambda a: (a.questions_train, a.questions_test), print_answers,
-            starts_from="align", scaled=True,
+            "align", "quickstart_align.yaml",
+            (Records("easy_vqa", lambda a: a.captions_train, lambda a: a.captions_test),), print_alignment,
+        ),
+        Part(
+            "instruct", "quickstart_instruct.yaml", (QUESTIONS,), print_answers, starts_from="align", scaled=True,
+        ),
+        Part(
+            "multi", "quickstart_multi.yaml",
+            (
+                Records("several", lambda a: a.multi_train, lambda a: a.multi_test, weight=3, held_out=900),
+                replace(QUESTIONS, weight=1, held_out=300),  # what the part before has taught is not to be forgotten
+            ),
+            print_answers, starts_from="instruct", scaled=True, asked_for=True,
         ),
     )
 }  # fmt: skip

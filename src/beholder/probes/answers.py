@@ -24,7 +24,7 @@ from beholder.types import Example
 if TYPE_CHECKING:
     from beholder.probes.written import Written
 
-GROUPINGS = ("question", "answer")
+GROUPINGS = ("question", "answer", "images")
 """Of the strata those that answers are told by."""
 
 SHORT_WORDS = 5

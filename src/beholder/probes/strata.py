@@ -38,13 +38,15 @@ def groups_of(examples: Sequence[Example], buckets: Sequence[str]) -> Groups:
     ``length``: the sample's bucket. ``turn``: first or later. ``question``: `Example.question_type` for the last answer
     of a sample that has one, else the first two words of what the user asked; `OTHER_QUESTIONS` for a kind that fewer
     than 20 of these samples have (a sample that has it in several turns counts once). ``answer``:
-    `Example.answer_type` for the last answer, else VQA's types by the words: yes/no, number, other. No name occurs in
-    two groupings: easy-VQA's question type "yes/no" is told as "yes/no questions".
+    `Example.answer_type` for the last answer, else VQA's types by the words: yes/no, number, other. ``images``: how
+    many the sample shows. No name occurs in two groupings: easy-VQA's question type "yes/no" is told as "yes/no
+    questions".
     """
     assert len(examples) == len(buckets), f"{len(examples)} examples, {len(buckets)} buckets"
     asked = [questions(example) for example in examples]
-    answers = [_answer_types(example, {*buckets, FIRST, LATER, OTHER_QUESTIONS}) for example in examples]
-    taken = {*buckets, FIRST, LATER, YES_NO, NUMBER, OTHER_ANSWERS, OTHER_QUESTIONS}.union(*answers)
+    shows = [f"{n} image{'s' * (n != 1)}" for n in (len(e.images) for e in examples)]
+    answers = [_answer_types(example, {*buckets, *shows, FIRST, LATER, OTHER_QUESTIONS}) for example in examples]
+    taken = {*buckets, *shows, FIRST, LATER, YES_NO, NUMBER, OTHER_ANSWERS, OTHER_QUESTIONS}.union(*answers)
     heads = [[_head(q, taken) for q in own] for own in asked]
     for example, own in zip(examples, heads, strict=True):
         if own and example.question_type.strip():
@@ -58,6 +60,7 @@ def groups_of(examples: Sequence[Example], buckets: Sequence[str]) -> Groups:
             for own in heads
         ],
         "answer": answers,
+        "images": [[shown] * len(own) for shown, own in zip(shows, asked, strict=True)],
     }
 
 

@@ -1,0 +1,74 @@
+"""Questions about several pictures: right, and of no help to whoever does not look."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import product
+
+import pytest
+
+from beholder.prepare.several import KINDS, NUM_IMAGES, Asked, questions, record
+
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+CAPTIONS = {n: f"A {c} {s}." for n, (c, s) in enumerate(list(product(COLORS, SHAPES)) * 6)}
+# What is rare stays no rarer in the questions.
+CAPTIONS |= {1000 + n: "A red circle." for n in range(100)}
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[Asked]:
+    return list(questions(CAPTIONS, 6000, seed=5))
+
+
+def facts(asked: Asked) -> list[tuple[str, str]]:
+    found = [CAPTIONS[n].removeprefix("A ").removesuffix(".").split() for n in asked.images]
+    return [(color, shape) for color, shape in found]
+
+
+def test_every_answer_is_what_the_pictures_show(asked: list[Asked]) -> None:
+    for a in asked:
+        shown, words = facts(a), a.question.rstrip("?").split()
+        named = [s for s in (*COLORS, *SHAPES) if s in words]
+        has = [all(value in pair for value in named) for pair in shown]
+        numbers = [int(w) for w in words if w.isdecimal()]
+        match a.kind:
+            case "which image":
+                right = str(has.index(True) + 1)
+                assert has.count(True) == 1
+            case "how many":
+                right = str(has.count(True))
+            case "same color":
+                i, j = numbers
+                right = "yes" if shown[i - 1][0] == shown[j - 1][0] else "no"
+            case _:
+                right = shown[numbers[0] - 1][a.kind == "shape in image"]
+        assert a.answer == right, a
+        assert len(set(a.images)) == len(a.images)
+
+
+def test_kinds_numbers_places_and_answers_are_balanced(asked: list[Asked]) -> None:
+    assert Counter(a.kind for a in asked) == dict.fromkeys(KINDS, 1200)
+    for kind, n in product(KINDS, NUM_IMAGES):
+        own = [a for a in asked if a.kind == kind and len(a.images) == n]
+        assert len(own) == 400
+        answers = Counter(a.answer for a in own)
+        assert max(answers.values()) < 1.6 * len(own) / len(answers), (kind, n, answers)
+        if own[0].decides is not None:
+            places = Counter(a.decides for a in own)
+            assert sorted(places) == list(range(1, n + 1)) and max(places.values()) < 1.35 * len(own) / n
+
+
+def test_looking_at_one_place_only_is_no_better_than_chance_at_colors(asked: list[Asked]) -> None:
+    own = [a for a in asked if a.kind == "color in image" and len(a.images) == 4]
+
+    for place in (0, -1):
+        right = sum(facts(a)[place][0] == a.answer for a in own) / len(own)
+        assert abs(right - (1 / 4 + 3 / 4 / 8)) < 0.07, "it decides in a quarter of the questions"
+
+
+def test_the_same_seed_asks_the_same_and_the_record_has_a_marker_an_image(asked: list[Asked]) -> None:
+    assert list(questions(CAPTIONS, 50, seed=5)) == asked[:50] != list(questions(CAPTIONS, 50, seed=6))
+    made = record(asked[0])
+    assert made["messages"][0]["content"].count("<image>") == len(asked[0].images) == 2
+    assert made["question_type"] == asked[0].kind
