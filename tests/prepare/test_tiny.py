@@ -293,6 +293,7 @@ data:
 
     cfg = smoke_config(recipe, tmp_path, num_records=8)
 
+    assert cfg.run_name == "r (smoke: tiny random parts)"
     assert [s.dataset for s in cfg.data.sources] == [dataset, "jsonl"]
     assert (cfg.data.sources[0].name, cfg.data.sources[0].cap) == ("first", 9)
     assert len({s.json_path for s in (*cfg.data.sources, *cfg.data.eval_sources)}) == 3

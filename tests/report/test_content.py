@@ -16,6 +16,7 @@ from tests.report.conftest import gate, group, measurement, text_of
 
 from beholder.evidence import Cost, Curve, DataFacts, Evidence, Measurement, Prediction, WordReliance, WordStat
 from beholder.evidence.catalogue import called
+from beholder.evidence.gates import verdict as told_in_a_line
 from beholder.report import content, plots, render_html, render_markdown
 from beholder.report.content import (
     MAX_STEPS,
@@ -89,6 +90,7 @@ def test_failed_gates_stand_on_the_first_screen_before_the_passed_ones_with_numb
     assert [row.gate.name for row in gate_rows(e)] == names
     assert "worst of 4 groups" in text and "FAILED" in text
     markdown = render_markdown(e).replace("\\", "").replace("\u00a0", " ")
+    assert told_in_a_line(e).startswith("1 of 3 gates failed and 1 could not be judged: ")
     assert "Gates: ❌ looks_everywhere for what shape 0.977×, must be > 1.02×" in markdown.replace("&gt;", ">")
     assert "✓ passed_one 3.0 %, must be ≤ 50 %" in markdown
 

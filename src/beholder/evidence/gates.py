@@ -84,7 +84,10 @@ def verdict(evidence: Evidence) -> str:
         return "no gate was judged"
     if not failed:
         return f"all {len(evidence.gates)} gates passed"
-    return f"{len(failed)} of {len(evidence.gates)} gates failed: " + "; ".join(map(told, failed))
+    unjudged = sum(gate.value is None for gate in failed)
+    counted = f"{len(failed) - unjudged} of {len(evidence.gates)} gates failed"
+    counted += f" and {unjudged} could not be judged" if unjudged else ""
+    return f"{counted}: " + "; ".join(map(told, failed))
 
 
 def told(gate: GateResult) -> str:

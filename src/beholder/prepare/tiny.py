@@ -450,6 +450,8 @@ def smoke_config(cfg: RunConfig, folder: Path | str, *, num_records: int = 64, s
     raw["features"]["dir"] = str(folder / "features")
     raw["data"] |= _smoke_data(cfg, folder / "data", num_records)
     raw["output_dir"] = str(folder / "run")
+    # the title of its report
+    raw["run_name"] = f"{cfg.run_name[:150]} (smoke: tiny random parts)"
     return without_inert(RunConfig.model_validate(raw))
 
 
