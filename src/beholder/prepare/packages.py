@@ -566,11 +566,12 @@ def _make_data(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> None
             out / f"{split}_questions.jsonl",
             ((f"{split}-q{k}", (image,), _question(q, answer)) for k, (q, answer, image) in enumerate(questions)),
         )
+        kinds = several.TAUGHT if split == "train" else several.KINDS
         _write_records(
             out / f"{split}_multi.jsonl",
             (
                 (f"{split}-m{k}", asked.images, several.record(asked))
-                for k, asked in enumerate(several.questions(captions, NUM_MULTI[split], seed=0))
+                for k, asked in enumerate(several.questions(captions, NUM_MULTI[split], seed=0, kinds=kinds))
             ),
         )
         why = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items())) or "none"

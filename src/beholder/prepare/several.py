@@ -15,6 +15,11 @@ from typing import Any, Literal
 
 Kind = Literal["which image", "color in image", "shape in image", "how many", "same color"]
 KINDS: tuple[Kind, ...] = ("which image", "color in image", "shape in image", "how many", "same color")
+TAUGHT: tuple[Kind, ...] = (
+    "which image", "same color", "how many", "color in image", "same color",
+    "how many", "shape in image", "same color", "color in image", "how many",
+)  # fmt: skip
+"""The turns in which a model is taught: what compares pictures is learned last, so it comes more often."""
 NUM_IMAGES = (2, 3, 4)
 
 _IN_IMAGE = {
@@ -47,8 +52,8 @@ class Asked:
     """Place, from 1, of the picture in which the answer lies; None: it lies in several."""
 
 
-def questions(captions: Mapping[int, str], count: int, seed: int) -> Iterator[Asked]:
-    """``count`` questions, kinds and numbers of pictures in turn. ``captions``: picture -> ``A blue rectangle.``
+def questions(captions: Mapping[int, str], count: int, seed: int, kinds: Sequence[Kind] = KINDS) -> Iterator[Asked]:
+    """``count`` questions, ``kinds`` and numbers of pictures in turn. ``captions``: picture -> ``A blue rectangle.``
 
     The same for the same arguments. A picture may be in several questions, never twice in one.
     """
@@ -56,8 +61,8 @@ def questions(captions: Mapping[int, str], count: int, seed: int) -> Iterator[As
     rng = random.Random(seed)
     make = _Maker(shown, rng)
     for number in range(count):
-        kind = KINDS[number % len(KINDS)]
-        yield make.ask(kind, NUM_IMAGES[number // len(KINDS) % len(NUM_IMAGES)])
+        kind = kinds[number % len(kinds)]
+        yield make.ask(kind, NUM_IMAGES[number // len(kinds) % len(NUM_IMAGES)])
 
 
 def record(asked: Asked) -> dict[str, Any]:
