@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from beholder.prepare.several import EVEN, KINDS, NUM_IMAGES, Asked, questions, record
+from beholder.prepare.several import EVEN, KINDS, NUM_IMAGES, Asked, conversations, questions, record
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -90,3 +90,30 @@ def test_test_questions_ask_of_every_place_of_the_same_pictures_and_stay_balance
     for n in NUM_IMAGES:
         colors = Counter(a.answer for a in asked if a.kind == "color in image" and len(a.images) == n)
         assert sorted(colors) == list(COLORS) and max(colors.values()) < 1.6 * 360 / 8
+
+
+def test_no_answer_of_a_conversation_tells_another() -> None:
+    talks = list(conversations(CAPTIONS, 6000, seed=1))
+
+    test_every_answer_is_what_the_pictures_show([a for talk in talks for a in talk])
+    assert {len(talk) for talk in talks} == {2, 3} and all(len({a.images for a in talk}) == 1 for talk in talks)
+    for talk in talks:
+        about: dict[str, list[set[int]]] = {"color": [], "shape": []}
+        for a in talk:
+            words = a.question.rstrip("?").split()
+            named = {int(w) for w in words if w.isdecimal()} or set(range(1, len(a.images) + 1))
+            of_shapes = a.kind == "shape in image" or (a.kind in ("how many", "which image") and words[-1] in SHAPES)
+            about["shape" if of_shapes else "color"].append(named)
+        assert len(about["shape"]) == 1 and about["color"]
+        assert sum(map(len, about["color"])) == len(set().union(*about["color"])), "each picture's colour is asked once"
+    # What is drawn apart is apart: yes and no to the colours are as frequent whatever the count of shapes was.
+    yes: dict[str, list[bool]] = {}
+    for talk in talks:
+        same = next((a for a in talk if a.kind == "same color"), None)
+        many = next((a for a in talk if a.kind == "how many" and a.question.rstrip("?").split()[-1] in SHAPES), None)
+        if same and many:
+            yes.setdefault(many.answer, []).append(same.answer == "yes")
+    assert len(yes) == 5 and all(abs(sum(v) / len(v) - 0.5) < 0.15 for v in yes.values() if len(v) > 50)
+    made = record(*talks[0])
+    assert [m["role"] for m in made["messages"]] == ["user", "assistant"] * len(talks[0])
+    assert "<image>" not in made["messages"][2]["content"]

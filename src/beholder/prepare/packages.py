@@ -540,8 +540,8 @@ def _make_data(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> None
 
     ``<split>.jsonl`` has a caption an image; ``<split>_questions.jsonl`` a question a record, in easy-VQA's order, so
     that id ``train-q17`` is its question 17; ``<split>_multi.jsonl`` questions about several of the captioned images
-    (`several`); ``<split>_turns.jsonl`` all questions about an image in one conversation,
-    in an order drawn once. The last is what a model can learn to answer without looking (docs/footguns.md).
+    (`several`), two or three a record for training; ``<split>_turns.jsonl`` all questions about an image in one
+    conversation, in an order drawn once. The last is what a model can learn to answer without looking (docs/footguns.md).
     """
     (archive,) = archives
     for split in ("train", "test"):
@@ -566,15 +566,14 @@ def _make_data(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> None
             out / f"{split}_questions.jsonl",
             ((f"{split}-q{k}", (image,), _question(q, answer)) for k, (q, answer, image) in enumerate(questions)),
         )
-        kinds = several.TAUGHT if split == "train" else several.KINDS
+        made: Iterable[Sequence[several.Asked]] = (
+            several.conversations(captions, NUM_MULTI[split], seed=0)
+            if split == "train"
+            else ([one] for one in several.questions(captions, NUM_MULTI[split], seed=0, every_place=True))
+        )
         _write_records(
             out / f"{split}_multi.jsonl",
-            (
-                (f"{split}-m{k}", asked.images, several.record(asked))
-                for k, asked in enumerate(
-                    several.questions(captions, NUM_MULTI[split], seed=0, kinds=kinds, every_place=split == "test")
-                )
-            ),
+            ((f"{split}-m{k}", own[0].images, several.record(*own)) for k, own in enumerate(made)),
         )
         why = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items())) or "none"
         say(
@@ -590,8 +589,8 @@ def _write_records(path: Path, records: Iterable[tuple[str, Sequence[int], dict[
             file.write(json.dumps({"id": id, "images": names, **what, "source": "easy_vqa"}) + "\n")
 
 
-NUM_MULTI: Final = {"train": 18_000, "test": 7 * several.EVEN}
-"""Questions about several pictures that are made of each split's."""
+NUM_MULTI: Final = {"train": 10_000, "test": 7 * several.EVEN}
+"""Records about several pictures that are made of each split's."""
 
 
 def _question(question: str, answer: str) -> dict[str, Any]:

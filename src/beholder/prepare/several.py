@@ -11,16 +11,16 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 Kind = Literal["which image", "color in image", "shape in image", "how many", "same color"]
+Feature = Literal["color", "shape"]
 KINDS: tuple[Kind, ...] = ("which image", "color in image", "shape in image", "how many", "same color")
-TAUGHT: tuple[Kind, ...] = (
-    "which image", "same color", "how many", "color in image", "same color",
-    "how many", "shape in image", "same color", "color in image", "how many",
-)  # fmt: skip
-"""The turns in which a model is taught: what compares pictures is learned last, so it comes more often."""
+_TAUGHT: dict[Feature, dict[Kind, float]] = {
+    "color": {"same color": 0.45, "how many": 0.25, "color in image": 0.2, "which image": 0.1},
+    "shape": {"how many": 0.4, "shape in image": 0.3, "which image": 0.3},
+}
+"""How often `conversations` ask what: what compares pictures is learned last, so it comes more often."""
 NUM_IMAGES = (2, 3, 4)
 EVEN = len(KINDS) * len(NUM_IMAGES) * math.lcm(*NUM_IMAGES)
 """As many questions ask every kind for every number of images equally often, and of every place."""
@@ -55,21 +55,17 @@ class Asked:
     """Place, from 1, of the picture in which the answer lies; None: it lies in several."""
 
 
-def questions(
-    captions: Mapping[int, str], count: int, seed: int, *, kinds: Sequence[Kind] = KINDS, every_place: bool = False
-) -> Iterator[Asked]:
-    """``count`` questions, ``kinds`` and numbers of pictures in turn. ``captions``: picture -> ``A blue rectangle.``
+def questions(captions: Mapping[int, str], count: int, seed: int, *, every_place: bool = False) -> Iterator[Asked]:
+    """``count`` questions, kinds and numbers of pictures in turn. ``captions``: picture -> ``A blue rectangle.``
 
     The same for the same arguments. A picture may be in several questions, never twice in one. ``every_place``: what is
     asked of one place is asked of every place of the same pictures, so that what is right once two of them have changed
     places is the answer to another of the questions; ``count`` a multiple of `EVEN` leaves no place out.
     """
-    shown = [Shown(n, *text.removeprefix("A ").removesuffix(".").split()) for n, text in sorted(captions.items())]
-    rng = random.Random(seed)
-    make = _Maker(shown, rng)
+    make = _Maker(captions, random.Random(seed))
     waiting: dict[tuple[Kind, int], list[Asked]] = {}
     for number in range(count):
-        kind, n = kinds[number % len(kinds)], NUM_IMAGES[number // len(kinds) % len(NUM_IMAGES)]
+        kind, n = KINDS[number % len(KINDS)], NUM_IMAGES[number // len(KINDS) % len(NUM_IMAGES)]
         if not (every_place and kind in _IN_IMAGE):
             yield make.ask(kind, n)
             continue
@@ -79,22 +75,54 @@ def questions(
         yield left.pop(0)
 
 
-def record(asked: Asked) -> dict[str, Any]:
-    """What a record says beside its images: they stand in front of the question; the encoder numbers them."""
-    places = "<image>\n" * len(asked.images)
-    return {
-        "messages": [
-            {"role": "user", "content": f"{places}{asked.question}"}, {"role": "assistant", "content": asked.answer}
-        ],
-        "question_type": asked.kind,
-    }  # fmt: skip
+def conversations(captions: Mapping[int, str], count: int, seed: int) -> Iterator[list[Asked]]:
+    """``count`` times two or three questions about the same pictures, for training: the pictures, which are most of a
+    sample's length, are paid for once. The same for the same arguments.
+
+    No answer helps with another: of two questions either one is about colours and one about shapes, which are drawn
+    apart, or they are about the colours of different pictures. A model that is taught what earlier answers give away
+    does not learn to look (docs/footguns.md).
+    """
+    make = _Maker(captions, random.Random(seed))
+    for number in range(count):
+        yield make.converse(NUM_IMAGES[number % len(NUM_IMAGES)])
+
+
+def record(*asked: Asked) -> dict[str, Any]:
+    """What a record says beside its images: they stand in front of the first question; the encoder numbers them."""
+    messages: list[dict[str, str]] = []
+    for a in asked:
+        messages += [{"role": "user", "content": a.question}, {"role": "assistant", "content": a.answer}]
+    messages[0]["content"] = "<image>\n" * len(asked[0].images) + messages[0]["content"]
+    return {"messages": messages} | ({"question_type": asked[0].kind} if len(asked) == 1 else {})
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A question, and what pictures must show so that its answer is right."""
+
+    kind: Kind
+    question: str
+    answer: str
+    decides: int | None
+    wants: Mapping[int, Mapping[str, str]]
+    """Place, from 0 -> what is shown there."""
+    shuns: Mapping[str, str] | None = None
+    """What is shown nowhere else."""
+
+    def fits(self, place: int, shown: Shown) -> bool:
+        if place in self.wants:
+            return _is(shown, self.wants[place])
+        return self.shuns is None or not _is(shown, self.shuns)
 
 
 class _Maker:
-    def __init__(self, shown: Sequence[Shown], rng: random.Random) -> None:
+    def __init__(self, captions: Mapping[int, str], rng: random.Random) -> None:
+        shown = [Shown(n, *text.removeprefix("A ").removesuffix(".").split()) for n, text in sorted(captions.items())]
         self.rng = rng
-        self.colors = sorted({s.color for s in shown})
-        self.shapes = sorted({s.shape for s in shown})
+        self.values: dict[Feature, list[str]] = {
+            "color": sorted({s.color for s in shown}), "shape": sorted({s.shape for s in shown}),
+        }  # fmt: skip
         self.by_image = {s.image: s for s in shown}
         self.by_looks: dict[tuple[str, str], list[Shown]] = {}
         for s in shown:
@@ -103,71 +131,93 @@ class _Maker:
     def ask(self, kind: Kind, n: int) -> Asked:
         match kind:
             case "which image":
-                return self._which(n)
+                about: tuple[tuple[Feature, ...], ...] = (("color",), ("shape",), ("color", "shape"))
+                draft = self._which(n, self.rng.choice(about))
             case "how many":
-                return self._how_many(n)
+                draft = self._how_many(n, self.rng.choice(("color", "shape")))
             case "same color":
-                return self._same(n)
+                draft = self._same(self.rng.sample(range(n), 2))
             case _:
-                return self._in_image(kind, n)
-
-    def _which(self, n: int) -> Asked:
-        """One picture has what is asked for, and no other; by its colour, its shape, or both."""
-        rng, k = self.rng, self.rng.randrange(n)
-        color, shape = rng.choice(self.colors), rng.choice(self.shapes)
-        wanted = rng.choice(({"color": color}, {"shape": shape}, {"color": color, "shape": shape}))
-        what = f"{_article(color)} shape" if "shape" not in wanted else _article(shape)
-        if len(wanted) == 2:
-            what = _article(f"{color} {shape}")
-        places = self._fill(n, {k: wanted}, lambda s: not _is(s, wanted))
-        return Asked("which image", places, rng.choice(_WHICH).format(what=what), str(k + 1), k + 1)
-
-    def _in_image(self, kind: Kind, n: int) -> Asked:
-        rng, k = self.rng, self.rng.randrange(n)
-        which = "color" if kind == "color in image" else "shape"
-        answer = rng.choice(self.colors if which == "color" else self.shapes)
-        places = self._fill(n, {k: {which: answer}}, lambda s: True)
-        return Asked(kind, places, rng.choice(_IN_IMAGE[kind]).format(k=k + 1), answer, k + 1)
+                draft = self._in_image(kind, self.rng.randrange(n))
+        return self._about_pictures([draft], n)[0]
 
     def every_place(self, kind: Kind, n: int) -> list[Asked]:
         """One question of that kind about each place of the same pictures, in the same words."""
-        places, words = self._fill(n, {}, lambda s: True), self.rng.choice(_IN_IMAGE[kind])
+        places, words = self._fill(n, []), self.rng.choice(_IN_IMAGE[kind])
         what = kind.partition(" ")[0]
         return [
             Asked(kind, places, words.format(k=k), getattr(self.by_image[image], what), k)
             for k, image in enumerate(places, 1)
         ]
 
-    def _how_many(self, n: int) -> Asked:
-        rng, count = self.rng, self.rng.randint(0, n)
-        which = rng.choice(("color", "shape"))
-        value = rng.choice(self.colors if which == "color" else self.shapes)
-        wanted = {which: value}
-        what = f"{_article(value)} shape" if which == "color" else _article(value)
-        places = self._fill(n, dict.fromkeys(rng.sample(range(n), count), wanted), lambda s: not _is(s, wanted))
-        return Asked("how many", places, rng.choice(_HOW_MANY).format(what=what), str(count), None)
+    def converse(self, n: int) -> list[Asked]:
+        drafts: list[_Draft] = []
+        for feature, share in _TAUGHT.items():
+            free = self.rng.sample(range(n), n)
+            match self.rng.choices(list(share), list(share.values()))[0]:
+                case "which image":
+                    drafts.append(self._which(n, (feature,)))
+                case "how many":
+                    drafts.append(self._how_many(n, feature))
+                case "same color":
+                    drafts.append(self._same(free[:2]))
+                    if len(left := free[2:]) == 2 and self.rng.random() < 0.5:
+                        drafts.append(self._same(left))
+                    elif left:
+                        drafts.append(self._in_image("color in image", left[0]))
+                case kind:
+                    drafts.append(self._in_image(kind, free[0]))
+        self.rng.shuffle(drafts)
+        return self._about_pictures(drafts, n)
 
-    def _same(self, n: int) -> Asked:
-        rng = self.rng
-        i, j = sorted(rng.sample(range(n), 2))
-        color, same = rng.choice(self.colors), rng.random() < 0.5
-        other = color if same else rng.choice([c for c in self.colors if c != color])
-        places = self._fill(n, {i: {"color": color}, j: {"color": other}}, lambda s: True)
-        return Asked(
-            "same color", places, rng.choice(_SAME).format(i=i + 1, j=j + 1), "yes" if same else "no", None
+    def _which(self, n: int, features: Sequence[Feature]) -> _Draft:
+        """One picture has what is asked for, and no other."""
+        k = self.rng.randrange(n)
+        wanted = {f: self.rng.choice(self.values[f]) for f in features}
+        what = _article(" ".join(wanted.values()) + ("" if "shape" in wanted else " shape"))
+        return _Draft(
+            "which image", self.rng.choice(_WHICH).format(what=what), str(k + 1), k + 1, {k: wanted}, wanted
         )  # fmt: skip
 
-    def _fill(self, n: int, fixed: Mapping[int, Mapping[str, str]], fits: Callable[[Shown], bool]) -> tuple[int, ...]:
-        """``n`` different pictures: at the places of ``fixed`` ones that have what it says, elsewhere ones that fit."""
+    def _in_image(self, kind: Kind, k: int) -> _Draft:
+        feature: Feature = "color" if kind == "color in image" else "shape"
+        answer = self.rng.choice(self.values[feature])
+        return _Draft(kind, self.rng.choice(_IN_IMAGE[kind]).format(k=k + 1), answer, k + 1, {k: {feature: answer}})
+
+    def _how_many(self, n: int, feature: Feature) -> _Draft:
+        rng, count = self.rng, self.rng.randint(0, n)
+        value = rng.choice(self.values[feature])
+        wanted = {feature: value}
+        what = f"{_article(value)} shape" if feature == "color" else _article(value)
+        return _Draft(
+            "how many", rng.choice(_HOW_MANY).format(what=what), str(count), None,
+            dict.fromkeys(rng.sample(range(n), count), wanted), wanted,
+        )  # fmt: skip
+
+    def _same(self, places: Sequence[int]) -> _Draft:
+        rng, (i, j) = self.rng, sorted(places)
+        color, same = rng.choice(self.values["color"]), rng.random() < 0.5
+        other = color if same else rng.choice([c for c in self.values["color"] if c != color])
+        return _Draft(
+            "same color", rng.choice(_SAME).format(i=i + 1, j=j + 1), "yes" if same else "no", None,
+            {i: {"color": color}, j: {"color": other}},
+        )  # fmt: skip
+
+    def _about_pictures(self, drafts: Sequence[_Draft], n: int) -> list[Asked]:
+        images = self._fill(n, drafts)
+        return [Asked(d.kind, images, d.question, d.answer, d.decides) for d in drafts]
+
+    def _fill(self, n: int, drafts: Sequence[_Draft]) -> tuple[int, ...]:
+        """``n`` different pictures that fit every question."""
         used: list[Shown] = []
         for place in range(n):
-            used.append(self._draw(partial(_is, wanted=fixed[place]) if place in fixed else fits, used))
+            used.append(self._draw(lambda s, place=place: all(d.fits(place, s) for d in drafts), used))
         return tuple(s.image for s in used)
 
     def _draw(self, fits: Callable[[Shown], bool], used: Sequence[Shown]) -> Shown:
         """Colour and shape first, then a picture of them: rare ones are as frequent as common ones."""
         while True:
-            looks = self.rng.choice(self.colors), self.rng.choice(self.shapes)
+            looks = self.rng.choice(self.values["color"]), self.rng.choice(self.values["shape"])
             found = [s for s in self.by_looks.get(looks, ()) if s not in used]
             if found and fits(found[0]):
                 return self.rng.choice(found)
