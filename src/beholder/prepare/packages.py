@@ -541,7 +541,8 @@ def _make_data(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> None
     ``<split>.jsonl`` has a caption an image; ``<split>_questions.jsonl`` a question a record, in easy-VQA's order, so
     that id ``train-q17`` is its question 17; ``<split>_multi.jsonl`` questions about several of the captioned images
     (`several`), two or three a record for training; ``<split>_turns.jsonl`` all questions about an image in one
-    conversation, in an order drawn once. The last is what a model can learn to answer without looking (docs/footguns.md).
+    conversation, in an order drawn once. The last is what a model can learn to answer without looking
+    (docs/footguns.md).
     """
     (archive,) = archives
     for split in ("train", "test"):
