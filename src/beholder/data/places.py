@@ -1,0 +1,236 @@
+"""Which of a sample's images its words name: "image 2", "the third picture", "2" as the answer to "which image".
+
+The one reader of such references: what is counted of data files and what is swapped to measure a model (`probes`) rest
+on the same understanding. Pure functions of texts and examples.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from beholder.types import Example, ImageSlot, Part, Turn
+
+Style = Literal["digits", "word", "ordinal", "nth", "end"]
+"""How a place is written: 2, two, second, 2nd, last (of two images also left and right)."""
+
+_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+_NOUN = r"(?:image|picture|photo|photograph|figure|img|pic)"
+_NUMBER = rf"(?:\d{{1,3}}|{'|'.join(_WORDS)})"
+_NTH = r"\d{1,3}(?:st|nd|rd|th)"
+_ORDINAL = rf"(?:{'|'.join(_ORDINALS)}|{_NTH})"
+_AND = r"(?:\s*,\s*(?:and\s+|or\s+)?|\s+and\s+|\s+or\s+|\s*&\s*|\s+to\s+)"
+
+# "image 2", "Image #2", "images 1, 2 and 3". Not "figure 2.5", "picture 3D".
+_NUMBERED = re.compile(
+    rf"\b{_NOUN}(?P<more>s)?\s*(?P<sign>#\s*|no\.\s*|number\s+)?"
+    rf"(?P<list>{_NUMBER}(?:{_AND}(?:{_NOUN}\s*)?#?{_NUMBER})*)(?![\w%]|[.,:/]\d)",
+    re.IGNORECASE,
+)
+# "the second image", "first and third pictures", "last image". Not "the first two images".
+_ORDERED = re.compile(
+    rf"\b(?P<list>(?:{_ORDINAL}|last|left|right)(?:{_AND}(?:the\s+)?(?:{_ORDINAL}|last|left|right))*)"
+    rf"(?:-?hand)?\s+(?:{_NOUN}s?|one)\b",
+    re.IGNORECASE,
+)
+_ITEM = re.compile(rf"{_NTH}|\d{{1,3}}|\b(?:{'|'.join((*_WORDS, *_ORDINALS))}|last|left|right)\b", re.IGNORECASE)
+_DETERMINER = re.compile(r"\b(?:the|this|that|a|an|each|every|any|one|which|what|whole|same)\s+$", re.IGNORECASE)
+_GOES_ON = re.compile(r"\s+(?!and\b|or\b)[a-z]", re.IGNORECASE)
+_VAGUE = re.compile(
+    rf"\b(?:{_ORDINAL}|last|left(?:most)?|right(?:most)?|middle|cent(?:er|re)|top|bottom|upper|lower|previous|next|"
+    r"former|latter|earlier|later|before|after|preceding|following|order|sequence|chronological\w*|consecutive\w*)\b",
+    re.IGNORECASE,
+)
+_ASKS_WHICH = re.compile(
+    rf"\b(?:which\s+(?:one\s+)?(?:of\s+(?:the|these)\s+)?(?:\w+\s+)?|what\s+){_NOUN}s?\b", re.IGNORECASE
+)
+_ANSWER = re.compile(
+    rf"\W*(?:the\s+)?(?:{_NOUN}\s*(?:#|no\.|number)?\s*)?"
+    rf"(?P<place>{_ORDINAL}|{_NUMBER}|last|left|right)(?:\s+(?:{_NOUN}|one))?\W*",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(r"\s*[:.)\]\-]*\s*(?:<\w+>)?\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A place that a text names: the characters ``[start, stop)`` say it."""
+
+    start: int
+    stop: int
+    place: int
+    """From 1; perhaps of no image that is there."""
+    style: Style
+
+
+def references(text: str, num_images: int) -> list[Reference]:
+    """The places that ``text`` names beyond doubt, in order. "left" and "right" are the places of two images."""
+    found: list[Reference] = []
+    for match in _NUMBERED.finditer(text):
+        # "in the picture 3 dogs play" counts dogs
+        counts = not match["sign"] and _DETERMINER.search(text[: match.start()]) and _GOES_ON.match(text, match.end())
+        if not counts:
+            found += _items(text, match.start("list"), match.end("list"), num_images)
+    for match in _ORDERED.finditer(text):
+        found += _items(text, match.start("list"), match.end("list"), num_images)
+    return sorted(found, key=lambda r: r.start)
+
+
+def _items(text: str, start: int, stop: int, n: int) -> list[Reference]:
+    out: list[Reference] = []
+    for item in _ITEM.finditer(text, start, stop):
+        if (read := _read(item[0], n)) is not None:
+            out.append(Reference(item.start(), item.end(), *read))
+    return out
+
+
+def _read(word: str, n: int) -> tuple[int, Style] | None:
+    """Which place a word names, and how."""
+    low = word.lower()
+    if low.isdecimal():
+        return int(low), "digits"
+    if low in _WORDS:
+        return _WORDS.index(low) + 1, "word"
+    if low in _ORDINALS:
+        return _ORDINALS.index(low) + 1, "ordinal"
+    if low[0].isdecimal():
+        return int(low[:-2]), "nth"
+    if low == "last":
+        return n, "end"
+    return ({"left": 1, "right": 2}[low], "end") if n == 2 else None
+
+
+def _say(word: str, style: Style, place: int, n: int) -> str:
+    """``place`` in the manner of ``word``."""
+    match style:
+        case "digits":
+            return str(place)
+        case "word":
+            new = _WORDS[place - 1] if place <= len(_WORDS) else str(place)
+        case "end" if word.lower() in ("left", "right"):
+            new = ("left", "right")[place - 1]
+        case "end" if place == n:
+            new = "last"
+        case "nth":
+            new = f"{place}{_suffix(place)}"
+        case _:
+            new = _ORDINALS[place - 1] if place <= len(_ORDINALS) else f"{place}{_suffix(place)}"
+    return new.upper() if len(word) > 1 and word.isupper() else new.capitalize() if word[0].isupper() else new
+
+
+def _suffix(place: int) -> str:
+    return "th" if place % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")
+
+
+def _is_vague(text: str, found: Sequence[Reference]) -> bool:
+    """Whether other words than these may speak of an order of the images: "before", "the first two"."""
+    for r in reversed(found):
+        text = text[: r.start] + text[r.stop :]
+    return bool(_VAGUE.search(text))
+
+
+def answer_place(question: str, answer: str, num_images: int) -> Reference | None:
+    """The place that is the whole of an answer to "which image …?": ``2``, ``Image 2.``, ``the second one``."""
+    found = _ANSWER.fullmatch(answer)
+    if found is None or not _ASKS_WHICH.search(question) or re.search(r"\bhow\s+many\b", question, re.IGNORECASE):
+        return None
+    read = _read(found["place"], num_images)
+    return None if read is None else Reference(found.start("place"), found.end("place"), *read)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Examples
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What the turns of a sample say of its images' places."""
+
+    asked: tuple[int, ...]
+    """Places that the words before the last answer name, each once."""
+    answered: tuple[int, ...]
+    """Places that the last answer names."""
+    vague: bool
+    """They may speak of an order in other words: an image cannot be moved with the right answer known."""
+
+
+def named(example: Example) -> Named:
+    """The places that a sample's words name."""
+    asked: list[int] = []
+    answered: list[int] = []
+    vague = False
+    for turn, _, text, found in _texts(example):
+        is_answer = turn == len(example.turns) - 1 and example.turns[turn].role == "assistant"
+        (answered if is_answer else asked).extend(r.place for r in found)
+        vague |= _is_vague(text, found)
+    return Named(tuple(dict.fromkeys(asked)), tuple(dict.fromkeys(answered)), vague)
+
+
+def absent(example: Example) -> list[int]:
+    """Places that the words name where the sample has no image: the 5 of "image 5" of three."""
+    n = len(example.images)
+    return sorted({r.place for _, _, _, found in _texts(example) for r in found if not 1 <= r.place <= n}) if n else []
+
+
+def renamed(example: Example, to: Mapping[int, int]) -> Example | None:
+    """The sample with every place in its words renamed; None where that cannot be done with certainty.
+
+    ``to``: place → place, for every image. A label right before its image ("Image 1: <image>") stays: it names what
+    stands there. The system turn stays as well.
+    """
+    n = len(example.images)
+    turns = list(example.turns)
+    for turn, part, text, found in _texts(example):
+        if _is_vague(text, found) or any(r.place not in to for r in found):
+            return None
+        parts = list(turns[turn].parts)
+        parts[part] = _rewrite(text, found, to, n)
+        turns[turn] = replace(turns[turn], parts=tuple(parts))
+    question = _said(example.turns, len(example.turns) - 1)
+    answers: list[str] = []
+    for answer in example.answers:
+        found = _in_answer(question, answer, n)
+        if any(r.place not in to for r in found):
+            return None
+        answers.append(_rewrite(answer, found, to, n))
+    return replace(example, turns=tuple(turns), answers=tuple(answers))
+
+
+def _texts(example: Example) -> Iterator[tuple[int, int, str, list[Reference]]]:
+    """(turn, part, text, references) of what user and assistant say."""
+    n = len(example.images)
+    for t, turn in enumerate(example.turns):
+        if turn.role == "system":
+            continue
+        for p, text in enumerate(turn.parts):
+            if not isinstance(text, str):
+                continue
+            if turn.role == "assistant":
+                yield t, p, text, _in_answer(_said(example.turns, t), text, n)
+            else:
+                following = turn.parts[p + 1] if p + 1 < len(turn.parts) else None
+                yield t, p, text, [r for r in references(text, n) if not _is_label(text, r, following)]
+
+
+def _in_answer(question: str, answer: str, n: int) -> list[Reference]:
+    whole = answer_place(question, answer, n)
+    return references(answer, n) if whole is None else [whole]
+
+
+def _said(turns: Sequence[Turn], before: int) -> str:
+    """What the user said last before a turn."""
+    return next((t.text for t in reversed(turns[: max(before, 0)]) if t.role == "user"), "")
+
+
+def _is_label(text: str, r: Reference, following: Part | None) -> bool:
+    """Whether it stands right before the image that it names."""
+    return isinstance(following, ImageSlot) and following.index + 1 == r.place and bool(_LABEL.fullmatch(text, r.stop))
+
+
+def _rewrite(text: str, found: Sequence[Reference], to: Mapping[int, int], n: int) -> str:
+    for r in reversed(found):
+        text = text[: r.start] + _say(text[r.start : r.stop], r.style, to[r.place], n) + text[r.stop :]
+    return text

@@ -1,0 +1,112 @@
+"""Which images the words of a sample name, and the same words about images that stand elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+
+from beholder.data.places import absent, answer_place, named, references, renamed
+from beholder.types import Example, ImageRef, ImageSlot, Part, Turn
+
+
+def example(question: str | tuple[Part, ...], answer: str, n: int = 3, answers: tuple[str, ...] = ()) -> Example:
+    parts = (*(p for k in range(n) for p in (ImageSlot(k), "\n")), question) if isinstance(question, str) else question
+    images = tuple(ImageRef("r", f"{k}.png") for k in range(n))
+    return Example("id", images, (Turn("user", parts), Turn("assistant", (answer,))), answers=answers)
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ("what color is the shape in image 2?", [2]),
+        ("Image #2 and Image #3", [2, 3]),
+        ("compare images 1, 2 and 3", [1, 2, 3]),
+        ("picture number 2 or photo two?", [2, 2]),
+        ("is the second image like the 3rd picture?", [2, 3]),
+        ("the first and third images", [1, 3]),
+        ("what does the last image show?", [3]),
+        ("the image 2", [2]),
+        ("image 12", [12]),
+        ("in the picture 3 dogs play", []),
+        ("how many images show a circle?", []),
+        ("figure 2.5 and picture 3D", []),
+        ("the first two images", []),
+        ("two pictures of one dog", []),
+        ("an imagery 2 of things", []),
+        ("image 20%", []),
+    ],
+)
+def test_places_that_a_text_names(text: str, places: list[int]) -> None:
+    assert [r.place for r in references(text, 3)] == places
+
+
+def test_left_and_right_are_places_of_two_images_only() -> None:
+    assert [r.place for r in references("The left image has more dogs than the right image", 2)] == [1, 2]
+    assert references("The left image", 3) == []
+    assert named(example("Is the left image red?", "yes")).vague
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "place"),
+    [
+        ("which image shows a red circle?", "2", 2),
+        ("In which of the images is there a dog?", "Image 2.", 2),
+        ("Which picture is it?", "the second one", 2),
+        ("what image number has it?", "two", 2),
+        ("how many images show a circle?", "2", None),
+        ("how many dogs are in which image?", "2", None),
+        ("what is in image 1?", "2", None),
+        ("which image shows a red circle?", "the one with 2 dogs", None),
+        ("which image shows a red circle?", "none", None),
+    ],
+)
+def test_an_answer_that_is_a_place(question: str, answer: str, place: int | None) -> None:
+    found = answer_place(question, answer, 3)
+
+    assert (None if found is None else found.place) == place
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "asked", "said"),
+    [
+        ("what is in image 1?", "a dog", "what is in image 3?", "a dog"),
+        ("which image shows a dog?", "1", "which image shows a dog?", "3"),
+        ("Is the First image like image three?", "yes", "Is the Third image like image one?", "yes"),
+        ("the 1st picture and the last picture", "1", "the 3rd picture and the first picture", "1"),
+        ("how many images show 1 dog?", "1", "how many images show 1 dog?", "1"),
+        ("besides image 2, which image shows a dog?", "Image 3.", "besides image 2, which image shows a dog?",
+         "Image 1."),
+    ],
+)  # fmt: skip
+def test_places_are_renamed_in_their_own_manner(question: str, answer: str, asked: str, said: str) -> None:
+    other = renamed(example(question, answer), {1: 3, 2: 2, 3: 1})
+
+    assert other is not None
+    assert (other.turns[0].parts[-1], other.answer_text) == (asked, said)
+    assert renamed(other, {1: 3, 2: 2, 3: 1}) is not None
+
+
+@pytest.mark.parametrize(
+    "question", ["the first two images", "what happens after image 1?", "image 4", "the middle picture", "in order"]
+)
+def test_what_cannot_be_renamed_with_certainty_is_not(question: str) -> None:
+    assert renamed(example(question, "yes"), {1: 3, 2: 2, 3: 1}) is None
+
+
+def test_the_label_of_an_image_stays_with_its_place_and_peoples_answers_follow() -> None:
+    parts = ("Image 1: ", ImageSlot(0), "\n(Image 2: <Image>", ImageSlot(1), "</Image>) which image is red, image 2?")
+    given = example(parts, "2", n=2, answers=("2", "Image 2", "two dogs"))
+
+    other = renamed(given, {1: 2, 2: 1})
+
+    assert other is not None
+    assert other.turns[0].parts[0] == "Image 1: " and other.turns[0].parts[2] == "\n(Image 2: <Image>"
+    assert other.turns[0].parts[4] == "</Image>) which image is red, image 1?"
+    assert other.answer_text == "1" and other.answers == ("1", "Image 1", "two dogs")
+    assert named(given).asked == (2,) and named(given).answered == (2,)
+
+
+def test_a_reference_to_an_image_that_is_not_there_is_found() -> None:
+    assert absent(example("what is in image 5?", "a dog")) == [5]
+    assert absent(example("which image shows it?", "7")) == [7]
+    assert absent(example("image 3 and the second image", "a dog")) == []
+    assert absent(example("what is in image 2?", "a dog", n=0)) == []
