@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from beholder.prepare.several import KINDS, NUM_IMAGES, Asked, questions, record
+from beholder.prepare.several import EVEN, KINDS, NUM_IMAGES, Asked, questions, record
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -72,3 +72,21 @@ def test_the_same_seed_asks_the_same_and_the_record_has_a_marker_an_image(asked:
     made = record(asked[0])
     assert made["messages"][0]["content"].count("<image>") == len(asked[0].images) == 2
     assert made["question_type"] == asked[0].kind
+
+
+def test_test_questions_ask_of_every_place_of_the_same_pictures_and_stay_balanced() -> None:
+    asked = list(questions(CAPTIONS, 30 * EVEN, seed=0, every_place=True))
+
+    test_every_answer_is_what_the_pictures_show(asked)
+    assert Counter((a.kind, len(a.images)) for a in asked) == dict.fromkeys(product(KINDS, NUM_IMAGES), 30 * 12)
+    groups: dict[tuple[object, ...], list[Asked]] = {}
+    for a in asked:
+        if a.kind.endswith("in image"):
+            groups.setdefault((a.images, a.question.replace(f"image {a.decides}", "image k")), []).append(a)
+    assert all([a.decides for a in own] == list(range(1, len(images) + 1)) for (images, _), own in groups.items())
+    # What a swap is worth: nearly all groups of colours have two answers that differ, most of shapes.
+    differ = [len({a.answer for a in own}) > 1 for own in groups.values()]
+    assert sum(differ) / len(differ) > 0.7
+    for n in NUM_IMAGES:
+        colors = Counter(a.answer for a in asked if a.kind == "color in image" and len(a.images) == n)
+        assert sorted(colors) == list(COLORS) and max(colors.values()) < 1.6 * 360 / 8

@@ -570,7 +570,9 @@ def _make_data(archives: Sequence[zipfile.ZipFile], out: Path, say: Say) -> None
             out / f"{split}_multi.jsonl",
             (
                 (f"{split}-m{k}", asked.images, several.record(asked))
-                for k, asked in enumerate(several.questions(captions, NUM_MULTI[split], seed=0))
+                for k, asked in enumerate(
+                    several.questions(captions, NUM_MULTI[split], seed=0, every_place=split == "test")
+                )
             ),
         )
         why = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items())) or "none"
@@ -587,7 +589,7 @@ def _write_records(path: Path, records: Iterable[tuple[str, Sequence[int], dict[
             file.write(json.dumps({"id": id, "images": names, **what, "source": "easy_vqa"}) + "\n")
 
 
-NUM_MULTI: Final = {"train": 18_000, "test": 1_200}
+NUM_MULTI: Final = {"train": 18_000, "test": 7 * several.EVEN}
 """Questions about several pictures that are made of each split's."""
 
 
@@ -608,7 +610,7 @@ def _conversation(pairs: list[tuple[str, str]], rng: random.Random) -> dict[str,
 PARTS: Final = (
     _Part("llm", (LLM,), 2, _make_llm, "SmolLM2-135M-Instruct"),
     _Part("vision", (VISION,), 1, _make_vision, "EfficientNet-Lite0 (ImageNet)"),
-    _Part("data", (DATA,), 4, _make_data, "easy-VQA captions, questions and images"),
+    _Part("data", (DATA,), 5, _make_data, "easy-VQA captions, questions and images"),
 )
 """The quickstart's, in the order they are prepared."""
 

@@ -7,6 +7,7 @@ the first is right no more often than chance.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any, Literal
 Kind = Literal["which image", "color in image", "shape in image", "how many", "same color"]
 KINDS: tuple[Kind, ...] = ("which image", "color in image", "shape in image", "how many", "same color")
 NUM_IMAGES = (2, 3, 4)
+EVEN = len(KINDS) * len(NUM_IMAGES) * math.lcm(*NUM_IMAGES)
+"""As many questions ask every kind for every number of images equally often, and of every place."""
 
 _IN_IMAGE = {
     "color in image": ("what color is the shape in image {k}?", "what is the color of the shape in image {k}?"),
@@ -47,17 +50,26 @@ class Asked:
     """Place, from 1, of the picture in which the answer lies; None: it lies in several."""
 
 
-def questions(captions: Mapping[int, str], count: int, seed: int) -> Iterator[Asked]:
+def questions(captions: Mapping[int, str], count: int, seed: int, *, every_place: bool = False) -> Iterator[Asked]:
     """``count`` questions, kinds and numbers of pictures in turn. ``captions``: picture -> ``A blue rectangle.``
 
-    The same for the same arguments. A picture may be in several questions, never twice in one.
+    The same for the same arguments. A picture may be in several questions, never twice in one. ``every_place``: what is
+    asked of one place is asked of every place of the same pictures, so that what is right once two of them have changed
+    places is the answer to another of the questions; ``count`` a multiple of `EVEN` leaves no place out.
     """
     shown = [Shown(n, *text.removeprefix("A ").removesuffix(".").split()) for n, text in sorted(captions.items())]
     rng = random.Random(seed)
     make = _Maker(shown, rng)
+    waiting: dict[tuple[Kind, int], list[Asked]] = {}
     for number in range(count):
-        kind = KINDS[number % len(KINDS)]
-        yield make.ask(kind, NUM_IMAGES[number // len(KINDS) % len(NUM_IMAGES)])
+        kind, n = KINDS[number % len(KINDS)], NUM_IMAGES[number // len(KINDS) % len(NUM_IMAGES)]
+        if not (every_place and kind in _IN_IMAGE):
+            yield make.ask(kind, n)
+            continue
+        left = waiting.setdefault((kind, n), [])
+        if not left:
+            left += make.every_place(kind, n)
+        yield left.pop(0)
 
 
 def record(asked: Asked) -> dict[str, Any]:
@@ -76,6 +88,7 @@ class _Maker:
         self.rng = rng
         self.colors = sorted({s.color for s in shown})
         self.shapes = sorted({s.shape for s in shown})
+        self.by_image = {s.image: s for s in shown}
         self.by_looks: dict[tuple[str, str], list[Shown]] = {}
         for s in shown:
             self.by_looks.setdefault((s.color, s.shape), []).append(s)
@@ -108,6 +121,15 @@ class _Maker:
         answer = rng.choice(self.colors if which == "color" else self.shapes)
         places = self._fill(n, {k: {which: answer}}, lambda s: True)
         return Asked(kind, places, rng.choice(_IN_IMAGE[kind]).format(k=k + 1), answer, k + 1)
+
+    def every_place(self, kind: Kind, n: int) -> list[Asked]:
+        """One question of that kind about each place of the same pictures, in the same words."""
+        places, words = self._fill(n, {}, lambda s: True), self.rng.choice(_IN_IMAGE[kind])
+        what = kind.partition(" ")[0]
+        return [
+            Asked(kind, places, words.format(k=k), getattr(self.by_image[image], what), k)
+            for k, image in enumerate(places, 1)
+        ]
 
     def _how_many(self, n: int) -> Asked:
         rng, count = self.rng, self.rng.randint(0, n)
