@@ -14,7 +14,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -327,7 +327,7 @@ def score_rotations(
     drawn = {n: _range(_resampled_means(own, rng)) for n, own in enough.items()}
     chance = {n: _range(_permuted_means(own, rng)) for n, own in enough.items()}
 
-    def spread(value: float, draws: np.ndarray, alone: np.ndarray, n: int, **more: str) -> Measurement:
+    def spread(value: float, draws: np.ndarray, alone: np.ndarray, n: int, **more: Any) -> Measurement:
         low, high = np.quantile(draws, [0.025, 0.975])
         caveat = f"best place minus worst; places that are all alike would differ by {100 * alone.mean():.1f} points"
         return measurement("slots.spread", value, (float(low), float(high)), n=n, caveat=caveat, **more)
@@ -451,7 +451,7 @@ def score_swaps(
     """
     out: list[Measurement] = []
 
-    def add(name: str, hits: Sequence[bool], caveat: str, **more: str) -> None:
+    def add(name: str, hits: Sequence[bool], caveat: str, **more: Any) -> None:
         if hits:
             few = f"only {len(hits)} swaps" if len(hits) < MIN_SAMPLES else None
             value, ci = mean_share(np.array(hits, dtype=np.float64), seed)

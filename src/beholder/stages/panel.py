@@ -266,9 +266,9 @@ def move(session: Session, m: Measured, costs: Mapping[int, Sequence[float]]) ->
         i: positions.find_swap(held.examples[i], siblings, held.content_key)
         for i in held.by_images(movable, CONSIDERED * size)
     }
-    telling = held.by_images([i for i, s in swaps.items() if s.follows], size)
-    rest = held.by_images([i for i in swaps if i not in set(telling)], max(size - len(telling), size // 2))
-    chosen = [s for i in sorted({*telling, *rest}) if fits((s := swaps[i]).renamed) and fits(s.kept or s.words_kept)]
+    telling = held.by_images([i for i, s in swaps.items() if s.follows], (size + 1) // 2)
+    rest = held.by_images([i for i in swaps if i not in set(telling)], size - len(telling))
+    chosen = [s for i in sorted((*telling, *rest)) if fits((s := swaps[i]).renamed) and fits(s.kept or s.words_kept)]
     known = [s for s in chosen if s.kept is not None and s.follows]
     renamed = session.together.losses([s.renamed for s in chosen])
     kept = session.together.losses([s.kept for s in known if s.kept is not None])
