@@ -6,7 +6,6 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from PIL import Image
 
 from beholder.config import STAGES, RunConfig
 from beholder.config.file import parse_config
+from beholder.data.collate import collate
 from beholder.evidence import GateResult
 from beholder.evidence.gates import judge
 from beholder.model.fusion import scatter_images
@@ -90,22 +90,28 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     with joined("cpu") as dist, torch.random.fork_rng(), open_session(cfg, RunDir(cfg.run_dir), dist) as session:
         torch.manual_seed(0)
         session.fill_features(0, len(session.data.train))
-        model, train = session.model, session.data.train
-        builder = session.data.builder(session.store, train=True, cfg=cfg)
-        learned = [p.requires_grad_(True) for p in (*model.connector.parameters(), *model.language.parameters())]
-        optimizer = torch.optim.AdamW(learned, lr=3e-3, betas=(0.9, 0.98))
-        rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS, pct_start=0.1)
-        model.train()
-        for a, b in pairwise(range(0, 48 * (STEPS + 1), 48)):
-            batch = builder.batch([train.example_at(p) for p in range(a, b)], replace(session.data.layout, packing=False))
-            loss = model(batch).nll.sum() / batch.num_targets
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(learned, 1.0)
-            optimizer.step()
-            rate.step()
-        model.train(False)
+        teach(session, STEPS)
         yield session
+
+
+def teach(session: Session, steps: int) -> None:
+    model, train = session.model, session.data.train
+    builder = session.data.builder(session.store, train=True, cfg=session.cfg)
+    samples = [builder.build(train.example_at(p)) for p in range(len(train))]
+    layout = replace(session.data.layout, packing=False)
+    learned = [p.requires_grad_(True) for p in (*model.connector.parameters(), *model.language.parameters())]
+    optimizer = torch.optim.AdamW(learned, lr=3e-3, betas=(0.9, 0.98))
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    model.train()
+    for step in range(steps):
+        batch = collate([samples[(48 * step + k) % len(samples)] for k in range(48)], layout)
+        loss = model(batch).nll.sum() / batch.num_targets
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        rate.step()
+    model.train(False)
 
 
 def measured(session: Session) -> tuple[Measured, dict[str, GateResult]]:
@@ -154,8 +160,10 @@ def test_an_honest_model_passes_and_each_planted_liar_fails_its_gate(
     assert value["slots.delta.shuffled", "image 1 of 3"] == pytest.approx(0, abs=1e-5)
     assert value["slots.delta.shuffled", "image 3 of 3"] > 0.1 and value["slots.last_bias", None] > 0.3
 
+    # A bag of images has to learn to be one: then it needs every image, in every place alike.
     monkeypatch.setattr(VisionLanguageModel, "embed", planted(lambda own: own.mean(0, keepdim=True).expand_as(own)))
+    teach(honest, 100)
     m, gates = measured(honest)
-    assert not gates["follows_the_swap"].passed and gates["every_slot_counts"].passed
+    assert [name for name, g in gates.items() if not g.passed] == ["follows_the_swap"]
     follows = next(x for x in m.measurements if x.name == "slots.follows")
     assert follows.value < 0.5

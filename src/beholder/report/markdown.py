@@ -196,6 +196,7 @@ def _record(e: Evidence) -> list[str]:
     d = e.data
     counted = f"{count(d.records)} records, {count(d.train)} for training, {count(d.eval)} held out."
     lines += ["## Data", "", f"{counted} {escaped(d.eval_origin)}", ""]
+    lines += [f"⚠️ {escaped(text)}", ""] if (text := content.data_warning(e)) else []
     lines += table(["rejected because", "records"], [[k, count(v)] for k, v in d.rejects.items()])
     lines += table(["source", "samples"], [[k, count(v)] for k, v in d.sources.items()])
     lines += ["## Provenance", "", *table(["", ""], [list(row) for row in flatten(e.provenance)])]
