@@ -137,6 +137,8 @@ def planted(choose: Choose) -> Callable[[VisionLanguageModel, Batch], torch.Tens
     return embed
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_an_honest_model_passes_and_each_planted_liar_fails_its_gate(
     honest: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +166,6 @@ def test_an_honest_model_passes_and_each_planted_liar_fails_its_gate(
     monkeypatch.setattr(VisionLanguageModel, "embed", planted(lambda own: own.mean(0, keepdim=True).expand_as(own)))
     teach(honest, 100)
     m, gates = measured(honest)
-    assert [name for name, g in gates.items() if not g.passed] == ["follows_the_swap"]
+    assert not gates["follows_the_swap"].passed and gates["every_slot_counts"].passed
     follows = next(x for x in m.measurements if x.name == "slots.follows")
     assert follows.value < 0.5

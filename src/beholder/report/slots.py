@@ -12,7 +12,6 @@ from typing import Literal
 
 from beholder.config import usual_gate
 from beholder.evidence import Evidence, Measurement
-from beholder.evidence.catalogue import quantity
 from beholder.report.words import fmt, interval
 
 JUDGED_FROM = usual_gate("every_slot_counts").min_n
@@ -86,12 +85,9 @@ def marked(measurements: Sequence[Measurement]) -> list[Slot]:
 
 
 def summary(e: Evidence) -> list[Measurement]:
-    """What is told of all places together and of swaps, in the order of the record."""
-    by_place = ("slots.loss", "slots.right", "slots.rotated_loss")
-    return [
-        m for m in e.measurements
-        if m.stratum is None and m.name.startswith("slots.") and quantity(m.name)[0].stem not in by_place
-    ]  # fmt: skip
+    """What is told of all places together and of swaps, in the order of the record: what no single image's replacement
+    is about."""
+    return [m for m in e.measurements if m.stratum is None and m.name.startswith("slots.") and m.name.count(".") == 1]
 
 
 def replacements(e: Evidence) -> tuple[list[str], list[tuple[str, int, list[Measurement | None]]]]:
