@@ -90,6 +90,8 @@ class HeldOut:
 
     def by_images(self, among: Sequence[int], size: int) -> list[int]:
         """At most ``size`` of these, balanced over the number of images, ascending."""
+        if not among:
+            return []
         numbers = [str(len(self.examples[i].images)) for i in among]
         names = sorted(set(numbers), key=int)
         return balanced_sample(np.array(among, dtype=np.int64), numbers, names, size, self.seed, "images").tolist()
