@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +16,23 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from rich.console import Console
+from tests.evidence.test_catalogue import strangers
+from typer.testing import CliRunner
 
+from beholder.cli import app as cli
 from beholder.config import STAGES, RunConfig
 from beholder.config.file import parse_config
 from beholder.data.collate import collate
-from beholder.evidence import GateResult
+from beholder.evidence import GateResult, load_evidence
 from beholder.evidence.gates import judge
 from beholder.model.fusion import scatter_images
 from beholder.model.vlm import VisionLanguageModel
 from beholder.prepare.tiny import tiny_llm, tiny_vision
 from beholder.runs import RunDir
-from beholder.stages import panel
+from beholder.stages import panel, run_stage
 from beholder.stages.measured import Measured
+from beholder.stages.remeasure import ablate_slots
 from beholder.stages.session import Session, open_session
 from beholder.train.distributed import joined
 from beholder.types import Batch
@@ -61,7 +70,7 @@ def write_records(folder: Path, split: str, groups: int, seed: int) -> Path:
     return path
 
 
-def make_config(folder: Path) -> RunConfig:
+def make_config(folder: Path, train: int = 800, test: int = 60) -> RunConfig:
     base = {
         "run_name": "slots", "output_dir": str(folder / "run"), "device": "cpu", "stage": "multi",
         "model": {
@@ -72,7 +81,7 @@ def make_config(folder: Path) -> RunConfig:
         },
         "data": {
             name: [{"json_path": str(write_records(folder, split, groups, seed)), "image_root": str(folder)}]
-            for name, split, groups, seed in (("sources", "train", 800, 1), ("eval_sources", "test", 60, 2))
+            for name, split, groups, seed in (("sources", "train", train, 1), ("eval_sources", "test", test, 2))
         },
         "prompting": {"max_seq_len": 160},
         "features": {"dir": str(folder / "features")},
@@ -169,3 +178,69 @@ def test_an_honest_model_passes_and_each_planted_liar_fails_its_gate(
     assert not gates["follows_the_swap"].passed and gates["every_slot_counts"].passed
     follows = next(x for x in m.measurements if x.name == "slots.follows")
     assert follows.value < 0.5
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of four steps on random parts."""
+    cfg = make_config(tmp_path_factory.mktemp("untrained"), train=8, test=24)
+    run_stage(cfg)
+    return Path(cfg.run_dir)
+
+
+def test_a_run_of_several_images_has_the_evidence_by_place_and_ablate_tells_the_same(untrained: Path) -> None:
+    evidence = load_evidence(untrained)
+    found = [m for m in evidence.measurements if m.name.startswith("slots.")]
+
+    assert strangers(found) == []
+    assert {g.name for g in evidence.gates} >= GATES.keys() and "every_slot_counts" in {
+        g.name for g in evidence.failed_gates
+    }
+    assert {m.stratum for m in found if m.by == "slot"} == {
+        f"image {k} of {n}" for n in (2, 3) for k in range(1, n + 1)
+    }
+    answer = ablate_slots(str(untrained))
+    # stored features and batches are the same ones
+    assert [m.model_dump() for m in answer.measurements] == [m.model_dump() for m in found]
+    out = io.StringIO()
+    answer.print(Console(file=out, width=250))
+    assert "slot: image 2 of 3" in out.getvalue() and "gate every_slot_counts FAILED" in out.getvalue()
+
+
+def test_what_is_too_little_to_judge_is_said(untrained: Path) -> None:
+    few = ablate_slots(str(untrained), num_samples=8, overrides=["eval.moved_samples=6"])
+    none = ablate_slots(str(untrained), overrides=["eval.moved_samples=0", "eval.slot_samples=0"])
+
+    told = " ".join(few.findings)
+    assert "Places with too few samples to judge: image 1 of 2 (4)" in told
+    assert "slots.follows: not judged, of " in told and "slots.spread: not judged, of 6" in told
+    assert "no group has 20 samples" in told  # the gate on every place does not pass for want of samples
+    assert not none.measurements
+    told = " ".join(none.findings)
+    assert "(eval.slot_samples is 0)" in told and "(eval.moved_samples is 0)" in told
+
+
+def test_slots_and_words_are_two_questions(untrained: Path) -> None:
+    done = CliRunner().invoke(cli, ["ablate", str(untrained), "--slots", "--words"])
+
+    assert done.exit_code != 0 and "remove --words" in str(done.exception) + done.output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_measure_places_as_one_does(untrained: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "beholder",
+         "ablate", str(untrained), "--slots", "--json"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=800, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    shared = json.loads(done.stdout[done.stdout.index("{\n") if "{\n" in done.stdout else done.stdout.index("{") :])
+    alone = [m for m in load_evidence(untrained).measurements if m.name.startswith("slots.")]
+    assert [(m["name"], m["stratum"], m["n"]) for m in shared["measurements"]] == [
+        (m.name, m.stratum, m.n) for m in alone
+    ]
+    for m, own in zip(shared["measurements"], alone, strict=True):
+        assert m["value"] == pytest.approx(own.value, rel=1e-4, abs=1e-4)
