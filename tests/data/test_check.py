@@ -160,3 +160,24 @@ def test_a_question_file_is_checked_with_its_annotations(tmp_path: Path) -> None
     assert (report.records, report.accepted, report.images, report.duplicate_images) == (12, 12, 12, 0)
     with pytest.raises(UserError, match="--annotations"):
         check_data([guess_source(source.json_path)])
+
+
+def test_records_that_name_an_image_they_do_not_have_are_counted_and_kept(tmp_path: Path) -> None:
+    for k in range(3):
+        Image.new("RGB", (8, 8), (k, 0, 0)).save(tmp_path / f"{k}.png")
+    asked = ["what is in image 5?", "what is in image 3?", "which is larger, the fourth image or image 1?"]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(
+        json.dumps({"id": str(k), "images": ["0.png", "1.png", "2.png"], "messages": [
+            {"role": "user", "content": f"<image><image><image>{question}"}, {"role": "assistant", "content": "a dog"},
+        ]}) + "\n"
+        for k, question in enumerate(asked)
+    ))  # fmt: skip
+
+    for _ in range(2):  # the second time from the index
+        report = check_data(
+            [SourceConfig(json_path=str(path), image_root=str(tmp_path))], stage=STAGES["multi"], verify_images="none"
+        )
+        assert (report.accepted, report.absent_images) == (3, 2)
+    assert "warning: 2 records name an image that they do not have" in printed(report)
+    assert report.to_json()["absent_images"] == 2

@@ -105,8 +105,18 @@ def test_the_label_of_an_image_stays_with_its_place_and_peoples_answers_follow()
     assert named(given).asked == (2,) and named(given).answered == (2,)
 
 
-def test_a_reference_to_an_image_that_is_not_there_is_found() -> None:
-    assert absent(example("what is in image 5?", "a dog")) == [5]
-    assert absent(example("which image shows it?", "7")) == [7]
-    assert absent(example("image 3 and the second image", "a dog")) == []
-    assert absent(example("what is in image 2?", "a dog", n=0)) == []
+@pytest.mark.parametrize(
+    ("question", "answer", "n", "places"),
+    [
+        ("what is in image 5?", "a dog", 3, [5]),
+        ("which image shows it?", "7", 3, [7]),
+        ("image 3 and the second image", "a dog", 3, []),
+        ("what is in image 2?", "a dog", 1, [2]),
+        ("what is in image 2?", "a dog", 0, []),
+        ("image 0 and the fourth image", "the third one", 3, [0, 4]),
+    ],
+)
+def test_a_reference_to_an_image_that_is_not_there_is_found(
+    question: str, answer: str, n: int, places: list[int]
+) -> None:
+    assert absent(example(question, answer, n=n).turns, n) == places

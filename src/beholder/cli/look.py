@@ -40,15 +40,23 @@ def ablate(
         typer.Option(help="A wrong image: shuffled, zero or noise. Repeatable; default the run's own."),
     ] = None,
     words: Annotated[bool, typer.Option("--words", help="Also say which words lose most without the image.")] = False,
+    slots: Annotated[
+        bool, typer.Option("--slots", help="Of samples of several images: does every place count, do answers follow?")
+    ] = False,
     json: Json = False,
     sets: Sets = None,
 ) -> None:
     """Loss with its own, another's, an empty and a noise image: does the run look? Its evidence stays as it is.
 
-    Python: beholder.stages.remeasure.ablate_run.
+    Python: beholder.stages.remeasure.ablate_run, ablate_slots.
     """
-    from beholder.stages.remeasure import ablate_run
+    from beholder.stages.remeasure import ablate_run, ablate_slots
 
+    if slots:
+        if words or condition:
+            raise UserError("--slots replaces one image at a time, in its own ways; remove --words and --condition")
+        tell(ablate_slots(run_folder, num_samples=num_samples, overrides=sets or []), json)
+        return
     tell(ablate_run(run_folder, num_samples=num_samples, conditions=condition, words=words, overrides=sets or []), json)
 
 

@@ -126,6 +126,11 @@ _NEVER_WRITTEN = Inert(
 _NO_CAPTIONS = Inert(lambda _, own: own.caption_samples == 0, "eval.caption_samples is 0", ".caption_samples")
 
 
+_ONE_IMAGE = Inert(
+    lambda cfg, _: "slots" not in cfg.stage_record.measures, "places are measured in a stage of several images", "stage"
+)
+
+
 class EvalConfig(Section):
     all_decide = decides("measuring")
 
@@ -184,6 +189,13 @@ class EvalConfig(Section):
     audit_turns: Annotated[Natural, Tiny(at_most=8)] = 128
     """Held-out answers that the language model is scored on without any image, and the trained model with an empty one
     (leakage audit); 0: none."""
+
+    slot_samples: Annotated[Natural, Tiny(at_most=6), _ONE_IMAGE] = 200
+    """Held-out samples of several images in which each image alone is replaced, as many of every number of images;
+    0: none."""
+    moved_samples: Annotated[Natural, Tiny(at_most=6), _ONE_IMAGE] = 400
+    """Held-out samples of several images and a short answer whose images are moved through every place, and as many
+    two of which change places; 0: none."""
 
 
 class AblationConfig(Section):

@@ -113,6 +113,20 @@ INSTRUCT_GATES: dict[str, GateConfig] = {name: gate for name, gate in GATES.item
 answers: ``answers_look_closely`` instead of ``describes``."""
 
 
+SLOT_GATES: dict[str, GateConfig] = {
+    "every_slot_counts": _gate(
+        "slots.delta.shuffled", "in every place another sample's image makes it worse", above=0, end="low", strata=True
+    ),
+    "slot_spread": _gate(
+        "slots.spread", "it is as often right wherever the image stands that decides", at_most=0.1
+    ),
+    "follows_the_swap": _gate(
+        "slots.follows", "when two images change places and the words do not, the answer follows", at_least=0.9
+    ),
+}  # fmt: skip
+"""What every stage of several images must show as well (S3-3)."""
+
+
 @dataclass(frozen=True, slots=True)
 class BestRule:
     """Which checkpoints may be a run's best (S2-7); of those the one with the lowest held-out loss is."""
@@ -231,6 +245,8 @@ MULTI = replace(
     max_images=6,
     most_images=None,
     image_label="Image {k}: ",
+    measures=(*INSTRUCT.measures, "slots"),
+    gates=INSTRUCT_GATES | SLOT_GATES,
 )
 """Connector and adapters learn from conversations about several images (S3)."""
 

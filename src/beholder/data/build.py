@@ -47,6 +47,8 @@ class DataCounts:
     rejects: dict[str, int]
     """By reason."""
     inserted_markers: int
+    absent_images: int
+    """Records, held-out ones included, whose words name an image that they do not have."""
     duplicates: dict[str, int]
     target_tokens: dict[str, float]
     """mean, min and max of the training targets."""
@@ -329,6 +331,7 @@ def build_data(
         sources=dict(Counter(records.source_of(int(i)) for i in train_indices)),
         rejects=dict(Counter(r.reason for r in rejects)),
         inserted_markers=records.inserted_markers + (held.inserted_markers if d.eval_sources else 0),
+        absent_images=records.absent_images + (held.absent_images if d.eval_sources else 0),
         duplicates=dict(hygiene.duplicates),
         target_tokens={"mean": float(tokens.mean()), "min": int(tokens.min()), "max": int(tokens.max())},
     )

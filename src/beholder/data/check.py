@@ -57,6 +57,8 @@ class CheckReport:
     """min, median and max of width and height, megapixels, and counts per format; None: images were not read"""
     inserted_markers: int = 0
     """Records with images and no place for them, which get them in front of their first user turn"""
+    absent_images: int = 0
+    """Records whose words name an image that they do not have, such as "image 5" of three"""
     layouts: dict[str, int] = field(default_factory=dict)
     """What the files were read as, container and shape, and how many good records of each"""
     fruitless: list[str] = field(default_factory=list)
@@ -97,6 +99,9 @@ class CheckReport:
                       f"repeated ids: {self.duplicate_ids:,}")  # fmt: skip
         if self.inserted_markers:
             console.print(f"records without a marker, which get their images at their start: {self.inserted_markers:,}")
+        if self.absent_images:
+            console.print(f"[bold]warning[/]: {self.absent_images:,} records name an image that they do not have, "
+                          "such as “image 5” of three")  # fmt: skip
         if self.image_sizes is not None:
             console.print(f"images that are copies of another: {self.duplicate_images:,}")
             for name, value in self.image_sizes.items():
@@ -177,6 +182,7 @@ def check_data(
         duplicate_images=None if facts is None else len(facts) - len({f.sha256 for f in facts}),
         image_sizes=None if facts is None else _image_sizes(facts),
         inserted_markers=records.inserted_markers,
+        absent_images=records.absent_images,
         layouts=records.layouts,
         fruitless=_fruitless(records, vetted),
         chat=stage.dialogues,

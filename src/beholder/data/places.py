@@ -33,7 +33,7 @@ _NUMBERED = re.compile(
 # "the second image", "first and third pictures", "last image". Not "the first two images".
 _ORDERED = re.compile(
     rf"\b(?P<list>(?:{_ORDINAL}|last|left|right)(?:{_AND}(?:the\s+)?(?:{_ORDINAL}|last|left|right))*)"
-    rf"(?:-?hand)?\s+(?:{_NOUN}s?|one)\b",
+    rf"(?:-?hand)?\s+{_NOUN}s?\b",
     re.IGNORECASE,
 )
 _ITEM = re.compile(rf"{_NTH}|\d{{1,3}}|\b(?:{'|'.join((*_WORDS, *_ORDINALS))}|last|left|right)\b", re.IGNORECASE)
@@ -162,17 +162,20 @@ def named(example: Example) -> Named:
     asked: list[int] = []
     answered: list[int] = []
     vague = False
-    for turn, _, text, found in _texts(example):
+    for turn, _, text, found in _texts(example.turns, len(example.images)):
         is_answer = turn == len(example.turns) - 1 and example.turns[turn].role == "assistant"
         (answered if is_answer else asked).extend(r.place for r in found)
         vague |= _is_vague(text, found)
     return Named(tuple(dict.fromkeys(asked)), tuple(dict.fromkeys(answered)), vague)
 
 
-def absent(example: Example) -> list[int]:
+def absent(turns: Sequence[Turn], num_images: int) -> list[int]:
     """Places that the words name where the sample has no image: the 5 of "image 5" of three."""
-    n = len(example.images)
-    return sorted({r.place for _, _, _, found in _texts(example) for r in found if not 1 <= r.place <= n}) if n else []
+    if not num_images:
+        return []
+    return sorted(
+        {r.place for _, _, _, found in _texts(turns, num_images) for r in found} - {*range(1, num_images + 1)}
+    )
 
 
 def renamed(example: Example, to: Mapping[int, int]) -> Example | None:
@@ -183,7 +186,7 @@ def renamed(example: Example, to: Mapping[int, int]) -> Example | None:
     """
     n = len(example.images)
     turns = list(example.turns)
-    for turn, part, text, found in _texts(example):
+    for turn, part, text, found in _texts(example.turns, len(example.images)):
         if _is_vague(text, found) or any(r.place not in to for r in found):
             return None
         parts = list(turns[turn].parts)
@@ -199,17 +202,16 @@ def renamed(example: Example, to: Mapping[int, int]) -> Example | None:
     return replace(example, turns=tuple(turns), answers=tuple(answers))
 
 
-def _texts(example: Example) -> Iterator[tuple[int, int, str, list[Reference]]]:
-    """(turn, part, text, references) of what user and assistant say."""
-    n = len(example.images)
-    for t, turn in enumerate(example.turns):
+def _texts(turns: Sequence[Turn], n: int) -> Iterator[tuple[int, int, str, list[Reference]]]:
+    """(turn, part, text, references) of what user and assistant say about n images."""
+    for t, turn in enumerate(turns):
         if turn.role == "system":
             continue
         for p, text in enumerate(turn.parts):
             if not isinstance(text, str):
                 continue
             if turn.role == "assistant":
-                yield t, p, text, _in_answer(_said(example.turns, t), text, n)
+                yield t, p, text, _in_answer(_said(turns, t), text, n)
             else:
                 following = turn.parts[p + 1] if p + 1 < len(turn.parts) else None
                 yield t, p, text, [r for r in references(text, n) if not _is_label(text, r, following)]

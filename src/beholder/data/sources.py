@@ -28,10 +28,11 @@ from beholder.data import index, questions
 from beholder.data.containers import CONTAINERS, expand, is_url, local_file, recognise
 from beholder.data.formats import DATASETS, FIELDS, SHAPES, BadRecord, Cell, Image, Inline, Parsed, Rules
 from beholder.data.index import RecordError
+from beholder.data.places import absent
 from beholder.runs import sha256_file
 from beholder.types import DatasetKind, Example, ImageRef, ShapeName, UserError
 
-_INDEX_VERSION = 5
+_INDEX_VERSION = 6
 """Raised when a cached index means something else."""
 _MOST_COPIED = 256 << 20
 """Bytes of records' JSON from which on it is compared with the file's."""
@@ -86,6 +87,8 @@ class _File:
     num_images: int
     inserted_markers: int
     """Records whose images got the place that they lacked"""
+    absent_images: int
+    """Records whose words name an image that they do not have"""
     shapes: dict[ShapeName, int]
     """Records of each shape"""
     stat: tuple[int, int]
@@ -245,7 +248,7 @@ def _index_file(path: str, local: str, source: SourceConfig, rules: Rules) -> _F
         source_names=[source.name or name or stem for name in meta["source_names"]],
         rejects=[Reject(id or f"{stem}:{row}", row, path, why, detail) for id, row, why, detail in meta["rejects"]],
         digest=meta["digest"], num_images=meta["num_images"], inserted_markers=meta["inserted_markers"],
-        shapes=meta["shapes"], stat=(info.st_size, info.st_mtime_ns),
+        absent_images=meta["absent_images"], shapes=meta["shapes"], stat=(info.st_size, info.st_mtime_ns),
     )  # fmt: skip
 
 
@@ -258,7 +261,7 @@ def _scan(
     names: dict[str, int] = {}
     rejects: list[tuple[str, int, str, str]] = []
     shapes: Counter[ShapeName] = Counter()
-    row, num_images, inserted_markers = -1, 0, 0
+    row, num_images, inserted_markers, absent_images = -1, 0, 0, 0
     there: dict[str, None] = {}
     size = os.path.getsize(local)
     for row, (start, raw, where) in enumerate(form.find(local, rules)):
@@ -284,6 +287,7 @@ def _scan(
             source_ids.append(names.setdefault(parsed.source, len(names)))
             num_images += len(parsed.images)
             inserted_markers += parsed.inserted
+            absent_images += bool(absent(parsed.turns, len(parsed.images)))
             shapes[parsed.shape] += 1
     if row < 0:
         raise RecordError(f"{path}: holds no records")
@@ -294,7 +298,7 @@ def _scan(
         "items": np.array(items, np.int32), "source_ids": np.array(source_ids, np.int32),
     }, {
         "source_names": list(names), "rejects": rejects, "num_images": num_images,
-        "inserted_markers": inserted_markers, "shapes": dict(shapes),
+        "inserted_markers": inserted_markers, "absent_images": absent_images, "shapes": dict(shapes),
     }  # fmt: skip
 
 
@@ -411,6 +415,8 @@ class Records:
         """Image references of all records, repeated ones counted again."""
         self.inserted_markers = sum(f.inserted_markers for f in files)
         """Records with images and no place for them, which got them in front of their first user turn."""
+        self.absent_images = sum(f.absent_images for f in files)
+        """Records whose words name an image that is not there: "image 5" of three."""
         self.layouts: dict[str, int] = {}
         """What was read, ``JSON lines of caption``, and how many records of it."""
         self.num_of: dict[str, tuple[int, int]] = {}

@@ -24,7 +24,7 @@ ALL_CONDITIONS: tuple[Condition, ...] = get_args(Condition)
 
 _IMAGES: dict[str, str] = {
     "correct": "its own image", "shuffled": "another image", "zero": "no image", "noise": "noise",
-    "none": "no image at all",
+    "none": "no image at all", "neighbour": "a copy of its neighbour", "text": "as much text",
 }  # fmt: skip
 IMAGE_NAMES: Mapping[Written, Mapping[str, str]] = {
     "caption": _IMAGES,
@@ -36,11 +36,23 @@ IMAGE_NAMES: Mapping[Written, Mapping[str, str]] = {
 GROUPINGS = {
     "length": "target length", "turn": "turn", "question": "question", "answer": "kind of answer",
     "kind": "kind of made-up question", "images": "number of images",
+    "slot": "place",
 }  # fmt: skip
 """What the groupings of samples (``by``) are called."""
 
 Section = Literal[
-    "held-out", "compared", "bands", "losses", "ablation", "written", "answers", "yes/no", "kept", "symptoms", ""
+    "held-out",
+    "compared",
+    "bands",
+    "losses",
+    "ablation",
+    "slots",
+    "written",
+    "answers",
+    "yes/no",
+    "kept",
+    "symptoms",
+    "",
 ]
 """A table of the report. The one of every measurement has no name."""
 
@@ -129,6 +141,21 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("ablation.delta.<any>", "loss difference, <image>", _NATS, "higher", "ablation", flat="delta_<image>",
        said=CONDITIONS[1:]),
     _Q("ablation.ratio.<any>", "loss ratio, <image>", "ratio", "higher", "ablation", said=("shuffled",)),
+    # Samples of several images: one image replaced, all of them moved on, two swapped (`probes.positions`).
+    _Q("slots.loss.<image>", "loss, one image replaced by <image>", _NATS, "lower", "slots"),
+    _Q("slots.delta.<any>", "loss difference, one image replaced by <image>", _NATS, "higher", "slots",
+       said=("shuffled",)),
+    _Q("slots.right.<image>", "answers exactly right, one image replaced by <image>", _SHARE, "higher", "slots"),
+    _Q("slots.gain.<any>", "answers exactly right, gain over one image replaced by <image>", _SHARE, "higher", "slots",
+       read_in="points"),
+    _Q("slots.accuracy", "answers exactly right, the deciding image in every place", _SHARE, "higher", "slots",
+       said=ALONE),
+    _Q("slots.rotated_loss", "loss, by place of the deciding image", _NATS, "lower", "slots"),
+    _Q("slots.spread", "best place over worst place", _SHARE, "lower", "slots", read_in="points", said=ALONE),
+    _Q("slots.last_bias", "deciding image last, over its other places", _SHARE, "none", "slots", read_in="points"),
+    _Q("slots.swap_renamed", "two images swapped and renamed: answers right", _SHARE, "higher", "slots"),
+    _Q("slots.follows", "two images swapped: answers follow", _SHARE, "higher", "slots", said=ALONE),
+    _Q("slots.consistent", "two images swapped: as by the renamed words", _SHARE, "none", "slots"),
     # What it writes, be it captions or answers.
     _Q("caption.exact_match.<image>", "exact match", _SHARE, "higher", "written",
        said=("correct", "shuffled", "zero", "chance"), headline=_H(caption=1)),

@@ -132,6 +132,8 @@ class DataFacts(Record):
     """Rejected records by reason."""
     duplicates: dict[str, int] = {}
     """Repeated captions that were found, whether or not they were rejected."""
+    absent_images: Annotated[int, Field(ge=0)] = 0
+    """Records whose words name an image that they do not have, such as "image 5" of three."""
     train_buckets: dict[str, int] = {}
     eval_buckets: dict[str, int] = {}
     """Samples by target-length bucket."""

@@ -354,6 +354,14 @@ def _state(p: Prediction | None) -> State:
     return "unknown" if p is None or p.exact is None else "right" if p.exact else "wrong"
 
 
+def data_warning(e: Evidence) -> str:
+    """What is odd about the records without making them rejects; empty when nothing is."""
+    if not (n := e.data.absent_images):
+        return ""
+    what = "record names an image that it does" if n == 1 else "records name an image that they do"
+    return f"{count(n)} {what} not have (“image 5” of three)."
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # What instruction tuning adds
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from beholder.evidence import Evidence, Measurement
 from beholder.evidence.catalogue import grouping_name, shown
-from beholder.report import answers, content
+from beholder.report import answers, content, slots
 from beholder.report.verdicts import Verdict, gate_rows, verdicts
-from beholder.report.words import condition_names, count, flatten, fmt, fmt_ci, metric_name, signed, with_ci
+from beholder.report.words import condition_names, count, flatten, fmt, fmt_ci, interval, metric_name, signed, with_ci
 from beholder.types import printable
 
 MARKS = {"good": "✅", "weak": "⚠️", "bad": "❌", "unknown": "❔", "plain": "▫️"}
@@ -74,7 +74,7 @@ def _learn(e: Evidence, v: Verdict) -> list[str]:
 
 def _look(e: Evidence, v: Verdict) -> list[str]:
     ablation = [[metric_name(e, m.name), fmt(m), fmt_ci(m), count(m.n)] for m in shown(e, "losses", "ablation")]
-    lines = [*_heading(v), *table(["image ablation", "value", "95 %", "n"], ablation), *_answers(e)]
+    lines = [*_heading(v), *table(["image ablation", "value", "95 %", "n"], ablation), *_slots(e), *_answers(e)]
     conditions, scores = content.answer_table(e)
     rows = [
         [f"{r.name} {r.better}".strip(), *map(with_ci, r.values), "" if r.chance is None else fmt(r.chance)]
@@ -92,6 +92,28 @@ def _look(e: Evidence, v: Verdict) -> list[str]:
         lines += ["Word by word (nats lost without the image, where 0.5 or more):", ""]
         lines += [f"- {_marked(c.words)}" for c in told[:24]] + [""]
     return lines
+
+
+def _slots(e: Evidence) -> list[str]:
+    """Places of several images: how often right when what decides stands there, and what another image there costs."""
+    rows = slots.grid(e.measurements)
+    if not rows:
+        return []
+    marks = {"blind": "❌ does not count: ", "weak": "❌ weak: ", "few": "too few to judge: ", "looks": ""}
+
+    def cell(s: slots.Slot) -> str:
+        cost = "" if s.cost is None else f"{signed(s.cost.value)} nats/token{interval(s.cost)}"
+        return marks[s.standing] + "; ".join(filter(None, ["" if s.right is None else fmt(s.right), cost]))
+
+    most = max(map(len, rows))
+    head = ["right, and what another image costs", *(f"image {k}" for k in range(1, most + 1))]
+    lines = table(head, [[f"{len(r)} images", *map(cell, r), *[""] * (most - len(r))] for r in rows])
+    told = [[metric_name(e, m.name), fmt(m), fmt_ci(m), count(m.n)] for m in slots.summary(e)]
+    lines += table(["over all places", "value", "95 %", "n"], told)
+    kinds, costs = slots.replacements(e)
+    names = condition_names(e)
+    head = ["nats/token more with", *(names[c] for c in kinds), "n"]
+    return lines + table(head, [[name, *map(with_ci, own), count(n)] for name, n, own in costs])
 
 
 def _answers(e: Evidence) -> list[str]:
@@ -196,6 +218,7 @@ def _record(e: Evidence) -> list[str]:
     d = e.data
     counted = f"{count(d.records)} records, {count(d.train)} for training, {count(d.eval)} held out."
     lines += ["## Data", "", f"{counted} {escaped(d.eval_origin)}", ""]
+    lines += [f"⚠️ {escaped(text)}", ""] if (text := content.data_warning(e)) else []
     lines += table(["rejected because", "records"], [[k, count(v)] for k, v in d.rejects.items()])
     lines += table(["source", "samples"], [[k, count(v)] for k, v in d.sources.items()])
     lines += ["## Provenance", "", *table(["", ""], [list(row) for row in flatten(e.provenance)])]

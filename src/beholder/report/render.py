@@ -14,7 +14,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from beholder.evidence import Curve, Evidence, catalogue, load_evidence
-from beholder.report import answers, content, plots, verdicts, words
+from beholder.report import answers, content, plots, slots, verdicts, words
 from beholder.report.markdown import render_markdown
 from beholder.report.page import page
 from beholder.runs import atomic_write
@@ -72,7 +72,7 @@ def render_html(e: Evidence) -> str:
         overall=answers.all_answers(e),
         pope=answers.pope_table(e),
         provenance=words.flatten(e.provenance),
-        content=content, words=words, talk=answers, written=words.written(e),
+        content=content, words=words, talk=answers, slots=slots, written=words.written(e),
         shown=partial(catalogue.shown, e), grouping_name=catalogue.grouping_name,
         fmt=words.fmt, fmt_ci=words.fmt_ci, count=words.count, metric_name=partial(words.metric_name, e),
         condition_names=condition_names,

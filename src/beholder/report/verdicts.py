@@ -19,6 +19,7 @@ from beholder.evidence.catalogue import unit_of
 from beholder.evidence.gates import at_end
 from beholder.report.answers import JUDGED_FROM as FEWEST
 from beholder.report.answers import AnswerKind, all_answers, by_stratum, shown_without_looking
+from beholder.report.slots import marked
 from beholder.report.words import (
     SPELLED_UNITS,
     bound,
@@ -244,9 +245,14 @@ def looks(e: Evidence) -> Verdict:
         why += f" Not, or barely, for: {_told(where)}." if where else ""
         why += f" {_guessed(guessed)}" if guessed else ""
         return say("weak", "On average, not everywhere.", why)
+    if places := marked(e.measurements):
+        why += f" Weak places: {listed([s.told for s in places], 3)}."
+        return say("weak", "Yes, but not in every place.", why)
     if answers is not None and answers.standing in ("few", "unknown"):
         return say("weak", "Its loss does; its answers are too few.", f"{why} A gain from the image was not shown.")
-    return _by_its_gates(e, say("good", "Yes, it looks.", why), "looks_", "describes", measures=("answer.gain.",))
+    return _by_its_gates(
+        e, say("good", "Yes, it looks.", why), "looks_", "describes", measures=("answer.gain.", "slots.")
+    )
 
 
 def _compared(answers: AnswerKind) -> str:

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from beholder.config import RunConfig
 from beholder.data import Data
 from beholder.data.chat import EncodeError
 from beholder.data.images import content_hash
+from beholder.data.splits import balanced_sample
 from beholder.evidence import Measurement
 from beholder.probes import golden, hallucination, loss, strata
 from beholder.probes.loss import SampleLoss
@@ -74,6 +77,24 @@ class HeldOut:
     def ablation_sample(self) -> list[int]:
         """Of ``ablation.num_samples``."""
         return self._sample(self._cfg.ablation.num_samples, self.sighted)
+
+    @cached_property
+    def several(self) -> list[int]:
+        """Those with several images."""
+        return [i for i, e in enumerate(self.examples) if len(e.images) > 1]
+
+    @cached_property
+    def slot_sample(self) -> list[int]:
+        """Of ``eval.slot_samples``, as many of each number of images as there are."""
+        return self.by_images(self.several, self._cfg.eval.slot_samples)
+
+    def by_images(self, among: Sequence[int], size: int) -> list[int]:
+        """At most ``size`` of these, balanced over the number of images, ascending."""
+        if not among:
+            return []
+        numbers = [str(len(self.examples[i].images)) for i in among]
+        names = sorted(set(numbers), key=int)
+        return balanced_sample(np.array(among, dtype=np.int64), numbers, names, size, self.seed, "images").tolist()
 
     @cached_property
     def written_sample(self) -> list[int]:

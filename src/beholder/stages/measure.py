@@ -27,8 +27,10 @@ def check_measurable(session: Session) -> None:
     samples = {"eval.caption_samples": session.held_out.written_sample}
     if "shuffled" in cfg.ablation.conditions:
         samples["ablation.num_samples"] = session.held_out.ablation_sample
+    if "slots" in cfg.stage_record.measures:
+        samples["eval.slot_samples"] = session.held_out.slot_sample
     for name, indices in samples.items():
-        if not indices and name == "eval.caption_samples":
+        if not indices and name != "ablation.num_samples":
             continue
         try:
             wrong_images.shuffle_images(session.held_out.at(indices), session.held_out.content_key, cfg.measure_seed)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from beholder.config import GREEDY, RunConfig
+from beholder.data.chat import EncodeError
 from beholder.evidence import Measurement, WordReliance
 from beholder.probes import (
     answers,
@@ -21,9 +22,11 @@ from beholder.probes import (
     golden,
     hallucination,
     loss,
+    positions,
     qa,
     reliance,
     retention,
+    strata,
     textonly,
     wrong_images,
 )
@@ -31,7 +34,7 @@ from beholder.probes.loss import SampleLoss
 from beholder.probes.written import Written
 from beholder.stages.measured import Measured
 from beholder.stages.session import Session
-from beholder.types import Condition
+from beholder.types import Condition, Example
 
 ANSWER = GREEDY.model_copy(update={"max_new_tokens": 24})
 """An answer to a short question is a sentence at most."""
@@ -39,6 +42,10 @@ QUESTION_CONDITIONS: tuple[Condition, ...] = ("correct", "shuffled", "zero")
 """Under which the questions made from captions are asked."""
 NUM_MERGED = 128
 """Held-out samples that are asked with the adapters merged as well."""
+NUM_CONSISTENT = 64
+"""Swaps without a known answer that are answered twice, to see whether the answers agree."""
+CONSIDERED = 8
+"""Times ``eval.moved_samples``: held-out samples among which swaps with a known answer are looked for."""
 TELL_COLLAPSE = 0.2
 """Share of outputs from which a symptom of collapse is told in words; the gate's own bound is in the config."""
 
@@ -176,6 +183,121 @@ def by_word(
         i: reliance.words(session.data.encoder, session.held_out.examples[i], right, wrong)
         for i, right, wrong in zip(indices, losses["correct"], losses["zero"], strict=True)
     }
+
+
+def slots(session: Session, m: Measured) -> None:
+    """Whether every image of a sample with several counts, wherever it stands (S3-3)."""
+    cfg, held = session.cfg, session.held_out
+    if not held.several:
+        m.gaps.append("Places of images: not measured, no held-out sample shows several images.")
+        return
+    with session.phase("slots"):
+        costs = one_replaced(session, m) if cfg.eval.slot_samples else {}
+        if not cfg.eval.slot_samples:
+            m.gaps.append("Every place by itself: not measured (eval.slot_samples is 0).")
+        if cfg.eval.moved_samples:
+            move(session, m, costs)
+        else:
+            m.gaps.append("Images moved and swapped: not measured (eval.moved_samples is 0).")
+
+
+def one_replaced(session: Session, m: Measured) -> dict[int, list[float]]:
+    """The table of places. Gives what another's image costs in each place, nats per token, by held-out sample."""
+    held, model, encoder = session.held_out, session.model, session.data.encoder
+    indices, seed = held.slot_sample, held.seed
+    kinds: list[positions.Replacement] = [*session.cfg.ablation.conditions, "neighbour", "text"]
+    zero = [wrong_images.blank_image(model, "zero")]
+    noise = [wrong_images.blank_image(model, "noise", seed + k) for k in range(wrong_images.NUM_NOISE)]
+    filler = encoder.literal(positions.FILLER, inside=True)
+    found = positions.replaced(
+        session.together.losses, held.at(indices), kinds,
+        {
+            "zero": lambda k: positions.image_in_slot(k, zero),
+            "noise": lambda k: positions.image_in_slot(k, noise),
+            "text": lambda k: positions.text_in_slot(k, filler),
+        },
+        content_key=held.content_key, seed=seed,
+    )  # fmt: skip
+    own = [m.losses[i] for i in indices]
+    measured = positions.compare_slots(held.at(indices), own, found, seed=seed)
+    m.measurements += measured
+    if few := positions.too_few(measured):
+        m.gaps.append(f"Places with too few samples to judge: {', '.join(few)}.")
+    return {
+        i: [(x.nll - right.nll) / right.tokens for x in wrong]
+        for i, right, wrong in zip(indices, own, found.get("shuffled", ()), strict=False)  # it may not be asked for
+    }
+
+
+def move(session: Session, m: Measured, costs: Mapping[int, Sequence[float]]) -> None:
+    """The deciding image through every place, and two images swapped with the words renamed or kept."""
+    held, encoder, size = session.held_out, session.data.encoder, session.cfg.eval.moved_samples
+
+    def fits(example: Example) -> bool:
+        try:
+            return not encoder.encode(example).truncated
+        except EncodeError:
+            return False
+
+    movable = [i for i in held.several if positions.is_movable(held.examples[i])]
+    if left := len(held.several) - len(movable):
+        m.gaps.append(
+            f"Images moved and swapped: {left} of {len(held.several)} held-out samples of several images are left out; "
+            "their answer is long, or their words speak of an order that cannot be renamed."
+        )
+    decides = {i: p for i in movable if (p := positions.deciding_place(held.examples[i], costs.get(i))) is not None}
+    rows: list[tuple[int, int, list[Example]]] = []
+    for i in held.by_images(list(decides), size):
+        others = positions.rotations(held.examples[i])
+        if all(map(fits, others)):
+            rows.append((i, decides[i], others))
+    measured = iter(session.together.losses([e for _, _, others in rows for e in others]))
+    turned = [(place, [m.losses[i], *(next(measured) for _ in others)]) for i, place, others in rows]
+    found, gaps = positions.score_rotations(turned, seed=held.seed)
+    m.measurements += found
+    m.gaps += gaps
+    if not any(x.name == "slots.spread" for x in found):
+        m.inapplicable["slots.spread"] = (
+            f"of {len(rows)} held-out samples it is known which image decides, too few for any number of images"
+        )
+
+    siblings = positions.siblings_of(held.at(held.several), held.content_key)
+    swaps = {
+        i: positions.find_swap(held.examples[i], siblings, held.content_key)
+        for i in held.by_images(movable, CONSIDERED * size)
+    }
+    telling = held.by_images([i for i, s in swaps.items() if s.follows], (size + 1) // 2)
+    rest = held.by_images([i for i in swaps if i not in set(telling)], size - len(telling))
+    chosen = [s for i in sorted((*telling, *rest)) if fits((s := swaps[i]).renamed) and fits(s.kept or s.words_kept)]
+    known = [s for s in chosen if s.kept is not None and s.follows]
+    renamed = session.together.losses([s.renamed for s in chosen])
+    kept = session.together.losses([s.kept for s in known if s.kept is not None])
+    unknown = [s for s in chosen if s.kept is None][:NUM_CONSISTENT]
+    said = []
+    if unknown:
+        greedy = GREEDY.model_copy(update={"max_new_tokens": session.cfg.eval.answer_tokens})
+        said = [
+            [
+                r.prediction
+                for r in session.together.written(asked, greedy, "correct", session.cfg.eval.batch_size, what)
+            ]
+            for what, asked in (
+                ("swapped images", [s.words_kept for s in unknown]),
+                ("renamed words", [s.words_renamed for s in unknown]),
+            )
+        ]
+    m.measurements += positions.score_swaps(
+        [positions.is_exact(x) for x in renamed],
+        [(len(s.renamed.images), positions.is_exact(x)) for s, x in zip(known, kept, strict=True)],
+        [positions.alike(s, a, b) for s, a, b in zip(unknown, *said, strict=True)] if said else [],
+        seed=held.seed,
+    )
+    if len(known) < strata.MIN_SAMPLES:
+        m.inapplicable["slots.follows"] = (
+            f"of {len(known)} held-out samples it is known how swapping two images changes the right answer, and "
+            f"{strata.MIN_SAMPLES} are needed: questions about one place of images whose other places are asked about "
+            "too, or whose answer is a place"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -439,6 +561,7 @@ PANEL: dict[str, Row] = {
         Row("golden", golden_set, every=lambda cfg: (cfg.eval.run_golden_every,)),
         Row("ablation", ablation, every=lambda cfg: (cfg.ablation.run_every,), candidate=True),
         Row("words", words),
+        Row("slots", slots),
         Row("written", written),
         Row("questions", questions),
         Row("guessable", guessable),

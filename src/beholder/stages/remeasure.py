@@ -21,13 +21,15 @@ from beholder.config import RunConfig, decided_by
 from beholder.config.file import check_consent, diff_configs, load_config
 from beholder.evidence import Condition, Measurement, load_evidence
 from beholder.evidence.catalogue import IMAGE_NAMES
+from beholder.evidence.gates import judge, told
 from beholder.model.plan import TrainableTable, apply_train_plan, plan_of
-from beholder.probes import audit, loss, reliance
+from beholder.probes import audit, loss, positions, reliance
+from beholder.report.slots import marked
 from beholder.runs import RunDir, atomic_write, stop_signals, to_json
 from beholder.stages.lifetime import sole_writer
 from beholder.stages.measure import measure, measure_before
-from beholder.stages.measured import Trained
-from beholder.stages.panel import by_word
+from beholder.stages.measured import Measured, Trained
+from beholder.stages.panel import by_word, slots
 from beholder.stages.run import Outcome
 from beholder.stages.session import Session, open_session
 from beholder.train import checkpoint, restore, same_run
@@ -195,6 +197,35 @@ def ablate_run(
         }
         title = f"{folder}, step {opened.step}: nats/token, and what a wrong image adds"
         return Answer(title, measured, columns, findings, path, session.dist.is_main)
+
+
+def ablate_slots(folder: str, *, num_samples: int | None = None, overrides: Sequence[str] = ()) -> Answer:
+    """Whether every image of a sample with several counts, wherever it stands (S3-3); the run's evidence stays as it
+    is. ``num_samples``: of several images, in which each is replaced. Raises `UserError` for a run without such."""
+    more = [] if num_samples is None else [f"eval.slot_samples={num_samples}"]
+    with reopen(folder, [*overrides, *more]) as opened:
+        session = opened.session
+        if not session.held_out.several:
+            raise UserError(f"{folder}: no held-out sample shows several images, so there is only one place")
+        m = Measured(opened.step, session.eval_losses())
+        slots(session, m)
+        gates = {
+            name: gate
+            for name, gate in session.cfg.gates.items()
+            if (gate.measure or "").startswith("slots.") and gate.measure not in m.inapplicable
+        }
+        findings = [
+            f"gate {g.name} {'passed' if g.passed else f'FAILED: {told(g)}'}{f' ({g.note})' if g.note else ''}"
+            for g in judge(gates, m.measurements)
+        ]
+        findings += [f"weak place, {slot.told}" for slot in marked(m.measurements)]
+        findings += [f"{name}: not judged, {why}" for name, why in m.inapplicable.items()] + m.gaps
+        names = IMAGE_NAMES["answer"]
+        columns = {"slots.accuracy": "right, deciding image there", "slots.gain.shuffled": "gain over another"}
+        columns |= {f"slots.delta.{c}": names[c] for c in positions.REPLACEMENTS}
+        columns |= {"slots.spread": "spread", "slots.follows": "follows a swap", "slots.last_bias": "last-image bias"}
+        title = f"{folder}, step {opened.step}: nats/token that replacing one image adds, and where images may stand"
+        return Answer(title, m.measurements, columns, findings, is_main=session.dist.is_main)
 
 
 def audit_data(cfg: RunConfig, *, num_turns: int = 256, part: Literal["train", "eval"] = "train") -> Answer:

@@ -187,6 +187,8 @@ def open_session(cfg: RunConfig, run: RunDir, dist: Dist) -> Session:
     )
     if rejects := data.counts.rejects:
         reporter.line("data", "rejected " + " ".join(f"{reason}={n}" for reason, n in sorted(rejects.items())))
+    if n := data.counts.absent_images:
+        reporter.line("data", f'WARNING: {n:,} records name an image that they do not have ("image 5" of three)')
     data = data.without_unusable(skip_bad_images=cfg.data.on_bad_image == "skip")
     return Session(
         cfg, run, dist, model, tokenizer, data, reporter, frozen=frozen, started=started,

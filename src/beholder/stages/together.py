@@ -41,9 +41,13 @@ class Together:
 
     # -- measurements
 
-    def losses(self, examples: Sequence[Example]) -> list[SampleLoss]:
-        """Loss of every sample, whichever process measured it."""
-        return self._gather_all(loss.sample_losses(self._model, self.batches(examples)), SampleLoss, examples)
+    def losses(
+        self, examples: Sequence[Example], change: Callable[[Batch], Batch] | None = None, /
+    ) -> list[SampleLoss]:
+        """Loss of every sample, whichever process measured it; each batch as ``change`` makes it."""
+        batches = self.batches(examples)
+        mine = loss.sample_losses(self._model, batches if change is None else map(change, batches))
+        return self._gather_all(mine, SampleLoss, examples)
 
     def text_losses(self, examples: Sequence[Example]) -> list[SampleLoss]:
         """Loss of every target by the language model alone: no image, no connector."""

@@ -69,6 +69,7 @@ def make_evidence(
         sources=c.sources,
         rejects=dict(Counter(c.rejects) + slugs),
         duplicates=c.duplicates,
+        absent_images=c.absent_images,
         train_buckets=c.train_buckets,
         eval_buckets=c.eval_buckets,
         held_out_sha256=session.held_out.sha256,

@@ -1,0 +1,262 @@
+"""Every place by itself, images moved through every place, images swapped: what is asked, and what is made of it.
+
+Whoever answers here is a function of the pictures in order and of the words, so each way of not looking is exact; a
+model that has learned is asked in tests/stages/test_slots.py.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from beholder.config import STAGES
+from beholder.evidence import GateResult, Measurement
+from beholder.evidence.gates import judge
+from beholder.probes import positions
+from beholder.probes.loss import SampleLoss
+from beholder.types import Batch, Example, ImageInput, ImageRef, ImageSlot, Turn
+
+GATES = {name: STAGES["multi"].gates[name] for name in ("every_slot_counts", "slot_spread", "follows_the_swap")}
+COLOURS = ("red", "green", "blue", "white")
+Answerer = Callable[[list[str], str], str]
+"""(colours in order, question) → answer"""
+
+
+def example(id: str, shown: Sequence[str], question: str, answer: str) -> Example:
+    images = tuple(ImageRef(colour, f"{id.partition('-')[0]}-{k}") for k, colour in enumerate(shown))
+    slots = [part for k in range(len(shown)) for part in (ImageSlot(k), "\n")]
+    return Example(id, images, (Turn("user", (*slots, question)), Turn("assistant", (answer,))))
+
+
+def samples(groups: int = 60) -> list[Example]:
+    """Colours of every place of the same pictures, and the place of a colour."""
+    rng, out = random.Random(3), []
+    for g in range(groups):
+        shown = rng.sample(COLOURS, 2 + g % 3)
+        for k, colour in enumerate(shown, 1):
+            out.append(example(f"{g}-c{k}", shown, f"what color is image {k}?", colour))
+            out.append(example(f"{g}-w{k}", shown, f"which image is {colour}?", str(k)))
+    return out
+
+
+def honest(shown: list[str], question: str) -> str:
+    if number := re.search(r"image (\d)", question):
+        return shown[int(number[1]) - 1]
+    colour = question.rstrip("?").rpartition(" ")[2]
+    return str(shown.index(colour) + 1) if colour in shown else "?"
+
+
+def last_only(shown: list[str], question: str) -> str:
+    return honest([shown[-1]] * len(shown), question)
+
+
+def bag(shown: list[str], question: str) -> str:
+    return honest(sorted(shown), question)
+
+
+def measure_of(answer: Answerer) -> positions.Measure:
+    def measure(examples: Sequence[Example], change: positions.Change | None = None, /) -> list[SampleLoss]:
+        assert change is None, "only images of the data stand in for others here"
+        out = []
+        for e in examples:
+            right = answer([ref.root for ref in e.images], e.turns[0].text.rpartition("\n")[2]) == e.answer_text
+            out.append(SampleLoss(e.id, 0.1 if right else 3.0, 1, int(right), (0.1 if right else 3.0,), (1,)))
+        return out
+
+    return measure
+
+
+def content(ref: ImageRef) -> str:
+    return f"{ref.root}/{ref.path}"
+
+
+def evidence(answer: Answerer) -> tuple[dict[tuple[str, str | None], Measurement], dict[str, GateResult]]:
+    measure, given = measure_of(answer), samples()
+    own = measure(given)
+    found = positions.replaced(measure, given, ("shuffled", "neighbour"), {}, content_key=content)
+    measured = positions.compare_slots(given, own, found)
+    turned = []
+    for e, right in zip(given, own, strict=True):
+        place = positions.deciding_place(e, None)
+        assert place is not None
+        turned.append((place, [right, *measure(positions.rotations(e))]))
+    rotated, gaps = positions.score_rotations(turned)
+    assert not gaps
+    siblings = positions.siblings_of(given, content)
+    swaps = [positions.find_swap(e, siblings, content) for e in given]
+    known = [s for s in swaps if s.kept is not None and s.follows]
+    renamed, kept = measure([s.renamed for s in swaps]), measure([s.kept for s in known if s.kept is not None])
+    measured += rotated
+    measured += positions.score_swaps(
+        [positions.is_exact(x) for x in renamed],
+        [(len(s.renamed.images), positions.is_exact(x)) for s, x in zip(known, kept, strict=True)],
+    )
+    return {(m.name, m.stratum): m for m in measured}, {g.name: g for g in judge(GATES, measured)}
+
+
+def test_who_looks_everywhere_passes() -> None:
+    found, gates = evidence(honest)
+
+    assert all(g.passed for g in gates.values())
+    assert found["slots.accuracy", None].value == found["slots.follows", None].value == 1
+    assert found["slots.swap_renamed", None].value == 1 and found["slots.spread", None].value == 0
+    for n in (2, 3, 4):
+        for k in range(1, n + 1):
+            assert found["slots.gain.shuffled", f"image {k} of {n}"].n == 20 * 2 * n
+            # one image of n decides, and of "which image is red" all that are not red say something
+            assert found["slots.gain.shuffled", f"image {k} of {n}"].value > 0.3 / n
+
+
+def test_who_looks_at_the_last_image_only_fails_by_name() -> None:
+    found, gates = evidence(last_only)
+
+    assert [name for name, g in gates.items() if not g.passed] == [
+        "every_slot_counts",
+        "slot_spread",
+        "follows_the_swap",
+    ]
+    assert found["slots.delta.shuffled", "image 1 of 3"].value == pytest.approx(0)
+    assert found["slots.delta.shuffled", "image 2 of 3"].value == pytest.approx(0)
+    assert abs(found["slots.delta.shuffled", "image 3 of 3"].value) > 0.05
+    assert found["slots.accuracy", "image 3 of 3"].value == 0.5 and found["slots.last_bias", None].value > 0.4
+
+
+def test_who_ignores_the_order_fails_to_follow() -> None:
+    found, gates = evidence(bag)
+
+    assert not gates["follows_the_swap"].passed
+    assert found["slots.follows", None].value < 0.5 and found["slots.follows", "3 images"].value < 0.5
+
+
+def test_swapped_images_under_the_same_words_are_what_another_sample_asks() -> None:
+    given = samples(12)
+    siblings = positions.siblings_of(given, content)
+    for e in given:
+        swap = positions.find_swap(e, siblings, content)
+        asked = e.turns[0].text.rpartition("\n")[2]
+        assert swap.kept is not None and swap.follows
+        assert swap.kept.turns[0] == e.turns[0] and swap.kept.answer_text != e.answer_text
+        assert honest([r.root for r in swap.kept.images], asked) == swap.kept.answer_text
+        renamed = swap.renamed.turns[0].text.rpartition("\n")[2]
+        assert honest([r.root for r in swap.renamed.images], renamed) == swap.renamed.answer_text
+
+
+def test_a_swap_whose_answer_no_sample_tells_is_not_guessed_and_answers_to_both_are_compared() -> None:
+    alone = example("0", ("red", "blue", "green"), "do image 1 and image 3 show the same color?", "no")
+    swap = positions.find_swap(alone, positions.siblings_of([alone], content), content)
+    assert swap.kept is None and not swap.follows
+    assert swap.words_renamed.images == alone.images != swap.words_kept.images
+    assert swap.words_kept.turns == alone.turns != swap.words_renamed.turns
+
+    which = example("1", ("red", "blue"), "besides image 2, which image is red?", "1")
+    swap = positions.find_swap(which, {}, content)
+    assert positions.alike(swap, "2", "1") and not positions.alike(swap, "1", "1")
+
+
+def test_samples_that_disagree_about_the_answer_tell_none() -> None:
+    pictures = ("red", "blue")
+    given = [
+        example("0", pictures, "what color is image 1?", "red"),
+        example("0", pictures, "what color is image 2?", "blue"),
+        example("0", pictures, "what color is image 2?", "navy"),
+    ]  # fmt: skip
+
+    assert positions.find_swap(given[0], positions.siblings_of(given, content), content).kept is None
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "costs", "place"),
+    [
+        ("what color is image 2?", "red", None, 2),
+        ("which image is red?", "3", [5.0, 0.0, 0.0], 3),
+        ("how many are red?", "2", [2.0, 0.1, 0.1], 1),
+        ("how many are red?", "2", [2.0, 1.5, 0.1], None),
+        ("how many are red?", "2", [0.05, 0.0, 0.0], None),
+        ("how many are red?", "2", None, None),
+        ("are image 1 and image 2 alike?", "no", [0.0, 0.1, 3.0], 3),
+        ("what came first?", "red", [0.0, 0.1, 3.0], None),
+    ],
+)
+def test_the_image_that_decides_is_named_or_clearly_costs_most(
+    question: str, answer: str, costs: list[float] | None, place: int | None
+) -> None:
+    assert positions.deciding_place(example("0", COLOURS[:3], question, answer), costs) == place
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "movable"),
+    [
+        ("what color is image 2?", "red", True),
+        ("what happens before image 2?", "red", False),
+        ("what is in image 7?", "red", False),
+        ("what do you see?", "a long story of all that can be seen in them", False),
+    ],
+)
+def test_images_are_moved_only_where_the_right_answer_stays_known(question: str, answer: str, movable: bool) -> None:
+    assert positions.is_movable(example("0", COLOURS[:3], question, answer)) == movable
+    assert not positions.is_movable(example("0", COLOURS[:1], question, answer))
+
+
+def test_too_few_samples_are_named_and_not_judged() -> None:
+    right = SampleLoss("a", 0.1, 1, 1, (0.1,), (1,))
+    measured, gaps = positions.score_rotations([(1, [right, right])] * 30 + [(2, [right] * 3)] * 5)
+
+    assert gaps == [
+        "Spread over places: fewer than 20 samples whose deciding image is known, not judged: 3 images (5)."
+    ]
+    assert {m.stratum for m in measured if m.name == "slots.spread"} == {None, "2 images"}
+    assert any(m.name == "slots.accuracy" and m.stratum == "image 2 of 3" for m in measured)
+
+
+def test_the_spread_says_what_chance_alone_would_give() -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(40):
+        losses = [SampleLoss("a", 1.0, 1, int(rng.random() < 0.8), (1.0,), (1,)) for _ in range(4)]
+        rows.append((1, losses))
+    spread = next(m for m in positions.score_rotations(rows)[0] if m.name == "slots.spread" and m.stratum is None)
+
+    assert spread.caveat is not None and spread.ci95 is not None
+    by_chance = float(spread.caveat.rpartition(" by ")[2].removesuffix(" points")) / 100
+    assert 0.05 < by_chance < 0.25 and spread.ci95[0] < by_chance < spread.ci95[1]
+
+
+def batch() -> Batch:
+    """Two samples of two and of one image, two positions an image."""
+    ids = torch.arange(24).reshape(2, 12)
+    return Batch(
+        input_ids=ids, position_ids=torch.arange(12).expand(2, 12), supervise=torch.zeros(2, 12, dtype=torch.bool),
+        sample_index=torch.tensor([[0] * 12, [1] * 12]), image_positions=torch.tensor([[1, 2], [5, 6], [13, 14]]),
+        image_sample=torch.tensor([0, 0, 1]), images=[ImageInput(pixels=torch.zeros(1)) for _ in range(3)],
+        ids=["a", "b"],
+    )  # fmt: skip
+
+
+def test_an_image_is_replaced_in_its_place_alone() -> None:
+    given, blank = batch(), ImageInput(features=torch.ones(1))
+
+    second = positions.image_in_slot(1, [blank])(given)
+
+    assert [image is blank for image in second.images] == [False, True, False]
+    assert [image is blank for image in positions.image_in_slot(0, [blank])(given).images] == [True, False, True]
+    assert not any(image is blank for image in given.images)
+
+
+def test_as_much_text_keeps_every_length_and_every_other_position() -> None:
+    given = batch()
+
+    text = positions.text_in_slot(1, [77, 78, 79])(given)
+
+    assert text.input_ids.shape == given.input_ids.shape
+    assert text.input_ids[0, 5:7].tolist() == [77, 78]
+    changed = (text.input_ids != given.input_ids).nonzero().tolist()
+    assert changed == [[0, 5], [0, 6]] and given.input_ids[0, 5] == 5
+    assert text.image_positions.tolist() == [[1, 2], [13, 14]] and text.image_sample.tolist() == [0, 1]
+    assert [any(i is o for o in given.images) for i in text.images] == [True, True]
+    longer = positions.text_in_slot(0, [7])(given)
+    assert longer.input_ids.reshape(-1)[[1, 2, 13, 14]].tolist() == [7] * 4 and len(longer.images) == 1
