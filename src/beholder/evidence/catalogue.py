@@ -40,7 +40,7 @@ GROUPINGS = {
 """What the groupings of samples (``by``) are called."""
 
 Section = Literal[
-    "held-out", "compared", "bands", "losses", "ablation", "written", "answers", "yes/no", "kept", "symptoms", ""
+    "held-out", "compared", "bands", "losses", "ablation", "written", "answers", "yes/no", "pairs", "kept", "symptoms", ""
 ]
 """A table of the report. The one of every measurement has no name."""
 
@@ -98,7 +98,7 @@ class Quantity:
         words = self.chat if self.chat and written == "answer" else self.words
         if not condition:
             return words.partition(" <image>")[0].rstrip(",")
-        names = IMAGE_NAMES["answer" if self.section in ("answers", "yes/no") else written]
+        names = IMAGE_NAMES["answer" if self.section in ("answers", "yes/no", "pairs") else written]
         return words.replace("<image>", names.get(condition, condition))
 
 
@@ -161,6 +161,11 @@ CATALOGUE: tuple[Quantity, ...] = (
        headline=_H(answer=3, label="yes/no questions, F1")),
     _Q("pope.yes_rate.<image>", "yes/no questions: says yes, <image>", _SHARE, "none", "yes/no", column="says yes",
        said=OWN),
+    # Contrast pairs: one question, two pictures, two right answers.
+    _Q("pairs.right.<image>", "contrast pairs both right, <image>", _SHARE, "higher", "pairs",
+       said=("correct", "shuffled", "none")),
+    _Q("pairs.single.<image>", "answers of contrast pairs right, <image>", _SHARE, "higher", "pairs"),
+    _Q("pairs.prior", "contrast pairs both right by guessing", _SHARE, "none", "pairs", said=ALONE),
     # What adapters cost on plain text, and what merging them into the weights changes.
     _Q("retention.loss_base", "loss on plain text, adapters off", _NATS, "none", "kept", said=ALONE),
     _Q("retention.loss", "loss on plain text, adapters on", _NATS, "lower", "kept", said=ALONE),

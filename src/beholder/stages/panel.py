@@ -21,6 +21,7 @@ from beholder.probes import (
     golden,
     hallucination,
     loss,
+    pairs,
     qa,
     reliance,
     retention,
@@ -328,6 +329,36 @@ def questions(session: Session, m: Measured) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Does the answer follow image and question: contrast pairs, four cells, two kinds of blindness
+
+
+def contrast_pairs(session: Session, m: Measured) -> None:
+    """Pairs of the written answers with one question and two right answers: both right (E-3)."""
+    chosen = short_answers(session, m, "pairs.")
+    if not chosen:
+        return
+    held = session.held_out
+    examples = held.at(chosen)
+    found = pairs.find(examples, held.content_key, held.seed)
+    if (why := pairs.why_not(found)) is not None:
+        m.inapplicable["pairs."] = why
+        m.gaps.append(f"Contrast pairs: not measured, {why}.")
+        return
+    kinds = [turns[-1] if turns else None for turns in held.groups(chosen)["question"]]
+    by = {c: [m.written[i][k] for i in chosen] for k, c in enumerate(session.cfg.stage_record.conditions)}
+    m.measurements += pairs.score(examples, found, by, kinds, content_key=held.content_key, seed=held.seed)
+
+
+def short_answers(session: Session, m: Measured, about: str) -> list[int]:
+    """Held-out samples whose answers were written and are right or wrong as a whole; none: measurements whose names
+    begin with ``about`` do not apply."""
+    chosen = [i for i in m.written if answers.is_short(session.held_out.examples[i])]
+    if m.written and not chosen:
+        m.inapplicable[about] = "no held-out answer is short"
+    return chosen
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Could one do without looking, and is it still the language model it was
 
 
@@ -441,6 +472,7 @@ PANEL: dict[str, Row] = {
         Row("words", words),
         Row("written", written),
         Row("questions", questions),
+        Row("pairs", contrast_pairs),
         Row("guessable", guessable),
         Row("retained", retained, needs=_adapted, without=("retention.", _NONE)),
         Row("merges", merges, needs=_adapted, without=("merge.", _NONE)),
