@@ -73,16 +73,15 @@ def test_samples_are_paired_by_question_and_number_of_images_apart_from_case_and
     same_image = Example("f", one.images, (Turn("user", (ImageSlot(0), "\n", "what colour is it?")), same.turns[1]))
     blind = Example("g", (), (Turn("user", ("what colour is it?",)), Turn("assistant", ("green",))))
     told = Example(
-        "h", (ImageRef("root", "h"),),
+        "h",
+        (ImageRef("root", "h"),),
         (Turn("user", (ImageSlot(0), "is it red?")), Turn("assistant", ("no",)), *same.turns),
     )
     examples = [one, same, other_question, equal_answer, two_images, same_image, blind, told]
 
     found = pairs.find(examples, key)
 
-    ids = {
-        tuple(sorted((examples[i].id, examples[j].id))) for i, j in zip(found.left, found.right, strict=True)
-    }
+    ids = {tuple(sorted((examples[i].id, examples[j].id))) for i, j in zip(found.left, found.right, strict=True)}
     # f contradicts a about one picture, so they are no pair; h was asked after another answer
     assert ids == {("a", "b"), ("b", "d"), ("d", "f")}
 

@@ -40,7 +40,20 @@ GROUPINGS = {
 """What the groupings of samples (``by``) are called."""
 
 Section = Literal[
-    "held-out", "compared", "bands", "losses", "ablation", "written", "answers", "yes/no", "pairs", "kept", "symptoms", ""
+    "held-out",
+    "compared",
+    "bands",
+    "losses",
+    "ablation",
+    "written",
+    "answers",
+    "yes/no",
+    "pairs",
+    "cells",
+    "blind",
+    "kept",
+    "symptoms",
+    "",
 ]
 """A table of the report. The one of every measurement has no name."""
 
@@ -98,7 +111,7 @@ class Quantity:
         words = self.chat if self.chat and written == "answer" else self.words
         if not condition:
             return words.partition(" <image>")[0].rstrip(",")
-        names = IMAGE_NAMES["answer" if self.section in ("answers", "yes/no", "pairs") else written]
+        names = IMAGE_NAMES["answer" if self.section in ("answers", "yes/no", "pairs", "cells") else written]
         return words.replace("<image>", names.get(condition, condition))
 
 
@@ -166,6 +179,20 @@ CATALOGUE: tuple[Quantity, ...] = (
        said=("correct", "shuffled", "none")),
     _Q("pairs.single.<image>", "answers of contrast pairs right, <image>", _SHARE, "higher", "pairs"),
     _Q("pairs.prior", "contrast pairs both right by guessing", _SHARE, "none", "pairs", said=ALONE),
+    # Own and another's image and question; answers without the image, silently or told, beside the base's.
+    _Q("cells.loss.own.<image>", "loss, own question, <image>", _NATS, "lower", "cells"),
+    _Q("cells.loss.other.<any>", "loss, another's question, <image>", _NATS, "none", "cells"),
+    _Q("cells.accuracy.own.<image>", "answer predicted, own question, <image>", _SHARE, "higher", "cells"),
+    _Q("cells.accuracy.other.<any>", "answer predicted, another's question, <image>", _SHARE, "none", "cells"),
+    _Q("cells.delta.question", "loss difference, another's question", _NATS, "higher", "cells", said=ALONE),
+    _Q("cells.delta.image", "loss difference, another image", _NATS, "higher", "cells"),
+    _Q("blind.told", "answers right, told that the image is missing", _SHARE, "none", "blind", said=ALONE),
+    _Q("blind.base", "answers right, base model without image", _SHARE, "none", "blind", said=ALONE),
+    _Q("blind.share", "blind share: right without image over right with it", "ratio", "lower", "blind", said=ALONE),
+    _Q("blind.share_told", "blind share, told that the image is missing", "ratio", "lower", "blind"),
+    _Q("blind.gain", "gain: right with image, over without", _SHARE, "higher", "blind", read_in="points"),
+    _Q("blind.leak", "leak: right without image, over the base", _SHARE, "lower", "blind", read_in="points",
+       said=ALONE),
     # What adapters cost on plain text, and what merging them into the weights changes.
     _Q("retention.loss_base", "loss on plain text, adapters off", _NATS, "none", "kept", said=ALONE),
     _Q("retention.loss", "loss on plain text, adapters on", _NATS, "lower", "kept", said=ALONE),

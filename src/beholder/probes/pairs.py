@@ -164,7 +164,9 @@ def score(
             both = hits[own.left] * hits[own.right]
             ci = _interval(both, own, cluster, seed)
             out.append(
-                add(f"pairs.right.{condition}", float(both.mean()), ci, n=len(own), caveat=joined(f"pairs of {of}", cut))
+                add(
+                    f"pairs.right.{condition}", float(both.mean()), ci, n=len(own), caveat=joined(f"pairs of {of}", cut)
+                )
             )
         for condition, hits in accuracy.items():
             out.append(add(f"pairs.single.{condition}", *mean_share(hits[members], seed), n=len(members)))

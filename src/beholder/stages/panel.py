@@ -15,7 +15,9 @@ from beholder.evidence import Measurement, WordReliance
 from beholder.probes import (
     answers,
     audit,
+    blindness,
     captions,
+    cells,
     clipscore,
     collapse,
     golden,
@@ -38,6 +40,10 @@ ANSWER = GREEDY.model_copy(update={"max_new_tokens": 24})
 """An answer to a short question is a sentence at most."""
 QUESTION_CONDITIONS: tuple[Condition, ...] = ("correct", "shuffled", "zero")
 """Under which the questions made from captions are asked."""
+NUM_CELLS = 128
+"""Held-out samples whose image and question are exchanged."""
+NUM_BLIND = 128
+"""Held-out questions that are asked once more with the image said to be missing, and of the base alone."""
 NUM_MERGED = 128
 """Held-out samples that are asked with the adapters merged as well."""
 TELL_COLLAPSE = 0.2
@@ -345,8 +351,44 @@ def contrast_pairs(session: Session, m: Measured) -> None:
         m.gaps.append(f"Contrast pairs: not measured, {why}.")
         return
     kinds = [turns[-1] if turns else None for turns in held.groups(chosen)["question"]]
+    by: dict[Condition, list[Written]]
     by = {c: [m.written[i][k] for i in chosen] for k, c in enumerate(session.cfg.stage_record.conditions)}
     m.measurements += pairs.score(examples, found, by, kinds, content_key=held.content_key, seed=held.seed)
+
+
+def four_cells(session: Session, m: Measured) -> None:
+    """Own and another's image, own and another's question: is the question read as well (E-1)."""
+    held = session.held_out
+    chosen = [held.sighted[k] for k in cells.swappable(held.at(held.sighted))]
+    chosen = held.among(chosen, NUM_CELLS)
+    chosen = [chosen[k] for k in cells.swappable(held.at(chosen))]
+    if len(chosen) < 2:
+        m.inapplicable["cells."] = "no two held-out samples of as many images ask different questions"
+        m.gaps.append(f"Four cells: not measured, {m.inapplicable['cells.']}.")
+        return
+    examples = held.at(chosen)
+    own, *others = cells.CELLS
+    shown = cells.four(examples, held.content_key, held.seed)
+    with session.phase("cells"):
+        losses = {own: [m.losses[i] for i in chosen]} | {c: session.together.losses(shown[c]) for c in others}
+    num_answers = [sum(t.role == "assistant" for t in e.turns) for e in examples]
+    m.measurements += cells.score(losses, num_answers, held.seed)
+
+
+def blind_two_ways(session: Session, m: Measured) -> None:
+    """The image left out silently and said to be missing, and the base alone (E-2)."""
+    chosen = session.held_out.among(short_answers(session, m, "blind."), NUM_BLIND)
+    conditions = session.cfg.stage_record.conditions
+    if not chosen or "none" not in conditions:
+        return
+    examples, size = session.held_out.at(chosen), session.cfg.eval.batch_size
+    told = [blindness.told_missing(e) for e in examples]
+    with session.phase("blindness"):
+        guessed = session.together.written(told, ANSWER, "none", size, "guesses")
+        with session.model.adapters_off():
+            base = session.together.written(examples, ANSWER, "none", size, "the base's answers")
+    seen, silent = ([m.written[i][conditions.index(c)] for i in chosen] for c in ("correct", "none"))
+    m.measurements += blindness.score(examples, seen, silent, guessed, base, session.held_out.seed)
 
 
 def short_answers(session: Session, m: Measured, about: str) -> list[int]:
@@ -473,6 +515,8 @@ PANEL: dict[str, Row] = {
         Row("written", written),
         Row("questions", questions),
         Row("pairs", contrast_pairs),
+        Row("cells", four_cells),
+        Row("blind", blind_two_ways, needs=_adapted, without=("blind.", _NONE)),
         Row("guessable", guessable),
         Row("retained", retained, needs=_adapted, without=("retention.", _NONE)),
         Row("merges", merges, needs=_adapted, without=("merge.", _NONE)),
