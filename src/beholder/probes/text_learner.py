@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
@@ -83,7 +83,7 @@ def asked_of(examples: Sequence[Example]) -> tuple[list[Asked], int]:
     longer = 0
     for example, own in zip(examples, kinds, strict=True):
         answered = [t.text for t in example.turns if t.role == "assistant"]
-        owner = "/".join(sorted(f"{r.root}/{r.path}" for r in example.images)) or example.id
+        owner = owner_of(example)
         before: list[str] = []
         for k, (question, answer) in enumerate(zip(questions(example), answered, strict=True)):
             references = references_of(example) if k == len(answered) - 1 else (answer,)
@@ -97,6 +97,11 @@ def asked_of(examples: Sequence[Example]) -> tuple[list[Asked], int]:
                     longer += 1
             before += [question, answer]
     return out, longer
+
+
+def owner_of(example: Example) -> str:
+    """What it shares with other questions: its images; itself without any."""
+    return "/".join(sorted(f"{r.root}/{r.path}" for r in example.images)) or example.id
 
 
 def learn(examples: Sequence[Example], folds: int = FOLDS, seed: int = 0) -> Learned:
@@ -147,7 +152,12 @@ def learn(examples: Sequence[Example], folds: int = FOLDS, seed: int = 0) -> Lea
     telling = [
         Telling(table.grams[g], table.answers[c], total / n, int(n)) for (g, c), (total, n) in words if total > 0
     ]
-    measured = _measure(asked, owner, right, usual, seed)
+    caveats = (
+        "trained on other questions of this data, no image",
+        "the most frequent answer to the same question, else to its kind",
+    )
+    shares = {"accuracy": (right, caveats[0]), "majority": (usual, caveats[1])}
+    measured = _measure([a.kind for a in asked], owner, shares, seed)
     return Learned(measured, telling, _findings(measured, telling), gaps, time.perf_counter() - started)
 
 
@@ -228,26 +238,32 @@ class _majority:
         return next(self._usual[key] for key in keys if key in self._usual)
 
 
-def _measure(
-    asked: Sequence[Asked], owner: np.ndarray, right: np.ndarray, usual: np.ndarray, seed: int
+def by_kind(
+    examples: Sequence[Example], shares: Mapping[str, tuple[np.ndarray, str]], seed: int = 0
 ) -> list[Measurement]:
-    kinds = np.array([a.kind for a in asked], dtype=object)
+    """``learner.<name>`` over samples with one answer each, overall and by kind of question, from (right, caveat)."""
+    kinds = [own[-1] for own in groups_of(examples, [""] * len(examples))["question"]]
+    number = {o: k for k, o in enumerate(sorted({owner_of(e) for e in examples}))}
+    return _measure(kinds, np.array([number[owner_of(e)] for e in examples]), shares, seed)
+
+
+def _measure(
+    kinds: Sequence[str | None], owner: np.ndarray, shares: Mapping[str, tuple[np.ndarray, str]], seed: int
+) -> list[Measurement]:
+    """Overall and by kind; an interval resamples images, whose questions are drawn together."""
+    kind = np.array(kinds, dtype=object)
     names = sorted({k for k in kinds if k is not None})
-    groups: list[tuple[str | None, np.ndarray]] = [(None, np.arange(len(asked)))]
-    groups += [(name, np.flatnonzero(kinds == name)) for name in names if len(names) > 1]
+    groups: list[tuple[str | None, np.ndarray]] = [(None, np.arange(len(kind)))]
+    groups += [(name, np.flatnonzero(kind == name)) for name in names if len(names) > 1]
     out: list[Measurement] = []
     for name, own in groups:
         _, place = np.unique(owner[own], return_inverse=True)
         if place.max() + 1 < MIN_SAMPLES:
             continue
         asks = np.bincount(place).astype(np.float64)
-        for what, values, caveat in (
-            ("accuracy", right, "trained on other questions of this data, no image; questions of one image are drawn "
-             "together"),
-            ("majority", usual, "the most frequent answer to the same question, else to its kind"),
-        ):  # fmt: skip
-            share = ratio_of_sums(np.bincount(place, weights=values[own]), asks, seed)
-            by = None if name is None else "question"
+        by = None if name is None else "question"
+        for what, (right, caveat) in shares.items():
+            share = ratio_of_sums(np.bincount(place, weights=right[own]), asks, seed)
             out.append(measurement(f"learner.{what}", *share, n=len(own), by=by, stratum=name, caveat=caveat))
     return out
 
@@ -262,6 +278,6 @@ def _findings(measured: Sequence[Measurement], words: Sequence[Telling]) -> list
     )
     by = f" What gives them away: {'; '.join(map(str, words[:5]))}." if words else ""
     return [
-        f"Learnable without an image: trained on the words alone, a learner gives right answers to {told}.{by} Accuracy "
-        "on them says little about sight: balance the answers of each question, or judge by contrast pairs."
+        f"Learnable without an image: trained on the words alone, a learner gives right answers to {told}.{by} "
+        "Accuracy on them says little about sight: balance the answers of each question, or judge by contrast pairs."
     ]
