@@ -67,7 +67,7 @@ def test_what_the_help_says_is_behind_a_command_is_there() -> None:
 def test_the_choices_of_the_command_line_are_those_of_the_functions_behind() -> None:
     from beholder import config
     from beholder.prepare import packages
-    from beholder.stages import remeasure
+    from beholder.stages import learnable
     from beholder.use import score
 
     def choices(function: Any, parameter: str) -> tuple[str, ...]:
@@ -81,7 +81,8 @@ def test_the_choices_of_the_command_line_are_those_of_the_functions_behind() -> 
     assert choices(cli.use.generate, "device") == choices(settings, "device")
     assert choices(cli.use.score, "kind") == typing.get_args(score.Kind)
     assert choices(cli.before.prepare, "name") == choices(packages.prepare, "name")
-    assert choices(cli.before.audit, "part") == choices(remeasure.audit_data, "part")
+    for parameter in ("part", "learner"):
+        assert choices(cli.before.audit, parameter) == choices(learnable.audit_subject, parameter)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from beholder.config import RunConfig
 from beholder.config.file import load_config, parse_config
 from beholder.evidence import Evidence
 from beholder.model.vision import VisionTower
-from beholder.prepare.tiny import colour_set, tiny_llm, tiny_vision
+from beholder.prepare.tiny import COLOURS, colour_set, tiny_llm, tiny_vision
 from beholder.stages import run_stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +37,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     llm, (vision, _) = tiny_llm(folder / "llm", initializer_range=0.3), tiny_vision(folder / "vision")
 
     def make(name: str, **sets: object) -> RunConfig:
-        base = {
+        base: dict[str, Any] = {
             "run_name": name, "output_dir": str(folder / name), "device": "cpu",
             "model": {
                 "llm": {"name_or_path": str(llm), "precision": "fp32"},
@@ -57,6 +58,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
             },
             "ablation": {"num_samples": 80},
         }  # fmt: skip
+        if "stage" in sets:
+            del base["eval"]["qa_samples"]  # only captions are made into questions
         return parse_config(yaml.safe_dump(base), name, [f"{k}={json.dumps(v)}" for k, v in sets.items()])
 
     return make
@@ -114,6 +117,76 @@ def test_a_run_with_shuffled_images_fails(recipe: Recipe) -> None:
 
     assert failed(evidence) >= {"looks_shuffled", "looks_clearly", "looks_everywhere"}
     assert "learned" not in failed(evidence)
+
+
+@pytest.fixture
+def asking(recipe: Recipe) -> Recipe:
+    """As `recipe`, of stage instruct: what colour it is, and whether that is a warm one, from an empty connector on."""
+    cfg = recipe("folder")
+    for source in (*cfg.data.train_sources, *cfg.data.eval_sources):
+        lines: list[str] = []
+        for k, line in enumerate(Path(source.json_path).read_text(encoding="utf-8").splitlines()):
+            record = json.loads(line)
+            colour = next(word for word in record["caption"].split() if word in COLOURS)
+            warm = "yes" if colour in ("red", "yellow", "pink", "brown") else "no"
+            asked, answer = (("what color is it?", colour), ("is it a warm color?", warm))[k % 2]
+            turns = [{"role": "user", "content": f"<image>\n{asked}"}, {"role": "assistant", "content": answer}]
+            kind = ("color", "yes/no")[k % 2]
+            lines.append(json.dumps(
+                {"id": record["id"], "images": record["images"], "messages": turns, "question_type": kind}
+            ))  # fmt: skip
+        _questions_of(source.json_path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def make(name: str, **sets: object) -> RunConfig:
+        own = {"stage": "instruct", "model.lora.enable": True, "train.lr.lora": 3e-3, "eval.answer_tokens": 6}
+        for part, sources in (("sources", cfg.data.train_sources), ("eval_sources", cfg.data.eval_sources)):
+            own[f"data.{part}"] = [
+                {"json_path": str(_questions_of(s.json_path)), "image_root": s.image_root} for s in sources
+            ]
+        own |= {"eval.caption_samples": 80, "train.train_steps": 80, "eval.audit_turns": 0}
+        return recipe(name, **(own | sets))
+
+    return make
+
+
+def _questions_of(records: str) -> Path:
+    return Path(records).with_name(f"{Path(records).stem}_questions.jsonl")
+
+
+def _value(evidence: Evidence | None, name: str) -> float:
+    assert evidence is not None
+    found = evidence.get(name)
+    assert found is not None, name
+    return found.value
+
+
+def test_a_model_that_answers_from_the_questions_wording_is_right_about_no_pair_and_fails_by_name(
+    asking: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: VisionTower, pixels: Tensor) -> Tensor:
+        return torch.ones(len(pixels), self.geometry.num_patches, self.geometry.d_vision)
+
+    monkeypatch.setattr(VisionTower, "forward", broken)
+    evidence = run_stage(asking("wording", **{"features.enabled": False})).evidence
+
+    assert "learned" not in failed(evidence) and _value(evidence, "answer.accuracy.correct") > 0.2
+    assert _value(evidence, "pairs.right.correct") == 0
+    assert "pairs_right" in failed(evidence)
+    # it reads the question and nothing else
+    assert _value(evidence, "cells.delta.question") > 1 and abs(_value(evidence, "cells.delta.image")) < 1e-3
+
+
+def test_an_honest_model_is_right_about_the_pairs_of_every_question(asking: Recipe) -> None:
+    evidence = run_stage(asking("honest_answers", **{"train.train_steps": 140})).evidence
+
+    assert not failed(evidence) & {"pairs_right", "answers_look", "answers_look_closely", *LOOKS}
+    assert evidence is not None
+    for kind in ("color", "yes/no questions"):
+        own = evidence.get("pairs.right.correct", kind)
+        assert own is not None and own.ci95 is not None and own.ci95[0] > 0.25
+    assert _value(evidence, "pairs.right.none") == 0 and _value(evidence, "pairs.prior") < 0.25
+    assert _value(evidence, "cells.delta.question") > 1 and _value(evidence, "cells.delta.image") > 0.3
+    assert _value(evidence, "blind.share") < 0.7 and _value(evidence, "blind.gain") > 0.3
 
 
 @pytest.mark.slow

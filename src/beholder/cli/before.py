@@ -124,24 +124,35 @@ def plan(
     tell(estimate(cfg, llm_config=llm_config, vision_config=vision_config), json)
 
 
-@app.command(epilog=example("beholder audit configs/stage1_align.yaml --num-turns 256"))
+@app.command(epilog=example("beholder audit data/questions.jsonl --image-root data/images"))
 def audit(
-    config: ConfigArg,
-    num_turns: Annotated[int, typer.Option(min=1, help="Answers to score.")] = 256,
-    part: Annotated[Literal["train", "eval"], typer.Option(help="Which samples of the data.")] = "train",
+    subject: Annotated[str, typer.Argument(metavar="SUBJECT", help="A config, a run folder, or a record file.")],
+    num_turns: Annotated[int, typer.Option(min=1, help="Answers to score with the language model.")] = 256,
+    part: Annotated[Literal["train", "eval"], typer.Option(help="Which samples of a config or run.")] = "train",
+    learner: Annotated[
+        Literal["words", "lm"],
+        typer.Option(help="Trained without images: on words, in seconds; also a run's language model, in minutes."),
+    ] = "words",
+    image_root: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Of a record file: what image paths are relative to.")
+    ] = None,
     json: Json = False,
     sets: Sets = None,
 ) -> None:
-    """Say how much of a data set can be answered without any image, and what earlier turns give away.
+    """Say how much of a data set can be answered or learned without any image, and which words give it away.
 
-    Python: beholder.stages.remeasure.audit_data.
+    Python: beholder.stages.learnable.audit_subject.
     """
-    from beholder.config.file import load_config
+    if subject.endswith((".yaml", ".yml")):
+        from beholder.config.file import load_config
 
-    cfg = load_config(config, sets or [])
-    from beholder.stages.remeasure import audit_data  # seconds of torch, after a wrong config was told
+        load_config(subject, sets or [])  # a wrong one is told before seconds of torch
+    from beholder.stages.learnable import audit_subject
 
-    tell(audit_data(cfg, num_turns=num_turns, part=part), json)
+    found = audit_subject(
+        subject, num_turns=num_turns, part=part, learner=learner, image_root=image_root, overrides=sets or []
+    )
+    tell(found, json)
 
 
 @app.command(epilog=example("beholder doctor"))

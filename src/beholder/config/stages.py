@@ -104,6 +104,10 @@ INSTRUCT_GATES: dict[str, GateConfig] = {name: gate for name, gate in GATES.item
         "answer.gain.shuffled", "answers are right more often with their own image than with another's, for every kind",
         above=0, end="low", strata=True,
     ),
+    "pairs_right": _gate(
+        "pairs.right.correct", "the same question about two pictures gets two right answers, oftener than any guessing "
+        "without looking could", above=0.25, end="low",
+    ),
     "merges": _gate(
         "merge.tokens_changed_pct", "with its adapters merged into the weights it predicts the answers as before",
         at_most=2,
@@ -232,7 +236,7 @@ INSTRUCT = Stage(
     conditions=("correct", "shuffled", "none"),
     golden_size=64,
     golden_by="category",
-    measures=(*MEASURED_EVERYWHERE, "guessable", "retained", "merges"),
+    measures=(*MEASURED_EVERYWHERE, "pairs", "cells", "blind", "guessable", "retained", "merges"),
     evaluates_saves=True,
     gates=INSTRUCT_GATES,
 )

@@ -50,6 +50,9 @@ Section = Literal[
     "written",
     "answers",
     "yes/no",
+    "pairs",
+    "cells",
+    "blind",
     "kept",
     "symptoms",
     "",
@@ -110,7 +113,7 @@ class Quantity:
         words = self.chat if self.chat and written == "answer" else self.words
         if not condition:
             return words.partition(" <image>")[0].rstrip(",")
-        names = IMAGE_NAMES["answer" if self.section in ("answers", "yes/no") else written]
+        names = IMAGE_NAMES["answer" if self.section in ("answers", "yes/no", "pairs", "cells") else written]
         return words.replace("<image>", names.get(condition, condition))
 
 
@@ -188,6 +191,25 @@ CATALOGUE: tuple[Quantity, ...] = (
        headline=_H(answer=3, label="yes/no questions, F1")),
     _Q("pope.yes_rate.<image>", "yes/no questions: says yes, <image>", _SHARE, "none", "yes/no", column="says yes",
        said=OWN),
+    # Contrast pairs: one question, two pictures, two right answers.
+    _Q("pairs.right.<image>", "contrast pairs both right, <image>", _SHARE, "higher", "pairs",
+       said=("correct", "shuffled", "none")),
+    _Q("pairs.single.<image>", "answers of contrast pairs right, <image>", _SHARE, "higher", "pairs"),
+    _Q("pairs.prior", "contrast pairs both right by guessing", _SHARE, "none", "pairs", said=ALONE),
+    # Own and another's image and question; answers without the image, silently or told, beside the base's.
+    _Q("cells.loss.own.<image>", "loss, own question, <image>", _NATS, "lower", "cells"),
+    _Q("cells.loss.other.<any>", "loss, another's question, <image>", _NATS, "none", "cells"),
+    _Q("cells.accuracy.own.<image>", "answer predicted, own question, <image>", _SHARE, "higher", "cells"),
+    _Q("cells.accuracy.other.<any>", "answer predicted, another's question, <image>", _SHARE, "none", "cells"),
+    _Q("cells.delta.question", "loss difference, another's question", _NATS, "higher", "cells", said=ALONE),
+    _Q("cells.delta.image", "loss difference, another image", _NATS, "higher", "cells"),
+    _Q("blind.told", "answers right, told that the image is missing", _SHARE, "none", "blind", said=ALONE),
+    _Q("blind.base", "answers right, base model without image", _SHARE, "none", "blind", said=ALONE),
+    _Q("blind.share", "blind share: right without image over right with it", "ratio", "lower", "blind", said=ALONE),
+    _Q("blind.share_told", "blind share, told that the image is missing", "ratio", "lower", "blind"),
+    _Q("blind.gain", "gain: right with image, over without", _SHARE, "higher", "blind", read_in="points"),
+    _Q("blind.leak", "leak: right without image, over the base", _SHARE, "lower", "blind", read_in="points",
+       said=ALONE),
     # What adapters cost on plain text, and what merging them into the weights changes.
     _Q("retention.loss_base", "loss on plain text, adapters off", _NATS, "none", "kept", said=ALONE),
     _Q("retention.loss", "loss on plain text, adapters on", _NATS, "lower", "kept", said=ALONE),
@@ -207,6 +229,10 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("audit.trained.answerable.context", "turns it answers from an empty image and earlier turns", _SHARE, "lower",
        "symptoms"),
     _Q("audit.trained.leak", "leak from earlier turns, trained model", _NATS, "lower", "symptoms"),
+    # What a learner of the words alone makes of the data's questions (`beholder audit`).
+    _Q("learner.accuracy", "right by a learner of the words alone", _SHARE, "lower"),
+    _Q("learner.lm", "right by the language model trained without images", _SHARE, "lower"),
+    _Q("learner.majority", "right by the usual answer to the question", _SHARE, "none"),
     _Q("collapse.empty", "empty outputs", _SHARE, "lower", "symptoms"),
     _Q("collapse.loop", "looping outputs", _SHARE, "lower", "symptoms"),
     _Q("collapse.template", "outputs of one template", _SHARE, "lower", "symptoms"),

@@ -146,9 +146,13 @@ def text_losses(
 
     Fewer tokens may be cut off than with the image, which takes room; `loss.paired_gain` knows.
     """
+    return sample_losses(model, _batches(texts(encoder, examples), layout, batch_size))
+
+
+def texts(encoder: ChatEncoder, examples: Sequence[Example]) -> list[tuple[str, Encoded]]:
+    """(id, encoded) of each sample without its images and their places."""
     plain = _text_encoder(encoder)
-    samples = [(e.id, plain.encode(without_images(encoder.apply_template(e)))) for e in examples]
-    return sample_losses(model, _batches(samples, layout, batch_size))
+    return [(e.id, plain.encode(without_images(encoder.apply_template(e)))) for e in examples]
 
 
 # ---------------------------------------------------------------------------------------------------------------

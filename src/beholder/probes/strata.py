@@ -45,7 +45,8 @@ def groups_of(examples: Sequence[Example], buckets: Sequence[str]) -> Groups:
     assert len(examples) == len(buckets), f"{len(examples)} examples, {len(buckets)} buckets"
     asked = [questions(example) for example in examples]
     shows = [f"{n} image{'s' * (n != 1)}" for n in (len(e.images) for e in examples)]
-    answers = [_answer_types(example, {*buckets, *shows, FIRST, LATER, OTHER_QUESTIONS}) for example in examples]
+    others = {*buckets, *shows, FIRST, LATER, OTHER_QUESTIONS}
+    answers = [_answer_types(example, others) for example in examples]
     taken = {*buckets, *shows, FIRST, LATER, YES_NO, NUMBER, OTHER_ANSWERS, OTHER_QUESTIONS}.union(*answers)
     heads = [[_head(q, taken) for q in own] for own in asked]
     for example, own in zip(examples, heads, strict=True):

@@ -95,7 +95,7 @@ def shuffle_images(examples: Sequence[Example], content_key: Callable[[ImageRef]
     own: list[set[str]] = [set() for _ in examples]
     for (e, _), key in zip(slots, keys, strict=True):
         own[e].add(key)
-    pick = _reassign(len(slots), lambda place, item: keys[item] not in own[slots[place][0]], seed)
+    pick = reassign(len(slots), lambda place, item: keys[item] not in own[slots[place][0]], seed)
     images: list[list[ImageRef]] = [[] for _ in examples]
     for (e, _), item in zip(slots, pick, strict=True):
         source, k = slots[item]
@@ -103,7 +103,7 @@ def shuffle_images(examples: Sequence[Example], content_key: Callable[[ImageRef]
     return [replace(example, images=tuple(images[e])) for e, example in enumerate(examples)]
 
 
-def _reassign(n: int, fits: Callable[[int, int], bool], seed: int) -> list[int]:
+def reassign(n: int, fits: Callable[[int, int], bool], seed: int) -> list[int]:
     """For each place an item that fits it: a random permutation, repaired by swaps.
 
     A place i whose item does not fit swaps with a place k such that both fit afterwards. With "fits" = "is not equal

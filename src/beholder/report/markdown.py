@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from beholder.evidence import Evidence, Measurement
 from beholder.evidence.catalogue import grouping_name, shown
-from beholder.report import answers, content, slots
+from beholder.report import answers, content, contrast, slots
 from beholder.report.verdicts import Verdict, gate_rows, verdicts
 from beholder.report.words import condition_names, count, flatten, fmt, fmt_ci, interval, metric_name, signed, with_ci
 from beholder.types import printable
@@ -75,6 +75,7 @@ def _learn(e: Evidence, v: Verdict) -> list[str]:
 def _look(e: Evidence, v: Verdict) -> list[str]:
     ablation = [[metric_name(e, m.name), fmt(m), fmt_ci(m), count(m.n)] for m in shown(e, "losses", "ablation")]
     lines = [*_heading(v), *table(["image ablation", "value", "95 %", "n"], ablation), *_slots(e), *_answers(e)]
+    lines += _contrast(e)
     conditions, scores = content.answer_table(e)
     rows = [
         [f"{r.name} {r.better}".strip(), *map(with_ci, r.values), "" if r.chance is None else fmt(r.chance)]
@@ -138,6 +139,26 @@ def _answers(e: Evidence) -> list[str]:
         scored = [[names[c], *(with_ci(m) for _, m in values)] for c, values in pope]
         lines += table(["yes/no questions (POPE)", *(what for what, _ in pope[0][1])], scored)
     return lines
+
+
+def _contrast(e: Evidence) -> list[str]:
+    """Contrast pairs, four cells, and what is right without the image."""
+    names, pairs = condition_names(e), contrast.pair_rows(e)
+    paired = list(pairs[0].right) if pairs else []
+    rows = [
+        [r.kind or "all questions", *(with_ci(r.right.get(c)) for c in paired), with_ci(r.prior), count(r.n)]
+        for r in pairs
+    ]
+    lines = table(["contrast pairs both right", *(names[c] for c in paired), "guessing", "pairs"], rows)
+    cells = contrast.cell_rows(e)
+    rows = [
+        [r.question, *(with_ci(m) for k in (0, 1) for m in (r.loss[k], r.accuracy[k]))]
+        for r in cells
+    ]  # fmt: skip
+    lines += table(["own answer, asked …", "own image: loss", "predicted", "another image: loss", "predicted"], rows)
+    told = [contrast.cells_told(e)] if cells else []
+    told += contrast.blind_lines(e)
+    return [*lines, *(f"- {escaped(text)}" for text in told), *([""] if told else [])]
 
 
 def _marked(words: Sequence[content.MarkedWord]) -> str:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from beholder.evidence import Curve, Evidence, catalogue, load_evidence
-from beholder.report import answers, content, plots, slots, verdicts, words
+from beholder.report import answers, content, contrast, plots, slots, verdicts, words
 from beholder.report.markdown import render_markdown
 from beholder.report.page import page
 from beholder.runs import atomic_write
@@ -71,6 +71,7 @@ def render_html(e: Evidence) -> str:
         kinds=answers.answer_kinds(e),
         overall=answers.all_answers(e),
         pope=answers.pope_table(e),
+        contrast=contrast,
         provenance=words.flatten(e.provenance),
         content=content, words=words, talk=answers, slots=slots, written=words.written(e),
         shown=partial(catalogue.shown, e), grouping_name=catalogue.grouping_name,

@@ -19,6 +19,7 @@ from beholder.evidence.catalogue import unit_of
 from beholder.evidence.gates import at_end
 from beholder.report.answers import JUDGED_FROM as FEWEST
 from beholder.report.answers import AnswerKind, all_answers, by_stratum, shown_without_looking
+from beholder.report.contrast import pair_rows
 from beholder.report.slots import marked
 from beholder.report.words import (
     SPELLED_UNITS,
@@ -227,6 +228,7 @@ def looks(e: Evidence) -> Verdict:
     own = e.get("caption.exact_match.correct")
     if answers is not None:
         why += f" Its answers: {_compared(answers)}."
+        why += f" {pairs[0].told}.".replace("  ", " ") if (pairs := pair_rows(e)) else ""
     elif own is not None and blind is not None and level is not None:
         why += f" Captions exactly right: {fmt(own)}; with no image {fmt(blind)}, where guessing gives {fmt(level)}."
     if delta.ci95 is None or delta.ci95[0] <= 0:
@@ -250,9 +252,11 @@ def looks(e: Evidence) -> Verdict:
         return say("weak", "Yes, but not in every place.", why)
     if answers is not None and answers.standing in ("few", "unknown"):
         return say("weak", "Its loss does; its answers are too few.", f"{why} A gain from the image was not shown.")
-    return _by_its_gates(
-        e, say("good", "Yes, it looks.", why), "looks_", "describes", measures=("answer.gain.", "slots.")
-    )
+    return _by_its_gates(e, say("good", "Yes, it looks.", why), "looks_", "describes", measures=LOOKING)
+
+
+LOOKING = ("answer.gain.", "slots.", "pairs.", "cells.", "blind.")
+"""How the names of measurements begin that gates about looking judge, beside the loss."""
 
 
 def _compared(answers: AnswerKind) -> str:
@@ -335,6 +339,8 @@ def fails(e: Evidence) -> Verdict:
         why.append(f"The group that needs the image least: {_told([weakest])}.")
     if (worst := e.get("collapse.worst")) is not None:
         why.append(f"Worst collapse symptom: {fmt(worst)} of the outputs.")
+    if len(pairs := pair_rows(e)) > 1:
+        why.append(f"Least for “{pairs[1].kind}”: {pairs[1].told}.")
     own = None if answers is None else answers.right.get("correct")
     if own is not None:
         why.append(f"Answers not right: {number(1 - own.value, 'share')}.")

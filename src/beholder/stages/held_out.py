@@ -47,6 +47,10 @@ class HeldOut:
     def _sample(self, size: int, among: Sequence[int] | None = None) -> list[int]:
         return self._data.eval_sample(size, self.seed, among)
 
+    def among(self, indices: Sequence[int], size: int) -> list[int]:
+        """At most ``size`` of these samples."""
+        return self._sample(min(size, len(indices)), indices) if indices else []
+
     # -- which samples
 
     @cached_property

@@ -16,12 +16,15 @@ from beholder.evidence import Measurement, WordReliance
 from beholder.probes import (
     answers,
     audit,
+    blindness,
     captions,
+    cells,
     clipscore,
     collapse,
     golden,
     hallucination,
     loss,
+    pairs,
     positions,
     qa,
     reliance,
@@ -40,6 +43,10 @@ ANSWER = GREEDY.model_copy(update={"max_new_tokens": 24})
 """An answer to a short question is a sentence at most."""
 QUESTION_CONDITIONS: tuple[Condition, ...] = ("correct", "shuffled", "zero")
 """Under which the questions made from captions are asked."""
+NUM_CELLS = 128
+"""Held-out samples whose image and question are exchanged."""
+NUM_BLIND = 128
+"""Held-out questions that are asked once more with the image said to be missing, and of the base alone."""
 NUM_MERGED = 128
 """Held-out samples that are asked with the adapters merged as well."""
 NUM_CONSISTENT = 64
@@ -450,6 +457,72 @@ def questions(session: Session, m: Measured) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Does the answer follow image and question: contrast pairs, four cells, two kinds of blindness
+
+
+def contrast_pairs(session: Session, m: Measured) -> None:
+    """Pairs of the written answers with one question and two right answers: both right (E-3)."""
+    chosen = short_answers(session, m, "pairs.")
+    if not chosen:
+        return
+    held = session.held_out
+    examples = held.at(chosen)
+    found = pairs.find(examples, held.content_key, held.seed)
+    if (why := pairs.why_not(found)) is not None:
+        m.inapplicable["pairs."] = why
+        m.gaps.append(f"Contrast pairs: not measured, {why}.")
+        return
+    kinds = [turns[-1] if turns else None for turns in held.groups(chosen)["question"]]
+    by: dict[Condition, list[Written]]
+    by = {c: [m.written[i][k] for i in chosen] for k, c in enumerate(session.cfg.stage_record.conditions)}
+    m.measurements += pairs.score(examples, found, by, kinds, content_key=held.content_key, seed=held.seed)
+
+
+def four_cells(session: Session, m: Measured) -> None:
+    """Own and another's image, own and another's question: is the question read as well (E-1)."""
+    held = session.held_out
+    chosen = [held.sighted[k] for k in cells.swappable(held.at(held.sighted))]
+    chosen = held.among(chosen, NUM_CELLS)
+    chosen = [chosen[k] for k in cells.swappable(held.at(chosen))]
+    if len(chosen) < 2:
+        m.inapplicable["cells."] = "no two held-out samples of as many images ask different questions"
+        m.gaps.append(f"Four cells: not measured, {m.inapplicable['cells.']}.")
+        return
+    examples = held.at(chosen)
+    own, *others = cells.CELLS
+    shown = cells.four(examples, held.content_key, held.seed)
+    with session.phase("cells"):
+        losses = {own: [m.losses[i] for i in chosen]} | {c: session.together.losses(shown[c]) for c in others}
+    num_answers = [sum(t.role == "assistant" for t in e.turns) for e in examples]
+    m.measurements += cells.score(losses, num_answers, held.seed)
+
+
+def blind_two_ways(session: Session, m: Measured) -> None:
+    """The image left out silently and said to be missing, and the base alone (E-2)."""
+    chosen = session.held_out.among(short_answers(session, m, "blind."), NUM_BLIND)
+    conditions = session.cfg.stage_record.conditions
+    if not chosen or "none" not in conditions:
+        return
+    examples, size = session.held_out.at(chosen), session.cfg.eval.batch_size
+    told = [blindness.told_missing(e) for e in examples]
+    with session.phase("blindness"):
+        guessed = session.together.written(told, ANSWER, "none", size, "guesses")
+        with session.model.adapters_off():
+            base = session.together.written(examples, ANSWER, "none", size, "the base's answers")
+    seen, silent = ([m.written[i][conditions.index(c)] for i in chosen] for c in ("correct", "none"))
+    m.measurements += blindness.score(examples, seen, silent, guessed, base, session.held_out.seed)
+
+
+def short_answers(session: Session, m: Measured, about: str) -> list[int]:
+    """Held-out samples whose answers were written and are right or wrong as a whole; none: measurements whose names
+    begin with ``about`` do not apply."""
+    chosen = [i for i in m.written if answers.is_short(session.held_out.examples[i])]
+    if m.written and not chosen:
+        m.inapplicable[about] = "no held-out answer is short"
+    return chosen
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Could one do without looking, and is it still the language model it was
 
 
@@ -564,6 +637,9 @@ PANEL: dict[str, Row] = {
         Row("slots", slots),
         Row("written", written),
         Row("questions", questions),
+        Row("pairs", contrast_pairs),
+        Row("cells", four_cells),
+        Row("blind", blind_two_ways, needs=_adapted, without=("blind.", _NONE)),
         Row("guessable", guessable),
         Row("retained", retained, needs=_adapted, without=("retention.", _NONE)),
         Row("merges", merges, needs=_adapted, without=("merge.", _NONE)),

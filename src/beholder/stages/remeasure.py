@@ -6,7 +6,6 @@ must be those it was trained with.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -228,33 +227,29 @@ def ablate_slots(folder: str, *, num_samples: int | None = None, overrides: Sequ
         return Answer(title, m.measurements, columns, findings, is_main=session.dist.is_main)
 
 
-def audit_data(cfg: RunConfig, *, num_turns: int = 256, part: Literal["train", "eval"] = "train") -> Answer:
+def audit_data(session: Session, *, num_turns: int = 256, part: Literal["train", "eval"] = "train") -> Answer:
     """How many of a data set's answers the language model gives without any image, alone and from earlier turns.
 
     ``part``: the samples to train on, or the held-out ones. Nothing is trained, and no image is looked at beyond the
     checks that every run makes.
     """
-    with joined(cfg.device, cfg.train.timeout_s) as dist:
-        with tempfile.TemporaryDirectory() as folder:
-            run = RunDir(folder)
-            session = open_session(cfg, run, dist)
-            data = session.data
-            if part == "eval":
-                examples = data.eval_examples
-            else:
-                examples = [data.train.example_at(p) for p in range(min(num_turns, len(data.train)))]
-            found = audit.audit(
-                session.model, data.encoder, data.layout, examples, num_turns, cfg.measure_seed,
-                batch_size=cfg.eval.batch_size, content_key=session.held_out.content_key,
-            )  # fmt: skip
-        findings = found.findings or [
-            "No leakage found. The table says how much a model answers that has never seen an image; a small one may "
-            "not read earlier turns by itself and learn to in training, which a run's report says (audit.trained)."
-        ]
-        findings += found.gaps
-        columns = {
-            "audit.answerable.alone": "answered from the question", "audit.answerable.context": "and earlier turns",
-            "audit.leak": "leak, nats/token",
-        }  # fmt: skip
-        title = f"{part} samples of {cfg.run_name}, no image shown"
-        return Answer(title, found.measurements, columns, findings, is_main=dist.is_main)
+    cfg, data = session.cfg, session.data
+    if part == "eval":
+        examples = data.eval_examples
+    else:
+        examples = [data.train.example_at(p) for p in range(min(num_turns, len(data.train)))]
+    found = audit.audit(
+        session.model, data.encoder, data.layout, examples, num_turns, cfg.measure_seed,
+        batch_size=cfg.eval.batch_size, content_key=session.held_out.content_key,
+    )  # fmt: skip
+    findings = found.findings or [
+        "No leakage found. The table says how much a model answers that has never seen an image; a small one may "
+        "not read earlier turns by itself and learn to in training, which a run's report says (audit.trained)."
+    ]
+    findings += found.gaps
+    columns = {
+        "audit.answerable.alone": "answered from the question", "audit.answerable.context": "and earlier turns",
+        "audit.leak": "leak, nats/token",
+    }  # fmt: skip
+    title = f"{part} samples of {cfg.run_name}, no image shown"
+    return Answer(title, found.measurements, columns, findings, is_main=session.dist.is_main)

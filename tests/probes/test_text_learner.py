@@ -1,0 +1,101 @@
+"""What the words give away, to a learner that is trained on them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from tests.probes.test_answers import keyed, question
+
+from beholder.evidence.catalogue import CATALOGUE, quantity
+from beholder.probes import text_learner
+from beholder.types import Example, ImageRef, ImageSlot, Turn, UserError
+
+PLACES = ("kitchen", "garden", "street", "office")
+
+
+def leaking(num: int = 240) -> list[Example]:
+    """The animal gives the colour away, whatever else is asked; where it is does not."""
+    colour = {"parrot": "green", "raven": "black", "swan": "white"}
+    rng = random.Random(0)
+    out: list[Example] = []
+    for k in range(num):
+        animal = rng.choice(sorted(colour))
+        text = f"what colour is the {animal} in the {rng.choice(PLACES)} number {k}?"
+        out.append(question(f"q{k}", text, colour[animal], "colour"))
+    return out
+
+
+def fair(num: int = 240) -> list[Example]:
+    rng = random.Random(1)
+    return [
+        question(f"f{k}", f"what shape is in the {rng.choice(PLACES)}?", rng.choice(("circle", "square")), "shape")
+        for k in range(num)
+    ]
+
+
+def test_the_words_that_give_the_answers_away_are_named():
+    found = text_learner.learn([*leaking(), *fair()])
+
+    m = keyed(found.measurements)
+    assert m["learner.accuracy/colour"].value == 1 and m["learner.accuracy/colour"].by == "question"
+    # the very question is never asked twice, so what is usual for it says nothing
+    assert m["learner.majority/colour"].value < 0.6
+    shape = m["learner.accuracy/shape"]
+    assert 0.35 < shape.value < 0.65 and shape.ci95 is not None and shape.ci95[0] < 0.5
+    told = {w.gram: w.answer for w in found.words}
+    assert {told.get(a) for a in ("parrot", "raven", "swan")} <= {"green", "black", "white", None} and len(told) > 2
+    assert any(told.get(a) == c for a, c in (("parrot", "green"), ("raven", "black"), ("swan", "white")))
+    assert not set(told) & {*PLACES, "number"}
+    assert len(found.findings) == 1 and "'colour' 100.0%" in found.findings[0] and "→" in found.findings[0]
+    assert "'shape'" not in found.findings[0]
+    assert all(quantity(x.name)[0] in CATALOGUE for x in found.measurements)
+
+
+def test_a_fair_data_set_gives_nothing_away_and_no_finding():
+    found = text_learner.learn(fair())
+
+    assert found.findings == [] and found.measurements[0].value < 0.65
+
+
+def test_nothing_is_learned_from_questions_about_the_same_images():
+    """Each picture has an answer of its own and is asked about four times in words of its own: learned within a picture
+    it would be perfect, and it is worth nothing for another."""
+    examples: list[Example] = []
+    rng = random.Random(2)
+    for image in range(60):
+        answer = rng.choice(("circle", "square"))
+        for k in range(4):
+            asked = Turn("user", (ImageSlot(0), f"what is w{image} at {k}?")), Turn("assistant", (answer,))
+            examples.append(Example(f"{image}-{k}", (ImageRef("root", f"{image}"),), asked))
+
+    m = text_learner.learn(examples).measurements[0]
+
+    assert m.n == 240 and m.value < 0.7
+    assert m.ci95 is not None and m.ci95[1] - m.ci95[0] > 0.2, "60 pictures, not 240 questions"
+
+
+def test_earlier_turns_are_read_and_told_apart():
+    examples: list[Example] = []
+    rng = random.Random(3)
+    for k in range(200):
+        colour = rng.choice(("red", "blue"))
+        turns = (
+            Turn("user", (ImageSlot(0), "describe it")),
+            Turn("assistant", (f"There is a {colour} thing on a table in a very long sentence.",)),
+            Turn("user", ("what colour is it?",)), Turn("assistant", (colour,)),
+        )  # fmt: skip
+        examples.append(Example(f"q{k}", (ImageRef("root", f"{k}"),), turns))
+
+    found = text_learner.learn(examples)
+
+    assert found.measurements[0].value == 1 and found.measurements[0].n == 200
+    assert any(w.gram.startswith(text_learner.EARLIER) and w.answer in w.gram for w in found.words)
+    assert "200 of 400 answers are longer" in found.gaps[0]
+
+
+def test_too_few_are_an_error_and_the_same_seed_gives_the_same():
+    with pytest.raises(UserError, match="only 5 samples have a question with a short answer"):
+        text_learner.learn(fair(5))
+    one, again = text_learner.learn(leaking(60), seed=4), text_learner.learn(leaking(60), seed=4)
+    assert one.measurements == again.measurements and one.words == again.words
