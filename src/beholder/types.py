@@ -8,10 +8,10 @@ tokens per image, P patches per image, Dv tower width, Dh language-model width.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:  # the command line imports this file and must answer --help without loading torch
     import numpy as np
@@ -287,6 +287,19 @@ class Batch:
             for image in self.images
         ]
         return replace(self, images=images, **{name: change(getattr(self, name)) for name in names})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What was learned
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedPart:
+    """What one part of a model has learned, as a checkpoint keeps it."""
+
+    tensors: Mapping[str, torch.Tensor]
+    facts: Mapping[str, Any]
+    """What it was made for, and what others must know to compute with it."""
 
 
 # ---------------------------------------------------------------------------------------------------------------

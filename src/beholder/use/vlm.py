@@ -83,7 +83,7 @@ class Vlm:
 
         It loads without peft. Raises `UserError` when the run has no adapters or ``folder`` is not empty.
         """
-        if not self.model.adapters:
+        if not self.model.adapters and not self.model.language.merged:
             raise UserError("this run has no adapters to merge; its language model is the base, unchanged")
         from beholder.model.adapters import save_merged  # peft, for a run with adapters alone
 
@@ -303,10 +303,10 @@ def load(run: str | Path, *, device: str = "auto", overrides: Sequence[str] = ()
     cfg = load_config(folder / "config.yaml", overrides)
     check_consent(cfg, overrides)
     model, tokenizer = build_vlm(
-        cfg.model, compute_precision=cfg.train.precision, device=pick_device(device), seed=cfg.seed
-    )
-    restore.load_connector(where, model.connector, model.connector_info())
-    restore.load_adapter(where, model.language)
+        cfg.model, compute_precision=cfg.train.precision, device=pick_device(device), seed=cfg.seed,
+        merged=restore.read_merged(where),
+    )  # fmt: skip
+    restore.load_trained(where, model)
     trainer = restore.read_trainer(where)
     trained_with = trainer.get("fingerprints", {}).get("encoder")
     encoder = build_encoder(cfg, tokenizer, model.num_visual_tokens)
