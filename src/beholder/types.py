@@ -245,11 +245,14 @@ class Batch:
     sample_index: torch.Tensor
     """int64 [B, T]: index into ``ids``, -1 at padding."""
     image_positions: torch.Tensor
-    """int64 [M, N]: flat position ``row * T + t`` of each reserved slot of each image."""
+    """int64 [S], S the visual tokens of all images: flat position ``row * T + t`` of each reserved slot, image after
+    image."""
+    image_lengths: torch.Tensor
+    """int64 [M]: visual tokens of each image, which may differ."""
     image_sample: torch.Tensor
     """int64 [M]: index into ``ids`` of the sample that owns the image."""
     images: list[ImageInput]
-    """M inputs, in the order of ``image_positions``."""
+    """M inputs, in the order of ``image_lengths``."""
     ids: list[str]
     """Sample ids."""
     truncated: int = 0
@@ -281,7 +284,10 @@ class Batch:
         return self._each(lambda t: t.pin_memory())
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        names = ("input_ids", "position_ids", "supervise", "sample_index", "image_positions", "image_sample")
+        names = (
+            "input_ids", "position_ids", "supervise", "sample_index", "image_positions", "image_lengths",
+            "image_sample",
+        )  # fmt: skip
         images = [
             ImageInput(*(None if t is None else change(t) for t in (image.features, image.pixels)))
             for image in self.images

@@ -136,7 +136,7 @@ class VisionLanguageModel(nn.Module):
         image."""
         check_images(batch, self.num_visual_tokens)
         text = self.language.embed(batch.input_ids)
-        return scatter_images(text, batch.image_positions, self.visual_tokens(batch.images))
+        return scatter_images(text, batch.image_positions, self.visual_tokens(batch.images).flatten(0, 1))
 
     def forward(self, batch: Batch) -> TokenLosses:
         """Loss of every supervised token. The token at position t is predicted from t - 1 of the same sample.
@@ -184,7 +184,7 @@ class VisionLanguageModel(nn.Module):
             places = spans_to_positions(list(prompt.image_spans), self.num_visual_tokens, f"prompt {i + 1}")
             mine = tokens[used : used + len(own)]
             used += len(own)
-            embeds.append(scatter_images(self.language.embed(ids), places.to(self.device), mine)[0])
+            embeds.append(scatter_images(self.language.embed(ids), places.to(self.device), mine.flatten(0, 1))[0])
         return self.language.generate(embeds, how, eos_ids=eos_ids, seed=seed, streamer=streamer)
 
     @torch.no_grad()
