@@ -276,9 +276,15 @@ def _several_source(
         k = i // len(record["images"]) % n
         about = f"in image {k + 1}" if n > 1 else "here"
         colour, shape = record["shown"][k]
-        question, answer = (f"What colour is the shape {about}?", colour)
-        if i % 2:
-            question, answer = (f"Which shape is {about}?", shape)
+        question, answer = f"What colour is the shape {about}?", colour
+        if i // 2 % 2:
+            question, answer = f"Which shape is {about}?", shape
+        answer = {  # of three lengths, as in `_dialogue`
+            "white": answer,
+            "grey": f"What the picture in question shows in front of a grey wall is best called {answer}.",
+            "black": f"The wall of the picture in question is black all over, and what stands in front of it, in the "
+            f"middle or thereabouts, is best called {answer}.",
+        }[record["ground"]]
         asked.append((record, n, "<image>\n" * n + question, answer))
     if kind == "parquet":
         import pyarrow as pa
