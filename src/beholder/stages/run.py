@@ -171,6 +171,8 @@ def train_and_measure(session: Session, source: Path | None) -> Outcome:
         dist.on_main(lambda: run.set_status(Status.CANCELLED, step=result.step, signal=result.signal))
         return Outcome(run.path, Status.CANCELLED, result.step, result.signal, is_main=dist.is_main)
 
+    if mixed := session.data.mixture(cfg, total):
+        line("mixture", ", ".join(mixed))
     best, losses = settle(session, total)  # which checkpoint is it
     trained = Trained(best, total, Status.SUCCEEDED, whole=start == 0)
     evidence = measure(session, table, before, trained, losses)
