@@ -23,7 +23,7 @@ from beholder.model.build import build_vlm
 from beholder.prepare.tiny import colour_source
 from beholder.runs import sha256_file
 from beholder.stages import run_stage
-from beholder.types import Batch, ImageInput
+from beholder.types import Batch, ImageInput, Status
 
 MakeStage = Callable[..., RunConfig]
 
@@ -160,7 +160,9 @@ def test_two_processes_learn_what_one_does(stage: MakeStage, tmp_path: Path) -> 
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
-    assert done.returncode in (0, 3), done.stderr[-2000:]  # 3: four steps pass no gates
+    # torchrun makes 1 of every exit code, also of that for gates, which four steps do not pass
+    assert (tmp_path / "two/run/evidence.json").is_file(), done.stderr[-4000:]
+    assert load_evidence(tmp_path / "two/run").status == Status.SUCCEEDED
     one, two = (losses_of(tmp_path / n / "run") for n in ("one", "two"))
     assert [s for s, _ in one] == [s for s, _ in two] == [1, 2, 3, 4]
     # fp32 sums in another order, through four optimizer steps
