@@ -15,7 +15,8 @@ import torch
 from tests.conftest import TinyParts, make_config
 
 from beholder.config import RunConfig
-from beholder.config.file import dump_config
+from beholder.config.file import dump_config, parse_config
+from beholder.config.tree import ConfigError
 from beholder.data import build_data
 from beholder.data.collate import Layout
 from beholder.evidence import load_evidence
@@ -137,6 +138,47 @@ def test_a_killed_run_of_a_weighted_mixture_resumes_bit_for_bit_and_tells_its_sh
     assert 0 < single < 16
     assert f"several 75.0% asked, {1 - single / 16:.1%} seen ({16 - single})" in told
     assert f"single 25.0% asked, {single / 16:.1%} seen ({single})" in told
+
+
+def test_records_with_too_many_pictures_or_other_markers_are_rejected_counted_and_named(
+    stage: MakeStage, tiny_parts: TinyParts, tmp_path: Path
+) -> None:
+    names = sorted(p.name for p in tiny_parts.images.glob("*.png"))
+
+    def record(images: int, markers: int) -> str:
+        turns = [
+            {"role": "user", "content": "<image>\n" * markers + "How many?"},
+            {"role": "assistant", "content": "x"},
+        ]
+        shown = [names.pop() for _ in range(images)]  # every record has pictures of its own
+        return json.dumps({"id": f"{images} for {markers}", "images": shown, "messages": turns})
+
+    path = tmp_path / "records.jsonl"
+    good = [record(k % 4 + 1, k % 4 + 1).replace("How many", f"How many, {k}") for k in range(12)]
+    path.write_text("\n".join([*good, record(5, 5), record(3, 2), record(2, 3)]), encoding="utf-8")
+    cfg = stage(tmp_path, **{
+        "data.sources": [{"name": "made", "json_path": str(path), "image_root": str(tiny_parts.images), "weight": 1}],
+        "data.eval_size": 4, "prompting.max_images_per_sample": 4,
+    })  # fmt: skip
+
+    _, data = opened(cfg)
+
+    assert data.counts.rejects == {"too_many_images": 1, "image_count": 2}
+    said = {r.id: r.detail for r in data.rejects}
+    assert said["5 for 5"] == "5 images, prompting.max_images_per_sample is 4"
+    assert "3 images" in said["3 for 2"] and "2 images" in said["2 for 3"]
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("inf")])
+def test_a_weight_that_is_no_share_is_refused_with_its_place(weight: float) -> None:
+    text = f"""
+run_name: x
+stage: multi
+model: {{llm: {{name_or_path: a/b}}, vision: {{name_or_path: c/d}}, lora: {{enable: true}}}}
+data: {{sources: [{{json_path: a.json, weight: {str(weight).replace("inf", ".inf")}}}]}}
+"""
+    with pytest.raises(ConfigError, match=r"x\.yaml:5:\d+: data\.sources\.0\.weight: got .*expected a"):
+        parse_config(text, "x.yaml")
 
 
 def losses_of(run: Path) -> list[tuple[int, float]]:
