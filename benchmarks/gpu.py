@@ -206,9 +206,7 @@ def trained(
     if scale is not None:
         state.loss_scale = scale
     if (latest := latest_checkpoint(run.checkpoints)) is not None:
-        restored = load_for_resume(
-            latest, model.connector, model.connector_info(), optimizer, model.language if model.adapters else None
-        )
+        restored = load_for_resume(latest, model, optimizer)
         start, state = restored.step, LoopState.from_dict(restored.trainer["loop"])
     steps, log = int(cfg.train.train_steps or 0), Log(stop_at)
     try:
@@ -221,8 +219,7 @@ def trained(
     finally:
         if store is not None:
             store.close()
-    kept = model.trained_state()
-    weights = {**kept["connector"], **(kept["adapter"] or {})}
+    weights = {name: t for part in model.trained_state().values() for name, t in part.tensors.items()}
     losses = [float(r["loss"]) for r in log.records]
     return Trained(losses, {k: v.detach().float().cpu().clone() for k, v in weights.items()}, state)
 
@@ -232,7 +229,7 @@ def _save(
     cfg: RunConfig,
 ) -> None:  # fmt: skip
     save_checkpoint(
-        run.checkpoints, step, **model.trained_state(), optimizer_state=optimizer_tensors(optimizer),
+        run.checkpoints, step, model.trained_state(), optimizer_state=optimizer_tensors(optimizer),
         trainer={
             "config": cfg.model_dump(mode="json"), "data_cursor": step * cfg.effective_batch, "loop": state.as_dict(),
         },

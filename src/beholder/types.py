@@ -8,10 +8,10 @@ tokens per image, P patches per image, Dv tower width, Dh language-model width.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:  # the command line imports this file and must answer --help without loading torch
     import numpy as np
@@ -245,11 +245,14 @@ class Batch:
     sample_index: torch.Tensor
     """int64 [B, T]: index into ``ids``, -1 at padding."""
     image_positions: torch.Tensor
-    """int64 [M, N]: flat position ``row * T + t`` of each reserved slot of each image."""
+    """int64 [S], S the visual tokens of all images: flat position ``row * T + t`` of each reserved slot, image after
+    image."""
+    image_lengths: torch.Tensor
+    """int64 [M]: visual tokens of each image, which may differ."""
     image_sample: torch.Tensor
     """int64 [M]: index into ``ids`` of the sample that owns the image."""
     images: list[ImageInput]
-    """M inputs, in the order of ``image_positions``."""
+    """M inputs, in the order of ``image_lengths``."""
     ids: list[str]
     """Sample ids."""
     truncated: int = 0
@@ -281,12 +284,28 @@ class Batch:
         return self._each(lambda t: t.pin_memory())
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        names = ("input_ids", "position_ids", "supervise", "sample_index", "image_positions", "image_sample")
+        names = (
+            "input_ids", "position_ids", "supervise", "sample_index", "image_positions", "image_lengths",
+            "image_sample",
+        )  # fmt: skip
         images = [
             ImageInput(*(None if t is None else change(t) for t in (image.features, image.pixels)))
             for image in self.images
         ]
         return replace(self, images=images, **{name: change(getattr(self, name)) for name in names})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What was learned
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedPart:
+    """What one part of a model has learned, as a checkpoint keeps it."""
+
+    tensors: Mapping[str, torch.Tensor]
+    facts: Mapping[str, Any]
+    """What it was made for, and what others must know to compute with it."""
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,9 @@ SEED_STAGE2 = Path(__file__).parents[2] / "configs" / "stage2_sft_single.yaml"
 PLACES = ["data.sources=[{json_path: train, image_root: t}]", "data.eval_sources=[{json_path: test, image_root: t}]"]
 
 
-def load(path: Path) -> RunConfig:
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     needs_places = yaml.safe_load(path.read_text())["data"].get("sources") == []
-    return load_config(path, PLACES if needs_places else [])
+    return load_config(path, [*(PLACES if needs_places else []), *overrides])
 
 
 @pytest.mark.parametrize("path", CONFIGS + RECIPES, ids=lambda p: p.stem)
@@ -199,4 +200,4 @@ def test_every_scale_of_a_shipped_config_loads(path: Path) -> None:
     cfg = load(path)
 
     for scale in cfg.scales:
-        load_config(path, [*PLACES, *scale_overrides(cfg, scale)])
+        load(path, scale_overrides(cfg, scale))

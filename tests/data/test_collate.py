@@ -56,7 +56,8 @@ def sample(number: int, length: int, images: int = 0) -> Sample:
     """Ids that say which sample and place they are, so that a misplaced one shows."""
     rng = np.random.default_rng(number)
     images = min(images, max(0, (length - 2) // (N + 1)))
-    spans = tuple((1 + k * (N + 1), 1 + k * (N + 1) + N) for k in range(images))
+    starts = [1 + k * (N + 1) for k in range(images)]
+    spans = tuple((start, start + N - (number + k) % 3) for k, start in enumerate(starts))  # of different lengths
     supervise = np.arange(length) >= rng.integers(0, length)
     for start, stop in spans:
         supervise[start:stop] = False
@@ -95,12 +96,13 @@ def assert_laid_out(batch: Batch, samples: Sequence[Sample], layout: Layout) -> 
         assert used <= (layout.pack_len if layout.packing else max(len(e.ids) for _, e, _ in samples))
 
     flat_ids, owners = batch.input_ids.flatten(), batch.sample_index.flatten()
-    assert len(batch.images) == len(batch.image_positions) == len(batch.image_sample)
+    assert len(batch.images) == len(batch.image_lengths) == len(batch.image_sample)
+    positions = batch.image_positions.split(batch.image_lengths.tolist())  # fails where the lengths are not all of them
     at = 0
     for i, (_, encoded, inputs) in enumerate(samples):
         for (start, stop), image in zip(encoded.image_spans, inputs, strict=True):
-            assert flat_ids[batch.image_positions[at]].tolist() == encoded.ids[start:stop].tolist()
-            assert (owners[batch.image_positions[at]] == i).all() and batch.image_sample[at] == i
+            assert flat_ids[positions[at]].tolist() == encoded.ids[start:stop].tolist()
+            assert (owners[positions[at]] == i).all() and batch.image_sample[at] == i
             assert batch.images[at] is image
             at += 1
     assert at == len(batch.images)
@@ -165,7 +167,9 @@ def test_no_samples_make_one_row_of_padding() -> None:
 
         assert batch.input_ids.shape == (1, 8) and batch.num_tokens == batch.num_targets == 0
         assert batch.position_ids.tolist() == [list(range(8))]
-        assert batch.images == [] and batch.image_positions.shape == (0, 0) and batch.ids == []
+        assert (
+            batch.images == [] and batch.image_positions.shape == batch.image_lengths.shape == (0,) and batch.ids == []
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -244,7 +248,15 @@ def stream(source: Listed, make: SampleBuilder, layout: Layout = PACKED, **overr
 def content(batch: Batch) -> Any:
     """A batch as plain values, without how long it took."""
     b = batch
-    tensors = (b.input_ids, b.position_ids, b.supervise, b.sample_index, b.image_positions, b.image_sample)
+    tensors = (
+        b.input_ids,
+        b.position_ids,
+        b.supervise,
+        b.sample_index,
+        b.image_positions,
+        b.image_lengths,
+        b.image_sample,
+    )
     images = [[None if t is None else (str(t.dtype), t.tolist()) for t in (i.features, i.pixels)] for i in batch.images]
     return [t.tolist() for t in tensors], images, batch.ids, batch.truncated, batch.rejected
 

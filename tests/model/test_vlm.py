@@ -76,11 +76,11 @@ def test_swapping_two_images_swaps_their_visual_blocks_and_nothing_else(tiny: Bu
     after = collate([(name, encoded, [second, first])], Layout(False, 4096, 8))
     a, b = (tiny.model.embed(x).flatten(0, 1) for x in (before, after))
 
-    where = before.image_positions
+    where = before.image_positions.split(before.image_lengths.tolist())
     assert torch.equal(a[where[0]], b[where[1]]) and torch.equal(a[where[1]], b[where[0]])
     assert not torch.equal(a[where[0]], a[where[1]])
     others = torch.ones(a.shape[0], dtype=torch.bool)
-    others[where.flatten()] = False
+    others[before.image_positions] = False
     assert torch.equal(a[others], b[others])
     assert not torch.allclose(tiny.model(before).nll, tiny.model(after).nll, atol=1e-5)
 
@@ -319,9 +319,9 @@ def test_counts_that_disagree_stop_with_both_numbers(tiny: Built, lost: str) -> 
         case "image":
             batch.images.pop()
         case "place":
-            batch.image_positions, batch.image_sample = batch.image_positions[:-1], batch.image_sample[:-1]
+            batch.image_lengths, batch.image_sample = batch.image_lengths[:-1], batch.image_sample[:-1]
         case _:
-            batch.image_positions = batch.image_positions[:, :-1]
+            batch.image_lengths = batch.image_lengths - 1
 
     expected = {
         "image": "9 images .* room for 10",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ import torch
 from tiny_run import Tiny, exact_log, settings, train, vouch_for
 from torch import Tensor
 
-from beholder.model.adapters import adapter_config, adapter_tensors
-from beholder.model.language import LanguageModel
+from beholder.model.adapters import adapter_tensors
 from beholder.model.vlm import VisionLanguageModel
 from beholder.prepare.tiny import tiny_llm
 from beholder.runs import RunDir
@@ -44,11 +44,9 @@ def identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def rewritten(folder: Path, model: VisionLanguageModel, **changes: Any) -> Path:
     """A checkpoint of the model with other entries in its adapter config."""
-    return save_checkpoint(
-        folder, 1, connector=model.connector.state_dict(), connector_info=model.connector_info(), optimizer_state={},
-        trainer={}, keep=2, adapter=adapter_tensors(model.language),
-        adapter_config=adapter_config(model.language) | changes,
-    )  # fmt: skip
+    parts = model.trained_state()
+    parts["adapter"] = replace(parts["adapter"], facts={**parts["adapter"].facts, **changes})
+    return save_checkpoint(folder, 1, parts, optimizer_state={}, trainer={}, keep=2)
 
 
 def test_adapter_files_lie_flat_in_the_folder_and_are_in_the_manifest(tiny: Tiny, tmp_path: Path) -> None:
@@ -185,13 +183,12 @@ def test_a_checkpoint_with_adapters_does_not_load_without_them_nor_the_reverse(t
         named = [(n, p) for n, p in of.named_parameters() if p.requires_grad]
         return build_optimizer([{"name": "all", "params": named, "lr": 0.1, "weight_decay": 0.0}], (0.9, 0.99))
 
-    for language in (plain.language, None):
-        with pytest.raises(UserError, match="has adapters on the language model, but this config has none"):
-            load_for_resume(with_adapters, plain.connector, plain.connector_info(), optimizer(plain), language)
+    with pytest.raises(UserError, match="has adapters on the language model, but this config has none"):
+        load_for_resume(with_adapters, plain, optimizer(plain))
     with pytest.raises(
         UserError, match=r"model\.lora\.enable: true.*has none.*model\.connector\.load_checkpoint instead"
     ):
-        load_for_resume(without, model.connector, model.connector_info(), optimizer(model), model.language)
+        load_for_resume(without, model, optimizer(model))
     assert identical(weights(model), before), "something was loaded"
     load_adapter(without, plain.language)  # nothing on both sides
 
@@ -217,12 +214,3 @@ def test_a_manifest_with_half_an_adapter_is_damaged(tiny: Tiny, tmp_path: Path) 
     (path / MANIFEST).write_text(json.dumps(manifest))
 
     assert problem(path) == "its manifest does not list adapter_config.json"
-
-
-def test_an_adapter_without_its_config_cannot_be_saved(tiny: Tiny, tmp_path: Path) -> None:
-    language: LanguageModel = tiny.model(lora=LORA).language
-    with pytest.raises(AssertionError, match="come together"):
-        save_checkpoint(
-            tmp_path, 1, connector={}, connector_info={}, optimizer_state={}, trainer={}, keep=2,
-            adapter=adapter_tensors(language),
-        )  # fmt: skip

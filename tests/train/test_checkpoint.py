@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ from beholder.train.checkpoint import (
 from beholder.train.optim import build_optimizer, optimizer_tensors
 from beholder.train.restore import load_connector, load_for_resume
 from beholder.train.same_run import check_same_config, check_same_fingerprints, may_change
-from beholder.types import UserError
+from beholder.types import TrainedPart, UserError
 
 INFO: dict[str, Any] = {
     "num_visual_tokens": 4, "num_patches": 16, "d_vision": 8, "d_text": 6, "vision_ln": False,
@@ -56,10 +57,20 @@ class Parts(nn.Module):
         self.projector = nn.Linear(8, d_text)
 
 
+def bare(connector: nn.Module) -> Any:
+    """A model with this connector and a language model without adapters."""
+    language = SimpleNamespace(adapters=[], merged=[])
+    return SimpleNamespace(connector=connector, connector_info=lambda: INFO, language=language)
+
+
+def learned(tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> dict[str, TrainedPart]:
+    return {"connector": TrainedPart(tensors, info)}
+
+
 def write(folder: Path, step: int, module: nn.Module | None = None, *, keep: int = 3, **info: Any) -> Path:
     module = module or Parts()
     return save_checkpoint(
-        folder, step, connector=module.state_dict(), connector_info={**INFO, **info},
+        folder, step, learned(module.state_dict(), {**INFO, **info}),
         optimizer_state={"w/step": torch.tensor(float(step))},
         trainer={"config": {"seed": 1}, "config_hash": "c0ffee", "data_cursor": step * 8}, keep=keep,
     )  # fmt: skip
@@ -91,7 +102,7 @@ def test_weights_and_optimizer_come_back_bit_for_bit(tmp_path: Path) -> None:
         p.grad = torch.randn_like(p)
     optimizer.step()
     path = save_checkpoint(
-        tmp_path, 1, connector=module.state_dict(), connector_info=INFO, optimizer_state=optimizer_tensors(optimizer),
+        tmp_path, 1, learned(module.state_dict(), INFO), optimizer_state=optimizer_tensors(optimizer),
         trainer={"config": {}, "loop": {"x": 1}}, keep=2,
     )  # fmt: skip
     other = Parts()
@@ -99,7 +110,7 @@ def test_weights_and_optimizer_come_back_bit_for_bit(tmp_path: Path) -> None:
         for p in other.parameters():
             p.zero_()
     other_optimizer = optimizer_of(other)
-    state = load_for_resume(path, other, INFO, other_optimizer)
+    state = load_for_resume(path, bare(other), other_optimizer)
     assert state.step == 1 and state.trainer["loop"] == {"x": 1}
     assert all(
         torch.equal(a, b) for a, b in zip(module.state_dict().values(), other.state_dict().values(), strict=True)
@@ -111,8 +122,7 @@ def test_weights_and_optimizer_come_back_bit_for_bit(tmp_path: Path) -> None:
 def test_tensors_that_share_memory_are_saved_as_what_they_show(tmp_path: Path) -> None:
     base = torch.arange(12.0).reshape(3, 4)
     path = save_checkpoint(
-        tmp_path, 1, connector={"a": base, "b": base.T, "c": base[1]}, connector_info={}, optimizer_state={},
-        trainer={}, keep=2,
+        tmp_path, 1, learned({"a": base, "b": base.T, "c": base[1]}, {}), optimizer_state={}, trainer={}, keep=2,
     )  # fmt: skip
     loaded = restore._read_tensors(path / "connector.safetensors")
     assert torch.equal(loaded["b"], base.T) and torch.equal(loaded["c"], base[1])

@@ -24,7 +24,6 @@ from beholder.data.collate import Layout, SampleBuilder, TrainStream
 from beholder.data.images import ImagePipeline
 from beholder.data.mixture import Mixture
 from beholder.data.sources import Records, open_sources
-from beholder.model.adapters import adapter_config, adapter_tensors
 from beholder.model.build import build_vlm
 from beholder.model.plan import param_groups
 from beholder.model.vlm import VisionLanguageModel
@@ -154,7 +153,7 @@ def train(
     state, start = LoopState(), 0
     latest = latest_checkpoint(run.checkpoints, warn=lambda message: None) if resume else None
     if latest is not None:
-        restored = load_for_resume(latest, model.connector, model.connector_info(), optimizer, model.language)
+        restored = load_for_resume(latest, model, optimizer)
         start, state = restored.step, LoopState.from_dict(restored.trainer["loop"])
     if dist.is_main:
         run.trim_metrics(start)
@@ -164,12 +163,10 @@ def train(
         on_save(step)
         saved.append(step)
         save_checkpoint(
-            run.checkpoints, step, connector=model.connector.state_dict(), connector_info=model.connector_info(),
+            run.checkpoints, step, model.trained_state(),
             optimizer_state=optimizer_tensors(optimizer),
             trainer={"loop": state.as_dict(), "config": {}, "data_cursor": step * stream.samples_per_step},
             keep=cfg.keep_checkpoints,
-            adapter=adapter_tensors(model.language) if model.adapters else None,
-            adapter_config=adapter_config(model.language) if model.adapters else None,
         )  # fmt: skip
 
     reporter = Reporter(

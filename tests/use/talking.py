@@ -10,7 +10,7 @@ from tests.conftest import TinyParts, make_config
 
 from beholder.config import GenerateConfig
 from beholder.config.file import dump_config
-from beholder.model.adapters import adapter_config, adapter_tensors, load_adapter_tensors
+from beholder.model.adapters import adapter_tensors, load_adapter_tensors
 from beholder.model.build import build_vlm
 from beholder.model.vlm import VisionLanguageModel
 from beholder.train import checkpoint
@@ -34,12 +34,9 @@ def untrained_run(parts: TinyParts, folder: Path, **sets: Any) -> Path:
     model, _ = build_vlm(cfg.model, compute_precision="fp32", device=torch.device("cpu"), seed=cfg.seed)
     for step in (1, 2):
         _disturb(model, step)
-        adapted = bool(model.adapters)
         checkpoint.save_checkpoint(
-            run / "checkpoints", step, connector=model.connector.state_dict(), connector_info=model.connector_info(),
-            optimizer_state={}, trainer={"config": cfg.model_dump(mode="json")}, keep=3,
-            adapter=adapter_tensors(model.language) if adapted else None,
-            adapter_config=adapter_config(model.language) if adapted else None,
+            run / "checkpoints", step, model.trained_state(), optimizer_state={},
+            trainer={"config": cfg.model_dump(mode="json")}, keep=3,
         )  # fmt: skip
     return run
 

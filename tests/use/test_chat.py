@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tests.conftest import TinyParts
 from tests.use.talking import briefly, untrained_run
 
@@ -13,12 +16,24 @@ from beholder.config import SourceConfig
 from beholder.data.sources import open_sources
 from beholder.types import UserError, printable
 from beholder.use.chat import Conversation, talk
-from beholder.use.vlm import ContextFullError, Vlm, load
+from beholder.use.vlm import ContextFullError, Request, Vlm, load
 
 
 @pytest.fixture(scope="module")
 def vlm(tiny_parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> Vlm:
     return load(untrained_run(tiny_parts, tmp_path_factory.mktemp("talk")), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def several(tiny_parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> Vlm:
+    """Of stage multi, with at most 3 images."""
+    sets = {"stage": "multi", "prompting.max_images_per_sample": 3, "prompting.max_seq_len": 512}
+    return load(untrained_run(tiny_parts, tmp_path_factory.mktemp("several"), **sets), device="cpu")
+
+
+@pytest.fixture
+def pictures(tiny_parts: TinyParts) -> list[Path]:
+    return sorted(tiny_parts.images.glob("*.png"))[:4]
 
 
 @pytest.fixture
@@ -62,11 +77,11 @@ def test_another_image_starts_over_and_a_missing_one_changes_nothing(vlm: Vlm, t
 
     with pytest.raises(UserError, match=r"nowhere\.png"):
         scripted(conversation, "/image nowhere.png")
-    kept = (conversation.image, len(conversation.turns))
+    kept = (list(conversation.images), len(conversation.turns))
     scripted(conversation, f"/image '{other}'")
 
-    assert kept == (first, 2)
-    assert (conversation.image, conversation.turns) == (other, [])
+    assert kept == ([first], 2)
+    assert (conversation.images, conversation.turns) == ([other], [])
 
 
 def test_reset_keeps_image_and_system_text(vlm: Vlm, image: Path) -> None:
@@ -75,7 +90,96 @@ def test_reset_keeps_image_and_system_text(vlm: Vlm, image: Path) -> None:
     again = [scripted(conversation, "What?", "/reset")[0] for _ in range(2)]
 
     assert again[0] == again[1]
-    assert (conversation.image, conversation.system, conversation.turns) == (image, "Be brief.", [])
+    assert (conversation.images, conversation.system, conversation.turns) == ([image], "Be brief.", [])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Several images
+
+
+def shown(conversation: Conversation, text: str) -> str:
+    """The prompt for what is said next, images as ``[image k ×4]``."""
+    messages = conversation._placed([*conversation.turns, {"role": "user", "content": text}])
+    prompt = conversation.vlm._prompt(Request(messages, conversation.images))
+    return "".join(s.text.replace("⏎", "") for s in conversation.vlm.encoder.segments(prompt.encoded))
+
+
+def test_images_are_numbered_as_in_training_wherever_they_come_from(
+    several: Vlm, pictures: list[Path], tmp_path: Path
+) -> None:
+    """One layout: what a training record of the same gives up to its answer."""
+    question = "What colour is image 2?"
+    told = {"role": "user", "content": f"<image>\n<image>\n{question}"}
+    file = tmp_path / "records.jsonl"
+    names = [p.name for p in pictures[:2]]
+    file.write_text(json.dumps({"images": names, "messages": [told, {"role": "assistant", "content": "red"}]}))
+    source = SourceConfig(json_path=str(file), image_root=str(pictures[0].parent))
+    (example,) = open_sources([source], image_token="<image>", max_images=3, on_reject="error", chat=True)
+    trained = several.encoder.encode(example)
+    asked = several._prompt(Request(question, pictures[:2])).encoded
+    chat = Conversation(several, pictures[:2], how=briefly(4))
+
+    assert trained.ids[: len(asked.ids)].tolist() == asked.ids.tolist()
+    assert trained.image_spans == asked.image_spans
+    assert "Image 1: " in shown(chat, question) and "Image 2: " in shown(chat, question)
+    out, _ = scripted(chat, question)
+    assert out == f"{printable(several.generate(pictures[:2], question, max_new_tokens=4))}\n"
+
+
+def test_one_image_more_stands_before_what_is_said_next_and_the_conversation_goes_on(
+    several: Vlm, pictures: list[Path]
+) -> None:
+    conversation = Conversation(several, pictures[0], how=briefly(4))
+    assert "Image 1" not in shown(conversation, "What?")
+
+    _, notes = scripted(conversation, "What?", f"/image {pictures[1]}", "/images")
+
+    assert conversation.images == pictures[:2] and len(conversation.turns) == 2
+    assert f"looking at image 2: {pictures[1]}" in notes and "starts over" not in notes
+    assert f"image 1: {pictures[0]}\nimage 2: {pictures[1]}" in notes
+    first, _, rest = shown(conversation, "And image <image> 2?").partition("What?")
+    assert "Image 1: " in first and "[image 1 ×" in first and "[image 2 ×" not in first
+    assert rest.index("Image 2: ") < rest.index("[image 2 ×") < rest.index("And image <image> 2?"), "typed text is text"
+
+    scripted(conversation, "And 2?", "/reset")
+    first, _, rest = shown(conversation, "Both?").partition("Both?")
+    assert "[image 1 ×" in first and "[image 2 ×" in first and conversation.turns == []
+    scripted(conversation, "/drop")
+    assert conversation.images == [] and "[image" not in shown(conversation, "None?")
+
+
+def test_what_is_shown_changes_the_answer_of_that_image_alone(several: Vlm, pictures: list[Path]) -> None:
+    a, b, c = pictures[:3]
+
+    def seen(*images: Path) -> list[Any]:
+        prompt = several._prompt(Request("What?", images))
+        return [i.pixels for i in prompt.images]
+
+    assert all(torch.equal(x, y) for x, y in zip(seen(a, b, c), [*seen(a), *seen(b), *seen(c)], strict=True))
+    assert not torch.equal(seen(a)[0], seen(b)[0])
+
+
+def test_one_image_too_many_says_what_to_do_and_changes_nothing(several: Vlm, pictures: list[Path]) -> None:
+    conversation = Conversation(several, pictures[:3])
+
+    with pytest.raises(UserError, match=r"would be image 4, .* at most 3 a sample .*/drop, or use a run"):
+        scripted(conversation, f"/image {pictures[3]}")
+    with pytest.raises(UserError, match=r"4 images given, .* at most 3 a sample .*: give fewer"):
+        several.generate(pictures[:4], "What?")
+    assert conversation.images == pictures[:3]
+
+
+def test_a_saved_conversation_about_several_images_keeps_their_places(
+    several: Vlm, pictures: list[Path], tmp_path: Path
+) -> None:
+    conversation = Conversation(several, pictures[:2], how=briefly(4))
+    file = tmp_path / "talk.jsonl"
+    scripted(conversation, "Both?", f"/image {pictures[2]}", "And this?", f"/save {file}")
+
+    source = SourceConfig(json_path=str(file), image_root=str(pictures[0].parent))
+    (example,) = open_sources([source], image_token="<image>", max_images=3, on_reject="error", chat=True)
+    assert [t.text for t in example.turns[::2]] == ["<image>\n<image>\nBoth?", "<image>\nAnd this?"]
+    assert [Path(ref.path).name for ref in example.images] == [p.name for p in pictures[:3]]
 
 
 def test_a_saved_conversation_is_a_record_to_train_on(vlm: Vlm, image: Path, tmp_path: Path) -> None:

@@ -16,7 +16,10 @@ from beholder.cli.common import Device, ImageRoots, Json, PartSets, RunArg, app,
 )
 def generate(
     run_folder: RunArg,
-    image: Annotated[list[Path] | None, typer.Option(help="An image file. Repeatable.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="An image file. Repeatable: image 1, image 2, … of a run that knows several."),
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Text after the image; a captioning run has an instruction of its own.")
     ] = None,
@@ -66,7 +69,10 @@ def generate(
 @app.command(epilog=example("beholder chat outputs/quickstart/instruct --image data/quickstart/data/images/test/0.png"))
 def chat(
     run_folder: RunArg,
-    image: Annotated[Path | None, typer.Option(help="What to talk about; /image FILE changes it.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="What to talk about; /image FILE shows it one more. Repeatable: image 1, image 2, …"),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before everything else.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
@@ -75,7 +81,7 @@ def chat(
     device: Device = "auto",
     sets: PartSets = None,
 ) -> None:
-    """Talk to a trained run about an image. /help lists the commands; Ctrl-C stops an answer, a second one leaves.
+    """Talk to a trained run about images. /help lists the commands; Ctrl-C stops an answer, a second one leaves.
 
     Standard input may be a pipe: every line is said in turn, answers go to standard output, the rest to standard error.
     Python: beholder.load(RUN).chat(messages, image), .stream(messages, image).
@@ -84,7 +90,7 @@ def chat(
     from beholder.use.vlm import decoding, load
 
     vlm = load(run_folder, device=device, overrides=sets or [])
-    conversation = Conversation(vlm, image, system, decoding(temperature, top_p, max_new_tokens), seed)
+    conversation = Conversation(vlm, image or [], system, decoding(temperature, top_p, max_new_tokens), seed)
     talk(conversation, source=sys.stdin, out=sys.stdout, notes=sys.stderr)
 
 

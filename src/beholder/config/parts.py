@@ -90,7 +90,8 @@ class ProjectorConfig(Section):
 
 class ConnectorConfig(Section):
     load_checkpoint: Annotated[str | None, decides("start"), Tiny()] = None
-    """A run or checkpoint folder that this run starts from: its connector, and its adapters where both have some."""
+    """A run or checkpoint folder that this run starts from: its connector, and its adapters as ``model.lora.adapters``
+    says."""
     trainable: bool = True
     num_visual_tokens: Annotated[Positive | None, Field(le=65_536)] = None
     """N, the language-model positions one image takes. Default 64 for the perceiver; fixed by the other kinds."""
@@ -130,6 +131,16 @@ class LoraConfig(Section):
         ),
     ] = False
     """Train low-rank adapters on the language model (stage 2)."""
+    adapters: Annotated[
+        Literal["continue", "merge", "fresh"],
+        Inert(
+            lambda cfg, _: cfg.model.connector.load_checkpoint is None, "the run starts from no other run",
+            "model.connector.load_checkpoint",
+        ),
+    ] = "continue"  # fmt: skip
+    """What becomes of the adapters of the run that ``connector.load_checkpoint`` names. continue: they go on learning,
+    so rank, alpha and sites must be theirs. merge: they become part of the base's weights, at the strength that they
+    are used with, and new ones start. fresh: they are dropped, and new ones start."""
     r: Annotated[Positive, Field(le=65_536), NO_ADAPTERS] = 16
     """Rank of the two matrices of an adapter."""
     alpha: Annotated[Positive, Field(le=1_048_576), NO_ADAPTERS] = 32

@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, pairwise
 from typing import Any, Literal
 
@@ -72,7 +73,7 @@ def apply_hygiene(
     ``tokenizer`` None: lengths are counted in words and the limits, which are in tokens, are not applied.
     Raises `UserError` naming the first bad images when ``on_bad_image`` is error.
     """
-    texts = records.target_texts()
+    texts, compared, missing = _read(records, verify_images == "exists", progress)
     tokens = count_tokens(texts, tokenizer, progress) if tokenizer is not None else _count_words(texts)
     reasons: dict[int, tuple[str, str]] = {}
 
@@ -89,7 +90,9 @@ def apply_hygiene(
 
     left = [i for i in range(len(records)) if i not in reasons]
     facts: dict[ImageRef, ImageFacts | ImageError] = {}
-    bad_images = _bad_images(records, left, verify_images, max_megapixels, facts, progress)
+    bad_images = {i: missing[i] for i in left if i in missing}
+    if verify_images == "decode":
+        bad_images = _undecodable(records, left, max_megapixels, facts, progress)
     if bad_images and on_bad_image == "error":
         named = "\n".join(f"  {records[i].where}: {e}" for i, e in islice(bad_images.items(), 5))
         more = f"\n  and {len(bad_images) - 5} more" if len(bad_images) > 5 else ""
@@ -100,7 +103,6 @@ def apply_hygiene(
     left = [i for i in left if i not in reasons]
     if progress:
         progress("duplicates", 0, len(left))
-    compared = records.compared_texts() if records.chat else texts
     exact, near = find_duplicates([compared[i] for i in left], cfg.near_threshold)
     for kind, found in (("duplicate_exact", exact), ("duplicate_near", near)):
         if cfg.duplicates == "reject_near" or (cfg.duplicates == "reject_exact" and kind == "duplicate_exact"):
@@ -217,28 +219,50 @@ class _SpamFilter:
 # Images
 
 
-def _bad_images(
+def _read(
+    records: Records, exist: bool, progress: Progress | None
+) -> tuple[list[str], list[str], dict[int, ImageError]]:
+    """(target texts, compared texts, record → its first image that is not there) in one pass over the records: reading
+    one costs more than all that is done with it. ``exist`` False: images are not looked for."""
+    texts: list[str] = []
+    compared: list[str] = []
+
+    def images() -> Iterator[tuple[int, tuple[ImageRef, ...]]]:
+        for i, (text, whole, refs) in enumerate(records.contents()):
+            texts.append(text)
+            compared.append(whole)
+            yield i, refs if exist else ()
+
+    return texts, compared, _first_bad(images(), check_exists, records.num_images, progress if exist else None)
+
+
+def _undecodable(
     records: Records,
     indices: Sequence[int],
-    verify: str,
     max_megapixels: float,
     facts: dict[ImageRef, ImageFacts | ImageError],
     progress: Progress | None,
 ) -> dict[int, ImageError]:
     """Record → what is wrong with its first bad image."""
+    check = partial(_check_decodes, max_megapixels=max_megapixels, facts=facts)
+    return _first_bad(records.images_of(indices), check, records.num_images, progress)
+
+
+def _first_bad(
+    images: Iterator[tuple[int, tuple[ImageRef, ...]]],
+    check: Callable[[Iterator[ImageRef]], Iterator[ImageError | None]],
+    total: int,
+    progress: Progress | None,
+) -> dict[int, ImageError]:
     bad: dict[int, ImageError] = {}
-    if verify == "none":
-        return bad
     waiting: deque[int] = deque()  # record of each image that was handed out and is not yet judged
 
     def refs() -> Iterator[ImageRef]:
-        for i, images in records.images_of(indices):
-            waiting.extend([i] * len(images))
-            yield from images
+        for i, own in images:
+            waiting.extend([i] * len(own))
+            yield from own
 
-    checked = check_exists(refs()) if verify == "exists" else _check_decodes(refs(), max_megapixels, facts)
-    total = records.num_images
-    for done, error in enumerate(checked, 1):
+    for done, error in enumerate(check(refs()), 1):
         i = waiting.popleft()
         if error is not None:
             bad.setdefault(i, error)

@@ -468,18 +468,17 @@ class Records:
         """`Example.target_text` of many records, without building examples."""
         return [parsed.target_text for _, _, parsed in self._parsed(indices)]
 
-    def compared_texts(self) -> list[str]:
-        """What makes a record the repetition of another: its caption; for a conversation all turns and its images.
+    def contents(self) -> Iterator[tuple[str, str, tuple[ImageRef, ...]]]:
+        """(`Example.target_text`, compared text, images) of every record, each read once.
 
-        An answer alone says nothing: "yes" to two questions, or to one question about two images, is no repetition.
+        The compared text makes a record the repetition of another: its caption; for a conversation all turns and its
+        images, because an answer alone says nothing: "yes" to two questions, or to one question about two images, is no
+        repetition.
         """
-        if not self.chat:
-            return self.target_texts()
-        return [
-            "\n".join((*map(str, file.refs(i, p) if p.images and not isinstance(p.images[0], str) else p.images),
-                       *(turn.text for turn in p.turns)))
-            for file, i, p in self._parsed(None)
-        ]  # fmt: skip
+        for file, i, p in self._parsed(None):
+            refs, target = file.refs(i, p), p.target_text
+            named = refs if p.images and not isinstance(p.images[0], str) else p.images
+            yield target, "\n".join((*map(str, named), *(t.text for t in p.turns))) if self.chat else target, refs
 
     def ids(self) -> list[str]:
         """`Example.id` of every record."""

@@ -1,9 +1,9 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on the language model: the only door to peft.
 
 Which layers get one is resolved in `placement`, the layer itself is `adapted_linear`'s. Attaching, switching off,
-merging, reading and writing adapters all live here; the base's weights are never changed. What learns is `plan`'s
-business, files are `train.checkpoint`'s. Importing it takes seconds (peft brings transformers): others import it where
-they use it.
+merging, reading and writing adapters all live here; the base's weights are never changed but by `merge_in`, before
+anything learns. What learns is `plan`'s business, files are `train.checkpoint`'s. Importing it takes seconds (peft
+brings transformers): others import it where they use it.
 """
 
 import math
@@ -24,7 +24,7 @@ from beholder.model.adapted_linear import ADAPTER, AdaptedLinear, adapter_weight
 from beholder.model.language import LanguageModel
 from beholder.model.placement import FIELD, AdapterSite, counted, folded, resolve_targets
 from beholder.model.weights import check_finite, first_line, listed, quiet_transformers
-from beholder.types import UserError
+from beholder.types import TrainedPart, UserError
 
 KEY_PREFIX = "base_model.model."
 """What PEFT puts before the names of the causal language model in its files."""
@@ -199,6 +199,54 @@ def merged(language: LanguageModel) -> Iterator[None]:
         language.train(learning)
 
 
+@torch.no_grad()
+def merge_in(language: LanguageModel, part: TrainedPart) -> None:
+    """Make adapters of an earlier run part of the base's weights for good, as `merged` does for a while: summed in
+    fp32, rounded once, at the strength that their config says.
+
+    Raises `UserError` for anything but plain LoRA, for adapters that do not fit this language model, and for weights
+    that are not finite; nothing is changed then.
+    """
+    assert not language.adapters, "adapters are merged before new ones are attached"
+    facts, tensors = part.facts, part.tensors
+    plain = {"peft_type": "LORA", "use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    odd = [f"{k} is {facts.get(k)!r}" for k, v in {**plain, "bias": "none"}.items() if facts.get(k) != v]
+    rank, alpha = facts.get("r"), facts.get("lora_alpha")
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf or rank < 1:
+        odd.append(f"r is {rank!r} and lora_alpha {alpha!r}")
+    if odd:
+        raise UserError(f"the adapters cannot be merged: {', '.join(odd)}; only plain LoRA can (model.lora.adapters)")
+    assert isinstance(rank, int) and isinstance(alpha, int | float)
+    names = sorted({key.removeprefix(KEY_PREFIX).partition(".lora_")[0] for key in tensors})
+    layers = {
+        name: m for name, m in language.model.named_modules() if name in names and isinstance(m, nn.Linear | Conv1D)
+    }
+    pairs = {n: [tensors.get(f"{KEY_PREFIX}{n}.lora_{which}.weight") for which in "AB"] for n in names}
+    wrong = [n for n in names if n not in layers or not _fits(layers[n], pairs[n], rank)]
+    if wrong or len(tensors) != 2 * len(names):
+        raise UserError(
+            f"the adapters cannot be merged into {language.name}: those on {counted(wrong or names)} do not fit it; "
+            "they are of another language model (model.llm.name_or_path)"
+        )
+    if bad := [k for k, t in tensors.items() if not bool(torch.isfinite(t).all())]:
+        raise UserError(f"adapter weights are NaN or infinite: {listed(bad, 3)}. The run they come from had diverged.")
+    for name, layer in layers.items():
+        down, up = (t.to(layer.weight.device) for t in pairs[name] if t is not None)
+        delta = up @ down
+        layer.weight.data += (delta.T if isinstance(layer, Conv1D) else delta) * (alpha / rank)
+    check_finite(language.model, f"{language.name} with adapters merged")
+    language.merged.append(part)
+
+
+def _fits(layer: nn.Linear | Conv1D, pair: Sequence[Tensor | None], rank: int) -> bool:
+    down, up = pair
+    d_out, d_in = reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
+    return (
+        down is not None and up is not None and down.dtype == up.dtype == torch.float32
+        and tuple(down.shape) == (rank, d_in) and tuple(up.shape) == (d_out, rank)
+    )  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # In and out
 
@@ -254,7 +302,9 @@ def adapter_config(language: LanguageModel) -> dict[str, Any]:
     written = config.to_dict()
     # PEFT may have shortened the list to last names, which is the same on this model and not on every other.
     written["target_modules"] = [s.name for s in language.adapters]
-    written["base_model_name_or_path"] = language.name
+    # On the plain base they would compute something else, so a merged one gets a name that nothing is loaded by.
+    more = f" with the adapters of {len(language.merged)} earlier runs merged" if language.merged else ""
+    written["base_model_name_or_path"] = language.name + more
     written["inference_mode"] = True
     written["peft_type"] = "LORA"
     return {k: sorted(v) if isinstance(v, set) else v for k, v in sorted(written.items())}

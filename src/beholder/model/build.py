@@ -1,5 +1,6 @@
 """The one place where model settings become parts and parts a model."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,16 +11,18 @@ from beholder.model.language import load_language
 from beholder.model.vision import load_vision
 from beholder.model.vlm import VisionLanguageModel
 from beholder.model.weights import DTYPES
+from beholder.types import TrainedPart
 
 
 def build_vlm(
-    cfg: ModelConfig, *, compute_precision: str, device: torch.device, seed: int
+    cfg: ModelConfig, *, compute_precision: str, device: torch.device, seed: int, merged: Sequence[TrainedPart] = ()
 ) -> tuple[VisionLanguageModel, Any]:
     """(model, tokenizer) from the settings: tower and language model strictly loaded and frozen, a fresh connector and,
     with ``lora.enable``, fresh adapters, which change nothing before they have learned.
 
     The connector's and the adapters' weights come from ``seed`` alone, so every rank starts from the same ones. Raises
-    `UserError` for whatever does not fit together. A checkpoint named in ``connector.load_checkpoint`` is loaded by the
+    `UserError` for whatever does not fit together. ``merged``: adapters of earlier runs that are part of the base
+    (`train.restore.read_merged`), first to last. A checkpoint named in ``connector.load_checkpoint`` is loaded by the
     caller.
     """
     vision = load_vision(cfg.vision, device)
@@ -31,8 +34,11 @@ def build_vlm(
     ).to(device)  # fmt: skip
     connector.requires_grad_(cfg.connector.trainable)
     model = VisionLanguageModel(vision, connector, language, DTYPES[compute_precision])
-    if cfg.lora.enable:  # after the checks of the language model, which are about the base
+    if cfg.lora.enable or merged:  # after the checks of the language model, which are about the base
         from beholder.model import adapters
 
-        adapters.attach(language, cfg.lora, seed)
+        for part in merged:
+            adapters.merge_in(language, part)
+        if cfg.lora.enable:
+            adapters.attach(language, cfg.lora, seed)
     return model, tokenizer

@@ -14,15 +14,15 @@ from beholder.types import Batch, UserError
 def check_images(batch: Batch, num_visual_tokens: int) -> None:
     """Refuse a batch whose image count or reserved positions do not fit the model, naming the sample and both
     counts."""
-    slots, width = batch.image_positions.shape
+    slots = len(batch.image_lengths)
     if len(batch.images) != slots:
         per_sample = {name: int((batch.image_sample == i).sum()) for i, name in enumerate(batch.ids)}
         raise UserError(
             f"the batch holds {len(batch.images)} images but its prompts reserve room for {slots} "
             f"(places per sample: {per_sample}). Truncation or a lost image is the usual cause."
         )
-    if slots and width != num_visual_tokens:
-        name = batch.ids[int(batch.image_sample[0])]
+    if wrong := (batch.image_lengths != num_visual_tokens).nonzero().flatten().tolist():
+        name, width = batch.ids[int(batch.image_sample[wrong[0]])], int(batch.image_lengths[wrong[0]])
         raise UserError(
             f"sample {name!r}: its image has {width} reserved positions but the connector gives {num_visual_tokens} "
             "tokens per image. Encode with the model's num_visual_tokens."
@@ -31,20 +31,18 @@ def check_images(batch: Batch, num_visual_tokens: int) -> None:
 
 def scatter_images(
     embeds: Float[Tensor, "b t dh"],
-    positions: Int[Tensor, "m n"],
-    tokens: Float[Tensor, "m2 n2 dh"],
+    positions: Int[Tensor, "s"],
+    tokens: Float[Tensor, "s2 dh"],
 ) -> Float[Tensor, "b t dh"]:
-    """``embeds`` with the row at flat position ``positions[i, j]`` replaced by ``tokens[i, j]``.
+    """``embeds`` with the row at flat position ``positions[i]`` replaced by ``tokens[i]``, images one after another.
 
     Out of place and differentiable in ``tokens``. ``positions`` count ``row * T + t``. Raises `UserError` with both
-    shapes when they disagree, and when a position lies outside the batch (checked on the CPU only: no device sync).
+    counts when they disagree, and when a position lies outside the batch (checked on the CPU only: no device sync).
     """
-    if positions.shape != tokens.shape[:2] and positions.shape[0] + tokens.shape[0] > 0:
+    if len(positions) != len(tokens):
         raise UserError(
-            f"{tokens.shape[0]} images produced {tokens.shape[0] * tokens.shape[1]} visual tokens "
-            f"({tokens.shape[1]} each) but the sequence reserves {positions.numel()} positions "
-            f"({positions.shape[0]} images of {positions.shape[1]}). Truncation inside an image, a lost image, or "
-            "another num_visual_tokens is the usual cause."
+            f"the images produced {len(tokens)} visual tokens but the sequence reserves {len(positions)} positions. "
+            "Truncation inside an image, a lost image, or another num_visual_tokens is the usual cause."
         )
     rows, length, width = embeds.shape
     if positions.device.type == "cpu" and positions.numel():
@@ -52,8 +50,7 @@ def scatter_images(
         if low < 0 or high >= rows * length:
             raise UserError(f"image positions {low}..{high} lie outside the batch of {rows} x {length} positions")
     flat = embeds.reshape(rows * length, width)
-    filled = flat.index_copy(0, positions.reshape(-1), tokens.reshape(-1, width).to(embeds.dtype))
-    return filled.view(rows, length, width)
+    return flat.index_copy(0, positions, tokens.to(embeds.dtype)).view(rows, length, width)
 
 
 def supervised_positions(
@@ -67,12 +64,11 @@ def supervised_positions(
     return targets, targets - 1
 
 
-def spans_to_positions(spans: list[tuple[int, int]], num_visual_tokens: int, name: str) -> Int[Tensor, "m n"]:
+def spans_to_positions(spans: list[tuple[int, int]], num_visual_tokens: int, name: str) -> Int[Tensor, "s"]:
     """``[start, stop)`` spans of one sequence as positions, refusing a span of another length."""
     for k, (start, stop) in enumerate(spans):
         if stop - start != num_visual_tokens:
             raise UserError(
                 f"{name}: image {k + 1} has {stop - start} reserved positions, the connector gives {num_visual_tokens}"
             )
-    starts = torch.tensor([start for start, _ in spans], dtype=torch.int64).reshape(-1, 1)
-    return starts + torch.arange(num_visual_tokens)
+    return torch.tensor([t for span in spans for t in range(*span)], dtype=torch.int64)

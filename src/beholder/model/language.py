@@ -23,7 +23,7 @@ from beholder.model.families import (
 )
 from beholder.model.placement import AdapterSite, decoder_of
 from beholder.model.weights import DTYPES, check_finite, check_loading_info, freeze, from_pretrained, loading
-from beholder.types import UserError
+from beholder.types import TrainedPart, UserError
 
 
 class Adapted(Protocol):
@@ -50,6 +50,8 @@ class LanguageModel(nn.Module):
         """What `model.adapters.attach` put on it."""
         self.adapted: list[Adapted] = []
         """The layers that have one; of the language model only these follow the training mode."""
+        self.merged: list[TrainedPart] = []
+        """Adapters of earlier runs that `model.adapters.merge_in` made part of its weights, in this order."""
         freeze(self)
         if gradient_checkpointing:
             self._enable_checkpointing()

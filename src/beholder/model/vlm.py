@@ -20,7 +20,7 @@ from beholder.model.losses import head_nll
 from beholder.model.placement import AdapterSite
 from beholder.model.vision import VisionTower
 from beholder.model.weights import sketch_module
-from beholder.types import Batch, Encoded, ImageInput, TokenLosses, UserError
+from beholder.types import Batch, Encoded, ImageInput, TokenLosses, TrainedPart, UserError
 
 
 class VisionLanguageModel(nn.Module):
@@ -80,18 +80,16 @@ class VisionLanguageModel(nn.Module):
         """What a checkpoint of the connector must say about itself to be refused for the right reason."""
         return dict(self._info)
 
-    def trained_state(self) -> dict[str, Any]:
-        """What learns, as a checkpoint keeps it (the arguments of `train.checkpoint.save_checkpoint`): the connector
-        and what it was built for, the adapters and their config, or None and None without any."""
-        adapter, config = None, None
+    def trained_state(self) -> dict[str, TrainedPart]:
+        """What was learned, by part, as a checkpoint keeps it: ``connector``, ``adapter`` where there are some, and
+        ``merged_1``, … for what is part of the base's weights. `train.restore.load_trained` is the way back."""
+        state = {"connector": TrainedPart(self.connector.state_dict(), self.connector_info())}
         if self.adapters:
             from beholder.model import adapters
 
-            adapter, config = adapters.adapter_tensors(self.language), adapters.adapter_config(self.language)
-        return {
-            "connector": self.connector.state_dict(), "connector_info": self.connector_info(),
-            "adapter": adapter, "adapter_config": config,
-        }  # fmt: skip
+            tensors = adapters.adapter_tensors(self.language)
+            state["adapter"] = TrainedPart(tensors, adapters.adapter_config(self.language))
+        return state | {f"merged_{k}": part for k, part in enumerate(self.language.merged, 1)}
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.compute_dtype == torch.float32:
@@ -138,7 +136,7 @@ class VisionLanguageModel(nn.Module):
         image."""
         check_images(batch, self.num_visual_tokens)
         text = self.language.embed(batch.input_ids)
-        return scatter_images(text, batch.image_positions, self.visual_tokens(batch.images))
+        return scatter_images(text, batch.image_positions, self.visual_tokens(batch.images).flatten(0, 1))
 
     def forward(self, batch: Batch) -> TokenLosses:
         """Loss of every supervised token. The token at position t is predicted from t - 1 of the same sample.
@@ -186,7 +184,7 @@ class VisionLanguageModel(nn.Module):
             places = spans_to_positions(list(prompt.image_spans), self.num_visual_tokens, f"prompt {i + 1}")
             mine = tokens[used : used + len(own)]
             used += len(own)
-            embeds.append(scatter_images(self.language.embed(ids), places.to(self.device), mine)[0])
+            embeds.append(scatter_images(self.language.embed(ids), places.to(self.device), mine.flatten(0, 1))[0])
         return self.language.generate(embeds, how, eos_ids=eos_ids, seed=seed, streamer=streamer)
 
     @torch.no_grad()

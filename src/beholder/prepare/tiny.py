@@ -205,14 +205,16 @@ def colour_set(
 
 
 def colour_source(
-    folder: Path | str, kind: DatasetKind, num: int, *, seed: int = 0, name: str | None = None, dialogues: bool = False
-) -> SourceConfig:
+    folder: Path | str, kind: DatasetKind, num: int, *, seed: int = 0, name: str | None = None, dialogues: bool = False,
+    most_images: int = 1,
+) -> SourceConfig:  # fmt: skip
     """The varied colour set on disk as the given kind of data set, and the source setting that reads it.
 
     llava_instruct and sharegpt: two or three questions about each picture, answered in words, sentences or several
     sentences, so that length buckets fill. vqa and gqa: one question about each, for its colour, its shape, or whether
     it shows what it does not always show; vqa with ten answers, of which two may be wrong. ``dialogues``: jsonl holds
-    such conversations instead of captions.
+    such conversations instead of captions. ``most_images`` above 1: a question about one of 1 to 4 pictures a record,
+    by its number; parquet as Mantis-Instruct has them (question files have one picture all the same).
     """
     folder = Path(folder)
     if kind == "auto":
@@ -221,7 +223,10 @@ def colour_source(
         path, root = colour_set(folder, num, seed=seed, captions="varied")
         return SourceConfig(dataset=kind, json_path=str(path), image_root=str(root), name=name)
     folder.mkdir(parents=True, exist_ok=True)
-    records = _records(num, seed, varied=True, num_images=1)
+    several = most_images > 1 and kind in ("jsonl", "parquet", "llava_pretrain", "llava_instruct", "sharegpt")
+    records = _records(num, seed, varied=True, num_images=min(most_images, 4) if several else 1)
+    if several:
+        return _several_source(folder, kind, records, name)
     if kind == "webdataset":
         for shard, half in enumerate((records[::2], records[1::2])):
             with tarfile.open(folder / f"shard-{shard:06d}.tar", "w") as tar:
@@ -258,6 +263,57 @@ def colour_source(
             data, beside = _gqa_file(records), {"image_pattern": "{image_id}.png"}
     path = _write(folder / "records.json", data, lines=kind == "jsonl")
     return SourceConfig(dataset=kind, json_path=str(path), image_root=str(root), name=name, **beside)
+
+
+def _several_source(
+    folder: Path, kind: DatasetKind, records: Sequence[dict[str, Any]], name: str | None
+) -> SourceConfig:
+    """A question about one of the pictures of each record, which has 1, 2, 3, 4 and again 1 of them; the answer's place
+    goes through all of them. As Mantis-Instruct's parquet, LLaVA-Interleave's JSON or JSON lines."""
+    asked = []
+    for i, record in enumerate(records):
+        n = i % len(record["images"]) + 1
+        k = i // len(record["images"]) % n
+        about = f"in image {k + 1}" if n > 1 else "here"
+        colour, shape = record["shown"][k]
+        question, answer = f"What colour is the shape {about}?", colour
+        if i // 2 % 2:
+            question, answer = f"Which shape is {about}?", shape
+        answer = {  # of three lengths, as in `_dialogue`
+            "white": answer,
+            "grey": f"What the picture in question shows in front of a grey wall is best called {answer}.",
+            "black": f"The wall of the picture in question is black all over, and what stands in front of it, in the "
+            f"middle or thereabouts, is best called {answer}.",
+        }[record["ground"]]
+        asked.append((record, n, "<image>\n" * n + question, answer))
+    if kind == "parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.table({
+            "id": [r["id"] for r, *_ in asked],
+            "images": [
+                [{"bytes": _png(p), "path": None} for p in r["pictures"][:n]] for r, n, *_ in asked
+            ],
+            "conversation": [
+                [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for *_, q, a in asked
+            ],
+            "source": ["colours"] * len(asked),
+        })  # fmt: skip
+        pq.write_table(table, folder / "records.parquet")
+        return SourceConfig(dataset=kind, json_path=str(folder / "records.parquet"), name=name)
+    root = _draw(records, folder / "images")
+    data: list[dict[str, Any]] = []
+    for record, n, question, answer in asked:
+        images = record["images"][:n]
+        if kind == "jsonl":
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            data.append({"id": record["id"], "images": images, "messages": turns})
+        else:
+            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+            data.append({"id": record["id"], "image": images if n > 1 else images[0], "conversations": turns})
+    path = _write(folder / "records.json", data, lines=kind == "jsonl")
+    return SourceConfig(dataset=kind, json_path=str(path), image_root=str(root), name=name)
 
 
 def _draw(records: Sequence[dict[str, Any]], root: Path) -> Path:
@@ -467,9 +523,9 @@ def _smoke_data(cfg: RunConfig, folder: Path, num_records: int) -> dict[str, Any
         for i, source in enumerate(sources):
             own = colour_source(
                 folder / f"{group}{i}", source.dataset, num_records, seed=len(group) * 100 + i,
-                dialogues=cfg.stage_record.dialogues,
+                dialogues=cfg.stage_record.dialogues, most_images=cfg.max_images if cfg.stage_record.dialogues else 1,
             )  # fmt: skip
-            made.append(own.model_copy(update={"name": source.name, "cap": source.cap}))
+            made.append(own.model_copy(update={"name": source.name, "cap": source.cap, "weight": source.weight}))
         return tuple(made)
 
     update: dict[str, Any] = {"eval_sources": shrink(data.eval_sources, "eval")}

@@ -20,7 +20,7 @@ from beholder.stages.session import Session
 from beholder.train import checkpoint, restore, same_run
 from beholder.train.distributed import Dist
 from beholder.train.engine import LoopState
-from beholder.types import Status, UserError
+from beholder.types import Status, TrainedPart, UserError
 
 
 def check_promoted(cfg: RunConfig, anyway: bool) -> str | None:
@@ -112,12 +112,19 @@ def announce(cfg: RunConfig, run: RunDir, dist: Dist, promoted: str | None) -> N
     )
 
 
+def base_of(cfg: RunConfig, source: Path | None) -> list[TrainedPart]:
+    """Adapters of earlier runs that are part of this run's base: as the checkpoint says that it goes on from, or as
+    ``model.lora.adapters`` says of the run it starts from."""
+    if source is not None:
+        return restore.read_merged(source)
+    origin = cfg.model.connector.load_checkpoint
+    return [] if origin is None else restore.read_base(origin, cfg.model.lora.adapters)
+
+
 def start_from(session: Session, source: Path | None, optimizer: torch.optim.Optimizer) -> tuple[int, LoopState]:
     """Steps already done and the loop's state, weights put in place: the written order of `train.checkpoint`."""
     if source is not None:
-        done = restore.load_for_resume(
-            source, session.model.connector, session.model.connector_info(), optimizer, session.model.language
-        )
+        done = restore.load_for_resume(source, session.model, optimizer)
         same_run.check_same_fingerprints(restore.entry(done.trainer, "fingerprints"), session.fingerprints)
         if session.dist.is_main:
             session.run.trim_metrics(done.step)
@@ -130,6 +137,9 @@ def start_from(session: Session, source: Path | None, optimizer: torch.optim.Opt
     origin = session.cfg.model.connector.load_checkpoint
     if origin is not None:
         where = checkpoint.resolve_checkpoint(origin)
-        session.load(where)
+        became = restore.load_start(where, session.model, session.cfg.model.lora.adapters)
         session.reporter.line("start", f"from {where}")
+        if became is not None:
+            session.reporter.line("adapters", became)
+            session.dist.on_main(lambda: session.run.set_status(Status.RUNNING, adapters=became))
     return 0, LoopState()

@@ -14,13 +14,13 @@ from beholder.probes.loss import SampleLoss
 from beholder.stages import panel
 from beholder.stages.measured import Measured
 from beholder.stages.session import Session
-from beholder.train import checkpoint
+from beholder.train import checkpoint, restore
 from beholder.train.engine import LoopState
 from beholder.train.optim import optimizer_tensors
 
 
 def saver(session: Session, optimizer: torch.optim.Optimizer, state: LoopState) -> Callable[[int], None]:
-    """``save(step)`` for the loop: connector, adapters, optimizer, position; nothing frozen.
+    """``save(step)`` for the loop: what was learned, optimizer, position; nothing frozen.
 
     The best checkpoint so far gets its pointer here, so that pruning spares it from the next save on.
     """
@@ -29,7 +29,7 @@ def saver(session: Session, optimizer: torch.optim.Optimizer, state: LoopState) 
         checkpoint.save_checkpoint(
             session.run.checkpoints,
             step,
-            **session.model.trained_state(),
+            session.model.trained_state(),
             optimizer_state=optimizer_tensors(optimizer),
             trainer={
                 "config": session.cfg.model_dump(mode="json"),
@@ -105,6 +105,6 @@ def settle(session: Session, total: int) -> tuple[int, list[SampleLoss]]:
     best: int | None = session.dist.on_main(lambda: point_to_best(session))
     if best is None or best == total:
         return total, correct
-    session.load(session.run.checkpoints / f"step_{best}")
+    restore.load_trained(session.run.checkpoints / f"step_{best}", session.model)
     session.reporter.line("best", f"step {best}: the lowest held-out loss of those that look; its weights are measured")
     return best, session.eval_losses()

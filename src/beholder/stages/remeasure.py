@@ -67,9 +67,9 @@ def reopen(folder: str, overrides: Sequence[str]) -> Iterator[Opened]:
     run = RunDir(path)
     with joined(cfg.device, cfg.train.timeout_s) as dist, stop_signals(), sole_writer(run, dist):
         where = checkpoint.resolve_checkpoint(path)
-        session = open_session(cfg, run, dist)
+        session = open_session(cfg, run, dist, restore.read_merged(where))
         table = apply_train_plan(session.model, plan_of(cfg.model, cfg.stage_record))
-        session.load(where)
+        restore.load_trained(where, session.model)
         trainer = restore.read_trainer(where)
         same_run.check_same_fingerprints(restore.entry(trainer, "fingerprints"), session.fingerprints)
         told = run.read_json("run.json").get("promoted") if run.run_path.exists() else None

@@ -20,7 +20,7 @@ from beholder.evidence import Evidence, GateResult, load_evidence
 from beholder.model.placement import render_sites
 from beholder.model.plan import apply_train_plan, param_groups, plan_of
 from beholder.runs import RunDir, stop_signals, writing
-from beholder.stages.begin import announce, check_promoted, find_start, fresh_folder, start_from
+from beholder.stages.begin import announce, base_of, check_promoted, find_start, fresh_folder, start_from
 from beholder.stages.keep import saver, settle
 from beholder.stages.lifetime import honest_status, is_finished, sole_writer
 from beholder.stages.measure import measure, measure_before
@@ -123,7 +123,7 @@ def run_stage(cfg: RunConfig, *, resume: str = "auto", promote_anyway: bool = Fa
             if source is None:
                 dist.on_main(lambda: fresh_folder(run))
             dist.on_main(lambda: announce(cfg, run, dist, promoted))
-            with open_session(cfg, run, dist) as session:  # what, on what
+            with open_session(cfg, run, dist, base_of(cfg, source)) as session:  # what, on what
                 if promoted:
                     session.gap(promoted)
                 return train_and_measure(session, source)
@@ -171,6 +171,8 @@ def train_and_measure(session: Session, source: Path | None) -> Outcome:
         dist.on_main(lambda: run.set_status(Status.CANCELLED, step=result.step, signal=result.signal))
         return Outcome(run.path, Status.CANCELLED, result.step, result.signal, is_main=dist.is_main)
 
+    if mixed := session.data.mixture(cfg, total):
+        line("mixture", ", ".join(mixed))
     best, losses = settle(session, total)  # which checkpoint is it
     trained = Trained(best, total, Status.SUCCEEDED, whole=start == 0)
     evidence = measure(session, table, before, trained, losses)

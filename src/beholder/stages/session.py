@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -26,9 +25,14 @@ from beholder.runs import RunDir, to_json
 from beholder.stages.held_out import HeldOut
 from beholder.stages.together import Together
 from beholder.store.features import FeatureStore, FillReport, store_dir
-from beholder.train import restore
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
+from beholder.types import TrainedPart
+
+BASE = (
+    "the adapters of {} earlier run(s) are part of the base's weights (model.lora.adapters: merge); what is compared "
+    "with the base, such as the text loss, is compared with these and not with the language model's own weights"
+)
 
 
 class Session:
@@ -90,15 +94,6 @@ class Session:
             self.phases_s[name] = self.phases_s.get(name, 0.0) + spent - self._inner_s.pop()
             self._inner_s[-1] += spent
 
-    def load(self, where: Path) -> None:
-        """Put a checkpoint's connector in place, and its adapters when this run and the checkpoint have some.
-
-        A run with adapters that starts from an alignment keeps its own fresh ones.
-        """
-        restore.load_connector(where, self.model.connector, self.model.connector_info())
-        if restore.has_adapter(where):
-            restore.load_adapter(where, self.model.language)
-
     def fill_features(self, start: int, stop: int) -> None:
         """Stores the tower's features of every image that training positions ``[start, stop)`` and evaluation need.
 
@@ -146,12 +141,17 @@ class Session:
             return self.together.losses(self.held_out.examples)
 
 
-def open_session(cfg: RunConfig, run: RunDir, dist: Dist) -> Session:
-    """Loads the parts and opens the data. Nothing is trained or measured yet."""
+def open_session(cfg: RunConfig, run: RunDir, dist: Dist, merged: Sequence[TrainedPart] = ()) -> Session:
+    """Loads the parts and opens the data. Nothing is trained or measured yet.
+
+    ``merged``: adapters of earlier runs that are part of the base (`begin.base_of`).
+    """
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)
     started = time.perf_counter()
-    model, tokenizer = build_vlm(cfg.model, compute_precision=cfg.train.precision, device=dist.device, seed=cfg.seed)
+    model, tokenizer = build_vlm(
+        cfg.model, compute_precision=cfg.train.precision, device=dist.device, seed=cfg.seed, merged=merged
+    )
     build_encoder(cfg, tokenizer, model.num_visual_tokens).check_table(model.language.vocab)
     check_limits(model.language.limits, cfg)
     frozen = frozen_fingerprint(model)
@@ -195,6 +195,7 @@ def open_session(cfg: RunConfig, run: RunDir, dist: Dist) -> Session:
         gaps=[
             *(f"Split: {note}" for note in data.counts.split_notes),
             *(f"Prompt: {note}." for note in [data.encoder.prompt_note] if note),
+            *([f"Base: {BASE.format(len(merged))}."] if merged else []),
         ],
         phases_s={"load": loaded - started, "data": time.perf_counter() - loaded},
     )  # fmt: skip

@@ -98,6 +98,7 @@ def make_evidence(
             "Language model": _short(session.model.language.name),
             "Vision tower": _short(cfg.model.vision.name_or_path),
             "Connector": f"{cfg.model.connector.resampler.kind}, {session.model.num_visual_tokens} visual tokens",
+            **({"Mixture": ", ".join(mixed)} if (mixed := session.data.mixture(cfg, trained.steps)) else {}),
         },
         trainable=rows,
         data=facts,

@@ -1,14 +1,16 @@
 """Checkpoints: written so that no crash can spoil them, read only when their hashes hold.
 
-A checkpoint is a folder ``step_<n>`` with the connector, the adapters if there are any, the optimizer state and the
-position in the run, as safetensors and JSON; never a pickle. Adapters lie in it as PEFT writes them, so
-``PeftModel.from_pretrained(base, "…/step_<n>")`` reads the folder. What is trained and when it is saved is decided
-elsewhere; so is which step is the best, which ``best.json`` beside the folders remembers.
+A checkpoint is a folder ``step_<n>`` with what was learned, by part (the connector, the adapters if there are any,
+those that were merged into the base), the optimizer state and the position in the run, as safetensors and JSON; never
+a pickle. Adapters lie in it as PEFT writes them, so ``PeftModel.from_pretrained(base, "…/step_<n>")`` reads the folder.
+What is trained and when it is saved is decided elsewhere; so is which step is the best, which ``best.json`` beside the
+folders remembers.
 
 Where a stage's weights come from, in this order (`stages` follows it):
 1. resume this run: the latest checkpoint of the same run folder (``--resume auto``), or the one that is named;
-2. start from another run: ``model.connector.load_checkpoint``, its connector and, where it has any, its adapters (a run
-   of stage align has none, so they start fresh); optimizer and step fresh;
+2. start from another run: ``model.connector.load_checkpoint``, its connector, its base (with what was merged into it)
+   and, where it has any, its adapters as ``model.lora.adapters`` says: they go on learning, are merged into the base,
+   or are dropped (a run of stage align has none, so new ones start); optimizer and step fresh;
 3. fresh: the connector's and the adapters' own initialisation from the seed. Frozen parts always come from their own
    files.
 To use a run (generate, chat, start the next stage from it), its best checkpoint is taken, where none is marked the
@@ -33,7 +35,7 @@ import safetensors.torch
 from torch import Tensor
 
 from beholder.runs import Warn, atomic_write, fsync_dir, sha256_file, to_json, warn_to_stderr, write_durably, writing
-from beholder.types import UserError
+from beholder.types import TrainedPart, UserError
 
 FORMAT = "beholder-checkpoint/1"
 MANIFEST = "MANIFEST.json"
@@ -48,6 +50,11 @@ _LEFTOVER = re.compile(r"\.(?:tmp|old|prune)-\d+-(\d+)")
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 
 
+def part_files(part: str) -> tuple[str, str]:
+    """Files of a part of what was learned: its weights, and what it was made for."""
+    return (ADAPTER, ADAPTER_CONFIG) if part == "adapter" else (f"{part}.safetensors", f"{part}.json")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Save
 
@@ -55,39 +62,36 @@ _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 def save_checkpoint(
     folder: Path,
     step: int,
+    parts: Mapping[str, TrainedPart],
     *,
-    connector: Mapping[str, Tensor],
-    connector_info: Mapping[str, Any],
     optimizer_state: Mapping[str, Tensor],
     trainer: Mapping[str, Any],
     keep: int,
-    adapter: Mapping[str, Tensor] | None = None,
-    adapter_config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``folder/step_<step>`` so that at every instant at least the checkpoints of before are whole.
 
     Files go into ``.tmp-<step>-<pid>/`` and are flushed, then a manifest of sizes and hashes, then the folder; only
     then it gets its name, and only then old ones beyond the newest ``keep`` (at least 2) are removed; the one marked as
-    best never is. ``adapter`` and ``adapter_config`` (`model.adapters.adapter_tensors`, `adapter_config`) come
-    together. ``trainer`` carries ``config`` (resolved, as a dict), ``config_hash`` and ``data_cursor`` besides whatever
+    best never is. ``parts``: what was learned (`VisionLanguageModel.trained_state`), the connector among it.
+    ``trainer`` carries ``config`` (resolved, as a dict), ``config_hash`` and ``data_cursor`` besides whatever
     the caller needs to go on. A disk that is full or takes nothing is a `UserError`; the earlier checkpoints stay as
     they are.
     """
     assert keep >= 2, keep
-    assert (adapter is None) == (adapter_config is None), "an adapter and its config come together"
+    assert "connector" in parts, sorted(parts)
     with writing(folder):
         folder.mkdir(exist_ok=True)  # not its parents: a run folder that was removed meanwhile is not made anew
         _clean_leftovers(folder)
     payloads = {
-        # One entry only: safetensors writes several in random order, and equal weights should be equal files.
-        CONNECTOR: safetensors.torch.save(_plain(connector), metadata={"format": FORMAT}),
-        CONNECTOR_INFO: (to_json(dict(connector_info), indent=2) + "\n").encode(),
         OPTIMIZER: safetensors.torch.save(_plain(optimizer_state)),
         TRAINER: (to_json({**trainer, "step": step}, indent=2) + "\n").encode(),
     }
-    if adapter is not None and adapter_config is not None:
-        payloads[ADAPTER] = safetensors.torch.save(_plain(adapter), metadata={"format": "pt"})
-        payloads[ADAPTER_CONFIG] = (to_json(dict(adapter_config), indent=2) + "\n").encode()
+    for part, learned in parts.items():
+        tensors, facts = part_files(part)
+        # One entry only: safetensors writes several in random order, and equal weights should be equal files.
+        form = FORMAT if part == "connector" else "pt"
+        payloads[tensors] = safetensors.torch.save(_plain(learned.tensors), metadata={"format": form})
+        payloads[facts] = (to_json(dict(learned.facts), indent=2) + "\n").encode()
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -177,10 +181,10 @@ def problem(path: Path, *, hashes: bool = True) -> str | None:
             return f"its format is {manifest['format']!r}, this version reads {FORMAT!r}"
         if f"step_{manifest['step']}" != path.name and _STEP.fullmatch(path.name):
             return f"its manifest is of step {manifest['step']}"
-        adapter = {ADAPTER, ADAPTER_CONFIG}
         missing_entries = {CONNECTOR, CONNECTOR_INFO, OPTIMIZER, TRAINER} - set(files)
-        if adapter & set(files):
-            missing_entries |= adapter - set(files)
+        for part in ("adapter", *(Path(name).stem for name in files if name.startswith("merged_"))):
+            both = set(part_files(part))
+            missing_entries |= both - set(files) if both & set(files) else set()
         if missing_entries:
             return f"its manifest does not list {', '.join(sorted(missing_entries))}"
         for name, facts in files.items():

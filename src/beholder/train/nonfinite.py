@@ -73,6 +73,7 @@ def only(batch: Batch, index: int) -> Batch:
     """Sample number ``index`` of a batch, padded or packed, as a batch of its own: one row, no padding."""
     places = (batch.sample_index.reshape(-1) == index).nonzero().squeeze(1)  # neighbours in one row
     mine = (batch.image_sample == index).nonzero().squeeze(1)
+    shown = (batch.image_sample == index).repeat_interleave(batch.image_lengths)
 
     def row(t: torch.Tensor) -> torch.Tensor:
         return t.reshape(-1)[places][None]
@@ -83,7 +84,8 @@ def only(batch: Batch, index: int) -> Batch:
         position_ids=row(batch.position_ids),
         supervise=row(batch.supervise),
         sample_index=torch.zeros_like(row(batch.sample_index)),
-        image_positions=batch.image_positions[mine] - places[0],
+        image_positions=batch.image_positions[shown] - places[0],
+        image_lengths=batch.image_lengths[mine],
         image_sample=torch.zeros_like(mine),
         images=[batch.images[i] for i in mine.tolist()],
         ids=[batch.ids[index]],

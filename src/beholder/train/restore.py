@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import safetensors
 import safetensors.torch
@@ -24,11 +24,12 @@ from beholder.train.checkpoint import (
     MANIFEST,
     OPTIMIZER,
     TRAINER,
+    part_files,
     resolve_checkpoint,
 )
 from beholder.train.optim import load_optimizer_tensors
 from beholder.train.same_run import ANOTHER, shown
-from beholder.types import UserError
+from beholder.types import TrainedPart, UserError
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,62 @@ class TrainState:
     """What ``save_checkpoint`` was given as ``trainer``, and ``step``."""
 
 
-def load_for_resume(
-    path: Path,
-    connector: nn.Module,
-    info: Mapping[str, Any],
-    optimizer: torch.optim.Optimizer,
-    language: LanguageModel | None = None,
-) -> TrainState:
-    """Put the weights of the connector and of ``language``'s adapters and the optimizer's state back, bit for bit, from
-    checkpoint folder ``path``. ``language`` None: a run without adapters.
+class Learner(Protocol):
+    """A model whose trained parts a checkpoint holds (`VisionLanguageModel`)."""
+
+    @property
+    def connector(self) -> nn.Module: ...
+    @property
+    def language(self) -> LanguageModel: ...
+    def connector_info(self) -> Mapping[str, Any]: ...
+
+
+def load_trained(path: str | Path, model: Learner) -> None:
+    """Put everything that was learned back into ``model``, bit for bit: connector and adapters. The way back of
+    `VisionLanguageModel.trained_state`.
+
+    ``path`` is anything `resolve_checkpoint` takes; ``model`` was built on the checkpoint's base (`read_merged`).
+    Raises `UserError` as `load_connector` and `load_adapter` do.
+    """
+    path = resolve_checkpoint(path)
+    load_adapter(path, model.language)
+    load_connector(path, model.connector, model.connector_info())
+
+
+def load_start(path: Path, model: Learner, mode: Literal["continue", "merge", "fresh"]) -> str | None:
+    """Start from another run: its connector, and its adapters as ``mode`` (``model.lora.adapters``) says; a sentence
+    about what became of them, or None where neither run has any.
+
+    ``model`` was built on `read_base` of the same. Raises `UserError` as `load_trained` does, with the ways out when
+    the adapters cannot go on.
+    """
+    load_connector(path, model.connector, model.connector_info())
+    new = "new ones start" if model.language.adapters else "this run has none"
+    if not has_adapter(path):
+        return f"{new}: {path} has none" if model.language.adapters else None
+    if mode == "merge":
+        return f"merge: those of {path} are part of the base's weights now; {new}"
+    if mode == "fresh":
+        return f"fresh: those of {path} are dropped; {new}"
+    try:
+        load_adapter(path, model.language)
+    except UserError as e:
+        raise UserError(
+            f"model.lora.adapters: continue: {e}\nOr start otherwise: model.lora.adapters: merge makes them part of "
+            "the base's weights and starts new ones, fresh drops them and starts new ones."
+        ) from e
+    return f"continue: those of {path} go on learning"
+
+
+def load_for_resume(path: Path, model: Learner, optimizer: torch.optim.Optimizer) -> TrainState:
+    """`load_trained`, and the optimizer's state, from checkpoint folder ``path``.
 
     Verifies the manifest first. Raises `UserError` for a checkpoint with adapters and a config without, or the reverse.
     Compare ``TrainState.trainer["config"]`` with the current config (`same_run.check_same_config`) before building
     anything large: `read_trainer` gives it without loading weights.
     """
     path = resolve_checkpoint(path, prefer="latest")
-    load_adapter(path, language)
-    load_connector(path, connector, info)
+    load_trained(path, model)
     load_optimizer_tensors(optimizer, _read_tensors(path / OPTIMIZER))
     trainer = read_trainer(path)
     return TrainState(step=int(trainer["step"]), trainer=trainer)
@@ -95,6 +135,38 @@ def read_connector_info(path: Path) -> dict[str, Any]:
 def has_adapter(path: Path) -> bool:
     """Whether a verified checkpoint folder holds adapters."""
     return ADAPTER in _read_object(path / MANIFEST)["files"]
+
+
+def read_part(path: Path, part: str) -> TrainedPart:
+    """A part of what was learned, from a verified checkpoint folder; its tensors on the CPU."""
+    tensors, facts = part_files(part)
+    return TrainedPart(_read_tensors(path / tensors), _read_object(path / facts))
+
+
+def read_merged(path: Path) -> list[TrainedPart]:
+    """The adapters of earlier runs that are part of the base which a verified checkpoint was trained on, in order."""
+    files = _read_object(path / MANIFEST)["files"]
+    merged: list[TrainedPart] = []
+    while part_files(part := f"merged_{len(merged) + 1}")[0] in files:
+        merged.append(read_part(path, part))
+    return merged
+
+
+def read_base(path: str | Path, mode: Literal["continue", "merge", "fresh"]) -> list[TrainedPart]:
+    """What is part of the base of a run that starts from ``path``: what was of that run's, under merge its adapters.
+
+    Raises `UserError` for merge where there are none.
+    """
+    path = resolve_checkpoint(path)
+    merged = read_merged(path)
+    if mode != "merge":
+        return merged
+    if not has_adapter(path):
+        raise UserError(
+            f"model.lora.adapters is merge, but {path} (model.connector.load_checkpoint) has no adapters to merge; "
+            "leave the setting out, and new ones start"
+        )
+    return [*merged, read_part(path, "adapter")]
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
@@ -135,6 +207,7 @@ def load_adapter(path: str | Path, language: LanguageModel | None) -> None:
     that are not finite. Nothing is loaded then. Without adapters on both sides nothing is to be done.
     """
     path = resolve_checkpoint(path)
+    _check_base(path, [] if language is None else language.merged)
     here, there = language is not None and bool(language.adapters), has_adapter(path)
     if there and not here:
         raise UserError(
@@ -168,6 +241,20 @@ def load_adapter(path: str | Path, language: LanguageModel | None) -> None:
         adapters.load_adapter_tensors(language, _read_tensors(path / ADAPTER))
     except UserError as e:
         raise UserError(f"the adapters in {path} (on {base}; this config: {name}) cannot be used: {e}") from e
+
+
+def _check_base(path: Path, here: Sequence[TrainedPart]) -> None:
+    """Refuse a model whose base is not the checkpoint's: other adapters, or none, were merged into it."""
+    there = read_merged(path)
+    same = len(there) == len(here) and all(
+        a.tensors.keys() == b.tensors.keys() and all(torch.equal(t, b.tensors[k]) for k, t in a.tensors.items())
+        for a, b in zip(there, here, strict=True)
+    )
+    if not same:
+        raise UserError(
+            f"checkpoint {path} was trained on a base with the adapters of {len(there)} earlier runs merged into its "
+            f"weights, this model's has {len(here)}, or others: open its run folder, which puts them in place"
+        )
 
 
 _ADAPTER_FIELDS = {"r": "model.lora.r", "lora_alpha": "model.lora.alpha * strength", "bias": "model.lora.bias"}

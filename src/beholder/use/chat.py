@@ -1,4 +1,4 @@
-"""``beholder chat RUN``: a conversation about an image in a terminal, or scripted through a pipe.
+"""``beholder chat RUN``: a conversation about images in a terminal, or scripted through a pipe.
 
 Answers go to standard output and everything else to standard error, so ``echo "What colour?" | beholder chat RUN
 --image a.png`` prints an answer. What the model writes is shown with control characters escaped. The model is
@@ -7,68 +7,109 @@ Answers go to standard output and everything else to standard error, so ``echo "
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import TextIO
 
 from beholder.config import GenerateConfig
 from beholder.runs import atomic_write, to_json
-from beholder.types import UserError, printable
+from beholder.types import ImageSlot, Turn, UserError, printable
 from beholder.use.vlm import ContextFullError, Request, Vlm
 
 HELP = """\
-/image FILE    talk about this image, from the start
+/image FILE    show it an image: one more, called image 2 and so on; a run that knows one image starts over with it
+/images        what it has been shown
+/drop          show it nothing, from the start
 /system TEXT   what the model is told before everything else, from the start; without TEXT: nothing
-/reset         start over about the same image
+/reset         start over about the same images
 /save FILE     write the conversation as a record that `beholder check` and `beholder run` read
 /help          these lines
 /quit          leave (or Ctrl-D)
 Ctrl-C stops an answer; a second one leaves. Anything else is said to the model."""
 AT_LENGTH = GenerateConfig(temperature=0.0, max_new_tokens=256)
-COMMANDS = ("/image", "/system", "/reset", "/save", "/help", "/quit")
+COMMANDS = ("/image", "/images", "/drop", "/system", "/reset", "/save", "/help", "/quit")
 
 
 @dataclass
 class Conversation:
-    """What was said so far, about which image, and how it goes on."""
+    """What was said so far, about which images, and how it goes on."""
 
     vlm: Vlm
-    image: Path | None = None
+    image: InitVar[Path | Sequence[Path] | None] = None
     system: str | None = None
     how: GenerateConfig = AT_LENGTH
     seed: int = 0
+    images: list[Path] = field(default_factory=list, init=False)
+    """Shown so far, in the order of their numbers."""
     turns: list[dict[str, str]] = field(default_factory=list, init=False)
     """User and assistant turns in alternation."""
     length: int = field(default=0, init=False)
-    """Tokens before the last answer, those of the image included."""
+    """Tokens before the last answer, those of the images included."""
     cut: bool = field(default=False, init=False)
     """Whether the last answer was ended by a limit or by the reader, rather than by the model."""
+    _shown_at: list[int] = field(default_factory=list, init=False)
+    """Of each image, the turn it stands in front of."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, image: Path | Sequence[Path] | None) -> None:
         self.vlm.check_chats()
-        if self.image is not None:
-            self.look_at(self.image)
+        for one in [image] if isinstance(image, Path) else image or ():
+            self.add(one)
 
     @property
     def messages(self) -> list[dict[str, str]]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, *self.turns]
 
-    def look_at(self, image: Path) -> None:
-        """Start over about another image. Raises `UserError`, and changes nothing, when it cannot be opened."""
+    def look_at(self, image: Path) -> bool:
+        """Show it ``image``: one more where the run knows several, else in place of the one it had. Whether the
+        conversation goes on. Raises `UserError` as `add`."""
+        if self.vlm.cfg.max_images > 1:
+            self.add(image)
+            return True
         self.vlm.pipeline.from_file(str(image))
-        self.image = image
+        self.drop()
+        self.add(image)
+        return False
+
+    def add(self, image: Path) -> None:
+        """Show it one image more, in front of what is said next. Raises `UserError`, and changes nothing, when it
+        cannot be opened or would be one too many."""
+        most = self.vlm.cfg.max_images
+        if len(self.images) >= most:
+            raise UserError(
+                f"{image} would be image {len(self.images) + 1}, and the run was trained with at most {most} a sample "
+                "(prompting.max_images_per_sample): give fewer, in a conversation after /drop, or use a run that was "
+                "trained with more (stage multi)"
+            )
+        self.vlm.pipeline.from_file(str(image))
+        self.images.append(image)
+        self._shown_at.append(len(self.turns))
+
+    def drop(self) -> None:
+        """Start over without images."""
+        self.images.clear()
         self._start_over()
 
     def reset(self, system: str | None) -> None:
-        """Start over about the same image, with this system text."""
+        """Start over about the same images, with this system text."""
         self.system = system
         self._start_over()
 
     def _start_over(self) -> None:
         self.turns.clear()
+        self._shown_at = [0] * len(self.images)
         self.length = 0
+
+    def _placed(self, turns: Sequence[Mapping[str, str]]) -> list[Turn]:
+        """The conversation with each image in front of what was said when it was shown; nothing typed is a marker."""
+        system = [] if self.system is None else [Turn("system", (self.system,))]
+        placed: list[Turn] = []
+        for at, turn in enumerate(turns):
+            front = [p for k, shown in enumerate(self._shown_at) if shown == at for p in (ImageSlot(k), "\n")]
+            placed.append(Turn("assistant" if turn["role"] == "assistant" else "user", (*front, turn["content"])))
+        return [*system, *placed]
 
     def ask(self, text: str) -> Generator[str]:
         """Say ``text``; the answer in pieces.
@@ -77,9 +118,9 @@ class Conversation:
         stops half-way; nothing is remembered of a question without an answer.
         """
         said = {"role": "user", "content": text}
-        messages = [*self.messages, said]
-        self.length = self.vlm.num_tokens(messages, self.image)
-        stream = self.vlm.answer_in_pieces(Request(messages, self.image), self.how, self.seed + len(self.turns))
+        messages = self._placed([*self.turns, said])
+        self.length = self.vlm.num_tokens(messages, self.images)
+        stream = self.vlm.answer_in_pieces(Request(messages, self.images), self.how, self.seed + len(self.turns))
         try:
             yield from stream
         finally:
@@ -88,19 +129,21 @@ class Conversation:
             if stream.text:
                 self.turns += [said, {"role": "assistant", "content": stream.text}]
 
-    def record(self, image: str | None) -> dict[str, object]:
-        """The conversation as a record of kind jsonl, its image under the name ``image``; a marker typed by the user
+    def record(self, images: Sequence[str]) -> dict[str, object]:
+        """The conversation as a record of kind jsonl, its images under the names ``images``; a marker typed by the user
         would be read as an image place."""
         token = self.vlm.cfg.prompting.image_token
         if any(token in turn["content"] for turn in self.turns if turn["role"] == "user"):
             raise UserError(f"the conversation contains {token} as text, which a record file would take for an image")
-        messages = self.messages
-        if self.image is not None:
-            first = next((k for k, turn in enumerate(messages) if turn["role"] == "user"), None)
-            if first is not None:
-                messages[first] = {**messages[first], "content": f"{token}\n{messages[first]['content']}"}
-        images = [] if image is None else [image]
-        return {"id": f"chat-{self.vlm.cfg.run_name}", "images": images, "messages": messages, "source": "chat"}
+        messages = [
+            {"role": turn.role, "content": "".join(p if isinstance(p, str) else token for p in turn.parts)}
+            for turn in self._placed(self.turns)
+        ]
+        talked_of = sum(at < len(self.turns) for at in self._shown_at)  # the others have no place in it yet
+        return {
+            "id": f"chat-{self.vlm.cfg.run_name}", "images": list(images[:talked_of]), "messages": messages,
+            "source": "chat",
+        }  # fmt: skip
 
 
 def talk(conversation: Conversation, *, source: TextIO, out: TextIO, notes: TextIO) -> None:
@@ -143,8 +186,10 @@ def _greet(conversation: Conversation, note: Callable[[str], None]) -> None:
     note(f"{vlm.cfg.run_name}, step {vlm.step}. /help lists the commands.")
     if vlm.cfg.stage_record.writes == "caption":
         note("This run aligned a connector (stage align); it was not taught to chat. Expect descriptions, not answers.")
-    if conversation.image is None:
+    if not conversation.images:
         note("No image yet: /image FILE shows it one.")
+    elif len(conversation.images) > 1:
+        note(_listed(conversation.images))
 
 
 def _terminal_lines(notes: TextIO) -> Callable[[], str | None]:
@@ -211,8 +256,14 @@ def _command(conversation: Conversation, line: str, note: Callable[[str], None])
     match name:
         case "/image" if rest:
             had = bool(conversation.turns)
-            conversation.look_at(_path(rest))
-            note(f"looking at {rest}" + (" (the conversation starts over)" if had else ""))
+            goes_on = conversation.look_at(_path(rest))
+            number = f"image {len(conversation.images)}: " if conversation.vlm.cfg.max_images > 1 else ""
+            note(f"looking at {number}{rest}" + (" (the conversation starts over)" if had and not goes_on else ""))
+        case "/images":
+            note(_listed(conversation.images) if conversation.images else "no image yet: /image FILE shows it one")
+        case "/drop":
+            conversation.drop()
+            note("no image; the conversation starts over")
         case "/system":
             conversation.reset(rest or None)
             note("no system text; the conversation starts over" if not rest else "told; the conversation starts over")
@@ -231,14 +282,17 @@ def _command(conversation: Conversation, line: str, note: Callable[[str], None])
             raise UserError(f"{name} is no command; there are {', '.join(COMMANDS)}")
 
 
+def _listed(images: Sequence[Path]) -> str:
+    return "\n".join(f"image {k}: {image}" for k, image in enumerate(images, 1))
+
+
 def _save(conversation: Conversation, path: Path) -> Path:
-    """Write the record; gives the folder that its image's name is relative to: the record's own where it lies below."""
-    root, image = path.parent, conversation.image
-    if image is not None:
-        below = image.resolve().is_relative_to(root.resolve())
-        root = root if below else image.parent
-        image = image.resolve().relative_to(root.resolve()) if below else Path(image.name)
-    record = to_json(conversation.record(None if image is None else image.as_posix())) + "\n"
+    """Write the record; gives the folder that its images' names are relative to: the record's own where they all lie
+    below it."""
+    root, images = path.parent.resolve(), [image.resolve() for image in conversation.images]
+    if images and not all(image.is_relative_to(root) for image in images):
+        root = Path(os.path.commonpath([image.parent for image in images]))
+    record = to_json(conversation.record([image.relative_to(root).as_posix() for image in images])) + "\n"
     try:
         if path.exists():
             raise UserError(f"{path} is there already; give another name")

@@ -32,8 +32,9 @@ from beholder.use.stream import AnswerStream
 ImageLike = str | Path | Image.Image | ImageRef
 """A file the caller names, an open image, or an image of a data set (which may not lie outside its folder)."""
 Images = ImageLike | Sequence[ImageLike] | None
-Messages = str | Sequence[Mapping[str, str]]
-"""What the user says, or a whole conversation as ``{"role": "system" | "user" | "assistant", "content": text}``."""
+Messages = str | Sequence[Mapping[str, str] | Turn]
+"""What the user says, or a whole conversation as ``{"role": "system" | "user" | "assistant", "content": text}``; a
+`Turn` where a message says by itself which image stands where."""
 
 
 class ContextFullError(UserError):
@@ -83,7 +84,7 @@ class Vlm:
 
         It loads without peft. Raises `UserError` when the run has no adapters or ``folder`` is not empty.
         """
-        if not self.model.adapters:
+        if not self.model.adapters and not self.model.language.merged:
             raise UserError("this run has no adapters to merge; its language model is the base, unchanged")
         from beholder.model.adapters import save_merged  # peft, for a run with adapters alone
 
@@ -209,7 +210,10 @@ class Vlm:
         images = _listed(request.images)
         limit = self.cfg.max_images
         if len(images) > limit:
-            raise UserError(f"{len(images)} images given, but the run was trained with at most {limit} a sample")
+            raise UserError(
+                f"{len(images)} images given, but the run was trained with at most {limit} a sample "
+                "(prompting.max_images_per_sample): give fewer, or use a run that was trained with more (stage multi)"
+            )
         refs = tuple(ImageRef(root="", path=f"image {k + 1}") for k in range(len(images)))
         return Example("prompt", refs, self._turns(request, len(images)), file="input"), images
 
@@ -222,10 +226,12 @@ class Vlm:
             return ()  # without a text the encoder's template writes the instruction
         if isinstance(request.messages, str):
             return (Turn("user", (*_front(num_images), request.messages)),)
-        turns = [_turn(message, k) for k, message in enumerate(request.messages)]
+        turns = [m if isinstance(m, Turn) else _turn(m, k) for k, m in enumerate(request.messages)]
         if not turns or turns[-1].role != "user":
             last = "it is empty" if not turns else f"its last turn is the {turns[-1].role}'s"
             raise UserError(f"a conversation to be answered ends with what the user says, but {last}")
+        if any(isinstance(message, Turn) for message in request.messages):
+            return tuple(turns)
         token = self.cfg.prompting.image_token
         marked = sum(turn.text.count(token) for turn in turns if turn.role == "user")
         if marked and not isinstance(request.images, ImageLike | None):
@@ -303,10 +309,10 @@ def load(run: str | Path, *, device: str = "auto", overrides: Sequence[str] = ()
     cfg = load_config(folder / "config.yaml", overrides)
     check_consent(cfg, overrides)
     model, tokenizer = build_vlm(
-        cfg.model, compute_precision=cfg.train.precision, device=pick_device(device), seed=cfg.seed
-    )
-    restore.load_connector(where, model.connector, model.connector_info())
-    restore.load_adapter(where, model.language)
+        cfg.model, compute_precision=cfg.train.precision, device=pick_device(device), seed=cfg.seed,
+        merged=restore.read_merged(where),
+    )  # fmt: skip
+    restore.load_trained(where, model)
     trainer = restore.read_trainer(where)
     trained_with = trainer.get("fingerprints", {}).get("encoder")
     encoder = build_encoder(cfg, tokenizer, model.num_visual_tokens)
