@@ -231,8 +231,8 @@ def batch() -> Batch:
     ids = torch.arange(24).reshape(2, 12)
     return Batch(
         input_ids=ids, position_ids=torch.arange(12).expand(2, 12), supervise=torch.zeros(2, 12, dtype=torch.bool),
-        sample_index=torch.tensor([[0] * 12, [1] * 12]), image_positions=torch.tensor([[1, 2], [5, 6], [13, 14]]),
-        image_sample=torch.tensor([0, 0, 1]), images=[ImageInput(pixels=torch.zeros(1)) for _ in range(3)],
+        sample_index=torch.tensor([[0] * 12, [1] * 12]), image_positions=torch.tensor([1, 2, 5, 6, 13, 14]),
+        image_lengths=torch.tensor([2, 2, 2]), image_sample=torch.tensor([0, 0, 1]), images=[ImageInput(pixels=torch.zeros(1)) for _ in range(3)],
         ids=["a", "b"],
     )  # fmt: skip
 
@@ -256,7 +256,8 @@ def test_as_much_text_keeps_every_length_and_every_other_position() -> None:
     assert text.input_ids[0, 5:7].tolist() == [77, 78]
     changed = (text.input_ids != given.input_ids).nonzero().tolist()
     assert changed == [[0, 5], [0, 6]] and given.input_ids[0, 5] == 5
-    assert text.image_positions.tolist() == [[1, 2], [13, 14]] and text.image_sample.tolist() == [0, 1]
+    assert text.image_positions.tolist() == [1, 2, 13, 14] and text.image_lengths.tolist() == [2, 2]
+    assert text.image_sample.tolist() == [0, 1]
     assert [any(i is o for o in given.images) for i in text.images] == [True, True]
     longer = positions.text_in_slot(0, [7])(given)
     assert longer.input_ids.reshape(-1)[[1, 2, 13, 14]].tolist() == [7] * 4 and len(longer.images) == 1

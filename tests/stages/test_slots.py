@@ -141,7 +141,7 @@ def planted(choose: Choose) -> Callable[[VisionLanguageModel, Batch], torch.Tens
         for sample in range(len(batch.ids)):
             own = batch.image_sample == sample
             seen[own] = choose(tokens[own])
-        return scatter_images(self.language.embed(batch.input_ids), batch.image_positions, seen)
+        return scatter_images(self.language.embed(batch.input_ids), batch.image_positions, seen.flatten(0, 1))
 
     return embed
 

@@ -128,13 +128,15 @@ def text_in_slot(k: int, ids: Sequence[int]) -> Change:
         gone = _slots(batch, k)
         left = [m for m in range(len(batch.images)) if m not in set(gone)]
         tokens = batch.input_ids.clone()
-        width = batch.image_positions.shape[1]
-        filler = torch.tensor((list(ids) * (width // len(ids) + 1))[:width], dtype=tokens.dtype)
+        places = batch.image_positions.split(batch.image_lengths.tolist())
         for m in gone:
-            tokens.view(-1)[batch.image_positions[m]] = filler
+            width = len(places[m])
+            filler = (list(ids) * (width // len(ids) + 1))[:width]
+            tokens.view(-1)[places[m]] = torch.tensor(filler, dtype=tokens.dtype)
         return replace(
-            batch, input_ids=tokens, images=[batch.images[m] for m in left],
-            image_positions=batch.image_positions[left], image_sample=batch.image_sample[left],
+            batch, input_ids=tokens, images=[batch.images[m] for m in left], image_sample=batch.image_sample[left],
+            image_positions=torch.cat([places[m] for m in left] or [batch.image_positions[:0]]),
+            image_lengths=batch.image_lengths[left],
         )  # fmt: skip
 
     return change
