@@ -232,7 +232,8 @@ def batch() -> Batch:
     return Batch(
         input_ids=ids, position_ids=torch.arange(12).expand(2, 12), supervise=torch.zeros(2, 12, dtype=torch.bool),
         sample_index=torch.tensor([[0] * 12, [1] * 12]), image_positions=torch.tensor([1, 2, 5, 6, 13, 14]),
-        image_lengths=torch.tensor([2, 2, 2]), image_sample=torch.tensor([0, 0, 1]), images=[ImageInput(pixels=torch.zeros(1)) for _ in range(3)],
+        image_lengths=torch.tensor([2, 2, 2]), image_sample=torch.tensor([0, 0, 1]),
+        images=[ImageInput(pixels=torch.zeros(1)) for _ in range(3)],
         ids=["a", "b"],
     )  # fmt: skip
 
