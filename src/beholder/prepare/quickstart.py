@@ -29,6 +29,7 @@ from beholder.config.file import parse_config, scale_overrides
 from beholder.evidence import CONDITIONS, Condition, Evidence, Measurement, Sample
 from beholder.evidence.gates import verdict
 from beholder.prepare.packages import Assets, prepare_quickstart
+from beholder.report import slots
 from beholder.stages import Outcome, run_stage
 from beholder.terminal import Terminal
 from beholder.types import UserError
@@ -209,7 +210,11 @@ def print_answers(evidence: Evidence, console: Console) -> None:
     table = Table(title="Answers to official test questions, by kind of question", title_justify="left")
     for heading in ("", "its own image", "another's image", "no image", "gain over no image", "n"):
         table.add_column(heading, justify="left" if not heading else "right")
-    strata = [m.stratum for m in evidence.measurements if m.name == "answer.accuracy.correct" and m.by == "question"]
+    strata = [
+        m.stratum
+        for m in evidence.measurements
+        if m.name == "answer.accuracy.correct" and m.by in ("question", "images")
+    ]
     for stratum in (None, *strata):
         row = [evidence.get(f"answer.accuracy.{c}", stratum) for c in ("correct", "shuffled", "none")]
         gain = evidence.get("answer.gain.none", stratum)
@@ -228,6 +233,25 @@ def print_answers(evidence: Evidence, console: Console) -> None:
     console.print()
     console.print(Columns([_card(s) for s in asked(evidence)], padding=(0, 3)))
     _print_gates(evidence, console)
+
+
+def print_places(evidence: Evidence, console: Console) -> None:
+    """Answers by kind and number of images, then whether every place of an image counts."""
+    rows = slots.grid(evidence.measurements)
+    if rows:
+        table = Table(title="Right when the image that decides stands there", title_justify="left")
+        table.add_column("")
+        for place in range(1, max(map(len, rows)) + 1):
+            table.add_column(f"image {place}", justify="right")
+        for row in rows:
+            cells = (f"{s.right.value:.1%} (n={s.right.n})" if s.right else "–" for s in row)
+            table.add_row(f"of {len(row)}", *cells)
+        console.print()
+        console.print(table)
+    for name, told in (("slots.spread", "From the best place to the worst"), ("slots.follows", "Follows a swap")):
+        if (m := evidence.get(name)) is not None:
+            console.print(f"{told}: {m.told.partition(' = ')[2]}.", markup=False, soft_wrap=True)
+    print_answers(evidence, console)
 
 
 def asked(evidence: Evidence) -> list[Sample]:
@@ -298,9 +322,9 @@ PARTS = {
             "multi", "quickstart_multi.yaml",
             (
                 Records("several", lambda a: a.multi_train, lambda a: a.multi_test, weight=3, held_out=900),
-                replace(QUESTIONS, weight=1, held_out=300),  # what the part before has taught is not to be forgotten
+                replace(QUESTIONS, weight=1, held_out=200),  # what the part before has taught is not to be forgotten
             ),
-            print_answers, starts_from="instruct", scaled=True, asked_for=True,
+            print_places, starts_from="instruct", scaled=True, asked_for=True,
         ),
     )
 }  # fmt: skip
