@@ -48,7 +48,7 @@ def test_both_pages_show_pairs_cells_and_blindness_with_guessing_beside(make_ins
     assert "| its own question | 0.0200 nats/token" in markdown and "| another’s question | 4.00 nats/token" in markdown
     for text in (
         "The question is read: another’s question raises the loss of the own answer by 3.98 nats/token",
-        "Blind share: without the image it is right 58.0 % (53.0–63.0 %) as often as with it; 41.0 % (36.0–46.0 %) when",
+        "Blind share: without the image it is right 58.0 % (53.0–63.0 %) as often as with it; 41.0 % (36.0–46.0 %)",
         "Gain: +40.0 points", "Leak: +30.0 points",
     ):  # fmt: skip
         assert text in page and text in markdown, text
