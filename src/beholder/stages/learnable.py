@@ -89,9 +89,13 @@ def _audited(
         session = open_session(cfg, RunDir(folder), dist)
         with session:
             first = audit_data(session, num_turns=num_turns, part=part)
-            found = text_learner.learn(examples_of(session, part), seed=cfg.measure_seed)
             own: list[Measurement] = []
             extra: list[str] = []
+            found = None
+            try:
+                found = text_learner.learn(examples_of(session, part), seed=cfg.measure_seed)
+            except UserError as e:  # captions, say; what the language model reads is told all the same
+                extra.append(f"Nothing was learned: {e}.")
             if run is not None and (run / "evidence.json").is_file():
                 blind = [m for m in load_evidence(run).measurements if m.name == "answer.accuracy.none"]
                 own += [m for m in blind if m.by in (None, "question")]
@@ -113,18 +117,21 @@ def examples_of(session: Session, part: Literal["train", "eval"]) -> list[Exampl
 def _told(
     title: str,
     first: Answer | None,
-    found: text_learner.Learned,
+    found: text_learner.Learned | None,
     more: Sequence[str] = (),
     own: Sequence[Measurement] = (),
     is_main: bool = True,
 ) -> Answer:
-    said = f"A learner of the questions' words took {found.seconds:.1f} s"
-    words = "; ".join(map(str, found.words))
-    lines = [f"{said}; the words that told it most: {words}." if words else f"{said} and found no word that tells."]
-    lines = [*([] if first is None else first.findings), *found.findings, *lines, *found.gaps, *more]
+    lines = [] if first is None else list(first.findings)
+    measured = [] if first is None else list(first.measurements)
+    if found is not None:
+        said = f"A learner of the questions' words took {found.seconds:.1f} s"
+        words = "; ".join(map(str, found.words))
+        said += f"; the words that told it most: {words}." if words else " and found no word that tells."
+        lines += [*found.findings, said, *found.gaps]
+        measured += found.measurements
     columns = ({} if first is None else first.columns) | COLUMNS
-    measured = [*([] if first is None else first.measurements), *found.measurements, *own]
-    return Answer(title, measured, columns, lines, is_main=is_main)
+    return Answer(title, [*measured, *own], columns, [*lines, *more], is_main=is_main)
 
 
 # ---------------------------------------------------------------------------------------------------------------
