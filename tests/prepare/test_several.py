@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 
 from beholder.prepare.several import EVEN, KINDS, NUM_IMAGES, Asked, conversations, questions, record
+from beholder.types import UserError
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -83,7 +84,10 @@ def test_test_questions_ask_of_every_place_of_the_same_pictures_and_stay_balance
     for a in asked:
         if a.kind.endswith("in image"):
             groups.setdefault((a.images, a.question.replace(f"image {a.decides}", "image k")), []).append(a)
-    assert all([a.decides for a in own] == list(range(1, len(images) + 1)) for (images, _), own in groups.items())
+    assert all(
+        [a.decides for a in own] == list(range(1, len(images) + 1)) * (len(own) // len(images))
+        for (images, _), own in groups.items()
+    )
     # What a swap is worth: nearly all groups of colours have two answers that differ, most of shapes.
     differ = [len({a.answer for a in own}) > 1 for own in groups.values()]
     assert sum(differ) / len(differ) > 0.7
@@ -117,3 +121,14 @@ def test_no_answer_of_a_conversation_tells_another() -> None:
     made = record(*talks[0])
     assert [m["role"] for m in made["messages"]] == ["user", "assistant"] * len(talks[0])
     assert "<image>" not in made["messages"][2]["content"]
+
+
+def test_few_pictures_are_enough_or_named_too_few() -> None:
+    few = {
+        n: f"A {c} {s}." for n, (c, s) in enumerate([("red", "circle"), ("blue", "circle"), ("red", "triangle")] * 3)
+    }
+
+    assert len(list(questions(few, 60, seed=0))) == len(list(conversations(few, 60, seed=0))) == 60
+    for make in (questions, conversations):
+        with pytest.raises(UserError, match="1 pictures are too few for questions about 2 of them"):
+            list(make({0: "A red circle."}, 3, seed=0))

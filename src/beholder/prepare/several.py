@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from beholder.types import UserError
+
 Kind = Literal["which image", "color in image", "shape in image", "how many", "same color"]
 Feature = Literal["color", "shape"]
 KINDS: tuple[Kind, ...] = ("which image", "color in image", "shape in image", "how many", "same color")
@@ -22,6 +24,7 @@ _TAUGHT: dict[Feature, dict[Kind, float]] = {
 }
 """How often `conversations` ask what: what compares pictures is learned last, so it comes more often."""
 NUM_IMAGES = (2, 3, 4)
+_TRIES = 1000
 EVEN = len(KINDS) * len(NUM_IMAGES) * math.lcm(*NUM_IMAGES)
 """As many questions ask every kind for every number of images equally often, and of every place."""
 
@@ -129,21 +132,25 @@ class _Maker:
             self.by_looks.setdefault((s.color, s.shape), []).append(s)
 
     def ask(self, kind: Kind, n: int) -> Asked:
+        return self._about_pictures(lambda: [self._draft(kind, n)], n)[0]
+
+    def _draft(self, kind: Kind, n: int) -> _Draft:
         match kind:
             case "which image":
                 about: tuple[tuple[Feature, ...], ...] = (("color",), ("shape",), ("color", "shape"))
-                draft = self._which(n, self.rng.choice(about))
+                return self._which(n, self.rng.choice(about))
             case "how many":
-                draft = self._how_many(n, self.rng.choice(("color", "shape")))
+                return self._how_many(n, self.rng.choice(("color", "shape")))
             case "same color":
-                draft = self._same(self.rng.sample(range(n), 2))
+                return self._same(self.rng.sample(range(n), 2))
             case _:
-                draft = self._in_image(kind, self.rng.randrange(n))
-        return self._about_pictures([draft], n)[0]
+                return self._in_image(kind, self.rng.randrange(n))
 
     def every_place(self, kind: Kind, n: int) -> list[Asked]:
         """One question of that kind about each place of the same pictures, in the same words."""
         places, words = self._fill(n, []), self.rng.choice(_IN_IMAGE[kind])
+        if not places:
+            raise UserError(f"{len(self.by_image)} pictures are too few for questions about {n} of them")
         what = kind.partition(" ")[0]
         return [
             Asked(kind, places, words.format(k=k), getattr(self.by_image[image], what), k)
@@ -151,6 +158,9 @@ class _Maker:
         ]
 
     def converse(self, n: int) -> list[Asked]:
+        return self._about_pictures(lambda: self._talk(n), n)
+
+    def _talk(self, n: int) -> list[_Draft]:
         drafts: list[_Draft] = []
         for feature, share in _TAUGHT.items():
             free = self.rng.sample(range(n), n)
@@ -168,7 +178,7 @@ class _Maker:
                 case kind:
                     drafts.append(self._in_image(kind, free[0]))
         self.rng.shuffle(drafts)
-        return self._about_pictures(drafts, n)
+        return drafts
 
     def _which(self, n: int, features: Sequence[Feature]) -> _Draft:
         """One picture has what is asked for, and no other."""
@@ -196,31 +206,37 @@ class _Maker:
 
     def _same(self, places: Sequence[int]) -> _Draft:
         rng, (i, j) = self.rng, sorted(places)
-        color, same = rng.choice(self.values["color"]), rng.random() < 0.5
-        other = color if same else rng.choice([c for c in self.values["color"] if c != color])
+        color = rng.choice(self.values["color"])
+        others = [c for c in self.values["color"] if c != color]
+        same = not others or rng.random() < 0.5
+        other = color if same else rng.choice(others)
         return _Draft(
             "same color", rng.choice(_SAME).format(i=i + 1, j=j + 1), "yes" if same else "no", None,
             {i: {"color": color}, j: {"color": other}},
         )  # fmt: skip
 
-    def _about_pictures(self, drafts: Sequence[_Draft], n: int) -> list[Asked]:
-        images = self._fill(n, drafts)
-        return [Asked(d.kind, images, d.question, d.answer, d.decides) for d in drafts]
+    def _about_pictures(self, draft: Callable[[], list[_Draft]], n: int) -> list[Asked]:
+        """The questions of a draft, and pictures for them. What no pictures are left for is drafted again."""
+        for _ in range(_TRIES):
+            drafts = draft()
+            if images := self._fill(n, drafts):
+                return [Asked(d.kind, images, d.question, d.answer, d.decides) for d in drafts]
+        raise UserError(f"{len(self.by_image)} pictures are too few for questions about {n} of them")
 
     def _fill(self, n: int, drafts: Sequence[_Draft]) -> tuple[int, ...]:
-        """``n`` different pictures that fit every question."""
+        """``n`` different pictures that fit every question; none where there are not so many."""
         used: list[Shown] = []
         for place in range(n):
-            used.append(self._draw(lambda s, place=place: all(d.fits(place, s) for d in drafts), used))
+            fitting = [
+                unused
+                for same in self.by_looks.values()
+                if all(d.fits(place, same[0]) for d in drafts) and (unused := [s for s in same if s not in used])
+            ]
+            if not fitting:
+                return ()
+            # what is shown first, then a picture of it: rare looks are as frequent as common ones
+            used.append(self.rng.choice(self.rng.choice(fitting)))
         return tuple(s.image for s in used)
-
-    def _draw(self, fits: Callable[[Shown], bool], used: Sequence[Shown]) -> Shown:
-        """Colour and shape first, then a picture of them: rare ones are as frequent as common ones."""
-        while True:
-            looks = self.rng.choice(self.values["color"]), self.rng.choice(self.values["shape"])
-            found = [s for s in self.by_looks.get(looks, ()) if s not in used]
-            if found and fits(found[0]):
-                return self.rng.choice(found)
 
 
 def _is(shown: Shown, wanted: Mapping[str, str]) -> bool:
