@@ -92,6 +92,21 @@ def test_what_cannot_be_renamed_with_certainty_is_not(question: str) -> None:
     assert renamed(example(question, "yes"), {1: 3, 2: 2, 3: 1}) is None
 
 
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("Which images show a dog?", "1 and 2"), ("Which images show a dog?", "1, 3"), ("Which one shows a dog?", "2"),
+        ("Is the dog in image 1 or image 2?", "2"), ("How many dogs are in images 1 to 3?", "4"),
+        ("How many dogs are in images 1-3?", "4"), ("what is in image A?", "a dog"), ("what is in image-1?", "a dog"),
+        ("what is in Image_1?", "a dog"), ("Which picture shows a dog, A or B?", "B"),
+        ("What picture is on the wall in image 1?", "2"),
+    ],
+)  # fmt: skip
+def test_what_may_name_places_in_a_way_that_is_not_read_is_not_moved(question: str, answer: str) -> None:
+    assert renamed(example(question, answer), {1: 2, 2: 1, 3: 3}) is None
+    assert renamed(example("What number is on the shirt in image 1?", "2"), {1: 2, 2: 1, 3: 3}) is not None
+
+
 def test_the_label_of_an_image_stays_with_its_place_and_peoples_answers_follow() -> None:
     parts = ("Image 1: ", ImageSlot(0), "\n(Image 2: <Image>", ImageSlot(1), "</Image>) which image is red, image 2?")
     given = example(parts, "2", n=2, answers=("2", "Image 2", "two dogs"))

@@ -93,8 +93,8 @@ def evidence(answer: Answerer) -> tuple[dict[tuple[str, str | None], Measurement
     renamed, kept = measure([s.renamed for s in swaps]), measure([s.kept for s in known if s.kept is not None])
     measured += rotated
     measured += positions.score_swaps(
-        [positions.is_exact(x) for x in renamed],
-        [(len(s.renamed.images), positions.is_exact(x)) for s, x in zip(known, kept, strict=True)],
+        [x.exact for x in renamed],
+        [(len(s.renamed.images), x.exact) for s, x in zip(known, kept, strict=True)],
     )
     return {(m.name, m.stratum): m for m in measured}, {g.name: g for g in judge(GATES, measured)}
 

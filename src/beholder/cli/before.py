@@ -127,8 +127,12 @@ def plan(
 @app.command(epilog=example("beholder audit data/questions.jsonl --image-root data/images"))
 def audit(
     subject: Annotated[str, typer.Argument(metavar="SUBJECT", help="A config, a run folder, or a record file.")],
-    num_turns: Annotated[int, typer.Option(min=1, help="Answers to score with the language model.")] = 256,
-    part: Annotated[Literal["train", "eval"], typer.Option(help="Which samples of a config or run.")] = "train",
+    num_turns: Annotated[
+        int | None, typer.Option(min=1, help="Answers of a config's or run's data that its language model scores; 256.")
+    ] = None,
+    part: Annotated[
+        Literal["train", "eval"] | None, typer.Option(help="Which samples of a config or run; train.")
+    ] = None,
     learner: Annotated[
         Literal["words", "lm"],
         typer.Option(help="Trained without images: on words, in seconds; also a run's language model, in minutes."),

@@ -324,7 +324,8 @@ class RunConfig(Section):
                 f"{stage.most_images}. Several images are for stage multi"
             )
         try:
-            self.image_label.format(k=1)
+            if self.image_label and self.image_label.format(k=1) == self.image_label.format(k=2):
+                raise ValueError("every image has the same")
         except (LookupError, ValueError, AttributeError) as e:
             wrong.append(f"prompting.image_label {self.image_label!r}: {e}; expected a text with {{k}} for the number")
         if self.max_images < 2 and self.data.multi_image_fraction > 0:

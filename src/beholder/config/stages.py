@@ -124,6 +124,9 @@ SLOT_GATES: dict[str, GateConfig] = {
     "slot_spread": _gate(
         "slots.spread", "it is as often right wherever the image stands that decides", at_most=0.1
     ),
+    "no_last_image_bias": _gate(
+        "slots.last_bias", "it is not right more often when the image that decides stands last", at_most=0.1
+    ),
     "follows_the_swap": _gate(
         "slots.follows", "when two images change places and the words do not, the answer follows", at_least=0.9
     ),

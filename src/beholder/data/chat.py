@@ -279,6 +279,9 @@ class ChatEncoder:
         for what, supervise in pieces:
             if isinstance(what, ImageSlot) and len(example.images) > 1:
                 label = self.image_label.format(k=what.index + 1)
+                if learned:  # a template may put nothing but control tokens between an answer and an image
+                    tokenise()
+                    learned = False
                 if not text.rstrip().endswith(label.rstrip()):
                     text += label
             if what is None or not isinstance(what, str) or supervise != learned:

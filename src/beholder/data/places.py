@@ -44,6 +44,14 @@ _VAGUE = re.compile(
     r"former|latter|earlier|later|before|after|preceding|following|order|sequence|chronological\w*|consecutive\w*)\b",
     re.IGNORECASE,
 )
+# "images 1 to 3", "images 1-3": those between are meant too. "image A", "image-2", "A or B": places, but not read.
+_UNREAD = re.compile(
+    rf"\b(?i:{_NOUN}s?)\s*#?(?i:{_NUMBER})\s*(?:to|through|-|–|—)\s*#?(?i:{_NUMBER})\b"
+    rf"|\b(?i:{_NOUN}s?)(?:[-_]\s*\d|[\s_-]+[A-H]\b)|\b[A-H]\s+or\s+[A-H]\b"
+)
+_BARE = re.compile(rf"\W*(?:both\s+)?{_NUMBER}(?:{_AND}{_NUMBER})*\W*", re.IGNORECASE)
+_COUNTS = re.compile(r"\b(?:how\s+many|how\s+much|numbers?|count|total|sum)\b", re.IGNORECASE)
+_ASKS_WHAT = re.compile(rf"\bwhat\s+{_NOUN}s?\b", re.IGNORECASE)
 _ASKS_WHICH = re.compile(
     rf"\b(?:which\s+(?:one\s+)?(?:of\s+(?:the|these)\s+)?(?:\w+\s+)?|what\s+){_NOUN}s?\b", re.IGNORECASE
 )
@@ -126,10 +134,22 @@ def _suffix(place: int) -> str:
 
 
 def _is_vague(text: str, found: Sequence[Reference]) -> bool:
-    """Whether other words than these may speak of an order of the images: "before", "the first two"."""
+    """Whether other words than these may speak of places or an order of the images: "before", "the first two"."""
+    if _UNREAD.search(text):
+        return True
     for r in reversed(found):
         text = text[: r.start] + text[r.stop :]
     return bool(_VAGUE.search(text))
+
+
+def _may_be_places(question: str, answer: str, num_images: int) -> bool:
+    """Whether an answer may name places without saying so: numbers, where nothing is counted ("1 and 2", to "which one
+    …?"), or one number where both a picture and what one shows may be meant ("what picture hangs in image 1?")."""
+    if not _BARE.fullmatch(answer) or _COUNTS.search(question):
+        return False
+    if answer_place(question, answer, num_images) is None:
+        return True
+    return bool(_ASKS_WHAT.search(question) and references(question, num_images))
 
 
 def answer_place(question: str, answer: str, num_images: int) -> Reference | None:
@@ -188,6 +208,8 @@ def renamed(example: Example, to: Mapping[int, int]) -> Example | None:
     turns = list(example.turns)
     for turn, part, text, found in _texts(example.turns, len(example.images)):
         if _is_vague(text, found) or any(r.place not in to for r in found):
+            return None
+        if turns[turn].role == "assistant" and _may_be_places(_said(example.turns, turn), text, n):
             return None
         parts = list(turns[turn].parts)
         parts[part] = _rewrite(text, found, to, n)

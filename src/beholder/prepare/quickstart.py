@@ -152,6 +152,12 @@ def run_quickstart(
     if part is not None and part not in PARTS:
         raise UserError(f"the quickstart has no part {part!r}; its parts are {', '.join(PARTS)}")
     names = _up_to(part) if part else [p.name for p in PARTS.values() if not p.asked_for]
+    if lost := [o for o in overrides if o.partition(".")[0] in PARTS.keys() - set(names)]:
+        raise UserError(
+            f"--set {lost[0]} is for a part that is not run; the parts that are: {', '.join(names)} (--part)"
+        )
+    if scale is not None and not any(PARTS[name].scaled for name in names):
+        raise UserError(f"--scale {scale} is for the later parts, and only {', '.join(names)} is run")
     configs = {name: recipe(assets, out, overrides, part=name, scale=scale) for name in names}  # all, before training
 
     def run(name: str) -> Outcome:

@@ -8,6 +8,7 @@ questions there are is `probes.strata`'s.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from beholder.evidence import Condition, Measurement
 from beholder.probes import bootstrap, joined, mean, measurement, share, wilson
 from beholder.probes.caption_metrics import EXACT, exact_match
 from beholder.probes.strata import MIN_SAMPLES, YES_NO, answer_type
-from beholder.probes.vqa import vqa_accuracy
+from beholder.probes.vqa import normalize_answer, vqa_accuracy
 from beholder.types import Example
 
 if TYPE_CHECKING:
@@ -93,6 +94,11 @@ def is_short(example: Example) -> bool:
 def references_of(example: Example) -> tuple[str, ...]:
     """The answers people gave; the last turn where the record names none."""
     return example.answers or (example.answer_text,)
+
+
+def usual_answer(references: Sequence[str]) -> str:
+    """The most frequent of them as they are compared, the first of equally frequent ones."""
+    return Counter(map(normalize_answer, references)).most_common(1)[0][0]
 
 
 def accuracy_rule(references: Sequence[Sequence[str]]) -> str:

@@ -307,8 +307,8 @@ def _told(shown: Sequence[Example], plan: _Plan, scored: Mapping[str, SampleLoss
         alone_nll=alone.nll,
         context_nll=context.nll,
         control_nll=fmean(x.nll for x in controls) if controls else None,
-        answered_alone=alone.correct == alone.tokens,
-        answered_in_context=context.correct == context.tokens,
+        answered_alone=alone.exact,
+        answered_in_context=context.exact,
         controls=tuple(shown[j].id for j in plan.donors),
     )
 

@@ -73,7 +73,8 @@ def score(losses: Mapping[Cell, Sequence[SampleLoss]], answers: Sequence[int], s
     the samples with a single answer whose every token, end token included, was the arg-max. Deltas are the loss with
     another's question, and another's image, minus that with both its own, paired by sample.
 
-    ``answers[k]`` is how many answers sample k has; one whose last answer was cut off is left out of all cells.
+    ``answers[k]`` is how many answers sample k has; one whose last answer was cut off is left out of all cells. Nothing
+    where that is every one.
     """
     first = losses[CELLS[0]]
     whole = [
@@ -81,7 +82,8 @@ def score(losses: Mapping[Cell, Sequence[SampleLoss]], answers: Sequence[int], s
         if n == len(first[k].turns) and all(own[k].turns == first[k].turns for own in losses.values())
     ]  # fmt: skip
     single = [k for k in whole if answers[k] == 1]
-    assert whole, "the last answer of every sample was cut off"
+    if not whole:
+        return []
     nats = {cell: np.array([own[k].turn_nll[-1] for k in whole]) for cell, own in losses.items()}
     tokens = np.array([first[k].turns[-1] for k in whole], dtype=np.float64)
     add = partial(measurement, n=len(whole))
@@ -90,7 +92,7 @@ def score(losses: Mapping[Cell, Sequence[SampleLoss]], answers: Sequence[int], s
         out.append(add(f"cells.loss.{cell[0]}.{cell[1]}", *ratio_of_sums(own, tokens, seed)))
     for cell, own in losses.items():
         if single:
-            hits = sum(own[k].correct == own[k].tokens for k in single)
+            hits = sum(own[k].exact for k in single)
             out.append(share(f"cells.accuracy.{cell[0]}.{cell[1]}", hits, len(single)))
     for name, cell in (("question", CELLS[2]), ("image", CELLS[1])):
         rise = ratio_of_sums(nats[cell] - nats[CELLS[0]], tokens, seed)

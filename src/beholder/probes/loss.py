@@ -52,6 +52,12 @@ class SampleLoss:
         object.__setattr__(self, "turns", tuple(self.turns))
 
     @property
+    def exact(self) -> bool:
+        """Every supervised token, end token included, was the arg-max: of a single answer, what greedy decoding would
+        write word for word."""
+        return self.correct == self.tokens
+
+    @property
     def turn_nll(self) -> list[float]:
         """Nats of each assistant turn, summed."""
         return [math.fsum(self.token_nll[a:b]) for a, b in pairwise(accumulate(self.turns, initial=0))]
@@ -67,7 +73,7 @@ def exact_shares(losses: Sequence[SampleLoss], groups: Sequence[Sequence[str | N
     For a sample with one answer that is the share greedy decoding would write exactly. ``groups``: one grouping of
     `Groups`; samples with several turns count in the overall share alone.
     """
-    exact = [x.correct == x.tokens for x in losses]
+    exact = [x.exact for x in losses]
     by: dict[str | None, list[bool]] = {None: exact}
     for right, turns in zip(exact, groups, strict=False):  # no groups: only the overall share
         if len(turns) == 1 and turns[0] is not None:

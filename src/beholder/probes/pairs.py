@@ -17,7 +17,7 @@ import numpy as np
 
 from beholder.evidence import Condition, Measurement
 from beholder.probes import bootstrap, joined, measurement, wilson
-from beholder.probes.answers import mean_share, references_of
+from beholder.probes.answers import mean_share, references_of, usual_answer
 from beholder.probes.strata import MIN_SAMPLES
 from beholder.probes.vqa import normalize_answer, vqa_accuracy
 from beholder.types import Example, ImageRef
@@ -80,8 +80,7 @@ def find(examples: Sequence[Example], content_key: Callable[[ImageRef], str], se
     for _, same in sorted(by.items()):
         if len({right[i] for i in same}) < 2:
             continue
-        # the usual answer of each: the most frequent reference, or the only one
-        usual = [normalize_answer(Counter(references_of(examples[i])).most_common(1)[0][0]) for i in same]
+        usual = [usual_answer(references_of(examples[i])) for i in same]
         share = {answer: n / len(same) for answer, n in Counter(usual).items()}
         members = list(zip(same, usual, strict=True))
         if len(members) > MAX_ASKED:

@@ -198,7 +198,7 @@ def _compare(
     short = [(i, k) for i, k in cells if is_short(examples[i])]
     asked = sorted({where[i] for i, _ in short})
     count = summed(lambda *_: 1.0, short)[asked]
-    exact = summed(lambda i, _: is_exact(own[i]), short)[asked]
+    exact = summed(lambda i, _: own[i].exact, short)[asked]
     out: list[Measurement] = []
 
     def add(name: str, top: np.ndarray, bottom: np.ndarray, caveat: str | None = None) -> None:
@@ -213,15 +213,10 @@ def _compare(
         add(f"loss.{kind}", wrong, tokens)
         add(f"delta.{kind}", wrong - right, tokens, "paired: the same samples with this one image replaced")
         if asked:
-            other = summed(lambda i, k, own=losses: is_exact(own[i][k]), short)[asked]
+            other = summed(lambda i, k, own=losses: own[i][k].exact, short)[asked]
             add(f"right.{kind}", other, count)
             add(f"gain.{kind}", exact - other, count, "paired: the same questions with this one image replaced")
     return out
-
-
-def is_exact(loss: SampleLoss) -> bool:
-    """Whether greedy decoding would write the target, its end included."""
-    return loss.correct == loss.tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -294,7 +289,7 @@ def score_rotations(
     for n in sorted({len(losses) for _, losses in rows}):
         own = [(place, losses) for place, losses in rows if len(losses) == n]
         at = [[losses[(k - place + 1) % n] for k in range(n)] for place, losses in own]  # by place of what decides
-        right[n] = np.array([[is_exact(x) for x in row] for row in at], dtype=np.float64)
+        right[n] = np.array([[x.exact for x in row] for row in at], dtype=np.float64)
         nll[n] = np.array([[x.nll for x in row] for row in at])
         tokens[n] = np.array([[x.tokens for x in row] for row in at], dtype=np.float64)
     told = "the same samples in every place"

@@ -20,9 +20,9 @@ import torch
 
 from beholder.evidence import Measurement
 from beholder.probes import measurement, ratio_of_sums
-from beholder.probes.answers import SHORT_WORDS, references_of
+from beholder.probes.answers import SHORT_WORDS, references_of, usual_answer
 from beholder.probes.strata import MIN_SAMPLES, groups_of, questions
-from beholder.probes.vqa import normalize_answer, vqa_accuracy
+from beholder.probes.vqa import vqa_accuracy
 from beholder.types import Example, UserError
 
 FOLDS = 5
@@ -87,9 +87,9 @@ def asked_of(examples: Sequence[Example]) -> tuple[list[Asked], int]:
         before: list[str] = []
         for k, (question, answer) in enumerate(zip(questions(example), answered, strict=True)):
             references = references_of(example) if k == len(answered) - 1 else (answer,)
-            usual = Counter(map(normalize_answer, references)).most_common(1)[0][0]
+            usual = usual_answer(references)
             if question.strip() and usual:
-                if example.answers or len(usual.split()) <= SHORT_WORDS:
+                if (k == len(answered) - 1 and example.answers) or len(usual.split()) <= SHORT_WORDS:
                     grams = (*_grams(question), *(EARLIER + g for text in before for g in _grams(text)))
                     text = " ".join(question.casefold().split())
                     out.append(Asked(tuple(dict.fromkeys(grams)), text, usual, references, own[k], owner))

@@ -97,7 +97,7 @@ def _look(e: Evidence, v: Verdict) -> list[str]:
 
 def _slots(e: Evidence) -> list[str]:
     """Places of several images: how often right when what decides stands there, and what another image there costs."""
-    rows = slots.grid(e.measurements)
+    rows = slots.grid(e.measurements, e.gates)
     if not rows:
         return []
     marks = {"blind": "❌ does not count: ", "weak": "❌ weak: ", "few": "too few to judge: ", "looks": ""}

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from beholder.config import usual_gate
-from beholder.evidence import Evidence, Measurement
+from beholder.evidence import Evidence, GateResult, Measurement
 from beholder.report.words import fmt, interval
 
 JUDGED_FROM = usual_gate("every_slot_counts").min_n
 MOST_SPREAD = usual_gate("slot_spread").at_most or 0.0
-"""A place is weak whose accuracy is so much below that of the best place of as many images."""
+"""A place is weak whose accuracy is so much below that of the best place of as many images; the run's own bound, where
+it has one."""
 
 Standing = Literal["blind", "weak", "few", "looks"]
 
@@ -53,13 +54,15 @@ class Slot:
         return f"{self.name}: too few samples to judge"
 
 
-def grid(measurements: Sequence[Measurement]) -> list[list[Slot]]:
+def grid(measurements: Sequence[Measurement], gates: Sequence[GateResult] = ()) -> list[list[Slot]]:
     """Rows by number of images, places in order; empty where places were not measured."""
     found: dict[tuple[int, int], dict[str, Measurement]] = {}
     for m in measurements:
         if m.name in ("slots.delta.shuffled", "slots.accuracy") and (at := _SLOT.fullmatch(m.stratum or "")):
             found.setdefault((int(at[2]), int(at[1])), {})[m.name] = m
     top = max((own["slots.delta.shuffled"].value for own in found.values() if "slots.delta.shuffled" in own), default=0)
+    own_bounds = [float(g.bound.removeprefix("≤ ")) for g in gates if g.name == "slot_spread" and g.bound[0] == "≤"]
+    most = min(own_bounds, default=MOST_SPREAD)
     rows: dict[int, list[Slot]] = {}
     for (n, place), own in sorted(found.items()):
         cost, right = own.get("slots.delta.shuffled"), own.get("slots.accuracy")
@@ -67,21 +70,21 @@ def grid(measurements: Sequence[Measurement]) -> list[list[Slot]]:
             (x["slots.accuracy"].value for (m, _), x in found.items() if m == n and "slots.accuracy" in x), default=0.0
         )
         shade = 0.0 if cost is None or top <= 0 else max(0.0, cost.value) / top
-        rows.setdefault(n, []).append(Slot(place, n, cost, right, shade, _standing(cost, right, best)))
+        rows.setdefault(n, []).append(Slot(place, n, cost, right, shade, _standing(cost, right, best - most)))
     return list(rows.values())
 
 
-def _standing(cost: Measurement | None, right: Measurement | None, best: float) -> Standing:
+def _standing(cost: Measurement | None, right: Measurement | None, least: float) -> Standing:
     if cost is not None and cost.n >= JUDGED_FROM and (cost.ci95 is None or cost.ci95[0] <= 0):
         return "blind"
-    if right is not None and right.n >= JUDGED_FROM and best - right.value > MOST_SPREAD:
+    if right is not None and right.n >= JUDGED_FROM and right.value < least:
         return "weak"
-    return "few" if max((m.n for m in (cost, right) if m is not None), default=0) < JUDGED_FROM else "looks"
+    return "few" if min((m.n for m in (cost, right) if m is not None), default=0) < JUDGED_FROM else "looks"
 
 
-def marked(measurements: Sequence[Measurement]) -> list[Slot]:
+def marked(measurements: Sequence[Measurement], gates: Sequence[GateResult] = ()) -> list[Slot]:
     """Places that are blind or weak."""
-    return [s for row in grid(measurements) for s in row if s.standing in ("blind", "weak")]
+    return [s for row in grid(measurements, gates) for s in row if s.standing in ("blind", "weak")]
 
 
 def summary(e: Evidence) -> list[Measurement]:
@@ -95,7 +98,7 @@ def replacements(e: Evidence) -> tuple[list[str], list[tuple[str, int, list[Meas
     kinds = [m.name for m in e.measurements if m.name.startswith("slots.delta.") and m.stratum is None]
     rows = [
         (slot.name, 0 if slot.cost is None else slot.cost.n, [e.get(name, slot.name) for name in kinds])
-        for row in grid(e.measurements)
+        for row in grid(e.measurements, e.gates)
         for slot in row
     ]
     return [name.rpartition(".")[2] for name in kinds], rows

@@ -247,7 +247,7 @@ def looks(e: Evidence) -> Verdict:
         why += f" Not, or barely, for: {_told(where)}." if where else ""
         why += f" {_guessed(guessed)}" if guessed else ""
         return say("weak", "On average, not everywhere.", why)
-    if places := marked(e.measurements):
+    if places := marked(e.measurements, e.gates):
         why += f" Weak places: {listed([s.told for s in places], 3)}."
         return say("weak", "Yes, but not in every place.", why)
     if answers is not None and answers.standing in ("few", "unknown"):

@@ -29,6 +29,7 @@ from beholder.probes.loss import SampleLoss
 from beholder.runs import RunDir
 from beholder.stages.remeasure import Answer, audit_data, run_folder
 from beholder.stages.session import Session, open_session
+from beholder.train import checkpoint, restore
 from beholder.train.distributed import joined
 from beholder.train.engine import fit
 from beholder.train.objectives import OBJECTIVES
@@ -37,21 +38,26 @@ from beholder.types import Batch, Encoded, Example, UserError
 
 MOST_IMAGES = 64
 """Of a record in a file that no config describes."""
-LM_QUESTIONS, LM_FOLDS, LM_EPOCHS, LM_BATCH = 2000, 2, 2, 16
-"""Questions that the run's own language model is trained and tested on; a step is a batch."""
+LM_QUESTIONS, LM_FOLDS, LM_EPOCHS = 2000, 2, 2
+"""Questions that the run's own language model is trained and tested on, and how often it sees each fold's others."""
+LM_BATCH = 16
+"""Samples a step."""
+
+NUM_TURNS = 256
+"""Answers that the language model scores, unless told otherwise."""
 
 Learner = Literal["words", "lm"]
 COLUMNS = {
     "learner.accuracy": "learned from the words", "learner.lm": "learned by its language model",
-    "learner.majority": "usual answer to the question", "answer.accuracy.none": "the run, blind and untrained on it",
+    "learner.majority": "usual answer to the question", "answer.accuracy.none": "the run, blind, on held-out samples",
 }  # fmt: skip
 
 
 def audit_subject(
     subject: str,
     *,
-    num_turns: int = 256,
-    part: Literal["train", "eval"] = "train",
+    num_turns: int | None = None,
+    part: Literal["train", "eval"] | None = None,
     learner: Learner = "words",
     image_root: str | None = None,
     overrides: Sequence[str] = (),
@@ -59,7 +65,9 @@ def audit_subject(
     """What can be answered without any image: in a config's data, a run's, or a record file's.
 
     ``learner``: ``words`` trains a learner of words and pairs of words, in seconds; ``lm`` the run's own language model
-    as well, in minutes. Of a record file, which names no model, only the words are audited. A run's table has its own
+    as well, in minutes. ``num_turns``: answers that the language model scores, default `NUM_TURNS`; ``part``: the
+    samples to train on (default), or the held-out ones. Of a record file, which names no model, only the words are
+    audited. A run's table has its own
     blind answers beside it, from its evidence. Nothing of the run is changed.
     """
     path = Path(subject)
@@ -67,8 +75,9 @@ def audit_subject(
     if learner == "lm" and not is_run:
         raise UserError(f"--learner lm trains the language model of a run, and {subject} is none; give a run folder")
     if not is_run and not is_config:
-        if overrides:
-            raise UserError("--set overrides settings of a config, but SUBJECT is a record file; remove it")
+        for flag, given in (("--set", overrides), ("--num-turns", num_turns), ("--part", part)):
+            if given:
+                raise UserError(f"{flag} is about a config or a run, but SUBJECT is a record file; remove it")
         if path.is_dir() and (path / "checkpoints").is_dir():
             run_folder(subject)  # says what is missing of a run
         source = guess_source(subject, image_root=image_root)
@@ -79,28 +88,32 @@ def audit_subject(
     if image_root is not None:
         raise UserError("--image-root describes a record file; SUBJECT has a config, which says it itself; remove it")
     cfg = load_config(path / "config.yaml" if is_run else path, overrides)
-    return _audited(cfg, path if is_run else None, num_turns, part, learner)
+    return _audited(cfg, path if is_run else None, num_turns or NUM_TURNS, part or "train", learner)
 
 
 def _audited(
     cfg: RunConfig, run: Path | None, num_turns: int, part: Literal["train", "eval"], learner: Learner
 ) -> Answer:
     with joined(cfg.device, cfg.train.timeout_s) as dist, tempfile.TemporaryDirectory() as folder:
-        session = open_session(cfg, RunDir(folder), dist)
+        merged = [] if run is None else restore.read_merged(checkpoint.resolve_checkpoint(run))
+        session = open_session(cfg, RunDir(folder), dist, merged)
         with session:
-            first = audit_data(session, num_turns=num_turns, part=part)
+            examples = examples_of(session, part)
+            read = examples if part == "eval" else examples[:num_turns]
+            title = f"{part} samples of {cfg.run_name}, no image shown"
+            first = audit_data(session, read, title, num_turns=num_turns)
             own: list[Measurement] = []
             extra: list[str] = []
             found = None
             try:
-                found = text_learner.learn(examples_of(session, part), seed=cfg.measure_seed)
+                found = text_learner.learn(examples, seed=cfg.measure_seed)
             except UserError as e:  # captions, say; what the language model reads is told all the same
                 extra.append(f"Nothing was learned: {e}.")
             if run is not None and (run / "evidence.json").is_file():
                 blind = [m for m in load_evidence(run).measurements if m.name == "answer.accuracy.none"]
                 own += [m for m in blind if m.by in (None, "question")]
             if learner == "lm":
-                measured, seconds, note = language_learner(session, examples_of(session, part), RunDir(folder))
+                measured, seconds, note = language_learner(session, examples, RunDir(folder))
                 own += measured
                 extra.append(f"The language model's learner took {seconds:.0f} s. {note}")
             return _told(first.title, first, found, extra, own, dist.is_main)
@@ -218,7 +231,7 @@ def language_learner(
         found = session.together.text_losses([asked[k] for k in held])
         losses |= dict(zip(held, found, strict=True))
         reset()
-    right = np.array([losses[k].correct == losses[k].tokens for k in range(len(asked))], dtype=np.float64)
+    right = np.array([losses[k].exact for k in range(len(asked))], dtype=np.float64)
     caveat = "every token, end token included, the arg-max"
     measured = text_learner.by_kind(asked, {"lm": (right, caveat)}, cfg.measure_seed)
     note = f"{len(asked):,} questions, {LM_FOLDS} folds, {LM_EPOCHS} epochs each, adapters fresh, no image."

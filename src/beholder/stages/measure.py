@@ -27,8 +27,8 @@ def check_measurable(session: Session) -> None:
     samples = {"eval.caption_samples": session.held_out.written_sample}
     if "shuffled" in cfg.ablation.conditions:
         samples["ablation.num_samples"] = session.held_out.ablation_sample
-    if "slots" in cfg.stage_record.measures:
-        samples["eval.slot_samples"] = session.held_out.slot_sample
+        if "slots" in cfg.stage_record.measures:
+            samples["eval.slot_samples"] = session.held_out.slot_sample
     for name, indices in samples.items():
         if not indices and name != "ablation.num_samples":
             continue

@@ -51,6 +51,15 @@ class Measured:
     gaps: list[str] = field(default_factory=list)
     """What could not be measured, and why."""
 
+    def leave_out(self, begin: str, what: str, why: str) -> None:
+        """Measurements whose names begin so say nothing here."""
+        self.inapplicable[begin] = why
+        self.gaps.append(f"{what}: not measured, {why}.")
+
+    def why_not(self, measure: str | None) -> str | None:
+        """Why a gate on that measurement is not judged; None where it is."""
+        return next((why for begin, why in self.inapplicable.items() if (measure or "").startswith(begin)), None)
+
 
 @dataclass(frozen=True)
 class Trained:

@@ -7,11 +7,13 @@ its names in `evidence.catalogue`; which stages make it at their end, their reco
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from beholder.config import GREEDY, RunConfig
-from beholder.data.chat import EncodeError
+from beholder.data.chat import ChatEncoder, EncodeError
 from beholder.evidence import Measurement, WordReliance
 from beholder.probes import (
     answers,
@@ -37,7 +39,7 @@ from beholder.probes.loss import SampleLoss
 from beholder.probes.written import Written
 from beholder.stages.measured import Measured
 from beholder.stages.session import Session
-from beholder.types import Condition, Example
+from beholder.types import Condition, Example, UserError
 
 ANSWER = GREEDY.model_copy(update={"max_new_tokens": 24})
 """An answer to a short question is a sentence at most."""
@@ -238,13 +240,8 @@ def one_replaced(session: Session, m: Measured) -> dict[int, list[float]]:
 
 def move(session: Session, m: Measured, costs: Mapping[int, Sequence[float]]) -> None:
     """The deciding image through every place, and two images swapped with the words renamed or kept."""
-    held, encoder, size = session.held_out, session.data.encoder, session.cfg.eval.moved_samples
-
-    def fits(example: Example) -> bool:
-        try:
-            return not encoder.encode(example).truncated
-        except EncodeError:
-            return False
+    held, size = session.held_out, session.cfg.eval.moved_samples
+    fits = partial(fits_whole, session.data.encoder)
 
     movable = [i for i in held.several if positions.is_movable(held.examples[i])]
     if left := len(held.several) - len(movable):
@@ -264,9 +261,17 @@ def move(session: Session, m: Measured, costs: Mapping[int, Sequence[float]]) ->
     m.measurements += found
     m.gaps += gaps
     if not any(x.name == "slots.spread" for x in found):
-        m.inapplicable["slots.spread"] = (
-            f"of {len(rows)} held-out samples it is known which image decides, too few for any number of images"
-        )
+        numbers = Counter(len(held.examples[i].images) for i in decides)
+        if max(numbers.values(), default=0) < strata.MIN_SAMPLES:
+            why = (
+                f"of {len(decides)} held-out samples it is known which image decides, too few for any number of images"
+            )
+            m.inapplicable |= {"slots.spread": why, "slots.last_bias": why}
+        else:  # the data have enough: a setting waives no gate
+            m.gaps.append(
+                f"Images moved: only {len(rows)} samples were, too few to judge for any number of images; raise "
+                f"eval.moved_samples ({size})."
+            )
 
     siblings = positions.siblings_of(held.at(held.several), held.content_key)
     swaps = {
@@ -294,17 +299,31 @@ def move(session: Session, m: Measured, costs: Mapping[int, Sequence[float]]) ->
             )
         ]
     m.measurements += positions.score_swaps(
-        [positions.is_exact(x) for x in renamed],
-        [(len(s.renamed.images), positions.is_exact(x)) for s, x in zip(known, kept, strict=True)],
+        [x.exact for x in renamed],
+        [(len(s.renamed.images), x.exact) for s, x in zip(known, kept, strict=True)],
         [positions.alike(s, a, b) for s, a, b in zip(unknown, *said, strict=True)] if said else [],
         seed=held.seed,
     )
-    if len(known) < strata.MIN_SAMPLES:
+    enough = len(swaps) < len(movable) or sum(s.follows for s in swaps.values()) >= strata.MIN_SAMPLES
+    if len(known) < strata.MIN_SAMPLES and enough:  # a setting waives no gate
+        m.gaps.append(
+            f"Swapped images: only {len(known)} swaps with a known answer were made, which are too few to judge; raise "
+            f"eval.moved_samples ({size})."
+        )
+    elif len(known) < strata.MIN_SAMPLES:
         m.inapplicable["slots.follows"] = (
             f"of {len(known)} held-out samples it is known how swapping two images changes the right answer, and "
             f"{strata.MIN_SAMPLES} are needed: questions about one place of images whose other places are asked about "
             "too, or whose answer is a place"
         )
+
+
+def fits_whole(encoder: ChatEncoder, example: Example) -> bool:
+    """Whether nothing of a sample is cut off or rejected for its length, now that it says something else."""
+    try:
+        return not encoder.encode(example).truncated
+    except EncodeError:
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -469,8 +488,11 @@ def contrast_pairs(session: Session, m: Measured) -> None:
     examples = held.at(chosen)
     found = pairs.find(examples, held.content_key, held.seed)
     if (why := pairs.why_not(found)) is not None:
-        m.inapplicable["pairs."] = why
-        m.gaps.append(f"Contrast pairs: not measured, {why}.")
+        all_short = held.at([i for i in held.describable if answers.is_short(held.examples[i])])
+        if pairs.why_not(pairs.find(all_short, held.content_key, held.seed)) is None:  # a setting waives no gate
+            m.gaps.append(f"Contrast pairs: not measured, {why}; raise eval.caption_samples.")
+        else:
+            m.leave_out("pairs.", "Contrast pairs", why)
         return
     kinds = [turns[-1] if turns else None for turns in held.groups(chosen)["question"]]
     by: dict[Condition, list[Written]]
@@ -485,16 +507,29 @@ def four_cells(session: Session, m: Measured) -> None:
     chosen = held.among(chosen, NUM_CELLS)
     chosen = [chosen[k] for k in cells.swappable(held.at(chosen))]
     if len(chosen) < 2:
-        m.inapplicable["cells."] = "no two held-out samples of as many images ask different questions"
-        m.gaps.append(f"Four cells: not measured, {m.inapplicable['cells.']}.")
+        m.leave_out("cells.", "Four cells", "no two held-out samples of as many images ask different questions")
         return
     examples = held.at(chosen)
     own, *others = cells.CELLS
-    shown = cells.four(examples, held.content_key, held.seed)
+    try:
+        shown = cells.four(examples, held.content_key, held.seed)
+    except UserError as e:
+        m.leave_out("cells.", "Four cells", str(e))
+        return
+    whole = [k for k in range(len(chosen)) if all(fits_whole(session.data.encoder, shown[c][k]) for c in cells.CELLS)]
+    if len(whole) < len(chosen):
+        m.gaps.append(
+            f"Four cells: {len(chosen) - len(whole)} of {len(chosen)} samples are left out; with another's question "
+            f"they are longer than prompting.max_seq_len {session.cfg.prompting.max_seq_len}."
+        )
     with session.phase("cells"):
-        losses = {own: [m.losses[i] for i in chosen]} | {c: session.together.losses(shown[c]) for c in others}
-    num_answers = [sum(t.role == "assistant" for t in e.turns) for e in examples]
-    m.measurements += cells.score(losses, num_answers, held.seed)
+        losses = {own: [m.losses[chosen[k]] for k in whole]}
+        losses |= {c: session.together.losses([shown[c][k] for k in whole]) for c in others}
+    num_answers = [sum(t.role == "assistant" for t in examples[k].turns) for k in whole]
+    if measured := cells.score(losses, num_answers, held.seed):
+        m.measurements += measured
+    else:
+        m.leave_out("cells.", "Four cells", "the last answer of every sample was cut off")
 
 
 def blind_two_ways(session: Session, m: Measured) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -33,7 +33,7 @@ from beholder.stages.run import Outcome
 from beholder.stages.session import Session, open_session
 from beholder.train import checkpoint, restore, same_run
 from beholder.train.distributed import joined
-from beholder.types import CONDITIONS, UserError
+from beholder.types import CONDITIONS, Example, UserError
 
 
 @dataclass(frozen=True)
@@ -211,13 +211,14 @@ def ablate_slots(folder: str, *, num_samples: int | None = None, overrides: Sequ
         gates = {
             name: gate
             for name, gate in session.cfg.gates.items()
-            if (gate.measure or "").startswith("slots.") and gate.measure not in m.inapplicable
+            if (gate.measure or "").startswith("slots.") and m.why_not(gate.measure) is None
         }
+        judged = judge(gates, m.measurements)
         findings = [
             f"gate {g.name} {'passed' if g.passed else f'FAILED: {told(g)}'}{f' ({g.note})' if g.note else ''}"
-            for g in judge(gates, m.measurements)
+            for g in judged
         ]
-        findings += [f"weak place, {slot.told}" for slot in marked(m.measurements)]
+        findings += [f"weak place, {slot.told}" for slot in marked(m.measurements, judged)]
         findings += [f"{name}: not judged, {why}" for name, why in m.inapplicable.items()] + m.gaps
         names = IMAGE_NAMES["answer"]
         columns = {"slots.accuracy": "right, deciding image there", "slots.gain.shuffled": "gain over another"}
@@ -227,17 +228,12 @@ def ablate_slots(folder: str, *, num_samples: int | None = None, overrides: Sequ
         return Answer(title, m.measurements, columns, findings, is_main=session.dist.is_main)
 
 
-def audit_data(session: Session, *, num_turns: int = 256, part: Literal["train", "eval"] = "train") -> Answer:
-    """How many of a data set's answers the language model gives without any image, alone and from earlier turns.
+def audit_data(session: Session, examples: Sequence[Example], title: str, *, num_turns: int = 256) -> Answer:
+    """How many of these samples' answers the language model gives without any image, alone and from earlier turns.
 
-    ``part``: the samples to train on, or the held-out ones. Nothing is trained, and no image is looked at beyond the
-    checks that every run makes.
+    Nothing is trained, and no image is looked at beyond the checks that every run makes.
     """
     cfg, data = session.cfg, session.data
-    if part == "eval":
-        examples = data.eval_examples
-    else:
-        examples = [data.train.example_at(p) for p in range(min(num_turns, len(data.train)))]
     found = audit.audit(
         session.model, data.encoder, data.layout, examples, num_turns, cfg.measure_seed,
         batch_size=cfg.eval.batch_size, content_key=session.held_out.content_key,
@@ -251,5 +247,4 @@ def audit_data(session: Session, *, num_turns: int = 256, part: Literal["train",
         "audit.answerable.alone": "answered from the question", "audit.answerable.context": "and earlier turns",
         "audit.leak": "leak, nats/token",
     }  # fmt: skip
-    title = f"{part} samples of {cfg.run_name}, no image shown"
     return Answer(title, found.measurements, columns, findings, is_main=session.dist.is_main)

@@ -83,12 +83,7 @@ def make_evidence(
         for r in table.rows
     ]
     measured = [*m.measurements, *_as_measurements(facts, rows, text, logged)]
-    idle = {
-        name: why
-        for name, gate in cfg.gates.items()
-        for begin, why in m.inapplicable.items()
-        if (gate.measure or "").startswith(begin)
-    }
+    idle = {name: why for name, gate in cfg.gates.items() if (why := m.why_not(gate.measure)) is not None}
     evidence = Evidence(
         run_name=cfg.run_name,
         stage=cfg.stage_name,

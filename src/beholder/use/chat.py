@@ -273,7 +273,10 @@ def _command(conversation: Conversation, line: str, note: Callable[[str], None])
         case "/save" if rest:
             path = _path(rest)
             root = _save(conversation, path)
-            note(f"saved to {path}; to look it over: beholder check {path} --stage instruct --image-root {root}")
+            # a conversation is a record of a stage of dialogues; more than one image, of one that takes several
+            stage = conversation.vlm.cfg.stage_record
+            name = stage.name if stage.dialogues else "instruct"
+            note(f"saved to {path}; to look it over: beholder check {path} --stage {name} --image-root {root}")
         case "/image" | "/save":
             raise UserError(f"{name} needs a FILE, as in `{name} {'cat.jpg' if name == '/image' else 'talk.jsonl'}`")
         case "/help":
