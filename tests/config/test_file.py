@@ -710,3 +710,10 @@ def test_a_run_name_that_no_disk_takes_is_refused() -> None:
     assert "expected a plain name without slashes, of at most 200 char" in one(MINIMAL, f"run_name={'x' * 300}")
     with pytest.raises(UserError, match=r"train\.betas"):
         parse_config(MINIMAL, overrides=["train.betas=[0.9,1]"])
+
+
+@pytest.mark.parametrize(("label", "why"), [("Image: ", "every image has the same"), ("Image {n}: ", "'n'")])
+def test_a_label_that_tells_no_images_apart_is_refused(label: str, why: str) -> None:
+    found = problems(f"stage: multi\nmodel: {{lora: {{enable: true}}}}\nprompting: {{image_label: '{label}'}}\n")
+
+    assert any("prompting.image_label" in text and why in text for text in map(str, found)), found

@@ -603,3 +603,29 @@ def test_real_smollm2_control_tokens_in_text_stay_text(smollm2: Any) -> None:
         assert number not in ids and len(ids) > 4
         assert smollm2.decode(ids, clean_up_tokenization_spaces=False) == f"a {token}{token}b"
     assert smollm2.convert_tokens_to_ids("<|endoftext|>") in encoder.eos_ids
+
+
+def test_a_label_tells_images_apart_and_is_never_learned(tokenizers: dict[str, Any]) -> None:
+    bare = (  # nothing but control tokens between an answer and what the user shows next
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}<|im_end|>"
+        "{% else %}<|im_start|>{{ m.content }}<|im_start|>{% endif %}{% endfor %}"
+    )
+    talk = as_example([
+        ("user", [0, "what is it?"]), ("assistant", ["a cat"]), ("user", ["Image 2: ", 1, 2, "and these?"]),
+        ("assistant", ["dogs"]),
+    ])  # fmt: skip
+    own = as_example([("user", [0, "what is it?"]), ("assistant", ["a cat"]), ("user", [1]), ("assistant", ["a dog"])])
+    encoder = make(tokenizers["smollm2"], template="chat", chat_template=bare, image_label="Image {k}: ")
+
+    for example, answers in (
+        (talk, ["a cat<|im_end|>", "dogs<|im_end|>"]),
+        (own, ["a cat<|im_end|>", "a dog<|im_end|>"]),
+    ):
+        segments = encoder.segments(encoder.encode(example))
+        text = "".join(s.text for s in segments)
+        assert [s.text for s in segments if s.kind == "target"] == answers
+        assert [text.count(f"Image {k}: [[image {k}") for k in (1, 2)] == [1, 1], (
+            "the record's own label is not doubled"
+        )
+    alone = as_example([("user", [0, "what is it?"]), ("assistant", ["a cat"])])
+    assert "Image 1" not in "".join(s.text for s in encoder.segments(encoder.encode(alone)))

@@ -71,7 +71,7 @@ def test_an_answer_that_is_a_place(question: str, answer: str, place: int | None
         ("what is in image 1?", "a dog", "what is in image 3?", "a dog"),
         ("which image shows a dog?", "1", "which image shows a dog?", "3"),
         ("Is the First image like image three?", "yes", "Is the Third image like image one?", "yes"),
-        ("the 1st picture and the last picture", "1", "the 3rd picture and the first picture", "1"),
+        ("the 1st picture and the last picture", "yes", "the 3rd picture and the first picture", "yes"),
         ("how many images show 1 dog?", "1", "how many images show 1 dog?", "1"),
         ("besides image 2, which image shows a dog?", "Image 3.", "besides image 2, which image shows a dog?",
          "Image 1."),

@@ -86,8 +86,13 @@ def test_what_cannot_be_audited_is_said(
 ) -> None:
     with pytest.raises(UserError, match="--learner lm trains the language model of a run"):
         audit_subject(str(leaking), learner="lm")
-    with pytest.raises(UserError, match="--set overrides settings of a config"):
-        audit_subject(str(leaking), overrides=["seed=1"])
+    for flag, given in (
+        ("--set", {"overrides": ["seed=1"]}),
+        ("--num-turns", {"num_turns": 3}),
+        ("--part", {"part": "eval"}),
+    ):
+        with pytest.raises(UserError, match=f"{flag} is about a config or a run, but SUBJECT is a record file"):
+            audit_subject(str(leaking), **given)
     with pytest.raises(UserError, match="--image-root describes a record file"):
         (tmp_path / "c.yaml").write_text(dump_config(config), encoding="utf-8")
         audit_subject(str(tmp_path / "c.yaml"), image_root="x")

@@ -146,7 +146,6 @@ def run_quickstart(
     """
     console = console or Terminal()
     started = time.perf_counter()
-    assets = prepare_quickstart(say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
     if resume not in ("auto", "never"):
         raise UserError("--resume of the quickstart is auto or never; resume one part of it with beholder run")
     if part is not None and part not in PARTS:
@@ -158,6 +157,7 @@ def run_quickstart(
         )
     if scale is not None and not any(PARTS[name].scaled for name in names):
         raise UserError(f"--scale {scale} is for the later parts, and only {', '.join(names)} is run")
+    assets = prepare_quickstart(say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
     configs = {name: recipe(assets, out, overrides, part=name, scale=scale) for name in names}  # all, before training
 
     def run(name: str) -> Outcome:

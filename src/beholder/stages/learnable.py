@@ -95,7 +95,8 @@ def _audited(
     cfg: RunConfig, run: Path | None, num_turns: int, part: Literal["train", "eval"], learner: Learner
 ) -> Answer:
     with joined(cfg.device, cfg.train.timeout_s) as dist, tempfile.TemporaryDirectory() as folder:
-        merged = [] if run is None else restore.read_merged(checkpoint.resolve_checkpoint(run))
+        trained = run is not None and (run / "checkpoints").is_dir()
+        merged = restore.read_merged(checkpoint.resolve_checkpoint(run)) if trained else []
         session = open_session(cfg, RunDir(folder), dist, merged)
         with session:
             examples = examples_of(session, part)
