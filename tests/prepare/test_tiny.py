@@ -29,6 +29,7 @@ from beholder.prepare.tiny import (
     VisionFamily,
     colour_set,
     colour_source,
+    make_smoke,
     smoke_config,
     tiny_llm,
     tiny_tokenizer,
@@ -293,7 +294,7 @@ data:
 
     cfg = smoke_config(recipe, tmp_path, num_records=8)
 
-    assert cfg.run_name == "r (smoke: tiny random parts)"
+    assert make_smoke(recipe, tmp_path).run_name == "r (smoke: tiny random parts)"
     assert [s.dataset for s in cfg.data.sources] == [dataset, "jsonl"]
     assert (cfg.data.sources[0].name, cfg.data.sources[0].cap) == ("first", 9)
     assert len({s.json_path for s in (*cfg.data.sources, *cfg.data.eval_sources)}) == 3

@@ -506,8 +506,6 @@ def smoke_config(cfg: RunConfig, folder: Path | str, *, num_records: int = 64, s
     raw["features"]["dir"] = str(folder / "features")
     raw["data"] |= _smoke_data(cfg, folder / "data", num_records)
     raw["output_dir"] = str(folder / "run")
-    # the title of its report
-    raw["run_name"] = f"{cfg.run_name[:150]} (smoke: tiny random parts)"
     return without_inert(RunConfig.model_validate(raw))
 
 
@@ -573,6 +571,8 @@ def make_smoke(cfg: RunConfig, parent: Path) -> RunConfig:
 
     def make() -> str:
         parent.mkdir(parents=True, exist_ok=True)
-        return dump_config(smoke_config(cfg, Path(tempfile.mkdtemp(prefix=f"smoke_{cfg.run_name}_", dir=parent))))
+        small = smoke_config(cfg, Path(tempfile.mkdtemp(prefix=f"smoke_{cfg.run_name}_", dir=parent)))
+        title = f"{cfg.run_name[:150]} (smoke: tiny random parts)"  # of its report
+        return dump_config(small.model_copy(update={"run_name": title}))
 
     return parse_config(dist.on_main(make), "smoke")

@@ -13,7 +13,7 @@ from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from beholder.config import GenerateConfig
+from beholder.config import STAGES, GenerateConfig
 from beholder.runs import atomic_write, to_json
 from beholder.types import ImageSlot, Turn, UserError, printable
 from beholder.use.vlm import ContextFullError, Request, Vlm
@@ -274,9 +274,9 @@ def _command(conversation: Conversation, line: str, note: Callable[[str], None])
             path = _path(rest)
             root = _save(conversation, path)
             # a conversation is a record of a stage of dialogues; more than one image, of one that takes several
-            stage = conversation.vlm.cfg.stage_record
-            name = stage.name if stage.dialogues else "instruct"
-            note(f"saved to {path}; to look it over: beholder check {path} --stage {name} --image-root {root}")
+            own = conversation.vlm.cfg.stage_record
+            stage = own if own.dialogues else next(s for s in STAGES.values() if s.dialogues)
+            note(f"saved to {path}; to look it over: beholder check {path} --stage {stage.name} --image-root {root}")
         case "/image" | "/save":
             raise UserError(f"{name} needs a FILE, as in `{name} {'cat.jpg' if name == '/image' else 'talk.jsonl'}`")
         case "/help":
