@@ -95,8 +95,11 @@ def _audited(
     cfg: RunConfig, run: Path | None, num_turns: int, part: Literal["train", "eval"], learner: Learner
 ) -> Answer:
     with joined(cfg.device, cfg.train.timeout_s) as dist, tempfile.TemporaryDirectory() as folder:
-        trained = run is not None and (run / "checkpoints").is_dir()
-        merged = restore.read_merged(checkpoint.resolve_checkpoint(run)) if trained else []
+        merged = (
+            restore.read_merged(checkpoint.resolve_checkpoint(run))
+            if run is not None and (run / "checkpoints").is_dir()
+            else []
+        )
         session = open_session(cfg, RunDir(folder), dist, merged)
         with session:
             examples = examples_of(session, part)
