@@ -36,6 +36,9 @@ _ORDERED = re.compile(
     rf"(?:-?hand)?\s+{_NOUN}s?\b",
     re.IGNORECASE,
 )
+_NOUNS = re.compile(r"image|picture|photo|figure|img|pic")
+_THEN = re.compile(rf"[a-z]*\s*(?:#|no\.|number|\d|(?:{'|'.join(_WORDS)})\b)")
+_BEFORE = re.compile(rf"(?:{'|'.join((*_ORDINALS, 'last', 'left', 'right', 'hand'))}|\d(?:st|nd|rd|th))\s+$")
 _ITEM = re.compile(rf"{_NTH}|\d{{1,3}}|\b(?:{'|'.join((*_WORDS, *_ORDINALS))}|last|left|right)\b", re.IGNORECASE)
 _DETERMINER = re.compile(r"\b(?:the|this|that|a|an|each|every|any|one|which|what|whole|same)\s+$", re.IGNORECASE)
 _GOES_ON = re.compile(r"\s+(?!and\b|or\b)[a-z]", re.IGNORECASE)
@@ -77,6 +80,8 @@ class Reference:
 def references(text: str, num_images: int) -> list[Reference]:
     """The places that ``text`` names beyond doubt, in order. "left" and "right" are the places of two images."""
     found: list[Reference] = []
+    if not _may_name(text.lower()):
+        return found
     for match in _NUMBERED.finditer(text):
         # "in the picture 3 dogs play" counts dogs
         counts = not match["sign"] and _DETERMINER.search(text[: match.start()]) and _GOES_ON.match(text, match.end())
@@ -85,6 +90,14 @@ def references(text: str, num_images: int) -> list[Reference]:
     for match in _ORDERED.finditer(text):
         found += _items(text, match.start("list"), match.end("list"), num_images)
     return sorted(found, key=lambda r: r.start)
+
+
+def _may_name(low: str) -> bool:
+    """Whether it is worth a closer look; many times as fast, and every record of a data set is asked."""
+    return any(
+        _THEN.match(low, noun.end()) or _BEFORE.search(low[max(0, noun.start() - 16) : noun.start()])
+        for noun in _NOUNS.finditer(low)
+    )
 
 
 def _items(text: str, start: int, stop: int, n: int) -> list[Reference]:
