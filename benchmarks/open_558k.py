@@ -65,6 +65,15 @@ def peak_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
+def made_tokenizer(folder: Path) -> str:
+    """A tiny byte-level tokenizer in ``folder``."""
+    from beholder.prepare.tiny import tiny_tokenizer
+
+    path = str(folder / "tokenizer")
+    tiny_tokenizer(path)
+    return path
+
+
 def measure(path: Path, tokenizer_path: str, label: str) -> None:
     import transformers
 
@@ -97,12 +106,7 @@ def main() -> None:
         measure(Path(args.measure[0]), args.tokenizer, args.measure[1])
         return
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = args.tokenizer
-        if tokenizer is None:
-            from beholder.prepare.tiny import tiny_tokenizer
-
-            tokenizer = str(Path(folder) / "tokenizer")
-            tiny_tokenizer(tokenizer)
+        tokenizer = args.tokenizer or made_tokenizer(Path(folder))
         path = Path(folder) / "blip_laion_cc_sbu_558k.json"
         start = time.perf_counter()
         generate(path, args.records)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from open_558k import COMMON, peak_mb
+from open_558k import COMMON, made_tokenizer, peak_mb
 
 FILE_RECORDS = 10_000
 """Mantis-Instruct's subsets have a few thousand to some ten thousand records a file."""
@@ -119,12 +119,7 @@ def main() -> None:
         measure(Path(args.measure[0]), args.tokenizer, args.measure[1], args.split)
         return
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = args.tokenizer
-        if tokenizer is None:
-            from beholder.prepare.tiny import tiny_tokenizer
-
-            tokenizer = str(Path(folder) / "tokenizer")
-            tiny_tokenizer(tokenizer)
+        tokenizer = args.tokenizer or made_tokenizer(Path(folder))
         data = Path(folder) / "mantis"
         data.mkdir()
         start = time.perf_counter()

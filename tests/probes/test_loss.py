@@ -465,7 +465,7 @@ def test_noise_differs_between_samples_and_image_places(bench: Any):
     images = [wrong_images.blank_image(bench.model, "noise", k) for k in range(wrong_images.NUM_NOISE)]
 
     def shown(size: int) -> list[list[int]]:
-        batches: list[Batch] = list(wrong_images._with_images(bench.batches(bench.padded, size)(examples), images))
+        batches: list[Batch] = [wrong_images.show(b, images) for b in bench.batches(bench.padded, size)(examples)]
         flat = [next(j for j, x in enumerate(images) if x is image) for batch in batches for image in batch.images]
         return [flat[k : k + 2] for k in range(0, len(flat), 2)]
 

@@ -24,9 +24,10 @@ from beholder.evidence import Measurement
 from beholder.probes import NUM_RESAMPLES, joined, mean, measurement, ratio_of_sums
 from beholder.probes.answers import is_short, mean_share
 from beholder.probes.loss import SampleLoss
-from beholder.probes.strata import MIN_SAMPLES
+from beholder.probes.strata import MIN_SAMPLES, images_shown
 from beholder.probes.vqa import normalize_answer
-from beholder.probes.wrong_images import shuffle_images
+from beholder.probes.wrong_images import places as places_of
+from beholder.probes.wrong_images import show, shuffle_images
 from beholder.types import Batch, Example, ImageInput, ImageRef, Turn
 
 Replacement = Literal["shuffled", "zero", "noise", "neighbour", "text"]
@@ -59,11 +60,6 @@ class Measure(Protocol):
 def slot_name(place: int, num_images: int) -> str:
     """``image 2 of 3``; places count from 1."""
     return f"image {place} of {num_images}"
-
-
-def of_images(n: int) -> str:
-    """``3 images``, as `strata.groups_of` has it."""
-    return f"{n} images"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -110,14 +106,7 @@ def _with(example: Example, k: int, image: ImageRef) -> Example:
 def image_in_slot(k: int, images: Sequence[ImageInput]) -> Change:
     """Shows one of ``images``, chosen by sample id, in place k (from 0) of every sample that has one."""
 
-    def change(batch: Batch) -> Batch:
-        shown = list(batch.images)
-        for m in _slots(batch, k):
-            name = batch.ids[int(batch.image_sample[m])]
-            shown[m] = images[zlib.crc32(f"{name}/{k}".encode()) % len(images)]
-        return replace(batch, images=shown)
-
-    return change
+    return lambda batch: show(batch, images, only=k)
 
 
 def text_in_slot(k: int, ids: Sequence[int]) -> Change:
@@ -125,7 +114,7 @@ def text_in_slot(k: int, ids: Sequence[int]) -> Change:
     does every length: what an image's absence costs is told from what a longer sequence costs."""
 
     def change(batch: Batch) -> Batch:
-        gone = _slots(batch, k)
+        gone = [m for m, place in enumerate(places_of(batch)) if place == k]
         left = [m for m in range(len(batch.images)) if m not in set(gone)]
         tokens = batch.input_ids.clone()
         places = batch.image_positions.split(batch.image_lengths.tolist())
@@ -140,17 +129,6 @@ def text_in_slot(k: int, ids: Sequence[int]) -> Change:
         )  # fmt: skip
 
     return change
-
-
-def _slots(batch: Batch, k: int) -> list[int]:
-    """Which images of the batch stand in place k of their sample."""
-    seen: defaultdict[int, int] = defaultdict(int)
-    found: list[int] = []
-    for m, owner in enumerate(batch.image_sample.tolist()):
-        if seen[owner] == k:
-            found.append(m)
-        seen[owner] += 1
-    return found
 
 
 def compare_slots(
@@ -308,12 +286,12 @@ def score_rotations(
     about = "accuracy with the deciding image last minus the mean over its other places"
     out.append(measurement("slots.last_bias", *mean(every, seed), n=len(every), caveat=about))
     out += [
-        measurement("slots.last_bias", *mean(own, seed), n=len(own), by="images", stratum=of_images(n), caveat=about)
+        measurement("slots.last_bias", *mean(own, seed), n=len(own), by="images", stratum=images_shown(n), caveat=about)
         for n, own in last.items()
     ]
 
     enough = {n: own for n, own in right.items() if len(own) >= MIN_SAMPLES}
-    if few := [f"{of_images(n)} ({len(own)})" for n, own in right.items() if n not in enough]:
+    if few := [f"{images_shown(n)} ({len(own)})" for n, own in right.items() if n not in enough]:
         gaps.append(
             f"Spread over places: fewer than {MIN_SAMPLES} samples whose deciding image is known, not judged: "
             f"{', '.join(few)}."
@@ -334,7 +312,8 @@ def score_rotations(
     joint = np.maximum.reduce(list(drawn.values()))
     out.append(spread(most, joint, np.maximum.reduce(list(chance.values())), sum(len(own) for own in enough.values())))
     out += [
-        spread(values[n], drawn[n], chance[n], len(own), by="images", stratum=of_images(n)) for n, own in enough.items()
+        spread(values[n], drawn[n], chance[n], len(own), by="images", stratum=images_shown(n))
+        for n, own in enough.items()
     ]
     return out, gaps
 
@@ -460,7 +439,7 @@ def score_swaps(
     strata = sorted({n for n, _ in follows})
     for n in strata if len(strata) > 1 else ():
         add(
-            "slots.follows", [right for m, right in follows if m == n], about, by="images", stratum=of_images(n)
+            "slots.follows", [right for m, right in follows if m == n], about, by="images", stratum=images_shown(n)
         )  # fmt: skip
     add(
         "slots.consistent", consistent,

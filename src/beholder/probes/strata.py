@@ -32,6 +32,11 @@ _YES_NO = re.compile(r"(yes|no)(?=$|\s*[.,;:!?])", re.IGNORECASE)
 _DIGITS = re.compile(r"[-+]?\d[\d.,:/]*\s*%?")
 
 
+def images_shown(n: int) -> str:
+    """The stratum of samples with ``n`` images."""
+    return f"{n} image{'s' * (n != 1)}"
+
+
 def groups_of(examples: Sequence[Example], buckets: Sequence[str]) -> Groups:
     """Strata of every assistant turn, as `loss.summarize_groups` takes them; ``buckets``: length bucket per example.
 
@@ -44,7 +49,7 @@ def groups_of(examples: Sequence[Example], buckets: Sequence[str]) -> Groups:
     """
     assert len(examples) == len(buckets), f"{len(examples)} examples, {len(buckets)} buckets"
     asked = [questions(example) for example in examples]
-    shows = [f"{n} image{'s' * (n != 1)}" for n in (len(e.images) for e in examples)]
+    shows = [images_shown(len(e.images)) for e in examples]
     others = {*buckets, *shows, FIRST, LATER, OTHER_QUESTIONS}
     answers = [_answer_types(example, others) for example in examples]
     taken = {*buckets, *shows, FIRST, LATER, YES_NO, NUMBER, OTHER_ANSWERS, OTHER_QUESTIONS}.union(*answers)

@@ -4,8 +4,9 @@ losses under them (S11-4)."""
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal, Protocol
 
 import numpy as np
@@ -46,10 +47,8 @@ def ablation_losses(
     for condition in conditions:
         shown = shuffle_images(examples, content_key, seed) if condition == "shuffled" else examples
         batches = make_batches(shown)
-        if condition == "zero":
-            batches = _with_images(batches, [blank_image(model, "zero")])
-        elif condition == "noise":
-            batches = _with_images(batches, [blank_image(model, "noise", seed + k) for k in range(NUM_NOISE)])
+        if condition in ("zero", "noise"):
+            batches = map(partial(show, images=blank_images(model, condition, seed)), batches)
         losses[condition] = sample_losses(model, batches)
     return losses
 
@@ -72,16 +71,30 @@ def blank_image(model: SightedModel, kind: Literal["zero", "noise"], seed: int =
     return ImageInput(features=features.detach().to("cpu", torch.bfloat16))
 
 
-def _with_images(batches: Iterable[Batch], images: Sequence[ImageInput]) -> Iterator[Batch]:
-    """Every image place filled from ``images``, chosen by sample id and the place's number within the sample: neither
-    the batch size nor the number of processes changes what a sample is shown."""
-    for batch in batches:
-        used = [0] * len(batch.ids)
-        shown: list[ImageInput] = []
-        for owner in batch.image_sample.tolist():
-            shown.append(images[zlib.crc32(f"{batch.ids[owner]}/{used[owner]}".encode()) % len(images)])
-            used[owner] += 1
-        yield replace(batch, images=shown)
+def blank_images(model: SightedModel, kind: Literal["zero", "noise"], seed: int = 0) -> list[ImageInput]:
+    """What the condition shows: one empty image, or `NUM_NOISE` of noise."""
+    return [blank_image(model, kind, seed + k) for k in range(1 if kind == "zero" else NUM_NOISE)]
+
+
+def places(batch: Batch) -> list[int]:
+    """The place of each of the batch's images within its sample, from 0."""
+    used = [0] * len(batch.ids)
+    found: list[int] = []
+    for owner in batch.image_sample.tolist():
+        found.append(used[owner])
+        used[owner] += 1
+    return found
+
+
+def show(batch: Batch, images: Sequence[ImageInput], only: int | None = None) -> Batch:
+    """Every image place, or of every sample the one numbered ``only`` (from 0), filled from ``images``, chosen by
+    sample id and place: neither the batch size nor the number of processes changes what a sample is shown."""
+    shown = [
+        images[zlib.crc32(f"{batch.ids[owner]}/{place}".encode()) % len(images)]
+        if only in (None, place) else batch.images[m]
+        for m, (owner, place) in enumerate(zip(batch.image_sample.tolist(), places(batch), strict=True))
+    ]  # fmt: skip
+    return replace(batch, images=shown)
 
 
 def shuffle_images(examples: Sequence[Example], content_key: Callable[[ImageRef], str], seed: int) -> list[Example]:

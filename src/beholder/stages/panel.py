@@ -215,8 +215,7 @@ def one_replaced(session: Session, m: Measured) -> dict[int, list[float]]:
     held, model, encoder = session.held_out, session.model, session.data.encoder
     indices, seed = held.slot_sample, held.seed
     kinds: list[positions.Replacement] = [*session.cfg.ablation.conditions, "neighbour", "text"]
-    zero = [wrong_images.blank_image(model, "zero")]
-    noise = [wrong_images.blank_image(model, "noise", seed + k) for k in range(wrong_images.NUM_NOISE)]
+    zero, noise = (wrong_images.blank_images(model, kind, seed) for kind in ("zero", "noise"))
     filler = encoder.literal(positions.FILLER, inside=True)
     found = positions.replaced(
         session.together.losses, held.at(indices), kinds,
