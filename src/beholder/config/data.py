@@ -252,7 +252,8 @@ class PromptingConfig(Section):
     """Samples with more images are rejected. Default 2 in stage align, 1 in instruct, 6 in multi."""
     image_label: Annotated[str | None, _ONE_IMAGE] = None
     """Text before each image of a sample with several, ``{k}`` its number, so that words can name an image; the same in
-    training, evaluation and chat. Default ``Image {k}: `` in stage multi, none in the others."""
+    training, evaluation and chat. Default ``Image {k}: `` in stage multi, none in the others. It stands before the
+    tokenizer's own vision tokens, which are around every image where there are such (``im_start``, ``im_end``)."""
     max_seq_len: Annotated[Positive, Field(le=16_777_216)] = 1536
     """Longest sample in tokens, image positions included. Longer captions are cut and counted."""
     too_long: Literal["truncate_answer", "reject"] = "truncate_answer"

@@ -239,7 +239,7 @@ INSTRUCT = Stage(
     conditions=("correct", "shuffled", "none"),
     golden_size=64,
     golden_by="category",
-    measures=(*MEASURED_EVERYWHERE, "pairs", "cells", "blind", "guessable", "retained", "merges"),
+    measures=(*MEASURED_EVERYWHERE, "pairs", "cells", "blind", "learnable", "guessable", "retained", "merges"),
     evaluates_saves=True,
     gates=INSTRUCT_GATES,
 )

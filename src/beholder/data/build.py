@@ -122,13 +122,14 @@ class Data:
 
     def mixture(self, cfg: RunConfig, steps: int) -> list[str]:
         """Of each weighted source, the share that was asked for and what ``steps`` steps take from it:
-        ``mantis 40.0 % asked, 40.0 % seen (1,600)``; nothing where sources have no weights."""
+        ``mantis 40.0 % asked, 40.0 % seen (1,600, each 2.5 times)``; nothing where sources have no weights."""
         seen = self.train.shares(steps * cfg.effective_batch)
         sources = cfg.data.train_sources
         asked = [s.weight or 0.0 for s in sources]
         return [
-            f"{s.name or Path(s.json_path).stem} {w / sum(asked):.1%} asked, {n / sum(seen):.1%} seen ({n:,})"
-            for s, w, n in zip(sources, asked, seen, strict=bool(seen))
+            f"{s.name or Path(s.json_path).stem} {w / sum(asked):.1%} asked, {n / sum(seen):.1%} seen ({n:,}"
+            f"{f', each {n / own:.1f} times' if n > own else ''})"
+            for s, w, n, own in zip(sources, asked, seen, self.train.sizes, strict=bool(seen))
         ]
 
     def train_refs(self, start: int, stop: int) -> Iterator[ImageRef]:

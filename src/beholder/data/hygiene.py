@@ -373,6 +373,7 @@ def _similar_to_kept(sets: Sequence[np.ndarray], num_words: int, threshold: floa
     sizes = np.array([len(s) for s in sets], np.int64)
     flat, offsets = np.concatenate(sets), np.concatenate([[0], np.cumsum(sizes)[:-1]])
     rng = np.random.default_rng(0)
+    bits = _bitmaps(flat, sizes)
     candidates = [np.zeros(0, np.int64)]
     for _ in range(_NUM_HASHES // rows):
         band = np.zeros(n, np.uint64)
@@ -381,7 +382,7 @@ def _similar_to_kept(sets: Sequence[np.ndarray], num_words: int, threshold: floa
             smallest = np.minimum.reduceat(order[flat], offsets)
             band = (band ^ smallest) * np.uint64(0x9E3779B97F4A7C15)
             band ^= band >> np.uint64(29)
-        candidates.append(_bucket_pairs(band, sizes, threshold))
+        candidates.append(_bucket_pairs(band, sizes, bits, threshold))
     pairs = np.unique(np.concatenate(candidates))
     similar: dict[int, int] = {}
     for later, earlier in zip((pairs // n).tolist(), (pairs % n).tolist(), strict=True):  # by later, then by earlier
@@ -398,10 +399,19 @@ def _recall(threshold: float, rows: int) -> float:
     return 1 - (1 - threshold**rows) ** (_NUM_HASHES // rows)
 
 
-def _bucket_pairs(band: np.ndarray, sizes: np.ndarray, threshold: float) -> np.ndarray:
-    """``later * n + earlier`` for sets in one bucket, unless their sizes alone rule the threshold out.
+def _bitmaps(flat: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """uint64 [n, 4]: of each set the bits that its words stand for, one of 256 a word."""
+    bits = np.zeros((len(sizes), 4), np.uint64)
+    owner, bit = np.repeat(np.arange(len(sizes)), sizes), flat % 256
+    np.bitwise_or.at(bits, (owner, bit // 64), np.uint64(1) << (bit % 64).astype(np.uint64))
+    return bits
 
-    Different sets of a and b > a words share at most a of b; of a words both, at most a - 1 of a + 1.
+
+def _bucket_pairs(band: np.ndarray, sizes: np.ndarray, bits: np.ndarray, threshold: float) -> np.ndarray:
+    """``later * n + earlier`` for sets in one bucket, unless their sizes or bitmaps alone rule the threshold out.
+
+    Different sets of a and b > a words share at most a of b; of a words both, at most a - 1 of a + 1. A bit that is set
+    in one bitmap alone is a word of one set alone at least, and of those there are at most (1 - t) / (1 + t) (a + b).
     """
     n = len(band)
     order = np.argsort(band, kind="stable")
@@ -416,5 +426,8 @@ def _bucket_pairs(band: np.ndarray, sizes: np.ndarray, threshold: float) -> np.n
         small, large = np.minimum(sizes[later], sizes[earlier]), np.maximum(sizes[later], sizes[earlier])
         best = np.where(small == large, (small - 1) / (small + 1), small / large)
         keep = (later > earlier) & (best >= threshold - 1e-9)
+        later, earlier = later[keep], earlier[keep]
+        apart = np.bitwise_count(bits[later] ^ bits[earlier]).sum(1, dtype=np.int64)
+        keep = apart <= (1 - threshold) / (1 + threshold) * (sizes[later] + sizes[earlier]) + 1e-6
         found.append(later[keep] * n + earlier[keep])
     return np.concatenate(found)

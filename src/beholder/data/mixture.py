@@ -117,6 +117,11 @@ class Mixture:
         which = self._drawn(whole)[0][:rest] if self._sources else ()
         return [whole * s.per_block + int(np.count_nonzero(which == k)) for k, s in enumerate(self._sources)]
 
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of each source; nothing without weights."""
+        return [len(s.indices) for s in self._sources]
+
     def _drawn(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """(source of each position of a block, how many of the block's earlier ones have the same), int64 [BLOCK]."""
         if self._block is None or self._block[0] != block:

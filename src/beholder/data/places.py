@@ -18,7 +18,7 @@ Style = Literal["digits", "word", "ordinal", "nth", "end"]
 
 _WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
-_NOUN = r"(?:image|picture|photo|photograph|figure|img|pic)"
+_NOUN = r"(?:image|picture|photo|photograph|figure|img|pic|frame|panel|slide|screenshot)"
 _NUMBER = rf"(?:\d{{1,3}}|{'|'.join(_WORDS)})"
 _NTH = r"\d{1,3}(?:st|nd|rd|th)"
 _ORDINAL = rf"(?:{'|'.join(_ORDINALS)}|{_NTH})"
@@ -36,7 +36,7 @@ _ORDERED = re.compile(
     rf"(?:-?hand)?\s+{_NOUN}s?\b",
     re.IGNORECASE,
 )
-_NOUNS = re.compile(r"image|picture|photo|figure|img|pic")
+_NOUNS = re.compile(r"image|picture|photo|figure|img|pic|frame|panel|slide|screenshot")
 _THEN = re.compile(rf"[a-z]*\s*(?:#|no\.|number|\d|(?:{'|'.join(_WORDS)})\b)")
 _BEFORE = re.compile(rf"(?:{'|'.join((*_ORDINALS, 'last', 'left', 'right', 'hand'))}|\d(?:st|nd|rd|th))\s+$")
 _ITEM = re.compile(rf"{_NTH}|\d{{1,3}}|\b(?:{'|'.join((*_WORDS, *_ORDINALS))}|last|left|right)\b", re.IGNORECASE)

@@ -229,10 +229,10 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("audit.trained.answerable.context", "turns it answers from an empty image and earlier turns", _SHARE, "lower",
        "symptoms"),
     _Q("audit.trained.leak", "leak from earlier turns, trained model", _NATS, "lower", "symptoms"),
-    # What a learner of the words alone makes of the data's questions (`beholder audit`).
-    _Q("learner.accuracy", "right by a learner of the words alone", _SHARE, "lower"),
+    # What a learner of the words alone makes of the data's questions.
+    _Q("learner.accuracy", "right by a learner of the words alone", _SHARE, "lower", "blind", said=ALONE),
     _Q("learner.lm", "right by the language model trained without images", _SHARE, "lower"),
-    _Q("learner.majority", "right by the usual answer to the question", _SHARE, "none"),
+    _Q("learner.majority", "right by the usual answer to the question", _SHARE, "none", "blind"),
     _Q("collapse.empty", "empty outputs", _SHARE, "lower", "symptoms"),
     _Q("collapse.loop", "looping outputs", _SHARE, "lower", "symptoms"),
     _Q("collapse.template", "outputs of one template", _SHARE, "lower", "symptoms"),

@@ -327,8 +327,8 @@ PARTS = {
         Part(
             "multi", "quickstart_multi.yaml",
             (
-                Records("several", lambda a: a.multi_train, lambda a: a.multi_test, weight=3, held_out=900),
-                replace(QUESTIONS, weight=1, held_out=200),  # what the part before has taught is not to be forgotten
+                Records("several", lambda a: a.multi_train, lambda a: a.multi_test, weight=3, held_out=720),
+                replace(QUESTIONS, weight=1, held_out=160),  # what the part before has taught is not to be forgotten
             ),
             print_places, starts_from="instruct", scaled=True, asked_for=True,
         ),

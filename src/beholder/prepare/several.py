@@ -19,7 +19,7 @@ Kind = Literal["which image", "color in image", "shape in image", "how many", "s
 Feature = Literal["color", "shape"]
 KINDS: tuple[Kind, ...] = ("which image", "color in image", "shape in image", "how many", "same color")
 _TAUGHT: dict[Feature, dict[Kind, float]] = {
-    "color": {"same color": 0.45, "how many": 0.25, "color in image": 0.2, "which image": 0.1},
+    "color": {"same color": 0.7, "how many": 0.15, "color in image": 0.1, "which image": 0.05},
     "shape": {"how many": 0.4, "shape in image": 0.3, "which image": 0.3},
 }
 """How often `conversations` ask what: what compares pictures is learned last, so it comes more often."""

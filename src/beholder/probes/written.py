@@ -68,30 +68,35 @@ def write(
     """
     blank = blank_image(model, "zero") if condition == "zero" else None
     eos = set(encoder.eos_ids)
-    records: list[Written] = []
+    records: dict[int, Written] = {}
     with measuring(model):
         if condition == "none":
             examples = [without_images(example) for example in examples]
-        for start in range(0, len(examples), batch_size):
-            chunk: list[Example] = []
+        prompts = [encoder.encode_prompt(example) for example in examples]
+        order = list(range(len(examples)))
+        if settings.temperature == 0:  # alike in length, least is padded
+            order.sort(key=lambda i: len(prompts[i].ids))
+        for start in range(0, len(order), batch_size):
+            chunk: list[int] = []
             images: list[list[ImageInput]] = []
-            for example in examples[start : start + batch_size]:
+            for i in order[start : start + batch_size]:
                 try:
-                    own = builder.images(example) if blank is None else [blank] * len(example.images)
+                    own = builder.images(examples[i]) if blank is None else [blank] * len(examples[i].images)
                 except ImageError:
                     if builder.on_bad_image == "error":
                         raise
                     continue
-                chunk.append(example)
+                chunk.append(i)
                 images.append(own)
-            prompts = [encoder.encode_prompt(example) for example in chunk]
-            outputs = model.generate(prompts, images, settings, eos_ids=encoder.eos_ids, seed=seed + start)
-            for example, ids in zip(chunk, outputs, strict=True):
+            outputs = model.generate(
+                [prompts[i] for i in chunk], images, settings, eos_ids=encoder.eos_ids, seed=seed + start
+            )
+            for i, ids in zip(chunk, outputs, strict=True):
                 length = next((k for k, token in enumerate(ids) if token in eos), len(ids))
-                records.append(Written(
-                    example.id, example.answer_text, encoder.decode(ids), condition, tokens_len=length,
+                records[i] = Written(
+                    examples[i].id, examples[i].answer_text, encoder.decode(ids), condition, tokens_len=length,
                     finished=length < len(ids),
-                ))  # fmt: skip
+                )  # fmt: skip
             if progress is not None:
                 progress(min(start + batch_size, len(examples)), len(examples))
-    return records
+    return [records[i] for i in sorted(records)]

@@ -81,7 +81,7 @@ def cells_told(e: Evidence) -> str:
 
 
 def blind_lines(e: Evidence) -> list[str]:
-    """Share, gain and leak, a sentence each."""
+    """Share, gain, leak and what words alone teach, a sentence each."""
     out: list[str] = []
     if (share := e.get("blind.share")) is not None:
         told, said = e.get("blind.share_told"), ""
@@ -94,6 +94,13 @@ def blind_lines(e: Evidence) -> list[str]:
         base = e.get("blind.base")
         alone = "" if base is None else f", which gives {fmt(base)}"
         out.append(f"Leak: {with_ci(leak)} more right without the image than the base model alone{alone}.")
+    if (learned := e.get("learner.accuracy")) is not None:
+        usual = e.get("learner.majority")
+        level = "" if usual is None else f"; the usual answer to each question gives {fmt(usual)}"
+        out.append(
+            f"Learnable blind: trained on the questions' words alone, a learner is right {with_ci(learned)}{level}. "
+            "beholder audit RUN says which words tell."
+        )
     return out
 
 

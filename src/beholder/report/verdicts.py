@@ -255,7 +255,7 @@ def looks(e: Evidence) -> Verdict:
     return _by_its_gates(e, say("good", "Yes, it looks.", why), "looks_", "describes", measures=LOOKING)
 
 
-LOOKING = ("answer.gain.", "slots.", "pairs.", "cells.", "blind.")
+LOOKING = ("answer.gain.", "slots.", "pairs.", "cells.", "blind.", "learner.")
 """How the names of measurements begin that gates about looking judge, beside the loss."""
 
 

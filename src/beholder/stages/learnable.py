@@ -100,10 +100,11 @@ def _audited(
             if run is not None and (run / "checkpoints").is_dir()
             else []
         )
-        session = open_session(cfg, RunDir(folder), dist, merged)
+        session = open_session(cfg, RunDir(folder), dist, merged, aside=True)
         with session:
-            examples = examples_of(session, part)
-            read = examples if part == "eval" else examples[:num_turns]
+            held_out = part == "eval"
+            examples = session.data.eval_examples if held_out else session.training_examples(text_learner.MAX_QUESTIONS)
+            read = examples if held_out else examples[:num_turns]
             title = f"{part} samples of {cfg.run_name}, no image shown"
             first = audit_data(session, read, title, num_turns=num_turns)
             own: list[Measurement] = []
@@ -121,14 +122,6 @@ def _audited(
                 own += measured
                 extra.append(f"The language model's learner took {seconds:.0f} s. {note}")
             return _told(first.title, first, found, extra, own, dist.is_main)
-
-
-def examples_of(session: Session, part: Literal["train", "eval"]) -> list[Example]:
-    data = session.data
-    if part == "eval":
-        return data.eval_examples
-    most = min(len(data.train), text_learner.MAX_QUESTIONS)  # an order that is already random
-    return [data.train.example_at(p) for p in range(most)]
 
 
 def _told(

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from beholder.config import GREEDY, RunConfig
 from beholder.data.chat import ChatEncoder, EncodeError
@@ -32,6 +33,7 @@ from beholder.probes import (
     reliance,
     retention,
     strata,
+    text_learner,
     textonly,
     wrong_images,
 )
@@ -250,10 +252,13 @@ def move(session: Session, m: Measured, costs: Mapping[int, Sequence[float]]) ->
         )
     decides = {i: p for i in movable if (p := positions.deciding_place(held.examples[i], costs.get(i))) is not None}
     rows: list[tuple[int, int, list[Example]]] = []
+    long = 0
     for i in held.by_images(list(decides), size):
         others = positions.rotations(held.examples[i])
         if all(map(fits, others)):
             rows.append((i, decides[i], others))
+        else:
+            long += 1
     measured = iter(session.together.losses([e for _, _, others in rows for e in others]))
     turned = [(place, [m.losses[i], *(next(measured) for _ in others)]) for i, place, others in rows]
     found, gaps = positions.score_rotations(turned, seed=held.seed)
@@ -279,7 +284,13 @@ def move(session: Session, m: Measured, costs: Mapping[int, Sequence[float]]) ->
     }
     telling = held.by_images([i for i, s in swaps.items() if s.follows], (size + 1) // 2)
     rest = held.by_images([i for i in swaps if i not in set(telling)], size - len(telling))
-    chosen = [s for i in sorted((*telling, *rest)) if fits((s := swaps[i]).renamed) and fits(s.kept or s.words_kept)]
+    wanted = sorted((*telling, *rest))
+    chosen = [s for i in wanted if fits((s := swaps[i]).renamed) and fits(s.kept or s.words_kept)]
+    if long := long + len(wanted) - len(chosen):
+        m.gaps.append(
+            f"Images moved and swapped: {long} chosen samples are left out; with their images or words exchanged they "
+            f"are longer than prompting.max_seq_len {session.cfg.prompting.max_seq_len}."
+        )
     known = [s for s in chosen if s.kept is not None and s.follows]
     renamed = session.together.losses([s.renamed for s in chosen])
     kept = session.together.losses([s.kept for s in known if s.kept is not None])
@@ -547,6 +558,24 @@ def blind_two_ways(session: Session, m: Measured) -> None:
     m.measurements += blindness.score(examples, seen, silent, guessed, base, session.held_out.seed)
 
 
+def learnable(session: Session, m: Measured) -> None:
+    """What a learner of the words alone makes of the training questions (E-4). `beholder audit` names the words."""
+
+    def learned() -> tuple[list[dict[str, Any]], str]:
+        examples = session.training_examples(text_learner.MAX_QUESTIONS)
+        try:
+            found = text_learner.learn(examples, seed=session.held_out.seed)
+        except UserError as e:
+            return [], str(e)
+        return [x.model_dump(mode="json") for x in found.measurements], ""
+
+    with session.phase("learnable"):
+        found, why = session.dist.on_main(learned)
+    m.measurements += [Measurement.model_validate(x) for x in found]
+    if why:
+        m.leave_out("learner.", "Learner of words", why)
+
+
 def short_answers(session: Session, m: Measured, about: str) -> list[int]:
     """Held-out samples whose answers were written and are right or wrong as a whole; none: measurements whose names
     begin with ``about`` do not apply."""
@@ -674,6 +703,7 @@ PANEL: dict[str, Row] = {
         Row("pairs", contrast_pairs),
         Row("cells", four_cells),
         Row("blind", blind_two_ways, needs=_adapted, without=("blind.", _NONE)),
+        Row("learnable", learnable, needs=_adapted, without=("learner.", _NONE)),
         Row("guessable", guessable),
         Row("retained", retained, needs=_adapted, without=("retention.", _NONE)),
         Row("merges", merges, needs=_adapted, without=("merge.", _NONE)),

@@ -46,10 +46,11 @@ class Opened:
 
 
 @contextmanager
-def reopen(folder: str, overrides: Sequence[str]) -> Iterator[Opened]:
+def reopen(folder: str, overrides: Sequence[str], *, aside: bool = False) -> Iterator[Opened]:
     """The run in ``folder`` with its best checkpoint, else its latest, locked while it is measured.
 
     ``overrides``: settings of ``eval``, ``ablation`` and the like; one that changes what was trained is refused.
+    ``aside`` as in `open_session`.
     """
     path = run_folder(folder)
     saved = load_config(path / "config.yaml")
@@ -67,7 +68,7 @@ def reopen(folder: str, overrides: Sequence[str]) -> Iterator[Opened]:
     run = RunDir(path)
     with joined(cfg.device, cfg.train.timeout_s) as dist, stop_signals(), sole_writer(run, dist):
         where = checkpoint.resolve_checkpoint(path)
-        session = open_session(cfg, run, dist, restore.read_merged(where))
+        session = open_session(cfg, run, dist, restore.read_merged(where), aside=aside)
         table = apply_train_plan(session.model, plan_of(cfg.model, cfg.stage_record))
         restore.load_trained(where, session.model)
         trainer = restore.read_trainer(where)
@@ -172,7 +173,7 @@ def ablate_run(
             raise UserError(f"--condition {name}: expected one of {', '.join(wrong)}")
     more = [] if num_samples is None else [f"ablation.num_samples={num_samples}"]
     more += [] if conditions is None else [f"ablation.conditions={list(conditions)}"]
-    with reopen(folder, [*overrides, *more]) as opened:
+    with reopen(folder, [*overrides, *more], aside=True) as opened:
         session, held = opened.session, opened.session.held_out
         indices = held.ablation_sample
         wanted: tuple[Condition, ...] = ("correct", *session.cfg.ablation.conditions)
@@ -202,7 +203,7 @@ def ablate_slots(folder: str, *, num_samples: int | None = None, overrides: Sequ
     """Whether every image of a sample with several counts, wherever it stands (S3-3); the run's evidence stays as it
     is. ``num_samples``: of several images, in which each is replaced. Raises `UserError` for a run without such."""
     more = [] if num_samples is None else [f"eval.slot_samples={num_samples}"]
-    with reopen(folder, [*overrides, *more]) as opened:
+    with reopen(folder, [*overrides, *more], aside=True) as opened:
         session = opened.session
         if not session.held_out.several:
             raise UserError(f"{folder}: no held-out sample shows several images, so there is only one place")

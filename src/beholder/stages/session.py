@@ -25,9 +25,10 @@ from beholder.runs import RunDir, to_json
 from beholder.stages.held_out import HeldOut
 from beholder.stages.together import Together
 from beholder.store.features import FeatureStore, FillReport, store_dir
+from beholder.terminal import Terminal
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
-from beholder.types import TrainedPart
+from beholder.types import Example, TrainedPart
 
 BASE = (
     "the adapters of {} earlier run(s) are part of the base's weights (model.lora.adapters: merge); what is compared "
@@ -135,16 +136,24 @@ class Session:
                 "tower saw them at every pass."
             )
 
+    def training_examples(self, most: int) -> list[Example]:
+        """So many of the training samples, in their order, which is already random."""
+        train = self.data.train
+        return [train.example_at(p) for p in range(min(len(train), most))]
+
     def eval_losses(self) -> list[SampleLoss]:
         """Loss of every held-out sample."""
         with self.phase("evaluation"):
             return self.together.losses(self.held_out.examples)
 
 
-def open_session(cfg: RunConfig, run: RunDir, dist: Dist, merged: Sequence[TrainedPart] = ()) -> Session:
+def open_session(
+    cfg: RunConfig, run: RunDir, dist: Dist, merged: Sequence[TrainedPart] = (), *, aside: bool = False
+) -> Session:
     """Loads the parts and opens the data. Nothing is trained or measured yet.
 
-    ``merged``: adapters of earlier runs that are part of the base (`begin.base_of`).
+    ``merged``: adapters of earlier runs that are part of the base (`begin.base_of`). ``aside``: progress goes to
+    standard error, where the answer of a command has standard output to itself.
     """
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)
@@ -178,6 +187,7 @@ def open_session(cfg: RunConfig, run: RunDir, dist: Dist, merged: Sequence[Train
         progress_percent=cfg.train.progress_percent,
         live=False if cfg.train.tqdm_disable else None,
         enabled=dist.is_main,
+        console=Terminal(stderr=aside, soft_wrap=True),
     )
     reporter.data(
         full_len=data.counts.records,
