@@ -292,7 +292,10 @@ def invoke(*args: str) -> str:
 def test_ablate_tells_the_loss_with_wrong_images_and_leaves_the_evidence_alone(trained: Path) -> None:
     before = (trained / "evidence.json").read_bytes()
 
-    told = json.loads("{" + invoke("ablate", str(trained), "--num-samples", "6", "--words", "--json").split("{", 1)[1])
+    done = CliRunner().invoke(app, ["ablate", str(trained), "--num-samples", "6", "--words", "--json"])
+
+    told = json.loads(done.stdout)  # progress is told beside it
+    assert "[data]" in done.stderr
 
     by_name = {(m["name"], m["stratum"]): m for m in told["measurements"]}
     for condition in ("shuffled", "zero", "noise"):
@@ -328,9 +331,9 @@ def test_golden_captions_and_their_change(trained: Path) -> None:
 
 
 def test_audit_needs_no_run(trained: Path) -> None:
-    output = invoke("audit", str(trained / "config.yaml"), "--num-turns", "8", "--json")
+    done = CliRunner().invoke(app, ["audit", str(trained / "config.yaml"), "--num-turns", "8", "--json"])
 
-    names = {m["name"] for m in json.loads("{" + output.split("{", 1)[1])["measurements"]}
+    names = {m["name"] for m in json.loads(done.stdout)["measurements"]}
     assert "audit.answerable.alone" in names
 
 

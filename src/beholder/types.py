@@ -166,6 +166,11 @@ class Example:
         return "\n".join(t.text for t in self.turns if t.role == "assistant")
 
     @property
+    def num_answers(self) -> int:
+        """Turns of the assistant."""
+        return sum(t.role == "assistant" for t in self.turns)
+
+    @property
     def answer_text(self) -> str:
         """The assistant's last turn, which is what a prompt (`ChatEncoder.encode_prompt`) asks the model for.
 

@@ -172,7 +172,7 @@ def _sources(examples: Records, indices: np.ndarray, weights: Sequence[float]) -
 
 
 def _is_caption(example: Example) -> bool:
-    return len(example.images) == 1 and sum(t.role == "assistant" for t in example.turns) == 1
+    return len(example.images) == 1 and example.num_answers == 1
 
 
 def join(first: Example, second: Example) -> Example:

@@ -186,20 +186,16 @@ class Named:
     """Places that the words before the last answer name, each once."""
     answered: tuple[int, ...]
     """Places that the last answer names."""
-    vague: bool
-    """They may speak of an order in other words: an image cannot be moved with the right answer known."""
 
 
 def named(example: Example) -> Named:
     """The places that a sample's words name."""
     asked: list[int] = []
     answered: list[int] = []
-    vague = False
-    for turn, _, text, found in _texts(example.turns, len(example.images)):
+    for turn, _, _, found in _texts(example.turns, len(example.images)):
         is_answer = turn == len(example.turns) - 1 and example.turns[turn].role == "assistant"
         (answered if is_answer else asked).extend(r.place for r in found)
-        vague |= _is_vague(text, found)
-    return Named(tuple(dict.fromkeys(asked)), tuple(dict.fromkeys(answered)), vague)
+    return Named(tuple(dict.fromkeys(asked)), tuple(dict.fromkeys(answered)))
 
 
 def absent(turns: Sequence[Turn], num_images: int) -> list[int]:

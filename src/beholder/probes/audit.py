@@ -192,7 +192,7 @@ def _plan(
     """The turns to score with their texts, and how many were left out because they do not fit."""
     rng = np.random.default_rng(seed)
     plain = list(shown) if with_places else [without_images(example) for example in shown]
-    answers = [sum(t.role == "assistant" for t in example.turns) for example in plain]
+    answers = [example.num_answers for example in plain]
     keys: dict[int, frozenset[str]] = {}
 
     def images(i: int) -> frozenset[str]:

@@ -205,7 +205,7 @@ def is_movable(example: Example) -> bool:
     """Whether its images may change places with the right answer known: several of them, one answer, short, and words
     that speak of places in no other way than `places.renamed` can rename."""
     n = len(example.images)
-    if n < 2 or sum(t.role == "assistant" for t in example.turns) != 1 or not example.answer_text:
+    if n < 2 or example.num_answers != 1 or not example.answer_text:
         return False
     return is_short(example) and places.renamed(example, {p: p for p in range(1, n + 1)}) is not None
 
@@ -227,11 +227,9 @@ def _moved_images(example: Example, to: Mapping[int, int]) -> tuple[ImageRef, ..
 
 def deciding_place(example: Example, costs: Sequence[float] | None) -> int | None:
     """The place of the image that decides, from 1: the only one that the words name, else the one that clearly costs
-    most when it is replaced (nats per token by place); None when neither says."""
+    most when it is replaced (nats per token by place); None when neither says. Only for what `is_movable`."""
     found = places.named(example)
     told = {*found.asked, *found.answered}
-    if found.vague:
-        return None
     if len(told) == 1:
         return told.pop()
     if costs is None or len(costs) < 2:

@@ -72,7 +72,7 @@ def build_qa(examples: Sequence[Example], objects: ObjectList, size: int, seed: 
     """
     found: dict[Kind, list[QaItem]] = {kind: [] for kind in KINDS}
     for index, example in enumerate(examples):
-        if len(example.images) != 1 or sum(t.role == "assistant" for t in example.turns) != 1:
+        if len(example.images) != 1 or example.num_answers != 1:
             continue
         tokens = words(example.target_text)
         mentions = objects.mentions(tokens)

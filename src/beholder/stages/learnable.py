@@ -187,7 +187,7 @@ def language_learner(
     cfg, model, dist = session.cfg, session.model, session.dist
     if not cfg.has_adapters:
         raise UserError("--learner lm trains adapters, and this run has none (model.lora.enable); use --learner words")
-    asked = [e for e in examples if sum(t.role == "assistant" for t in e.turns) == 1 and is_short(e)]
+    asked = [e for e in examples if e.num_answers == 1 and is_short(e)]
     rng = np.random.default_rng(cfg.measure_seed)
     if len(asked) > LM_QUESTIONS:
         asked = [asked[k] for k in np.sort(rng.choice(len(asked), LM_QUESTIONS, replace=False))]

@@ -535,7 +535,7 @@ def four_cells(session: Session, m: Measured) -> None:
     with session.phase("cells"):
         losses = {own: [m.losses[chosen[k]] for k in whole]}
         losses |= {c: session.together.losses([shown[c][k] for k in whole]) for c in others}
-    num_answers = [sum(t.role == "assistant" for t in examples[k].turns) for k in whole]
+    num_answers = [examples[k].num_answers for k in whole]
     if measured := cells.score(losses, num_answers, held.seed):
         m.measurements += measured
     else:
@@ -592,7 +592,7 @@ def short_answers(session: Session, m: Measured, about: str) -> list[int]:
 def guessable(session: Session, m: Measured) -> None:
     """Whether the answers can be had from the text alone, or from earlier turns."""
     turns, data = session.cfg.eval.audit_turns, session.data
-    if not any(sum(t.role == "assistant" for t in e.turns) > 1 for e in data.eval_examples):
+    if all(e.num_answers <= 1 for e in data.eval_examples):
         n = len(data.eval_examples)
         m.measurements.append(
             Measurement(
