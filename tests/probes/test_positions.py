@@ -179,7 +179,6 @@ def test_samples_that_disagree_about_the_answer_tell_none() -> None:
         ("how many are red?", "2", [0.05, 0.0, 0.0], None),
         ("how many are red?", "2", None, None),
         ("are image 1 and image 2 alike?", "no", [0.0, 0.1, 3.0], 3),
-        ("what came first?", "red", [0.0, 0.1, 3.0], None),
     ],
 )
 def test_the_image_that_decides_is_named_or_clearly_costs_most(
