@@ -135,6 +135,17 @@ def test_learning_is_judged_by_the_paired_fall_and_against_the_language_model_al
     assert learned(make_evidence(measurements=found)).tone == tone
 
 
+def test_a_loss_that_guessing_evenly_also_reaches_is_not_called_learned(make_evidence: MakeEvidence) -> None:
+    e = make_evidence()
+    loss = next(m.value for m in e.measurements if m.name == "eval.loss" and m.by is None)
+    above, below = (measurement("band.uniform", loss + more, "nats/token") for more in (0.1, -0.1))
+    kept = without(e, "band.uniform")
+
+    assert learned(make_evidence(measurements=[*kept, above])).answer == "Yes, it learned."
+    told = learned(make_evidence(measurements=[*kept, below]))
+    assert (told.tone, told.answer) == ("weak", "Yes, but it still guesses.")
+
+
 CLEAR = gate("looks_clearly", 1.1, measure="ablation.ratio.shuffled", unit="ratio")
 EVERYWHERE = CLEAR.model_copy(update={"name": "looks_everywhere"})
 

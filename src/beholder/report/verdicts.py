@@ -191,6 +191,10 @@ def learned(e: Evidence) -> Verdict:
     if over is not None and not (over.ci95 is not None and over.ci95[0] > 0):
         why += " But it is not below what the language model alone reaches without any image."
         return say("weak", "Yes, but only the text.", why)
+    even = e.get("band.uniform")
+    if even is not None and after.value >= even.value:
+        why += f" But guessing evenly over the vocabulary costs no more: {fmt(even)}."
+        return say("weak", "Yes, but it still guesses.", why)
     return _by_its_gates(e, say("good", "Yes, it learned.", why), "learned", "better_than_text")
 
 
