@@ -38,7 +38,7 @@ def weights(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 @given(
     total=st.integers(1, 5000), warmup=st.floats(0, 1), floor=st.floats(0, 1),
-    kind=st.sampled_from(["cosine", "linear", "constant"]),
+    kind=st.sampled_from(["cosine", "linear", "constant", "wsd"]),
 )  # fmt: skip
 def test_schedule_rises_to_the_peak_then_never_rises_again(total: int, warmup: float, floor: float, kind: Any) -> None:
     factors = [lr_at(s, total, warmup, kind, floor) for s in range(total)]
@@ -50,6 +50,12 @@ def test_schedule_rises_to_the_peak_then_never_rises_again(total: int, warmup: f
         assert factors[peak] == 1.0
     if kind != "constant" and total - 1 > math.ceil(warmup * total):
         assert factors[-1] == pytest.approx(floor, abs=1e-12)
+
+
+def test_wsd_stays_at_the_peak_and_falls_along_a_line_in_the_last_fifth() -> None:
+    factors = [lr_at(s, 101, 0, "wsd", 0.1) for s in range(101)]
+    assert factors[:81] == pytest.approx([1.0] * 81)
+    assert factors[90] == pytest.approx(0.55) and factors[100] == pytest.approx(0.1)
 
 
 def test_cosine_has_the_seeds_shape() -> None:

@@ -66,7 +66,8 @@ class TrainConfig(Section):
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     warmup_ratio: Fraction = 0.03
     """Share of the steps with a linearly rising learning rate."""
-    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """wsd: warm-up, stable, and a fall in the last fifth of the steps."""
     min_lr_ratio: Annotated[
         Fraction, Inert(lambda _, own: own.lr_scheduler == "constant", "the schedule is constant", ".lr_scheduler")
     ] = 0.1

@@ -29,17 +29,22 @@ def build_optimizer(groups: Sequence[Mapping[str, Any]], betas: tuple[float, flo
     return torch.optim.AdamW(prepared, betas=betas)
 
 
+WSD_DECAY = 0.2
+"""Share of the steps after the warm-up in which the rate of schedule ``wsd`` falls."""
+
+
 def lr_at(
     step: int,
     total_steps: int,
     warmup_ratio: float,
-    scheduler: Literal["cosine", "linear", "constant"],
+    scheduler: Literal["cosine", "linear", "constant", "wsd"],
     min_lr_ratio: float,
 ) -> float:
     """Learning-rate factor in [0, 1] of optimizer step ``step`` (0-based) of ``total_steps``.
 
     Rises linearly over ``ceil(warmup_ratio * total_steps)`` steps, the first of which already learns, to 1, then falls
-    to ``min_lr_ratio`` at the last step along half a cosine (Loshchilov & Hutter, arXiv:1608.03983) or a line.
+    to ``min_lr_ratio`` at the last step along half a cosine (Loshchilov & Hutter, arXiv:1608.03983) or a line; wsd
+    (warm-up, stable, decay; Hu et al., arXiv:2404.06395) stays at 1 and falls along a line in the last fifth.
     """
     warmup = math.ceil(warmup_ratio * total_steps)
     if step < warmup:
@@ -51,6 +56,8 @@ def lr_at(
             return 1.0
         case "linear":
             return 1.0 - (1.0 - min_lr_ratio) * progress
+        case "wsd":
+            return 1.0 - (1.0 - min_lr_ratio) * max(0.0, 1.0 - (1.0 - progress) / WSD_DECAY)
         case "cosine":
             return min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
