@@ -90,8 +90,12 @@ class Together:
         return self._gather_all([replace(r, condition=condition) for r in mine], Written, examples)
 
     def batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
-        """This process's share of the examples as held-out batches."""
-        return self._data.eval_batches(self._mine(examples), self._store(), self._cfg)
+        """This process's share of the examples as held-out batches, with the progress of what is done with them."""
+        mine, done = self._mine(examples), 0
+        with self._reporter.progress("losses") as tick:
+            for batch in self._data.eval_batches(mine, self._store(), self._cfg):
+                yield batch
+                tick(done := done + len(batch.ids), len(mine))
 
     # -- shares
 
