@@ -43,14 +43,14 @@ from beholder.config.run import (
 )  # fmt: skip
 from beholder.config.section import Cadence, Decided, Fraction, Positive, Section, decided_by, settings
 from beholder.config.stages import STAGES, BestRule, GateConfig, Stage, StageName, usual_gate
-from beholder.config.studies import SCALES, SweepConfig
+from beholder.config.studies import SCALES, FootprintConfig, PointSetting, StudyConfig, SweepConfig
 from beholder.types import DatasetKind
 
 __all__ = [
-    "CAPTION_SPAM", "GREEDY", "SCALES", "STAGES", "AblationConfig", "BestRule", "Cadence",
-    "ConnectorConfig", "DataConfig", "DatasetKind", "Decided", "EvalConfig", "FeaturesConfig", "Fraction",
+    "CAPTION_SPAM", "GREEDY", "SCALES", "STAGES", "AblationConfig", "BestRule", "Cadence", "ConnectorConfig",
+    "DataConfig", "DatasetKind", "Decided", "EvalConfig", "FeaturesConfig", "FootprintConfig", "Fraction",
     "GateConfig", "GenerateConfig", "HygieneConfig", "HygieneLimits", "LearningRates", "LlmConfig", "LoraConfig",
-    "ModelConfig", "Positive", "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig",
-    "Section", "SourceConfig", "Stage", "StageName", "SweepConfig", "TrainConfig", "VisionConfig", "WeightDecays",
-    "decided_by", "settings", "usual_gate",
+    "ModelConfig", "PointSetting", "Positive", "ProjectorConfig", "PromptingConfig", "ResamplerConfig",
+    "RunConfig", "Section", "SourceConfig", "Stage", "StageName", "StudyConfig", "SweepConfig", "TrainConfig",
+    "VisionConfig", "WeightDecays", "decided_by", "settings", "usual_gate",
 ]  # fmt: skip

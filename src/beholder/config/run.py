@@ -13,7 +13,7 @@ from beholder.config.data import DataConfig, FeaturesConfig, HygieneLimits, Prom
 from beholder.config.parts import FROZEN_CONNECTOR, NO_ADAPTERS, ModelConfig
 from beholder.config.section import Cadence, Fraction, Inert, Natural, Positive, Section, Tiny, decides
 from beholder.config.stages import GateConfig, Stage, StageName, complete_gates, stage_of
-from beholder.config.studies import SweepConfig
+from beholder.config.studies import FootprintConfig, SweepConfig
 
 # ---------------------------------------------------------------------------------------------------------------
 # train, eval
@@ -239,6 +239,8 @@ class RunConfig(Section):
     smoke, trial and full."""
     sweep: Annotated[SweepConfig | None, decides("run"), Tiny()] = None
     """Only for ``beholder sweep``."""
+    footprint: Annotated[FootprintConfig | None, decides("run"), Tiny()] = None
+    """Only for ``beholder footprint``."""
 
     @field_validator("prompting")
     @classmethod

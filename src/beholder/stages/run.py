@@ -96,8 +96,11 @@ def run_stage(cfg: RunConfig, *, resume: str = "auto", promote_anyway: bool = Fa
     run whose gates failed. Raises `UserError` for wrong input and `NonFiniteError` when the loss or a gradient is not
     finite; ``run.json`` says how it ended in every case.
     """
-    if cfg.sweep is not None:
-        raise UserError("this config holds a sweep; run it with: beholder sweep CONFIG (or remove its sweep section)")
+    for study in ("sweep", "footprint"):
+        if getattr(cfg, study) is not None:
+            raise UserError(
+                f"this config holds a {study}; run it with: beholder {study} CONFIG (or remove its {study} section)"
+            )
     run = RunDir(cfg.run_dir)
     with writing(run.path):  # a name that is too long, a folder that may not be entered
         started = run.checkpoints.is_dir()
