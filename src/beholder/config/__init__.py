@@ -24,12 +24,14 @@ from beholder.config.data import (
 )  # fmt: skip
 from beholder.config.parts import (
     ConnectorConfig,
+    Layers,
     LlmConfig,
     LoraConfig,
     ModelConfig,
     ProjectorConfig,
     ResamplerConfig,
     VisionConfig,
+    no_layers,
 )  # fmt: skip
 from beholder.config.run import (
     GREEDY,
@@ -49,8 +51,9 @@ from beholder.types import DatasetKind
 __all__ = [
     "CAPTION_SPAM", "GREEDY", "SCALES", "STAGES", "AblationConfig", "BestRule", "Cadence",
     "ConnectorConfig", "DataConfig", "DatasetKind", "Decided", "EvalConfig", "FeaturesConfig", "Fraction",
-    "GateConfig", "GenerateConfig", "HygieneConfig", "HygieneLimits", "LearningRates", "LlmConfig", "LoraConfig",
+    "GateConfig", "GenerateConfig", "HygieneConfig", "HygieneLimits", "Layers", "LearningRates", "LlmConfig",
+    "LoraConfig",
     "ModelConfig", "Positive", "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig",
     "Section", "SourceConfig", "Stage", "StageName", "SweepConfig", "TrainConfig", "VisionConfig", "WeightDecays",
-    "decided_by", "settings", "usual_gate",
+    "decided_by", "no_layers", "settings", "usual_gate",
 ]  # fmt: skip
