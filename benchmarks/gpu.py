@@ -425,7 +425,7 @@ class Pair:
 
     def adapt(self) -> None:
         if not self.adapted:
-            adapters.attach(self.language, LoraConfig(enable=True), 0)
+            adapters.attach(self.language.part, LoraConfig(enable=True), 0)
             apply_train_plan(self.model, TrainPlan(language="lora"))
             self.adapted = True
 

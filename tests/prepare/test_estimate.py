@@ -32,6 +32,7 @@ from beholder.prepare.estimate import (
     connector_shape,
     estimate,
     language_shape,
+    learning,
     matmul_rate,
     vision_shape,
 )
@@ -393,7 +394,7 @@ def test_adapters_keep_the_bytes_and_cost_the_flops_that_are_counted(tmp_path, p
     language, plain = small_language(tmp_path, "qwen3", precision)
     lora = LoraConfig(enable=True, r=4, alpha=8, dropout=0.0)
     cfg = LlmConfig(name_or_path=str(tmp_path / "llm"), precision=precision)  # pyright: ignore[reportArgumentType]
-    shape, size = language_shape(cfg, lora=lora), 4 if precision == "fp32" else 2
+    shape, size = learning(language_shape(cfg), None, lora)[0], 4 if precision == "fp32" else 2
     rows, length = 2, 96
     embeds = torch.randn(rows, length, 128, dtype=language.dtype).requires_grad_()
     positions = torch.arange(length).expand(rows, -1)
@@ -407,8 +408,8 @@ def test_adapters_keep_the_bytes_and_cost_the_flops_that_are_counted(tmp_path, p
         return counter.get_total_flops()
 
     bytes_before, flops_before = kept(), flops()
-    attach(language, lora, seed=0)
-    for weight in adapter_parameters(language).values():
+    attach(language.part, lora, seed=0)
+    for weight in adapter_parameters(language.part).values():
         weight.requires_grad_(True)
 
     assert shape.adapter_params == sum(s.params for s in language.adapters)

@@ -21,7 +21,7 @@ TEXTS = ["The capital of France is Paris.", "def f(x):\n    return x + 1\n", "12
 def adapted(bench: Any) -> Any:
     """A model with fresh adapters, which change nothing yet."""
     model = copy.deepcopy(bench.model)
-    adapters.attach(model.language, LoraConfig(enable=True, r=4), seed=0)
+    adapters.attach(model.language.part, LoraConfig(enable=True, r=4), seed=0)
     return model
 
 
@@ -102,7 +102,7 @@ def test_the_mode_and_the_adapters_are_as_before_afterwards(adapted: Any, bench:
 def test_a_spoiled_language_model_is_worse_than_its_base(sighted: Any, bench: Any):
     """The base was trained on captions, so it has something to lose."""
     model = copy.deepcopy(sighted)
-    adapters.attach(model.language, LoraConfig(enable=True, r=4), seed=0)
+    adapters.attach(model.language.part, LoraConfig(enable=True, r=4), seed=0)
     move(model, 0.5)
 
     m = keyed(retention.measure(model, bench.tokenizer, [e.target_text for e in bench.held_out[:12]]))

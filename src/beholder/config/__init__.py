@@ -24,12 +24,14 @@ from beholder.config.data import (
 )  # fmt: skip
 from beholder.config.parts import (
     ConnectorConfig,
+    Layers,
     LlmConfig,
     LoraConfig,
     ModelConfig,
     ProjectorConfig,
     ResamplerConfig,
     VisionConfig,
+    no_layers,
 )  # fmt: skip
 from beholder.config.run import (
     GREEDY,
@@ -47,10 +49,14 @@ from beholder.config.studies import SCALES, FootprintConfig, PointSetting, Study
 from beholder.types import DatasetKind
 
 __all__ = [
-    "CAPTION_SPAM", "GREEDY", "SCALES", "STAGES", "AblationConfig", "BestRule", "Cadence", "ConnectorConfig",
-    "DataConfig", "DatasetKind", "Decided", "EvalConfig", "FeaturesConfig", "FootprintConfig", "Fraction",
-    "GateConfig", "GenerateConfig", "HygieneConfig", "HygieneLimits", "LearningRates", "LlmConfig", "LoraConfig",
+    "CAPTION_SPAM", "GREEDY", "SCALES", "STAGES", "AblationConfig", "BestRule", "Cadence",
+    "ConnectorConfig", "DataConfig", "DatasetKind", "Decided", "EvalConfig", "FeaturesConfig", "FootprintConfig",
+    "Fraction",
+    "GateConfig", "GenerateConfig", "HygieneConfig", "HygieneLimits", "Layers", "LearningRates", "LlmConfig",
+    "LoraConfig",
     "ModelConfig", "PointSetting", "Positive", "ProjectorConfig", "PromptingConfig", "ResamplerConfig",
-    "RunConfig", "Section", "SourceConfig", "Stage", "StageName", "StudyConfig", "SweepConfig", "TrainConfig",
-    "VisionConfig", "WeightDecays", "decided_by", "settings", "usual_gate",
+    "RunConfig",
+    "Section", "SourceConfig", "Stage", "StageName", "StudyConfig", "SweepConfig", "TrainConfig",
+    "VisionConfig", "WeightDecays",
+    "decided_by", "no_layers", "settings", "usual_gate",
 ]  # fmt: skip

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from beholder.config.data import DataConfig, FeaturesConfig, HygieneLimits, PromptingConfig, Template
-from beholder.config.parts import FROZEN_CONNECTOR, NO_ADAPTERS, ModelConfig
-from beholder.config.section import Cadence, Fraction, Inert, Natural, Positive, Section, Tiny, decides
+from beholder.config.parts import FROZEN_CONNECTOR, FROZEN_TOWER, NO_ADAPTERS, ModelConfig
+from beholder.config.section import Cadence, Fraction, Inert, Natural, Positive, Section, Tiny, Written, decides
 from beholder.config.stages import GateConfig, Stage, StageName, complete_gates, stage_of
 from beholder.config.studies import FootprintConfig, SweepConfig
 
@@ -23,13 +23,16 @@ class LearningRates(Section):
     connector: Annotated[float, Field(ge=0), FROZEN_CONNECTOR] = 1e-4
     """Peak learning rate of the connector."""
     lora: Annotated[float, Field(ge=0), NO_ADAPTERS] = 5e-5
-    """Peak learning rate of the adapters (stage 2)."""
+    """Peak learning rate of the adapters on the language model (from stage 2 on)."""
+    vision: Annotated[float, Field(ge=0), FROZEN_TOWER] = 5e-5
+    """Peak learning rate of what learns in the vision tower: its adapters, its unfrozen blocks."""
 
 
 class WeightDecays(Section):
     connector: Annotated[float, Field(ge=0), FROZEN_CONNECTOR] = 0.01
     """On the connector's matrices; norms, biases and latents always get 0."""
     lora: Annotated[float, Field(ge=0), NO_ADAPTERS] = 0.0
+    vision: Annotated[float, Field(ge=0), FROZEN_TOWER] = 0.0
 
 
 _SHOWN = decides("watching")
@@ -213,7 +216,10 @@ class AblationConfig(Section):
 class RunConfig(Section):
     """One run: a stage, its parts, its data, its training and its evidence."""
 
-    run_name: Annotated[str, Field(max_length=200, pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$"), decides("run")]
+    run_name: Annotated[
+        str, Field(max_length=200, pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$"),
+        Written("a plain name without slashes, of at most 200 characters"), decides("run"),
+    ]  # fmt: skip
     """Name of the run; part of a path, so without slashes and not starting with a dot."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """Decides order, split, initial weights and dropout."""
@@ -274,6 +280,11 @@ class RunConfig(Section):
         return self.stage_record.adapters and self.model.lora.enable
 
     @property
+    def tower_may_learn(self) -> bool:
+        """Whether something in the vision tower learns, or may."""
+        return bool(self.model.vision.unfreeze) or (self.has_adapters and self.model.lora.may_reach_tower)
+
+    @property
     def golden_size(self) -> int:
         """Samples of the fixed set that are asked for; fewer when fewer are held out."""
         return self.stage_record.golden_size if self.eval.golden_size is None else self.eval.golden_size
@@ -312,7 +323,7 @@ class RunConfig(Section):
         stage = self.stage_record
         if not self.model.connector.trainable and stage.connector_learns:
             wrong.append(f"stage {stage.name} trains the connector, but model.connector.trainable is false")
-        elif not self.model.connector.trainable and not self.has_adapters:
+        elif not self.model.connector.trainable and not self.has_adapters and not self.tower_may_learn:
             wrong.append("nothing would be trained: model.lora.enable and model.connector.trainable are false")
         if self.template not in stage.templates:
             wrong.append(

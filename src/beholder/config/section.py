@@ -74,6 +74,13 @@ class Tiny:
         return None if value is None else min(value, self.at_most)
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a text may be, in words, where a pattern decides."""
+
+    words: str
+
+
 class Section(BaseModel):
     """A group of settings: unknown keys are errors, values are not coerced, instances are immutable."""
 

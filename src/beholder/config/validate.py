@@ -98,10 +98,6 @@ def _complain_value(tree: Tree, error: Any, path: SettingPath) -> None:
             near = f"; write {int(got)}"
         elif isinstance(got, int | float) and not isinstance(got, bool) and options_of(annotation) == (str,):
             near = f"; write '\"{tree.mark(path).text}\"' in quotes"
-        if error["type"] in ("string_pattern_mismatch", "string_too_long"):
-            plain = "expected a plain name without slashes, of at most 200 characters"
-            tree.complain(path, f"got {show(got)}; {plain}", value=True)
-            return
         tree.complain(path, f"got {show(got)}; expected {expected(annotation)}{near}", value=True)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 
 from beholder.config.run import RunConfig
-from beholder.config.section import items_of, section_of, settings, values_of
+from beholder.config.section import Written, items_of, section_of, settings, values_of
 from beholder.config.tree import SettingPath
 
 
@@ -42,6 +42,9 @@ def expected(annotation: Any) -> str:
 def _described(annotation: Any, bounds: Mapping[str, str] | None = None) -> Iterator[str]:
     if get_origin(annotation) is typing.Annotated:
         inner, *extras = get_args(annotation)
+        if said := [m.words for e in extras for m in (e, *getattr(e, "metadata", ())) if isinstance(m, Written)]:
+            yield from said
+            return
         found = {name: words for extra in extras for name, words in _bounds(extra)}
         yield from _described(inner, {**found, **(bounds or {})})  # what is said further out is the closer bound
         return

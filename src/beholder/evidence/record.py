@@ -98,11 +98,13 @@ class AdapterRow(Record):
     """One adapted layer: where it is and what it adds."""
 
     name: str
-    """Module name below the language model, such as ``model.layers.0.self_attn.q_proj``."""
+    """Module name below its part, such as ``model.layers.0.self_attn.q_proj``."""
     d_in: int
     d_out: int
     rank: int
     params: int
+    part: str = "language"
+    """What it is on: ``language`` or ``vision``."""
 
 
 class Candidate(Record):

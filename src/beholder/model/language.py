@@ -5,7 +5,7 @@ time that the split computes what the model itself computes. Templates and token
 """
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,15 +21,9 @@ from beholder.model.families import (
     limits_of,
     running,
 )
-from beholder.model.placement import AdapterSite, decoder_of
+from beholder.model.placement import decoder_of, language_part
 from beholder.model.weights import DTYPES, check_finite, check_loading_info, freeze, from_pretrained, loading
-from beholder.types import TrainedPart, UserError
-
-
-class Adapted(Protocol):
-    """A layer with an adapter, as far as the language model knows it (`model.adapted_linear.AdaptedLinear`)."""
-
-    def learn(self, mode: bool, /) -> None: ...
+from beholder.types import UserError
 
 
 class LanguageModel(nn.Module):
@@ -45,13 +39,8 @@ class LanguageModel(nn.Module):
         self.name = name
         self.config = self.model.config.get_text_config()
         self.decoder_checkpointing = gradient_checkpointing
-        self.learning = False
-        self.adapters: list[AdapterSite] = []
-        """What `model.adapters.attach` put on it."""
-        self.adapted: list[Adapted] = []
-        """The layers that have one; of the language model only these follow the training mode."""
-        self.merged: list[TrainedPart] = []
-        """Adapters of earlier runs that `model.adapters.merge_in` made part of its weights, in this order."""
+        self.part = language_part(model, name)
+        self.part.try_out = self.try_out
         freeze(self)
         if gradient_checkpointing:
             self._enable_checkpointing()
@@ -85,9 +74,7 @@ class LanguageModel(nn.Module):
         their strength. With gradient checkpointing, the checkpointing wrappers (and nothing inside them) are told that
         training goes on, which is what they look at."""
         super().train(False)
-        self.learning = mode
-        for layer in self.adapted:
-            layer.learn(mode)
+        self.part.learn(mode)
         if self.decoder_checkpointing:
             for layer in self._checkpointed_layers():
                 layer.training = mode
@@ -143,6 +130,11 @@ class LanguageModel(nn.Module):
             )  # fmt: skip
         return out.last_hidden_state
 
+    def try_out(self) -> None:
+        """One forward pass over a few tokens."""
+        ids = torch.arange(8, device=self.device)[None]
+        self.hidden(self.embed(ids), torch.arange(8, device=self.device)[None])
+
     def head(self, hidden: Float[Tensor, "k dh"]) -> Float[Tensor, "k v"]:
         """Logits, with the scaling or soft cap that the family applies after its output matrix."""
         with torch.autocast(hidden.device.type, enabled=False):
@@ -195,7 +187,7 @@ class LanguageModel(nn.Module):
             pad_token_id=eos_ids[0], use_cache=True, num_beams=1, **sampling,
         )  # fmt: skip
         devices = [embeds.device] if embeds.device.type == "cuda" else []
-        learning = self.learning
+        learning = self.part.learning
         self.train(False)  # no dropout; and a checkpointing layer in training mode drops the key/value cache
         try:
             with torch.random.fork_rng(devices=devices), torch.autocast(embeds.device.type, enabled=False):

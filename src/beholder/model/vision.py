@@ -1,8 +1,8 @@
 """The door to outside vision towers: Hugging Face models and timm backbones become one `VisionTower`.
 
 A tower takes uint8 images of its own size and gives ``[M, P, Dv]`` patch features; class and register tokens are
-dropped. Decoding and resizing are `data.images`' business, which follows the `ImageGeometry` made here. Nothing here is
-ever trained.
+dropped. Decoding and resizing are `data.images`' business, which follows the `ImageGeometry` made here. What of a tower
+learns, if anything, is `placement`'s, `adapters`' and `plan`'s business.
 """
 
 import difflib
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from beholder.config import VisionConfig
 from beholder.model.families import check_no_adapter
 from beholder.model.patch_layout import Declared, PatchLayout, UnknownLayout, find_layout
+from beholder.model.placement import base_state, counted, inside, tower_part
 from beholder.model.weights import (
     DTYPES,
     check_finite,
@@ -31,7 +32,7 @@ from beholder.model.weights import (
     first_line,
     freeze,
     from_pretrained,
-    hash_module,
+    hash_state,
     listed,
     loading,
 )
@@ -50,7 +51,8 @@ HEADS = ("classifier.", "pooler.", "head.", "lm_head.", "logit_", "cls_classifie
 
 
 class VisionTower(nn.Module):
-    """A frozen backbone with its own normalisation. Always in eval mode, never a graph, in whatever mode its owner is.
+    """A backbone with its own normalisation. Always in eval mode, and without a graph below the lowest weights that
+    learn, in whatever mode its owner is.
 
     ``features`` maps normalised pixels ``[m, 3, h, w]`` to ``[m, P, Dv]``; ``identity`` says, for the fingerprint, what
     the weights alone do not (architecture and its settings).
@@ -74,13 +76,22 @@ class VisionTower(nn.Module):
         self.register_buffer("scale", (1 / (255 * std)).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1), persistent=False)
         self._fingerprint: str | None = None
+        self.part = tower_part(backbone, name)
+        self.part.try_out = self.try_out
         freeze(self)
 
     def train(self, mode: bool = True) -> "VisionTower":
-        """Stays in eval mode: batch statistics and dropout of a frozen tower would change its features."""
-        return super().train(False)
+        """Stays in eval mode: batch statistics would move, of blocks that learn too, and dropout would change its
+        features. Only its adapters follow ``mode``."""
+        super().train(False)
+        self.part.learn(mode)
+        return self
 
-    @torch.no_grad()
+    @property
+    def learns(self) -> bool:
+        """Whether anything in it learns now."""
+        return any(p.requires_grad for p in self.backbone.parameters())
+
     def forward(self, pixels: UInt8[Tensor, "m 3 h w"]) -> Float[Tensor, "m p dv"]:
         """Patch features in the tower's precision. Raises `UserError` for images of another size."""
         g = self.geometry
@@ -92,9 +103,15 @@ class VisionTower(nn.Module):
         if pixels.shape[0] == 0:
             return pixels.new_zeros(0, g.num_patches, g.d_vision, dtype=self.dtype)
         scale, shift = self.get_buffer("scale"), self.get_buffer("shift")
-        with torch.autocast(pixels.device.type, enabled=False):
+        graph = torch.is_grad_enabled() and self.learns
+        with torch.autocast(pixels.device.type, enabled=False), torch.set_grad_enabled(graph):
             normalised = torch.addcmul(shift, pixels.float(), scale).to(self.dtype)
             return self._features(self.backbone, normalised)
+
+    def try_out(self) -> Tensor:
+        """One forward pass over an empty image."""
+        g, device = self.geometry, self.get_buffer("scale").device
+        return self(torch.zeros(1, 3, g.height, g.width, dtype=torch.uint8, device=device))
 
     def fingerprint(self) -> str:
         """sha256 over weights, architecture, precision and preprocessing: what decides the features of an image."""
@@ -104,8 +121,30 @@ class VisionTower(nn.Module):
                 {**self._identity, "dtype": str(self.dtype), "geometry": [getattr(g, f) for f in g.__slots__]},
                 sort_keys=True, default=str,
             )  # fmt: skip
-            self._fingerprint = hash_module(self.backbone, header)
+            self._fingerprint = hash_state(base_state(self.part), header)
         return self._fingerprint
+
+
+def check_reached(tower: VisionTower) -> None:
+    """Refuse weights that are to learn and that the features do not depend on: of blocks above
+    ``model.vision.feature_layer``, of a head that is not used."""
+    part = tower.part
+    names = {n: p for n, p in part.module.named_parameters() if inside(n, part.unfrozen) or ".lora_" in n}
+    if not names:
+        return
+    with torch.enable_grad():
+        for weight in names.values():
+            weight.requires_grad_(True)
+        grads = torch.autograd.grad(tower.try_out().float().sum(), list(names.values()), allow_unused=True)
+        for weight in names.values():
+            weight.requires_grad_(False)
+    idle = [n for n, grad in zip(names, grads, strict=True) if grad is None]
+    if idle:
+        raise UserError(
+            f"model.vision.unfreeze, model.lora.vit_layers: the features of {tower.name} do not depend on "
+            f"{counted(idle)} (model.vision.feature_layer takes an earlier layer's, or the module is not used), so "
+            "nothing would be learned there; take it out"
+        )
 
 
 def load_vision(cfg: VisionConfig, device: torch.device) -> VisionTower:

@@ -4,9 +4,9 @@ Losses come back per token, so that training, evaluation and the ablation share 
 no data file is known here.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -16,8 +16,9 @@ from beholder.config import GenerateConfig
 from beholder.model.connector import Connector
 from beholder.model.fusion import check_images, scatter_images, spans_to_positions, supervised_positions
 from beholder.model.language import LanguageModel
+from beholder.model.learned import learned_state
 from beholder.model.losses import head_nll
-from beholder.model.placement import AdapterSite
+from beholder.model.placement import AdapterSite, Part
 from beholder.model.vision import VisionTower
 from beholder.model.weights import sketch_module
 from beholder.types import Batch, Encoded, ImageInput, TokenLosses, TrainedPart, UserError
@@ -42,7 +43,7 @@ class VisionLanguageModel(nn.Module):
             "vision": {"name": vision.name, "fingerprint": sketch_module(vision.backbone)},
             "language": {"name": language.name, "fingerprint": sketch_module(language.model)},
         }
-        assert not language.adapters, "adapters are attached afterwards: the fingerprint is the base's"
+        assert not self.adapters, "adapters are attached afterwards: the fingerprint is the base's"
         self.train(False)
 
     @property
@@ -59,21 +60,39 @@ class VisionLanguageModel(nn.Module):
         self.connector.train(mode and any(p.requires_grad for p in self.connector.parameters()))
         return self
 
+    def parts(self) -> dict[str, Part]:
+        """What can learn in pieces, by name; the tower only while it is here."""
+        parts = {"language": self.language.part}
+        return parts if self.vision is None else {"vision": self.vision.part} | parts
+
     @property
     def adapters(self) -> list[AdapterSite]:
-        """The adapters on the language model; none without LoRA."""
-        return self.language.adapters
+        """The adapters on all parts, those on the tower first; none without LoRA."""
+        return [site for part in self.parts().values() for site in part.adapters]
 
     def adapters_off(self) -> AbstractContextManager[None]:
-        """Inside, the language model is the base, bit for bit (the connector stays what it is)."""
-        if not self.adapters:
-            return nullcontext()
-        from beholder.model import adapters
+        """Inside, language model and tower are their base, bit for bit (the connector, and what of the tower learns
+        itself, stay what they are)."""
+        return self._all_adapters("adapters_off")
 
-        return adapters.adapters_off(self.language)
+    def adapters_merged(self) -> AbstractContextManager[None]:
+        """Inside, the adapters are part of the weights, as `adapters.merged` has it."""
+        return self._all_adapters("merged")
+
+    @contextmanager
+    def _all_adapters(self, how: Literal["adapters_off", "merged"]) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self.adapters:
+                from beholder.model import adapters
+
+                for part in self.parts().values():
+                    stack.enter_context(getattr(adapters, how)(part))
+            yield
 
     def drop_vision(self) -> None:
         """Free the tower's memory when every image comes with stored features."""
+        part = None if self.vision is None else self.vision.part
+        assert part is None or not (part.adapters or part.merged or part.changed), "the tower has learned something"
         self.vision = None
 
     def connector_info(self) -> dict[str, Any]:
@@ -81,15 +100,12 @@ class VisionLanguageModel(nn.Module):
         return dict(self._info)
 
     def trained_state(self) -> dict[str, TrainedPart]:
-        """What was learned, by part, as a checkpoint keeps it: ``connector``, ``adapter`` where there are some, and
-        ``merged_1``, … for what is part of the base's weights. `train.restore.load_trained` is the way back."""
+        """What was learned, by part, as a checkpoint keeps it: ``connector``, and of each part `learned_state`.
+        `train.restore.load_trained` is the way back."""
         state = {"connector": TrainedPart(self.connector.state_dict(), self.connector_info())}
-        if self.adapters:
-            from beholder.model import adapters
-
-            tensors = adapters.adapter_tensors(self.language)
-            state["adapter"] = TrainedPart(tensors, adapters.adapter_config(self.language))
-        return state | {f"merged_{k}": part for k, part in enumerate(self.language.merged, 1)}
+        for part in self.parts().values():
+            state |= learned_state(part)
+        return state
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.compute_dtype == torch.float32:

@@ -112,13 +112,13 @@ def announce(cfg: RunConfig, run: RunDir, dist: Dist, promoted: str | None) -> N
     )
 
 
-def base_of(cfg: RunConfig, source: Path | None) -> list[TrainedPart]:
-    """Adapters of earlier runs that are part of this run's base: as the checkpoint says that it goes on from, or as
+def base_of(cfg: RunConfig, source: Path | None) -> dict[str, TrainedPart]:
+    """What earlier runs have learned and is part of this run's base: as the checkpoint says that it goes on from, or as
     ``model.lora.adapters`` says of the run it starts from."""
     if source is not None:
-        return restore.read_merged(source)
+        return restore.read_base(source)
     origin = cfg.model.connector.load_checkpoint
-    return [] if origin is None else restore.read_base(origin, cfg.model.lora.adapters)
+    return {} if origin is None else restore.start_base(origin, cfg.model.lora.adapters)
 
 
 def start_from(session: Session, source: Path | None, optimizer: torch.optim.Optimizer) -> tuple[int, LoopState]:

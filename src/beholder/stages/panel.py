@@ -639,8 +639,6 @@ def merges(session: Session, m: Measured) -> None:
 
 def merging(session: Session) -> list[Measurement]:
     """The same prompts and held-out samples, in the same batches, with the adapters apart and merged."""
-    from beholder.model.adapters import merged  # takes seconds: peft brings transformers
-
     model, chosen = session.model, session.held_out.ablation_sample[:NUM_MERGED]
 
     def look() -> tuple[textonly.TextLogits, list[SampleLoss]]:
@@ -648,7 +646,7 @@ def merging(session: Session) -> list[Measurement]:
         return textonly.text_logits(model, session.tokenizer), loss.sample_losses(model, batches)
 
     text, apart = look()
-    with merged(model.language):
+    with model.adapters_merged():
         text_merged, together = look()
     pairs = list(zip(text.logits, text_merged.logits, strict=True))
     gap = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)

@@ -68,7 +68,7 @@ def reopen(folder: str, overrides: Sequence[str], *, aside: bool = False) -> Ite
     run = RunDir(path)
     with joined(cfg.device, cfg.train.timeout_s) as dist, stop_signals(), sole_writer(run, dist):
         where = checkpoint.resolve_checkpoint(path)
-        session = open_session(cfg, run, dist, restore.read_merged(where), aside=aside)
+        session = open_session(cfg, run, dist, restore.read_base(where), aside=aside)
         table = apply_train_plan(session.model, plan_of(cfg.model, cfg.stage_record))
         restore.load_trained(where, session.model)
         trainer = restore.read_trainer(where)

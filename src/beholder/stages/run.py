@@ -19,6 +19,7 @@ from beholder.data.sources import missing_files
 from beholder.evidence import Evidence, GateResult, load_evidence
 from beholder.model.placement import render_sites
 from beholder.model.plan import apply_train_plan, param_groups, plan_of
+from beholder.model.weights import listed
 from beholder.runs import RunDir, stop_signals, writing
 from beholder.stages.begin import announce, base_of, check_promoted, find_start, fresh_folder, start_from
 from beholder.stages.keep import saver, settle
@@ -138,10 +139,13 @@ def train_and_measure(session: Session, source: Path | None) -> Outcome:
     stage, model, line = cfg.stage_record, session.model, session.reporter.line
     table = apply_train_plan(model, plan_of(cfg.model, stage))  # what learns
     line("plan", "", str(table))
-    if model.adapters:
-        line("adapters", "", render_sites(model.adapters))
-        if (strength := cfg.model.lora.strength) < 1:
-            line("adapters", f"outside training at {strength:g} of their strength: model.lora.strength")
+    for name, part in model.parts().items():
+        if part.adapters:
+            line("adapters", f"on {name}", render_sites(part.adapters))
+        if part.unfrozen:
+            line("unfrozen", f"of {name}: {listed(part.unfrozen)}")
+    if model.adapters and (strength := cfg.model.lora.strength) < 1:
+        line("adapters", f"outside training at {strength:g} of their strength: model.lora.strength")
     rates, decays = cfg.train.lr.model_dump(), cfg.train.weight_decay.model_dump()
     optimizer = build_optimizer(param_groups(model, rates, decays), cfg.train.betas)
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -109,6 +110,10 @@ class Session:
             return
         vision, g = self.model.vision, self.model.geometry
         assert vision is not None
+        if vision.learns:
+            self.reporter.line("features", "off: the vision tower learns, so every pass needs fresh features")
+            self.gap("Feature store: switched off, because the vision tower learns.")
+            return
         store = FeatureStore(
             store_dir(cfg.features), tower_fingerprint=vision.fingerprint(),
             pipeline_fingerprint=self.data.pipeline.fingerprint, num_patches=g.num_patches, d_vision=g.d_vision,
@@ -148,18 +153,23 @@ class Session:
 
 
 def open_session(
-    cfg: RunConfig, run: RunDir, dist: Dist, merged: Sequence[TrainedPart] = (), *, aside: bool = False
+    cfg: RunConfig,
+    run: RunDir,
+    dist: Dist,
+    base: Mapping[str, TrainedPart] = MappingProxyType({}),
+    *,
+    aside: bool = False,
 ) -> Session:
     """Loads the parts and opens the data. Nothing is trained or measured yet.
 
-    ``merged``: adapters of earlier runs that are part of the base (`begin.base_of`). ``aside``: progress goes to
+    ``base``: what earlier runs have learned and is part of the base (`begin.base_of`). ``aside``: progress goes to
     standard error, where the answer of a command has standard output to itself.
     """
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)
     started = time.perf_counter()
     model, tokenizer = build_vlm(
-        cfg.model, compute_precision=cfg.train.precision, device=dist.device, seed=cfg.seed, merged=merged
+        cfg.model, compute_precision=cfg.train.precision, device=dist.device, seed=cfg.seed, base=base
     )
     build_encoder(cfg, tokenizer, model.num_visual_tokens).check_table(model.language.vocab)
     check_limits(model.language.limits, cfg)
@@ -205,7 +215,7 @@ def open_session(
         gaps=[
             *(f"Split: {note}" for note in data.counts.split_notes),
             *(f"Prompt: {note}." for note in [data.encoder.prompt_note] if note),
-            *([f"Base: {BASE.format(len(merged))}."] if merged else []),
+            *([f"Base: {BASE.format(merged)}."] if (merged := sum("merged" in name for name in base)) else []),
         ],
         phases_s={"load": loaded - started, "data": time.perf_counter() - loaded},
     )  # fmt: skip

@@ -106,7 +106,11 @@ def make_evidence(
         histograms=m.histograms,
         samples=_samples(session, m),
         text_only=text,
-        adapters=[AdapterRow(**asdict(site)) for site in session.model.adapters],
+        adapters=[
+            AdapterRow(**asdict(site), part=name)
+            for name, part in session.model.parts().items()
+            for site in part.adapters
+        ],
         adapter_strength=cfg.model.lora.strength,
         candidates=choose(candidates(session), {step, *steps_on_disk(run.checkpoints)}, cfg.stage_record.best),
         step=step,
@@ -185,6 +189,7 @@ def _curves(steps: list[Record], before: Before) -> list[Curve]:
         *((f"quick_eval.exact/{key.partition('/')[2]}", "share", key) for key in kinds),
         ("lr.connector", "learning rate", "lr.connector"),
         ("lr.lora", "learning rate", "lr.lora"),
+        ("lr.vision", "learning rate", "lr.vision"),
         ("grad_norm", "L2 norm", "grad_norm"),
     )
     return [curve for name, unit, key in logged if (curve := _curve(name, unit, key, steps, before)).x]
