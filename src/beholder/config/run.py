@@ -5,6 +5,7 @@ Paths are relative to the working directory, as on a command line.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -12,7 +13,16 @@ from pydantic import Field, ValidationInfo, field_validator
 from beholder.config.data import DataConfig, FeaturesConfig, HygieneLimits, PromptingConfig, Template
 from beholder.config.parts import FROZEN_CONNECTOR, FROZEN_TOWER, NO_ADAPTERS, ModelConfig
 from beholder.config.section import Cadence, Fraction, Inert, Natural, Positive, Section, Tiny, Written, decides
-from beholder.config.stages import GateConfig, Stage, StageName, complete_gates, stage_of
+from beholder.config.stages import (
+    GUARDRAILS,
+    GateConfig,
+    GuardrailConfig,
+    Stage,
+    StageName,
+    complete_gates,
+    complete_guardrails,
+    stage_of,
+)  # fmt: skip
 from beholder.config.studies import FootprintConfig, SweepConfig
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -134,6 +144,77 @@ _ONE_IMAGE = Inert(
 )
 
 
+_UNASKED = Inert(lambda _, own: own.path is None, "there are no images for it (path is not given)", ".path")
+
+
+class IrrelevantConfig(Section):
+    """Images that have nothing to do with the task, of which the model must say so."""
+
+    path: Annotated[str | None, Tiny()] = None
+    """A record file or a folder of images (docs/data.md, "Monitors"), as `beholder prepare ood` makes them; none: not
+    measured."""
+    image_root: Annotated[str | None, _UNASKED, Tiny()] = None
+    """Folder the records' images are relative to; default ``images`` beside the record file, else the file's own."""
+    phrase: Annotated[str, Field(min_length=1), _UNASKED] = "无关图片"
+    """What the answer must contain, in any language; width of characters and case do not count."""
+    pattern: Annotated[str | None, _UNASKED] = None
+    """A regular expression to be found in the answer, in place of ``phrase``."""
+    prompt: Annotated[str | None, _UNASKED] = None
+    """What is asked about images whose record asks nothing; default the held-out samples' own questions, in turn."""
+
+    def impossible(self) -> list[str]:
+        return _bad_patterns(self, "pattern")
+
+
+class OodConfig(Section):
+    """Images unlike the training's, which the model describes in its own words."""
+
+    path: Annotated[str | None, Tiny()] = None
+    """A record file or a folder of images (docs/data.md, "Monitors"), as `beholder prepare ood` makes them; none: not
+    measured."""
+    image_root: Annotated[str | None, _UNASKED, Tiny()] = None
+    """Folder the records' images are relative to; default ``images`` beside the record file, else the file's own."""
+    prompt: Annotated[str, _UNASKED] = "Describe this image in natural language."
+    """What a model that answers is asked; one that captions gets the instruction it was trained with."""
+    question: Annotated[str | None, _UNASKED] = "Is there a {object} in the image?"
+    """Asked of a model that answers about an object the image does not show, of those that the training texts name;
+    null: not asked."""
+    yes: Annotated[str, _UNASKED] = r"\s*(yes\b|是|有|对|はい|да\b|oui\b|sí\b|ja\b|نعم)"
+    """A regular expression: with what an answer begins that says yes."""
+    script: Annotated[str | None, _UNASKED] = None
+    """The script captions must be in, as Unicode calls it in its characters' names: latin, cjk, cyrillic, arabic, …;
+    none: any."""
+
+    def impossible(self) -> list[str]:
+        wrong = _bad_patterns(self, "yes")
+        if self.question is not None and "{object}" not in self.question:
+            wrong.append(f"question {self.question!r} has no {{object}} for what is asked about")
+        return wrong
+
+
+def _bad_patterns(section: Section, *names: str) -> list[str]:
+    wrong: list[str] = []
+    for name in names:
+        try:
+            re.compile(getattr(section, name) or "")
+        except re.error as e:
+            wrong.append(f"{name} {getattr(section, name)!r} is not a regular expression: {e}")
+    return wrong
+
+
+MONITORED = {
+    "irrelevant.": "eval.irrelevant.path", "ood.": "eval.ood.path", "sane.": "eval.ood.path",
+    "cross.": "eval.ood.path", "jitter.": "eval.jitter_samples", "gap.": "eval.gap_samples",
+}  # fmt: skip
+"""How names of measurements begin that are made where a setting says on what, and that setting."""
+WATCHED = (
+    "irrelevant.pass", "ood.hallucination", "ood.blind", "sane.captions", "jitter.consistency", "gap.generalisation",
+)  # fmt: skip
+"""What is measured at every evaluation, where it is switched on; guardrails judge these."""
+RETAINED = ("retention.loss_ratio", "retention.loss_ratio_styled", "retention.kl")
+"""The same under ``eval.retention_every: eval``."""
+
+
 class EvalConfig(Section):
     all_decide = decides("measuring")
 
@@ -193,12 +274,43 @@ class EvalConfig(Section):
     """Held-out answers that the language model is scored on without any image, and the trained model with an empty one
     (leakage audit); 0: none."""
 
+    irrelevant: IrrelevantConfig = IrrelevantConfig()
+    ood: OodConfig = OodConfig()
+    jitter_samples: Annotated[Natural, Tiny(at_most=2)] = 0
+    """Held-out samples that are answered once more with a little cut off the edges of their images, at every
+    evaluation; 0: none."""
+    gap_samples: Annotated[Natural, Tiny(at_most=4)] = 0
+    """Held-out samples, and as many training samples, whose losses make the generalisation gap, at every evaluation;
+    0: not measured."""
+    retention_every: Annotated[
+        Literal["eval", "end"],
+        Inert(lambda cfg, _: not cfg.has_adapters, "there are no adapters", "stage model.lora.enable"),
+    ] = "end"  # fmt: skip
+    """When the loss on plain text is measured: at every evaluation, or at the end alone."""
+    baseline_run: Annotated[str | None, Tiny()] = None
+    """Run folder whose step 0 is the baseline of the guardrails; default this run's own."""
+
     slot_samples: Annotated[Natural, Tiny(at_most=6), _ONE_IMAGE] = 200
     """Held-out samples of several images in which each image alone is replaced, as many of every number of images;
     0: none."""
     moved_samples: Annotated[Natural, Tiny(at_most=6), _ONE_IMAGE] = 400
     """Held-out samples of several images and a short answer whose images are moved through every place, and as many
     two of which change places; 0: none."""
+
+    def off(self, measure: str) -> str | None:
+        """The setting that would have a monitor's measurement made; None where it is made, and for all others."""
+        setting = next((s for begin, s in MONITORED.items() if measure.startswith(begin)), None)
+        values = {
+            "eval.irrelevant.path": self.irrelevant.path, "eval.ood.path": self.ood.path,
+            "eval.jitter_samples": self.jitter_samples, "eval.gap_samples": self.gap_samples,
+        }  # fmt: skip
+        return setting if setting is not None and not values[setting] else None
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """What is measured at every evaluation."""
+        more = RETAINED if self.retention_every == "eval" else ()
+        return (*(name for name in WATCHED if self.off(name) is None), *more)
 
 
 class AblationConfig(Section):
@@ -238,6 +350,11 @@ class RunConfig(Section):
     ablation: AblationConfig = AblationConfig()
     gates: Annotated[dict[str, GateConfig], Field(default_factory=dict, validate_default=True), decides("measuring")]
     """What the evidence must show before the run may be built upon; the stage's own gates unless changed by name."""
+    guardrails: Annotated[
+        dict[str, GuardrailConfig], Field(default_factory=dict, validate_default=True), decides("watching"),
+        Tiny(value={}),
+    ]  # fmt: skip
+    """What stops the run early; the stage's own, where their monitor is switched on, unless changed by name."""
     scales: Annotated[
         dict[str, dict[str, bool | int | float | str | None]], Field(default_factory=dict), decides("run")
     ]
@@ -259,6 +376,18 @@ class RunConfig(Section):
     @classmethod
     def _complete(cls, given: dict[str, GateConfig], info: ValidationInfo) -> dict[str, GateConfig]:
         return complete_gates(given, stage_of(info.data.get("stage"), info.data.get("model")))
+
+    @field_validator("guardrails")
+    @classmethod
+    def _guarded(cls, given: dict[str, GuardrailConfig], info: ValidationInfo) -> dict[str, GuardrailConfig]:
+        stage, own = stage_of(info.data.get("stage"), info.data.get("model")), info.data.get("eval")
+        watched = own.watched if isinstance(own, EvalConfig) else ()
+        return complete_guardrails(given, stage, watched.__contains__)
+
+    @property
+    def guards(self) -> dict[str, GuardrailConfig]:
+        """The guardrails that are not switched off."""
+        return {name: rule for name, rule in self.guardrails.items() if rule.enable}
 
     @property
     def measure_seed(self) -> int:
@@ -357,4 +486,30 @@ class RunConfig(Section):
                 wrong.append(f"gates.{name} has no measure; name what it judges, or use one of the stage's own: {own}")
             elif not gate.bound:
                 wrong.append(f"gates.{name} has no bound; give above, at_least or at_most")
+            elif gate.enable and (setting := self.eval.off(gate.measure)) is not None:
+                wrong.append(f"gates.{name}: {gate.measure} is a monitor without data; give {setting}")
+        for name, rule in self.guards.items():
+            if rule.measure is None:
+                wrong.append(
+                    f"guardrails.{name} has no measure; name what it judges ({', '.join(WATCHED)}), or use one of: "
+                    f"{', '.join(GUARDRAILS)}"
+                )
+            elif (setting := self.eval.off(rule.measure)) is not None:
+                wrong.append(f"guardrails.{name}: {rule.measure} is a monitor without data; give {setting}")
+            elif rule.measure not in self.eval.watched or (rule.measure in RETAINED and not self.has_adapters):
+                taken = [m for m in self.eval.watched if m not in RETAINED or self.has_adapters]
+                wrong.append(
+                    f"guardrails.{name}: {rule.measure} is not measured at every evaluation; what is: "
+                    f"{', '.join(taken) or 'nothing'}"
+                    + ("; retention.* with eval.retention_every: eval" if rule.measure in RETAINED else "")
+                )
+            elif not rule.stops:
+                wrong.append(f"guardrails.{name} has no bound; give falls, rises, below, above or widens")
+        quick = self.train.quick_eval_size and self.train.quick_eval_steps
+        ends = ("end", "never")
+        if self.guards and not quick and self.train.full_eval_every in ends and self.ablation.run_every in ends:
+            wrong.append(
+                "guardrails are judged at every evaluation, and none is made before the end: set "
+                "train.full_eval_every, or train.quick_eval_size and train.quick_eval_steps"
+            )
         return wrong

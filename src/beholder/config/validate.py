@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from beholder.config.inert import inert_settings
-from beholder.config.run import RunConfig
+from beholder.config.run import EvalConfig, RunConfig
 from beholder.config.section import Section, items_of, options_of, section_of, values_of
-from beholder.config.stages import GateConfig, complete_gates, stage_of
+from beholder.config.stages import GateConfig, GuardrailConfig, complete_gates, complete_guardrails, stage_of
 from beholder.config.tree import SettingPath, Tree, dotted, get_at, show
 from beholder.config.wording import annotation_at, expected, nearest
 
@@ -174,4 +174,9 @@ def _construct(model: type[BaseModel], data: Any) -> Any:
     if model is RunConfig and isinstance(values["gates"], dict):
         given = {k: g for k, g in values["gates"].items() if isinstance(g, GateConfig)}
         values["gates"] = complete_gates(given, stage_of(values["stage"], values["model"]))
+    if model is RunConfig and isinstance(values["guardrails"], dict):
+        rules = {k: g for k, g in values["guardrails"].items() if isinstance(g, GuardrailConfig)}
+        watched = values["eval"].watched if isinstance(values["eval"], EvalConfig) else ()
+        stage = stage_of(values["stage"], values["model"])
+        values["guardrails"] = complete_guardrails(rules, stage, watched.__contains__)
     return model.model_construct(_fields_set=set(data) if isinstance(data, dict) else set(), **values)

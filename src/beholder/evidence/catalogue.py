@@ -36,7 +36,7 @@ IMAGE_NAMES: Mapping[Written, Mapping[str, str]] = {
 GROUPINGS = {
     "length": "target length", "turn": "turn", "question": "question", "answer": "kind of answer",
     "kind": "kind of made-up question", "images": "number of images",
-    "slot": "place",
+    "slot": "place", "image": "kind of image",
 }  # fmt: skip
 """What the groupings of samples (``by``) are called."""
 
@@ -55,6 +55,7 @@ Section = Literal[
     "blind",
     "kept",
     "symptoms",
+    "monitors",
     "",
 ]
 """A table of the report. The one of every measurement has no name."""
@@ -215,6 +216,8 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("retention.loss", "loss on plain text, adapters on", _NATS, "lower", "kept", said=ALONE),
     _Q("retention.loss_ratio", "loss on plain text, on over off", "ratio", "lower", "kept", said=ALONE,
        headline=_H(answer=4, label="text loss over the base's")),
+    _Q("retention.loss_ratio_styled", "loss on plain text after its first words, on over off", "ratio", "lower", "kept",
+       said=ALONE),
     _Q("retention.kl", "divergence from the base (KL)", _NATS, "lower", "kept", said=ALONE),
     _Q("merge.max_logit_diff", "largest change of a logit by merging", "logits", "lower", "kept", said=ALONE),
     _Q("merge.changed_pct", "next tokens of plain text changed by merging", "%", "lower", "kept", said=ALONE),
@@ -239,6 +242,16 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("collapse.image_independent", "same output for another image", _SHARE, "lower", "symptoms"),
     _Q("collapse.worst", "worst collapse symptom", _SHARE, "lower", "symptoms", said=ALONE,
        headline=_H(6, 5, label="worst collapse")),
+    # What a run is watched with while it trains (`probes.monitors`).
+    _Q("irrelevant.pass", "unrelated images told to be so", _SHARE, "higher", "monitors", said=ALONE),
+    _Q("ood.hallucination", "hallucination on unlike images", _SHARE, "lower", "monitors", said=ALONE),
+    _Q("ood.invents", "unlike images: descriptions that invent", _SHARE, "lower", "monitors"),
+    _Q("ood.says_yes", "unlike images: yes to what is absent", _SHARE, "lower", "monitors"),
+    _Q("ood.blind", "unlike images: empty or image-independent", _SHARE, "lower", "monitors", said=ALONE),
+    _Q("sane.captions", "unlike images: sane descriptions", _SHARE, "higher", "monitors", said=ALONE),
+    _Q("jitter.consistency", "same answer for slightly cropped images", _SHARE, "higher", "monitors", said=ALONE),
+    _Q("gap.generalisation", "generalisation gap", _NATS, "lower", "monitors", said=ALONE),
+    _Q("gap.training_loss", "loss on training samples", _NATS, "none", "monitors"),
     # What gates alone judge.
     _Q("data.truncated_pct", "targets cut to length", "%", "lower"),
     _Q("data.label_zero_pct", "samples with nothing supervised", "%", "lower"),

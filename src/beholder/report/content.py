@@ -53,7 +53,13 @@ State = Literal["right", "wrong", "unknown"]
 def warnings(e: Evidence) -> list[str]:
     """What a reader must not overlook, before any number."""
     out: list[str] = []
-    if e.status != Status.SUCCEEDED:
+    if e.stopped is not None:
+        why = f" It protects from this: {e.stopped.why}." if e.stopped.why else ""
+        out.append(
+            f"Stopped by its guardrail {e.stopped.sentence}.{why} The numbers are those of the checkpoint after step "
+            f"{e.step}."
+        )
+    elif e.status != Status.SUCCEEDED:
         ended = e.status.value.replace("_", " ")
         out.append(f"This run ended as “{ended}”. The numbers describe the last state it had.")
     out += [gap for gap in e.gaps if "--promote-anyway" in gap]  # it builds on a run that did not pass

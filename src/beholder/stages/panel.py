@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from beholder.config import GREEDY, RunConfig
+from beholder.config import GREEDY, MONITORED, RunConfig
 from beholder.data.chat import ChatEncoder, EncodeError
 from beholder.evidence import Measurement, WordReliance
 from beholder.probes import (
@@ -39,6 +39,7 @@ from beholder.probes import (
 )
 from beholder.probes.loss import SampleLoss
 from beholder.probes.written import Written
+from beholder.stages import monitors
 from beholder.stages.measured import Measured
 from beholder.stages.session import Session
 from beholder.types import Condition, Example, UserError
@@ -73,6 +74,8 @@ class Row:
     """Whether there is anything for it to measure."""
     without: tuple[str, str] | None = None
     """When there is not: how the names begin that gates are then not judged on, and why."""
+    monitor: str = ""
+    """What a monitor is called; it is made at every evaluation."""
     candidate: bool = False
     """Where it comes due, the whole held-out set is measured, and the step is a candidate for the best."""
 
@@ -686,6 +689,20 @@ def _adapted(session: Session) -> bool:
     return bool(session.model.adapters)
 
 
+def _monitor(name: str, make: Callable[[Session, Measured], None], begin: str, called: str) -> Row:
+    """Made where a setting says on what; else a named gap."""
+    why = f"{MONITORED[begin]} is not given"
+    return Row(
+        name, make, needs=lambda session: session.cfg.eval.off(begin) is None, without=(begin, why), monitor=called
+    )
+
+
+def watched(cfg: RunConfig) -> list[Row]:
+    """The rows that are made at every evaluation."""
+    kept = cfg.eval.retention_every == "eval"
+    return [row for row in PANEL.values() if row.monitor or (row.name == "retained" and kept)]
+
+
 PANEL: dict[str, Row] = {
     row.name: row
     for row in (
@@ -705,6 +722,10 @@ PANEL: dict[str, Row] = {
         Row("guessable", guessable),
         Row("retained", retained, needs=_adapted, without=("retention.", _NONE)),
         Row("merges", merges, needs=_adapted, without=("merge.", _NONE)),
+        _monitor("irrelevant", monitors.irrelevant, "irrelevant.", "Irrelevant images"),
+        _monitor("ood", monitors.ood, "ood.", "Images unlike the training's"),
+        _monitor("jitter", monitors.jitter, "jitter.", "Slightly cropped images"),
+        _monitor("gap", monitors.gap, "gap.", "Generalisation gap"),
     )
 }
 """Every measurement. Which of them a stage makes at its end, and in which order, its record says."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,14 @@ def evaluate_run(folder: str, overrides: Sequence[str] = ()) -> Outcome:
         session = opened.session
         status = session.run.read_status()  # measuring a stopped run does not finish it
         before = measure_before(session, fresh=False)
-        known = load_evidence(session.run.path).cost if (session.run.path / "evidence.json").is_file() else None
+        earlier = load_evidence(session.run.path) if (session.run.path / "evidence.json").is_file() else None
+        known = None if earlier is None else earlier.cost
         latest = checkpoint.latest_checkpoint(session.run.checkpoints)
         steps = opened.step if latest is None else int(restore.read_trainer(latest)["step"])
         known = None if known is not None and known.steps != steps else known  # of an earlier state
         trained = Trained(opened.step, steps, status, whole=False, again=True, cost=known)
+        if earlier is not None and earlier.cost.steps == steps:
+            trained = replace(trained, stopped=earlier.stopped)
         evidence = measure(session, opened.table, before, trained)
         return Outcome(session.run.path, evidence.status, opened.step, evidence=evidence, is_main=session.dist.is_main)
 

@@ -24,6 +24,7 @@ from beholder.model.vlm import VisionLanguageModel
 from beholder.probes.loss import SampleLoss
 from beholder.runs import RunDir, to_json
 from beholder.stages.held_out import HeldOut
+from beholder.stages.monitor_sets import MonitorSets
 from beholder.stages.together import Together
 from beholder.store.features import FeatureStore, FillReport, store_dir
 from beholder.terminal import Terminal
@@ -54,6 +55,7 @@ class Session:
         self.filled: FillReport | None = None
         self.held_out = HeldOut(cfg, run, dist, data)
         self.together = Together(cfg, dist, model, data, self.held_out, lambda: self.store, reporter)
+        self.monitors = MonitorSets(cfg, data, self.held_out)
         self.gaps = gaps
         """What could not be had or measured, in the order it was found; `gap` adds."""
         self.phases_s = phases_s
