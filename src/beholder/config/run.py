@@ -287,6 +287,12 @@ class EvalConfig(Section):
         Inert(lambda cfg, _: not cfg.has_adapters, "there are no adapters", "stage model.lora.enable"),
     ] = "end"  # fmt: skip
     """When the loss on plain text is measured: at every evaluation, or at the end alone."""
+    strengths: Annotated[
+        tuple[Annotated[float, Field(gt=0, lt=1)], ...], Tiny(value=()),
+        Inert(lambda cfg, _: not cfg.has_adapters, "there are no adapters", "stage model.lora.enable"),
+    ] = ()  # fmt: skip
+    """Shares of what the adapters learned at which held-out loss, text loss and monitors are measured at the end as
+    well: the line from the base to the trained model, such as [0.25, 0.5, 0.75]. Nothing more is trained for it."""
     baseline_run: Annotated[str | None, Tiny()] = None
     """Run folder whose step 0 is the baseline of the guardrails; default this run's own."""
 

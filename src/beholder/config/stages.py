@@ -317,6 +317,7 @@ INSTRUCT = Stage(
         "blind",
         "learnable",
         "guessable",
+        "strengths",
         "retained",
         "merges",
         *MONITORS,

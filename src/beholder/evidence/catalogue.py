@@ -36,7 +36,7 @@ IMAGE_NAMES: Mapping[Written, Mapping[str, str]] = {
 GROUPINGS = {
     "length": "target length", "turn": "turn", "question": "question", "answer": "kind of answer",
     "kind": "kind of made-up question", "images": "number of images",
-    "slot": "place", "image": "kind of image",
+    "slot": "place", "strength": "strength of the adapters", "image": "kind of image",
 }  # fmt: skip
 """What the groupings of samples (``by``) are called."""
 
@@ -252,6 +252,12 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("jitter.consistency", "same answer for slightly cropped images", _SHARE, "higher", "monitors", said=ALONE),
     _Q("gap.generalisation", "generalisation gap", _NATS, "lower", "monitors", said=ALONE),
     _Q("gap.training_loss", "loss on training samples", _NATS, "none", "monitors"),
+    # The same at part of the adapters' strength (``eval.strengths``).
+    _Q("strength.loss", "held-out loss, adapters at part of their strength", _NATS, "lower"),
+    _Q("strength.text_ratio", "loss on plain text, on over off, adapters at part of their strength", "ratio", "lower"),
+    _Q("strength.pass", "unrelated images told to be so, adapters at part of their strength", _SHARE, "higher"),
+    _Q("strength.hallucination", "hallucination, adapters at part of their strength", _SHARE, "lower"),
+    _Q("strength.blind", "blind answers, adapters at part of their strength", _SHARE, "lower"),
     # What gates alone judge.
     _Q("data.truncated_pct", "targets cut to length", "%", "lower"),
     _Q("data.label_zero_pct", "samples with nothing supervised", "%", "lower"),

@@ -178,6 +178,23 @@ def adapters_off(part: Part) -> Iterator[None]:
 
 
 @contextmanager
+def at_strength(part: Part, strength: float) -> Iterator[None]:
+    """Inside, the adapters are used at that share of what they learned (``model.lora.strength``): a point on the line
+    from the base, 0, to the trained weights, 1. Nothing is trained there."""
+    layers, learning = list(_adapted(part).values()), part.learning
+    before = [layer.scalings for layer in layers]
+    try:
+        for layer, (_, trained) in zip(layers, before, strict=True):
+            layer.scalings = (trained * strength, trained)
+        part.learn(False)
+        yield
+    finally:
+        for layer, scalings in zip(layers, before, strict=True):
+            layer.scalings = scalings
+        part.learn(learning)
+
+
+@contextmanager
 def merged(part: Part) -> Iterator[None]:
     """Inside, the adapters are part of the base's weights (summed in fp32, rounded once), at the strength they have
     outside training; afterwards the base is restored bit for bit from copies, which need the adapted layers' size in

@@ -79,14 +79,18 @@ class VisionLanguageModel(nn.Module):
         """Inside, the adapters are part of the weights, as `adapters.merged` has it."""
         return self._all_adapters("merged")
 
+    def at_strength(self, strength: float) -> AbstractContextManager[None]:
+        """Inside, the adapters are used at that share of what they learned, as `adapters.at_strength` has it."""
+        return self._all_adapters("at_strength", strength)
+
     @contextmanager
-    def _all_adapters(self, how: Literal["adapters_off", "merged"]) -> Iterator[None]:
+    def _all_adapters(self, how: Literal["adapters_off", "at_strength", "merged"], *more: float) -> Iterator[None]:
         with ExitStack() as stack:
             if self.adapters:
                 from beholder.model import adapters
 
                 for part in self.parts().values():
-                    stack.enter_context(getattr(adapters, how)(part))
+                    stack.enter_context(getattr(adapters, how)(part, *more))
             yield
 
     def drop_vision(self) -> None:

@@ -689,6 +689,28 @@ def _adapted(session: Session) -> bool:
     return bool(session.model.adapters)
 
 
+STRENGTH_LINE = {
+    "eval.loss": "strength.loss", "retention.loss_ratio": "strength.text_ratio", "irrelevant.pass": "strength.pass",
+    "ood.hallucination": "strength.hallucination", "ood.blind": "strength.blind",
+}  # fmt: skip
+"""What is measured at other strengths of the adapters, and what it is called there."""
+
+
+def strengths(session: Session, m: Measured) -> None:
+    """The line from the base to the trained model: the same measurements at part of the adapters' strength."""
+    for strength in session.cfg.eval.strengths:
+        with session.model.at_strength(strength):
+            there = Measured(m.step, session.eval_losses())
+            for name in ("losses", "retained", "irrelevant", "ood"):
+                if PANEL[name].needs(session):
+                    PANEL[name].make(session, there)
+        m.measurements += [
+            x.model_copy(update={"name": STRENGTH_LINE[x.name], "stratum": f"{strength:g}", "by": "strength"})
+            for x in there.measurements
+            if x.name in STRENGTH_LINE and x.stratum is None
+        ]
+
+
 def _monitor(name: str, make: Callable[[Session, Measured], None], begin: str, called: str) -> Row:
     """Made where a setting says on what; else a named gap."""
     why = f"{MONITORED[begin]} is not given"
@@ -720,6 +742,8 @@ PANEL: dict[str, Row] = {
         Row("blind", blind_two_ways, needs=_adapted, without=("blind.", _NONE)),
         Row("learnable", learnable, needs=_adapted, without=("learner.", _NONE)),
         Row("guessable", guessable),
+        # Before those that write down what was said: that of the run's own strength is to stay.
+        Row("strengths", strengths, needs=lambda s: _adapted(s) and bool(s.cfg.eval.strengths)),
         Row("retained", retained, needs=_adapted, without=("retention.", _NONE)),
         Row("merges", merges, needs=_adapted, without=("merge.", _NONE)),
         _monitor("irrelevant", monitors.irrelevant, "irrelevant.", "Irrelevant images"),

@@ -21,7 +21,7 @@ from beholder.model.placement import render_sites
 from beholder.model.plan import apply_train_plan, param_groups, plan_of
 from beholder.model.weights import listed
 from beholder.runs import RunDir, stop_signals, writing
-from beholder.stages.begin import announce, base_of, check_promoted, find_start, fresh_folder, start_from
+from beholder.stages.begin import announce, base_of, find_start, fresh_folder, start_from
 from beholder.stages.guard import standing_stop
 from beholder.stages.keep import saver, settle
 from beholder.stages.lifetime import honest_status, is_finished, sole_writer
@@ -33,6 +33,7 @@ from beholder.train.distributed import joined
 from beholder.train.engine import fit
 from beholder.train.objectives import OBJECTIVES
 from beholder.train.optim import build_optimizer
+from beholder.train.promoted import check_promoted
 from beholder.types import Status, UserError
 
 _APART = {"run", "place", "speed"}

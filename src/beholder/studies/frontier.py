@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from beholder.evidence import Measurement
+from beholder.evidence.guardrails import Limit
 from beholder.studies.score import TIE_WITHIN, pooled_spread
 
 Better = Literal["lower", "higher"]
@@ -112,32 +113,20 @@ def coordinates(known: Mapping[str, Mapping[str, Estimate]], axes: Sequence[Axis
 # The point to take
 
 
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """What a point must keep to be taken."""
-
-    measure: str
-    words: str
-    most: float | None = None
-    least: float | None = None
-
-    def broken_by(self, e: Estimate) -> bool:
-        return (self.most is not None and e.value > self.most) or (self.least is not None and e.value < self.least)
-
-
 def limits(
     baseline: Mapping[str, Estimate], *, max_text_ratio: float, max_hallucination_rise: float,
     max_irrelevant_fall: float,
 ) -> list[Limit]:  # fmt: skip
-    """The plan's bounds (S4-3): by the baseline, where it was measured."""
-    found = [Limit(KEPT.measure, f"at most {max_text_ratio:g} times the base's", most=max_text_ratio)]
+    """What a point must keep to be taken (S4-3): by the baseline, where it was measured."""
+    found = [Limit(KEPT.measure, most=max_text_ratio, words=f"at most {max_text_ratio:g} times the base's")]
     if (seen := baseline.get(SEEN.measure)) is not None:
         most = seen.value + max_hallucination_rise
-        found.append(Limit(SEEN.measure, f"at most the baseline's {seen.value:.3g} + {max_hallucination_rise:g}", most))
+        words = f"at most the baseline's {seen.value:.3g} + {max_hallucination_rise:g}"
+        found.append(Limit(SEEN.measure, most=most, words=words))
     if (said := baseline.get("irrelevant.pass")) is not None:
         least = said.value * (1 - max_irrelevant_fall)
         words = f"at least the baseline's {said.value:.3g} − {max_irrelevant_fall:.0%}"
-        found.append(Limit("irrelevant.pass", words, least=least))
+        found.append(Limit("irrelevant.pass", least=least, words=words))
     return found
 
 
@@ -187,6 +176,6 @@ def refusal(c: Contender, kept: Sequence[Limit]) -> str:
     if c.stopped:
         return c.stopped
     for limit in kept:
-        if (e := c.at.get(limit.measure)) is not None and limit.broken_by(e):
+        if (e := c.at.get(limit.measure)) is not None and limit.broken_by(e.value):
             return f"{limit.measure} is {e.value:.3g}, {limit.words}"
     return ""

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from beholder.evidence.guardrails import Limit, Reading
 from beholder.studies.frontier import (
     KEPT,
     SEEN,
@@ -20,7 +21,6 @@ from beholder.studies.frontier import (
     Better,
     Choice,
     Estimate,
-    Limit,
     told_apart,
     worse_by,
 )
@@ -44,14 +44,6 @@ CLAIMS = {
     "H3": "How many layers learn, and which, matters more than the learning rate",
     "H4": "Going on helps only while what the model could do stays; after that it harms",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What the monitors said of a run after ``step`` steps; step 0 is before training."""
-
-    step: int
-    values: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +246,7 @@ def drift_harms(points: Sequence[Seen], kept: Sequence[Limit]) -> tuple[Said, st
             change = later[-1] - course[k].values[limit.measure]
             change = change if HARMS[limit.measure] == "lower" else -change
             told = f"{point.name} ({WORDS[limit.measure]} {change:+.3g} after step {course[k].step})"
-            if not limit.broken_by(Estimate(later[-1], later[-1], later[-1])):
+            if not limit.broken_by(later[-1]):
                 back.append(told)
             else:
                 (harmed if change > 0 else neither).append(told)
@@ -273,7 +265,7 @@ def drift_harms(points: Sequence[Seen], kept: Sequence[Limit]) -> tuple[Said, st
 
 def _broken(limit: Limit, reading: Reading) -> bool:
     value = reading.values.get(limit.measure)
-    return value is not None and limit.broken_by(Estimate(value, value, value))
+    return value is not None and limit.broken_by(value)
 
 
 def _few(told: Sequence[str]) -> str:

@@ -32,8 +32,6 @@ class Point:
     folder: Path
     config_file: Path
     log: Path
-    after: str | None = None
-    """It starts from the run of this name."""
 
     @property
     def hash(self) -> str:
@@ -92,9 +90,8 @@ def resolve(
             "run_name": name,
             "output_dir": str(folder / name),
         }
-        origin = after[point] + of_seed if point in after else None
-        if origin is not None:
-            given["model.connector.load_checkpoint"] = str(folder / origin)
+        if point in after:
+            given["model.connector.load_checkpoint"] = str(folder / (after[point] + of_seed))
         if base.eval.golden_set_path is None and base.golden_size and base.eval.run_golden_every != "never":
             given["eval.golden_set_path"] = str(folder / "golden.jsonl")
         lines = [*overrides, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items())]
@@ -104,7 +101,7 @@ def resolve(
             wrong.append(f"{name}: {e}")
             continue
         files = folder / "configs" / f"{name}.yaml", folder / "logs" / f"{name}.log"
-        runs.append(Point(name, point, dict(settings), cfg, folder / name, *files, origin))
+        runs.append(Point(name, point, dict(settings), cfg, folder / name, *files))
     if wrong:
         raise UserError("these points cannot be run:\n" + "\n".join(wrong))
     return runs

@@ -133,10 +133,10 @@ class Runner:
         for run in list(self.left):
             if not free:
                 return
-            if (origin := run.after) is not None and origin not in (r.name for r in self.done):
-                if origin in self.failed or all(origin != r.name for r in self.points.runs):
+            if waits := [r.name for r in self._needs(run) if r not in self.done]:
+                if lost := [name for name in waits if name in self.failed]:
                     self.left.remove(run)
-                    self.failed[run.name] = f"{origin}, from which it starts, failed"
+                    self.failed[run.name] = f"it needs {lost[0]}, which failed"
                     self._say(f"{run.name} not run: {self.failed[run.name]}")
                 continue
             since = self.busy_since.setdefault(run.name, time.monotonic())
@@ -146,6 +146,11 @@ class Runner:
             slot = free.pop(0)
             self.running.append(_Running(run, _spawn(run, self.slots[slot], self.promote_anyway), slot))
             self._say(f"started {run.name} (log {run.log})")
+
+    def _needs(self, run: Point) -> list[Point]:
+        """Runs of the study that it starts from, or whose first reading is its baseline."""
+        folders = {run.cfg.model.connector.load_checkpoint, run.cfg.eval.baseline_run}
+        return [r for r in self.points.runs if str(r.folder) in folders]
 
     def _reap(self) -> None:
         for child in list(self.running):

@@ -1,0 +1,1 @@
+print_footprint = render_footprint = None
