@@ -9,7 +9,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -74,7 +74,7 @@ class FootprintRow(Record):
     """What a guardrail said that ended it early."""
     stopped_by: str = ""
     """The measurement that the guardrail judged."""
-    measured: Annotated[dict[str, Measurement], Field(default_factory=dict)]
+    measured: dict[str, Measurement] = Field(default_factory=dict)
     """Over all samples, by name."""
     line: tuple[LinePoint, ...] = ()
     readings: tuple[Reading, ...] = ()
@@ -109,7 +109,7 @@ class FootprintPoint(Record):
     """Finished ones."""
     learns: int = 0
     stopped: str = ""
-    at: Annotated[dict[str, Estimate], Field(default_factory=dict)]
+    at: dict[str, Estimate] = Field(default_factory=dict)
     on_frontier: bool = False
 
 
