@@ -127,7 +127,8 @@ def test_the_lowest_loss_among_those_that_keep_the_bounds_wins() -> None:
     choice = choose(
         [
             contender("A0", 1.0, 0), contender("A1", 0.8), contender("forgets", 0.5, retention__loss_ratio=1.06),
-            contender("sees things", 0.5, ood__hallucination=0.21), contender("says all fits", 0.5, irrelevant__pass=0.8),
+            contender("sees things", 0.5, ood__hallucination=0.21),
+            contender("says all fits", 0.5, irrelevant__pass=0.8),
             contender("stopped", 0.5, stopped="stopped by its guardrail x"),
         ],
         BOUNDS,

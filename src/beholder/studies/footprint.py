@@ -22,7 +22,16 @@ from typing import Any
 
 from rich.console import Console
 
-from beholder.config import WATCHED, FootprintConfig, LoraConfig, PointSetting, RunConfig, no_layers, settings
+from beholder.config import (
+    WATCHED,
+    FootprintConfig,
+    LoraConfig,
+    PointSetting,
+    RunConfig,
+    decided_by,
+    no_layers,
+    settings,
+)
 from beholder.config.file import load_config
 from beholder.evidence import Evidence, held_out_hashes, load_evidence
 from beholder.evidence.guardrails import readings
@@ -180,11 +189,14 @@ def _check_settings(own: FootprintConfig) -> None:
     wrong = []
     for name, point in own.points.items():
         for key in point.set:
-            if key not in known and not key.startswith(("gates.", "guardrails.")):
+            decided = decided_by(RunConfig, key)
+            if key not in known and not key.startswith("guardrails."):
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
                 wrong.append(f"footprint.points.{name}: no setting {key!r}{f'; nearest: {near[0]}' if near else ''}")
-            elif key.startswith(("data.", "sweep", "footprint")) or key in ("seed", "run_name", "output_dir"):
-                wrong.append(f"footprint.points.{name} sets {key}; points are compared on the same samples")
+            elif key == "seed" or (decided & {"held_out", "measuring", "run"} and "data" not in decided):
+                wrong.append(
+                    f"footprint.points.{name} sets {key}; points must be measured on the same samples by the same rule"
+                )
     if wrong:
         raise UserError("\n".join(wrong))
 

@@ -211,7 +211,11 @@ def answer(record: FootprintRecord) -> str:
     choice = record.choice
     if choice.winner is None:
         return "No point may be taken" if choice.refused else "Nothing is measured yet"
-    return f"Train {record.point(choice.winner).where} ({choice.winner})"
+    told = f"Train {record.point(choice.winner).where} ({choice.winner})"
+    least = choice.smallest
+    if least in (None, choice.winner) or record.point(least).at[TASK.measure].error is None:
+        return told  # without repeats little is told apart: no reason to learn less
+    return f"{told}, or, with fewer parameters, {record.point(least).where} ({least})"
 
 
 def explanation(record: FootprintRecord) -> str:
