@@ -18,8 +18,9 @@ import yaml
 from rich.console import Console
 from tests.conftest import TinyParts, make_config
 
-from beholder.config import FootprintConfig, PointConfig
+from beholder.config import FootprintConfig
 from beholder.config.file import dump_config, load_config
+from beholder.config.studies import PointConfig
 from beholder.evidence import load_evidence
 from beholder.report.compare import compare_runs
 from beholder.stages import run_stage
@@ -221,7 +222,7 @@ def test_controls_get_the_rank_that_gives_them_as_many_parameters(write_study: W
         ({"llm_layers": [0, 1, 9], "select": ["A0", "A2"]}, [], r"A2: model\.lora\.llm_layers is last-9, but .* has 2"),
         ({"select": ["A1"]}, ["model.connector.load_checkpoint=null"], "goes on from a stage-3"),
         (own({"model.lora.rank": 8}), [], "no setting 'model.lora.rank'; nearest"),
-        (own({"eval.caption_samples": 8}), [], "sets eval.caption_samples; points must be measured on the same samples"),
+        (own({"eval.caption_samples": 8}), [], "sets eval.caption_samples; points must be measured on the same"),
         (own({"train.lr.lora": "fast"}), [], "(?s)cannot be run:.*x: .*fast"),
     ],
 )  # fmt: skip
