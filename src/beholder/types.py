@@ -223,7 +223,8 @@ class ImageInput:
     """One image as the loader hands it over: stored tower features, or pixels for the tower."""
 
     features: torch.Tensor | None = None
-    """bf16 [P, Dv] from the feature store, or None."""
+    """From the feature store, or None: bf16 [P, Dv], of a tower that learns what goes into its lowest block that
+    does."""
     pixels: torch.Tensor | None = None
     """uint8 [3, H, W], resized and cropped but not yet normalised, or None."""
 
@@ -337,5 +338,5 @@ class FeatureReader(Protocol):
     """Looks up stored tower features. Implemented by `store.features.FeatureStore`; `data` only sees this."""
 
     def read(self, ref: ImageRef) -> torch.Tensor | None:
-        """bf16 [P, Dv], or None when the image is not stored."""
+        """`ImageInput.features`, or None when the image is not stored."""
         ...

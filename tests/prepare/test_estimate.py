@@ -412,7 +412,7 @@ def test_adapters_keep_the_bytes_and_cost_the_flops_that_are_counted(tmp_path, p
     for weight in adapter_parameters(language.part).values():
         weight.requires_grad_(True)
 
-    assert shape.adapter_params == sum(s.params for s in language.adapters)
+    assert shape.adapter_params == sum(s.params for s in language.part.adapters)
     estimated = [s.activation_bytes(rows * length, size, length) for s in (plain, shape)]
     assert kept() - bytes_before == pytest.approx(estimated[1] - estimated[0], rel=0.25)
     if precision == "fp32":  # the counter does not know addmm_, which adds into the 16-bit output

@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,14 +55,15 @@ class VisionTower(nn.Module):
     """A backbone with its own normalisation. Always in eval mode, and without a graph below the lowest weights that
     learn, in whatever mode its owner is.
 
-    ``features`` maps normalised pixels ``[m, 3, h, w]`` to ``[m, P, Dv]``; ``identity`` says, for the fingerprint, what
+    ``features`` maps normalised pixels ``[m, 3, h, w]`` to ``[m, P, Dv]``, or says how many images there are where they
+    came in on the way; ``identity`` says, for the fingerprint, what
     the weights alone do not (architecture and its settings).
     """
 
     def __init__(
         self,
         backbone: nn.Module,
-        features: Callable[[nn.Module, Tensor], Tensor],
+        features: Callable[[nn.Module, Tensor, int], Tensor],
         geometry: ImageGeometry,
         identity: Mapping[str, Any],
         dtype: torch.dtype,
@@ -94,6 +96,9 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: UInt8[Tensor, "m 3 h w"]) -> Float[Tensor, "m p dv"]:
         """Patch features in the tower's precision. Raises `UserError` for images of another size."""
+        return self._run(pixels, pixels.shape[0])
+
+    def _run(self, pixels: Tensor, count: int) -> Tensor:
         g = self.geometry
         if pixels.shape[2:] != (g.height, g.width):
             raise UserError(
@@ -106,23 +111,118 @@ class VisionTower(nn.Module):
         graph = torch.is_grad_enabled() and self.learns
         with torch.autocast(pixels.device.type, enabled=False), torch.set_grad_enabled(graph):
             normalised = torch.addcmul(shift, pixels.float(), scale).to(self.dtype)
-            return self._features(self.backbone, normalised)
+            return self._features(self.backbone, normalised, count)
+
+    # -- what can be computed once an image
+
+    @property
+    def lowest(self) -> str | None:
+        """The lowest block in which something learns: what goes into it is the same at every pass over an image. None
+        where nothing learns, or something outside of the blocks does."""
+        learns = [*(site.name for site in self.part.adapters), *self.part.unfrozen]
+        blocks = self.part.blocks
+        if not learns or not all(any(inside(n, [b]) or inside(b, [n]) for b in blocks) for n in learns):
+            return None
+        return next(b for b in blocks if any(inside(n, [b]) or inside(b, [n]) for n in learns))
+
+    @torch.no_grad()
+    def keep(self, pixels: UInt8[Tensor, "m 3 h w"]) -> Tensor:
+        """What can be kept of images while the tower learns, ``[m, …]``: what goes into the lowest block that learns;
+        of a frozen tower its features. `finish` goes on from it."""
+        if self.lowest is None:
+            return self(pixels)
+        block = self.backbone.get_submodule(self.lowest)
+        hook = block.register_forward_pre_hook(_stop, prepend=True, with_kwargs=True)
+        try:
+            self(pixels)
+        except _Reached as reached:
+            return reached.given
+        finally:
+            hook.remove()
+        raise AssertionError(f"{self.name} never calls {self.lowest}")
+
+    def finish(self, kept: Tensor) -> Float[Tensor, "m p dv"]:
+        """Features from what `keep` gave. What is below runs once over an empty image, for what else it hands up
+        (positions)."""
+        if self.lowest is None:
+            return kept
+        block = self.backbone.get_submodule(self.lowest)
+        hook = block.register_forward_pre_hook(partial(_put, kept), prepend=True, with_kwargs=True)
+        g = self.geometry
+        try:
+            return self._run(kept.new_zeros(1, 3, g.height, g.width, dtype=torch.uint8), kept.shape[0])
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def check_kept(self) -> str | None:
+        """Why nothing can be kept of an image while the tower learns, or None where `finish` after `keep` gives what
+        the tower gives."""
+        if self.learns and self.lowest is None:
+            return "something outside of its blocks learns"
+        g, draw = self.geometry, torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (2, 3, g.height, g.width), dtype=torch.uint8, generator=draw)
+        pixels = pixels.to(self.get_buffer("scale").device)
+        try:
+            again, whole = self.finish(self.keep(pixels)).float(), self(pixels).float()
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as e:
+            return f"it cannot go on from {self.lowest} ({first_line(e)})"
+        close = torch.allclose(again, whole, rtol=1e-5 if self.dtype == torch.float32 else 1e-2, atol=1e-5)
+        return None if close else f"going on from {self.lowest} gives something else"
 
     def try_out(self) -> Tensor:
         """One forward pass over an empty image."""
         g, device = self.geometry, self.get_buffer("scale").device
         return self(torch.zeros(1, 3, g.height, g.width, dtype=torch.uint8, device=device))
 
+    def identity(self) -> str:
+        """What decides its features besides its weights."""
+        g = self.geometry
+        return json.dumps(
+            {**self._identity, "dtype": str(self.dtype), "geometry": [getattr(g, f) for f in g.__slots__]},
+            sort_keys=True, default=str,
+        )  # fmt: skip
+
     def fingerprint(self) -> str:
         """sha256 over weights, architecture, precision and preprocessing: what decides the features of an image."""
         if self._fingerprint is None:
-            g = self.geometry
-            header = json.dumps(
-                {**self._identity, "dtype": str(self.dtype), "geometry": [getattr(g, f) for f in g.__slots__]},
-                sort_keys=True, default=str,
-            )  # fmt: skip
-            self._fingerprint = hash_state(base_state(self.part), header)
+            self._fingerprint = hash_state(base_state(self.part), self.identity())
         return self._fingerprint
+
+    def kept_fingerprint(self) -> str:
+        """sha256 over what decides what `keep` gives: of a tower that learns, what lies below."""
+        lowest = self.lowest
+        if lowest is None:
+            return self.fingerprint()
+        blocks = self.part.blocks
+        above = blocks[blocks.index(lowest) :]
+        below = {n: t for n, t in base_state(self.part).items() if not inside(n, above)}
+        return hash_state(below, f"{self.identity()} below {lowest}")
+
+
+class _Reached(Exception):
+    """Ends a forward pass where enough is known."""
+
+    def __init__(self, given: Tensor) -> None:
+        super().__init__("reached")
+        self.given = given
+
+
+def _images_in(args: Any, kwargs: Any) -> int | str:
+    """Where a block is given its images: the number of the argument, or its name."""
+    if args and isinstance(args[0], Tensor):
+        return 0
+    return next(k for k, v in kwargs.items() if isinstance(v, Tensor))
+
+
+def _stop(_: nn.Module, args: Any, kwargs: Any) -> None:
+    where = _images_in(args, kwargs)
+    raise _Reached(args[0] if where == 0 else kwargs[where])
+
+
+def _put(kept: Tensor, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    where = _images_in(args, kwargs)
+    return ((kept, *args[1:]), kwargs) if where == 0 else (args, {**kwargs, where: kept})
 
 
 def check_reached(tower: VisionTower) -> None:
@@ -231,9 +331,9 @@ def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
 
 def patches_of(
     outputs: Callable[[nn.Module, Tensor], Any], layout: PatchLayout
-) -> Callable[[nn.Module, Tensor], Tensor]:
-    """What gives ``[m, P, Dv]``, the patches alone."""
-    return lambda backbone, pixels: layout.take(outputs(backbone, pixels), pixels.shape[0])
+) -> Callable[[nn.Module, Tensor, int], Tensor]:
+    """What gives ``[m, P, Dv]``, the patches alone, of so many images."""
+    return lambda backbone, pixels, count: layout.take(outputs(backbone, pixels), count)
 
 
 def hf_class(config: Any, name: str) -> Any:

@@ -113,7 +113,8 @@ class VisionLanguageModel(nn.Module):
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
     def patches(self, images: Sequence[ImageInput]) -> Float[Tensor, "m p dv"]:
-        """Tower features of each image: the stored ones where given, else from pixels, in the order of ``images``."""
+        """Tower features of each image, in the order of ``images``: from what is stored where given (`keep`), else from
+        pixels."""
         g = self.geometry
         if not images:
             return torch.zeros(0, g.num_patches, g.d_vision, dtype=torch.bfloat16, device=self.device)
@@ -131,6 +132,11 @@ class VisionLanguageModel(nn.Module):
                 return fresh
             for i, feature in zip(raw, fresh, strict=True):
                 rows[i] = feature
+        if self.vision is not None and self.vision.lowest is not None:
+            where = [i for i, image in enumerate(images) if image.features is not None]
+            kept = torch.stack([f for image in images if (f := image.features) is not None])
+            for i, feature in zip(where, self.vision.finish(kept.to(self.device, self.vision.dtype)), strict=True):
+                rows[i] = feature
         stored = [r.to(self.device, non_blocking=True) for r in rows if r is not None]
         wrong = next((r for r in stored if r.shape != (g.num_patches, g.d_vision)), None)
         if wrong is not None:
@@ -140,6 +146,15 @@ class VisionLanguageModel(nn.Module):
             )
         common = stored[0].dtype if len({r.dtype for r in stored}) == 1 else torch.float32
         return torch.stack([r.to(common) for r in stored])
+
+    def keep(self, image: ImageInput) -> ImageInput:
+        """An image as the feature store keeps it: with the tower's features, of a tower that learns with what goes into
+        its lowest block that does; as it is where nothing can be kept."""
+        if self.vision is None or image.pixels is None or (self.vision.learns and self.vision.lowest is None):
+            return image
+        kept = self.vision.keep(image.pixels[None].to(self.device))[0]
+        narrow = torch.bfloat16 if self.vision.lowest is None else self.vision.dtype
+        return ImageInput(features=kept.detach().to("cpu", narrow))
 
     def visual_tokens(self, images: Sequence[ImageInput]) -> Float[Tensor, "m n dh"]:
         """What the language model is given for each image: ``[M, N, Dh]``, carrying the connector's graph."""

@@ -110,13 +110,20 @@ class Session:
             return
         vision, g = self.model.vision, self.model.geometry
         assert vision is not None
+        shape, dtype = (g.num_patches, g.d_vision), torch.bfloat16
         if vision.learns:
-            self.reporter.line("features", "off: the vision tower learns, so every pass needs fresh features")
-            self.gap("Feature store: switched off, because the vision tower learns.")
-            return
+            if (why := vision.check_kept()) is not None:
+                self.reporter.line("features", f"off: the vision tower learns, and {why}")
+                self.gap(f"Feature store: switched off, because the vision tower learns and {why}.")
+                return
+            empty = torch.zeros(1, 3, g.height, g.width, dtype=torch.uint8, device=self.model.device)
+            shape, dtype = tuple(vision.keep(empty).shape[1:]), vision.dtype
+            self.reporter.line(
+                "features", f"kept: what goes into {vision.lowest}, the tower's lowest block that learns"
+            )
         store = FeatureStore(
-            store_dir(cfg.features), tower_fingerprint=vision.fingerprint(),
-            pipeline_fingerprint=self.data.pipeline.fingerprint, num_patches=g.num_patches, d_vision=g.d_vision,
+            store_dir(cfg.features), tower_fingerprint=vision.kept_fingerprint(),
+            pipeline_fingerprint=self.data.pipeline.fingerprint, shape=shape, dtype=dtype,
             max_bytes=int(cfg.features.max_gb * 1e9),
         )  # fmt: skip
         stop = min(stop, start + len(self.data.train))  # later epochs show the same images again
@@ -128,7 +135,7 @@ class Session:
                 self.dist.alive()
 
             report = store.fill(
-                refs, lambda pixels: vision(pixels.to(self.model.device)), self.data.pipeline, batch_size=32,
+                refs, lambda pixels: vision.keep(pixels.to(self.model.device)), self.data.pipeline, batch_size=32,
                 progress=progress, on_bad_image=cfg.data.on_bad_image, rank=self.dist.rank,
                 world_size=self.dist.world_size,
             )  # fmt: skip
