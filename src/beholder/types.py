@@ -334,6 +334,13 @@ class TokenLosses:
     """bool [K]: the token was the arg-max. None while gradients are recorded: training has no use for it."""
 
 
+class LayerKeeper(Protocol):
+    """Keeps what goes into a layer of the language model. Implemented by `store.layers.LayerStore`."""
+
+    def read(self, key: bytes, length: int, /) -> torch.Tensor | None: ...
+    def put(self, key: bytes, hidden: torch.Tensor, /) -> None: ...
+
+
 class FeatureReader(Protocol):
     """Looks up stored tower features. Implemented by `store.features.FeatureStore`; `data` only sees this."""
 

@@ -5,6 +5,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Protocol, runtime_checkable
@@ -239,6 +240,63 @@ def choose_modules(part: Part, names: Sequence[str], setting: str) -> tuple[str,
 def inside(name: str, modules: Sequence[str]) -> bool:
     """Whether ``name`` is one of these modules or of something in them."""
     return any(name.startswith(f"{module}.") or name == module for module in modules)
+
+
+def lowest_of(part: Part) -> str | None:
+    """The lowest layer in which something learns: what goes into it is the same at every pass. None where nothing
+    learns, or something outside of the layers does."""
+    learns = [*(site.name for site in part.adapters), *part.unfrozen]
+
+    def touched(name: str) -> str | None:
+        return next((b for b in part.blocks if inside(name, [b]) or inside(b, [name])), None)
+
+    found = {touched(name) for name in learns}
+    return None if None in found else next((b for b in part.blocks if b in found), None)
+
+
+class Reached(Exception):
+    """Ends a forward pass where enough is known."""
+
+    def __init__(self, given: Tensor) -> None:
+        super().__init__("reached")
+        self.given = given
+
+
+def input_of(part: Part, block: str, run: Callable[[], object]) -> Tensor:
+    """What goes into a layer in a forward pass, which ends there."""
+
+    def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
+        where = _tensor_in(args, kwargs)
+        raise Reached(args[0] if where is None else kwargs[where])
+
+    hook = part.module.get_submodule(block).register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    try:
+        run()
+    except Reached as reached:
+        return reached.given
+    finally:
+        hook.remove()
+    raise AssertionError(f"{part.source} never calls {block}")
+
+
+@contextmanager
+def given_to(part: Part, block: str, value: Tensor) -> Iterator[None]:
+    """Inside, the layer is given ``value`` in place of what comes from below."""
+
+    def put(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        where = _tensor_in(args, kwargs)
+        return ((value, *args[1:]), kwargs) if where is None else (args, {**kwargs, where: value})
+
+    hook = part.module.get_submodule(block).register_forward_pre_hook(put, prepend=True, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _tensor_in(args: Any, kwargs: Any) -> str | None:
+    """Under which name a layer is given its input; None: as its first argument."""
+    return None if args and isinstance(args[0], Tensor) else next(k for k, v in kwargs.items() if isinstance(v, Tensor))
 
 
 def base_state(part: Part) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from beholder.config import VisionConfig
 from beholder.model.families import check_no_adapter
 from beholder.model.patch_layout import Declared, PatchLayout, UnknownLayout, find_layout
-from beholder.model.placement import base_state, counted, inside, tower_part
+from beholder.model.placement import base_state, counted, given_to, input_of, inside, lowest_of, tower_part
 from beholder.model.weights import (
     DTYPES,
     check_finite,
@@ -117,13 +116,8 @@ class VisionTower(nn.Module):
 
     @property
     def lowest(self) -> str | None:
-        """The lowest block in which something learns: what goes into it is the same at every pass over an image. None
-        where nothing learns, or something outside of the blocks does."""
-        learns = [*(site.name for site in self.part.adapters), *self.part.unfrozen]
-        blocks = self.part.blocks
-        if not learns or not all(any(inside(n, [b]) or inside(b, [n]) for b in blocks) for n in learns):
-            return None
-        return next(b for b in blocks if any(inside(n, [b]) or inside(b, [n]) for n in learns))
+        """`lowest_of` its blocks: what goes into it can be kept of every image."""
+        return lowest_of(self.part)
 
     @torch.no_grad()
     def keep(self, pixels: UInt8[Tensor, "m 3 h w"]) -> Tensor:
@@ -131,28 +125,16 @@ class VisionTower(nn.Module):
         of a frozen tower its features. `finish` goes on from it."""
         if self.lowest is None:
             return self(pixels)
-        block = self.backbone.get_submodule(self.lowest)
-        hook = block.register_forward_pre_hook(_stop, prepend=True, with_kwargs=True)
-        try:
-            self(pixels)
-        except _Reached as reached:
-            return reached.given
-        finally:
-            hook.remove()
-        raise AssertionError(f"{self.name} never calls {self.lowest}")
+        return input_of(self.part, self.lowest, lambda: self(pixels))
 
     def finish(self, kept: Tensor) -> Float[Tensor, "m p dv"]:
         """Features from what `keep` gave. What is below runs once over an empty image, for what else it hands up
         (positions)."""
         if self.lowest is None:
             return kept
-        block = self.backbone.get_submodule(self.lowest)
-        hook = block.register_forward_pre_hook(partial(_put, kept), prepend=True, with_kwargs=True)
         g = self.geometry
-        try:
+        with given_to(self.part, self.lowest, kept):
             return self._run(kept.new_zeros(1, 3, g.height, g.width, dtype=torch.uint8), kept.shape[0])
-        finally:
-            hook.remove()
 
     @torch.no_grad()
     def check_kept(self) -> str | None:
@@ -198,31 +180,6 @@ class VisionTower(nn.Module):
         above = blocks[blocks.index(lowest) :]
         below = {n: t for n, t in base_state(self.part).items() if not inside(n, above)}
         return hash_state(below, f"{self.identity()} below {lowest}")
-
-
-class _Reached(Exception):
-    """Ends a forward pass where enough is known."""
-
-    def __init__(self, given: Tensor) -> None:
-        super().__init__("reached")
-        self.given = given
-
-
-def _images_in(args: Any, kwargs: Any) -> int | str:
-    """Where a block is given its images: the number of the argument, or its name."""
-    if args and isinstance(args[0], Tensor):
-        return 0
-    return next(k for k, v in kwargs.items() if isinstance(v, Tensor))
-
-
-def _stop(_: nn.Module, args: Any, kwargs: Any) -> None:
-    where = _images_in(args, kwargs)
-    raise _Reached(args[0] if where == 0 else kwargs[where])
-
-
-def _put(kept: Tensor, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    where = _images_in(args, kwargs)
-    return ((kept, *args[1:]), kwargs) if where == 0 else (args, {**kwargs, where: kept})
 
 
 def check_reached(tower: VisionTower) -> None:

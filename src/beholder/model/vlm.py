@@ -4,6 +4,7 @@ Losses come back per token, so that training, evaluation and the ablation share 
 no data file is known here.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
@@ -20,8 +21,23 @@ from beholder.model.learned import learned_state
 from beholder.model.losses import head_nll
 from beholder.model.placement import AdapterSite, Part
 from beholder.model.vision import VisionTower
-from beholder.model.weights import sketch_module
-from beholder.types import Batch, Encoded, ImageInput, TokenLosses, TrainedPart, UserError
+from beholder.model.weights import hash_tensors, sketch_module
+from beholder.types import Batch, Encoded, ImageInput, LayerKeeper, TokenLosses, TrainedPart, UserError
+
+
+def _sample_keys(batch: Batch) -> list[bytes]:
+    """sha256 of each sample of a batch on the CPU: its tokens, and what it is shown."""
+    keys: list[bytes] = []
+    flat, ids = batch.sample_index.reshape(-1), batch.input_ids.reshape(-1)
+    for k in range(len(batch.ids)):
+        digest = hashlib.sha256(ids[flat == k].numpy().tobytes())
+        for owner, image in zip(batch.image_sample.tolist(), batch.images, strict=True):
+            shown = image.features if image.features is not None else image.pixels
+            if owner == k and shown is not None:
+                digest.update(f"{shown.dtype}{tuple(shown.shape)}".encode())
+                digest.update(shown.contiguous().view(torch.uint8).numpy().tobytes())
+        keys.append(digest.digest())
+    return keys
 
 
 class VisionLanguageModel(nn.Module):
@@ -38,6 +54,9 @@ class VisionLanguageModel(nn.Module):
         self.vision: VisionTower | None = vision
         self.connector, self.language = connector, language
         self.geometry, self.compute_dtype = vision.geometry, compute_dtype
+        self.layer_keeper: LayerKeeper | None = None
+        """Keeps what goes into the language model's lowest layer that learns, while it trains. Only where nothing
+        before it does (`check_layers_kept`)."""
         self._info = {
             **connector.info(),
             "vision": {"name": vision.name, "fingerprint": sketch_module(vision.backbone)},
@@ -181,11 +200,53 @@ class VisionLanguageModel(nn.Module):
         where, before = supervised_positions(batch.supervise, batch.position_ids)
         targets, owner = batch.input_ids.reshape(-1)[where], batch.sample_index.reshape(-1)[where]
         here = self.device
-        batch = batch.to(here)
-        hidden = self.language.hidden(self.embed(batch), batch.position_ids)
+        if self.layer_keeper is not None and self.training:
+            hidden = self._hidden_from_kept(batch, self.layer_keeper)
+        else:
+            there = batch.to(here)
+            hidden = self.language.hidden(self.embed(there), there.position_ids)
         picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, before.to(here, non_blocking=True))
         nll, correct = head_nll(self.language.head, picked, targets.to(here, non_blocking=True), self.language.vocab)
         return TokenLosses(nll, owner.to(here, non_blocking=True), correct)
+
+    def check_layers_kept(self) -> str | None:
+        """Why what goes into the language model's layers cannot be kept from one pass to the next, or None."""
+        if any(p.requires_grad for p in self.connector.parameters()) or (
+            self.vision is not None and self.vision.learns
+        ):
+            return "connector or tower learn, so what its layers are given changes"
+        return self.language.check_kept()
+
+    def below_fingerprint(self) -> str:
+        """sha256 over all weights that decide, with a sample, what goes into the lowest layer that learns."""
+        tower = self.vision.fingerprint() if self.vision is not None else ""
+        return hash_tensors(
+            {n: p.detach() for n, p in self.connector.state_dict().items()},
+            f"{self.language.below_fingerprint()} {tower} {self.compute_dtype}",
+        )
+
+    def _hidden_from_kept(self, batch: Batch, keeper: LayerKeeper) -> Float[Tensor, "b t dh"]:
+        """Final hidden states from what is kept of the samples; what is not is computed, all of the batch, and kept."""
+        flat, where = batch.sample_index.reshape(-1), []
+        rows: list[Tensor | None] = []
+        keys = _sample_keys(batch)
+        for k, key in enumerate(keys):
+            where.append((flat == k).nonzero()[:, 0])
+            rows.append(keeper.read(key, len(where[k])))
+        there = batch.to(self.device)
+        shape = (*batch.input_ids.shape, self.language.d_text)
+        kept = torch.zeros(shape, dtype=self.language.dtype)
+        if any(row is None for row in rows):
+            with torch.no_grad():
+                fresh = self.language.keep(self.embed(there), there.position_ids).cpu().flatten(0, 1)
+            for k, row in enumerate(rows):
+                if row is None:
+                    rows[k] = fresh[where[k]]
+                    keeper.put(keys[k], fresh[where[k]])
+        for place, row in zip(where, rows, strict=True):
+            assert row is not None
+            kept.view(-1, shape[-1])[place] = row
+        return self.language.finish(kept.to(self.device), there.position_ids)
 
     @torch.no_grad()
     def generate(

@@ -26,6 +26,7 @@ from beholder.runs import RunDir, to_json
 from beholder.stages.held_out import HeldOut
 from beholder.stages.together import Together
 from beholder.store.features import FeatureStore, FillReport, store_dir
+from beholder.store.layers import LayerStore
 from beholder.terminal import Terminal
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
@@ -51,6 +52,8 @@ class Session:
         """`time.perf_counter` when the work began."""
         self.store: FeatureStore | None = None
         """What `fill_features` has filled; None before, and where the config switches it off."""
+        self.layers: LayerStore | None = None
+        """What `keep_layers` opened."""
         self.filled: FillReport | None = None
         self.held_out = HeldOut(cfg, run, dist, data)
         self.together = Together(cfg, dist, model, data, self.held_out, lambda: self.store, reporter)
@@ -66,8 +69,9 @@ class Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.store is not None:
-            self.store.close()
+        for store in (self.store, self.layers):
+            if store is not None:
+                store.close()
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -147,6 +151,23 @@ class Session:
                 f"Feature store: {over} images did not fit into features.max_gb = {cfg.features.max_gb:g} GB; the "
                 "tower saw them at every pass."
             )
+
+    def keep_layers(self) -> None:
+        """Lets the model keep what goes into the language model's lowest layer that learns, where the config asks."""
+        cfg, model = self.cfg, self.model
+        if not cfg.features.layers:
+            return
+        if (why := model.check_layers_kept()) is not None:
+            self.reporter.line("layers", f"not kept: {why}")
+            self.gap(f"Layers: what goes into them was not kept, because {why} (features.layers).")
+            return
+        language = model.language
+        self.layers = LayerStore(
+            store_dir(cfg.features), {"below": model.below_fingerprint()}, width=language.d_text, dtype=language.dtype,
+            max_bytes=int(cfg.features.max_gb * 1e9),
+        )  # fmt: skip
+        model.layer_keeper = self.layers
+        self.reporter.line("layers", f"kept: what goes into {language.lowest}, the lowest that learns")
 
     def training_examples(self, most: int) -> list[Example]:
         """So many of the training samples, in their order, which is already random."""
