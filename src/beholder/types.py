@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # the command line imports this file and must answer --help without loading torch
     import numpy as np
@@ -334,6 +334,7 @@ class TokenLosses:
     """bool [K]: the token was the arg-max. None while gradients are recorded: training has no use for it."""
 
 
+@runtime_checkable
 class LayerKeeper(Protocol):
     """Keeps what goes into a layer of the language model. Implemented by `store.layers.LayerStore`."""
 

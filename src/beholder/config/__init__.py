@@ -31,6 +31,7 @@ from beholder.config.parts import (
     ProjectorConfig,
     ResamplerConfig,
     VisionConfig,
+    names_modules,
     no_layers,
 )  # fmt: skip
 from beholder.config.run import (
@@ -55,5 +56,5 @@ __all__ = [
     "LoraConfig",
     "ModelConfig", "Positive", "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig",
     "Section", "SourceConfig", "Stage", "StageName", "SweepConfig", "TrainConfig", "VisionConfig", "WeightDecays",
-    "decided_by", "no_layers", "settings", "usual_gate",
+    "decided_by", "names_modules", "no_layers", "settings", "usual_gate",
 ]  # fmt: skip

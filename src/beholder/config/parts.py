@@ -42,8 +42,20 @@ Layers = (
 """Which layers of a model: by where they stand, or by their numbers from 0."""
 
 
+def names_modules(pattern: str) -> bool:
+    """Whether a pattern is the end of a module's name, or ``all-linear``; else it is a regular expression."""
+    return pattern == "all-linear" or re.fullmatch(r"[\w.]+", pattern) is not None
+
+
 def no_layers(layers: Layers) -> bool:
     return layers in ("none", "last-0", "first-0", ())
+
+
+def _few(layers: Layers) -> Layers:
+    """As much of it as a tiny part has."""
+    if isinstance(layers, str):
+        return re.sub(r"-[1-9]\d*", "-1", layers)
+    return tuple(k for k in layers if k == 0) or ("last-1" if layers else layers)
 
 
 class LlmConfig(Section):
@@ -182,9 +194,9 @@ class LoraConfig(Section):
     several parts (``self_attn.q_proj``), or a regular expression that matches the whole name or its last parts. Each
     must match something, and nothing outside the language model's layers; the resolved list is printed and counted. A
     regular expression that names modules of the vision tower alone is the tower's."""
-    llm_layers: Annotated[Layers, NO_ADAPTERS] = "all"
+    llm_layers: Annotated[Layers, NO_ADAPTERS, Tiny(make=_few)] = "all"
     """Layers of the language model that get them: all, none, ``last-2``, ``first-2``, or a list of numbers from 0."""
-    vit_layers: Annotated[Layers, NO_ADAPTERS] = "none"
+    vit_layers: Annotated[Layers, NO_ADAPTERS, Tiny(make=_few)] = "none"
     """Blocks of the vision tower that get adapters as well, said like ``llm_layers``. ``beholder plan`` counts them."""
     vit_target_modules: Annotated[
         tuple[str, ...], NO_ADAPTERS,
@@ -196,8 +208,7 @@ class LoraConfig(Section):
     @property
     def may_reach_tower(self) -> bool:
         """Whether the tower gets adapters, or may: what an expression names, only the model knows."""
-        words = [p for p in self.target_modules if re.fullmatch(r"[\w.-]+", p)]
-        return not no_layers(self.vit_layers) or len(words) < len(self.target_modules)
+        return not no_layers(self.vit_layers) or not all(map(names_modules, self.target_modules))
 
     def impossible(self) -> list[str]:
         if self.enable and no_layers(self.llm_layers) and not self.may_reach_tower:

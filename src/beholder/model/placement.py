@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from beholder.config import Layers, LoraConfig, no_layers
+from beholder.config import Layers, LoraConfig, names_modules, no_layers
 from beholder.model.weights import listed
 from beholder.types import TrainedPart, UserError
 
@@ -115,7 +115,7 @@ def selectors(cfg: LoraConfig, parts: Mapping[str, Part]) -> dict[str, Selector]
         own: list[str] = []
         theirs: list[str] = []
         for pattern in cfg.target_modules:
-            there = [] if _is_name(pattern) else list(_named(tower, pattern, language.field))
+            there = [] if names_modules(pattern) else list(_named(tower, pattern, language.field))
             here = list(_named(parts["language"], pattern, language.field)) if there else []
             if here and there and tower.prefix:
                 raise UserError(
@@ -314,10 +314,6 @@ def base_state(part: Part) -> dict[str, Tensor]:
 
 # ---------------------------------------------------------------------------------------------------------------
 # What a pattern names
-
-
-def _is_name(pattern: str) -> bool:
-    return pattern == ALL_LINEAR or re.fullmatch(r"[\w.]+", pattern) is not None
 
 
 def _named(part: Part, pattern: str, setting: str) -> Iterator[str]:

@@ -189,12 +189,13 @@ def check_reached(tower: VisionTower) -> None:
     names = {n: p for n, p in part.module.named_parameters() if inside(n, part.unfrozen) or ".lora_" in n}
     if not names:
         return
+    flags = [weight.requires_grad for weight in names.values()]
     with torch.enable_grad():
         for weight in names.values():
             weight.requires_grad_(True)
         grads = torch.autograd.grad(tower.try_out().float().sum(), list(names.values()), allow_unused=True)
-        for weight in names.values():
-            weight.requires_grad_(False)
+        for weight, flag in zip(names.values(), flags, strict=True):
+            weight.requires_grad_(flag)
     idle = [n for n, grad in zip(names, grads, strict=True) if grad is None]
     if idle:
         raise UserError(
