@@ -1,5 +1,5 @@
-"""What it saves to train the last layers alone: steps of all layers, of the last K, and of the last K from what was kept
-of the layers below (`features.layers`).
+"""What it saves to train the last layers alone: steps of all layers, of the last K, and of the last K from what was
+kept of the layers below (`features.layers`).
 
     python benchmarks/kept_layers.py --threads 1
 
@@ -99,9 +99,8 @@ def main() -> None:
     for name, (seconds, mib) in best.items():
         print(f"{name:<14}{seconds:>8.2f} s a step{whole / seconds:>7.1f} x{mib:>10.0f} MiB kept for the backward pass")
     plain, kept = best[f"last {args.last}"][0], best["… kept"][0]
-    print(
-        f"first pass, which writes: {first:.2f} s; worth it from pass {1 + max(0.0, first - plain) / (plain - kept):.2f}"
-    )
+    passes = 1 + max(0.0, first - plain) / (plain - kept)
+    print(f"first pass, which writes: {first:.2f} s; worth it from pass {passes:.2f}")
 
 
 if __name__ == "__main__":
