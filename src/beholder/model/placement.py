@@ -62,9 +62,11 @@ class Part:
     """What others must know to compute with the adapters: ``adapter_config.json``."""
     merged: list[TrainedPart] = field(default_factory=list)
     """Adapters of earlier runs that `model.adapters.merge_in` made part of its weights, in this order."""
+    changed: tuple[str, ...] = ()
+    """Modules whose weights are no longer as in its files, because they learn, or have learned in an earlier run,
+    themselves."""
     unfrozen: tuple[str, ...] = ()
-    """Names of its weights that learn, or have learned in an earlier run, themselves."""
-
+    """Those of them that learn in this run."""
     learning: bool = False
 
     @property
@@ -116,7 +118,7 @@ def selectors(cfg: LoraConfig, parts: Mapping[str, Part]) -> dict[str, Selector]
         theirs: list[str] = []
         for pattern in cfg.target_modules:
             there = [] if names_modules(pattern) else list(_named(tower, pattern, language.field))
-            here = list(_named(parts["language"], pattern, language.field)) if there else []
+            here = list(_named(parts["language"], pattern, language.field)) if there and "language" in parts else []
             if here and there and tower.prefix:
                 raise UserError(
                     f"{language.field} {pattern!r} crosses towers: it matches {counted(here)} of the language model "
