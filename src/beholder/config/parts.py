@@ -58,6 +58,11 @@ def _few(layers: Layers) -> Layers:
     return tuple(k for k in layers if k == 0) or ("last-1" if layers else layers)
 
 
+def _whole_layers(modules: tuple[str, ...]) -> tuple[str, ...]:
+    """An expression may speak of layers that a tiny part does not have."""
+    return modules if all(map(names_modules, modules)) else ("all-linear",)
+
+
 class LlmConfig(Section):
     name_or_path: Annotated[str, decides("place", "weights", "held_out")]
     """Hub name, local folder, or a ``.gguf`` file of a causal language model."""
@@ -86,7 +91,7 @@ class VisionConfig(Section):
     """``timm/…`` only: a local ``.safetensors`` file to load strictly, instead of timm's own download."""
     freeze: Literal[True] = True
     """What nobody lets learn (``unfreeze``, ``model.lora.vit_layers``) stays bit-identical."""
-    unfreeze: Annotated[tuple[str, ...], Tiny(value=())] = ()
+    unfreeze: Annotated[tuple[str, ...], Tiny(make=lambda names: ("first-1",) if names else ())] = ()
     """Blocks, stages or other modules of the tower whose weights learn themselves, in fp32: names (``stages.3``,
     ``blocks.11``), ``last-K`` or ``first-K`` blocks. Batch statistics stay as they are."""
     feature_layer: Annotated[int, Field(ge=-1024, le=1024)] = -1
@@ -187,7 +192,7 @@ class LoraConfig(Section):
     on the line from the language model's own weights (0) to the trained ones (1). Below 1 it keeps more of the language
     (WiSE-FT, Wortsman et al. 2022)."""
     bias: Annotated[Literal["none"], NO_ADAPTERS] = "none"
-    target_modules: Annotated[tuple[str, ...], NO_ADAPTERS] = (
+    target_modules: Annotated[tuple[str, ...], NO_ADAPTERS, Tiny(make=_whole_layers)] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
     """Modules of the language model that get an adapter: ``all-linear``, the last part of a module's name (``q_proj``),
@@ -199,7 +204,7 @@ class LoraConfig(Section):
     vit_layers: Annotated[Layers, NO_ADAPTERS, Tiny(make=_few)] = "none"
     """Blocks of the vision tower that get adapters as well, said like ``llm_layers``. ``beholder plan`` counts them."""
     vit_target_modules: Annotated[
-        tuple[str, ...], NO_ADAPTERS,
+        tuple[str, ...], NO_ADAPTERS, Tiny(value=("all-linear",)),
         Inert(lambda _, own: no_layers(own.vit_layers), "the tower gets no adapters", ".vit_layers"),
     ] = ("all-linear",)  # fmt: skip
     """Modules of these blocks that do: as in ``target_modules``. ``all-linear`` are linear layers, ``qkv`` among them,
