@@ -27,7 +27,7 @@ def tower(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Load:
     """``tower(family, precision="fp32", …)``: a Hugging Face tower, or timm's smallest of a kind."""
 
     def load(family: str, **settings: Any) -> VisionTower:
-        vision = loaded(family, **settings)
+        vision = loaded(family, **{"precision": "fp32"} | settings)
         for (
             module
         ) in vision.modules():  # timm starts what ends a residual branch at 0, and nothing before it would learn

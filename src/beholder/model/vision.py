@@ -193,7 +193,8 @@ def check_reached(tower: VisionTower) -> None:
     with torch.enable_grad():
         for weight in names.values():
             weight.requires_grad_(True)
-        grads = torch.autograd.grad(tower.try_out().float().sum(), list(names.values()), allow_unused=True)
+        total, weights = tower.try_out().float().sum(), list(names.values())
+        grads = torch.autograd.grad(total, weights, allow_unused=True) if total.requires_grad else [None] * len(weights)
         for weight, flag in zip(names.values(), flags, strict=True):
             weight.requires_grad_(flag)
     idle = [n for n, grad in zip(names, grads, strict=True) if grad is None]
