@@ -193,7 +193,7 @@ def trained(
         tower, g = model.vision, model.geometry
         store = FeatureStore(
             bench.folder / "features", tower_fingerprint=tower.fingerprint(),
-            pipeline_fingerprint=data.pipeline.fingerprint, num_patches=g.num_patches, d_vision=g.d_vision,
+            pipeline_fingerprint=data.pipeline.fingerprint, shape=(g.num_patches, g.d_vision),
             max_bytes=10**8,
         )  # fmt: skip
         refs = data.train_refs(0, len(data.train))

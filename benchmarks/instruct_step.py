@@ -228,7 +228,7 @@ def fill_store(cfg: RunConfig, folder: Path, data: Data, tower: VisionTower) -> 
     g = data.pipeline.geometry
     store = FeatureStore(
         folder, tower_fingerprint=tower.fingerprint(), pipeline_fingerprint=data.pipeline.fingerprint,
-        num_patches=g.num_patches, d_vision=g.d_vision, max_bytes=10**10,
+        shape=(g.num_patches, g.d_vision), max_bytes=10**10,
     )  # fmt: skip
     store.fill(data.train_refs(0, len(data.train)), tower, data.pipeline, batch_size=16)
     return store

@@ -170,7 +170,7 @@ def test_fresh_adapters_change_no_logit_and_no_weight_of_the_base(build: Build, 
 def test_adapter_weights_are_fp32_over_a_bf16_base_and_drawn_from_the_seed_alone(build: Build) -> None:
     def weights(seed: int) -> dict[str, Tensor]:
         torch.rand(seed)  # another past of the global generator
-        return adapters.adapter_tensors(build(precision="bf16", lora=ON, seed=seed).model.language)
+        return adapters.adapter_tensors(build(precision="bf16", lora=ON, seed=seed).model.language.part)
 
     one, again, other = weights(3), weights(3), weights(4)
 

@@ -174,7 +174,7 @@ def test_a_base_goes_on_through_later_runs(stage: MakeStage, merged: Path, tmp_p
 
     ids = torch.arange(20)[None] + 30
     was, continued, twice, fresh = (load(r).model for r in (merged, *(tmp_path / n / "run" for n in "abc")))
-    assert [len(m.language.merged) for m in (continued, twice, fresh)] == [1, 2, 1]
+    assert [len(m.language.part.merged) for m in (continued, twice, fresh)] == [1, 2, 1]
     assert torch.equal(continued.text_logits(ids), was.text_logits(ids))
     with adapters.merged(was.language.part):
         assert torch.equal(twice.text_logits(ids), was.text_logits(ids))
@@ -224,7 +224,7 @@ def test_adapters_that_are_no_plain_lora_or_of_another_model_are_not_merged(orig
         with pytest.raises(UserError, match=says):
             adapters.merge_in(language.part, odd)
     after = placement.base_state(language.part)
-    assert all(torch.equal(before[k], after[k]) for k in before) and not language.merged
+    assert all(torch.equal(before[k], after[k]) for k in before) and not language.part.merged
 
 
 def test_stage_multi_does_not_start_from_an_instruct_run_whose_gates_failed(

@@ -31,6 +31,7 @@ from beholder.config.parts import (
     ProjectorConfig,
     ResamplerConfig,
     VisionConfig,
+    names_modules,
     no_layers,
 )  # fmt: skip
 from beholder.config.run import (
@@ -68,5 +69,5 @@ __all__ = [
     "HygieneLimits", "IrrelevantConfig", "Layers", "LearningRates", "LlmConfig", "LoraConfig", "ModelConfig",
     "OodConfig", "PointSetting", "Positive", "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig",
     "Section", "SourceConfig", "Stage", "StageName", "StudyConfig", "SweepConfig", "TrainConfig", "VisionConfig",
-    "WeightDecays", "decided_by", "no_layers", "settings", "usual_gate",
+    "WeightDecays", "decided_by", "names_modules", "no_layers", "settings", "usual_gate",
 ]  # fmt: skip

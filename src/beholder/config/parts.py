@@ -42,8 +42,25 @@ Layers = (
 """Which layers of a model: by where they stand, or by their numbers from 0."""
 
 
+def names_modules(pattern: str) -> bool:
+    """Whether a pattern is the end of a module's name, or ``all-linear``; else it is a regular expression."""
+    return pattern == "all-linear" or re.fullmatch(r"[\w.]+", pattern) is not None
+
+
 def no_layers(layers: Layers) -> bool:
     return layers in ("none", "last-0", "first-0", ())
+
+
+def _few(layers: Layers) -> Layers:
+    """As much of it as a tiny part has."""
+    if isinstance(layers, str):
+        return re.sub(r"-[1-9]\d*", "-1", layers)
+    return tuple(k for k in layers if k == 0) or ("last-1" if layers else layers)
+
+
+def _whole_layers(modules: tuple[str, ...]) -> tuple[str, ...]:
+    """An expression may speak of layers that a tiny part does not have."""
+    return modules if all(map(names_modules, modules)) else ("all-linear",)
 
 
 class LlmConfig(Section):
@@ -74,7 +91,7 @@ class VisionConfig(Section):
     """``timm/…`` only: a local ``.safetensors`` file to load strictly, instead of timm's own download."""
     freeze: Literal[True] = True
     """What nobody lets learn (``unfreeze``, ``model.lora.vit_layers``) stays bit-identical."""
-    unfreeze: Annotated[tuple[str, ...], Tiny(value=())] = ()
+    unfreeze: Annotated[tuple[str, ...], Tiny(make=lambda names: ("first-1",) if names else ())] = ()
     """Blocks, stages or other modules of the tower whose weights learn themselves, in fp32: names (``stages.3``,
     ``blocks.11``), ``last-K`` or ``first-K`` blocks. Batch statistics stay as they are."""
     feature_layer: Annotated[int, Field(ge=-1024, le=1024)] = -1
@@ -175,19 +192,19 @@ class LoraConfig(Section):
     on the line from the language model's own weights (0) to the trained ones (1). Below 1 it keeps more of the language
     (WiSE-FT, Wortsman et al. 2022)."""
     bias: Annotated[Literal["none"], NO_ADAPTERS] = "none"
-    target_modules: Annotated[tuple[str, ...], NO_ADAPTERS] = (
+    target_modules: Annotated[tuple[str, ...], NO_ADAPTERS, Tiny(make=_whole_layers)] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
     """Modules of the language model that get an adapter: ``all-linear``, the last part of a module's name (``q_proj``),
     several parts (``self_attn.q_proj``), or a regular expression that matches the whole name or its last parts. Each
     must match something, and nothing outside the language model's layers; the resolved list is printed and counted. A
     regular expression that names modules of the vision tower alone is the tower's."""
-    llm_layers: Annotated[Layers, NO_ADAPTERS] = "all"
+    llm_layers: Annotated[Layers, NO_ADAPTERS, Tiny(make=_few)] = "all"
     """Layers of the language model that get them: all, none, ``last-2``, ``first-2``, or a list of numbers from 0."""
-    vit_layers: Annotated[Layers, NO_ADAPTERS] = "none"
+    vit_layers: Annotated[Layers, NO_ADAPTERS, Tiny(make=_few)] = "none"
     """Blocks of the vision tower that get adapters as well, said like ``llm_layers``. ``beholder plan`` counts them."""
     vit_target_modules: Annotated[
-        tuple[str, ...], NO_ADAPTERS,
+        tuple[str, ...], NO_ADAPTERS, Tiny(value=("all-linear",)),
         Inert(lambda _, own: no_layers(own.vit_layers), "the tower gets no adapters", ".vit_layers"),
     ] = ("all-linear",)  # fmt: skip
     """Modules of these blocks that do: as in ``target_modules``. ``all-linear`` are linear layers, ``qkv`` among them,
@@ -196,8 +213,7 @@ class LoraConfig(Section):
     @property
     def may_reach_tower(self) -> bool:
         """Whether the tower gets adapters, or may: what an expression names, only the model knows."""
-        words = [p for p in self.target_modules if re.fullmatch(r"[\w.-]+", p)]
-        return not no_layers(self.vit_layers) or len(words) < len(self.target_modules)
+        return not no_layers(self.vit_layers) or not all(map(names_modules, self.target_modules))
 
     def impossible(self) -> list[str]:
         if self.enable and no_layers(self.llm_layers) and not self.may_reach_tower:

@@ -46,6 +46,6 @@ def build_vlm(
         from beholder.model import adapters
 
         for name, selector in selectors(cfg.lora, parts).items():
-            adapters.attach(parts[name], selector, cfg.lora, seed, selector)
+            adapters.attach(parts[name], cfg.lora, seed, selector)
     check_reached(vision)
     return model, tokenizer

@@ -21,9 +21,22 @@ from beholder.model.families import (
     limits_of,
     running,
 )
-from beholder.model.placement import decoder_of, language_part
-from beholder.model.weights import DTYPES, check_finite, check_loading_info, freeze, from_pretrained, loading
+from beholder.model.placement import base_state, decoder_of, given_to, input_of, inside, language_part, lowest_of
+from beholder.model.weights import (
+    DTYPES,
+    check_finite,
+    check_loading_info,
+    first_line,
+    freeze,
+    from_pretrained,
+    hash_state,
+    loading,
+)
 from beholder.types import UserError
+
+
+def _pass_by(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
 
 
 class LanguageModel(nn.Module):
@@ -129,6 +142,55 @@ class LanguageModel(nn.Module):
                 use_cache=False, **extra,
             )  # fmt: skip
         return out.last_hidden_state
+
+    @property
+    def lowest(self) -> str | None:
+        """`lowest_of` its layers, where it is not the first: what goes into it can be kept of every sample, as long as
+        its embeddings do not change."""
+        lowest = lowest_of(self.part)
+        return None if lowest is None or lowest == self.part.blocks[0] else lowest
+
+    @torch.no_grad()
+    def keep(self, inputs_embeds: Float[Tensor, "b t dh"], position_ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t dh"]:
+        """What goes into the lowest layer that learns; `finish` goes on from it."""
+        assert self.lowest is not None
+        return input_of(self.part, self.lowest, lambda: self.hidden(inputs_embeds, position_ids))
+
+    def finish(self, kept: Float[Tensor, "b t dh"], position_ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t dh"]:
+        """`hidden` from what `keep` gave; the layers below are passed by."""
+        assert self.lowest is not None
+        below = [self.model.get_submodule(b) for b in self.part.blocks[: self.part.blocks.index(self.lowest)]]
+        try:
+            for layer in below:
+                layer.forward = _pass_by
+            with given_to(self.part, self.lowest, kept):
+                return self.hidden(kept, position_ids)
+        finally:
+            for layer in below:
+                del layer.forward
+
+    @torch.no_grad()
+    def check_kept(self) -> str | None:
+        """Why nothing can be kept, or None where `finish` after `keep` gives what `hidden` does."""
+        if self.lowest is None:
+            return "it learns from its first layer on"
+        draw = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.vocab, (2, 9), generator=draw).to(self.device)
+        positions = torch.tensor([[*range(5), *range(4)], [*range(9)]], device=self.device)
+        try:
+            whole = self.hidden(self.embed(ids), positions)
+            again = self.finish(self.keep(self.embed(ids), positions), positions)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, StopIteration) as e:
+            return f"it cannot go on from {self.lowest} ({first_line(e)})"
+        return None if torch.equal(whole, again) else f"going on from {self.lowest} gives something else"
+
+    def below_fingerprint(self) -> str:
+        """sha256 over the weights that decide what `keep` gives, and how it is computed."""
+        assert self.lowest is not None
+        blocks = self.part.blocks
+        above = blocks[blocks.index(self.lowest) :]
+        below = {n: t for n, t in base_state(self.part).items() if not inside(n, above)}
+        return hash_state(below, f"{self.config.to_json_string()} {self.dtype} {self.attention} below {self.lowest}")
 
     def try_out(self) -> None:
         """One forward pass over a few tokens."""

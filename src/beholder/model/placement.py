@@ -5,13 +5,14 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from beholder.config import Layers, LoraConfig, no_layers
+from beholder.config import Layers, LoraConfig, names_modules, no_layers
 from beholder.model.weights import listed
 from beholder.types import TrainedPart, UserError
 
@@ -61,9 +62,11 @@ class Part:
     """What others must know to compute with the adapters: ``adapter_config.json``."""
     merged: list[TrainedPart] = field(default_factory=list)
     """Adapters of earlier runs that `model.adapters.merge_in` made part of its weights, in this order."""
+    changed: tuple[str, ...] = ()
+    """Modules whose weights are no longer as in its files, because they learn, or have learned in an earlier run,
+    themselves."""
     unfrozen: tuple[str, ...] = ()
-    """Names of its weights that learn, or have learned in an earlier run, themselves."""
-
+    """Those of them that learn in this run."""
     learning: bool = False
 
     @property
@@ -114,8 +117,8 @@ def selectors(cfg: LoraConfig, parts: Mapping[str, Part]) -> dict[str, Selector]
         own: list[str] = []
         theirs: list[str] = []
         for pattern in cfg.target_modules:
-            there = [] if _is_name(pattern) else list(_named(tower, pattern, language.field))
-            here = list(_named(parts["language"], pattern, language.field)) if there else []
+            there = [] if names_modules(pattern) else list(_named(tower, pattern, language.field))
+            here = list(_named(parts["language"], pattern, language.field)) if there and "language" in parts else []
             if here and there and tower.prefix:
                 raise UserError(
                     f"{language.field} {pattern!r} crosses towers: it matches {counted(here)} of the language model "
@@ -241,6 +244,63 @@ def inside(name: str, modules: Sequence[str]) -> bool:
     return any(name.startswith(f"{module}.") or name == module for module in modules)
 
 
+def lowest_of(part: Part) -> str | None:
+    """The lowest layer in which something learns: what goes into it is the same at every pass. None where nothing
+    learns, or something outside of the layers does."""
+    learns = [*(site.name for site in part.adapters), *part.unfrozen]
+
+    def touched(name: str) -> str | None:
+        return next((b for b in part.blocks if inside(name, [b]) or inside(b, [name])), None)
+
+    found = {touched(name) for name in learns}
+    return None if None in found else next((b for b in part.blocks if b in found), None)
+
+
+class Reached(Exception):
+    """Ends a forward pass where enough is known."""
+
+    def __init__(self, given: Tensor) -> None:
+        super().__init__("reached")
+        self.given = given
+
+
+def input_of(part: Part, block: str, run: Callable[[], object]) -> Tensor:
+    """What goes into a layer in a forward pass, which ends there."""
+
+    def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
+        where = _tensor_in(args, kwargs)
+        raise Reached(args[0] if where is None else kwargs[where])
+
+    hook = part.module.get_submodule(block).register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    try:
+        run()
+    except Reached as reached:
+        return reached.given
+    finally:
+        hook.remove()
+    raise AssertionError(f"{part.source} never calls {block}")
+
+
+@contextmanager
+def given_to(part: Part, block: str, value: Tensor) -> Iterator[None]:
+    """Inside, the layer is given ``value`` in place of what comes from below."""
+
+    def put(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        where = _tensor_in(args, kwargs)
+        return ((value, *args[1:]), kwargs) if where is None else (args, {**kwargs, where: value})
+
+    hook = part.module.get_submodule(block).register_forward_pre_hook(put, prepend=True, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _tensor_in(args: Any, kwargs: Any) -> str | None:
+    """Under which name a layer is given its input; None: as its first argument."""
+    return None if args and isinstance(args[0], Tensor) else next(k for k, v in kwargs.items() if isinstance(v, Tensor))
+
+
 def base_state(part: Part) -> dict[str, Tensor]:
     """The state of the part's module as it was before adapters were attached: same names and order, none of theirs."""
     layers = [f"{site.name}." for site in part.adapters]
@@ -256,10 +316,6 @@ def base_state(part: Part) -> dict[str, Tensor]:
 
 # ---------------------------------------------------------------------------------------------------------------
 # What a pattern names
-
-
-def _is_name(pattern: str) -> bool:
-    return pattern == ALL_LINEAR or re.fullmatch(r"[\w.]+", pattern) is not None
 
 
 def _named(part: Part, pattern: str, setting: str) -> Iterator[str]:

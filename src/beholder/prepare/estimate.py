@@ -248,7 +248,7 @@ def estimate(
         check_limits(language.limits, cfg)
     vision = _try(gaps, lambda: vision_shape(cfg.model.vision, vision_config))
     lora = cfg.model.lora if cfg.has_adapters else None
-    language, vision = _try(gaps, lambda: learning(language, vision, lora, cfg.model.vision)) or (language, vision)
+    language, vision = learning(language, vision, lora, cfg.model.vision)
     connector = None
     if language and vision:
         connector = connector_shape(cfg.model.connector, vision, language.hidden)

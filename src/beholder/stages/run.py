@@ -166,6 +166,7 @@ def train_and_measure(session: Session, source: Path | None) -> Outcome:
         dist.on_main(lambda: save(start))  # a checkpoint of another folder: this one must have its weights too
     total = session.data.total_steps(cfg)
     session.fill_features(start * cfg.effective_batch, total * cfg.effective_batch)
+    session.keep_layers()
     before = measure_before(session, fresh=start == 0)  # how good is it now
 
     stop, done = standing_stop(session, total), start  # of a run that ended before its evidence was written

@@ -27,6 +27,7 @@ from beholder.stages.held_out import HeldOut
 from beholder.stages.monitor_sets import MonitorSets
 from beholder.stages.together import Together
 from beholder.store.features import FeatureStore, FillReport, store_dir
+from beholder.store.layers import LayerStore
 from beholder.terminal import Terminal
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
@@ -52,6 +53,8 @@ class Session:
         """`time.perf_counter` when the work began."""
         self.store: FeatureStore | None = None
         """What `fill_features` has filled; None before, and where the config switches it off."""
+        self.layers: LayerStore | None = None
+        """What `keep_layers` opened."""
         self.filled: FillReport | None = None
         self.held_out = HeldOut(cfg, run, dist, data)
         self.together = Together(cfg, dist, model, data, self.held_out, lambda: self.store, reporter)
@@ -68,8 +71,9 @@ class Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.store is not None:
-            self.store.close()
+        for store in (self.store, self.layers):
+            if store is not None:
+                store.close()
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -112,13 +116,20 @@ class Session:
             return
         vision, g = self.model.vision, self.model.geometry
         assert vision is not None
+        shape, dtype = (g.num_patches, g.d_vision), torch.bfloat16
         if vision.learns:
-            self.reporter.line("features", "off: the vision tower learns, so every pass needs fresh features")
-            self.gap("Feature store: switched off, because the vision tower learns.")
-            return
+            if (why := vision.check_kept()) is not None:
+                self.reporter.line("features", f"off: the vision tower learns, and {why}")
+                self.gap(f"Feature store: switched off, because the vision tower learns and {why}.")
+                return
+            empty = torch.zeros(1, 3, g.height, g.width, dtype=torch.uint8, device=self.model.device)
+            shape, dtype = tuple(vision.keep(empty).shape[1:]), vision.dtype
+            self.reporter.line(
+                "features", f"kept: what goes into {vision.lowest}, the tower's lowest block that learns"
+            )
         store = FeatureStore(
-            store_dir(cfg.features), tower_fingerprint=vision.fingerprint(),
-            pipeline_fingerprint=self.data.pipeline.fingerprint, num_patches=g.num_patches, d_vision=g.d_vision,
+            store_dir(cfg.features), tower_fingerprint=vision.kept_fingerprint(),
+            pipeline_fingerprint=self.data.pipeline.fingerprint, shape=shape, dtype=dtype,
             max_bytes=int(cfg.features.max_gb * 1e9),
         )  # fmt: skip
         stop = min(stop, start + len(self.data.train))  # later epochs show the same images again
@@ -130,7 +141,7 @@ class Session:
                 self.dist.alive()
 
             report = store.fill(
-                refs, lambda pixels: vision(pixels.to(self.model.device)), self.data.pipeline, batch_size=32,
+                refs, lambda pixels: vision.keep(pixels.to(self.model.device)), self.data.pipeline, batch_size=32,
                 progress=progress, on_bad_image=cfg.data.on_bad_image, rank=self.dist.rank,
                 world_size=self.dist.world_size,
             )  # fmt: skip
@@ -142,6 +153,23 @@ class Session:
                 f"Feature store: {over} images did not fit into features.max_gb = {cfg.features.max_gb:g} GB; the "
                 "tower saw them at every pass."
             )
+
+    def keep_layers(self) -> None:
+        """Lets the model keep what goes into the language model's lowest layer that learns, where the config asks."""
+        cfg, model = self.cfg, self.model
+        if not cfg.features.layers:
+            return
+        if (why := model.check_layers_kept()) is not None:
+            self.reporter.line("layers", f"not kept: {why}")
+            self.gap(f"Layers: what goes into them was not kept, because {why} (features.layers).")
+            return
+        language = model.language
+        self.layers = LayerStore(
+            store_dir(cfg.features), {"below": model.below_fingerprint()}, width=language.d_text, dtype=language.dtype,
+            max_bytes=int(cfg.features.max_gb * 1e9),
+        )  # fmt: skip
+        model.layer_keeper = self.layers
+        self.reporter.line("layers", f"kept: what goes into {language.lowest}, the lowest that learns")
 
     def training_examples(self, most: int) -> list[Example]:
         """So many of the training samples, in their order, which is already random."""

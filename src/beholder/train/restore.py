@@ -88,13 +88,13 @@ def load_start(path: Path, model: Learner, mode: Literal["continue", "merge", "f
     if mode == "fresh":
         return f"fresh: those of {path} are dropped; {new}"
     try:
-        load_adapters(path, parts)
+        more = load_adapters(path, parts, start=True)
     except UserError as e:
         raise UserError(
             f"model.lora.adapters: continue: {e}\nOr start otherwise: model.lora.adapters: merge makes them part of "
             "the base's weights and starts new ones, fresh drops them and starts new ones."
         ) from e
-    return f"continue: those of {path} go on learning"
+    return f"continue: those of {path} go on learning" + "".join(f"; new ones start on the {part}" for part in more)
 
 
 def load_for_resume(path: Path, model: Learner, optimizer: torch.optim.Optimizer) -> TrainState:
@@ -211,19 +211,26 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_adapters(path: str | Path, parts: Mapping[str, Part]) -> None:
+def load_adapters(path: str | Path, parts: Mapping[str, Part], *, start: bool = False) -> list[str]:
     """Load a checkpoint's adapters strictly into the parts of a model, bit for bit.
 
     ``path`` is anything `resolve_checkpoint` takes. Raises `UserError` naming the config field at fault: adapters in
     the checkpoint and none in the config or the reverse, another rank or alpha, other modules, another base, weights
     that are not finite. Nothing is loaded then into that part. Without adapters on both sides nothing is to be done.
+    ``start``: adapters on a part where the checkpoint has none start anew, as long as it has some elsewhere; gives the
+    names of these parts.
     """
     path = resolve_checkpoint(path)
-    _check_base(path, parts)
-    there = adapters_in(path)
+    if not start:  # whose base was made of the checkpoint's, and may let more learn
+        _check_base(path, parts)
+    there, new = adapters_in(path), list[str]()
     for name in ("adapter", "vision_adapter"):
         part = parts.get("language" if name == "adapter" else "vision")
+        if start and there and name not in there and part is not None and part.adapters:
+            new.append(part.called)
+            continue
         _load_adapter(path, name, part, name in there)
+    return new
 
 
 def _load_adapter(path: Path, name: str, part: Part | None, there: bool) -> None:
