@@ -67,7 +67,9 @@ class World:
             "eval.answer_tokens": 12, "ablation.num_samples": 4, "eval.object_list": str(self.folder / "objects.txt"),
             "eval.ood.path": str(self.folder / "ood.jsonl"), "eval.irrelevant.path": str(self.folder / "ood.jsonl"),
             "eval.irrelevant.phrase": PHRASE, "eval.gap_samples": 12,
-            "eval.retention_path": str(self.folder / "texts.txt"), "guardrails.generalisation_gap.enable": False, "guardrails.caption_sanity.enable": False,
+            "eval.retention_path": str(self.folder / "texts.txt"),
+            "guardrails.generalisation_gap.enable": False,
+            "guardrails.caption_sanity.enable": False,
         }  # fmt: skip
         settings |= sets
         if settings["eval.ood.path"] is None:

@@ -319,6 +319,7 @@ INSTRUCT = Stage(
         "guessable",
         "retained",
         "merges",
+        "crossed",
         *MONITORS,
     ),
     evaluates_saves=True,
