@@ -53,7 +53,7 @@ class World:
             unlike.append({"image": f"{k}.png", "shows": [f"shade {k}"], "kind": "shades" if k % 2 else "plain"})
         (folder / "ood.jsonl").write_text("".join(json.dumps(r) + "\n" for r in unlike), encoding="utf-8")
         run_stage(self.config(folder / "first", "off", load=None, **{
-            "train.train_steps": 50, "eval.ood.path": None, "eval.irrelevant.path": None, "eval.gap_samples": 0,
+            "train.train_steps": 30, "train.save_every": 30, "eval.ood.path": None, "eval.irrelevant.path": None, "eval.gap_samples": 0,
             "guardrails": {},
         }), promote_anyway=True)  # fmt: skip
 

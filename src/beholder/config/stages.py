@@ -310,22 +310,12 @@ INSTRUCT = Stage(
     conditions=("correct", "shuffled", "none"),
     golden_size=64,
     golden_by="category",
-    measures=(
-        *MEASURED_EVERYWHERE,
-        "pairs",
-        "cells",
-        "blind",
-        "learnable",
-        "guessable",
-        "retained",
-        "merges",
-        "crossed",
-        *MONITORS,
-    ),
+    measures=(*MEASURED_EVERYWHERE, "pairs", "cells", "blind", "learnable", "guessable", "retained", "merges",
+              "crossed", *MONITORS),
     evaluates_saves=True,
     gates=INSTRUCT_GATES,
     guardrails=GUARDRAILS,
-)
+)  # fmt: skip
 """Connector and adapters learn from conversations about one image (S2)."""
 
 MULTI = replace(
