@@ -53,7 +53,8 @@ class World:
             unlike.append({"image": f"{k}.png", "shows": [f"shade {k}"], "kind": "shades" if k % 2 else "plain"})
         (folder / "ood.jsonl").write_text("".join(json.dumps(r) + "\n" for r in unlike), encoding="utf-8")
         run_stage(self.config(folder / "first", "off", load=None, **{
-            "train.train_steps": 30, "train.save_every": 30, "eval.ood.path": None, "eval.irrelevant.path": None, "eval.gap_samples": 0,
+            "train.train_steps": 30, "train.save_every": 30,
+            "eval.ood.path": None, "eval.irrelevant.path": None, "eval.gap_samples": 0,
             "guardrails": {},
         }), promote_anyway=True)  # fmt: skip
 
@@ -133,7 +134,7 @@ def test_a_stopped_run_measures_its_constrained_best_and_says_so_on_top(stopped:
         assert e.get(name) is not None and e.get_baseline(name) is not None, name
     assert {c.name for c in e.curves} >= {"irrelevant.pass", "ood.hallucination", "gap.generalisation"}
     for page in render(stopped, stopped):
-        text = page.read_text(encoding="utf-8").replace("&#39;", "'")
+        text = page.read_text(encoding="utf-8").replace("\\", "")  # Markdown's escapes
         assert "Stopped by its guardrail irrelevant_pass" in text
         assert text.index("Stopped by its guardrail") < text.index("Did it learn?")
     said = [json.loads(x) for x in (stopped / "qual" / f"step_{e.stopped.step}_ood.jsonl").read_text().splitlines()]

@@ -283,7 +283,7 @@ class EvalConfig(Section):
     jitter_samples: Annotated[Natural, Tiny(at_most=2)] = 0
     """Held-out samples that are answered once more with a little cut off the edges of their images, at every
     evaluation; 0: none."""
-    gap_samples: Annotated[Natural, Tiny(at_most=4)] = 0
+    gap_samples: Annotated[Natural, Tiny(value=0)] = 0
     """Held-out samples, and as many training samples, whose losses make the generalisation gap, at every evaluation;
     0: not measured."""
     retention_every: Annotated[
