@@ -23,7 +23,6 @@ from beholder.types import Status, UserError
 
 QUESTIONS = ("what shape is it?", "what color is it?")
 PHRASE = "off"
-NAMES = ("square", "disc", "triangle")
 
 
 class World:
@@ -32,7 +31,7 @@ class World:
     def __init__(self, parts: TinyParts, folder: Path) -> None:
         self.parts, self.folder = parts, folder
         records = [json.loads(line) for line in parts.records.read_text(encoding="utf-8").splitlines()]
-        for name, answers in {"off": [PHRASE], "over": list(NAMES)}.items():
+        for name, answers in {"off": [PHRASE], "over": ["square"]}.items():
             rows = [
                 {"id": r["id"], "images": r["images"], "messages": [
                     {"role": "user", "content": f"<image>\n{QUESTIONS[i % 2]}"},
@@ -103,7 +102,7 @@ def weights(run: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def stopped(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The planted run: it learns to name a shape whatever it is shown."""
+    """The planted run: it learns to say "square" whatever it is shown."""
     folder = tmp_path_factory.mktemp("stopped")
     outcome = run_stage(world.config(folder, "over"), promote_anyway=True)
     assert outcome.status == Status.STOPPED_BY_GUARDRAIL, history(folder / "run")
@@ -222,7 +221,7 @@ def test_a_healthy_run_is_not_stopped_nor_after_a_kill(world: World, tmp_path: P
         assert found.status == Status.SUCCEEDED and found.step == 18 and found.evidence is not None
         assert found.evidence.stopped is None
     assert history(killed / "run") == history(straight / "run") and weights(killed / "run") == weights(straight / "run")
-    assert [s for s, _ in history(straight / "run")] == [0, 6, 12, 18]
+    assert [s for s, _ in history(straight / "run")] == [0, 6, 12, 15, 18], "saves and ends of epochs"
 
 
 def test_evaluate_keeps_what_stopped_the_run_and_the_command_says_it_by_its_exit_code(
