@@ -764,3 +764,36 @@ def test_a_label_that_tells_no_images_apart_is_refused(label: str, why: str) -> 
     found = problems(f"stage: multi\nmodel: {{lora: {{enable: true}}}}\nprompting: {{image_label: '{label}'}}\n")
 
     assert any("prompting.image_label" in text and why in text for text in map(str, found)), found
+
+
+def test_guardrails_stand_where_their_monitor_is_on_and_only_in_stages_that_train_adapters(tmp_path: Path) -> None:
+    """The stage's own by default, changed by name, others added; a resolved config says them all and loads back."""
+    from beholder.config import GUARDRAILS
+    from beholder.config.file import dump_config, parse_config
+    from beholder.prepare.tiny import smoke_config
+
+    base = """
+run_name: x
+model: {llm: {name_or_path: smollm2}, vision: {name_or_path: siglip}, lora: {enable: LORA}}
+data: {json_path: a.jsonl, eval_size: 10}
+"""
+    watched = "eval: {ood: {path: set}, irrelevant: {path: set}, gap_samples: 8}\n"
+
+    def read(text: str, lora: bool = True) -> RunConfig:
+        return parse_config((base + text).replace("LORA", str(lora).lower()), "x.yaml")
+
+    assert read("").guardrails == {} and read(watched, lora=False).guardrails == {}
+    assert read(watched).guardrails == GUARDRAILS and read(watched).guards == GUARDRAILS
+    own = (
+        "guardrails: {hallucination: {rises: 0.3}, caption_sanity: {enable: false}, "
+        "mine: {measure: ood.blind, above: 0.5}}\n"
+        "gates: {sees: {measure: ood.blind, at_most: 0.2}}\n"
+    )
+    cfg = read(watched + own)
+    assert cfg.guardrails["hallucination"].rises == 0.3 and cfg.guardrails["hallucination"].best_rises == 0.1
+    assert list(cfg.guards) == ["irrelevant_pass", "hallucination", "generalisation_gap", "mine"]
+    assert parse_config(dump_config(cfg), "again") == cfg
+    named = read(watched + "guardrails: {hallucination: {}}\n", lora=False)
+    assert named.guardrails == {"hallucination": GUARDRAILS["hallucination"]}
+    small = smoke_config(cfg, tmp_path)
+    assert small.guardrails == {} and small.eval.ood.path is None and "sees" not in small.gates

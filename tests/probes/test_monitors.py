@@ -209,6 +209,15 @@ def test_gap_is_a_difference_of_token_weighted_losses_over_as_many_samples() -> 
     assert low < 0.5 < high and 0.035 < high - low < 0.065
 
 
+def test_the_two_by_two_is_the_loss_with_adapters_over_that_without() -> None:
+    off = {cell: losses((4, 2), (2, 1)) for cell in probe.CROSSED}
+    on = off | {"own.trained": losses((1, 2), (2, 1)), "ood.plain": losses((8, 2), (4, 1)), "own.plain": []}
+    m = keyed(probe.crossed(on, off))
+
+    assert m["cross.own.trained"].value == 0.5 and m["cross.ood.trained"].value == 1 and m["cross.ood.plain"].value == 2
+    assert "cross.own.plain" not in m and m["cross.ood.trained"].better == "none"
+
+
 def test_coco_objects_serve_where_no_list_is_given() -> None:
     known = probe.trained(["a dog on a couch"], ["a dog on a couch"], load_objects())
     assert set(known.objects) == {"dog", "couch"}

@@ -23,7 +23,6 @@ from beholder.types import Status, UserError
 
 QUESTIONS = ("what shape is it?", "what color is it?")
 PHRASE = "off"
-NAMES = ("square", "disc", "triangle")
 
 
 class World:
@@ -32,7 +31,7 @@ class World:
     def __init__(self, parts: TinyParts, folder: Path) -> None:
         self.parts, self.folder = parts, folder
         records = [json.loads(line) for line in parts.records.read_text(encoding="utf-8").splitlines()]
-        for name, answers in {"off": [PHRASE], "over": list(NAMES)}.items():
+        for name, answers in {"off": [PHRASE], "over": ["square"]}.items():
             rows = [
                 {"id": r["id"], "images": r["images"], "messages": [
                     {"role": "user", "content": f"<image>\n{QUESTIONS[i % 2]}"},
@@ -43,6 +42,7 @@ class World:
             text = "".join(json.dumps(r) + "\n" for r in rows)
             (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
         (folder / "objects.txt").write_text("square: box\ndisc: dot\ntriangle: tri\n", encoding="utf-8")
+        (folder / "texts.txt").write_text("Water boils at a hundred degrees.\nOnce upon a time.\n", encoding="utf-8")
         (folder / "images").mkdir()
         unlike = []
         for k in range(6):
@@ -52,7 +52,8 @@ class World:
             unlike.append({"image": f"{k}.png", "shows": [f"shade {k}"], "kind": "shades" if k % 2 else "plain"})
         (folder / "ood.jsonl").write_text("".join(json.dumps(r) + "\n" for r in unlike), encoding="utf-8")
         run_stage(self.config(folder / "first", "off", load=None, **{
-            "train.train_steps": 30, "eval.ood.path": None, "eval.irrelevant.path": None, "eval.gap_samples": 0,
+            "train.train_steps": 30, "train.save_every": 30,
+            "eval.ood.path": None, "eval.irrelevant.path": None, "eval.gap_samples": 0,
             "guardrails": {},
         }), promote_anyway=True)  # fmt: skip
 
@@ -61,15 +62,23 @@ class World:
             "stage": "instruct", "model.lora.enable": True, "model.lora.r": 4, "train.lr.lora": 1e-2,
             "data.json_path": str(self.folder / f"{data}.jsonl"), "prompting.max_images_per_sample": 1,
             "model.connector.load_checkpoint": None if load is None else str(self.folder / load / "run"),
-            "train.train_steps": 16, "train.save_every": 2, "train.quick_eval_size": 0, "train.lr_scheduler": "constant",
+            "train.train_steps": 60, "train.save_every": 6, "train.lr_scheduler": "constant",
             "train.warmup_ratio": 0.0, "eval.golden_size": 0, "eval.caption_samples": 0, "eval.audit_turns": 0,
             "eval.answer_tokens": 12, "ablation.num_samples": 4, "eval.object_list": str(self.folder / "objects.txt"),
             "eval.ood.path": str(self.folder / "ood.jsonl"), "eval.irrelevant.path": str(self.folder / "ood.jsonl"),
-            "eval.irrelevant.phrase": PHRASE, "eval.gap_samples": 12, "guardrails.caption_sanity.enable": False,
+            "eval.irrelevant.phrase": PHRASE, "eval.gap_samples": 12,
+            "eval.retention_path": str(self.folder / "texts.txt"),
+            "guardrails.generalisation_gap.enable": False,
+            "guardrails.caption_sanity.enable": False,
         }  # fmt: skip
         settings |= sets
         if settings["eval.ood.path"] is None:
-            for name in ("guardrails.caption_sanity.enable", "eval.irrelevant.phrase"):
+            for name in (
+                "guardrails.caption_sanity.enable",
+                "guardrails.generalisation_gap.enable",
+                "eval.irrelevant.phrase",
+                "eval.answer_tokens",
+            ):
                 settings.pop(name)
         return make_config(self.parts, folder, **settings)
 
@@ -93,7 +102,7 @@ def weights(run: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def stopped(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The planted run: it learns to name a shape whatever it is shown."""
+    """The planted run: it learns to say "square" whatever it is shown."""
     folder = tmp_path_factory.mktemp("stopped")
     outcome = run_stage(world.config(folder, "over"), promote_anyway=True)
     assert outcome.status == Status.STOPPED_BY_GUARDRAIL, history(folder / "run")
@@ -103,12 +112,11 @@ def stopped(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_over_trained_run_is_stopped_early_by_the_right_guardrail(stopped: Path) -> None:
     e = load_evidence(stopped)
 
-    assert e.stopped is not None and e.stopped.name == "irrelevant_pass" and e.stopped.step < 16
+    assert e.stopped is not None and e.stopped.name == "irrelevant_pass" and e.stopped.step <= 12
     course = history(stopped)
     assert course[0][0] == 0 and course[0][1]["irrelevant.pass"] == 1
-    assert [s for s, _ in course] == list(range(0, e.stopped.step + 1, 2)), "every evaluation, and none after the stop"
+    assert [s for s, _ in course] == list(range(0, e.stopped.step + 1, 6)), "every evaluation, and none after the stop"
     assert course[-1][1]["irrelevant.pass"] == e.stopped.value < 0.8
-    assert course[-1][1]["ood.hallucination"] > course[0][1]["ood.hallucination"]
     assert max(r["step"] for r in rows(stopped) if "loss" in r) == e.stopped.step == e.cost.steps
     assert json.loads((stopped / "run.json").read_text())["stopped"] == e.stopped.sentence
 
@@ -125,7 +133,7 @@ def test_a_stopped_run_measures_its_constrained_best_and_says_so_on_top(stopped:
         assert e.get(name) is not None and e.get_baseline(name) is not None, name
     assert {c.name for c in e.curves} >= {"irrelevant.pass", "ood.hallucination", "gap.generalisation"}
     for page in render(stopped, stopped):
-        text = page.read_text(encoding="utf-8").replace("&#39;", "'")
+        text = page.read_text(encoding="utf-8").replace("\\", "")  # Markdown's escapes
         assert "Stopped by its guardrail irrelevant_pass" in text
         assert text.index("Stopped by its guardrail") < text.index("Did it learn?")
     said = [json.loads(x) for x in (stopped / "qual" / f"step_{e.stopped.step}_ood.jsonl").read_text().splitlines()]
@@ -142,11 +150,14 @@ def test_a_stopped_run_does_not_go_on_unless_its_guardrail_is_changed(
 
     assert again.again and again.stopped == load_evidence(stopped).stopped.sentence  # type: ignore[union-attr]
     assert again.status == Status.STOPPED_BY_GUARDRAIL and rows(run) == before
-    off = {f"guardrails.{n}.enable": False for n in ("irrelevant_pass", "hallucination", "generalisation_gap")}
-    on = run_stage(world.config(tmp_path, "over", **off), promote_anyway=True)
-    assert on.status == Status.SUCCEEDED and on.step == 16 and not on.stopped
-    assert rows(run)[: len(before) - 1] == before[: len(before) - 1]
-    assert load_evidence(run).stopped is None
+    on = run_stage(world.config(tmp_path, "over", **{"guardrails.irrelevant_pass.enable": False}), promote_anyway=True)
+    e = load_evidence(run)
+    course = dict(history(run))
+    assert on.status == Status.STOPPED_BY_GUARDRAIL and e.stopped is not None and e.stopped.name == "hallucination"
+    assert before[-1]["step"] < on.step < 60 and e.stopped.value > course[0]["ood.hallucination"] + 0.15
+    assert [r for r in rows(run) if r["step"] <= before[-1]["step"] and "loss" in r] == [
+        r for r in before if "loss" in r
+    ]
 
 
 def die_at(step: int, patch: pytest.MonkeyPatch, *, measured: bool) -> None:
@@ -197,20 +208,20 @@ def test_killed_before_its_evidence_it_does_not_train_on(world: World, stopped: 
 
 def test_a_healthy_run_is_not_stopped_nor_after_a_kill(world: World, tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    sets = {"train.train_steps": 8, "train.lr.lora": 1e-3, "train.lr.connector": 1e-4}
+    sets = {"train.train_steps": 18, "train.lr.lora": 1e-3, "train.lr.connector": 1e-4}
     outcome = run_stage(world.config(straight, "off", **sets), promote_anyway=True)
     with pytest.MonkeyPatch.context() as patch:
-        die_at(6, patch, measured=True)
+        die_at(12, patch, measured=True)
         with pytest.raises(RuntimeError, match="planted"):
             run_stage(world.config(killed, "off", **sets), promote_anyway=True)
 
     resumed = run_stage(world.config(killed, "off", **sets), promote_anyway=True)
 
     for found in (outcome, resumed):
-        assert found.status == Status.SUCCEEDED and found.step == 8 and found.evidence is not None
+        assert found.status == Status.SUCCEEDED and found.step == 18 and found.evidence is not None
         assert found.evidence.stopped is None
     assert history(killed / "run") == history(straight / "run") and weights(killed / "run") == weights(straight / "run")
-    assert [s for s, _ in history(straight / "run")] == [0, 2, 4, 6, 8]
+    assert [s for s, _ in history(straight / "run")] == [0, 6, 12, 15, 18], "saves and ends of epochs"
 
 
 def test_evaluate_keeps_what_stopped_the_run_and_the_command_says_it_by_its_exit_code(

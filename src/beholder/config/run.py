@@ -241,8 +241,14 @@ class EvalConfig(Section):
     caption_samples: Annotated[Natural, Tiny(at_most=4)] = 256
     """Held-out samples whose last answer is written at the end, greedily. align: captions, scored by exact match, BLEU,
     ROUGE-L, CIDEr-D and CHAIR; instruct: answers, scored by VQA accuracy, POPE and exact match as well. 0: none."""
-    answer_tokens: Annotated[Positive, Field(le=1_048_576), _NO_CAPTIONS, Tiny(at_most=6)] = 64
-    """Longest answer written for them, in tokens."""
+    answer_tokens: Annotated[
+        Positive, Field(le=1_048_576), Tiny(at_most=6),
+        Inert(
+            lambda _, own: own.caption_samples == 0 and not own.watched,
+            "eval.caption_samples is 0 and nothing is watched", ".caption_samples",
+        ),
+    ] = 64  # fmt: skip
+    """Longest answer written for them, and about the images of monitors, in tokens."""
     qa_samples: Annotated[
         Natural, Tiny(at_most=4),
         Inert(
@@ -263,11 +269,12 @@ class EvalConfig(Section):
     object_list: Annotated[
         str | None, Tiny(),
         Inert(
-            lambda _, own: own.caption_samples == 0 and own.qa_samples == 0,
+            lambda _, own: own.caption_samples == 0 and own.qa_samples == 0 and own.ood.path is None,
             "no captions are written and no questions asked", ".caption_samples .qa_samples",
         ),
     ] = None  # fmt: skip
-    """Objects for CHAIR and the questions: a text file, one ``name: synonym, synonym`` a line. Default COCO's 80."""
+    """Objects for CHAIR, the questions and ``eval.ood``: a text file, one ``name: synonym, synonym`` a line. Default
+    COCO's 80."""
     clip_model: Annotated[str | None, _NO_CAPTIONS, Tiny()] = None
     """CLIP folder or hub name for CLIPScore; none: not measured."""
     audit_turns: Annotated[Natural, Tiny(at_most=8)] = 128
@@ -279,7 +286,7 @@ class EvalConfig(Section):
     jitter_samples: Annotated[Natural, Tiny(at_most=2)] = 0
     """Held-out samples that are answered once more with a little cut off the edges of their images, at every
     evaluation; 0: none."""
-    gap_samples: Annotated[Natural, Tiny(at_most=4)] = 0
+    gap_samples: Annotated[Natural, Tiny(value=0)] = 0
     """Held-out samples, and as many training samples, whose losses make the generalisation gap, at every evaluation;
     0: not measured."""
     retention_every: Annotated[

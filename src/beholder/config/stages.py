@@ -320,12 +320,13 @@ INSTRUCT = Stage(
         "strengths",
         "retained",
         "merges",
+        "crossed",
         *MONITORS,
     ),
     evaluates_saves=True,
     gates=INSTRUCT_GATES,
     guardrails=GUARDRAILS,
-)
+)  # fmt: skip
 """Connector and adapters learn from conversations about one image (S2)."""
 
 MULTI = replace(

@@ -23,7 +23,7 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -295,6 +295,30 @@ def gap(held_out: Sequence[SampleLoss], training: Sequence[SampleLoss], seed: in
         measurement("gap.generalisation", value, interval, n=n, caveat=caveat),
         measurement("gap.training_loss", loss, ci, n=n, caveat="the training samples of the gap"),
     ]
+
+
+CROSSED = ("own.trained", "ood.trained", "own.plain", "ood.plain")
+"""Image and text: the sample's own or an unlike one, what it was trained to say or a passage of plain text."""
+
+
+def crossed(
+    on: Mapping[str, Sequence[SampleLoss]], off: Mapping[str, Sequence[SampleLoss]], seed: int = 0
+) -> list[Measurement]:
+    """``cross.<image>.<text>``: the loss with the adapters over that without them, on the same samples.
+
+    Shifts of the image, of the text and of both are told apart (FRAMES-VQA, arXiv:2505.21755). Below 1 on own images
+    and trained texts is what was learned; below 1 on trained texts with an unlike image was learned by heart, without
+    looking; above 1 on plain text is forgetting, and where the image is unlike as well it is forgetting on both sides.
+    """
+    out: list[Measurement] = []
+    for cell in CROSSED:
+        if not on[cell]:
+            continue
+        top, bottom = (np.array([x.nll for x in rows[cell]]) for rows in (on, off))
+        tokens = sum(x.tokens for x in on[cell])
+        value, ci = ratio_of_sums(top, bottom, seed)
+        out.append(measurement(f"cross.{cell}", value, ci, n=len(top), caveat=f"adapters on over off, {tokens} tokens"))
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -142,6 +142,12 @@ def eval_rows(e: Evidence) -> list[tuple[Measurement, Measurement | None]]:
     return [(m, e.get_baseline(m.name, m.stratum)) for m in rows]
 
 
+def monitor_rows(e: Evidence) -> list[tuple[Measurement, Measurement | None]]:
+    """(after, before) of what the run was watched with: all images of a monitor, then by kind of image."""
+    found = [m for m in e.measurements if quantity(m.name)[0].section == "monitors"]
+    return [(m, e.get_baseline(m.name, m.stratum)) for m in found]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Does it look?
 

@@ -38,20 +38,18 @@ def overall(measured: list[Measurement]) -> dict[str, float]:
 
 
 def open_history(session: Session, *, fresh: bool) -> list[Measurement]:
-    """The first reading: of the start, and of the run that is named as baseline. On resume the images must be those of
-    the earlier readings. Raises `UserError`."""
+    """The first reading: of the start, and of the run that is named as baseline."""
     if not session.monitors.any:
         return []
     if (warning := session.monitors.never_said()) is not None:
         session.reporter.line("monitors", f"WARNING: {warning}")
         session.gap(f"Irrelevant images: {warning}.")
-    other = session.cfg.eval.baseline_run
-    if fresh and other is not None:
+    if not fresh:
+        return []
+    if (other := session.cfg.eval.baseline_run) is not None:
         session.dist.on_main(lambda: session.run.log({**_first_reading(other), "baseline_run": other}))
-    session.dist.on_main(lambda: _check_same_images(session))  # before anything is written about them
-    measured = read_monitors(session, 0) if fresh else []
-    session.dist.on_main(lambda: _check_baseline(session))
-    return measured
+        check_history(session)  # before anything is measured to be compared with it
+    return read_monitors(session, 0)
 
 
 def _first_reading(folder: str) -> dict[str, Any]:
@@ -66,16 +64,33 @@ def _first_reading(folder: str) -> dict[str, Any]:
     return first[-1]
 
 
-def _check_same_images(session: Session) -> None:
-    now = session.monitors.fingerprint
-    for row in (r for r in session.run.metrics() if "monitors" in r):
-        known = row.get("monitor_data", {})
-        if changed := [name for name in now if known.get(name, now[name]) != now[name]]:
-            where = row.get("baseline_run", f"step {row['step']} of this run")
-            raise UserError(
-                f"eval.{changed[0]}: these are not the images that {where} was measured with, so its readings do not "
-                "compare with new ones. Put the files back, or start a new run"
-            )
+def other_images(session: Session) -> str | None:
+    """What reading of the history is of other images than the config names now; None when none is."""
+
+    def look() -> str | None:
+        now = session.monitors.fingerprint
+        for row in (r for r in session.run.metrics() if "monitors" in r):
+            known = row.get("monitor_data", {})
+            if changed := [name for name in now if known.get(name, now[name]) != now[name]]:
+                where = row.get("baseline_run", f"step {row['step']} of this run")
+                return (
+                    f"eval.{changed[0]}: these are not the images that {where} was measured with, so its readings do "
+                    "not compare with new ones"
+                )
+        return None
+
+    return session.dist.on_main(look)
+
+
+def check_history(session: Session) -> None:
+    """Before training goes on: raises `UserError` where the readings so far are of other images."""
+    if (changed := other_images(session)) is not None:
+        raise UserError(f"{changed}. Put the files back, or start a new run")
+
+
+def check_baseline(session: Session) -> None:
+    """Before training: raises `UserError` where a guardrail that compares with the baseline has none."""
+    session.dist.on_main(lambda: _check_baseline(session))
 
 
 def _check_baseline(session: Session) -> None:

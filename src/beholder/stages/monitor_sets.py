@@ -82,15 +82,19 @@ class MonitorSets:
         for position in range(len(train)):
             if len(found) == size:
                 break
-            example = train.example_at(position)
-            try:
-                self._data.encoder.encode(example)
-                for ref in example.images if self._cfg.data.on_bad_image == "skip" else ():
-                    self._data.pipeline(ref)
+            if self.fits(example := train.example_at(position)):
                 found.append(example)
-            except (EncodeError, ImageError):
-                continue
         return found
+
+    def fits(self, example: Example) -> bool:
+        """Whether the sample can be laid out and, where images that cannot be had are skipped, its images be had."""
+        try:
+            self._data.encoder.encode(example)
+            for ref in example.images if self._cfg.data.on_bad_image == "skip" else ():
+                self._data.pipeline(ref)
+        except (EncodeError, ImageError):
+            return False
+        return True
 
     def never_said(self) -> str | None:
         """A warning where no training text says what irrelevant images are to be called."""

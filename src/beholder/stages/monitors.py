@@ -15,11 +15,14 @@ from beholder.config import GREEDY, GenerateConfig
 from beholder.data.images import ImagePipeline
 from beholder.data.monitor_set import MonitorItem
 from beholder.probes import monitors as probe
+from beholder.probes import retention
 from beholder.runs import atomic_write, to_json
 from beholder.stages.measured import Measured
 from beholder.stages.session import Session
-from beholder.types import ImageRef
+from beholder.types import Example, ImageRef, Turn
 
+NUM_CROSSED = 64
+"""Held-out samples whose image and text are exchanged for unlike ones."""
 POLLED = GREEDY.model_copy(update={"max_new_tokens": 12})
 """Yes or no, and a few words more."""
 
@@ -119,6 +122,37 @@ def gap(session: Session, m: Measured) -> None:
     m.measurements += measured
     if len(training) < len(held):
         m.gaps.append(f"Generalisation gap: there are only {len(training)} training samples to compare with.")
+
+
+def crossed(session: Session, m: Measured) -> None:
+    """What the adapters change on own and unlike images, trained and plain texts: a 2 x 2 (S4-6)."""
+    found, held = session.monitors.ood, session.held_out
+    assert found is not None, "switched on"
+    own = held.at(held.among([i for i in held.describable if len(held.examples[i].images) == 1], NUM_CROSSED))
+    passages = retention.load_texts(session.cfg.eval.retention_path)
+    refs = [x.example.images[0] for x in found.items]
+
+    def plain(k: int, example: Example) -> Example:
+        """A passage as the answer to the request for a description."""
+        asked = MonitorItem(replace(example, turns=())).asking(session.cfg.eval.ood.prompt).example
+        return replace(asked, turns=(*asked.turns, Turn("assistant", (passages[k % len(passages)],))))
+
+    def unlike(k: int, example: Example) -> Example:
+        return replace(example, images=(refs[k % len(refs)],))
+
+    cells = {
+        "own.trained": own, "ood.trained": [unlike(k, e) for k, e in enumerate(own)],
+        "own.plain": [plain(k, e) for k, e in enumerate(own)],
+        "ood.plain": [unlike(k, plain(k, e)) for k, e in enumerate(own)],
+    }  # fmt: skip
+    cells = {name: list(filter(session.monitors.fits, examples)) for name, examples in cells.items()}
+    with session.phase("monitors"):
+        on = {name: session.together.losses(examples) for name, examples in cells.items()}
+        with session.model.adapters_off():
+            off = {name: session.together.losses(examples) for name, examples in cells.items()}
+    m.measurements += probe.crossed(on, off, held.seed)
+    if not own:
+        m.gaps.append("Own and unlike images with trained and plain texts: no held-out sample of one image fits.")
 
 
 def _greedy(session: Session) -> GenerateConfig:

@@ -746,6 +746,12 @@ PANEL: dict[str, Row] = {
         Row("strengths", strengths, needs=lambda s: _adapted(s) and bool(s.cfg.eval.strengths)),
         Row("retained", retained, needs=_adapted, without=("retention.", _NONE)),
         Row("merges", merges, needs=_adapted, without=("merge.", _NONE)),
+        Row(
+            "crossed",
+            monitors.crossed,
+            needs=lambda s: _adapted(s) and s.cfg.eval.off("cross.") is None,
+            without=("cross.", f"{_NONE}, or {MONITORED['cross.']} is not given"),
+        ),
         _monitor("irrelevant", monitors.irrelevant, "irrelevant.", "Irrelevant images"),
         _monitor("ood", monitors.ood, "ood.", "Images unlike the training's"),
         _monitor("jitter", monitors.jitter, "jitter.", "Slightly cropped images"),

@@ -22,7 +22,7 @@ from beholder.model.plan import apply_train_plan, param_groups, plan_of
 from beholder.model.weights import listed
 from beholder.runs import RunDir, stop_signals, writing
 from beholder.stages.begin import announce, base_of, find_start, fresh_folder, start_from
-from beholder.stages.guard import standing_stop
+from beholder.stages.guard import check_baseline, check_history, standing_stop
 from beholder.stages.keep import saver, settle
 from beholder.stages.lifetime import honest_status, is_finished, sole_writer
 from beholder.stages.measure import measure, measure_before
@@ -169,6 +169,8 @@ def train_and_measure(session: Session, source: Path | None) -> Outcome:
     session.keep_layers()
     before = measure_before(session, fresh=start == 0)  # how good is it now
 
+    check_history(session)
+    check_baseline(session)
     stop, done = standing_stop(session, total), start  # of a run that ended before its evidence was written
     if stop is None:
         with session.phase("training"):

@@ -1,5 +1,6 @@
 """Several runs as one question: which settings are best, and is the difference more than chance?
 
+frontier which runs no other dominates, without I/O
 score   from numbers to a ranking, without I/O
 record  what is known of a sweep, ``sweep.json`` and ``summary.csv``, and what its runs are called
 points  from a config with ``sweep:`` to one resolved config a run
