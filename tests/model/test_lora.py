@@ -253,6 +253,28 @@ def test_outside_training_the_adapters_have_the_asked_strength(build: Build, pre
     assert torch.equal(rested, hidden(full, False))
 
 
+def test_at_a_strength_the_model_is_the_one_that_was_built_with_it_and_afterwards_itself_again(build: Build) -> None:
+    model = build(lora=ON).model
+    half = build(lora=ON.model_copy(update={"strength": 0.5})).model.language
+    stirred(model.language)
+    stirred(half)
+    positions = torch.arange(9).expand(2, 9)
+
+    def hidden(language: LanguageModel) -> Tensor:
+        return language.hidden(language.embed(IDS), positions)
+
+    model.language.train(False)
+    half.train(False)
+    own = hidden(model.language)
+    with model.at_strength(0.5):
+        assert torch.equal(hidden(model.language), hidden(half))
+    assert torch.equal(hidden(model.language), own) and not torch.equal(own, hidden(half))
+    model.train()
+    with pytest.raises(ZeroDivisionError), model.at_strength(0.25):
+        raise ZeroDivisionError
+    assert model.language.part.learning and a_layer(model.language).scalings[0] == ON.alpha / ON.r
+
+
 def test_adapters_merge_and_are_written_at_the_strength_they_are_used_at(build: Build) -> None:
     language = build(lora=ON.model_copy(update={"strength": 0.3})).model.language
     stirred(language)

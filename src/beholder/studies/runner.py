@@ -286,5 +286,6 @@ def _figures(run: Point) -> str:
     loss, shuffle = e.get("eval.loss"), e.get("ablation.delta.shuffled")
     told = [f"loss {loss.value:.4g}"] if loss else []
     told += [f"shuffled image {shuffle.value:+.4g}"] if shuffle else []
+    told += [f"stopped by its guardrail {e.stopped.sentence}"] if e.stopped else []
     told += [f"gates failed: {', '.join(g.name for g in e.failed_gates)}"] if e.failed_gates else []
     return ", ".join(told)
