@@ -62,13 +62,13 @@ def record(seeds: tuple[int, ...] = (1, 2), spread: float = 0.01, **changes: Any
                         "ood.hallucination": measured("ood.hallucination", sees, 0.04),
                         "irrelevant.pass": measured("irrelevant.pass", told, 0.03),
                     },
-                    line=[] if name == "A0" else [
+                    line=() if name == "A0" else tuple(
                         LinePoint(strength=s, values={
                             "eval.loss": 0.9 + (loss - 0.9) * s**0.5, "retention.loss_ratio": 1 + (text - 1) * s**2,
                             "ood.hallucination": 0.1 + (sees - 0.1) * s**2,
                         }) for s in (0.25, 0.5, 0.75)
-                    ],
-                    readings=[Reading(0, {"ood.hallucination": 0.1}), Reading(60, {"ood.hallucination": sees})],
+                    ),
+                    readings=(Reading(0, {"ood.hallucination": 0.1}), Reading(60, {"ood.hallucination": sees})),
                 )
             )  # fmt: skip
     fields = {

@@ -64,7 +64,7 @@ class PointConfig(Section):
     after: str | None = None
     """A point whose run of the same seed it starts from, in place of the study's start: its adapters are merged, and
     new ones begin (progressive unfreezing)."""
-    set: Annotated[dict[str, PointSetting], Field(default_factory=dict)]
+    set: dict[str, PointSetting] = Field(default_factory=dict)
     """Dotted setting -> value."""
 
 
@@ -83,9 +83,9 @@ class FootprintConfig(StudyConfig):
     C3), ``controls``, and ``restart`` where it is given; ``matrix``: all counts."""
     leave_out: tuple[str, ...] = ()
     """Points and groups that are not."""
-    points: Annotated[dict[str, PointConfig], Field(default_factory=dict)]
+    points: dict[str, PointConfig] = Field(default_factory=dict)
     """Points of one's own by name; run when ``select`` names them or their group."""
-    groups: Annotated[dict[str, tuple[str, ...]], Field(default_factory=dict)]
+    groups: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Names for several points, for ``select`` and ``leave_out``."""
     restart: str | None = None
     """A stage-2 run: the point ``restart`` is ``like`` a point of the matrix, but starts from there."""
