@@ -377,7 +377,7 @@ def _layers(layers: str | Sequence[int]) -> str:
     if isinstance(layers, str):
         end, _, number = layers.partition("-")
         return f"{end} {number}".strip() + (" layers" if end == "all" else "")
-    return f"layers {', '.join(map(str, layers))}"
+    return f"layer{'s' * (len(layers) != 1)} {', '.join(map(str, layers))}"
 
 
 def _rate_of(name: str, settings: Mapping[str, Mapping[str, PointSetting]]) -> str | None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from beholder.evidence.catalogue import unit_of
+from beholder.evidence.catalogue import quantity
 from beholder.report.markdown import escaped, table
 from beholder.report.page import page
 from beholder.report.words import duration, number
@@ -145,7 +145,7 @@ def _shown(measure: str, e: Estimate | None, *, interval: bool = True) -> str:
     """Four decimals of what is compared by differences; shares in per cent."""
     if e is None:
         return "–"
-    if unit_of(measure, "") == "share":
+    if quantity(measure)[0].unit == "share":
         low, high = (number(v, "share") for v in (e.low, e.high))
         return number(e.value, "share") + (f" ({low} … {high})" if interval and e.high > e.low else "")
     return f"{e.value:.4f}" + (f" ({e.low:.4f} … {e.high:.4f})" if interval and e.high > e.low else "")
