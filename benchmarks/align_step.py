@@ -316,8 +316,8 @@ class Runner:
 def fill_store(args: argparse.Namespace, folder: Path, parts: Parts, samples: list[Sample]) -> FeatureStore:
     g = parts.tower.geometry
     store = FeatureStore(
-        folder, tower_fingerprint="benchmark", pipeline_fingerprint="benchmark", num_patches=g.num_patches,
-        d_vision=g.d_vision, max_bytes=10**11,
+        folder, tower_fingerprint="benchmark", pipeline_fingerprint="benchmark", shape=(g.num_patches, g.d_vision),
+        max_bytes=10**11,
     )  # fmt: skip
     tower, device = parts.tower, parts.language.device
     report = store.fill(

@@ -193,7 +193,7 @@ def trained(
         tower, g = model.vision, model.geometry
         store = FeatureStore(
             bench.folder / "features", tower_fingerprint=tower.fingerprint(),
-            pipeline_fingerprint=data.pipeline.fingerprint, num_patches=g.num_patches, d_vision=g.d_vision,
+            pipeline_fingerprint=data.pipeline.fingerprint, shape=(g.num_patches, g.d_vision),
             max_bytes=10**8,
         )  # fmt: skip
         refs = data.train_refs(0, len(data.train))
@@ -425,7 +425,7 @@ class Pair:
 
     def adapt(self) -> None:
         if not self.adapted:
-            adapters.attach(self.language, LoraConfig(enable=True), 0)
+            adapters.attach(self.language.part, LoraConfig(enable=True), 0)
             apply_train_plan(self.model, TrainPlan(language="lora"))
             self.adapted = True
 

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # the command line imports this file and must answer --help without loading torch
     import numpy as np
@@ -228,7 +228,8 @@ class ImageInput:
     """One image as the loader hands it over: stored tower features, or pixels for the tower."""
 
     features: torch.Tensor | None = None
-    """bf16 [P, Dv] from the feature store, or None."""
+    """From the feature store, or None: bf16 [P, Dv], of a tower that learns what goes into its lowest block that
+    does."""
     pixels: torch.Tensor | None = None
     """uint8 [3, H, W], resized and cropped but not yet normalised, or None."""
 
@@ -338,9 +339,17 @@ class TokenLosses:
     """bool [K]: the token was the arg-max. None while gradients are recorded: training has no use for it."""
 
 
+@runtime_checkable
+class LayerKeeper(Protocol):
+    """Keeps what goes into a layer of the language model. Implemented by `store.layers.LayerStore`."""
+
+    def read(self, key: bytes, length: int, /) -> torch.Tensor | None: ...
+    def put(self, key: bytes, hidden: torch.Tensor, /) -> None: ...
+
+
 class FeatureReader(Protocol):
     """Looks up stored tower features. Implemented by `store.features.FeatureStore`; `data` only sees this."""
 
     def read(self, ref: ImageRef) -> torch.Tensor | None:
-        """bf16 [P, Dv], or None when the image is not stored."""
+        """`ImageInput.features`, or None when the image is not stored."""
         ...

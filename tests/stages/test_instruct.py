@@ -256,7 +256,7 @@ def test_the_adapter_folder_is_what_peft_loads_on_the_base(
     cfg = instruct(tmp_path)
     model, tokenizer = build_vlm(cfg.model, compute_precision="fp32", device=torch.device("cpu"), seed=cfg.seed)
     where = checkpoint.resolve_checkpoint(finished)
-    restore.load_adapter(where, model.language)
+    restore.load_adapters(where, model.parts())
     ids = torch.tensor([tokenizer("what color is it?")["input_ids"]])
     base = AutoModelForCausalLM.from_pretrained(cfg.model.llm.name_or_path, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, str(where)).eval()

@@ -16,7 +16,7 @@ from tests.conftest import TinyParts, make_config
 from beholder.config import RunConfig
 from beholder.config.file import load_config
 from beholder.evidence import load_evidence
-from beholder.model import adapters
+from beholder.model import adapters, placement
 from beholder.model.language import load_language
 from beholder.prepare.tiny import colour_source
 from beholder.runs import sha256_file
@@ -104,7 +104,7 @@ def test_merged_adapters_are_the_frozen_base_of_the_new_run_at_the_strength_they
 
     load(origin).save_merged(tmp_path / "plain")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32).state_dict()
-    base = adapters.base_state(load(merged).model.language.model)
+    base = placement.base_state(load(merged).model.language.part)
     evidence = load_evidence(merged)
     rows = {r.part: r for r in evidence.trainable}
 
@@ -121,7 +121,7 @@ def test_new_adapters_on_a_merged_base_start_without_effect(stage: MakeStage, or
 
     ids = torch.arange(20)[None] + 30
     before, after = load(origin).model, load(tmp_path / "run").model
-    with adapters.merged(before.language):
+    with adapters.merged(before.language.part):
         assert torch.equal(after.text_logits(ids), before.text_logits(ids))
     with before.adapters_off():
         assert not torch.equal(after.text_logits(ids), before.text_logits(ids)), "the merged adapters do nothing"
@@ -141,7 +141,7 @@ def test_a_merged_run_is_measured_again_and_loaded_as_it_was_without_the_run_it_
 
     assert again is not None and known.get("eval.loss") == again.get("eval.loss")
     assert known.get("eval.loss") == load_evidence(merged).get("eval.loss")
-    assert load(run).model.language.merged[0].facts["lora_alpha"] == 16
+    assert load(run).model.language.part.merged[0].facts["lora_alpha"] == 16
 
 
 def test_a_killed_run_on_a_merged_base_resumes_bit_for_bit(
@@ -174,9 +174,9 @@ def test_a_base_goes_on_through_later_runs(stage: MakeStage, merged: Path, tmp_p
 
     ids = torch.arange(20)[None] + 30
     was, continued, twice, fresh = (load(r).model for r in (merged, *(tmp_path / n / "run" for n in "abc")))
-    assert [len(m.language.merged) for m in (continued, twice, fresh)] == [1, 2, 1]
+    assert [len(m.language.part.merged) for m in (continued, twice, fresh)] == [1, 2, 1]
     assert torch.equal(continued.text_logits(ids), was.text_logits(ids))
-    with adapters.merged(was.language):
+    with adapters.merged(was.language.part):
         assert torch.equal(twice.text_logits(ids), was.text_logits(ids))
     with was.adapters_off():
         assert torch.equal(fresh.text_logits(ids), was.text_logits(ids))
@@ -210,7 +210,7 @@ def test_a_checkpoint_on_a_merged_base_does_not_load_on_another(stage: MakeStage
 def test_adapters_that_are_no_plain_lora_or_of_another_model_are_not_merged(origin: Path) -> None:
     part = restore.read_part(checkpoint.resolve_checkpoint(origin), "adapter")
     language, _ = load_language(load_config(origin / "config.yaml").model.llm, torch.device("cpu"))
-    before = {k: t.clone() for k, t in adapters.base_state(language.model).items()}
+    before = {k: t.clone() for k, t in placement.base_state(language.part).items()}
     some = next(iter(part.tensors))
 
     for facts, tensors, says in (
@@ -222,9 +222,9 @@ def test_adapters_that_are_no_plain_lora_or_of_another_model_are_not_merged(orig
     ):
         odd = TrainedPart({**part.tensors, **tensors}, {**part.facts, **facts})
         with pytest.raises(UserError, match=says):
-            adapters.merge_in(language, odd)
-    after = adapters.base_state(language.model)
-    assert all(torch.equal(before[k], after[k]) for k in before) and not language.merged
+            adapters.merge_in(language.part, odd)
+    after = placement.base_state(language.part)
+    assert all(torch.equal(before[k], after[k]) for k in before) and not language.part.merged
 
 
 def test_stage_multi_does_not_start_from_an_instruct_run_whose_gates_failed(

@@ -20,6 +20,7 @@ from torch import nn
 
 from beholder.config import RunConfig, settings
 from beholder.config.section import section_of
+from beholder.model.placement import Part
 from beholder.train import checkpoint as ck
 from beholder.train import restore
 from beholder.train.checkpoint import (
@@ -59,8 +60,8 @@ class Parts(nn.Module):
 
 def bare(connector: nn.Module) -> Any:
     """A model with this connector and a language model without adapters."""
-    language = SimpleNamespace(adapters=[], merged=[])
-    return SimpleNamespace(connector=connector, connector_info=lambda: INFO, language=language)
+    parts = {"language": Part("language", "lm", nn.Identity(), ())}
+    return SimpleNamespace(connector=connector, connector_info=lambda: INFO, parts=lambda: parts)
 
 
 def learned(tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> dict[str, TrainedPart]:

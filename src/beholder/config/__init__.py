@@ -24,33 +24,50 @@ from beholder.config.data import (
 )  # fmt: skip
 from beholder.config.parts import (
     ConnectorConfig,
+    Layers,
     LlmConfig,
     LoraConfig,
     ModelConfig,
     ProjectorConfig,
     ResamplerConfig,
     VisionConfig,
+    names_modules,
+    no_layers,
 )  # fmt: skip
 from beholder.config.run import (
     GREEDY,
+    MONITORED,
+    WATCHED,
     AblationConfig,
     EvalConfig,
     GenerateConfig,
+    IrrelevantConfig,
     LearningRates,
+    OodConfig,
     RunConfig,
     TrainConfig,
     WeightDecays,
 )  # fmt: skip
 from beholder.config.section import Cadence, Decided, Fraction, Positive, Section, decided_by, settings
-from beholder.config.stages import STAGES, BestRule, GateConfig, Stage, StageName, usual_gate
-from beholder.config.studies import SCALES, SweepConfig
+from beholder.config.stages import (
+    GUARDRAILS,
+    STAGES,
+    BestRule,
+    GateConfig,
+    GuardrailConfig,
+    Stage,
+    StageName,
+    usual_gate,
+)
+from beholder.config.studies import SCALES, FootprintConfig, PointSetting, StudyConfig, SweepConfig
 from beholder.types import DatasetKind
 
 __all__ = [
-    "CAPTION_SPAM", "GREEDY", "SCALES", "STAGES", "AblationConfig", "BestRule", "Cadence",
-    "ConnectorConfig", "DataConfig", "DatasetKind", "Decided", "EvalConfig", "FeaturesConfig", "Fraction",
-    "GateConfig", "GenerateConfig", "HygieneConfig", "HygieneLimits", "LearningRates", "LlmConfig", "LoraConfig",
-    "ModelConfig", "Positive", "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig",
-    "Section", "SourceConfig", "Stage", "StageName", "SweepConfig", "TrainConfig", "VisionConfig", "WeightDecays",
-    "decided_by", "settings", "usual_gate",
+    "CAPTION_SPAM", "GREEDY", "GUARDRAILS", "MONITORED", "SCALES", "STAGES", "WATCHED", "AblationConfig", "BestRule",
+    "Cadence", "ConnectorConfig", "DataConfig", "DatasetKind", "Decided", "EvalConfig", "FeaturesConfig",
+    "FootprintConfig", "Fraction", "GateConfig", "GenerateConfig", "GuardrailConfig", "HygieneConfig",
+    "HygieneLimits", "IrrelevantConfig", "Layers", "LearningRates", "LlmConfig", "LoraConfig", "ModelConfig",
+    "OodConfig", "PointSetting", "Positive", "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig",
+    "Section", "SourceConfig", "Stage", "StageName", "StudyConfig", "SweepConfig", "TrainConfig", "VisionConfig",
+    "WeightDecays", "decided_by", "names_modules", "no_layers", "settings", "usual_gate",
 ]  # fmt: skip

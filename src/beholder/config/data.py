@@ -233,6 +233,17 @@ class FeaturesConfig(Section):
     ``~/.cache/beholder/features``."""
     max_gb: Annotated[float, Field(gt=0, le=1_000_000), _NOT_ENABLED, Tiny(value=0.1)] = 20.0
     """Size cap in GB (1e9 bytes). Images that do not fit go through the tower at every step."""
+    layers: Annotated[
+        bool, decides("weights", "speed"), _NOT_ENABLED,
+        Inert(
+            lambda cfg, _: cfg.model.connector.trainable or cfg.tower_may_learn or not cfg.has_adapters,
+            "what goes into the language model's layers changes where connector or tower learn, and nothing learns in "
+            "them without adapters", "model.connector.trainable model.lora.enable",
+        ),
+    ] = False  # fmt: skip
+    """Keep, of every sample, what goes into the lowest layer of the language model that learns as well: later passes
+    over the data begin there. Worth its room (2 or 4 bytes x width a token) for ``model.lora.llm_layers: last-K`` and
+    more than one pass."""
 
 
 _CHAT = Inert(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from beholder.config.section import Inert, Positive, Section, Tiny, decides
+from beholder.config.section import Inert, Positive, Section, Tiny, Written, decides
 
 # ---------------------------------------------------------------------------------------------------------------
 # model
@@ -19,12 +20,47 @@ NO_ADAPTERS = Inert(
 FROZEN_CONNECTOR = Inert(
     lambda cfg, _: not cfg.model.connector.trainable, "model.connector.trainable is false", "model.connector.trainable"
 )
+FROZEN_TOWER = Inert(
+    lambda cfg, _: not cfg.tower_may_learn, "the vision tower is frozen (model.vision.unfreeze, model.lora.vit_layers)",
+    "model.vision.unfreeze model.lora.vit_layers",
+)  # fmt: skip
 _NOT_PERCEIVER = Inert(lambda _, own: own.kind != "perceiver", "only the perceiver resampler has it", ".kind")
 _LINEAR = Inert(lambda _, own: own.kind == "linear", "a linear projector has none", ".kind")
 _NOT_TIMM = Inert(
     lambda _, own: not own.name_or_path.startswith("timm/"),
     "it belongs to timm/<name> towers; a Hugging Face folder holds its own weights", ".name_or_path",
 )  # fmt: skip
+
+
+Layers = (
+    Annotated[
+        str, Field(pattern=r"^(all|none|(last|first)-[0-9]{1,4})$"),
+        Written("all, none, last-K, first-K"),
+    ]
+    | tuple[Annotated[int, Field(ge=0, lt=10_000)], ...]
+)  # fmt: skip
+"""Which layers of a model: by where they stand, or by their numbers from 0."""
+
+
+def names_modules(pattern: str) -> bool:
+    """Whether a pattern is the end of a module's name, or ``all-linear``; else it is a regular expression."""
+    return pattern == "all-linear" or re.fullmatch(r"[\w.]+", pattern) is not None
+
+
+def no_layers(layers: Layers) -> bool:
+    return layers in ("none", "last-0", "first-0", ())
+
+
+def _few(layers: Layers) -> Layers:
+    """As much of it as a tiny part has."""
+    if isinstance(layers, str):
+        return re.sub(r"-[1-9]\d*", "-1", layers)
+    return tuple(k for k in layers if k == 0) or ("last-1" if layers else layers)
+
+
+def _whole_layers(modules: tuple[str, ...]) -> tuple[str, ...]:
+    """An expression may speak of layers that a tiny part does not have."""
+    return modules if all(map(names_modules, modules)) else ("all-linear",)
 
 
 class LlmConfig(Section):
@@ -54,7 +90,10 @@ class VisionConfig(Section):
     weights: Annotated[str | None, decides("place", "weights"), _NOT_TIMM] = None
     """``timm/…`` only: a local ``.safetensors`` file to load strictly, instead of timm's own download."""
     freeze: Literal[True] = True
-    """The tower stays bit-identical."""
+    """What nobody lets learn (``unfreeze``, ``model.lora.vit_layers``) stays bit-identical."""
+    unfreeze: Annotated[tuple[str, ...], Tiny(make=lambda names: ("first-1",) if names else ())] = ()
+    """Blocks, stages or other modules of the tower whose weights learn themselves, in fp32: names (``stages.3``,
+    ``blocks.11``), ``last-K`` or ``first-K`` blocks. Batch statistics stay as they are."""
     feature_layer: Annotated[int, Field(ge=-1024, le=1024)] = -1
     """Hidden layer whose patch tokens are used: -1 is the tower's final output, -2 the layer before."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
@@ -130,7 +169,8 @@ class LoraConfig(Section):
             "stage",
         ),
     ] = False
-    """Train low-rank adapters on the language model (stage 2)."""
+    """Train low-rank adapters: on the language model, and on the vision tower where ``vit_layers`` says so (from stage
+    2 on)."""
     adapters: Annotated[
         Literal["continue", "merge", "fresh"],
         Inert(
@@ -152,12 +192,36 @@ class LoraConfig(Section):
     on the line from the language model's own weights (0) to the trained ones (1). Below 1 it keeps more of the language
     (WiSE-FT, Wortsman et al. 2022)."""
     bias: Annotated[Literal["none"], NO_ADAPTERS] = "none"
-    target_modules: Annotated[tuple[str, ...], NO_ADAPTERS] = (
+    target_modules: Annotated[tuple[str, ...], NO_ADAPTERS, Tiny(make=_whole_layers)] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
-    """Linear layers of the language model that get an adapter: the last part of a module's name (``q_proj``), several
-    parts (``self_attn.q_proj``), or a regular expression that matches the whole name below the language model. Each
-    must match something, and nothing outside the language model's layers; the resolved list is printed and counted."""
+    """Modules of the language model that get an adapter: ``all-linear``, the last part of a module's name (``q_proj``),
+    several parts (``self_attn.q_proj``), or a regular expression that matches the whole name or its last parts. Each
+    must match something, and nothing outside the language model's layers; the resolved list is printed and counted. A
+    regular expression that names modules of the vision tower alone is the tower's."""
+    llm_layers: Annotated[Layers, NO_ADAPTERS, Tiny(make=_few)] = "all"
+    """Layers of the language model that get them: all, none, ``last-2``, ``first-2``, or a list of numbers from 0."""
+    vit_layers: Annotated[Layers, NO_ADAPTERS, Tiny(make=_few)] = "none"
+    """Blocks of the vision tower that get adapters as well, said like ``llm_layers``. ``beholder plan`` counts them."""
+    vit_target_modules: Annotated[
+        tuple[str, ...], NO_ADAPTERS, Tiny(value=("all-linear",)),
+        Inert(lambda _, own: no_layers(own.vit_layers), "the tower gets no adapters", ".vit_layers"),
+    ] = ("all-linear",)  # fmt: skip
+    """Modules of these blocks that do: as in ``target_modules``. ``all-linear`` are linear layers, ``qkv`` among them,
+    and 1 x 1 convolutions; other convolutions, depth-wise ones among them, are named."""
+
+    @property
+    def may_reach_tower(self) -> bool:
+        """Whether the tower gets adapters, or may: what an expression names, only the model knows."""
+        return not no_layers(self.vit_layers) or not all(map(names_modules, self.target_modules))
+
+    def impossible(self) -> list[str]:
+        if self.enable and no_layers(self.llm_layers) and not self.may_reach_tower:
+            return [
+                "enable is true, but llm_layers and vit_layers choose no layer, so there would be no adapters; choose "
+                "some, or set enable: false"
+            ]
+        return []
 
 
 class ModelConfig(Section):

@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from beholder.config.inert import inert_settings
-from beholder.config.run import RunConfig
+from beholder.config.run import EvalConfig, RunConfig
 from beholder.config.section import Section, items_of, options_of, section_of, values_of
-from beholder.config.stages import GateConfig, complete_gates, stage_of
+from beholder.config.stages import GateConfig, GuardrailConfig, complete_gates, complete_guardrails, stage_of
 from beholder.config.tree import SettingPath, Tree, dotted, get_at, show
 from beholder.config.wording import annotation_at, expected, nearest
 
@@ -98,10 +98,6 @@ def _complain_value(tree: Tree, error: Any, path: SettingPath) -> None:
             near = f"; write {int(got)}"
         elif isinstance(got, int | float) and not isinstance(got, bool) and options_of(annotation) == (str,):
             near = f"; write '\"{tree.mark(path).text}\"' in quotes"
-        if error["type"] in ("string_pattern_mismatch", "string_too_long"):
-            plain = "expected a plain name without slashes, of at most 200 characters"
-            tree.complain(path, f"got {show(got)}; {plain}", value=True)
-            return
         tree.complain(path, f"got {show(got)}; expected {expected(annotation)}{near}", value=True)
 
 
@@ -178,4 +174,9 @@ def _construct(model: type[BaseModel], data: Any) -> Any:
     if model is RunConfig and isinstance(values["gates"], dict):
         given = {k: g for k, g in values["gates"].items() if isinstance(g, GateConfig)}
         values["gates"] = complete_gates(given, stage_of(values["stage"], values["model"]))
+    if model is RunConfig and isinstance(values["guardrails"], dict):
+        rules = {k: g for k, g in values["guardrails"].items() if isinstance(g, GuardrailConfig)}
+        watched = values["eval"].watched if isinstance(values["eval"], EvalConfig) else ()
+        stage = stage_of(values["stage"], values["model"])
+        values["guardrails"] = complete_guardrails(rules, stage, watched.__contains__)
     return model.model_construct(_fields_set=set(data) if isinstance(data, dict) else set(), **values)

@@ -36,7 +36,7 @@ IMAGE_NAMES: Mapping[Written, Mapping[str, str]] = {
 GROUPINGS = {
     "length": "target length", "turn": "turn", "question": "question", "answer": "kind of answer",
     "kind": "kind of made-up question", "images": "number of images",
-    "slot": "place",
+    "slot": "place", "strength": "strength of the adapters", "image": "kind of image",
 }  # fmt: skip
 """What the groupings of samples (``by``) are called."""
 
@@ -55,6 +55,7 @@ Section = Literal[
     "blind",
     "kept",
     "symptoms",
+    "monitors",
     "",
 ]
 """A table of the report. The one of every measurement has no name."""
@@ -215,7 +216,13 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("retention.loss", "loss on plain text, adapters on", _NATS, "lower", "kept", said=ALONE),
     _Q("retention.loss_ratio", "loss on plain text, on over off", "ratio", "lower", "kept", said=ALONE,
        headline=_H(answer=4, label="text loss over the base's")),
+    _Q("retention.loss_ratio_styled", "loss on plain text after its first words, on over off", "ratio", "lower", "kept",
+       said=ALONE),
     _Q("retention.kl", "divergence from the base (KL)", _NATS, "lower", "kept", said=ALONE),
+    _Q("cross.own.trained", "loss on over off: own images, trained texts", "ratio", "lower", "kept"),
+    _Q("cross.ood.trained", "loss on over off: unlike images, trained texts", "ratio", "none", "kept"),
+    _Q("cross.own.plain", "loss on over off: own images, plain texts", "ratio", "lower", "kept"),
+    _Q("cross.ood.plain", "loss on over off: unlike images, plain texts", "ratio", "lower", "kept"),
     _Q("merge.max_logit_diff", "largest change of a logit by merging", "logits", "lower", "kept", said=ALONE),
     _Q("merge.changed_pct", "next tokens of plain text changed by merging", "%", "lower", "kept", said=ALONE),
     _Q("merge.tokens_changed_pct", "tokens of answers changed by merging", "%", "lower", "kept", said=ALONE),
@@ -239,6 +246,22 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("collapse.image_independent", "same output for another image", _SHARE, "lower", "symptoms"),
     _Q("collapse.worst", "worst collapse symptom", _SHARE, "lower", "symptoms", said=ALONE,
        headline=_H(6, 5, label="worst collapse")),
+    # What a run is watched with while it trains (`probes.monitors`).
+    _Q("irrelevant.pass", "unrelated images told to be so", _SHARE, "higher", "monitors", said=ALONE),
+    _Q("ood.hallucination", "hallucination on unlike images", _SHARE, "lower", "monitors", said=ALONE),
+    _Q("ood.invents", "unlike images: descriptions that invent", _SHARE, "lower", "monitors"),
+    _Q("ood.says_yes", "unlike images: yes to what is absent", _SHARE, "lower", "monitors"),
+    _Q("ood.blind", "unlike images: empty or image-independent", _SHARE, "lower", "monitors", said=ALONE),
+    _Q("sane.captions", "unlike images: sane descriptions", _SHARE, "higher", "monitors", said=ALONE),
+    _Q("jitter.consistency", "same answer for slightly cropped images", _SHARE, "higher", "monitors", said=ALONE),
+    _Q("gap.generalisation", "generalisation gap", _NATS, "lower", "monitors", said=ALONE),
+    _Q("gap.training_loss", "loss on training samples", _NATS, "none", "monitors"),
+    # The same at part of the adapters' strength (``eval.strengths``).
+    _Q("strength.loss", "held-out loss, adapters at part of their strength", _NATS, "lower"),
+    _Q("strength.text_ratio", "loss on plain text, on over off, adapters at part of their strength", "ratio", "lower"),
+    _Q("strength.pass", "unrelated images told to be so, adapters at part of their strength", _SHARE, "higher"),
+    _Q("strength.hallucination", "hallucination, adapters at part of their strength", _SHARE, "lower"),
+    _Q("strength.blind", "blind answers, adapters at part of their strength", _SHARE, "lower"),
     # What gates alone judge.
     _Q("data.truncated_pct", "targets cut to length", "%", "lower"),
     _Q("data.label_zero_pct", "samples with nothing supervised", "%", "lower"),

@@ -1,6 +1,7 @@
 """The one place where model settings become parts and parts a model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -8,21 +9,24 @@ import torch
 from beholder.config import ModelConfig
 from beholder.model.connector import build_connector
 from beholder.model.language import load_language
-from beholder.model.vision import load_vision
+from beholder.model.learned import apply_base, unfreeze
+from beholder.model.placement import selectors
+from beholder.model.vision import check_reached, load_vision
 from beholder.model.vlm import VisionLanguageModel
 from beholder.model.weights import DTYPES
 from beholder.types import TrainedPart
 
 
 def build_vlm(
-    cfg: ModelConfig, *, compute_precision: str, device: torch.device, seed: int, merged: Sequence[TrainedPart] = ()
-) -> tuple[VisionLanguageModel, Any]:
+    cfg: ModelConfig, *, compute_precision: str, device: torch.device, seed: int,
+    base: Mapping[str, TrainedPart] = MappingProxyType({}),
+) -> tuple[VisionLanguageModel, Any]:  # fmt: skip
     """(model, tokenizer) from the settings: tower and language model strictly loaded and frozen, a fresh connector and,
     with ``lora.enable``, fresh adapters, which change nothing before they have learned.
 
     The connector's and the adapters' weights come from ``seed`` alone, so every rank starts from the same ones. Raises
-    `UserError` for whatever does not fit together. ``merged``: adapters of earlier runs that are part of the base
-    (`train.restore.read_merged`), first to last. A checkpoint named in ``connector.load_checkpoint`` is loaded by the
+    `UserError` for whatever does not fit together. ``base``: what earlier runs have learned and is part of the base now
+    (`train.restore.read_base`), in this order. A checkpoint named in ``connector.load_checkpoint`` is loaded by the
     caller.
     """
     vision = load_vision(cfg.vision, device)
@@ -34,11 +38,14 @@ def build_vlm(
     ).to(device)  # fmt: skip
     connector.requires_grad_(cfg.connector.trainable)
     model = VisionLanguageModel(vision, connector, language, DTYPES[compute_precision])
-    if cfg.lora.enable or merged:  # after the checks of the language model, which are about the base
+    parts = model.parts()
+    apply_base(parts, base)  # after the checks of the language model, which are about its files
+    if cfg.vision.unfreeze:
+        unfreeze(vision.part, cfg.vision.unfreeze)
+    if cfg.lora.enable:
         from beholder.model import adapters
 
-        for part in merged:
-            adapters.merge_in(language, part)
-        if cfg.lora.enable:
-            adapters.attach(language, cfg.lora, seed)
+        for name, selector in selectors(cfg.lora, parts).items():
+            adapters.attach(parts[name], cfg.lora, seed, selector)
+    check_reached(vision)
     return model, tokenizer

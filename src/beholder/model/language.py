@@ -5,7 +5,7 @@ time that the split computes what the model itself computes. Templates and token
 """
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,15 +21,22 @@ from beholder.model.families import (
     limits_of,
     running,
 )
-from beholder.model.placement import AdapterSite, decoder_of
-from beholder.model.weights import DTYPES, check_finite, check_loading_info, freeze, from_pretrained, loading
-from beholder.types import TrainedPart, UserError
+from beholder.model.placement import base_state, decoder_of, given_to, input_of, inside, language_part, lowest_of
+from beholder.model.weights import (
+    DTYPES,
+    check_finite,
+    check_loading_info,
+    first_line,
+    freeze,
+    from_pretrained,
+    hash_state,
+    loading,
+)
+from beholder.types import UserError
 
 
-class Adapted(Protocol):
-    """A layer with an adapter, as far as the language model knows it (`model.adapted_linear.AdaptedLinear`)."""
-
-    def learn(self, mode: bool, /) -> None: ...
+def _pass_by(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
 
 
 class LanguageModel(nn.Module):
@@ -45,13 +52,8 @@ class LanguageModel(nn.Module):
         self.name = name
         self.config = self.model.config.get_text_config()
         self.decoder_checkpointing = gradient_checkpointing
-        self.learning = False
-        self.adapters: list[AdapterSite] = []
-        """What `model.adapters.attach` put on it."""
-        self.adapted: list[Adapted] = []
-        """The layers that have one; of the language model only these follow the training mode."""
-        self.merged: list[TrainedPart] = []
-        """Adapters of earlier runs that `model.adapters.merge_in` made part of its weights, in this order."""
+        self.part = language_part(model, name)
+        self.part.try_out = self.try_out
         freeze(self)
         if gradient_checkpointing:
             self._enable_checkpointing()
@@ -85,9 +87,7 @@ class LanguageModel(nn.Module):
         their strength. With gradient checkpointing, the checkpointing wrappers (and nothing inside them) are told that
         training goes on, which is what they look at."""
         super().train(False)
-        self.learning = mode
-        for layer in self.adapted:
-            layer.learn(mode)
+        self.part.learn(mode)
         if self.decoder_checkpointing:
             for layer in self._checkpointed_layers():
                 layer.training = mode
@@ -143,6 +143,60 @@ class LanguageModel(nn.Module):
             )  # fmt: skip
         return out.last_hidden_state
 
+    @property
+    def lowest(self) -> str | None:
+        """`lowest_of` its layers, where it is not the first: what goes into it can be kept of every sample, as long as
+        its embeddings do not change."""
+        lowest = lowest_of(self.part)
+        return None if lowest is None or lowest == self.part.blocks[0] else lowest
+
+    @torch.no_grad()
+    def keep(self, inputs_embeds: Float[Tensor, "b t dh"], position_ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t dh"]:
+        """What goes into the lowest layer that learns; `finish` goes on from it."""
+        assert self.lowest is not None
+        return input_of(self.part, self.lowest, lambda: self.hidden(inputs_embeds, position_ids))
+
+    def finish(self, kept: Float[Tensor, "b t dh"], position_ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t dh"]:
+        """`hidden` from what `keep` gave; the layers below are passed by."""
+        assert self.lowest is not None
+        below = [self.model.get_submodule(b) for b in self.part.blocks[: self.part.blocks.index(self.lowest)]]
+        try:
+            for layer in below:
+                layer.forward = _pass_by
+            with given_to(self.part, self.lowest, kept):
+                return self.hidden(kept, position_ids)
+        finally:
+            for layer in below:
+                del layer.forward
+
+    @torch.no_grad()
+    def check_kept(self) -> str | None:
+        """Why nothing can be kept, or None where `finish` after `keep` gives what `hidden` does."""
+        if self.lowest is None:
+            return "it learns from its first layer on"
+        draw = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.vocab, (2, 9), generator=draw).to(self.device)
+        positions = torch.tensor([[*range(5), *range(4)], [*range(9)]], device=self.device)
+        try:
+            whole = self.hidden(self.embed(ids), positions)
+            again = self.finish(self.keep(self.embed(ids), positions), positions)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, StopIteration) as e:
+            return f"it cannot go on from {self.lowest} ({first_line(e)})"
+        return None if torch.equal(whole, again) else f"going on from {self.lowest} gives something else"
+
+    def below_fingerprint(self) -> str:
+        """sha256 over the weights that decide what `keep` gives, and how it is computed."""
+        assert self.lowest is not None
+        blocks = self.part.blocks
+        above = blocks[blocks.index(self.lowest) :]
+        below = {n: t for n, t in base_state(self.part).items() if not inside(n, above)}
+        return hash_state(below, f"{self.config.to_json_string()} {self.dtype} {self.attention} below {self.lowest}")
+
+    def try_out(self) -> None:
+        """One forward pass over a few tokens."""
+        ids = torch.arange(8, device=self.device)[None]
+        self.hidden(self.embed(ids), torch.arange(8, device=self.device)[None])
+
     def head(self, hidden: Float[Tensor, "k dh"]) -> Float[Tensor, "k v"]:
         """Logits, with the scaling or soft cap that the family applies after its output matrix."""
         with torch.autocast(hidden.device.type, enabled=False):
@@ -195,7 +249,7 @@ class LanguageModel(nn.Module):
             pad_token_id=eos_ids[0], use_cache=True, num_beams=1, **sampling,
         )  # fmt: skip
         devices = [embeds.device] if embeds.device.type == "cuda" else []
-        learning = self.learning
+        learning = self.part.learning
         self.train(False)  # no dropout; and a checkpointing layer in training mode drops the key/value cache
         try:
             with torch.random.fork_rng(devices=devices), torch.autocast(embeds.device.type, enabled=False):

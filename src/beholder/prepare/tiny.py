@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from beholder.config import DatasetKind, RunConfig, SourceConfig, settings
+from beholder.config import MONITORED, DatasetKind, RunConfig, SourceConfig, settings
 from beholder.config.file import dump_config, parse_config, without_inert
 from beholder.config.tree import get_at
 from beholder.model.weights import quiet_transformers
@@ -502,6 +502,8 @@ def smoke_config(cfg: RunConfig, folder: Path | str, *, num_records: int = 64, s
         "golden_set_path": str(folder / "golden.jsonl") if cfg.eval.golden_set_path and cfg.golden_size else None,
         "run_golden_every": _sooner(cfg.eval.run_golden_every, half),
     }  # fmt: skip
+    # A smoke run has no images for monitors, and no gate of it is judged.
+    raw["gates"] = {n: g for n, g in raw["gates"].items() if not str(g["measure"]).startswith(tuple(MONITORED))}
     raw["ablation"]["run_every"] = _sooner(cfg.ablation.run_every, half)
     raw["features"]["dir"] = str(folder / "features")
     raw["data"] |= _smoke_data(cfg, folder / "data", num_records)

@@ -22,11 +22,11 @@ NUM_NOISE = 8
 
 
 class SightedModel(LossModel, Protocol):
-    """A model whose tower can be asked for the patches of an image."""
+    """A model whose tower can be asked for what it says of an image."""
 
     geometry: ImageGeometry
 
-    def patches(self, images: list[ImageInput], /) -> torch.Tensor: ...
+    def keep(self, image: ImageInput, /) -> ImageInput: ...
 
 
 def ablation_losses(
@@ -67,8 +67,7 @@ def blank_image(model: SightedModel, kind: Literal["zero", "noise"], seed: int =
     mean, std = torch.tensor(g.mean)[:, None, None], torch.tensor(g.std)[:, None, None]
     pixels = (255 * (normalised * std + mean)).round().clamp(0, 255).to(torch.uint8)
     with measuring(model):
-        features = model.patches([ImageInput(pixels=pixels)])[0]
-    return ImageInput(features=features.detach().to("cpu", torch.bfloat16))
+        return model.keep(ImageInput(pixels=pixels))
 
 
 def blank_images(model: SightedModel, kind: Literal["zero", "noise"], seed: int = 0) -> list[ImageInput]:

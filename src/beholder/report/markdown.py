@@ -179,6 +179,12 @@ def _fail(e: Evidence, v: Verdict) -> list[str]:
             rows.append([group.stratum, standing[group.standing], *cells, count(group.n)])
         head = [f"by {grouping_name(g.by)}", "", *g.columns.values(), "n"]
         lines += table(head, rows)
+    watched = [
+        [f"{metric_name(e, m.name)}{f', {m.stratum}' if m.stratum else ''}", "" if b is None else fmt(b), with_ci(m),
+         count(m.n), m.caveat or ""]
+        for m, b in content.monitor_rows(e)
+    ]  # fmt: skip
+    lines += table(["watched at every evaluation", "before training", "now", "n", "note"], watched)
     lines += table(["symptom", "value", "n", "note"], _noted(e, shown(e, "symptoms")))
     lines += table(["on plain text", "value", "n", "note"], _noted(e, shown(e, "kept")))
 

@@ -95,12 +95,12 @@ def _audited(
     cfg: RunConfig, run: Path | None, num_turns: int, part: Literal["train", "eval"], learner: Learner
 ) -> Answer:
     with joined(cfg.device, cfg.train.timeout_s) as dist, tempfile.TemporaryDirectory() as folder:
-        merged = (
-            restore.read_merged(checkpoint.resolve_checkpoint(run))
+        base = (
+            restore.read_base(checkpoint.resolve_checkpoint(run))
             if run is not None and (run / "checkpoints").is_dir()
-            else []
+            else {}
         )
-        session = open_session(cfg, RunDir(folder), dist, merged, aside=True)
+        session = open_session(cfg, RunDir(folder), dist, base, aside=True)
         with session:
             held_out = part == "eval"
             examples = session.data.eval_examples if held_out else session.training_examples(text_learner.MAX_QUESTIONS)

@@ -8,6 +8,7 @@ from beholder.evidence import Evidence, Measurement
 from beholder.model.plan import TrainableTable, frozen_fingerprint
 from beholder.probes import clipscore, loss, textonly, wrong_images
 from beholder.probes.loss import SampleLoss
+from beholder.stages.guard import open_history
 from beholder.stages.measured import Before, Measured, Trained
 from beholder.stages.panel import PANEL
 from beholder.stages.session import Session
@@ -37,6 +38,7 @@ def check_measurable(session: Session) -> None:
         except UserError as e:
             raise UserError(f"{name}: {e}") from e
     _ = session.held_out.objects
+    _ = session.monitors.fingerprint  # whose files are read here
     if cfg.eval.clip_model is not None:
         clipscore.ClipJudge(cfg.eval.clip_model, session.dist.device)
     if blind := held - len(session.held_out.sighted):
@@ -58,12 +60,13 @@ def measure_before(session: Session, *, fresh: bool) -> Before:
     with session.model.adapters_off():
         text = textonly.text_logits(session.model, session.tokenizer)
     path = session.run.path / BASELINE
+    watched = open_history(session, fresh=fresh)
     if fresh:
         frozen = frozen_fingerprint(session.model)  # a connector that stays as it is has its weights only now
         untrained = session.eval_losses()
         with session.phase("evaluation"):
             text_only = session.together.text_losses(session.held_out.examples)
-        measured = session.held_out.summary(untrained)
+        measured = [*session.held_out.summary(untrained), *watched]
         if session.dist.is_main:
             record = {
                 "measurements": [m.model_dump(mode="json") for m in measured],
@@ -101,6 +104,8 @@ def measure(
         row = PANEL[name]
         if row.needs(session):
             row.make(session, m)
+        elif row.without is not None and row.monitor:
+            m.leave_out(row.without[0], row.monitor, row.without[1])
         elif row.without is not None:
             m.inapplicable |= dict([row.without])
         if name == "losses":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from beholder.evidence import Cost, Histogram, Measurement, WordReliance, WordStat
+from beholder.evidence import Cost, GuardrailStop, Histogram, Measurement, WordReliance, WordStat
 from beholder.probes import textonly
 from beholder.probes.loss import SampleLoss
 from beholder.probes.written import Written
@@ -74,5 +74,7 @@ class Trained:
     """This process made all of them, so its own time is the run's."""
     again: bool = False
     """A run that was trained earlier is measured again."""
+    stopped: GuardrailStop | None = None
+    """The guardrail that ended it early."""
     cost: Cost | None = None
     """What the training cost, when an earlier process has told it already."""

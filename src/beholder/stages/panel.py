@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from beholder.config import GREEDY, RunConfig
+from beholder.config import GREEDY, MONITORED, RunConfig
 from beholder.data.chat import ChatEncoder, EncodeError
 from beholder.evidence import Measurement, WordReliance
 from beholder.probes import (
@@ -39,6 +39,7 @@ from beholder.probes import (
 )
 from beholder.probes.loss import SampleLoss
 from beholder.probes.written import Written
+from beholder.stages import monitors
 from beholder.stages.measured import Measured
 from beholder.stages.session import Session
 from beholder.types import Condition, Example, UserError
@@ -73,6 +74,8 @@ class Row:
     """Whether there is anything for it to measure."""
     without: tuple[str, str] | None = None
     """When there is not: how the names begin that gates are then not judged on, and why."""
+    monitor: str = ""
+    """What a monitor is called; it is made at every evaluation."""
     candidate: bool = False
     """Where it comes due, the whole held-out set is measured, and the step is a candidate for the best."""
 
@@ -639,8 +642,6 @@ def merges(session: Session, m: Measured) -> None:
 
 def merging(session: Session) -> list[Measurement]:
     """The same prompts and held-out samples, in the same batches, with the adapters apart and merged."""
-    from beholder.model.adapters import merged  # takes seconds: peft brings transformers
-
     model, chosen = session.model, session.held_out.ablation_sample[:NUM_MERGED]
 
     def look() -> tuple[textonly.TextLogits, list[SampleLoss]]:
@@ -648,7 +649,7 @@ def merging(session: Session) -> list[Measurement]:
         return textonly.text_logits(model, session.tokenizer), loss.sample_losses(model, batches)
 
     text, apart = look()
-    with merged(model.language):
+    with model.adapters_merged():
         text_merged, together = look()
     pairs = list(zip(text.logits, text_merged.logits, strict=True))
     gap = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
@@ -688,6 +689,42 @@ def _adapted(session: Session) -> bool:
     return bool(session.model.adapters)
 
 
+STRENGTH_LINE = {
+    "eval.loss": "strength.loss", "retention.loss_ratio": "strength.text_ratio", "irrelevant.pass": "strength.pass",
+    "ood.hallucination": "strength.hallucination", "ood.blind": "strength.blind",
+}  # fmt: skip
+"""What is measured at other strengths of the adapters, and what it is called there."""
+
+
+def strengths(session: Session, m: Measured) -> None:
+    """The line from the base to the trained model: the same measurements at part of the adapters' strength."""
+    for strength in session.cfg.eval.strengths:
+        with session.model.at_strength(strength):
+            there = Measured(m.step, session.eval_losses())
+            for name in ("losses", "retained", "irrelevant", "ood"):
+                if PANEL[name].needs(session):
+                    PANEL[name].make(session, there)
+        m.measurements += [
+            x.model_copy(update={"name": STRENGTH_LINE[x.name], "stratum": f"{strength:g}", "by": "strength"})
+            for x in there.measurements
+            if x.name in STRENGTH_LINE and x.stratum is None
+        ]
+
+
+def _monitor(name: str, make: Callable[[Session, Measured], None], begin: str, called: str) -> Row:
+    """Made where a setting says on what; else a named gap."""
+    why = f"{MONITORED[begin]} is not given"
+    return Row(
+        name, make, needs=lambda session: session.cfg.eval.off(begin) is None, without=(begin, why), monitor=called
+    )
+
+
+def watched(cfg: RunConfig) -> list[Row]:
+    """The rows that are made at every evaluation."""
+    kept = cfg.eval.retention_every == "eval"
+    return [row for row in PANEL.values() if row.monitor or (row.name == "retained" and kept)]
+
+
 PANEL: dict[str, Row] = {
     row.name: row
     for row in (
@@ -705,8 +742,20 @@ PANEL: dict[str, Row] = {
         Row("blind", blind_two_ways, needs=_adapted, without=("blind.", _NONE)),
         Row("learnable", learnable, needs=_adapted, without=("learner.", _NONE)),
         Row("guessable", guessable),
+        # Before those that write down what was said: that of the run's own strength is to stay.
+        Row("strengths", strengths, needs=lambda s: _adapted(s) and bool(s.cfg.eval.strengths)),
         Row("retained", retained, needs=_adapted, without=("retention.", _NONE)),
         Row("merges", merges, needs=_adapted, without=("merge.", _NONE)),
+        Row(
+            "crossed",
+            monitors.crossed,
+            needs=lambda s: _adapted(s) and s.cfg.eval.off("cross.") is None,
+            without=("cross.", f"{_NONE}, or {MONITORED['cross.']} is not given"),
+        ),
+        _monitor("irrelevant", monitors.irrelevant, "irrelevant.", "Irrelevant images"),
+        _monitor("ood", monitors.ood, "ood.", "Images unlike the training's"),
+        _monitor("jitter", monitors.jitter, "jitter.", "Slightly cropped images"),
+        _monitor("gap", monitors.gap, "gap.", "Generalisation gap"),
     )
 }
 """Every measurement. Which of them a stage makes at its end, and in which order, its record says."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from beholder.model.plan import TrainableTable, apply_train_plan, plan_of
 from beholder.probes import audit, loss, positions, reliance
 from beholder.report.slots import marked
 from beholder.runs import RunDir, atomic_write, stop_signals, to_json
+from beholder.stages.guard import other_images
 from beholder.stages.lifetime import sole_writer
 from beholder.stages.measure import measure, measure_before
 from beholder.stages.measured import Measured, Trained
@@ -68,7 +69,7 @@ def reopen(folder: str, overrides: Sequence[str], *, aside: bool = False) -> Ite
     run = RunDir(path)
     with joined(cfg.device, cfg.train.timeout_s) as dist, stop_signals(), sole_writer(run, dist):
         where = checkpoint.resolve_checkpoint(path)
-        session = open_session(cfg, run, dist, restore.read_merged(where), aside=aside)
+        session = open_session(cfg, run, dist, restore.read_base(where), aside=aside)
         table = apply_train_plan(session.model, plan_of(cfg.model, cfg.stage_record))
         restore.load_trained(where, session.model)
         trainer = restore.read_trainer(where)
@@ -97,11 +98,16 @@ def evaluate_run(folder: str, overrides: Sequence[str] = ()) -> Outcome:
         session = opened.session
         status = session.run.read_status()  # measuring a stopped run does not finish it
         before = measure_before(session, fresh=False)
-        known = load_evidence(session.run.path).cost if (session.run.path / "evidence.json").is_file() else None
+        if (changed := other_images(session)) is not None:
+            session.gap(f"Monitors: {changed}.")
+        earlier = load_evidence(session.run.path) if (session.run.path / "evidence.json").is_file() else None
+        known = None if earlier is None else earlier.cost
         latest = checkpoint.latest_checkpoint(session.run.checkpoints)
         steps = opened.step if latest is None else int(restore.read_trainer(latest)["step"])
         known = None if known is not None and known.steps != steps else known  # of an earlier state
         trained = Trained(opened.step, steps, status, whole=False, again=True, cost=known)
+        if earlier is not None and earlier.cost.steps == steps:
+            trained = replace(trained, stopped=earlier.stopped)
         evidence = measure(session, opened.table, before, trained)
         return Outcome(session.run.path, evidence.status, opened.step, evidence=evidence, is_main=session.dist.is_main)
 

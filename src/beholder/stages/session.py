@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -23,8 +24,10 @@ from beholder.model.vlm import VisionLanguageModel
 from beholder.probes.loss import SampleLoss
 from beholder.runs import RunDir, to_json
 from beholder.stages.held_out import HeldOut
+from beholder.stages.monitor_sets import MonitorSets
 from beholder.stages.together import Together
 from beholder.store.features import FeatureStore, FillReport, store_dir
+from beholder.store.layers import LayerStore
 from beholder.terminal import Terminal
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
@@ -50,9 +53,12 @@ class Session:
         """`time.perf_counter` when the work began."""
         self.store: FeatureStore | None = None
         """What `fill_features` has filled; None before, and where the config switches it off."""
+        self.layers: LayerStore | None = None
+        """What `keep_layers` opened."""
         self.filled: FillReport | None = None
         self.held_out = HeldOut(cfg, run, dist, data)
         self.together = Together(cfg, dist, model, data, self.held_out, lambda: self.store, reporter)
+        self.monitors = MonitorSets(cfg, data, self.held_out)
         self.gaps = gaps
         """What could not be had or measured, in the order it was found; `gap` adds."""
         self.phases_s = phases_s
@@ -65,8 +71,9 @@ class Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.store is not None:
-            self.store.close()
+        for store in (self.store, self.layers):
+            if store is not None:
+                store.close()
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -109,9 +116,20 @@ class Session:
             return
         vision, g = self.model.vision, self.model.geometry
         assert vision is not None
+        shape, dtype = (g.num_patches, g.d_vision), torch.bfloat16
+        if vision.learns:
+            if (why := vision.check_kept()) is not None:
+                self.reporter.line("features", f"off: the vision tower learns, and {why}")
+                self.gap(f"Feature store: switched off, because the vision tower learns and {why}.")
+                return
+            empty = torch.zeros(1, 3, g.height, g.width, dtype=torch.uint8, device=self.model.device)
+            shape, dtype = tuple(vision.keep(empty).shape[1:]), vision.dtype
+            self.reporter.line(
+                "features", f"kept: what goes into {vision.lowest}, the tower's lowest block that learns"
+            )
         store = FeatureStore(
-            store_dir(cfg.features), tower_fingerprint=vision.fingerprint(),
-            pipeline_fingerprint=self.data.pipeline.fingerprint, num_patches=g.num_patches, d_vision=g.d_vision,
+            store_dir(cfg.features), tower_fingerprint=vision.kept_fingerprint(),
+            pipeline_fingerprint=self.data.pipeline.fingerprint, shape=shape, dtype=dtype,
             max_bytes=int(cfg.features.max_gb * 1e9),
         )  # fmt: skip
         stop = min(stop, start + len(self.data.train))  # later epochs show the same images again
@@ -123,7 +141,7 @@ class Session:
                 self.dist.alive()
 
             report = store.fill(
-                refs, lambda pixels: vision(pixels.to(self.model.device)), self.data.pipeline, batch_size=32,
+                refs, lambda pixels: vision.keep(pixels.to(self.model.device)), self.data.pipeline, batch_size=32,
                 progress=progress, on_bad_image=cfg.data.on_bad_image, rank=self.dist.rank,
                 world_size=self.dist.world_size,
             )  # fmt: skip
@@ -135,6 +153,23 @@ class Session:
                 f"Feature store: {over} images did not fit into features.max_gb = {cfg.features.max_gb:g} GB; the "
                 "tower saw them at every pass."
             )
+
+    def keep_layers(self) -> None:
+        """Lets the model keep what goes into the language model's lowest layer that learns, where the config asks."""
+        cfg, model = self.cfg, self.model
+        if not cfg.features.layers:
+            return
+        if (why := model.check_layers_kept()) is not None:
+            self.reporter.line("layers", f"not kept: {why}")
+            self.gap(f"Layers: what goes into them was not kept, because {why} (features.layers).")
+            return
+        language = model.language
+        self.layers = LayerStore(
+            store_dir(cfg.features), {"below": model.below_fingerprint()}, width=language.d_text, dtype=language.dtype,
+            max_bytes=int(cfg.features.max_gb * 1e9),
+        )  # fmt: skip
+        model.layer_keeper = self.layers
+        self.reporter.line("layers", f"kept: what goes into {language.lowest}, the lowest that learns")
 
     def training_examples(self, most: int) -> list[Example]:
         """So many of the training samples, in their order, which is already random."""
@@ -148,18 +183,23 @@ class Session:
 
 
 def open_session(
-    cfg: RunConfig, run: RunDir, dist: Dist, merged: Sequence[TrainedPart] = (), *, aside: bool = False
+    cfg: RunConfig,
+    run: RunDir,
+    dist: Dist,
+    base: Mapping[str, TrainedPart] = MappingProxyType({}),
+    *,
+    aside: bool = False,
 ) -> Session:
     """Loads the parts and opens the data. Nothing is trained or measured yet.
 
-    ``merged``: adapters of earlier runs that are part of the base (`begin.base_of`). ``aside``: progress goes to
+    ``base``: what earlier runs have learned and is part of the base (`begin.base_of`). ``aside``: progress goes to
     standard error, where the answer of a command has standard output to itself.
     """
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)
     started = time.perf_counter()
     model, tokenizer = build_vlm(
-        cfg.model, compute_precision=cfg.train.precision, device=dist.device, seed=cfg.seed, merged=merged
+        cfg.model, compute_precision=cfg.train.precision, device=dist.device, seed=cfg.seed, base=base
     )
     build_encoder(cfg, tokenizer, model.num_visual_tokens).check_table(model.language.vocab)
     check_limits(model.language.limits, cfg)
@@ -205,7 +245,7 @@ def open_session(
         gaps=[
             *(f"Split: {note}" for note in data.counts.split_notes),
             *(f"Prompt: {note}." for note in [data.encoder.prompt_note] if note),
-            *([f"Base: {BASE.format(len(merged))}."] if merged else []),
+            *([f"Base: {BASE.format(merged)}."] if (merged := sum("merged" in name for name in base)) else []),
         ],
         phases_s={"load": loaded - started, "data": time.perf_counter() - loaded},
     )  # fmt: skip

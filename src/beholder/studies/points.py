@@ -1,4 +1,4 @@
-"""Config + grid + seeds -> one resolved config a run, all on one split and one golden set; and what is done of it.
+"""Config + points + seeds -> one resolved config a run, all on one split and one golden set; and what is done of it.
 
 Nothing is run here, and planning writes nothing.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from beholder.config import RunConfig, SweepConfig, decided_by
+from beholder.config import PointSetting, RunConfig, StudyConfig, SweepConfig, decided_by
 from beholder.config.file import ConfigError, config_hash, diff_configs, load_config
 from beholder.runs import to_json
 from beholder.studies.record import Value, titles, word
@@ -27,7 +27,7 @@ class Point:
 
     name: str
     point: str
-    settings: dict[str, Value]
+    settings: dict[str, PointSetting]
     cfg: RunConfig
     folder: Path
     config_file: Path
@@ -40,9 +40,12 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Points:
+    """All runs of a study."""
+
+    kind: Literal["sweep", "footprint"]
     folder: Path
     name: str
-    sweep: SweepConfig
+    study: StudyConfig
     device: str
     runs: list[Point]
 
@@ -61,12 +64,25 @@ def points_of(config: str | Path, overrides: Sequence[str] = ()) -> Points:
             "  sweep:\n    grid:\n      train.lr.connector: [5e-5, 1e-4, 2e-4]\nor use beholder run"
         )
     _refuse(sweep, base)
-    folder = Path(base.run_dir)
-    points = _points(sweep)
+    runs = resolve(config, overrides, base, sweep, {name: dict(sets) for name, sets in _points(sweep).items()})
+    return Points("sweep", Path(base.run_dir), base.run_name, sweep, base.device, runs)
+
+
+def resolve(
+    config: str | Path, overrides: Sequence[str], base: RunConfig, study: StudyConfig,
+    points: Mapping[str, Mapping[str, PointSetting]], after: Mapping[str, str] | None = None,
+) -> list[Point]:  # fmt: skip
+    """A run of every point and seed: the base config with the point's settings, in a folder below the study's.
+
+    ``after``: point -> point whose run of the same seed it starts from. Raises `UserError` with everything that is
+    wrong with any of them.
+    """
+    folder, after = Path(base.run_dir), after or {}
     runs: list[Point] = []
     wrong: list[str] = []
-    for (point, settings), seed in itertools.product(points.items(), sweep.seeds or (None,)):
-        name = point if seed is None else f"{point}_s{seed}"
+    for (point, settings), seed in itertools.product(points.items(), study.seeds or (None,)):
+        of_seed = "" if seed is None else f"_s{seed}"
+        name = point + of_seed
         given = {
             **settings,
             "seed": base.seed if seed is None else seed,
@@ -74,19 +90,21 @@ def points_of(config: str | Path, overrides: Sequence[str] = ()) -> Points:
             "run_name": name,
             "output_dir": str(folder / name),
         }
+        if point in after:
+            given["model.connector.load_checkpoint"] = str(folder / (after[point] + of_seed))
         if base.eval.golden_set_path is None and base.golden_size and base.eval.run_golden_every != "never":
             given["eval.golden_set_path"] = str(folder / "golden.jsonl")
         lines = [*overrides, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items())]
         try:
-            cfg = load_config(config, lines).model_copy(update={"sweep": None})
+            cfg = load_config(config, lines).model_copy(update={"sweep": None, "footprint": None})
         except ConfigError as e:
             wrong.append(f"{name}: {e}")
             continue
         files = folder / "configs" / f"{name}.yaml", folder / "logs" / f"{name}.log"
-        runs.append(Point(name, point, settings, cfg, folder / name, *files))
+        runs.append(Point(name, point, dict(settings), cfg, folder / name, *files))
     if wrong:
-        raise UserError("these combinations of the grid cannot be run:\n" + "\n".join(wrong))
-    return Points(folder, base.run_name, sweep, base.device, runs)
+        raise UserError("these points cannot be run:\n" + "\n".join(wrong))
+    return runs
 
 
 def _refuse(sweep: SweepConfig, base: RunConfig) -> None:
@@ -144,21 +162,38 @@ def check_folders(points: Points) -> None:
         wrong.append(f"{run.folder}:\n    " + "\n    ".join(told or ["written by another version of beholder"]))
     if wrong:
         raise UserError(
-            "these folders hold runs of other settings than this sweep's:\n  "
+            f"these folders hold runs of other settings than this {points.kind}'s:\n  "
             + "\n  ".join(wrong)
-            + "\nPut the settings back to continue that sweep, or set another run_name or output_dir for a new one."
+            + f"\nPut the settings back to continue that {points.kind}, or set another run_name or output_dir for a "
+            "new one."
         )
 
 
 def is_finished(run: Point) -> bool:
-    """Whether the run succeeded with these settings and left its evidence."""
+    """Whether the run ended with these settings, by itself or by a guardrail, and left its evidence."""
     record = read_json(run.folder / "run.json")
     return (
         record is not None
-        and record.get("status") == Status.SUCCEEDED
+        and record.get("status") in (Status.SUCCEEDED, Status.STOPPED_BY_GUARDRAIL)
         and record.get("config_hash") == run.hash
         and (run.folder / "evidence.json").is_file()
     )
+
+
+def facts_of(run: Point, failed: Mapping[str, str], *, interrupted: bool) -> dict[str, Any]:
+    """What a study's record says of each of its runs, measured or not. ``failed``: name -> reason of those that did;
+    ``interrupted``: the study was told to stop."""
+    if is_finished(run):
+        status = "finished"
+    elif run.name in failed:
+        status = "failed"
+    else:
+        status = "interrupted" if interrupted and (run.folder / "run.json").exists() else "waiting"
+    return {
+        "name": run.name, "point": run.point, "settings": run.settings, "seed": run.cfg.seed,
+        "folder": run.folder.name, "config_hash": run.hash, "status": status,
+        "reason": failed[run.name] if status == "failed" else "",
+    }  # fmt: skip
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

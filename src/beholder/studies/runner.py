@@ -10,27 +10,33 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.text import Text
 
+from beholder.config.file import dump_config
 from beholder.evidence import load_evidence
 from beholder.report.words import duration
-from beholder.runs import is_held, now, stop_signals
-from beholder.studies.points import Point, Points, is_finished
-from beholder.types import printable
+from beholder.runs import atomic_write, held, is_held, now, stop_signals
+from beholder.studies.points import Point, Points, check_folders, is_finished
+from beholder.types import UserError, printable
 
-GATES_FAILED = 3
-"""Exit code of a run that finished and whose gates failed; for a sweep it is a result like any other."""
+RESULTS = (0, 3, 4)
+"""Exit codes of a run that left evidence: it finished, its gates failed, a guardrail stopped it."""
 POLL_S = 0.2
 TELL_EVERY_S = 60.0
 """Between status lines where there is no terminal to keep one up to date on."""
 BUSY_WAIT_S = 90.0
-"""How long a run folder that another process holds is waited for: the run of a killed sweep saves and ends."""
+"""How long a run folder that another process holds is waited for: the run of a killed study saves and ends."""
+
+
+R = TypeVar("R")
 
 
 @dataclass(slots=True)
@@ -39,6 +45,45 @@ class _Running:
     process: subprocess.Popen[bytes]
     slot: int
     started: float = field(default_factory=time.monotonic)
+
+
+def run_points(
+    points: Points, console: Console, promote_anyway: bool, write: Callable[[int | None, Mapping[str, str]], R]
+) -> R:
+    """Run what is missing of a study in its folder, then ``write`` (signal that stopped it, reason by failed run).
+
+    Raises `UserError` for a folder that is none, holds a single run or runs of other settings, or is in use.
+    """
+    folder, kind = points.folder, points.kind
+    if (folder / "run.json").exists():
+        raise UserError(f"{folder} is the folder of a single run; set another run_name or output_dir for a {kind}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as e:
+        raise UserError(f"{folder} cannot be made: {e.filename} is a file. Set output_dir to something else.") from e
+    with held(folder, kind):
+        check_folders(points)
+        for run in points.runs:
+            for file in (run.config_file, run.log):
+                file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(run.config_file, dump_config(run.cfg))
+        return write(*Runner(points, console, promote_anyway).run())
+
+
+def exit_code(stopped: int | None, statuses: Sequence[str]) -> int:
+    """Of a study. 0: every run has a result. 1: some failed. 128 + signal: interrupted."""
+    if stopped is not None:
+        return 128 + stopped
+    return 0 if all(s == "finished" for s in statuses) else 1
+
+
+def tell_end(console: Console, folder: Path, page: str, stopped: int | None) -> None:
+    """Where the page is, and that the same command continues what a signal stopped."""
+    say = partial(console.print, markup=False, soft_wrap=True)
+    say(f"Page: {folder / page}")
+    if stopped is not None:
+        name = signal.Signals(stopped).name
+        say(f"stopped by {name}; what was done is saved in {folder}. The same command continues.")
 
 
 class Runner:
@@ -88,6 +133,12 @@ class Runner:
         for run in list(self.left):
             if not free:
                 return
+            if waits := [r.name for r in self._needs(run) if r not in self.done]:
+                if lost := [name for name in waits if name in self.failed]:
+                    self.left.remove(run)
+                    self.failed[run.name] = f"it needs {lost[0]}, which failed"
+                    self._say(f"{run.name} not run: {self.failed[run.name]}")
+                continue
             since = self.busy_since.setdefault(run.name, time.monotonic())
             if is_held(run.folder) and time.monotonic() - since < BUSY_WAIT_S:
                 continue
@@ -96,6 +147,11 @@ class Runner:
             self.running.append(_Running(run, _spawn(run, self.slots[slot], self.promote_anyway), slot))
             self._say(f"started {run.name} (log {run.log})")
 
+    def _needs(self, run: Point) -> list[Point]:
+        """Runs of the study that it starts from, or whose first reading is its baseline."""
+        folders = {run.cfg.model.connector.load_checkpoint, run.cfg.eval.baseline_run}
+        return [r for r in self.points.runs if str(r.folder) in folders]
+
     def _reap(self) -> None:
         for child in list(self.running):
             code = child.process.poll()
@@ -103,7 +159,7 @@ class Runner:
                 continue
             self.running.remove(child)
             run, seconds = child.run, time.monotonic() - child.started
-            if code in (0, GATES_FAILED) and is_finished(run):
+            if code in RESULTS and is_finished(run):
                 self.done.append(run)
                 self.seconds.append(seconds)
                 self._say(
@@ -148,7 +204,9 @@ class Runner:
         )
 
     def _say(self, line: str) -> None:
-        self.console.print(f"[sweep] {printable(line, one_line=True)}", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(
+            f"[{self.points.kind}] {printable(line, one_line=True)}", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 def _slots(points: Points) -> list[dict[str, str]]:
@@ -160,7 +218,7 @@ def _slots(points: Points) -> list[dict[str, str]]:
         count = torch.cuda.device_count()
         given = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v.strip()]
         gpus = given[:count] if given else [str(i) for i in range(count)]
-    number = points.sweep.parallel or max(len(gpus), 1)
+    number = points.study.parallel or max(len(gpus), 1)
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)]} for k in range(number)]
     if number == 1 or "OMP_NUM_THREADS" in os.environ:
@@ -174,7 +232,7 @@ def _spawn(run: Point, environment: Mapping[str, str], promote_anyway: bool) -> 
     with open(run.log, "ab") as log:
         log.write(f"--- {now()} {' '.join(command[1:])}\n".encode())
         log.flush()
-        # A session of its own: Ctrl-C of the terminal reaches the sweep alone, which then asks each child once.
+        # A session of its own: Ctrl-C of the terminal reaches the study alone, which then asks each child once.
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
@@ -183,10 +241,10 @@ def _spawn(run: Point, environment: Mapping[str, str], promote_anyway: bool) -> 
 
 
 def _child_setup() -> Callable[[], None]:
-    """What a child does before it becomes ``beholder run``: listen to SIGINT, and end when the sweep is killed.
+    """What a child does before it becomes ``beholder run``: listen to SIGINT, and end when the study is killed.
 
     A shell's background job ignores SIGINT and hands that on. On Linux the kernel sends SIGTERM when the parent dies,
-    so that no run trains on unwatched after a SIGKILL; elsewhere it goes on and the next sweep waits for its folder.
+    so that no run trains on unwatched after a SIGKILL; elsewhere it goes on and the next study waits for its folder.
     """
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -228,5 +286,6 @@ def _figures(run: Point) -> str:
     loss, shuffle = e.get("eval.loss"), e.get("ablation.delta.shuffled")
     told = [f"loss {loss.value:.4g}"] if loss else []
     told += [f"shuffled image {shuffle.value:+.4g}"] if shuffle else []
+    told += [f"stopped by its guardrail {e.stopped.sentence}"] if e.stopped else []
     told += [f"gates failed: {', '.join(g.name for g in e.failed_gates)}"] if e.failed_gates else []
     return ", ".join(told)

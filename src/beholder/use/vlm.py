@@ -84,7 +84,8 @@ class Vlm:
 
         It loads without peft. Raises `UserError` when the run has no adapters or ``folder`` is not empty.
         """
-        if not self.model.adapters and not self.model.language.merged:
+        part = self.model.language.part
+        if not part.adapters and not part.merged:
             raise UserError("this run has no adapters to merge; its language model is the base, unchanged")
         from beholder.model.adapters import save_merged  # peft, for a run with adapters alone
 
@@ -310,7 +311,7 @@ def load(run: str | Path, *, device: str = "auto", overrides: Sequence[str] = ()
     check_consent(cfg, overrides)
     model, tokenizer = build_vlm(
         cfg.model, compute_precision=cfg.train.precision, device=pick_device(device), seed=cfg.seed,
-        merged=restore.read_merged(where),
+        base=restore.read_base(where),
     )  # fmt: skip
     restore.load_trained(where, model)
     trainer = restore.read_trainer(where)

@@ -1,0 +1,313 @@
+"""A run that is watched: an over-trained one is stopped by the right guardrail, early; a healthy one is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tests.conftest import TinyParts, make_config
+
+from beholder.cli import app
+from beholder.config import RunConfig
+from beholder.config.file import dump_config
+from beholder.evidence import load_evidence
+from beholder.report import render
+from beholder.runs import sha256_file
+from beholder.stages import run_stage
+from beholder.stages.remeasure import evaluate_run
+from beholder.types import Status, UserError
+
+QUESTIONS = ("what shape is it?", "what color is it?")
+PHRASE = "off"
+
+
+class World:
+    """Tiny parts, questions with one and the same answer, unlike images, and a run that has learned to say "off"."""
+
+    def __init__(self, parts: TinyParts, folder: Path) -> None:
+        self.parts, self.folder = parts, folder
+        records = [json.loads(line) for line in parts.records.read_text(encoding="utf-8").splitlines()]
+        for name, answers in {"off": [PHRASE], "over": ["square"]}.items():
+            rows = [
+                {"id": r["id"], "images": r["images"], "messages": [
+                    {"role": "user", "content": f"<image>\n{QUESTIONS[i % 2]}"},
+                    {"role": "assistant", "content": answers[i % len(answers)]},
+                ]}
+                for i, r in enumerate(records)
+            ]  # fmt: skip
+            text = "".join(json.dumps(r) + "\n" for r in rows)
+            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        (folder / "objects.txt").write_text("square: box\ndisc: dot\ntriangle: tri\n", encoding="utf-8")
+        (folder / "texts.txt").write_text("Water boils at a hundred degrees.\nOnce upon a time.\n", encoding="utf-8")
+        (folder / "images").mkdir()
+        unlike = []
+        for k in range(6):
+            image = Image.new("RGB", (40, 40), (40 * k, 255 - 40 * k, 90))
+            image.putpixel((k, 3), (0, 0, 0))
+            image.save(folder / "images" / f"{k}.png")
+            unlike.append({"image": f"{k}.png", "shows": [f"shade {k}"], "kind": "shades" if k % 2 else "plain"})
+        (folder / "ood.jsonl").write_text("".join(json.dumps(r) + "\n" for r in unlike), encoding="utf-8")
+        run_stage(self.config(folder / "first", "off", load=None, **{
+            "train.train_steps": 30, "train.save_every": 30,
+            "eval.ood.path": None, "eval.irrelevant.path": None, "eval.gap_samples": 0,
+            "guardrails": {},
+        }), promote_anyway=True)  # fmt: skip
+
+    def config(self, folder: Path, data: str, *, load: str | None = "first", **sets: Any) -> RunConfig:
+        settings = {
+            "stage": "instruct", "model.lora.enable": True, "model.lora.r": 4, "train.lr.lora": 1e-2,
+            "data.json_path": str(self.folder / f"{data}.jsonl"), "prompting.max_images_per_sample": 1,
+            "model.connector.load_checkpoint": None if load is None else str(self.folder / load / "run"),
+            "train.train_steps": 60, "train.save_every": 6, "train.lr_scheduler": "constant",
+            "train.warmup_ratio": 0.0, "eval.golden_size": 0, "eval.caption_samples": 0, "eval.audit_turns": 0,
+            "eval.answer_tokens": 12, "ablation.num_samples": 4, "eval.object_list": str(self.folder / "objects.txt"),
+            "eval.ood.path": str(self.folder / "ood.jsonl"), "eval.irrelevant.path": str(self.folder / "ood.jsonl"),
+            "eval.irrelevant.phrase": PHRASE, "eval.gap_samples": 12,
+            "eval.retention_path": str(self.folder / "texts.txt"),
+            "guardrails.generalisation_gap.enable": False,
+            "guardrails.caption_sanity.enable": False,
+        }  # fmt: skip
+        settings |= sets
+        if settings["eval.ood.path"] is None:
+            for name in (
+                "guardrails.caption_sanity.enable",
+                "guardrails.generalisation_gap.enable",
+                "eval.irrelevant.phrase",
+                "eval.answer_tokens",
+            ):
+                settings.pop(name)
+        return make_config(self.parts, folder, **settings)
+
+
+@pytest.fixture(scope="module")
+def world(tiny_parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tiny_parts, tmp_path_factory.mktemp("world"))
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def history(run: Path) -> list[tuple[int, dict[str, float]]]:
+    return [(r["step"], r["monitors"]) for r in rows(run) if "monitors" in r]
+
+
+def weights(run: Path) -> dict[str, str]:
+    return {p.name: sha256_file(p / "adapter_model.safetensors") for p in (run / "checkpoints").glob("step_*")}
+
+
+@pytest.fixture(scope="module")
+def stopped(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The planted run: it learns to say "square" whatever it is shown."""
+    folder = tmp_path_factory.mktemp("stopped")
+    outcome = run_stage(world.config(folder, "over"), promote_anyway=True)
+    assert outcome.status == Status.STOPPED_BY_GUARDRAIL, history(folder / "run")
+    return folder / "run"
+
+
+def test_an_over_trained_run_is_stopped_early_by_the_right_guardrail(stopped: Path) -> None:
+    e = load_evidence(stopped)
+
+    assert e.stopped is not None and e.stopped.name == "irrelevant_pass" and e.stopped.step <= 12
+    course = history(stopped)
+    assert course[0][0] == 0 and course[0][1]["irrelevant.pass"] == 1
+    assert [s for s, _ in course] == list(range(0, e.stopped.step + 1, 6)), "every evaluation, and none after the stop"
+    assert course[-1][1]["irrelevant.pass"] == e.stopped.value < 0.8
+    assert max(r["step"] for r in rows(stopped) if "loss" in r) == e.stopped.step == e.cost.steps
+    assert json.loads((stopped / "run.json").read_text())["stopped"] == e.stopped.sentence
+
+
+def test_a_stopped_run_measures_its_constrained_best_and_says_so_on_top(stopped: Path) -> None:
+    e = load_evidence(stopped)
+    assert e.stopped is not None and e.status == Status.STOPPED_BY_GUARDRAIL and not e.promotable
+
+    last = e.candidates[-1]
+    assert last.step == e.stopped.step and "irrelevant.pass" in last.refused and not last.best
+    allowed = [c for c in e.candidates if not c.refused]
+    assert e.step == (min(allowed, key=lambda c: (c.eval_loss, -c.step)).step if allowed else e.stopped.step)
+    for name in ("irrelevant.pass", "ood.hallucination", "ood.blind", "sane.captions", "gap.generalisation"):
+        assert e.get(name) is not None and e.get_baseline(name) is not None, name
+    assert {c.name for c in e.curves} >= {"irrelevant.pass", "ood.hallucination", "gap.generalisation"}
+    for page in render(stopped, stopped):
+        text = page.read_text(encoding="utf-8").replace("\\", "")  # Markdown's escapes
+        assert "Stopped by its guardrail irrelevant_pass" in text
+        assert text.index("Stopped by its guardrail") < text.index("Did it learn?")
+    said = [json.loads(x) for x in (stopped / "qual" / f"step_{e.stopped.step}_ood.jsonl").read_text().splitlines()]
+    assert len(said) == 6 and {"said", "shows", "hallucinated", "blind", "insane"} <= said[0].keys()
+
+
+def test_a_stopped_run_does_not_go_on_unless_its_guardrail_is_changed(
+    world: World, stopped: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(stopped, tmp_path / "run")
+    before = rows(run)
+
+    again = run_stage(world.config(tmp_path, "over"), promote_anyway=True)
+
+    assert again.again and again.stopped == load_evidence(stopped).stopped.sentence  # type: ignore[union-attr]
+    assert again.status == Status.STOPPED_BY_GUARDRAIL and rows(run) == before
+    on = run_stage(world.config(tmp_path, "over", **{"guardrails.irrelevant_pass.enable": False}), promote_anyway=True)
+    e = load_evidence(run)
+    course = dict(history(run))
+    assert on.status == Status.STOPPED_BY_GUARDRAIL and e.stopped is not None and e.stopped.name == "hallucination"
+    assert before[-1]["step"] < on.step < 60 and e.stopped.value > course[0]["ood.hallucination"] + 0.15
+    assert [r for r in rows(run) if r["step"] <= before[-1]["step"] and "loss" in r] == [
+        r for r in before if "loss" in r
+    ]
+
+
+def die_at(step: int, patch: pytest.MonkeyPatch, *, measured: bool) -> None:
+    """The process dies in the evaluation of that step: before it, or after what it read was logged."""
+    from beholder.stages.watch import Watch
+
+    real = Watch.on_step
+
+    def on_step(self: Watch, at: int, record: Any) -> Any:
+        if at == step and not measured:
+            raise RuntimeError("planted")
+        found = real(self, at, record)
+        if at == step:
+            raise RuntimeError("planted")
+        return found
+
+    patch.setattr(Watch, "on_step", on_step)
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_killed_in_the_middle_it_is_stopped_at_the_same_step_bit_for_bit(
+    world: World, stopped: Path, tmp_path: Path, measured: bool
+) -> None:
+    at = load_evidence(stopped).cost.steps
+    with pytest.MonkeyPatch.context() as patch:
+        die_at(at, patch, measured=measured)
+        with pytest.raises(RuntimeError, match="planted"):
+            run_stage(world.config(tmp_path, "over"), promote_anyway=True)
+
+    outcome = run_stage(world.config(tmp_path, "over"), promote_anyway=True)
+
+    assert outcome.status == Status.STOPPED_BY_GUARDRAIL and outcome.step == at
+    assert history(tmp_path / "run") == history(stopped) and weights(tmp_path / "run") == weights(stopped)
+    assert load_evidence(tmp_path / "run").stopped == load_evidence(stopped).stopped
+
+
+def test_killed_before_its_evidence_it_does_not_train_on(world: World, stopped: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(stopped, tmp_path / "run")
+    (run / "evidence.json").unlink()
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**facts, "status": "running", "stopped": None}))
+
+    outcome = run_stage(world.config(tmp_path, "over"), promote_anyway=True)
+
+    assert outcome.status == Status.STOPPED_BY_GUARDRAIL and history(run) == history(stopped)
+    assert weights(run) == weights(stopped)
+
+
+def test_a_healthy_run_is_not_stopped_nor_after_a_kill(world: World, tmp_path: Path) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    sets = {"train.train_steps": 18, "train.lr.lora": 1e-3, "train.lr.connector": 1e-4}
+    outcome = run_stage(world.config(straight, "off", **sets), promote_anyway=True)
+    with pytest.MonkeyPatch.context() as patch:
+        die_at(12, patch, measured=True)
+        with pytest.raises(RuntimeError, match="planted"):
+            run_stage(world.config(killed, "off", **sets), promote_anyway=True)
+
+    resumed = run_stage(world.config(killed, "off", **sets), promote_anyway=True)
+
+    for found in (outcome, resumed):
+        assert found.status == Status.SUCCEEDED and found.step == 18 and found.evidence is not None
+        assert found.evidence.stopped is None
+    assert history(killed / "run") == history(straight / "run") and weights(killed / "run") == weights(straight / "run")
+    assert [s for s, _ in history(straight / "run")] == [0, 6, 12, 15, 18], "saves and ends of epochs"
+
+
+def test_evaluate_keeps_what_stopped_the_run_and_the_command_says_it_by_its_exit_code(
+    world: World, stopped: Path, tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    run = shutil.copytree(stopped, tmp_path / "run")
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_config(world.config(tmp_path, "over")), encoding="utf-8")
+
+    result = CliRunner().invoke(app, ["run", str(config), "--promote-anyway"])
+
+    assert result.exit_code == 4
+    assert "STOPPED BY ITS GUARDRAIL irrelevant_pass" in result.output
+    assert "guardrails.irrelevant_pass.enable=false" in result.output.replace("\n", "")
+    assert evaluate_run(str(run)).evidence.stopped == load_evidence(stopped).stopped  # type: ignore[union-attr]
+
+
+def test_other_images_on_resume_are_refused(world: World, stopped: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(stopped, tmp_path / "run")
+    (run / "evidence.json").unlink()
+    other = tmp_path / "other.jsonl"
+    lines = (world.folder / "ood.jsonl").read_text(encoding="utf-8").splitlines()[:-1]
+    other.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    sets = {"eval.ood.path": str(other), "eval.ood.image_root": str(world.folder / "images")}
+
+    with pytest.raises(UserError, match=r"eval\.ood: these are not the images that step 0 of this run was measured"):
+        run_stage(world.config(tmp_path, "over", **sets), promote_anyway=True)
+
+
+def test_the_baseline_may_be_another_runs(world: World, stopped: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"eval\.baseline_run \S+: its log has no reading of step 0"):
+        run_stage(
+            world.config(tmp_path, "over", **{"eval.baseline_run": str(world.folder / "first" / "run")}),
+            promote_anyway=True,
+        )
+    sets = {"eval.baseline_run": str(stopped), "train.train_steps": 2, "eval.retention_every": "eval"}
+    run_stage(world.config(tmp_path / "b", "off", **sets), promote_anyway=True)
+
+    first = [r for r in rows(tmp_path / "b" / "run") if r["step"] == 0]
+    assert [r.get("baseline_run") for r in first] == [str(stopped), None]
+    assert first[0]["monitors"] == history(stopped)[0][1] and "retention.loss_ratio_styled" in first[1]["monitors"]
+
+
+def test_a_phrase_that_no_training_text_says_is_a_warning(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = {"eval.irrelevant.phrase": "无关图片", "train.train_steps": 2, "guardrails.irrelevant_pass.enable": False,
+            "eval.jitter_samples": 3}  # fmt: skip
+    run_stage(world.config(tmp_path, "over", **sets), promote_anyway=True)
+
+    warned = "no turn of 60 training samples says “无关图片”"
+    assert warned in capsys.readouterr().out
+    e = load_evidence(tmp_path / "run")
+    assert any(warned in gap for gap in e.gaps)
+    found = e.get("jitter.consistency")
+    assert found is not None and found.n == 3
+
+
+def test_without_data_a_monitor_is_a_named_gap(world: World) -> None:
+    e = load_evidence(world.folder / "first" / "run")
+    assert "Irrelevant images: not measured, eval.irrelevant.path is not given." in e.gaps
+    assert any(gap.startswith("Generalisation gap: not measured") for gap in e.gaps)
+    assert history(world.folder / "first" / "run") == []
+
+
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        ({"gates.mine": {"measure": "ood.blind", "at_most": 0.1}}, "gates.mine: ood.blind is a monitor without data"),
+        ({"guardrails.hallucination": {}}, "guardrails.hallucination: ood.hallucination is a monitor without data"),
+        ({"guardrails.mine": {"measure": "eval.loss", "rises": 1}}, "eval.loss is not measured at every evaluation"),
+        ({"guardrails.mine": {"measure": "retention.kl", "above": 1}}, "with eval.retention_every: eval"),
+        ({"guardrails.mine": {}}, "guardrails.mine has no measure"),
+        ({"eval.gap_samples": 4, "guardrails.mine": {"measure": "gap.generalisation"}}, "guardrails.mine has no bound"),
+        ({"eval.gap_samples": 4, "train.full_eval_every": "end"}, "none is made before the end"),
+        ({"eval.ood.path": "x", "eval.ood.question": "Is it?"}, "has no {object}"),
+        ({"eval.irrelevant.path": "x", "eval.irrelevant.pattern": "("}, "is not a regular expression"),
+        ({"eval.ood.script": "latin"}, "has no effect here"),
+    ],
+)  # fmt: skip
+def test_a_guardrail_or_gate_on_what_is_not_measured_is_told_when_the_config_is_read(
+    tiny_parts: TinyParts, tmp_path: Path, sets: dict[str, Any], told: str
+) -> None:
+    base = {"stage": "instruct", "model.lora.enable": True, "prompting.max_images_per_sample": 1}
+    with pytest.raises(UserError) as error:
+        make_config(tiny_parts, tmp_path, **(base | sets))
+    assert told in str(error.value)
