@@ -126,7 +126,8 @@ def test_a_stopped_run_measures_its_constrained_best_and_says_so_on_top(stopped:
     assert e.stopped is not None and e.status == Status.STOPPED_BY_GUARDRAIL and not e.promotable
 
     last = e.candidates[-1]
-    assert last.step == e.stopped.step and "irrelevant.pass" in last.refused and not last.best
+    assert last.step == e.stopped.step and last.monitors["irrelevant.pass"] == e.stopped.value
+    assert last.refused and not last.best
     allowed = [c for c in e.candidates if not c.refused]
     assert e.step == (min(allowed, key=lambda c: (c.eval_loss, -c.step)).step if allowed else e.stopped.step)
     for name in ("irrelevant.pass", "ood.hallucination", "ood.blind", "sane.captions", "gap.generalisation"):
