@@ -31,7 +31,7 @@ class World:
     def __init__(self, parts: TinyParts, folder: Path) -> None:
         self.parts, self.folder = parts, folder
         records = [json.loads(line) for line in parts.records.read_text(encoding="utf-8").splitlines()]
-        for name, answers in {"off": [PHRASE], "over": ["square"]}.items():
+        for name, answers in {"off": [PHRASE], "over": ["box"]}.items():
             rows = [
                 {"id": r["id"], "images": r["images"], "messages": [
                     {"role": "user", "content": f"<image>\n{QUESTIONS[i % 2]}"},
@@ -102,7 +102,7 @@ def weights(run: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def stopped(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The planted run: it learns to say "square" whatever it is shown."""
+    """The planted run: it learns to say "box" whatever it is shown."""
     folder = tmp_path_factory.mktemp("stopped")
     outcome = run_stage(world.config(folder, "over"), promote_anyway=True)
     assert outcome.status == Status.STOPPED_BY_GUARDRAIL, history(folder / "run")
@@ -126,7 +126,8 @@ def test_a_stopped_run_measures_its_constrained_best_and_says_so_on_top(stopped:
     assert e.stopped is not None and e.status == Status.STOPPED_BY_GUARDRAIL and not e.promotable
 
     last = e.candidates[-1]
-    assert last.step == e.stopped.step and "irrelevant.pass" in last.refused and not last.best
+    assert last.step == e.stopped.step and last.monitors["irrelevant.pass"] == e.stopped.value
+    assert last.refused and not last.best
     allowed = [c for c in e.candidates if not c.refused]
     assert e.step == (min(allowed, key=lambda c: (c.eval_loss, -c.step)).step if allowed else e.stopped.step)
     for name in ("irrelevant.pass", "ood.hallucination", "ood.blind", "sane.captions", "gap.generalisation"):
@@ -155,9 +156,8 @@ def test_a_stopped_run_does_not_go_on_unless_its_guardrail_is_changed(
     course = dict(history(run))
     assert on.status == Status.STOPPED_BY_GUARDRAIL and e.stopped is not None and e.stopped.name == "hallucination"
     assert before[-1]["step"] < on.step < 60 and e.stopped.value > course[0]["ood.hallucination"] + 0.15
-    assert [r for r in rows(run) if r["step"] <= before[-1]["step"] and "loss" in r] == [
-        r for r in before if "loss" in r
-    ]
+    trained = [r for r in before if "loss" in r]
+    assert [r for r in rows(run) if "loss" in r][: len(trained)] == trained, "it went on from where it had stopped"
 
 
 def die_at(step: int, patch: pytest.MonkeyPatch, *, measured: bool) -> None:
