@@ -308,10 +308,15 @@ class RunConfig(Section):
     def impossible(self) -> list[str]:
         wrong: list[str] = []
         stage = self.stage_record
-        if not self.model.connector.trainable and stage.connector_learns:
+        if self.model.native is not None:
+            wrong += self._impossible_natively(stage)
+        elif not self.model.connector.trainable and stage.connector_learns:
             wrong.append(f"stage {stage.name} trains the connector, but model.connector.trainable is false")
-        elif not self.model.connector.trainable and not self.has_adapters:
-            wrong.append("nothing would be trained: model.lora.enable and model.connector.trainable are false")
+        if not self.model.connector.trainable and not self.has_adapters and not stage.connector_learns:
+            both = (
+                "model.lora.enable is" if self.model.native else "model.lora.enable and model.connector.trainable are"
+            )
+            wrong.append(f"nothing would be trained: {both} false")
         if self.template not in stage.templates:
             wrong.append(
                 f"stage {stage.name} answers questions, and prompting.template {self.template} has none; use "
@@ -344,4 +349,23 @@ class RunConfig(Section):
                 wrong.append(f"gates.{name} has no measure; name what it judges, or use one of the stage's own: {own}")
             elif not gate.bound:
                 wrong.append(f"gates.{name} has no bound; give above, at_least or at_most")
+        return wrong
+
+    def _impossible_natively(self, stage: Stage) -> list[str]:
+        wrong: list[str] = []
+        if stage.connector_learns:
+            wrong.append(
+                f"model.native has a connector already, which stage {stage.name} would train; use stage instruct or "
+                "multi, with model.lora.enable: true"
+            )
+        if self.template != "chat":
+            wrong.append(
+                f"model.native reads conversations in its own chat template; prompting.template {self.template} is "
+                "another, set it to chat"
+            )
+        if self.data.augment != "none":
+            wrong.append(
+                f"data.augment is {self.data.augment}, but model.native lays a sample out by its image's own size; set "
+                "it to none"
+            )
         return wrong

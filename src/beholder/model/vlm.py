@@ -4,7 +4,7 @@ Losses come back per token, so that training, evaluation and the ablation share 
 no data file is known here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -81,15 +81,8 @@ class VisionLanguageModel(nn.Module):
         return dict(self._info)
 
     def trained_state(self) -> dict[str, TrainedPart]:
-        """What was learned, by part, as a checkpoint keeps it: ``connector``, ``adapter`` where there are some, and
-        ``merged_1``, … for what is part of the base's weights. `train.restore.load_trained` is the way back."""
-        state = {"connector": TrainedPart(self.connector.state_dict(), self.connector_info())}
-        if self.adapters:
-            from beholder.model import adapters
-
-            tensors = adapters.adapter_tensors(self.language)
-            state["adapter"] = TrainedPart(tensors, adapters.adapter_config(self.language))
-        return state | {f"merged_{k}": part for k, part in enumerate(self.language.merged, 1)}
+        """What was learned (`learned`): the connector, and the adapters where there are some."""
+        return learned(self.language, TrainedPart(self.connector.state_dict(), self.connector_info()))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.compute_dtype == torch.float32:
@@ -144,17 +137,9 @@ class VisionLanguageModel(nn.Module):
         The language-model head runs on those positions alone. Raises `UserError` for packed rows when the language
         model was found not to keep packed samples apart.
         """
-        if self.language.packing_error and batch.input_ids.shape[0] < len(batch.ids):
-            raise UserError(self.language.packing_error)
-        # Found where the batch lies: on a GPU these index searches would wait for the device.
-        where, before = supervised_positions(batch.supervise, batch.position_ids)
-        targets, owner = batch.input_ids.reshape(-1)[where], batch.sample_index.reshape(-1)[where]
-        here = self.device
-        batch = batch.to(here)
-        hidden = self.language.hidden(self.embed(batch), batch.position_ids)
-        picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, before.to(here, non_blocking=True))
-        nll, correct = head_nll(self.language.head, picked, targets.to(here, non_blocking=True), self.language.vocab)
-        return TokenLosses(nll, owner.to(here, non_blocking=True), correct)
+        return token_losses(
+            self.language, batch, lambda here: self.language.hidden(self.embed(here), here.position_ids)
+        )
 
     @torch.no_grad()
     def generate(
@@ -190,7 +175,38 @@ class VisionLanguageModel(nn.Module):
     @torch.no_grad()
     def text_logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         """Logits of plain text through the same frozen path, for the proof that the language model is untouched."""
-        ids = ids.to(self.device)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        hidden = self.language.hidden(self.language.embed(ids), positions)
-        return self.language.head(hidden.reshape(-1, hidden.shape[-1])).view(*ids.shape, -1)
+        return text_logits(self.language, ids)
+
+
+def token_losses(language: LanguageModel, batch: Batch, hidden: Callable[[Batch], Tensor]) -> TokenLosses:
+    """Loss of every supervised token; ``hidden`` gives the final hidden states ``[B, T, Dh]`` of the batch on the
+    model's device. Raises as `VisionLanguageModel.forward` does."""
+    if language.packing_error and batch.input_ids.shape[0] < len(batch.ids):
+        raise UserError(language.packing_error)
+    # Found where the batch lies: on a GPU these index searches would wait for the device.
+    where, before = supervised_positions(batch.supervise, batch.position_ids)
+    targets, owner = batch.input_ids.reshape(-1)[where], batch.sample_index.reshape(-1)[where]
+    here = language.device
+    states = hidden(batch.to(here))
+    picked = states.reshape(-1, states.shape[-1]).index_select(0, before.to(here, non_blocking=True))
+    nll, correct = head_nll(language.head, picked, targets.to(here, non_blocking=True), language.vocab)
+    return TokenLosses(nll, owner.to(here, non_blocking=True), correct)
+
+
+def text_logits(language: LanguageModel, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
+    """Logits of plain text."""
+    ids = ids.to(language.device)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    hidden = language.hidden(language.embed(ids), positions)
+    return language.head(hidden.reshape(-1, hidden.shape[-1])).view(*ids.shape, -1)
+
+
+def learned(language: LanguageModel, connector: TrainedPart) -> dict[str, TrainedPart]:
+    """What was learned, by part, as a checkpoint keeps it: ``connector``, ``adapter`` where there are some, and
+    ``merged_1``, … for what is part of the base's weights. `train.restore.load_trained` is the way back."""
+    state = {"connector": connector}
+    if language.adapters:
+        from beholder.model import adapters
+
+        state["adapter"] = TrainedPart(adapters.adapter_tensors(language), adapters.adapter_config(language))
+    return state | {f"merged_{k}": part for k, part in enumerate(language.merged, 1)}

@@ -88,10 +88,11 @@ def preview(examples: Sequence[Example], builder: SampleBuilder, folder: Path) -
         _, encoded, inputs = pixels_only.build(example)
         paths: list[Path] = []
         for k, image in enumerate(inputs):
-            assert image.pixels is not None
+            shown = None if image.pixels is None else image.pixels.permute(1, 2, 0).contiguous().numpy()
             # Never the record's own names: they may be paths.
             path = folder / f"sample_{number}_image_{k + 1}.png"
-            Image.fromarray(image.pixels.permute(1, 2, 0).contiguous().numpy()).save(path)
+            # A native model's processor cuts it into patches: there it is shown as it was decoded.
+            (builder.pipeline.open(example.images[k]) if shown is None else Image.fromarray(shown)).save(path)
             paths.append(path)
         item = PreviewItem(
             id=example.id, where=example.where, images=tuple(paths), num_tokens=len(encoded.ids),

@@ -25,6 +25,7 @@ from beholder.model.weights import quiet_transformers
 from beholder.train.distributed import init_distributed
 
 LlmFamily = Literal["qwen3", "llama", "smollm2"]
+NativeFamily = Literal["qwen3_vl"]
 VisionFamily = Literal["siglip", "clip", "dinov2", "repvit"]
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -33,6 +34,14 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+CHATML_PARTS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ IMAGE }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML as native models have it: messages in parts, the template places images. IMAGE: what it writes for one."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 30, 30), "green": (30, 160, 50), "blue": (30, 60, 220), "yellow": (240, 220, 40),
@@ -47,17 +56,29 @@ GROUNDS: dict[str, tuple[int, int, int]] = {"white": (255, 255, 255), "grey": (1
 # Parts
 
 
-def tiny_tokenizer(folder: Path | str, family: LlmFamily = "qwen3") -> Any:
+def tiny_tokenizer(
+    folder: Path | str,
+    family: LlmFamily = "qwen3",
+    *,
+    more: Sequence[str] = (),
+    chat_template: str = CHATML,
+    eos: str | None = None,
+) -> Any:
     """A byte vocabulary with ChatML control tokens, saved in ``folder``: byte-level BPE without merges, so any text
     round-trips and one ASCII character is one token.
 
     qwen3 also has the native vision tokens; llama puts ``<s>`` before every text, as the Llama tokenizers do; smollm2
-    has neither. Returns the `PreTrainedTokenizerFast`.
+    has neither. ``more``: further control tokens. Returns the `PreTrainedTokenizerFast`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    control = (*CONTROL, *(VISION_CONTROL if family == "qwen3" else ()), *(("<s>",) if family == "llama" else ()))
+    control = (
+        *CONTROL,
+        *(VISION_CONTROL if family == "qwen3" else ()),
+        *(("<s>",) if family == "llama" else ()),
+        *more,
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -66,6 +87,7 @@ def tiny_tokenizer(folder: Path | str, family: LlmFamily = "qwen3") -> Any:
     special: dict[str, str] = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     if family == "qwen3":  # the base models end at <|endoftext|>
         special["eos_token"] = "<|endoftext|>"
+    special |= {} if eos is None else {"eos_token": eos}
     if family == "llama":
         bos = inner.token_to_id("<s>")
         inner.post_processor = processors.TemplateProcessing(
@@ -75,7 +97,7 @@ def tiny_tokenizer(folder: Path | str, family: LlmFamily = "qwen3") -> Any:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, clean_up_tokenization_spaces=False, additional_special_tokens=list(control), **special
     )
-    tokenizer.chat_template = CHATML
+    tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(str(folder))
     return tokenizer
 
@@ -178,6 +200,61 @@ _PREPROCESSORS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """The preprocessor files of the real checkpoints with small sizes; written as they are, since transformers' own image
 processor classes differ with torchvision present or absent."""
+
+
+def tiny_native(folder: Path | str, family: NativeFamily = "qwen3_vl", *, seed: int = 0) -> Path:
+    """A random whole vision-language model with its processor in ``folder``, as its class is on the hub: a language
+    model of width 64 with 4 layers, a tower of 3 blocks; images of any size between 2 x 2 and 8 x 8 visual tokens.
+    """
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    folder = Path(folder)
+    processor = _tiny_processor(folder, family)
+    tokenizer = processor.tokenizer
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start",
+           "vision_end")}  # fmt: skip
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
+            "initializer_range": 0.12, "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]},
+            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+            "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1], "initializer_range": 0.12,
+        },
+        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"], tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        torch.manual_seed(seed)
+        Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def _tiny_processor(folder: Path, family: NativeFamily) -> Any:
+    from transformers import AutoProcessor
+
+    assert family == "qwen3_vl", family
+    template = CHATML_PARTS.replace("IMAGE", "'<|vision_start|><|image_pad|><|vision_end|>'")
+    tiny_tokenizer(folder, "qwen3", more=("<|video_pad|>",), chat_template=template, eos="<|im_end|>")
+    (folder / "preprocessor_config.json").write_text(json.dumps(_NATIVE_PROCESSORS[family], indent=2))
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen3VLProcessor"}))
+    video = {"video_processor_type": "Qwen3VLVideoProcessor", "patch_size": 8, "merge_size": 2}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
+    return AutoProcessor.from_pretrained(str(folder))
+
+
+_NATIVE_PROCESSORS: dict[str, dict[str, Any]] = {
+    "qwen3_vl": {
+        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen3VLProcessor", "patch_size": 8,
+        "merge_size": 2, "temporal_patch_size": 2, "size": {"shortest_edge": 32 * 32, "longest_edge": 128 * 128},
+        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    },
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------

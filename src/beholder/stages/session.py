@@ -16,10 +16,11 @@ import torch
 
 from beholder.config import RunConfig
 from beholder.data import Data, build_data, build_encoder
-from beholder.model.build import build_vlm
+from beholder.data.build import build_pipeline
+from beholder.model.build import Vlm, build_vlm
 from beholder.model.families import check_limits
+from beholder.model.native import NativeModel
 from beholder.model.plan import frozen_fingerprint
-from beholder.model.vlm import VisionLanguageModel
 from beholder.probes.loss import SampleLoss
 from beholder.runs import RunDir, to_json
 from beholder.stages.held_out import HeldOut
@@ -28,7 +29,7 @@ from beholder.store.features import FeatureStore, FillReport, store_dir
 from beholder.terminal import Terminal
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
-from beholder.types import Example, TrainedPart
+from beholder.types import Example, ImageGeometry, TrainedPart
 
 BASE = (
     "the adapters of {} earlier run(s) are part of the base's weights (model.lora.adapters: merge); what is compared "
@@ -41,7 +42,7 @@ class Session:
     files are closed at the end."""
 
     def __init__(
-        self, cfg: RunConfig, run: RunDir, dist: Dist, model: VisionLanguageModel, tokenizer: Any, data: Data,
+        self, cfg: RunConfig, run: RunDir, dist: Dist, model: Vlm, tokenizer: Any, data: Data,
         reporter: Reporter, *, frozen: dict[str, str], started: float, gaps: list[str], phases_s: dict[str, float],
     ) -> None:  # fmt: skip
         self.cfg, self.run, self.dist = cfg, run, dist
@@ -74,7 +75,9 @@ class Session:
         return {
             # not the connector: it has its weights only once a checkpoint is loaded
             **{part: digest for part, digest in self._frozen.items() if part != "connector"},
-            "preprocessing": hashlib.sha256(to_json(asdict(self.model.geometry)).encode()).hexdigest(),
+            "preprocessing": g.fingerprint
+            if not isinstance(g := self.model.geometry, ImageGeometry)
+            else hashlib.sha256(to_json(asdict(g)).encode()).hexdigest(),
             "data": self.data.train.fingerprint,
             "encoder": self.data.encoder.fingerprint,
         }
@@ -106,6 +109,11 @@ class Session:
         if cfg.data.augment != "none":
             self.reporter.line("features", f"off: data.augment is {cfg.data.augment}, every pass needs fresh features")
             self.gap("Feature store: switched off, because data.augment changes every image at every pass.")
+            return
+        if isinstance(self.model, NativeModel):
+            why = "a native model's images differ in their number of tokens, and its tower gives more than one output"
+            self.reporter.line("features", f"off: {why}")
+            self.gap(f"Feature store: switched off, because {why}; the tower sees every image at every pass.")
             return
         vision, g = self.model.vision, self.model.geometry
         assert vision is not None
@@ -161,7 +169,8 @@ def open_session(
     model, tokenizer = build_vlm(
         cfg.model, compute_precision=cfg.train.precision, device=dist.device, seed=cfg.seed, merged=merged
     )
-    build_encoder(cfg, tokenizer, model.num_visual_tokens).check_table(model.language.vocab)
+    pipeline = build_pipeline(cfg, model.geometry)
+    build_encoder(cfg, tokenizer, model.num_visual_tokens, pipeline).check_table(model.language.vocab)
     check_limits(model.language.limits, cfg)
     frozen = frozen_fingerprint(model)
     loaded = time.perf_counter()
