@@ -313,10 +313,8 @@ class RunConfig(Section):
         elif not self.model.connector.trainable and stage.connector_learns:
             wrong.append(f"stage {stage.name} trains the connector, but model.connector.trainable is false")
         if not self.model.connector.trainable and not self.has_adapters and not stage.connector_learns:
-            both = (
-                "model.lora.enable is" if self.model.native else "model.lora.enable and model.connector.trainable are"
-            )
-            wrong.append(f"nothing would be trained: {both} false")
+            two = "model.lora.enable and model.connector.trainable are"
+            wrong.append(f"nothing would be trained: {'model.lora.enable is' if self.model.native else two} false")
         if self.template not in stage.templates:
             wrong.append(
                 f"stage {stage.name} answers questions, and prompting.template {self.template} has none; use "

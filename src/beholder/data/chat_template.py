@@ -268,8 +268,8 @@ class ChatTemplate:
             asked, shown = sum(_kinds(form).count("i") for form in roles), plain.count(self.placeholder)
             if asked != shown:
                 raise TemplateMisfit(
-                    f"the chat template writes {shown} places ({self.placeholder}) for {asked} images of a conversation "
-                    f"of {_listed(roles)}"
+                    f"the chat template writes {shown} places ({self.placeholder}) for {asked} images of a "
+                    f"conversation of {_listed(roles)}"
                 )
         places: list[_Place] = []
         texts: list[str] = []

@@ -118,8 +118,8 @@ def _compare(encoder: ChatEncoder, name: str, ours: Sequence[int], theirs: Seque
         return f"{printable(encoder.tokenizer.decode(near), one_line=True)!r} (ids {near})"
 
     raise UserError(
-        f"the processor's ids are not ours on a conversation with {name}, from position {at} on ({len(theirs)} ids, ours "
-        f"{len(ours)}): it gives {shown(theirs)}, ours are {shown(ours)}. A model would be trained on another layout "
-        "than it knows; give a chat template that writes what the processor reads (prompting.chat_template), or report "
-        "the class"
+        f"the processor's ids are not ours on a conversation with {name}, from position {at} on ({len(theirs)} ids, "
+        f"ours {len(ours)}): it gives {shown(theirs)}, ours are {shown(ours)}. A model would be trained on another "
+        "layout than it knows; give a chat template that writes what the processor reads (prompting.chat_template), or "
+        "report the class"
     )

@@ -556,19 +556,13 @@ def smoke_config(cfg: RunConfig, folder: Path | str, *, num_records: int = 64, s
     tokens), kernels and workers that a CPU run of seconds cannot use. The run folder is ``folder/run``.
     """
     folder = Path(folder)
-    llm = tiny_llm(folder / "llm", _llm_family(cfg.model.llm.name_or_path))
-    vision, weights = tiny_vision(folder / "vision", _vision_family(cfg.model.vision.name_or_path))
-    tokens = cfg.model.connector.tokens_asked
     raw = cfg.model_dump()
     for setting in settings(RunConfig):
         *sections, name = setting.path.split(".")
         own = get_at(raw, tuple(sections))
         if setting.tiny is not None and own is not None:
             own[name] = setting.tiny.of(own[name])
-    raw["model"]["llm"]["name_or_path"] = str(llm)
-    raw["model"]["vision"] |= {"name_or_path": vision, "weights": weights}
-    perceiver = cfg.model.connector.resampler.kind == "perceiver"
-    raw["model"]["connector"]["num_visual_tokens"] = min(tokens, 8) if perceiver and tokens is not None else None
+    raw["model"] |= _smoke_parts(cfg, raw["model"], folder)
     half = max(1, steps // 2)
     raw["train"] |= {
         "train_steps": min(steps, cfg.train.train_steps or steps), "save_every": min(cfg.train.save_every, half),
@@ -584,6 +578,22 @@ def smoke_config(cfg: RunConfig, folder: Path | str, *, num_records: int = 64, s
     raw["data"] |= _smoke_data(cfg, folder / "data", num_records)
     raw["output_dir"] = str(folder / "run")
     return without_inert(RunConfig.model_validate(raw))
+
+
+def _smoke_parts(cfg: RunConfig, raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The tiny parts of a recipe's model, saved in ``folder``, as its ``model`` section names them."""
+    if cfg.model.native is not None:
+        native = tiny_native(folder / "native", _native_family(cfg.model.native.name_or_path))
+        return {"native": raw["native"] | {"name_or_path": str(native)}, "llm": None, "vision": None}
+    llm = tiny_llm(folder / "llm", _llm_family(cfg.model.llm.name_or_path))
+    vision, weights = tiny_vision(folder / "vision", _vision_family(cfg.model.vision.name_or_path))
+    tokens = cfg.model.connector.tokens_asked
+    perceiver = cfg.model.connector.resampler.kind == "perceiver" and tokens is not None
+    return {
+        "llm": raw["llm"] | {"name_or_path": str(llm)},
+        "vision": raw["vision"] | {"name_or_path": vision, "weights": weights},
+        "connector": raw["connector"] | {"num_visual_tokens": min(tokens, 8) if perceiver else None},
+    }
 
 
 def _sooner(every: str | int, steps: int) -> str | int:
@@ -631,6 +641,10 @@ def _smoke_data(cfg: RunConfig, folder: Path, num_records: int) -> dict[str, Any
 def _llm_family(name: str) -> LlmFamily:
     low = name.lower()
     return "qwen3" if "qwen" in low else "smollm2" if "smollm" in low else "llama"
+
+
+def _native_family(name: str) -> NativeFamily:
+    return "qwen3_vl"
 
 
 def _vision_family(name: str) -> VisionFamily:
