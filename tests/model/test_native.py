@@ -108,6 +108,28 @@ def test_images_of_different_sizes_take_as_many_positions_as_the_processor_says(
     assert lengths == merged and len(set(lengths)) == 3
 
 
+def test_labels_stand_before_what_the_template_writes_around_an_image(qwen: Native) -> None:
+    encoder = encoder_of(qwen.model, qwen.tokenizer, image_label="Image {k}: ")
+    parts = (ImageSlot(0), "\nImage 2: ", ImageSlot(1), "\n", "Which is red?")
+    example = Example("0", (ImageRef("", "0"), ImageRef("", "1")), (Turn("user", parts), Turn("assistant", ("1.",))))
+    encoded = encoder.encode(example, PICTURES[:2])
+
+    (first, _), (second, _) = encoded.image_spans
+    assert encoder.tokenizer.decode(encoded.ids[:first]).endswith("user\nImage 1: <|vision_start|>")
+    between = encoder.tokenizer.decode(encoded.ids[encoded.image_spans[0][1] : second])
+    assert between == "<|vision_end|>\nImage 2: <|vision_start|>"
+    assert encoder.fingerprint != qwen.encoder.fingerprint
+
+
+def test_a_sample_that_is_too_long_is_refused_not_cut_inside_an_image(qwen: Native) -> None:
+    encoder = encoder_of(qwen.model, qwen.tokenizer)
+    encoder.max_seq_len = 30
+    example = Example("0", (ImageRef("", "0"),), turns(TALKS[0]), file="test")
+
+    with pytest.raises(UserError, match=r"the prompt alone takes \d+ tokens \(1 images\).*smaller images"):
+        encoder.encode(example, [(128, 128)])
+
+
 def test_the_loss_is_the_models_own_on_the_same_conversation(native: Native) -> None:
     own = native.processor.processor
     whole = native.model.whole

@@ -36,6 +36,7 @@ from beholder.model.weights import (
 from beholder.types import Batch, Encoded, ImageInput, TokenLosses, TrainedPart, UserError
 
 FIELD = "model.native.name_or_path"
+WANTED = "Give a whole Hugging Face vision-language model (hub name or folder)."
 
 
 @dataclass(frozen=True)
@@ -372,6 +373,21 @@ def known_family(config: Any, name: str) -> Family:
     return FAMILIES[kind]
 
 
+def _config_of(cfg: LlmConfig) -> tuple[Any, Family]:
+    """The configuration of a native model, and what is known of its class."""
+    from transformers import AutoConfig
+
+    check_no_adapter(cfg.name_or_path, FIELD)
+    with loading(f"{FIELD} {cfg.name_or_path!r}", WANTED):
+        config = AutoConfig.from_pretrained(cfg.name_or_path, revision=cfg.revision, trust_remote_code=False)
+    return config, known_family(config, cfg.name_or_path)
+
+
+def processor_of(cfg: LlmConfig) -> NativeProcessor:
+    """The processor of a native model alone. Raises `UserError` as `load_native` does."""
+    return load_processor(cfg, _config_of(cfg)[0], DTYPES[cfg.precision])
+
+
 def load_native(cfg: LlmConfig, device: torch.device) -> tuple[NativeModel, Any]:
     """(model, tokenizer): a whole vision-language model with its processor, strictly loaded from safetensors, frozen
     and proven (`NativeModel.check`).
@@ -379,15 +395,11 @@ def load_native(cfg: LlmConfig, device: torch.device) -> tuple[NativeModel, Any]
     ``cfg`` are the settings of ``model.native`` as `ModelConfig` fills them in for its language model. Raises
     `UserError` for a class that is not known, files that do not fit, NaN weights, and what a proof finds.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+    from transformers import AutoModelForImageTextToText, GenerationConfig
 
     name, dtype = cfg.name_or_path, DTYPES[cfg.precision]
-    check_no_adapter(name, FIELD)
-    wanted = "Give a whole Hugging Face vision-language model (hub name or folder)."
-    with loading(f"{FIELD} {name!r}", wanted):
-        config = AutoConfig.from_pretrained(name, revision=cfg.revision, trust_remote_code=False)
-    family = known_family(config, name)
-    with kernel_at_hand(cfg), loading(f"{FIELD} {name!r}", wanted):
+    config, family = _config_of(cfg)
+    with kernel_at_hand(cfg), loading(f"{FIELD} {name!r}", WANTED):
         whole, info = from_pretrained(
             AutoModelForImageTextToText, name, config=config, revision=cfg.revision, trust_remote_code=False,
             dtype=dtype, attn_implementation=cfg.attn_implementation,

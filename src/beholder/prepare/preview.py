@@ -23,6 +23,7 @@ from beholder.data.chat import Segment
 from beholder.data.collate import SampleBuilder
 from beholder.model.connector import resolve_num_tokens
 from beholder.model.language import load_tokenizer
+from beholder.model.native import processor_of
 from beholder.model.vision import load_vision
 from beholder.runs import atomic_write
 from beholder.types import Example, UserError, printable
@@ -147,7 +148,15 @@ def _page(items: Sequence[PreviewItem], note: str | None) -> str:
 
 
 def preview_config(cfg: RunConfig, num: int, folder: Path) -> Preview:
-    """Show the first ``num`` training samples of a config as the model gets them; only the tower is loaded."""
+    """Show the first ``num`` training samples of a config as the model gets them; only the tower is loaded, of a native
+    model only its processor."""
+    if cfg.model.native is not None:
+        processor = processor_of(cfg.model.llm)
+        data = build_data(cfg, processor.processor.tokenizer, processor, None)
+        return preview(
+            [data.train.example_at(p) for p in range(min(num, len(data.train)))],
+            data.builder(None, train=True, cfg=cfg), folder,
+        )  # fmt: skip
     tower = load_vision(cfg.model.vision, torch.device("cpu"))
     num_visual_tokens = resolve_num_tokens(cfg.model.connector, tower.geometry.num_patches)
     data = build_data(cfg, load_tokenizer(cfg.model.llm), tower.geometry, num_visual_tokens)

@@ -25,7 +25,7 @@ from beholder.model.weights import quiet_transformers
 from beholder.train.distributed import init_distributed
 
 LlmFamily = Literal["qwen3", "llama", "smollm2"]
-NativeFamily = Literal["qwen3_vl"]
+NativeFamily = Literal["qwen3_vl", "qwen2_5_vl", "llava", "smolvlm", "idefics3"]
 VisionFamily = Literal["siglip", "clip", "dinov2", "repvit"]
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -204,57 +204,121 @@ processor classes differ with torchvision present or absent."""
 
 def tiny_native(folder: Path | str, family: NativeFamily = "qwen3_vl", *, seed: int = 0) -> Path:
     """A random whole vision-language model with its processor in ``folder``, as its class is on the hub: a language
-    model of width 64 with 4 layers, a tower of 3 blocks; images of any size between 2 x 2 and 8 x 8 visual tokens.
+    model of width 64 with 4 layers, a tower of 3 blocks. The Qwens take images of any size, as 2 x 2 to 8 x 8 visual
+    tokens; LLaVA 32 x 32 pixels; the Idefics 32 x 32 in up to 2 x 2 tiles.
     """
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    import transformers
 
     folder = Path(folder)
     processor = _tiny_processor(folder, family)
-    tokenizer = processor.tokenizer
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start",
-           "vision_end")}  # fmt: skip
-    config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
-            "initializer_range": 0.12, "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]},
-            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-        },
-        vision_config={
-            "depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
-            "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0, 1], "initializer_range": 0.12,
-        },
-        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"], tie_word_embeddings=True,
-    )  # fmt: skip
+    name, settings = _tiny_native(family, processor.tokenizer)
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(seed)
-        Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+        config = getattr(transformers, f"{name}Config")(**settings)
+        getattr(transformers, f"{name}ForConditionalGeneration")(config).save_pretrained(folder)
     return folder
+
+
+def _tiny_native(family: NativeFamily, tokenizer: Any) -> tuple[str, dict[str, Any]]:
+    """(class, its configuration) of a tiny native model."""
+    text: dict[str, Any] = {
+        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
+        "initializer_range": 0.12, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    eyes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "initializer_range": 0.12, "patch_size": 8}
+
+    def at(token: str) -> int:
+        return tokenizer.convert_tokens_to_ids(token)
+
+    match family:
+        case "qwen3_vl" | "qwen2_5_vl":
+            rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]}
+            eyes |= {
+                "depth": 3, "num_heads": 2, "out_hidden_size": 64, "spatial_merge_size": 2, "temporal_patch_size": 2,
+            }  # fmt: skip
+            if family == "qwen3_vl":
+                eyes |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+            else:
+                eyes |= {"window_size": 32, "fullatt_block_indexes": [1]}
+            return "Qwen3VL" if family == "qwen3_vl" else "Qwen2_5_VL", {
+                "text_config": text | {"rope_parameters": rope, "tie_word_embeddings": True}, "vision_config": eyes,
+                "image_token_id": at("<|image_pad|>"), "video_token_id": at("<|video_pad|>"),
+                "vision_start_token_id": at("<|vision_start|>"), "vision_end_token_id": at("<|vision_end|>"),
+                "tie_word_embeddings": True,
+            }  # fmt: skip
+        case "llava":
+            eyes |= {"model_type": "clip_vision_model", "num_hidden_layers": 3, "num_attention_heads": 2}
+            return "Llava", {
+                "text_config": text | {"model_type": "llama"}, "image_token_index": at("<image>"),
+                "vision_config": eyes | {"image_size": 32, "projection_dim": 32}, "image_seq_length": 16,
+                "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+            }  # fmt: skip
+        case "smolvlm" | "idefics3":
+            eyes |= {"num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32}
+            return "SmolVLM" if family == "smolvlm" else "Idefics3", {
+                "text_config": text | {"model_type": "llama"}, "vision_config": eyes, "scale_factor": 2,
+                "image_token_id": at("<image>"), "pad_token_id": tokenizer.pad_token_id,
+            }  # fmt: skip
 
 
 def _tiny_processor(folder: Path, family: NativeFamily) -> Any:
     from transformers import AutoProcessor
 
-    assert family == "qwen3_vl", family
-    template = CHATML_PARTS.replace("IMAGE", "'<|vision_start|><|image_pad|><|vision_end|>'")
-    tiny_tokenizer(folder, "qwen3", more=("<|video_pad|>",), chat_template=template, eos="<|im_end|>")
-    (folder / "preprocessor_config.json").write_text(json.dumps(_NATIVE_PROCESSORS[family], indent=2))
-    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen3VLProcessor"}))
-    video = {"video_processor_type": "Qwen3VLVideoProcessor", "patch_size": 8, "merge_size": 2}
-    (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
+    qwen = family in ("qwen3_vl", "qwen2_5_vl")
+    place = "'<|vision_start|><|image_pad|><|vision_end|>'" if qwen else "'<image>'"
+    more = ["<|video_pad|>"] if qwen else ["<image>"]
+    if family in ("smolvlm", "idefics3"):
+        tiles = [f"<row_{r + 1}_col_{c + 1}>" for r in range(6) for c in range(6)]
+        more += ["<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *tiles]
+    template = CHATML_PARTS.replace("IMAGE", place)
+    tiny_tokenizer(folder, "qwen3" if qwen else "smollm2", more=more, chat_template=template, eos="<|im_end|>")
+    images, own, video = _NATIVE_PROCESSORS[family]
+    (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2))
+    (folder / "processor_config.json").write_text(json.dumps(own, indent=2))
+    if video:
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
     return AutoProcessor.from_pretrained(str(folder))
 
 
-_NATIVE_PROCESSORS: dict[str, dict[str, Any]] = {
-    "qwen3_vl": {
-        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen3VLProcessor", "patch_size": 8,
-        "merge_size": 2, "temporal_patch_size": 2, "size": {"shortest_edge": 32 * 32, "longest_edge": 128 * 128},
-        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
-    },
+_HALF: dict[str, Any] = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+_QWEN: dict[str, Any] = _HALF | {
+    "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 8, "merge_size": 2, "temporal_patch_size": 2,
+    "size": {"shortest_edge": 32 * 32, "longest_edge": 128 * 128},
 }  # fmt: skip
+_TILES: dict[str, Any] = _HALF | {
+    "size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}, "do_image_splitting": True,
+    "do_resize": True, "do_rescale": True, "do_normalize": True, "do_pad": True, "do_convert_rgb": True, "resample": 1,
+}  # fmt: skip
+_NATIVE_PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "qwen3_vl": (
+        _QWEN, {"processor_class": "Qwen3VLProcessor"},
+        {"video_processor_type": "Qwen3VLVideoProcessor", "patch_size": 8, "merge_size": 2},
+    ),
+    "qwen2_5_vl": (
+        _QWEN, {"processor_class": "Qwen2_5_VLProcessor"},
+        {"video_processor_type": "Qwen2VLVideoProcessor", "patch_size": 8, "merge_size": 2},
+    ),
+    "llava": (
+        _PREPROCESSORS["clip"],
+        {
+            "processor_class": "LlavaProcessor", "patch_size": 8, "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1, "image_token": "<image>",
+        },
+        {},
+    ),
+    "smolvlm": (
+        _TILES | {"image_processor_type": "SmolVLMImageProcessor"},
+        {"processor_class": "SmolVLMProcessor", "image_seq_len": 4},
+        {"video_processor_type": "SmolVLMVideoProcessor"},
+    ),
+    "idefics3": (
+        _TILES | {"image_processor_type": "Idefics3ImageProcessor"},
+        {"processor_class": "Idefics3Processor", "image_seq_len": 4},
+        {},
+    ),
+}  # fmt: skip
+"""Of each family: preprocessor_config.json, processor_config.json and, where it has one, the video processor's."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -644,7 +708,11 @@ def _llm_family(name: str) -> LlmFamily:
 
 
 def _native_family(name: str) -> NativeFamily:
-    return "qwen3_vl"
+    low = name.lower().replace("-", "").replace("_", "").replace(".", "")
+    marks: tuple[tuple[str, NativeFamily], ...] = (
+        ("qwen25", "qwen2_5_vl"), ("smolvlm", "smolvlm"), ("idefics", "idefics3"), ("llava", "llava"),
+    )  # fmt: skip
+    return next((family for mark, family in marks if mark in low), "qwen3_vl")
 
 
 def _vision_family(name: str) -> VisionFamily:
