@@ -144,6 +144,11 @@ class NativeModel(nn.Module):
             made.append(image.inputs)
         return made
 
+    def patches(self, images: Sequence[ImageInput]) -> Float[Tensor, "s dh"]:
+        """Visual tokens of images that come with their inputs, one image after another."""
+        tokens, _ = self._features([image.inputs for image in images if image.inputs is not None])
+        return tokens
+
     def _together(self, inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The inputs of several images as the model takes them."""
         return {k: torch.cat([own[k] for own in inputs]).to(self.device) for k in (inputs[0] if inputs else ())}

@@ -21,6 +21,7 @@ from beholder.config import RunConfig
 from beholder.data import build_data
 from beholder.data.chat import Segment
 from beholder.data.collate import SampleBuilder
+from beholder.data.images import NativePipeline
 from beholder.model.connector import resolve_num_tokens
 from beholder.model.language import load_tokenizer
 from beholder.model.native import processor_of
@@ -92,8 +93,11 @@ def preview(examples: Sequence[Example], builder: SampleBuilder, folder: Path) -
             shown = None if image.pixels is None else image.pixels.permute(1, 2, 0).contiguous().numpy()
             # Never the record's own names: they may be paths.
             path = folder / f"sample_{number}_image_{k + 1}.png"
-            # A native model's processor cuts it into patches: there it is shown as it was decoded.
-            (builder.pipeline.open(example.images[k]) if shown is None else Image.fromarray(shown)).save(path)
+            if shown is None:  # a native model's processor cuts it into patches: it is shown as it was decoded
+                assert isinstance(builder.pipeline, NativePipeline)
+                builder.pipeline.open(example.images[k]).save(path)
+            else:
+                Image.fromarray(shown).save(path)
             paths.append(path)
         item = PreviewItem(
             id=example.id, where=example.where, images=tuple(paths), num_tokens=len(encoded.ids),

@@ -652,11 +652,11 @@ def _smoke_parts(cfg: RunConfig, raw: dict[str, Any], folder: Path) -> dict[str,
     llm = tiny_llm(folder / "llm", _llm_family(cfg.model.llm.name_or_path))
     vision, weights = tiny_vision(folder / "vision", _vision_family(cfg.model.vision.name_or_path))
     tokens = cfg.model.connector.tokens_asked
-    perceiver = cfg.model.connector.resampler.kind == "perceiver" and tokens is not None
+    few = min(tokens, 8) if cfg.model.connector.resampler.kind == "perceiver" and tokens is not None else None
     return {
         "llm": raw["llm"] | {"name_or_path": str(llm)},
         "vision": raw["vision"] | {"name_or_path": vision, "weights": weights},
-        "connector": raw["connector"] | {"num_visual_tokens": min(tokens, 8) if perceiver else None},
+        "connector": raw["connector"] | {"num_visual_tokens": few},
     }
 
 
@@ -712,7 +712,10 @@ def _native_family(name: str) -> NativeFamily:
     marks: tuple[tuple[str, NativeFamily], ...] = (
         ("qwen25", "qwen2_5_vl"), ("smolvlm", "smolvlm"), ("idefics", "idefics3"), ("llava", "llava"),
     )  # fmt: skip
-    return next((family for mark, family in marks if mark in low), "qwen3_vl")
+    for mark, family in marks:
+        if mark in low:
+            return family
+    return "qwen3_vl"
 
 
 def _vision_family(name: str) -> VisionFamily:

@@ -24,8 +24,8 @@ NUM_NOISE = 8
 class SightedModel(LossModel, Protocol):
     """A model whose tower can be asked for the patches of an image."""
 
-    geometry: ImageGeometry | ImageProcessor
-
+    @property
+    def geometry(self) -> ImageGeometry | ImageProcessor: ...
     def patches(self, images: list[ImageInput], /) -> torch.Tensor: ...
 
 

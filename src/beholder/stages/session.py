@@ -17,6 +17,7 @@ import torch
 from beholder.config import RunConfig
 from beholder.data import Data, build_data, build_encoder
 from beholder.data.build import build_pipeline
+from beholder.data.images import ImagePipeline
 from beholder.model.build import Vlm, build_vlm
 from beholder.model.families import check_limits
 from beholder.model.native import NativeModel
@@ -115,11 +116,11 @@ class Session:
             self.reporter.line("features", f"off: {why}")
             self.gap(f"Feature store: switched off, because {why}; the tower sees every image at every pass.")
             return
-        vision, g = self.model.vision, self.model.geometry
-        assert vision is not None
+        vision, g, pipeline = self.model.vision, self.model.geometry, self.data.pipeline
+        assert vision is not None and isinstance(pipeline, ImagePipeline)
         store = FeatureStore(
             store_dir(cfg.features), tower_fingerprint=vision.fingerprint(),
-            pipeline_fingerprint=self.data.pipeline.fingerprint, num_patches=g.num_patches, d_vision=g.d_vision,
+            pipeline_fingerprint=pipeline.fingerprint, num_patches=g.num_patches, d_vision=g.d_vision,
             max_bytes=int(cfg.features.max_gb * 1e9),
         )  # fmt: skip
         stop = min(stop, start + len(self.data.train))  # later epochs show the same images again
@@ -131,7 +132,7 @@ class Session:
                 self.dist.alive()
 
             report = store.fill(
-                refs, lambda pixels: vision(pixels.to(self.model.device)), self.data.pipeline, batch_size=32,
+                refs, lambda pixels: vision(pixels.to(self.model.device)), pipeline, batch_size=32,
                 progress=progress, on_bad_image=cfg.data.on_bad_image, rank=self.dist.rank,
                 world_size=self.dist.world_size,
             )  # fmt: skip
