@@ -354,6 +354,9 @@ class ChatEncoder:
     def _expanded(self, pieces: Iterable[Piece], sizes: Sequence[tuple[int, int]]) -> Iterator[Piece]:
         """Each image followed by what its processor writes for it."""
         assert self.images is not None and self._chat is not None
+        pieces = list(pieces)
+        if [p.what for p in pieces[: len(self.bos_ids)]] != self.bos_ids:  # as the processor's tokenizer does by itself
+            yield from (Piece(i) for i in self.bos_ids)
         for piece in pieces:
             yield piece
             if isinstance(piece.what, ImageSlot):

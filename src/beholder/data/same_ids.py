@@ -71,14 +71,18 @@ def check_same_ids(encoder: ChatEncoder) -> None:
         finally:
             encoder.image_label, encoder.system, encoder.max_seq_len = label, system, longest
         _compare(encoder, name, whole.ids.tolist(), theirs)
-        if not encoder.prompt_note:  # else generation starts otherwise on purpose, and says so
-            _compare(encoder, f"{name}, asked", asked.ids.tolist(), prompt)
-        first = int(np.flatnonzero(whole.supervise)[-1])
+        proven += 1
+        if encoder.prompt_note:  # generation starts otherwise on purpose, and says so
+            continue
+        _compare(encoder, f"{name}, asked", asked.ids.tolist(), prompt)
+        last = first = int(np.flatnonzero(whole.supervise)[-1])
         while whole.supervise[first - 1]:
             first -= 1
-        if theirs[:first] != prompt[:first] or whole.ids[np.flatnonzero(whole.supervise)[-1]] not in encoder.eos_ids:
-            raise UserError(f"{name}: what is supervised is not what the processor writes after its own prompt")
-        proven += 1
+        if first != len(prompt) or int(whole.ids[last]) not in encoder.eos_ids:
+            raise UserError(
+                f"what is supervised in a conversation with {name} is not what follows on the processor's prompt, up "
+                f"to an end token: it begins at position {first}, the prompt has {len(prompt)} ids"
+            )
     if not proven:
         raise UserError(
             "the chat template of this model's processor takes none of the conversations that the layout is proven on; "
