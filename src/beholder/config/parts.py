@@ -190,18 +190,22 @@ class ModelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _parts_of_native(cls, given: Any) -> Any:
-        """A native model's parts under their usual names, so that who asks for one need not know which kind it is."""
-        if not isinstance(given, dict) or not isinstance(native := given.get("native"), dict):
-            return _tuples(given)
-        own = {"name_or_path": "-"} | {k: native[k] for k in ("name_or_path", "revision", "precision") if k in native}
-        more = {k: native[k] for k in ("attn_implementation", "gradient_checkpointing") if k in native}
-        connector = given.get("connector") or {}
-        parts = {
-            "llm": given.get("llm") or own | more,
-            "vision": given.get("vision") or own,
-            "connector": {**connector, "trainable": False} if isinstance(connector, dict) else connector,
-        }  # fmt: skip
-        return _tuples(given | parts)
+        return _tuples(with_native_parts(given))
+
+
+def with_native_parts(given: Any) -> Any:
+    """A ``model`` section as it was written, with a native model's parts under their usual names, so that who asks for
+    one need not know which kind it is."""
+    if not isinstance(given, dict) or not isinstance(native := given.get("native"), dict):
+        return given
+    own = {"name_or_path": "-"} | {k: native[k] for k in ("name_or_path", "revision", "precision") if k in native}
+    more = {k: native[k] for k in ("attn_implementation", "gradient_checkpointing") if k in native}
+    connector = given.get("connector") or {}
+    return given | {
+        "llm": given.get("llm") or own | more,
+        "vision": given.get("vision") or own,
+        "connector": {**connector, "trainable": False} if isinstance(connector, dict) else connector,
+    }
 
 
 def _tuples(value: Any) -> Any:
