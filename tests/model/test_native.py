@@ -258,7 +258,7 @@ def test_a_processor_whose_ids_differ_is_refused_with_the_first_difference(qwen:
     kept = own.chat_template
     own.chat_template = kept.replace("<|vision_end|>", "<|vision_end|> ")
     try:
-        with pytest.raises(UserError, match=r"from position \d+ on .*it gives '.*', ours are '.*"):
+        with pytest.raises(UserError, match=r"from position \d+ on .*it gives '.*' \(ids .*\), ours are '.*'"):
             check_same_ids(encoder)
     finally:
         own.chat_template = kept

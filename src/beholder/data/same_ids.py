@@ -119,7 +119,7 @@ def _compare(encoder: ChatEncoder, name: str, ours: Sequence[int], theirs: Seque
 
     def shown(ids: Sequence[int]) -> str:
         near = list(ids[max(0, at - 4) : at + 5])
-        return f"{printable(encoder.tokenizer.decode(near), one_line=True)!r} (ids {near})"
+        return f"'{printable(encoder.tokenizer.decode(near), one_line=True)}' (ids {near})"
 
     raise UserError(
         f"the processor's ids are not ours on a conversation with {name}, from position {at} on ({len(theirs)} ids, "

@@ -57,6 +57,10 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "qwen3_vl": Family(("visual",), grids=True),
+    "qwen2_5_vl": Family(("visual",), grids=True),
+    "llava": Family(("vision_tower", "multi_modal_projector")),
+    # Tiles that are all zero are taken for padding and left out, so an empty one is a little more.
+    "idefics3": Family(("vision_model", "connector"), apart=True, zero=1e-4),
 }
 """Known classes by the ``model_type`` of their config.json."""
 
@@ -151,7 +155,14 @@ class NativeModel(nn.Module):
 
     def _together(self, inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The inputs of several images as the model takes them."""
-        return {k: torch.cat([own[k] for own in inputs]).to(self.device) for k in (inputs[0] if inputs else ())}
+        made: dict[str, Tensor] = {}
+        for k in inputs[0] if inputs else ():
+            values = [own[k] for own in inputs]
+            if self.family.apart:  # fewer tiles are filled up with empty ones, as the processor does
+                most = max(v.shape[1] for v in values)
+                values = [torch.cat([v, v.new_zeros(1, most - v.shape[1], *v.shape[2:])], 1) for v in values]
+            made[k] = torch.cat(values).to(self.device)
+        return made
 
     def _features(self, inputs: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, list[Tensor]]:
         """Visual tokens ``[S, Dh]`` of all images, one after another, and what the first layers add (deepstack)."""

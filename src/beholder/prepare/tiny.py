@@ -25,7 +25,7 @@ from beholder.model.weights import quiet_transformers
 from beholder.train.distributed import init_distributed
 
 LlmFamily = Literal["qwen3", "llama", "smollm2"]
-NativeFamily = Literal["qwen3_vl", "qwen2_5_vl", "llava", "smolvlm", "idefics3"]
+NativeFamily = Literal["qwen3_vl", "qwen2_5_vl", "llava", "idefics3"]
 VisionFamily = Literal["siglip", "clip", "dinov2", "repvit"]
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -205,7 +205,7 @@ processor classes differ with torchvision present or absent."""
 def tiny_native(folder: Path | str, family: NativeFamily = "qwen3_vl", *, seed: int = 0) -> Path:
     """A random whole vision-language model with its processor in ``folder``, as its class is on the hub: a language
     model of width 64 with 4 layers, a tower of 3 blocks. The Qwens take images of any size, as 2 x 2 to 8 x 8 visual
-    tokens; LLaVA 32 x 32 pixels; the Idefics 32 x 32 in up to 2 x 2 tiles.
+    tokens; LLaVA 32 x 32 pixels; Idefics3 32 x 32 in up to 2 x 2 tiles.
     """
     import transformers
 
@@ -254,9 +254,9 @@ def _tiny_native(family: NativeFamily, tokenizer: Any) -> tuple[str, dict[str, A
                 "vision_config": eyes | {"image_size": 32, "projection_dim": 32}, "image_seq_length": 16,
                 "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
             }  # fmt: skip
-        case "smolvlm" | "idefics3":
+        case "idefics3":
             eyes |= {"num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32}
-            return "SmolVLM" if family == "smolvlm" else "Idefics3", {
+            return "Idefics3", {
                 "text_config": text | {"model_type": "llama"}, "vision_config": eyes, "scale_factor": 2,
                 "image_token_id": at("<image>"), "pad_token_id": tokenizer.pad_token_id,
             }  # fmt: skip
@@ -268,7 +268,7 @@ def _tiny_processor(folder: Path, family: NativeFamily) -> Any:
     qwen = family in ("qwen3_vl", "qwen2_5_vl")
     place = "'<|vision_start|><|image_pad|><|vision_end|>'" if qwen else "'<image>'"
     more = ["<|video_pad|>"] if qwen else ["<image>"]
-    if family in ("smolvlm", "idefics3"):
+    if family == "idefics3":
         tiles = [f"<row_{r + 1}_col_{c + 1}>" for r in range(6) for c in range(6)]
         more += ["<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *tiles]
     template = CHATML_PARTS.replace("IMAGE", place)
@@ -306,11 +306,6 @@ _NATIVE_PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, An
             "num_additional_image_tokens": 1, "image_token": "<image>",
         },
         {},
-    ),
-    "smolvlm": (
-        _TILES | {"image_processor_type": "SmolVLMImageProcessor"},
-        {"processor_class": "SmolVLMProcessor", "image_seq_len": 4},
-        {"video_processor_type": "SmolVLMVideoProcessor"},
     ),
     "idefics3": (
         _TILES | {"image_processor_type": "Idefics3ImageProcessor"},
@@ -710,7 +705,7 @@ def _llm_family(name: str) -> LlmFamily:
 def _native_family(name: str) -> NativeFamily:
     low = name.lower().replace("-", "").replace("_", "").replace(".", "")
     marks: tuple[tuple[str, NativeFamily], ...] = (
-        ("qwen25", "qwen2_5_vl"), ("smolvlm", "smolvlm"), ("idefics", "idefics3"), ("llava", "llava"),
+        ("qwen25", "qwen2_5_vl"), ("idefics", "idefics3"), ("llava", "llava"),
     )  # fmt: skip
     for mark, family in marks:
         if mark in low:
