@@ -153,7 +153,7 @@ def test_an_unfrozen_block_learns_in_fp32_alone_and_its_weights_come_back_bit_fo
     part = vision.part
     before = {k: t.clone() for k, t in base_state(part).items()}
     unfreeze(part, ("last-1",))
-    check_reached(vision)
+    check_reached(vision.part)
     own = dict(part.module.get_submodule(part.unfrozen[0]).named_parameters(prefix=part.unfrozen[0]))
     assert all(p.dtype == torch.float32 for p in own.values())
     assert vision(pictures(vision)).dtype == vision.dtype
@@ -193,7 +193,7 @@ def test_blocks_whose_output_is_not_used_are_refused(tower: Load) -> None:
     unfreeze(vision.part, ("last-1",))
 
     with pytest.raises(UserError, match=r"do not depend on .*layers\.\*.*feature_layer takes an earlier layer's"):
-        check_reached(vision)
+        check_reached(vision.part)
 
 
 def test_a_layer_learns_itself_or_through_an_adapter_not_both(tower: Load) -> None:

@@ -220,6 +220,10 @@ class DataConfig(Section):
         return self.split_mode or ("none" if self.eval_sources else "ratio")
 
 
+_NATIVE = Inert(
+    lambda cfg, _: cfg.model.native is not None, "model.native does it in its own way",
+    "model.native model.native.name_or_path",
+)  # fmt: skip
 _NOT_ENABLED = Inert(lambda _, own: not own.enabled, "features.enabled is false", ".enabled")
 
 
@@ -284,9 +288,9 @@ class PromptingConfig(Section):
     """Template A's text after the image."""
     instruction_multi: Annotated[str, _CHAT, _ONE_IMAGE] = "Describe each image in order, one sentence per image."
     """Template B's text after the images."""
-    im_start: str = "auto"
+    im_start: Annotated[str, _NATIVE] = "auto"
     """Text whose existing tokens open an image; auto: the tokenizer's own vision token, else ``[``."""
-    im_end: str = "auto"
+    im_end: Annotated[str, _NATIVE] = "auto"
     """Text whose existing tokens close an image; auto: the tokenizer's own vision token, else ``]``."""
     pad_to_multiple_of: Annotated[Positive, Field(le=65_536)] = 8
     """Row lengths are rounded up to this."""

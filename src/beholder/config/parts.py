@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from beholder.config.section import Inert, Positive, Section, Tiny, Written, decides
 
@@ -26,6 +26,11 @@ FROZEN_TOWER = Inert(
 )  # fmt: skip
 _NOT_PERCEIVER = Inert(lambda _, own: own.kind != "perceiver", "only the perceiver resampler has it", ".kind")
 _LINEAR = Inert(lambda _, own: own.kind == "linear", "a linear projector has none", ".kind")
+_NATIVE = Inert(
+    lambda cfg, _: cfg.model.native is not None,
+    "model.native names a whole vision-language model, which has its own language model, tower and connector",
+    "model.native model.native.name_or_path",
+)  # fmt: skip
 _NOT_TIMM = Inert(
     lambda _, own: not own.name_or_path.startswith("timm/"),
     "it belongs to timm/<name> towers; a Hugging Face folder holds its own weights", ".name_or_path",
@@ -63,14 +68,28 @@ def _whole_layers(modules: tuple[str, ...]) -> tuple[str, ...]:
     return modules if all(map(names_modules, modules)) else ("all-linear",)
 
 
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+
+
+class NativeConfig(Section):
+    name_or_path: Annotated[str, decides("place", "weights", "held_out")]
+    """Hub name or local folder of a whole Hugging Face vision-language model, with its processor."""
+    revision: Annotated[str | None, Tiny()] = None
+    """Hub commit or tag."""
+    attn_implementation: Annotated[Attention, Tiny(value="sdpa")] = "sdpa"
+    """Attention kernel of its language model and its tower."""
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    """Storage and compute type of its frozen weights."""
+    gradient_checkpointing: Annotated[bool, decides("speed")] = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
 class LlmConfig(Section):
     name_or_path: Annotated[str, decides("place", "weights", "held_out")]
     """Hub name, local folder, or a ``.gguf`` file of a causal language model."""
     revision: Annotated[str | None, Tiny()] = None
     """Hub commit or tag."""
-    attn_implementation: Annotated[
-        Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"], Tiny(value="sdpa")
-    ] = "sdpa"
+    attn_implementation: Annotated[Attention, Tiny(value="sdpa")] = "sdpa"
     """Attention kernel. Packing is proven for sdpa and eager on CPU; each kernel is checked again at start-up."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """Storage and compute type of the frozen weights."""
@@ -131,14 +150,14 @@ class ConnectorConfig(Section):
     load_checkpoint: Annotated[str | None, decides("start"), Tiny()] = None
     """A run or checkpoint folder that this run starts from: its connector, and its adapters as ``model.lora.adapters``
     says."""
-    trainable: bool = True
-    num_visual_tokens: Annotated[Positive | None, Field(le=65_536)] = None
+    trainable: Annotated[bool, _NATIVE] = True
+    num_visual_tokens: Annotated[Positive | None, Field(le=65_536), _NATIVE] = None
     """N, the language-model positions one image takes. Default 64 for the perceiver; fixed by the other kinds."""
-    vision_ln: bool = False
+    vision_ln: Annotated[bool, _NATIVE] = False
     """LayerNorm on the patch features. Must match the checkpoint that is loaded."""
-    resampler: ResamplerConfig = ResamplerConfig()
-    projector: ProjectorConfig = ProjectorConfig()
-    output_norm: Literal["rms", "none"] = "rms"
+    resampler: Annotated[ResamplerConfig, _NATIVE] = ResamplerConfig()
+    projector: Annotated[ProjectorConfig, _NATIVE] = ProjectorConfig()
+    output_norm: Annotated[Literal["rms", "none"], _NATIVE] = "rms"
     """rms: visual tokens start at the RMS of the language model's embedding table, with a learned gain."""
 
     def impossible(self) -> list[str]:
@@ -225,7 +244,36 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    llm: LlmConfig
-    vision: VisionConfig
+    llm: Annotated[LlmConfig, _NATIVE]
+    vision: Annotated[VisionConfig, _NATIVE]
     connector: ConnectorConfig = ConnectorConfig()
     lora: LoraConfig = LoraConfig()
+    native: NativeConfig | None = None
+    """A whole vision-language model in place of ``llm``, ``vision`` and ``connector``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parts_of_native(cls, given: Any) -> Any:
+        return _tuples(with_native_parts(given))
+
+
+def with_native_parts(given: Any) -> Any:
+    """A ``model`` section as it was written, with a native model's parts under their usual names, so that who asks for
+    one need not know which kind it is."""
+    if not isinstance(given, dict) or not isinstance(native := given.get("native"), dict):
+        return given
+    own = {"name_or_path": "-"} | {k: native[k] for k in ("name_or_path", "revision", "precision") if k in native}
+    more = {k: native[k] for k in ("attn_implementation", "gradient_checkpointing") if k in native}
+    connector = given.get("connector") or {}
+    return given | {
+        "llm": given.get("llm") or own | more,
+        "vision": given.get("vision") or own,
+        "connector": {**connector, "trainable": False} if isinstance(connector, dict) else connector,
+    }
+
+
+def _tuples(value: Any) -> Any:
+    """What came as JSON is checked as Python from here on, where a list is no tuple."""
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -464,10 +464,13 @@ class RunConfig(Section):
     def impossible(self) -> list[str]:
         wrong: list[str] = []
         stage = self.stage_record
-        if not self.model.connector.trainable and stage.connector_learns:
+        if self.model.native is not None:
+            wrong += self._impossible_natively(stage)
+        elif not self.model.connector.trainable and stage.connector_learns:
             wrong.append(f"stage {stage.name} trains the connector, but model.connector.trainable is false")
-        elif not self.model.connector.trainable and not self.has_adapters and not self.tower_may_learn:
-            wrong.append("nothing would be trained: model.lora.enable and model.connector.trainable are false")
+        if not (self.model.connector.trainable or self.has_adapters or self.tower_may_learn or stage.connector_learns):
+            two = "model.lora.enable and model.connector.trainable are"
+            wrong.append(f"nothing would be trained: {'model.lora.enable is' if self.model.native else two} false")
         if self.template not in stage.templates:
             wrong.append(
                 f"stage {stage.name} answers questions, and prompting.template {self.template} has none; use "
@@ -525,5 +528,24 @@ class RunConfig(Section):
             wrong.append(
                 "guardrails are judged at every evaluation, and none is made before the end: set "
                 "train.full_eval_every, or train.quick_eval_size and train.quick_eval_steps"
+            )
+        return wrong
+
+    def _impossible_natively(self, stage: Stage) -> list[str]:
+        wrong: list[str] = []
+        if stage.connector_learns:
+            wrong.append(
+                f"model.native has a connector already, which stage {stage.name} would train; use stage instruct or "
+                "multi, with model.lora.enable: true"
+            )
+        if self.template != "chat":
+            wrong.append(
+                f"model.native reads conversations in its own chat template; prompting.template {self.template} is "
+                "another, set it to chat"
+            )
+        if self.data.augment != "none":
+            wrong.append(
+                f"data.augment is {self.data.augment}, but model.native lays a sample out by its image's own size; set "
+                "it to none"
             )
         return wrong

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from beholder.config.inert import inert_settings
+from beholder.config.parts import ModelConfig, with_native_parts
 from beholder.config.run import EvalConfig, RunConfig
 from beholder.config.section import Section, items_of, options_of, section_of, values_of
 from beholder.config.stages import GateConfig, GuardrailConfig, complete_gates, complete_guardrails, stage_of
@@ -157,6 +158,7 @@ def _repair(data: Any, path: SettingPath) -> None:
 def _construct(model: type[BaseModel], data: Any) -> Any:
     """An instance with defaults filled in and nothing checked, to ask `section.Inert` about a config in error."""
     values: dict[str, Any] = {}
+    data = with_native_parts(data) if model is ModelConfig else data
     for name, info in model.model_fields.items():
         if not isinstance(data, dict) or name not in data:
             values[name] = info.get_default(call_default_factory=True)

@@ -10,7 +10,7 @@ takes seconds (peft brings transformers): others import it where they use it.
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ from beholder.model.placement import (
     AdapterSite,
     Part,
     Selector,
-    base_state,
     counted,
     folded,
     inside,
     matrix_shape,
     resolve_targets,
     selectors,
+    without_adapters,
 )
 from beholder.model.weights import check_finite, first_line, listed, quiet_transformers
 from beholder.types import TrainedPart, UserError
@@ -338,8 +338,9 @@ def _facts(part: Part, config: PeftLoraConfig) -> dict[str, Any]:
     return {k: sorted(v) if isinstance(v, set) else v for k, v in sorted(written.items())}
 
 
-def save_merged(language: LanguageModel, tokenizer: Any, folder: Path) -> None:
-    """A plain Hugging Face folder of the language model with its adapters merged in; loads without peft.
+def save_merged(language: LanguageModel, tokenizer: Any, folder: Path, tower: Part | None = None) -> None:
+    """A plain Hugging Face folder of the language model with its adapters merged in; loads without peft. ``tower``: of
+    a native model, which is written whole.
 
     ``folder`` must not hold anything yet. Raises `UserError` for that and for merged weights that are not finite.
     """
@@ -347,13 +348,16 @@ def save_merged(language: LanguageModel, tokenizer: Any, folder: Path) -> None:
 
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; name a new folder for the merged language model")
-    model = language.model
-    with merged(language.part), quiet_transformers():
+    model, parts = language.model, [language.part] if tower is None else [language.part, tower]
+    with ExitStack() as stack, quiet_transformers():
+        for part in parts:
+            stack.enter_context(merged(part))
+        state = without_adapters(model, [part.prefix + site.name for part in parts for site in part.adapters])
         check_finite(model, f"{language.name} with its adapters merged")
         blank = model.generation_config
         model.generation_config = GenerationConfig.from_model_config(model.config)
         try:
-            model.save_pretrained(folder, state_dict=base_state(language.part), safe_serialization=True)
+            model.save_pretrained(folder, state_dict=state, safe_serialization=True)
         finally:
             model.generation_config = blank
     tokenizer.save_pretrained(folder)

@@ -10,25 +10,50 @@ from beholder.config import ModelConfig
 from beholder.model.connector import build_connector
 from beholder.model.language import load_language
 from beholder.model.learned import apply_base, unfreeze
+from beholder.model.native import NativeModel, load_native
 from beholder.model.placement import selectors
 from beholder.model.vision import check_reached, load_vision
 from beholder.model.vlm import VisionLanguageModel
 from beholder.model.weights import DTYPES
 from beholder.types import TrainedPart
 
+Vlm = VisionLanguageModel | NativeModel
+"""A model that sees: joined here from its parts, or whole as it came. What stages and probes ask of one, both have."""
+
 
 def build_vlm(
     cfg: ModelConfig, *, compute_precision: str, device: torch.device, seed: int,
     base: Mapping[str, TrainedPart] = MappingProxyType({}),
-) -> tuple[VisionLanguageModel, Any]:  # fmt: skip
+) -> tuple[Vlm, Any]:  # fmt: skip
     """(model, tokenizer) from the settings: tower and language model strictly loaded and frozen, a fresh connector and,
-    with ``lora.enable``, fresh adapters, which change nothing before they have learned.
+    with ``lora.enable``, fresh adapters, which change nothing before they have learned. ``native``: a whole model in
+    place of the three.
 
     The connector's and the adapters' weights come from ``seed`` alone, so every rank starts from the same ones. Raises
     `UserError` for whatever does not fit together. ``base``: what earlier runs have learned and is part of the base now
     (`train.restore.read_base`), in this order. A checkpoint named in ``connector.load_checkpoint`` is loaded by the
     caller.
     """
+    if cfg.native is not None:
+        model, tokenizer = load_native(cfg.llm, device)
+    else:
+        model, tokenizer = _joined(cfg, compute_precision, device, seed)
+    parts = model.parts()
+    apply_base(parts, base)  # after the checks of the language model, which are about its files
+    if cfg.vision.unfreeze:
+        unfreeze(parts["vision"], cfg.vision.unfreeze)
+    if cfg.lora.enable:
+        from beholder.model import adapters
+
+        for name, selector in selectors(cfg.lora, parts).items():
+            adapters.attach(parts[name], cfg.lora, seed, selector)
+    check_reached(parts["vision"])
+    return model, tokenizer
+
+
+def _joined(
+    cfg: ModelConfig, compute_precision: str, device: torch.device, seed: int
+) -> tuple[VisionLanguageModel, Any]:
     vision = load_vision(cfg.vision, device)
     language, tokenizer = load_language(cfg.llm, device)
     g = vision.geometry
@@ -37,15 +62,4 @@ def build_vlm(
         embed_rms=language.embed_rms, seed=seed,
     ).to(device)  # fmt: skip
     connector.requires_grad_(cfg.connector.trainable)
-    model = VisionLanguageModel(vision, connector, language, DTYPES[compute_precision])
-    parts = model.parts()
-    apply_base(parts, base)  # after the checks of the language model, which are about its files
-    if cfg.vision.unfreeze:
-        unfreeze(vision.part, cfg.vision.unfreeze)
-    if cfg.lora.enable:
-        from beholder.model import adapters
-
-        for name, selector in selectors(cfg.lora, parts).items():
-            adapters.attach(parts[name], cfg.lora, seed, selector)
-    check_reached(vision)
-    return model, tokenizer
+    return VisionLanguageModel(vision, connector, language, DTYPES[compute_precision]), tokenizer

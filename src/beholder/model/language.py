@@ -4,6 +4,7 @@ Splits a causal LM into embed, decoder and head, so that the head runs on superv
 time that the split computes what the model itself computes. Templates and token ids are `data.chat`'s business.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +45,30 @@ class LanguageModel(nn.Module):
     storage precision; autocast is never needed nor applied.
 
     ``d_text`` is the width of its embeddings, ``vocab`` the rows of its table, ``embed_rms`` the RMS of the table.
+    ``whole``: ``model`` is a whole vision-language model, of which only the decoder and the head are parts of this one.
     """
 
-    def __init__(self, model: nn.Module, name: str, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, name: str, gradient_checkpointing: bool = False, *, whole: bool = False
+    ) -> None:
         super().__init__()
-        self.model: Any = model
+        self.model: Any
+        if whole:  # at hand under its own names (adapters' are below it), but its tower is no part of this module
+            self.__dict__["model"] = model
+            self.text, self.output = self.decoder, self.model.get_output_embeddings()
+        else:
+            self.model = model
         self.name = name
         self.config = self.model.config.get_text_config()
         self.decoder_checkpointing = gradient_checkpointing
-        self.part = language_part(model, name)
+        self.part = language_part(model, name, whole=whole)
         self.part.try_out = self.try_out
         freeze(self)
         if gradient_checkpointing:
             self._enable_checkpointing()
         table = self.model.get_input_embeddings()
         self.vocab, self.d_text = table.weight.shape
-        self.limits = limits_of(model)
+        self.limits = limits_of(self.decoder if whole else model)
         self.embed_rms = self._embed_rms()
         self.packing_error: str | None = None
         self.segmented = self.model.config._attn_implementation == attention.NAME
@@ -96,7 +105,7 @@ class LanguageModel(nn.Module):
     def _checkpointed_layers(self) -> list[nn.Module]:
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        return [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        return [m for m in self.modules() if isinstance(m, GradientCheckpointingLayer)]
 
     def _enable_checkpointing(self) -> None:
         layers = self._checkpointed_layers()
@@ -129,18 +138,20 @@ class LanguageModel(nn.Module):
         return self.model.get_input_embeddings()(ids)
 
     def hidden(
-        self, inputs_embeds: Float[Tensor, "b t dh"], position_ids: Int[Tensor, "b t"]
+        self,
+        inputs_embeds: Float[Tensor, "b t dh"],
+        position_ids: Int[Tensor, "b t"],
+        beside: Mapping[str, Any] | None = None,
     ) -> Float[Tensor, "b t dh"]:
         """Final hidden states, causal within each run of positions that starts at 0, blind across runs.
 
-        No attention mask is passed: transformers builds the block-diagonal one from the restarts.
+        No attention mask is passed: transformers builds the block-diagonal one from the restarts. ``beside``: what a
+        native model's decoder takes besides, or instead (`model.native`).
         """
         extra = {"segments": attention.find_segments(position_ids)} if self.segmented else {}
+        given = {"position_ids": position_ids, "attention_mask": None, **extra, **(beside or {})}
         with torch.autocast(inputs_embeds.device.type, enabled=False):
-            out = self.decoder(
-                inputs_embeds=inputs_embeds.to(self.dtype), position_ids=position_ids, attention_mask=None,
-                use_cache=False, **extra,
-            )  # fmt: skip
+            out = self.decoder(inputs_embeds=inputs_embeds.to(self.dtype), use_cache=False, **given)
         return out.last_hidden_state
 
     @property
@@ -159,7 +170,7 @@ class LanguageModel(nn.Module):
     def finish(self, kept: Float[Tensor, "b t dh"], position_ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t dh"]:
         """`hidden` from what `keep` gave; the layers below are passed by."""
         assert self.lowest is not None
-        below = [self.model.get_submodule(b) for b in self.part.blocks[: self.part.blocks.index(self.lowest)]]
+        below = [self.part.module.get_submodule(b) for b in self.part.blocks[: self.part.blocks.index(self.lowest)]]
         try:
             for layer in below:
                 layer.forward = _pass_by
@@ -221,8 +232,6 @@ class LanguageModel(nn.Module):
         (transformers' ``put(ids)`` and ``end()``) gets each token as it comes; what it raises ends the writing. A model
         with a table of positions writes to its end and no further. Raises `UserError` for a prompt that fills it.
         """
-        from transformers import GenerationConfig
-
         longest = max(p.shape[0] for p in prompts)
         room = how.max_new_tokens
         table = self.limits.positions
@@ -240,23 +249,35 @@ class LanguageModel(nn.Module):
         for row, prompt in enumerate(prompts):
             embeds[row, longest - prompt.shape[0] :] = prompt.to(self.dtype)
             mask[row, longest - prompt.shape[0] :] = 1
+        return self.write(
+            {"inputs_embeds": embeds, "attention_mask": mask}, 0, how.model_copy(update={"max_new_tokens": room}),
+            eos_ids=eos_ids, seed=seed, streamer=streamer,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def write(
+        self, given: Mapping[str, Any], prompt: int, how: GenerateConfig, *, eos_ids: list[int], seed: int = 0,
+        streamer: Any = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """New token ids of each row of ``given``, what the model's own ``generate`` takes; its rows repeat ``prompt``
+        tokens first."""
+        from transformers import GenerationConfig
+
         greedy = how.temperature < 1e-4  # below it the softmax overflows, and only one token is left anyway
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if not greedy:
             sampling = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
         settings = GenerationConfig(
-            max_new_tokens=room, repetition_penalty=how.repetition_penalty, eos_token_id=eos_ids,
+            max_new_tokens=how.max_new_tokens, repetition_penalty=how.repetition_penalty, eos_token_id=eos_ids,
             pad_token_id=eos_ids[0], use_cache=True, num_beams=1, **sampling,
         )  # fmt: skip
-        devices = [embeds.device] if embeds.device.type == "cuda" else []
+        devices = [self.device] if self.device.type == "cuda" else []
         learning = self.part.learning
         self.train(False)  # no dropout; and a checkpointing layer in training mode drops the key/value cache
         try:
-            with torch.random.fork_rng(devices=devices), torch.autocast(embeds.device.type, enabled=False):
+            with torch.random.fork_rng(devices=devices), torch.autocast(self.device.type, enabled=False):
                 torch.manual_seed(seed)
-                new = self.model.generate(
-                    inputs_embeds=embeds, attention_mask=mask, generation_config=settings, streamer=streamer
-                )
+                new = self.model.generate(**given, generation_config=settings, streamer=streamer)[:, prompt:]
         finally:
             self.train(learning)
         ends = set(eos_ids)

@@ -76,6 +76,8 @@ class Part:
     @property
     def setting(self) -> str:
         """The setting that says where it comes from."""
+        if self.prefix:
+            return "model.native.name_or_path"
         return "model.llm.name_or_path" if self.name == "language" else "model.vision.name_or_path"
 
     @property
@@ -303,9 +305,14 @@ def _tensor_in(args: Any, kwargs: Any) -> str | None:
 
 def base_state(part: Part) -> dict[str, Tensor]:
     """The state of the part's module as it was before adapters were attached: same names and order, none of theirs."""
-    layers = [f"{site.name}." for site in part.adapters]
+    return without_adapters(part.module, [site.name for site in part.adapters])
+
+
+def without_adapters(module: nn.Module, adapted: Sequence[str]) -> dict[str, Tensor]:
+    """The state of ``module`` as it was before those layers of it were adapted."""
+    layers = [f"{name}." for name in adapted]
     undone: dict[str, Tensor] = {}
-    for key, tensor in part.module.state_dict().items():
+    for key, tensor in module.state_dict().items():
         layer = next((layer for layer in layers if key.startswith(layer)), None)
         if layer is None:
             undone[key] = tensor
@@ -362,18 +369,24 @@ def _is_linear(module: nn.Module) -> bool:
 # The layers of a model
 
 
-def language_part(causal_lm: nn.Module, source: str = "") -> Part:
-    """A causal language model as a part; without layers where no list of them is found."""
+def language_part(causal_lm: nn.Module, source: str = "", *, whole: bool = False) -> Part:
+    """A causal language model as a part; without layers where no list of them is found. ``whole``: it sees as well, and
+    the part is its decoder alone."""
+    source = source or type(causal_lm).__name__
     layers = decoder_layers(causal_lm)
     found = (
         () if layers is None else tuple(f"{layers}.{k}" for k in range(len(causal_lm.get_submodule(layers)._modules)))
     )
-    return Part("language", source or type(causal_lm).__name__, causal_lm, found)
+    if not whole:
+        return Part("language", source, causal_lm, found)
+    decoder = decoder_of(causal_lm)
+    prefix = next(name for name, m in causal_lm.named_modules() if m is decoder) + "."
+    return Part("language", source, decoder, tuple(block.removeprefix(prefix) for block in found), prefix)
 
 
-def tower_part(backbone: nn.Module, source: str = "") -> Part:
+def tower_part(backbone: nn.Module, source: str = "", prefix: str = "") -> Part:
     """A vision tower as a part; without layers where no list of them is found."""
-    return Part("vision", source or type(backbone).__name__, backbone, tower_blocks(backbone))
+    return Part("vision", source or type(backbone).__name__, backbone, tower_blocks(backbone), prefix)
 
 
 def decoder_of(causal_lm: Any) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from beholder.config import STAGES, ModelConfig, Stage
-from beholder.model.placement import Part, base_state, inside
+from beholder.model.placement import Part, inside, without_adapters
 from beholder.model.weights import hash_state
 from beholder.types import UserError
 
@@ -195,8 +195,10 @@ def frozen_fingerprint(model: nn.Module) -> dict[str, str]:
 def _frozen_state(model: nn.Module, part: str, named: Mapping[str, nn.Parameter]) -> Mapping[str, Tensor]:
     own = _part(model, part) if part in _ADAPTERS else None
     if own is not None:
-        before = "backbone." if part == "vision" else "model."
-        return {before + n: t for n, t in base_state(own).items() if not inside(n, own.unfrozen)}
+        child = getattr(model, part)  # with what is in it besides the part itself: a native model's head, or projector
+        before = next(name for name, m in child.named_modules() if m is own.module) + "."
+        state = without_adapters(child, [before + site.name for site in own.adapters])
+        return {n: t for n, t in state.items() if not inside(n, [before + name for name in own.unfrozen])}
     if any(p.requires_grad for p in named.values()):
         return {}
     return (

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from beholder.config import VisionConfig
 from beholder.model.families import check_no_adapter
 from beholder.model.patch_layout import Declared, PatchLayout, UnknownLayout, find_layout
-from beholder.model.placement import base_state, counted, given_to, input_of, inside, lowest_of, tower_part
+from beholder.model.placement import Part, base_state, counted, given_to, input_of, inside, lowest_of, tower_part
 from beholder.model.weights import (
     DTYPES,
     check_finite,
@@ -182,10 +182,9 @@ class VisionTower(nn.Module):
         return hash_state(below, f"{self.identity()} below {lowest}")
 
 
-def check_reached(tower: VisionTower) -> None:
-    """Refuse weights that are to learn and that the features do not depend on: of blocks above
+def check_reached(part: Part) -> None:
+    """Refuse weights of a tower that are to learn and that the features do not depend on: of blocks above
     ``model.vision.feature_layer``, of a head that is not used."""
-    part = tower.part
     names = {n: p for n, p in part.module.named_parameters() if inside(n, part.unfrozen) or ".lora_" in n}
     if not names:
         return
@@ -193,16 +192,20 @@ def check_reached(tower: VisionTower) -> None:
     with torch.enable_grad():
         for weight in names.values():
             weight.requires_grad_(True)
-        total, weights = tower.try_out().float().sum(), list(names.values())
+        assert part.try_out is not None
+        features, weights = part.try_out(), list(names.values())
+        assert isinstance(features, Tensor)
+        total = features.float().sum()
         grads = torch.autograd.grad(total, weights, allow_unused=True) if total.requires_grad else [None] * len(weights)
         for weight, flag in zip(names.values(), flags, strict=True):
             weight.requires_grad_(flag)
     idle = [n for n, grad in zip(names, grads, strict=True) if grad is None]
     if idle:
+        earlier = "the model" if part.prefix else "model.vision.feature_layer"
         raise UserError(
-            f"model.vision.unfreeze, model.lora.vit_layers: the features of {tower.name} do not depend on "
-            f"{counted(idle)} (model.vision.feature_layer takes an earlier layer's, or the module is not used), so "
-            "nothing would be learned there; take it out"
+            f"model.vision.unfreeze, model.lora.vit_layers: the features of {part.source} do not depend on "
+            f"{counted(idle)} ({earlier} takes an earlier layer's, or the module is not used), so nothing would be "
+            "learned there; take it out"
         )
 
 

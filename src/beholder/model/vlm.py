@@ -5,7 +5,7 @@ no data file is known here.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -40,49 +40,21 @@ def _sample_keys(batch: Batch) -> list[bytes]:
     return keys
 
 
-class VisionLanguageModel(nn.Module):
-    """Tower, connector and language model. ``vision`` becomes None after `drop_vision`; features then come stored.
+class Seeing(nn.Module):
+    """What every model that sees has, joined here from its parts or whole as it came (`model.native`): parts that can
+    learn in pieces, what they have learned, and losses on supervised positions alone."""
 
-    The connector keeps fp32 weights and is computed under autocast in ``compute_precision``; the frozen parts compute
-    in the precision they are stored in, so no weight of theirs is ever cast. Adapters have fp32 weights too.
-    """
+    language: LanguageModel
+    connector: nn.Module
+    _info: dict[str, Any]
 
-    def __init__(
-        self, vision: VisionTower, connector: Connector, language: LanguageModel, compute_dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        self.vision: VisionTower | None = vision
-        self.connector, self.language = connector, language
-        self.geometry, self.compute_dtype = vision.geometry, compute_dtype
-        self.layer_keeper: LayerKeeper | None = None
-        """Keeps what goes into the language model's lowest layer that learns, while it trains. Only where nothing
-        before it does (`check_layers_kept`)."""
-        self._info = {
-            **connector.info(),
-            "vision": {"name": vision.name, "fingerprint": sketch_module(vision.backbone)},
-            "language": {"name": language.name, "fingerprint": sketch_module(language.model)},
-        }
-        assert not self.adapters, "adapters are attached afterwards: the fingerprint is the base's"
-        self.train(False)
-
-    @property
-    def num_visual_tokens(self) -> int:
-        return self.connector.num_tokens
+    def parts(self) -> dict[str, Part]:
+        """What can learn in pieces, by name."""
+        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
         return self.language.device
-
-    def train(self, mode: bool = True) -> "VisionLanguageModel":
-        """Only parts that learn change mode; frozen ones stay in eval (they see to it themselves)."""
-        super().train(mode)
-        self.connector.train(mode and any(p.requires_grad for p in self.connector.parameters()))
-        return self
-
-    def parts(self) -> dict[str, Part]:
-        """What can learn in pieces, by name; the tower only while it is here."""
-        parts = {"language": self.language.part}
-        return parts if self.vision is None else {"vision": self.vision.part} | parts
 
     @property
     def adapters(self) -> list[AdapterSite]:
@@ -112,12 +84,6 @@ class VisionLanguageModel(nn.Module):
                     stack.enter_context(getattr(adapters, how)(part, *more))
             yield
 
-    def drop_vision(self) -> None:
-        """Free the tower's memory when every image comes with stored features."""
-        part = None if self.vision is None else self.vision.part
-        assert part is None or not (part.adapters or part.merged or part.changed), "the tower has learned something"
-        self.vision = None
-
     def connector_info(self) -> dict[str, Any]:
         """What a checkpoint of the connector must say about itself to be refused for the right reason."""
         return dict(self._info)
@@ -129,6 +95,75 @@ class VisionLanguageModel(nn.Module):
         for part in self.parts().values():
             state |= learned_state(part)
         return state
+
+    def _losses(self, batch: Batch, hidden: Callable[[], Tensor]) -> TokenLosses:
+        """Loss of every supervised token; ``hidden`` gives the final hidden states ``[B, T, Dh]`` of the batch."""
+        language, here = self.language, self.device
+        if language.packing_error and batch.input_ids.shape[0] < len(batch.ids):
+            raise UserError(language.packing_error)
+        # Found where the batch lies: on a GPU these index searches would wait for the device.
+        where, before = supervised_positions(batch.supervise, batch.position_ids)
+        targets, owner = batch.input_ids.reshape(-1)[where], batch.sample_index.reshape(-1)[where]
+        states = hidden()
+        picked = states.reshape(-1, states.shape[-1]).index_select(0, before.to(here, non_blocking=True))
+        nll, correct = head_nll(language.head, picked, targets.to(here, non_blocking=True), language.vocab)
+        return TokenLosses(nll, owner.to(here, non_blocking=True), correct)
+
+    @torch.no_grad()
+    def text_logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
+        """Logits of plain text through the same frozen path, for the proof that the language model is untouched."""
+        ids = ids.to(self.device)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        hidden = self.language.hidden(self.language.embed(ids), positions)
+        return self.language.head(hidden.reshape(-1, hidden.shape[-1])).view(*ids.shape, -1)
+
+
+class VisionLanguageModel(Seeing):
+    """Tower, connector and language model. ``vision`` becomes None after `drop_vision`; features then come stored.
+
+    The connector keeps fp32 weights and is computed under autocast in ``compute_precision``; the frozen parts compute
+    in the precision they are stored in, so no weight of theirs is ever cast. Adapters have fp32 weights too.
+    """
+
+    def __init__(
+        self, vision: VisionTower, connector: Connector, language: LanguageModel, compute_dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.vision: VisionTower | None = vision
+        self.language = language
+        self.connector: Connector = connector
+        self.geometry, self.compute_dtype = vision.geometry, compute_dtype
+        self.layer_keeper: LayerKeeper | None = None
+        """Keeps what goes into the language model's lowest layer that learns, while it trains. Only where nothing
+        before it does (`check_layers_kept`)."""
+        self._info = {
+            **connector.info(),
+            "vision": {"name": vision.name, "fingerprint": sketch_module(vision.backbone)},
+            "language": {"name": language.name, "fingerprint": sketch_module(language.model)},
+        }
+        assert not self.adapters, "adapters are attached afterwards: the fingerprint is the base's"
+        self.train(False)
+
+    @property
+    def num_visual_tokens(self) -> int:
+        return self.connector.num_tokens
+
+    def train(self, mode: bool = True) -> "VisionLanguageModel":
+        """Only parts that learn change mode; frozen ones stay in eval (they see to it themselves)."""
+        super().train(mode)
+        self.connector.train(mode and any(p.requires_grad for p in self.connector.parameters()))
+        return self
+
+    def parts(self) -> dict[str, Part]:
+        """What can learn in pieces, by name; the tower only while it is here."""
+        parts = {"language": self.language.part}
+        return parts if self.vision is None else {"vision": self.vision.part} | parts
+
+    def drop_vision(self) -> None:
+        """Free the tower's memory when every image comes with stored features."""
+        part = None if self.vision is None else self.vision.part
+        assert part is None or not (part.adapters or part.merged or part.changed), "the tower has learned something"
+        self.vision = None
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.compute_dtype == torch.float32:
@@ -198,20 +233,15 @@ class VisionLanguageModel(nn.Module):
         The language-model head runs on those positions alone. Raises `UserError` for packed rows when the language
         model was found not to keep packed samples apart.
         """
-        if self.language.packing_error and batch.input_ids.shape[0] < len(batch.ids):
-            raise UserError(self.language.packing_error)
-        # Found where the batch lies: on a GPU these index searches would wait for the device.
-        where, before = supervised_positions(batch.supervise, batch.position_ids)
-        targets, owner = batch.input_ids.reshape(-1)[where], batch.sample_index.reshape(-1)[where]
-        here = self.device
         if self.layer_keeper is not None and self.training:
-            hidden = self._hidden_from_kept(batch, self.layer_keeper)
-        else:
-            there = batch.to(here)
-            hidden = self.language.hidden(self.embed(there), there.position_ids)
-        picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, before.to(here, non_blocking=True))
-        nll, correct = head_nll(self.language.head, picked, targets.to(here, non_blocking=True), self.language.vocab)
-        return TokenLosses(nll, owner.to(here, non_blocking=True), correct)
+            keeper = self.layer_keeper
+            return self._losses(batch, lambda: self._hidden_from_kept(batch, keeper))
+
+        def hidden() -> Tensor:
+            there = batch.to(self.device)
+            return self.language.hidden(self.embed(there), there.position_ids)
+
+        return self._losses(batch, hidden)
 
     def check_layers_kept(self) -> str | None:
         """Why what goes into the language model's layers cannot be kept from one pass to the next, or None."""
@@ -282,11 +312,3 @@ class VisionLanguageModel(nn.Module):
             used += len(own)
             embeds.append(scatter_images(self.language.embed(ids), places.to(self.device), mine.flatten(0, 1))[0])
         return self.language.generate(embeds, how, eos_ids=eos_ids, seed=seed, streamer=streamer)
-
-    @torch.no_grad()
-    def text_logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
-        """Logits of plain text through the same frozen path, for the proof that the language model is untouched."""
-        ids = ids.to(self.device)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        hidden = self.language.hidden(self.language.embed(ids), positions)
-        return self.language.head(hidden.reshape(-1, hidden.shape[-1])).view(*ids.shape, -1)

@@ -239,6 +239,11 @@ def estimate(
     for option, path in (("--llm-config", llm_config), ("--vision-config", vision_config)):
         if path is not None:
             _check_named_file(option, path)
+    if cfg.model.native is not None:
+        raise UserError(
+            "a native model (model.native) is not planned yet: its images differ in their number of tokens; beholder "
+            "run --scale smoke measures a short run"
+        )
     for part, model in (("llm", cfg.model.llm), ("vision", cfg.model.vision)):
         check_no_adapter(model.name_or_path, f"model.{part}.name_or_path")
     gaps: list[str] = []

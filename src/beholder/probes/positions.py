@@ -126,6 +126,7 @@ def text_in_slot(k: int, ids: Sequence[int]) -> Change:
             batch, input_ids=tokens, images=[batch.images[m] for m in left], image_sample=batch.image_sample[left],
             image_positions=torch.cat([places[m] for m in left] or [batch.image_positions[:0]]),
             image_lengths=batch.image_lengths[left],
+            image_sizes=[batch.image_sizes[m] for m in left if batch.image_sizes],
         )  # fmt: skip
 
     return change

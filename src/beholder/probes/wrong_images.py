@@ -15,7 +15,7 @@ import torch
 from beholder.evidence import CONDITIONS, Condition
 from beholder.probes import measuring
 from beholder.probes.loss import LossModel, SampleLoss, sample_losses
-from beholder.types import Batch, Example, ImageGeometry, ImageInput, ImageRef, Part, UserError
+from beholder.types import Batch, Example, ImageGeometry, ImageInput, ImageProcessor, ImageRef, Part, UserError
 
 NUM_NOISE = 8
 """Noise images of the condition ``noise``: one tower pass for all of them instead of one for every image."""
@@ -24,8 +24,8 @@ NUM_NOISE = 8
 class SightedModel(LossModel, Protocol):
     """A model whose tower can be asked for what it says of an image."""
 
-    geometry: ImageGeometry
-
+    @property
+    def geometry(self) -> ImageGeometry | ImageProcessor: ...
     def keep(self, image: ImageInput, /) -> ImageInput: ...
 
 
@@ -58,9 +58,12 @@ def blank_image(model: SightedModel, kind: Literal["zero", "noise"], seed: int =
 
     ``zero``: its normalised pixels are 0. Pixels travel as uint8, so the nearest grey is taken: a normalised value is
     off 0 by at most ``0.5/255/std``. ``noise``: its normalised pixels are drawn from N(0, 1) and clipped to what uint8
-    can say; ``seed`` decides which noise.
+    can say; ``seed`` decides which noise. A native model's processor gives normalised values, so there they are exact,
+    and as many as the image in whose place it stands has: it takes the same positions.
     """
     g = model.geometry
+    if not isinstance(g, ImageGeometry):
+        return ImageInput(blank=(kind, seed))
     normalised = torch.zeros(3, g.height, g.width)
     if kind == "noise":
         normalised = torch.randn(normalised.shape, generator=torch.Generator().manual_seed(seed))

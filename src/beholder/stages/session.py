@@ -17,10 +17,12 @@ import torch
 
 from beholder.config import RunConfig
 from beholder.data import Data, build_data, build_encoder
-from beholder.model.build import build_vlm
+from beholder.data.build import build_pipeline
+from beholder.data.images import ImagePipeline
+from beholder.model.build import Vlm, build_vlm
 from beholder.model.families import check_limits
+from beholder.model.native import NativeModel
 from beholder.model.plan import frozen_fingerprint
-from beholder.model.vlm import VisionLanguageModel
 from beholder.probes.loss import SampleLoss
 from beholder.runs import RunDir, to_json
 from beholder.stages.held_out import HeldOut
@@ -31,7 +33,7 @@ from beholder.store.layers import LayerStore
 from beholder.terminal import Terminal
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
-from beholder.types import Example, TrainedPart
+from beholder.types import Example, ImageGeometry, TrainedPart
 
 BASE = (
     "the adapters of {} earlier run(s) are part of the base's weights (model.lora.adapters: merge); what is compared "
@@ -44,7 +46,7 @@ class Session:
     files are closed at the end."""
 
     def __init__(
-        self, cfg: RunConfig, run: RunDir, dist: Dist, model: VisionLanguageModel, tokenizer: Any, data: Data,
+        self, cfg: RunConfig, run: RunDir, dist: Dist, model: Vlm, tokenizer: Any, data: Data,
         reporter: Reporter, *, frozen: dict[str, str], started: float, gaps: list[str], phases_s: dict[str, float],
     ) -> None:  # fmt: skip
         self.cfg, self.run, self.dist = cfg, run, dist
@@ -81,7 +83,9 @@ class Session:
         return {
             # not the connector: it has its weights only once a checkpoint is loaded
             **{part: digest for part, digest in self._frozen.items() if part != "connector"},
-            "preprocessing": hashlib.sha256(to_json(asdict(self.model.geometry)).encode()).hexdigest(),
+            "preprocessing": g.fingerprint
+            if not isinstance(g := self.model.geometry, ImageGeometry)
+            else hashlib.sha256(to_json(asdict(g)).encode()).hexdigest(),
             "data": self.data.train.fingerprint,
             "encoder": self.data.encoder.fingerprint,
         }
@@ -114,8 +118,13 @@ class Session:
             self.reporter.line("features", f"off: data.augment is {cfg.data.augment}, every pass needs fresh features")
             self.gap("Feature store: switched off, because data.augment changes every image at every pass.")
             return
-        vision, g = self.model.vision, self.model.geometry
-        assert vision is not None
+        if isinstance(self.model, NativeModel):
+            why = "a native model's images differ in their number of tokens, and its tower gives more than one output"
+            self.reporter.line("features", f"off: {why}")
+            self.gap(f"Feature store: switched off, because {why}; the tower sees every image at every pass.")
+            return
+        vision, g, pipeline = self.model.vision, self.model.geometry, self.data.pipeline
+        assert vision is not None and isinstance(pipeline, ImagePipeline)
         shape, dtype = (g.num_patches, g.d_vision), torch.bfloat16
         if vision.learns:
             if (why := vision.check_kept()) is not None:
@@ -129,7 +138,7 @@ class Session:
             )
         store = FeatureStore(
             store_dir(cfg.features), tower_fingerprint=vision.kept_fingerprint(),
-            pipeline_fingerprint=self.data.pipeline.fingerprint, shape=shape, dtype=dtype,
+            pipeline_fingerprint=pipeline.fingerprint, shape=shape, dtype=dtype,
             max_bytes=int(cfg.features.max_gb * 1e9),
         )  # fmt: skip
         stop = min(stop, start + len(self.data.train))  # later epochs show the same images again
@@ -141,7 +150,7 @@ class Session:
                 self.dist.alive()
 
             report = store.fill(
-                refs, lambda pixels: vision.keep(pixels.to(self.model.device)), self.data.pipeline, batch_size=32,
+                refs, lambda pixels: vision.keep(pixels.to(self.model.device)), pipeline, batch_size=32,
                 progress=progress, on_bad_image=cfg.data.on_bad_image, rank=self.dist.rank,
                 world_size=self.dist.world_size,
             )  # fmt: skip
@@ -201,7 +210,8 @@ def open_session(
     model, tokenizer = build_vlm(
         cfg.model, compute_precision=cfg.train.precision, device=dist.device, seed=cfg.seed, base=base
     )
-    build_encoder(cfg, tokenizer, model.num_visual_tokens).check_table(model.language.vocab)
+    pipeline = build_pipeline(cfg, model.geometry)
+    build_encoder(cfg, tokenizer, model.num_visual_tokens, pipeline).check_table(model.language.vocab)
     check_limits(model.language.limits, cfg)
     frozen = frozen_fingerprint(model)
     loaded = time.perf_counter()

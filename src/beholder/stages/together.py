@@ -10,7 +10,7 @@ import torch
 
 from beholder.config import GenerateConfig, RunConfig
 from beholder.data import Data
-from beholder.model.vlm import VisionLanguageModel
+from beholder.model.build import Vlm
 from beholder.probes import audit, loss, written, wrong_images
 from beholder.probes.loss import SampleLoss
 from beholder.probes.written import Written
@@ -35,7 +35,7 @@ class Together:
     """What the model makes of samples. Every method gives the same on every process, in the order of the samples."""
 
     def __init__(
-        self, cfg: RunConfig, dist: Dist, model: VisionLanguageModel, data: Data, held_out: HeldOut,
+        self, cfg: RunConfig, dist: Dist, model: Vlm, data: Data, held_out: HeldOut,
         store: Callable[[], FeatureStore | None], reporter: Reporter,
     ) -> None:  # fmt: skip
         self._cfg, self._dist, self._model, self._data = cfg, dist, model, data

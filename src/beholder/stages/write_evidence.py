@@ -92,8 +92,7 @@ def make_evidence(
         created=now(),
         summary={
             "Language model": _short(session.model.language.name),
-            "Vision tower": _short(cfg.model.vision.name_or_path),
-            "Connector": f"{cfg.model.connector.resampler.kind}, {session.model.num_visual_tokens} visual tokens",
+            **(_eyes(session)),
             **({"Mixture": ", ".join(mixed)} if (mixed := session.data.mixture(cfg, trained.steps)) else {}),
         },
         trainable=rows,
@@ -167,6 +166,16 @@ def _as_measurements(
 def _short(name: str) -> str:
     """A hub name as it is, a local path by its last part: reports are passed on."""
     return Path(name).name if Path(name).is_absolute() else name
+
+
+def _eyes(session: Session) -> dict[str, str]:
+    model = session.cfg.model
+    if model.native is not None:
+        return {"Vision": "its own tower and connector, as many visual tokens as an image's size asks for"}
+    return {
+        "Vision tower": _short(model.vision.name_or_path),
+        "Connector": f"{model.connector.resampler.kind}, {session.model.num_visual_tokens} visual tokens",
+    }
 
 
 def _say_figures(session: Session, e: Evidence) -> None:

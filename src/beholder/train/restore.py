@@ -327,6 +327,7 @@ _INFO_FIELDS = {
     "language": "model.llm.name_or_path",
     "llm": "model.llm.name_or_path",
     "connector": "model.connector",
+    "native": "model.native.name_or_path",
 }
 """Names in ``connector.json`` that are spelled differently in the config."""
 

@@ -1,0 +1,201 @@
+"""A whole vision-language model from its files to a report and a chat: tiny, random, of the real class (Qwen3-VL)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from tests.evidence.test_catalogue import strangers
+
+from beholder.config import RunConfig
+from beholder.config.file import ConfigError, dump_config, parse_config
+from beholder.evidence import Evidence, load_evidence
+from beholder.prepare.preview import preview_config
+from beholder.prepare.tiny import colour_source, tiny_native
+from beholder.runs import sha256_file
+from beholder.stages import run_stage
+from beholder.types import Status, UserError
+from beholder.use.vlm import load
+
+FILES = ("adapter_model.safetensors", "connector.safetensors", "optimizer.safetensors")
+
+
+class Setting:
+    def __init__(self, folder: Path) -> None:
+        self.native = tiny_native(folder / "native")
+        source = colour_source(folder / "data", "jsonl", 48, dialogues=True)
+        assert source.image_root is not None
+        self.records, self.images = source.json_path, Path(source.image_root)
+
+    def config(self, folder: Path, *more: str) -> RunConfig:
+        raw: dict[str, Any] = {
+            "run_name": "native", "output_dir": str(folder / "run"), "device": "cpu", "stage": "instruct",
+            "model": {
+                "native": {"name_or_path": str(self.native), "precision": "fp32"},
+                "lora": {"enable": True, "r": 4, "dropout": 0.1},
+            },
+            "data": {"json_path": self.records, "image_root": str(self.images), "eval_size": 10},
+            "train": {
+                "train_steps": 4, "micro_batch_size": 4, "precision": "fp32", "save_every": 2, "log_every": 1,
+                "num_threads": 1, "lr": {"lora": 1e-2},
+            },
+            "eval": {
+                "golden_size": 2, "golden_generate": {"max_new_tokens": 4}, "caption_samples": 4, "answer_tokens": 4,
+                "audit_turns": 6,
+            },
+            "ablation": {"num_samples": 6},
+        }  # fmt: skip
+        return parse_config(yaml.safe_dump(raw), "native", more)
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting(tmp_path_factory.mktemp("setting"))
+
+
+@pytest.fixture(scope="module")
+def finished(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    assert run_stage(setting.config(folder)).status == Status.SUCCEEDED
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def evidence(finished: Path) -> Evidence:
+    return load_evidence(finished)
+
+
+def losses_of(run: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"]) for r in lines if "loss" in r]
+
+
+def test_it_learns_with_adapters_alone_and_its_base_is_bit_identical(finished: Path, evidence: Evidence) -> None:
+    rows = {r.part: r for r in evidence.trainable}
+
+    assert rows["lora"].trainable == rows["lora"].params == sum(a.params for a in evidence.adapters) > 0
+    for frozen in ("vision", "language"):
+        assert rows[frozen].params > 0 and rows[frozen].trainable == 0 and rows[frozen].intact is True
+    assert evidence.text_only is not None and evidence.text_only.equal  # adapters off = base
+    assert all(a.name.startswith("model.language_model.layers.") for a in evidence.adapters)
+    steps = losses_of(finished)
+    assert len(steps) == 4 and steps[-1][1] < steps[0][1]
+
+
+def test_everything_a_stage_measures_is_measured(evidence: Evidence) -> None:
+    names = {m.name for m in evidence.measurements}
+
+    assert not strangers(evidence.measurements)
+    assert {
+        "learn.delta", "ablation.delta.shuffled", "ablation.delta.zero", "ablation.delta.noise",
+        "answer.accuracy.correct", "answer.accuracy.shuffled", "answer.accuracy.none", "retention.kl",
+        "merge.tokens_changed_pct", "audit.trained.answerable.alone", "collapse.worst", "cells.delta.question",
+    } <= names  # fmt: skip
+    assert any("Feature store: switched off, because a native model's images differ" in gap for gap in evidence.gaps)
+
+
+def test_the_report_says_what_it_is(finished: Path, evidence: Evidence) -> None:
+    assert "native" in (finished / "report.html").read_text(encoding="utf-8")
+    assert evidence.summary["Vision"].startswith("its own tower and connector")
+    assert parse_config(dump_config(parse_config(evidence.config_yaml))) == parse_config(evidence.config_yaml)
+
+
+def test_resumed_it_is_the_straight_run_bit_for_bit(setting: Setting, finished: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("beholder.stages.watch.Watch.on_step", _die_after_3)
+        with pytest.raises(RuntimeError, match="planted"):
+            run_stage(setting.config(tmp_path))
+    run = tmp_path / "run"
+    assert [p.name for p in (run / "checkpoints").glob("step_*")] == ["step_2"]
+
+    assert run_stage(setting.config(tmp_path)).status == Status.SUCCEEDED
+
+    assert losses_of(run) == losses_of(finished)
+    for name in FILES:
+        assert sha256_file(run / "checkpoints" / "step_4" / name) == (
+            sha256_file(finished / "checkpoints" / "step_4" / name)
+        ), name
+
+
+def _die_after_3(watch: object, step: int, record: object) -> None:
+    if step == 3:
+        raise RuntimeError("planted")
+
+
+# peft 0.21 asks transformers 5.23 in words that the latter is about to drop.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_its_checkpoint_is_peft_s_and_computes_the_same_there(setting: Setting, finished: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    vlm = load(finished, device="cpu")
+    base = AutoModelForImageTextToText.from_pretrained(str(setting.native), dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, str(vlm.checkpoint))
+    ids = torch.arange(40, 60)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(vlm.model.text_logits(ids), theirs(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert not load_file(vlm.checkpoint / "connector.safetensors")
+    vlm.save_merged(tmp_path / "merged")
+    merged = AutoModelForImageTextToText.from_pretrained(str(tmp_path / "merged"), dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(vlm.model.text_logits(ids), merged(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "merged" / "processor_config.json").exists()
+
+
+def test_it_chats_in_pieces_as_in_one_about_images_of_any_size(setting: Setting, finished: Path) -> None:
+    vlm = load(finished, device="cpu")
+    small, wide = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (200, 60), "red")
+    said = vlm.chat("What colour is it?", wide, max_new_tokens=6)
+
+    assert said == "".join(vlm.stream("What colour is it?", wide, max_new_tokens=6)).strip()
+    assert vlm.num_tokens("What colour is it?", wide) > vlm.num_tokens("What colour is it?", small)
+    file = min(setting.images.glob("*.png"))
+    with Image.open(file) as image:
+        assert vlm.chat("Which?", str(file), max_new_tokens=4) == vlm.chat("Which?", image.copy(), max_new_tokens=4)
+    assert isinstance(vlm.chat("No picture at all?", max_new_tokens=4), str)
+
+
+def test_a_run_on_another_base_is_refused(setting: Setting, finished: Path, tmp_path: Path) -> None:
+    other = tiny_native(tmp_path / "other", seed=1)
+
+    with pytest.raises(UserError, match=r"native\.fingerprint"):
+        load(finished, device="cpu", overrides=[f"model.native.name_or_path={other}"])
+
+
+def test_moved_files_are_found_again(setting: Setting, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(setting.native, tmp_path / "moved")
+
+    assert load(finished, device="cpu", overrides=[f"model.native.name_or_path={tmp_path / 'moved'}"]).step == 4
+
+
+def test_preview_needs_the_processor_alone(setting: Setting, tmp_path: Path) -> None:
+    shutil.copytree(setting.native, tmp_path / "native", ignore=shutil.ignore_patterns("model.safetensors"))
+    shown = preview_config(setting.config(tmp_path, f"model.native.name_or_path={tmp_path / 'native'}"), 1, tmp_path)
+
+    assert any(segment.kind == "image" for segment in shown.items[0].segments)
+    assert (tmp_path / "sample_0_image_1.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ("model.llm.name_or_path=x", "model.llm.name_or_path: has no effect here: model.native names a whole"),
+        ("model.connector.num_visual_tokens=4", "model.connector.num_visual_tokens: has no effect here"),
+        ("prompting.im_start=x", "prompting.im_start: has no effect here: model.native does it in its own way"),
+        ("stage=align", "model.native has a connector already, which stage align would train"),
+        ("prompting.template=conversation", "model.native reads conversations in its own chat template"),
+        ("data.augment=random_crop", "model.native lays a sample out by its image's own size"),
+        ("model.lora.enable=false", "nothing would be trained: model.lora.enable is false"),
+        ("model.native.trust_remote_code=true", "no such setting in model.native"),
+    ],
+)
+def test_settings_that_do_not_go_with_it_are_refused(setting: Setting, tmp_path: Path, more: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        setting.config(tmp_path, more)
