@@ -20,7 +20,9 @@ from beholder.data.chat import ChatEncoder
 from beholder.data.collate import Layout, collate
 from beholder.data.same_ids import check_same_ids, messages
 from beholder.model.native import FAMILIES, NativeModel, load_native
+from beholder.model.placement import inside
 from beholder.model.plan import TrainPlan, apply_train_plan, frozen_fingerprint
+from beholder.model.vision import check_reached
 from beholder.prepare.tiny import tiny_native
 from beholder.types import Batch, Example, ImageInput, ImageRef, ImageSlot, TokenLosses, Turn, UserError
 
@@ -234,6 +236,45 @@ def test_adapters_learn_and_nothing_else(native: Native) -> None:
         state = native.model.trained_state()
         assert not state["connector"].tensors
         assert all(k.startswith("base_model.model.model.") for k in state["adapter"].tensors)
+    finally:
+        undo(native)
+
+
+def test_adapters_on_its_tower_learn_and_the_rest_of_the_model_is_untouched(native: Native) -> None:
+    from beholder.model import adapters
+
+    model = native.model
+    before = frozen_fingerprint(model)
+    batch = native.batch([0, 1], packing=False)
+    with torch.no_grad():
+        plain = model(batch).nll
+    part = model.parts()["vision"]
+    try:
+        adapters.attach(part, LoraConfig(enable=True, r=2, vit_layers="first-1", vit_target_modules=("all-linear",)), 0)
+        check_reached(part)
+        table = apply_train_plan(model, TrainPlan(vision="pieces", connector="frozen", language="frozen"))
+        model(batch).nll.sum().backward()
+        weights = adapters.adapter_parameters(part)
+        assert {row.part for row in table.rows if row.trainable} == {"vision_lora"}
+        with torch.no_grad():
+            for name, weight in weights.items():
+                assert inside(name, part.blocks[:1])
+                if ".lora_B." in name:
+                    assert weight.grad is not None
+                    weight += 0.1
+            assert any(float(w.grad.abs().max()) > 0 for w in weights.values() if w.grad is not None)
+        model.train(False)
+        with torch.no_grad():
+            adapted = model(batch).nll
+            with model.adapters_off():
+                off = model(batch).nll
+            with model.adapters_merged():
+                merged = model(batch).nll
+        assert torch.equal(off, plain) and not torch.equal(adapted, plain)
+        assert torch.allclose(merged, adapted, rtol=1e-3, atol=1e-4)
+        assert {k: v for k, v in frozen_fingerprint(model).items() if k != "vision_lora"} == before
+        keys = model.trained_state()["vision_adapter"].tensors
+        assert keys and all(k.startswith(f"base_model.model.{part.prefix}") for k in keys)
     finally:
         undo(native)
 

@@ -48,7 +48,7 @@ class Setting:
             },
             "eval": {
                 "golden_size": 2, "golden_generate": {"max_new_tokens": 4}, "caption_samples": 4, "answer_tokens": 4,
-                "audit_turns": 6,
+                "audit_turns": 6, "jitter_samples": 4,
             },
             "ablation": {"num_samples": 6},
         }  # fmt: skip

@@ -86,6 +86,9 @@ def write(
                     if builder.on_bad_image == "error":
                         raise
                     continue
+                if sizes := [size for image in own if (size := image.size) is not None]:
+                    # A native model's prompt is laid out for them, which may be a part of what is in the file.
+                    prompts[i] = encoder.encode_prompt(examples[i], sizes)
                 chunk.append(i)
                 images.append(own)
             outputs = model.generate(

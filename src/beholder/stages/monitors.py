@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from beholder.config import GREEDY, GenerateConfig
-from beholder.data.images import ImagePipeline
+from beholder.data.images import ImagePipeline, NativePipeline
 from beholder.data.monitor_set import MonitorItem
 from beholder.probes import monitors as probe
 from beholder.probes import retention
 from beholder.runs import atomic_write, to_json
 from beholder.stages.measured import Measured
 from beholder.stages.session import Session
-from beholder.types import Example, ImageRef, Turn
+from beholder.types import Example, ImageInput, ImageRef, Turn
 
 NUM_CROSSED = 64
 """Held-out samples whose image and text are exchanged for unlike ones."""
@@ -104,10 +104,10 @@ def jitter(session: Session, m: Measured) -> None:
 class Cropped:
     """The images with a little cut off their edges, as the tower gets them."""
 
-    pipeline: ImagePipeline
+    pipeline: ImagePipeline | NativePipeline
     keep: tuple[float, float]
 
-    def __call__(self, ref: ImageRef, key: str | None = None) -> torch.Tensor:
+    def __call__(self, ref: ImageRef, key: str | None = None) -> torch.Tensor | ImageInput:
         image = self.pipeline.open(ref)
         return self.pipeline.from_pil(image.crop(probe.crop_box(image.width, image.height, self.keep)))
 

@@ -18,7 +18,7 @@ from beholder.stages.held_out import HeldOut
 from beholder.store.features import FeatureStore
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
-from beholder.types import Batch, Condition, Example, ImageRef, UserError
+from beholder.types import Batch, Condition, Example, ImageInput, ImageRef, UserError
 
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ class Together:
 
     def written(
         self, examples: Sequence[Example], settings: GenerateConfig, condition: Condition, batch_size: int, label: str,
-        *, pipeline: Callable[[ImageRef, str | None], torch.Tensor] | None = None,
+        *, pipeline: Callable[[ImageRef, str | None], torch.Tensor | ImageInput] | None = None,
     ) -> list[Written]:  # fmt: skip
         """What the model writes for each example under ``condition``; ``label`` names the work in its progress.
 

@@ -107,7 +107,7 @@ def make_evidence(
         samples=_samples(session, m),
         text_only=text,
         adapters=[
-            AdapterRow(**asdict(site), part=name)
+            AdapterRow(**asdict(site) | {"name": part.prefix + site.name}, part=name)
             for name, part in session.model.parts().items()
             for site in part.adapters
         ],
