@@ -14,14 +14,18 @@ from PIL import Image
 from safetensors.torch import load_file
 from tests.evidence.test_catalogue import strangers
 
-from beholder.config import RunConfig
+from beholder.config import GREEDY, RunConfig
 from beholder.config.file import ConfigError, dump_config, parse_config
+from beholder.data.collate import SampleBuilder
+from beholder.data.images import NativePipeline
 from beholder.evidence import Evidence, load_evidence
 from beholder.prepare.preview import preview_config
 from beholder.prepare.tiny import colour_source, tiny_native
+from beholder.probes.written import write
 from beholder.runs import sha256_file
 from beholder.stages import run_stage
-from beholder.types import Status, UserError
+from beholder.stages.monitors import Cropped
+from beholder.types import Example, ImageInput, ImageRef, ImageSlot, Status, Turn, UserError
 from beholder.use.vlm import load
 
 FILES = ("adapter_model.safetensors", "connector.safetensors", "optimizer.safetensors")
@@ -97,6 +101,7 @@ def test_everything_a_stage_measures_is_measured(evidence: Evidence) -> None:
         "learn.delta", "ablation.delta.shuffled", "ablation.delta.zero", "ablation.delta.noise",
         "answer.accuracy.correct", "answer.accuracy.shuffled", "answer.accuracy.none", "retention.kl",
         "merge.tokens_changed_pct", "audit.trained.answerable.alone", "collapse.worst", "cells.delta.question",
+        "jitter.consistency",
     } <= names  # fmt: skip
     assert any("Feature store: switched off, because a native model's images differ" in gap for gap in evidence.gaps)
 
@@ -160,6 +165,24 @@ def test_it_chats_in_pieces_as_in_one_about_images_of_any_size(setting: Setting,
     with Image.open(file) as image:
         assert vlm.chat("Which?", str(file), max_new_tokens=4) == vlm.chat("Which?", image.copy(), max_new_tokens=4)
     assert isinstance(vlm.chat("No picture at all?", max_new_tokens=4), str)
+
+
+def test_a_prompt_is_laid_out_for_the_part_of_an_image_that_is_shown(finished: Path, tmp_path: Path) -> None:
+    vlm = load(finished, device="cpu")
+    Image.new("RGB", (120, 120), "red").save(tmp_path / "a.png")
+    ref = ImageRef(str(tmp_path), "a.png")
+    assert isinstance(vlm.pipeline, NativePipeline)
+    view = Cropped(vlm.pipeline, (0.0, 0.0))
+    part = view(ref)
+    assert isinstance(part, ImageInput) and part.size == (113, 113)  # fewer patches than the whole has
+    example = Example("a", (ref,), (Turn("user", (ImageSlot(0), "What colour?")),), file="test")
+    builder = SampleBuilder(vlm.encoder, view, None, on_bad_image="error")
+    four = GREEDY.model_copy(update={"max_new_tokens": 4})
+
+    (said,) = write(vlm.model, vlm.encoder, builder, [example], four)
+
+    with Image.open(tmp_path / "a.png") as image:
+        assert said.prediction.strip() == vlm.chat("What colour?", image.crop((0, 0, 113, 113)), max_new_tokens=4)
 
 
 def test_a_run_on_another_base_is_refused(setting: Setting, finished: Path, tmp_path: Path) -> None:
