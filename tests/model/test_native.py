@@ -15,13 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tests.conftest import TinyParts
 
-from beholder.config import GenerateConfig, LlmConfig, LoraConfig
+from beholder.config import GenerateConfig, LlmConfig, LoraConfig, ModelConfig
 from beholder.data.chat import ChatEncoder
 from beholder.data.collate import Layout, collate
 from beholder.data.same_ids import check_same_ids, messages
 from beholder.model.native import FAMILIES, NativeModel, load_native
-from beholder.model.placement import inside
+from beholder.model.placement import Selector, inside, resolve_targets
 from beholder.model.plan import TrainPlan, apply_train_plan, frozen_fingerprint
+from beholder.model.sites import empty_parts
 from beholder.model.vision import check_reached
 from beholder.prepare.tiny import tiny_native
 from beholder.types import Batch, Example, ImageInput, ImageRef, ImageSlot, TokenLosses, Turn, UserError
@@ -277,6 +278,15 @@ def test_adapters_on_its_tower_learn_and_the_rest_of_the_model_is_untouched(nati
         assert keys and all(k.startswith(f"base_model.model.{part.prefix}") for k in keys)
     finally:
         undo(native)
+
+
+def test_where_adapters_would_go_is_known_without_weights(native: Native) -> None:
+    empty = empty_parts(ModelConfig.model_validate({"native": {"name_or_path": str(native.folder)}}))
+
+    for name, part in native.model.parts().items():
+        where = Selector(("all-linear",), "last-1")
+        assert (part.blocks, part.prefix) == (empty[name].blocks, empty[name].prefix) and part.blocks
+        assert resolve_targets(empty[name], where, 2) == resolve_targets(part, where, 2)
 
 
 def undo(native: Native) -> None:

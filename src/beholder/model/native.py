@@ -20,7 +20,7 @@ from beholder.config import GenerateConfig, LlmConfig
 from beholder.model.families import check_no_adapter, check_soft_cap, kernel_at_hand, running
 from beholder.model.fusion import scatter_images
 from beholder.model.language import LanguageModel
-from beholder.model.placement import Part, tower_part
+from beholder.model.placement import Part, language_part, tower_part
 from beholder.model.processor import NativeProcessor, load_processor
 from beholder.model.vlm import Seeing
 from beholder.model.weights import (
@@ -72,8 +72,7 @@ class Eyes(nn.Module):
         super().__init__()
         for eye in family.eyes:
             self.add_module(eye, core.get_submodule(eye))
-        tower = family.eyes[0]
-        self.part = tower_part(core.get_submodule(tower), name, f"model.{tower}.")
+        self.part = _tower_of(core, family, name)
         freeze(self)
 
     def train(self, mode: bool = True) -> "Eyes":
@@ -86,6 +85,11 @@ class Eyes(nn.Module):
     def learns(self) -> bool:
         """Whether anything in it learns now."""
         return any(p.requires_grad for p in self.parameters())
+
+
+def _tower_of(core: nn.Module, family: Family, name: str) -> Part:
+    tower = family.eyes[0]
+    return tower_part(core.get_submodule(tower), name, f"model.{tower}.")
 
 
 class NativeModel(Seeing):
@@ -406,6 +410,19 @@ def _config_of(cfg: LlmConfig) -> tuple[Any, Family]:
 def processor_of(cfg: LlmConfig) -> NativeProcessor:
     """The processor of a native model alone. Raises `UserError` as `load_native` does."""
     return load_processor(cfg, _config_of(cfg)[0], DTYPES[cfg.precision])
+
+
+def empty_native(cfg: LlmConfig) -> dict[str, Part]:
+    """The parts of a native model without weights, by name. Raises `UserError` as `load_native` does."""
+    from transformers import AutoModelForImageTextToText
+
+    config, family = _config_of(cfg)
+    with torch.device("meta"):
+        whole: Any = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    return {
+        "vision": _tower_of(whole.model, family, cfg.name_or_path),
+        "language": language_part(whole, cfg.name_or_path, whole=True),
+    }
 
 
 def load_native(cfg: LlmConfig, device: torch.device) -> tuple[NativeModel, Any]:

@@ -8,6 +8,7 @@ import torch
 from beholder.config import LoraConfig, ModelConfig, VisionConfig
 from beholder.model import vision as vision_door
 from beholder.model.language import empty_language, source_of
+from beholder.model.native import empty_native
 from beholder.model.placement import AdapterSite, Part, language_part, resolve_targets, selectors, tower_part
 from beholder.model.weights import loading
 
@@ -15,6 +16,8 @@ from beholder.model.weights import loading
 def empty_parts(cfg: ModelConfig) -> dict[str, Part]:
     """Language model and tower without weights, from their configuration files. Raises `UserError` where one is not
     found."""
+    if cfg.native is not None:
+        return empty_native(cfg.llm)
     language = language_part(empty_language(cfg.llm), cfg.llm.name_or_path)
     return {"vision": tower_part(_empty_tower(cfg.vision), cfg.vision.name_or_path), "language": language}
 
