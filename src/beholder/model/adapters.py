@@ -89,7 +89,7 @@ def attach(part: Part, cfg: LoraConfig, seed: int, selector: Selector | None = N
     for layer in placed.values():
         layer.scalings = (_alpha_at_rest(cfg) / cfg.r, cfg.alpha / cfg.r)
     part.adapters, part.adapted = sites, list(placed.values())
-    config.lora_alpha = _alpha_at_rest(cfg)
+    config.lora_alpha = _alpha_at_rest(cfg)  # pyright: ignore[reportAttributeAccessIssue] (PEFT takes fractions)
     part.facts = _facts(part, config)
     part.learn(False)
     _check_reached(part, selector)

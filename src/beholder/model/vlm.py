@@ -45,7 +45,7 @@ class Seeing(nn.Module):
     learn in pieces, what they have learned, and losses on supervised positions alone."""
 
     language: LanguageModel
-    connector: nn.Module
+    connector: Any
     _info: dict[str, Any]
 
     def parts(self) -> dict[str, Part]:

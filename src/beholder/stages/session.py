@@ -23,6 +23,7 @@ from beholder.model.build import Vlm, build_vlm
 from beholder.model.families import check_limits
 from beholder.model.native import NativeModel
 from beholder.model.plan import frozen_fingerprint
+from beholder.model.vlm import VisionLanguageModel
 from beholder.probes.loss import SampleLoss
 from beholder.runs import RunDir, to_json
 from beholder.stages.held_out import HeldOut
@@ -172,6 +173,7 @@ class Session:
             self.reporter.line("layers", f"not kept: {why}")
             self.gap(f"Layers: what goes into them was not kept, because {why} (features.layers).")
             return
+        assert isinstance(model, VisionLanguageModel), "a native model's layers are not kept"
         language = model.language
         self.layers = LayerStore(
             store_dir(cfg.features), {"below": model.below_fingerprint()}, width=language.d_text, dtype=language.dtype,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def make_evidence(
         samples=_samples(session, m),
         text_only=text,
         adapters=[
-            AdapterRow(**asdict(site) | {"name": part.prefix + site.name}, part=name)
+            AdapterRow(**asdict(replace(site, name=part.prefix + site.name)), part=name)
             for name, part in session.model.parts().items()
             for site in part.adapters
         ],
