@@ -148,7 +148,7 @@ def make_tower(shape: Shape, dtype: torch.dtype, device: torch.device) -> Vision
     side = size // shape.vision["patch_size"]
     geometry = ImageGeometry(size, size, side * side, config.hidden_size, half, half)
 
-    def features(backbone: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    def features(backbone: torch.nn.Module, pixels: torch.Tensor, _: int) -> torch.Tensor:
         return backbone(pixel_values=pixels).last_hidden_state
 
     return VisionTower(backbone, features, geometry, {"benchmark": "random"}, dtype, "random SigLIP").to(device)

@@ -55,6 +55,7 @@ from beholder.config import ConnectorConfig, LlmConfig, LoraConfig, RunConfig, V
 from beholder.config.file import load_config
 from beholder.data import build_data
 from beholder.data.collate import Layout, Sample, collate, collate_window
+from beholder.data.images import ImagePipeline
 from beholder.model import adapters
 from beholder.model.build import build_vlm
 from beholder.model.connector import build_connector
@@ -185,11 +186,12 @@ def trained(
     model, tokenizer = build_vlm(
         cfg.model, compute_precision=cfg.train.precision, device=bench.device, seed=cfg.seed
     )  # fmt: skip
+    assert isinstance(model, VisionLanguageModel)
     apply_train_plan(model, plan_of(cfg.model, cfg.stage_record))
     data = build_data(cfg, tokenizer, model.geometry, model.num_visual_tokens)
     store = None
     if stored:
-        assert model.vision is not None
+        assert model.vision is not None and isinstance(data.pipeline, ImagePipeline)
         tower, g = model.vision, model.geometry
         store = FeatureStore(
             bench.folder / "features", tower_fingerprint=tower.fingerprint(),

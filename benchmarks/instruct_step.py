@@ -43,6 +43,7 @@ from rich.table import Table
 from beholder.config import RunConfig
 from beholder.data import Data, build_data
 from beholder.data.collate import Layout, Sample, collate_window
+from beholder.data.images import ImagePipeline
 from beholder.model import adapters, placement
 from beholder.model.build import build_vlm
 from beholder.model.plan import TrainPlan, apply_train_plan, param_groups
@@ -221,10 +222,13 @@ def write_config(args: argparse.Namespace, folder: Path) -> RunConfig:
 
 
 def fresh_model(cfg: RunConfig) -> VisionLanguageModel:
-    return build_vlm(cfg.model, compute_precision=cfg.train.precision, device=torch.device("cpu"), seed=cfg.seed)[0]
+    model, _ = build_vlm(cfg.model, compute_precision=cfg.train.precision, device=torch.device("cpu"), seed=cfg.seed)
+    assert isinstance(model, VisionLanguageModel)
+    return model
 
 
 def fill_store(cfg: RunConfig, folder: Path, data: Data, tower: VisionTower) -> FeatureStore:
+    assert isinstance(data.pipeline, ImagePipeline)
     g = data.pipeline.geometry
     store = FeatureStore(
         folder, tower_fingerprint=tower.fingerprint(), pipeline_fingerprint=data.pipeline.fingerprint,
@@ -578,8 +582,8 @@ def main(argv: list[str] | None = None) -> None:
         model, tokenizer = build_vlm(
             cfg.model, compute_precision=args.precision, device=torch.device("cpu"), seed=args.seed
         )
+        assert isinstance(model, VisionLanguageModel) and model.vision is not None
         data = build_data(cfg, tokenizer, model.geometry, model.num_visual_tokens)
-        assert model.vision is not None
         store = fill_store(cfg, Path(name) / "store", data, model.vision)
         lengths = [len(data.encoder.encode(data.train.example_at(p)).ids) for p in range(len(data.train))]
         targets = data.counts.target_tokens

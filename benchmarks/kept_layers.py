@@ -34,7 +34,8 @@ def prepared(layers: Layers, dtype: torch.dtype) -> LanguageModel:
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
         vocab_size=49_152, tie_word_embeddings=True,
     )  # fmt: skip
-    language = LanguageModel(LlamaForCausalLM(config).to(dtype), "SmolLM2-135M's shape")
+    causal_lm: torch.nn.Module = LlamaForCausalLM(config)
+    language = LanguageModel(causal_lm.to(dtype), "SmolLM2-135M's shape")
     adapters.attach(language.part, LoraConfig(enable=True, r=16, alpha=32, dropout=0.0, llm_layers=layers), seed=0)
     for weight in adapters.adapter_parameters(language.part).values():
         weight.requires_grad_(True)

@@ -23,7 +23,7 @@ class AdaptedConv(Learning, PeftConv2d):
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LoRA adapter added to ConvNd layer with groups")
-            groups, base_layer.groups = base_layer.groups, 1  # pyright: ignore[reportAttributeAccessIssue]
+            groups, base_layer.groups = base_layer.groups, 1  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
             try:
                 super().__init__(base_layer, adapter_name, **kwargs)
             finally:
