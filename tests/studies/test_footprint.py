@@ -278,9 +278,10 @@ def steps(folder: Path) -> list[int]:
     return [r["step"] for r in map(json.loads, lines) if "loss" in r]
 
 
+@pytest.mark.timeout(1800)  # a dozen processes, each of which loads torch
 @pytest.mark.slow
 def test_a_study_killed_between_two_runs_and_in_the_middle_of_one_goes_on_and_repeats_nothing(
-    write_study: WriteStudy, tmp_path: Path
+    write_study: WriteStudy, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     footprint = {**TINY, "select": ["A0", "A1", "B1", "similar", "grown"], "parallel": 1,
                  "points": {"grown": {"like": "B1", "after": "A1"}}}  # fmt: skip
@@ -291,7 +292,10 @@ def test_a_study_killed_between_two_runs_and_in_the_middle_of_one_goes_on_and_re
 
     def start() -> subprocess.Popen[bytes]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([sys.executable, "-c", COMMAND, str(file)], stdout=subprocess.DEVNULL, env=environment)
+        command = [sys.executable, "-c", COMMAND, str(file)]
+        study = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+        request.addfinalizer(lambda: (study.kill(), study.wait()))  # a test that fails leaves nothing running
+        return study
 
     first = start()  # killed between two runs: the first has left its evidence, the second has no step yet
     wait_for(lambda: "A0" in finished(folder))

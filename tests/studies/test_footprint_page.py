@@ -139,7 +139,7 @@ def test_points_come_best_first_and_what_may_not_be_taken_says_why() -> None:
 
     assert [r.split()[0] for r in rows] == ["C3", "C2", "A1", "B2", "A0", "A2", "B3"]
     assert "best" in rows[0] and "cannot be told from the best" in rows[1] and "learns least of these" in rows[1]
-    assert "16.0\u00a0% 12.0\u00a0% … 20.0\u00a0%" in rows[0]  # a share, where the held-out loss has four decimals
+    assert "16.0 % 12.0 % … 20.0 %" in rows[0]  # a share, where the held-out loss has four decimals
     assert "retention.loss_ratio is 1.06, at most 1.05 times the base&#39;s" in rows[5]
     assert "stopped by its guardrail hallucination: ood.hallucination is 0.27 after step 60" in rows[6]
 
