@@ -192,6 +192,7 @@ def test_the_image_that_decides_is_named_or_clearly_costs_most(
     [
         ("what color is image 2?", "red", True),
         ("what happens before image 2?", "red", False),
+        ("what came first?", "red", False),
         ("what is in image 7?", "red", False),
         ("what do you see?", "a long story of all that can be seen in them", False),
     ],
