@@ -63,7 +63,7 @@ from beholder.model.plan import TrainPlan, apply_train_plan, param_groups, plan_
 from beholder.model.vlm import VisionLanguageModel
 from beholder.prepare import tiny
 from beholder.prepare.doctor import matmul_rate
-from beholder.prepare.estimate import LanguageShape, VisionShape, connector_shape, language_shape, vision_shape
+from beholder.prepare.estimate import LanguageShape, VisionShape, connector_shape, language_shape, learning, vision_shape
 from beholder.runs import RunDir, version_of
 from beholder.stages import run_stage
 from beholder.store.features import FeatureStore
@@ -398,10 +398,10 @@ class Pair:
         self.llm_config.write_text(json.dumps(llm))
         tower_config.write_text(json.dumps(tower))
         self.vision_shape: VisionShape = vision_shape(VisionConfig(name_or_path="-"), tower_config)
-        self.shapes: dict[bool, LanguageShape] = {
-            lora is not None: language_shape(LlmConfig(name_or_path="-"), self.llm_config, lora)
-            for lora in (None, LoraConfig(enable=True))
-        }
+        plain = language_shape(LlmConfig(name_or_path="-"), self.llm_config)
+        adapted, _ = learning(plain, None, LoraConfig(enable=True))
+        assert adapted is not None
+        self.shapes: dict[bool, LanguageShape] = {False: plain, True: adapted}
         about = ("architectures", "model_type")
         shape = Shape(
             {k: v for k, v in llm.items() if k not in about}, llm["model_type"],

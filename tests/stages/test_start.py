@@ -74,7 +74,7 @@ def adapters_at(run: Path, step: int) -> dict[str, torch.Tensor]:
 def test_adapters_that_continue_go_on_from_the_very_weights_and_it_is_said(
     stage: MakeStage, origin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    like = {"model.lora.r": 8, "model.lora.strength": 0.5}
+    like = {"model.lora.r": 8, "model.lora.strength": 0.25}  # of no account to what they learn
     run_stage(stage(tmp_path, **start(origin, "continue"), **like, **STILL), promote_anyway=True)
 
     where = checkpoint.resolve_checkpoint(origin)
@@ -87,7 +87,7 @@ def test_adapters_that_continue_go_on_from_the_very_weights_and_it_is_said(
 
 @pytest.mark.parametrize(("sets", "says"), [
     ({"model.lora.r": 4, "model.lora.strength": 0.5}, "model.lora.r: checkpoint 8, config 4"),
-    ({"model.lora.r": 8}, r"model.lora.alpha \* strength: checkpoint 16.0, config 32"),
+    ({"model.lora.r": 8, "model.lora.alpha": 16}, "model.lora.alpha: checkpoint 32, config 16"),  # 32 at 0.5
     ({"model.lora.r": 8, "model.lora.strength": 0.5, "model.lora.target_modules": ["q_proj"]}, "the file has adapters"),
 ])  # fmt: skip
 def test_adapters_of_another_shape_do_not_continue_and_the_other_ways_are_named(
@@ -203,7 +203,7 @@ def test_a_run_without_adapters_has_none_to_merge(stage: MakeStage, tmp_path: Pa
 def test_a_checkpoint_on_a_merged_base_does_not_load_on_another(stage: MakeStage, origin: Path, merged: Path) -> None:
     where = checkpoint.resolve_checkpoint(merged)
 
-    with pytest.raises(UserError, match="trained on a base with the adapters of 1 earlier runs merged"):
+    with pytest.raises(UserError, match="trained on another base: .* is merged_1, of this model nothing"):
         restore.load_trained(where, load(origin).model)
 
 

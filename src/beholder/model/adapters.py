@@ -138,6 +138,11 @@ def _alpha_at_rest(cfg: LoraConfig) -> int | float:
     return cfg.alpha if cfg.strength == 1 else cfg.alpha * cfg.strength
 
 
+def trained_alpha(part: Part) -> int:
+    """The alpha that a part's adapters learn with, whatever the strength that they are used at."""
+    return round(part.adapted[0].scalings[1] * part.facts["r"])
+
+
 def _peft_config(part: Part, cfg: LoraConfig, sites: Sequence[AdapterSite]) -> PeftLoraConfig:
     return PeftLoraConfig(
         r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, bias=cfg.bias,

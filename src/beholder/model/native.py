@@ -58,8 +58,10 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": Family(("visual",), grids=True),
     "qwen2_5_vl": Family(("visual",), grids=True),
     "llava": Family(("vision_tower", "multi_modal_projector")),
+    "internvl": Family(("vision_tower", "multi_modal_projector")),
     # Tiles that are all zero are taken for padding and left out, so an empty one is a little more.
     "idefics3": Family(("vision_model", "connector"), apart=True, zero=1e-4),
+    "smolvlm": Family(("vision_model", "connector"), apart=True, zero=1e-4),
 }
 """Known classes by the ``model_type`` of their config.json."""
 

@@ -24,6 +24,9 @@ ALL_LINEAR = "all-linear"
 class Adapted(Protocol):
     """A layer with an adapter, as far as its part knows it (`model.adapted_linear`)."""
 
+    scalings: tuple[float, float]
+    """At rest, and while learning."""
+
     def learn(self, mode: bool) -> None: ...
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from beholder.model.weights import quiet_transformers
 from beholder.train.distributed import init_distributed
 
 LlmFamily = Literal["qwen3", "llama", "smollm2"]
-NativeFamily = Literal["qwen3_vl", "qwen2_5_vl", "llava", "idefics3"]
+NativeFamily = Literal["qwen3_vl", "qwen2_5_vl", "llava", "idefics3", "smolvlm", "internvl"]
 VisionFamily = Literal["siglip", "clip", "dinov2", "repvit"]
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -61,6 +61,7 @@ def tiny_tokenizer(
     family: LlmFamily = "qwen3",
     *,
     more: Sequence[str] = (),
+    named: Mapping[str, str] | None = None,
     chat_template: str = CHATML,
     eos: str | None = None,
 ) -> Any:
@@ -68,7 +69,8 @@ def tiny_tokenizer(
     round-trips and one ASCII character is one token.
 
     qwen3 also has the native vision tokens; llama puts ``<s>`` before every text, as the Llama tokenizers do; smollm2
-    has neither. ``more``: further control tokens. Returns the `PreTrainedTokenizerFast`.
+    has neither. ``more``: further control tokens; ``named``: such that are attributes of the tokenizer as well. Returns
+    the `PreTrainedTokenizerFast`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -78,6 +80,7 @@ def tiny_tokenizer(
         *(VISION_CONTROL if family == "qwen3" else ()),
         *(("<s>",) if family == "llama" else ()),
         *more,
+        *(named or {}).values(),
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
@@ -95,7 +98,8 @@ def tiny_tokenizer(
         )
         special["bos_token"] = "<s>"
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, clean_up_tokenization_spaces=False, additional_special_tokens=list(control), **special
+        tokenizer_object=inner, clean_up_tokenization_spaces=False, additional_special_tokens=list(control), **special,
+        **({"extra_special_tokens": dict(named)} if named else {}),
     )
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(str(folder))
@@ -205,7 +209,7 @@ processor classes differ with torchvision present or absent."""
 def tiny_native(folder: Path | str, family: NativeFamily = "qwen3_vl", *, seed: int = 0) -> Path:
     """A random whole vision-language model with its processor in ``folder``, as its class is on the hub: a language
     model of width 64 with 4 layers, a tower of 3 blocks. The Qwens take images of any size, as 2 x 2 to 8 x 8 visual
-    tokens; LLaVA 32 x 32 pixels; Idefics3 32 x 32 in up to 2 x 2 tiles.
+    tokens; LLaVA 32 x 32 pixels; Idefics3, SmolVLM and InternVL 32 x 32 in up to 2 x 2 tiles.
     """
     import transformers
 
@@ -254,9 +258,15 @@ def _tiny_native(family: NativeFamily, tokenizer: Any) -> tuple[str, dict[str, A
                 "vision_config": eyes | {"image_size": 32, "projection_dim": 32}, "image_seq_length": 16,
                 "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
             }  # fmt: skip
-        case "idefics3":
+        case "internvl":
+            eyes |= {"num_hidden_layers": 3, "num_attention_heads": 2, "image_size": [32, 32], "patch_size": [8, 8]}
+            return "InternVL", {
+                "text_config": text | {"model_type": "qwen2"}, "vision_config": eyes, "image_seq_length": 4,
+                "image_token_id": at("<IMG_CONTEXT>"),
+            }  # fmt: skip
+        case "idefics3" | "smolvlm":
             eyes |= {"num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32}
-            return "Idefics3", {
+            return "Idefics3" if family == "idefics3" else "SmolVLM", {
                 "text_config": text | {"model_type": "llama"}, "vision_config": eyes, "scale_factor": 2,
                 "image_token_id": at("<image>"), "pad_token_id": tokenizer.pad_token_id,
             }  # fmt: skip
@@ -268,11 +278,19 @@ def _tiny_processor(folder: Path, family: NativeFamily) -> Any:
     qwen = family in ("qwen3_vl", "qwen2_5_vl")
     place = "'<|vision_start|><|image_pad|><|vision_end|>'" if qwen else "'<image>'"
     more = ["<|video_pad|>"] if qwen else ["<image>"]
-    if family == "idefics3":
+    named: dict[str, str] = {}
+    if family == "internvl":
+        more, place = [], "'<IMG_CONTEXT>\n'"
+        named = {
+            "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        }  # fmt: skip
+    if family in ("idefics3", "smolvlm"):
         tiles = [f"<row_{r + 1}_col_{c + 1}>" for r in range(6) for c in range(6)]
         more += ["<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *tiles]
     template = CHATML_PARTS.replace("IMAGE", place)
-    tiny_tokenizer(folder, "qwen3" if qwen else "smollm2", more=more, chat_template=template, eos="<|im_end|>")
+    base: LlmFamily = "qwen3" if qwen else "smollm2"
+    tiny_tokenizer(folder, base, more=more, named=named, chat_template=template, eos="<|im_end|>")
     images, own, video = _NATIVE_PROCESSORS[family]
     (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2))
     (folder / "processor_config.json").write_text(json.dumps(own, indent=2))
@@ -311,6 +329,19 @@ _NATIVE_PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, An
         _TILES | {"image_processor_type": "Idefics3ImageProcessor"},
         {"processor_class": "Idefics3Processor", "image_seq_len": 4},
         {},
+    ),
+    "smolvlm": (
+        _TILES | {"image_processor_type": "SmolVLMImageProcessor"},
+        {"processor_class": "SmolVLMProcessor", "image_seq_len": 4},
+        {"video_processor_type": "SmolVLMVideoProcessor", "size": {"longest_edge": 32}},
+    ),
+    "internvl": (
+        _EVERY | _HALF | {
+            "image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 32, "width": 32},
+            "crop_to_patches": True, "min_patches": 1, "max_patches": 4, "do_convert_rgb": True,
+        },
+        {"processor_class": "InternVLProcessor", "image_seq_length": 4},
+        {"video_processor_type": "InternVLVideoProcessor", "size": {"height": 32, "width": 32}},
     ),
 }  # fmt: skip
 """Of each family: preprocessor_config.json, processor_config.json and, where it has one, the video processor's."""
@@ -707,7 +738,8 @@ def _llm_family(name: str) -> LlmFamily:
 def _native_family(name: str) -> NativeFamily:
     low = name.lower().replace("-", "").replace("_", "").replace(".", "")
     marks: tuple[tuple[str, NativeFamily], ...] = (
-        ("qwen25", "qwen2_5_vl"), ("idefics", "idefics3"), ("llava", "llava"),
+        ("qwen25", "qwen2_5_vl"), ("idefics", "idefics3"), ("smolvlm", "smolvlm"), ("internvl", "internvl"),
+        ("llava", "llava"),
     )  # fmt: skip
     for mark, family in marks:
         if mark in low:

@@ -217,8 +217,8 @@ def load_adapters(path: str | Path, parts: Mapping[str, Part], *, start: bool = 
     ``path`` is anything `resolve_checkpoint` takes. Raises `UserError` naming the config field at fault: adapters in
     the checkpoint and none in the config or the reverse, another rank or alpha, other modules, another base, weights
     that are not finite. Nothing is loaded then into that part. Without adapters on both sides nothing is to be done.
-    ``start``: adapters on a part where the checkpoint has none start anew, as long as it has some elsewhere; gives the
-    names of these parts.
+    ``start``: for a run that starts from the checkpoint's. It may use its adapters at another strength, and adapters
+    on a part where the checkpoint has none start anew, as long as it has some elsewhere; gives the names of these parts.
     """
     path = resolve_checkpoint(path)
     if not start:  # whose base was made of the checkpoint's, and may let more learn
@@ -229,11 +229,11 @@ def load_adapters(path: str | Path, parts: Mapping[str, Part], *, start: bool = 
         if start and there and name not in there and part is not None and part.adapters:
             new.append(part.called)
             continue
-        _load_adapter(path, name, part, name in there)
+        _load_adapter(path, name, part, name in there, start)
     return new
 
 
-def _load_adapter(path: Path, name: str, part: Part | None, there: bool) -> None:
+def _load_adapter(path: Path, name: str, part: Part | None, there: bool, start: bool) -> None:
     here = part is not None and bool(part.adapters)
     called, field = ("language model", "llm") if name == "adapter" else ("vision tower", "vit")
     if there and not here:
@@ -252,8 +252,12 @@ def _load_adapter(path: Path, name: str, part: Part | None, there: bool) -> None
     from beholder.model import adapters
 
     config, own = read_adapter_config(path, name), adapters.adapter_config(part)
+    fields = _ADAPTER_FIELDS
+    if start:  # what both trained with; how much of it is used outside training is each run's own affair
+        fields = fields | {"lora_alpha": "model.lora.alpha"}
+        config, own = config | {"lora_alpha": _trained_alpha(path, config)}, own | {"lora_alpha": adapters.trained_alpha(part)}
     complaints = [
-        f"{_ADAPTER_FIELDS.get(key, key)}: checkpoint {shown(config[key])}, config {shown(own[key])}"
+        f"{fields.get(key, key)}: checkpoint {shown(config[key])}, config {shown(own[key])}"
         for key in sorted((config.keys() & own.keys()) - _ADAPTER_FREE)
         if config[key] != own[key]
     ]
@@ -268,6 +272,12 @@ def _load_adapter(path: Path, name: str, part: Part | None, there: bool) -> None
         adapters.load_adapter_tensors(part, read_part(path, name).tensors)
     except UserError as e:
         raise UserError(f"the adapters in {path} (on {base}; this config: {mine}) cannot be used: {e}") from e
+
+
+def _trained_alpha(path: Path, config: Mapping[str, Any]) -> Any:
+    """The alpha that a checkpoint's adapters learned with: its run's own. ``adapter_config.json`` has it times the
+    strength that they are used at."""
+    return flatten(read_trainer(path)["config"]).get("model.lora.alpha", config["lora_alpha"])
 
 
 def _check_base(path: Path, parts: Mapping[str, Part]) -> None:
