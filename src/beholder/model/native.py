@@ -52,12 +52,15 @@ class Family:
     """Images go through the tower one by one: their inputs differ in shape."""
     zero: float = 0.0
     """What an empty image's normalised pixels are."""
+    both_ways: bool = False
+    """Positions of one image attend to each other forwards as well, by the class's own masks."""
 
 
 FAMILIES: dict[str, Family] = {
     "qwen3_vl": Family(("visual",), grids=True),
     "qwen2_5_vl": Family(("visual",), grids=True),
     "llava": Family(("vision_tower", "multi_modal_projector")),
+    "gemma3": Family(("vision_tower", "multi_modal_projector"), both_ways=True),
     "internvl": Family(("vision_tower", "multi_modal_projector")),
     # Tiles that are all zero are taken for padding and left out, so an empty one is a little more.
     "idefics3": Family(("vision_model", "connector"), apart=True, zero=1e-4),
@@ -224,9 +227,14 @@ class NativeModel(Seeing):
         if inputs:
             tokens, deep = self._features(inputs)
             embeds = scatter_images(embeds, batch.image_positions, tokens)
+            mask = torch.zeros(batch.input_ids.numel(), dtype=torch.bool, device=self.device)
+            mask[batch.image_positions] = True
+            if self.family.both_ways:
+                extra["attention_mask"] = self.whole.create_masks_for_generate(
+                    config=self.whole.config, inputs_embeds=embeds.to(self.language.dtype), attention_mask=None,
+                    past_key_values=None, position_ids=batch.position_ids, **self._seen(mask.view_as(batch.input_ids)),
+                )  # fmt: skip
             if deep:
-                mask = torch.zeros(batch.input_ids.numel(), dtype=torch.bool, device=self.device)
-                mask[batch.image_positions] = True
                 order = batch.image_positions.argsort()  # a mask takes positions as they lie, rows one after another
                 extra |= {
                     "visual_pos_masks": mask.view_as(batch.input_ids),
@@ -270,6 +278,8 @@ class NativeModel(Seeing):
 
     def _seen(self, seen: Tensor) -> dict[str, Tensor]:
         """What tells the model's own forward which positions are an image's, where it asks."""
+        if self.family.both_ways:
+            return {"token_type_ids": seen.int()}
         return {"mm_token_type_ids": seen.int()} if self.family.grids else {}
 
     # -------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from beholder.model.weights import quiet_transformers
 from beholder.train.distributed import init_distributed
 
 LlmFamily = Literal["qwen3", "llama", "smollm2"]
-NativeFamily = Literal["qwen3_vl", "qwen2_5_vl", "llava", "idefics3", "smolvlm", "internvl"]
+NativeFamily = Literal["qwen3_vl", "qwen2_5_vl", "llava", "idefics3", "smolvlm", "internvl", "gemma3"]
 VisionFamily = Literal["siglip", "clip", "dinov2", "repvit"]
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -209,7 +209,7 @@ processor classes differ with torchvision present or absent."""
 def tiny_native(folder: Path | str, family: NativeFamily = "qwen3_vl", *, seed: int = 0) -> Path:
     """A random whole vision-language model with its processor in ``folder``, as its class is on the hub: a language
     model of width 64 with 4 layers, a tower of 3 blocks. The Qwens take images of any size, as 2 x 2 to 8 x 8 visual
-    tokens; LLaVA 32 x 32 pixels; Idefics3, SmolVLM and InternVL 32 x 32 in up to 2 x 2 tiles.
+    tokens; LLaVA and Gemma 3 32 x 32 pixels; Idefics3, SmolVLM and InternVL 32 x 32 in up to 2 x 2 tiles.
     """
     import transformers
 
@@ -219,7 +219,11 @@ def tiny_native(folder: Path | str, family: NativeFamily = "qwen3_vl", *, seed: 
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(seed)
         config = getattr(transformers, f"{name}Config")(**settings)
-        getattr(transformers, f"{name}ForConditionalGeneration")(config).save_pretrained(folder)
+        model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+        for key, weight in model.named_parameters():
+            if "projection_weight" in key:  # Gemma's begins as zeros, with which no picture would be seen
+                torch.nn.init.normal_(weight, 0, 0.12)
+        model.save_pretrained(folder)
     return folder
 
 
@@ -258,6 +262,13 @@ def _tiny_native(family: NativeFamily, tokenizer: Any) -> tuple[str, dict[str, A
                 "vision_config": eyes | {"image_size": 32, "projection_dim": 32}, "image_seq_length": 16,
                 "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
             }  # fmt: skip
+        case "gemma3":
+            eyes |= {"num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32}
+            return "Gemma3", {
+                "text_config": text | {"sliding_window": 24, "query_pre_attn_scalar": 16}, "vision_config": eyes,
+                "mm_tokens_per_image": 4, "image_token_index": at("<image_soft_token>"),
+                "boi_token_index": at("<start_of_image>"), "eoi_token_index": at("<end_of_image>"),
+            }  # fmt: skip
         case "internvl":
             eyes |= {"num_hidden_layers": 3, "num_attention_heads": 2, "image_size": [32, 32], "patch_size": [8, 8]}
             return "InternVL", {
@@ -284,6 +295,11 @@ def _tiny_processor(folder: Path, family: NativeFamily) -> Any:
         named = {
             "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
             "video_token": "<video>",
+        }  # fmt: skip
+    if family == "gemma3":
+        more, place = [], "'<start_of_image>'"
+        named = {
+            "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>",
         }  # fmt: skip
     if family in ("idefics3", "smolvlm"):
         tiles = [f"<row_{r + 1}_col_{c + 1}>" for r in range(6) for c in range(6)]
@@ -334,6 +350,11 @@ _NATIVE_PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, An
         _TILES | {"image_processor_type": "SmolVLMImageProcessor"},
         {"processor_class": "SmolVLMProcessor", "image_seq_len": 4},
         {"video_processor_type": "SmolVLMVideoProcessor", "size": {"longest_edge": 32}},
+    ),
+    "gemma3": (
+        _EVERY | _HALF | {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 32, "width": 32}},
+        {"processor_class": "Gemma3Processor", "image_seq_length": 4},
+        {},
     ),
     "internvl": (
         _EVERY | _HALF | {
@@ -739,7 +760,7 @@ def _native_family(name: str) -> NativeFamily:
     low = name.lower().replace("-", "").replace("_", "").replace(".", "")
     marks: tuple[tuple[str, NativeFamily], ...] = (
         ("qwen25", "qwen2_5_vl"), ("idefics", "idefics3"), ("smolvlm", "smolvlm"), ("internvl", "internvl"),
-        ("llava", "llava"),
+        ("gemma", "gemma3"), ("llava", "llava"),
     )  # fmt: skip
     for mark, family in marks:
         if mark in low:
