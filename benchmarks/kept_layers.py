@@ -15,6 +15,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def prepared(layers: Layers, dtype: torch.dtype) -> LanguageModel:
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
         vocab_size=49_152, tie_word_embeddings=True,
     )  # fmt: skip
-    causal_lm: torch.nn.Module = LlamaForCausalLM(config)
+    causal_lm: Any = LlamaForCausalLM(config)
     language = LanguageModel(causal_lm.to(dtype), "SmolLM2-135M's shape")
     adapters.attach(language.part, LoraConfig(enable=True, r=16, alpha=32, dropout=0.0, llm_layers=layers), seed=0)
     for weight in adapters.adapter_parameters(language.part).values():
