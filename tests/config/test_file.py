@@ -406,7 +406,7 @@ def test_kept_layers_need_that_nothing_before_them_learns() -> None:
         ("=1", "is not KEY=VALUE"),
         ("run_name.x=1", "--set run_name.x: run_name is not a section (it is the text 'r')"),
         ("train.betas.5=1", "--set train.betas.5"),
-        ("run_name=1e5", """--set run_name: got the number 100000.0; expected text; write '"1e5"' in quotes"""),
+        ("run_name=1e5", """of at most 200 characters; write '"1e5"' in quotes"""),
         ("data.eval_sources=[{}]", "--set data.eval_sources: data.eval_sources.0.json_path: missing"),
         ("data.len_buckets=[0, x]", "--set data.len_buckets: data.len_buckets.1: got the text 'x'"),
     ],
@@ -553,6 +553,12 @@ def _switched() -> Iterator[tuple[str, dict[str, Any]]]:
         data = copy.deepcopy(whole)
         data["eval"] |= {"caption_samples": 0, "qa_samples": 0}
         yield "eval.qa_samples=0, and no captions", data
+        data = copy.deepcopy(whole)
+        data["model"] |= {"native": {"name_or_path": "a/b"}, "llm": None, "vision": None}
+        data["model"]["lora"]["enable"], data["stage"] = True, "instruct"
+        data["prompting"] |= {"template": "chat", "max_images_per_sample": 1}
+        del data["model"]["connector"]["trainable"]  # whose default is another there
+        yield "model.native", data
         data = copy.deepcopy(whole)
         data["train"] |= {"quick_eval_size": 0, "quick_eval_steps": 0}
         yield "no quick evaluation", data

@@ -629,7 +629,7 @@ def test_the_plan_follows_the_config_and_contradictions_are_refused(build: Build
     assert plan_of(cfg(True, False), STAGES["align"]) == TrainPlan()
     with pytest.raises(UserError, match=r"model\.lora\.enable is true, but stage align"):
         plan_of(cfg(True, True), STAGES["align"])
-    with pytest.raises(UserError, match="the language model has none"):
+    with pytest.raises(UserError, match="but the model has none"):
         apply_train_plan(build().model, TrainPlan(language="lora"))
 
 

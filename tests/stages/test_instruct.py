@@ -243,7 +243,7 @@ def test_a_run_at_less_strength_trains_the_same_weights_and_uses_less_of_them(
     written = json.loads((run / "checkpoints" / "step_4" / "adapter_config.json").read_text())
     assert written["lora_alpha"] == 16  # of 32
     assert "Used at 0.5 of the strength" in (run / "report.html").read_text(encoding="utf-8")
-    assert load(str(run)).model.language.train(False).adapted[0].scaling["default"] == 16 / 4
+    assert load(str(run)).model.language.train(False).part.adapted[0].scaling["default"] == 16 / 4
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft asks transformers by the old name

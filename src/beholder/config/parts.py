@@ -42,7 +42,7 @@ Layers = (
         str, Field(pattern=r"^(all|none|(last|first)-[0-9]{1,4})$"),
         Written("all, none, last-K, first-K"),
     ]
-    | tuple[Annotated[int, Field(ge=0, lt=10_000)], ...]
+    | tuple[Annotated[int, Field(ge=0, le=9_999)], ...]
 )  # fmt: skip
 """Which layers of a model: by where they stand, or by their numbers from 0."""
 

@@ -306,11 +306,11 @@ def learning(
     lora: LoraConfig | None,
     tower: VisionConfig | None = None,
 ) -> tuple[LanguageShape | None, VisionShape | None]:
-    """The shapes with what learns of them. Raises `UserError` as `model.placement.resolve_targets` and
-    `choose_modules` do."""
+    """The shapes with what learns of them, and no longer with the models themselves. Raises `UserError` as
+    `model.placement.resolve_targets` and `choose_modules` do."""
     parts = {s.part.name: s.part for s in (vision, language) if s is not None and s.part is not None}
     if language is None:
-        return language, vision
+        return None, vision and replace(vision, part=None)
     wanted = selectors(lora, parts) if lora else {}
     sites = {name: resolve_targets(parts[name], s, lora.r) for name, s in wanted.items() if lora}
     # Queries, keys and values read one tensor, gate and up another: the same width below the same module. What leads
@@ -318,8 +318,9 @@ def learning(
     own = sites.get("language", [])
     inputs = {(*_parent_and_role(s.name), s.d_in) for s in own}
     language = replace(
-        language, adapter_params=sum(s.params for s in own), adapter_inputs=sum(width for *_, width in inputs)
-    )
+        language, part=None,
+        adapter_params=sum(s.params for s in own), adapter_inputs=sum(width for *_, width in inputs),
+    )  # fmt: skip
     if vision is None or vision.part is None:
         return language, vision
     part, names = vision.part, tower.unfreeze if tower else ()
@@ -335,6 +336,7 @@ def learning(
     in_blocks = sum(size for n, size in weights.items() if inside(n, part.blocks))
     return language, replace(
         vision,
+        part=None,
         adapter_params=sum(s.params for s in sites.get("vision", [])),
         unfrozen_params=sum(size for n, size in weights.items() if inside(n, unfrozen)),
         share_above=sum(size for n, size in weights.items() if inside(n, above)) / max(in_blocks, 1),

@@ -192,14 +192,15 @@ def problem(path: Path, *, hashes: bool = True) -> str | None:
             return f"its format is {manifest['format']!r}, this version reads {FORMAT!r}"
         if f"step_{manifest['step']}" != path.name and _STEP.fullmatch(path.name):
             return f"its manifest is of step {manifest['step']}"
+        for name in files:
+            if Path(name).name != name:
+                return f"its manifest names a file outside the folder: {name!r}"
         missing_entries = _CONNECTOR_AND_STATE - set(files)
         for part in parts_in(files):
             missing_entries |= set(part_files(part)) - set(files)
         if missing_entries:
             return f"its manifest does not list {', '.join(sorted(missing_entries))}"
         for name, facts in files.items():
-            if Path(name).name != name:
-                return f"its manifest names a file outside the folder: {name!r}"
             file = path / name
             if not file.is_file() or file.is_symlink():
                 return f"{name} is missing"
