@@ -63,7 +63,14 @@ from beholder.model.plan import TrainPlan, apply_train_plan, param_groups, plan_
 from beholder.model.vlm import VisionLanguageModel
 from beholder.prepare import tiny
 from beholder.prepare.doctor import matmul_rate
-from beholder.prepare.estimate import LanguageShape, VisionShape, connector_shape, language_shape, learning, vision_shape
+from beholder.prepare.estimate import (
+    LanguageShape,
+    VisionShape,
+    connector_shape,
+    language_shape,
+    learning,
+    vision_shape,
+)
 from beholder.runs import RunDir, version_of
 from beholder.stages import run_stage
 from beholder.store.features import FeatureStore

@@ -203,7 +203,7 @@ def test_a_run_without_adapters_has_none_to_merge(stage: MakeStage, tmp_path: Pa
 def test_a_checkpoint_on_a_merged_base_does_not_load_on_another(stage: MakeStage, origin: Path, merged: Path) -> None:
     where = checkpoint.resolve_checkpoint(merged)
 
-    with pytest.raises(UserError, match="trained on another base: .* is merged_1, of this model nothing"):
+    with pytest.raises(UserError, match=r"trained on another base: .* is merged_1, of this model nothing"):
         restore.load_trained(where, load(origin).model)
 
 

@@ -98,7 +98,10 @@ def tiny_tokenizer(
         )
         special["bos_token"] = "<s>"
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, clean_up_tokenization_spaces=False, additional_special_tokens=list(control), **special,
+        tokenizer_object=inner,
+        clean_up_tokenization_spaces=False,
+        additional_special_tokens=list(control),
+        **special,
         **({"extra_special_tokens": dict(named)} if named else {}),
     )
     tokenizer.chat_template = chat_template
