@@ -384,6 +384,14 @@ def test_adapters_on_no_layer_and_a_rate_for_a_frozen_tower_are_refused() -> Non
     assert "the vision tower is frozen" in one(MINIMAL, on, "train.lr.vision=1e-3")
     assert "the tower gets no adapters" in one(MINIMAL, on, "model.lora.vit_target_modules=[qkv]")
     parse_config(MINIMAL, overrides=[on, "train.lr.vision=1e-3", r"model.lora.target_modules=['blocks\.2\..*']"])
+    said = one(
+        MINIMAL,
+        on,
+        "train.lr.vision=1e-3",
+        r"model.lora.target_modules=['blocks\.2\..*']",
+        "model.lora.vit_layers=none",
+    )
+    assert "the vision tower is frozen" in said
     parse_config(MINIMAL, overrides=["model.vision.unfreeze=[last-1]", "train.lr.vision=1e-3"])
 
 

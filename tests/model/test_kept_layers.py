@@ -98,3 +98,8 @@ def test_it_is_refused_where_something_before_the_layers_learns_or_the_first_lay
     built = build(lora=LAST.model_copy(update={"llm_layers": "all"}))
     apply_train_plan(built.model, TrainPlan(connector="frozen", language="lora"))
     assert built.model.check_layers_kept() == "it learns from its first layer on"
+
+    built = build(lora=LAST, gradient_checkpointing=True)
+    apply_train_plan(built.model, TrainPlan(connector="frozen", language="lora"))
+    why = built.model.check_layers_kept()
+    assert why is not None and "without what was kept (model.llm.gradient_checkpointing)" in why

@@ -16,19 +16,23 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import TinyParts
 
 from beholder.config import GenerateConfig, LlmConfig, LoraConfig, ModelConfig
-from beholder.data.chat import ChatEncoder
-from beholder.data.collate import Layout, collate
+from beholder.data.chat import ChatEncoder, EncodeError
+from beholder.data.collate import Layout, SampleBuilder, collate
+from beholder.data.images import NativePipeline
 from beholder.data.same_ids import check_same_ids, messages
 from beholder.model.native import FAMILIES, NativeModel, load_native
 from beholder.model.placement import Selector, inside, resolve_targets
 from beholder.model.plan import TrainPlan, apply_train_plan, frozen_fingerprint
+from beholder.model.processor import load_processor
 from beholder.model.sites import empty_parts
 from beholder.model.vision import check_reached
 from beholder.prepare.tiny import tiny_native
+from beholder.train.nonfinite import only
 from beholder.types import Batch, Example, ImageInput, ImageRef, ImageSlot, TokenLosses, Turn, UserError
 
 CPU = torch.device("cpu")
 PICTURES = [(40, 56), (96, 64), (33, 100)]
+TWO = [("user", ("First: ", ImageSlot(0), " then ", ImageSlot(1), "\nWhich?")), ("assistant", ("The first.",))]
 TALKS = [
     [("user", (ImageSlot(0), "\n", "What colour is it?")), ("assistant", ("Red.",))],
     [("user", ("Look: ", ImageSlot(0), "and?")), ("assistant", ("A disc.",)), ("user", ("Sure?",)),
@@ -49,6 +53,12 @@ class Native:
     def sample(self, k: int) -> tuple[str, Any, list[ImageInput]]:
         example = Example(str(k), (ImageRef("", "0"),), turns(TALKS[k]), file="test")
         return str(k), self.encoder.encode(example, [PICTURES[k]]), [self.processor.process(picture(k))]
+
+    def two(self, first: int, second: int) -> tuple[str, Any, list[ImageInput]]:
+        """A sample of two images."""
+        example = Example("two", (ImageRef("", "0"), ImageRef("", "1")), turns(TWO), file="test")
+        encoded = self.encoder.encode(example, [PICTURES[first], PICTURES[second]])
+        return "two", encoded, [self.processor.process(picture(k)) for k in (first, second)]
 
     def batch(self, which: list[int], *, packing: bool) -> Batch:
         return collate([self.sample(k) for k in which], Layout(packing, 4096, 8))
@@ -147,6 +157,49 @@ def test_the_loss_is_the_models_own_on_the_same_conversation(native: Native) -> 
 
         # fp32, other shapes of the same sums: worst seen 3e-7.
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (2, 0)])
+def test_two_images_of_different_size_in_one_sample_are_seen_as_the_model_sees_them(
+    native: Native, first: int, second: int
+) -> None:
+    own, whole, shown = native.processor.processor, native.model.whole, [[picture(first), picture(second)]]
+    text = own.apply_chat_template(messages(turns(TWO)), tokenize=False)
+    inputs = own(text=[text], images=shown, return_tensors="pt", add_special_tokens=False)
+    sample = native.two(first, second)
+    _, encoded, images = sample
+    batch = collate([native.sample(1), sample], Layout(False, 4096, 8))  # beside one that has one image
+    labels = inputs["input_ids"].masked_fill(~torch.from_numpy(encoded.supervise)[None], -100)
+    question = Example("two", (ImageRef("", "0"), ImageRef("", "1")), turns(TWO[:1]), file="test")
+    asked = own.apply_chat_template(messages(turns(TWO[:1])), tokenize=False, add_generation_prompt=True)
+    given = own(text=[asked], images=shown, return_tensors="pt", add_special_tokens=False)
+
+    with torch.no_grad():
+        theirs = whole(**inputs, labels=labels)
+        out = native.model(batch)
+        plan = native.model._inputs(batch.images, batch.image_sizes)
+        hidden = native.model._hidden(batch, plan, native.model._positions(batch, plan))[1, : len(encoded.ids)]
+    new = whole.generate(**given, max_new_tokens=5, do_sample=False, eos_token_id=7, pad_token_id=7)
+
+    assert encoded.ids.tolist() == inputs["input_ids"][0].tolist()
+    # fp32, other shapes of the same sums
+    torch.testing.assert_close(native.model.language.head(hidden), theirs.logits[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.nll[out.sample == 1].mean(), theirs.loss, rtol=1e-5, atol=1e-5)
+    prompts = [native.encoder.encode_prompt(question, [PICTURES[first], PICTURES[second]])]
+    how = GenerateConfig(temperature=0.0, max_new_tokens=5)
+    written = native.model.generate(prompts, [images], how, eos_ids=[7])
+    assert written == [new[0, given["input_ids"].shape[1] :].tolist()]
+
+
+def test_a_sample_taken_out_of_a_batch_keeps_its_images_and_their_sizes(native: Native) -> None:
+    batch = collate([native.sample(0), native.two(1, 2), native.sample(2)], Layout(False, 4096, 8))
+
+    with torch.no_grad():
+        together = native.model(batch)
+        for i in range(3):
+            torch.testing.assert_close(
+                native.model(only(batch, i)).nll, together.nll[together.sample == i], rtol=1e-4, atol=1e-5
+            )
 
 
 def test_packed_samples_are_what_they_are_alone(native: Native) -> None:
@@ -352,3 +405,23 @@ def test_an_adapter_is_no_model(qwen: Native, tmp_path: Path) -> None:
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match="PEFT adapter"):
         load_native(LlmConfig(name_or_path=str(tmp_path / "a")), CPU)
+
+
+def test_an_image_that_the_processor_refuses_is_a_named_reject(qwen: Native, tmp_path: Path) -> None:
+    Image.new("RGB", (300, 1)).save(tmp_path / "long.png")
+    pipeline = NativePipeline(qwen.processor, 50)
+    encoder = encoder_of(qwen.model, qwen.tokenizer, size_of=pipeline.size)
+    example = Example("a", (ImageRef(str(tmp_path), "long.png"),), turns(TALKS[0]), file="test")
+    builder = SampleBuilder(encoder, pipeline, None, on_bad_image="skip")
+
+    with pytest.raises(EncodeError, match=r"a.*: image 1 is 300 x 1, which the model's own processor refuses: .*200"):
+        encoder.encode(example)
+    ((name, why),) = builder.batch([example], Layout(False, 4096, 8)).rejected
+    assert name == "a" and why.startswith("cannot_encode: ")
+
+
+def test_a_config_that_names_no_image_token_is_refused(qwen: Native) -> None:
+    from transformers import PreTrainedConfig
+
+    with pytest.raises(UserError, match=r"its config\.json names no image token \(image_token_id is None"):
+        load_processor(LlmConfig(name_or_path=str(qwen.folder)), PreTrainedConfig(), torch.float32)

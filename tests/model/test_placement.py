@@ -97,6 +97,38 @@ def test_an_expression_of_whole_names_as_ms_swift_writes_it_means_the_part_it_na
     assert len(resolve_targets(qwen3_vl_4b["vision"], wanted["vision"], 16)) == 16
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"vit_layers": "none"}, r"alone, but model\.lora\.vit_layers is none, so it would go nowhere"),
+        ({"vit_layers": "last-0"}, r"vit_layers is last-0, so it would go nowhere"),
+        ({"vit_layers": ()}, r"vit_layers is \[\], so it would go nowhere"),
+        (
+            {"vit_layers": "last-2", "vit_target_modules": ("qkv",)},
+            r"and model\.lora\.vit_target_modules \(qkv\) names",
+        ),
+    ],
+)
+def test_an_expression_of_the_tower_beside_settings_of_the_tower_that_say_something_else_is_refused(
+    qwen3_vl_4b: dict[str, Part], settings: dict[str, Any], says: str
+) -> None:
+    lora = LoraConfig(enable=True, target_modules=(r"visual\.blocks\.\d+\.attn\.qkv", "q_proj"), **settings)
+
+    with pytest.raises(UserError, match=says):
+        selectors(lora, qwen3_vl_4b)
+
+
+def test_an_expression_of_the_tower_is_narrowed_by_its_layers(qwen3_vl_4b: dict[str, Part]) -> None:
+    qkv = r"visual\.blocks\.\d+\.attn\.qkv"
+
+    def sites(**settings: Any) -> int:
+        wanted = selectors(LoraConfig(enable=True, target_modules=(qkv,), **settings), qwen3_vl_4b)
+        return len(resolve_targets(qwen3_vl_4b["vision"], wanted["vision"], 2))
+
+    assert sites() == 24 and sites(vit_layers="last-2") == 2
+    assert "vision" not in selectors(LoraConfig(enable=True, target_modules=("q_proj",)), qwen3_vl_4b)
+
+
 def test_an_expression_that_crosses_towers_is_refused(qwen3_vl_4b: dict[str, Part]) -> None:
     crossing = r".*\.(layers|blocks)\.\d+\.mlp\..*"
 

@@ -255,3 +255,22 @@ def test_of_a_tower_that_learns_below_its_blocks_nothing_is_kept(tower: Load) ->
     vision.part.module.get_submodule("embeddings").requires_grad_(True)
 
     assert vision.lowest is None and vision.check_kept() == "something outside of its blocks learns"
+
+
+@pytest.mark.parametrize("family", ["siglip", "test_vit"])
+@pytest.mark.parametrize("before", ["one", "all"])
+def test_a_block_may_learn_of_which_modules_learned_before(tower: Load, family: str, before: str) -> None:
+    """In a tower of 16 bits: what learns computes in fp32, what is around it does not."""
+    plain, vision = tower(family, precision="bf16"), tower(family, precision="bf16")
+    last = plain.part.blocks[-1]
+    inner = [n for n, m in plain.part.module.get_submodule(last).named_modules() if n and list(m.parameters(False))]
+    unfreeze(vision.part, [f"{last}.{n}" for n in (inner if before == "all" else inner[-1:])])
+    with torch.no_grad():
+        assert vision(pictures(vision)).dtype == torch.bfloat16
+
+    unfreeze(vision.part, ("last-1",))
+    unfreeze(plain.part, ("last-1",))
+
+    with torch.no_grad():
+        assert torch.equal(vision(pictures(vision)), plain(pictures(plain)))
+    assert vision.part.changed == (last,) and set(vision.part.widened) == {last}

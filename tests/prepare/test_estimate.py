@@ -409,6 +409,17 @@ def test_what_learns_in_the_tower_is_counted_and_is_what_the_loaded_model_has(tm
     assert any("backward pass is not among the activations" in gap for gap in found.gaps)
 
 
+def test_what_learns_below_the_blocks_needs_the_gradients_of_all_of_them(tmp_path, tiny_config):
+    def above(*names: str) -> float:
+        cfg = tiny_config(tmp_path, **{"stage": "instruct", "model.lora.enable": True, "model.vision.unfreeze": names})
+        found = estimate(cfg, measure=False).vision
+        assert found is not None
+        return found.share_above
+
+    assert above() == 0 and above("last-1") == pytest.approx(0.5)
+    assert above("embeddings") == above("last-1", "embeddings") == above("first-1") == 1
+
+
 def test_more_layers_than_there_are_is_said_in_the_plan(tmp_path, tiny_config):
     cfg = tiny_config(tmp_path, **{"stage": "instruct", "model.lora.enable": True, "model.lora.vit_layers": "last-9"})
 

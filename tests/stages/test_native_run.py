@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,23 @@ from PIL import Image
 from safetensors.torch import load_file
 from tests.evidence.test_catalogue import strangers
 
-from beholder.config import GREEDY, RunConfig
+from beholder.config import GREEDY, LlmConfig, LoraConfig, RunConfig
 from beholder.config.file import ConfigError, dump_config, parse_config
+from beholder.data import build_data
 from beholder.data.collate import SampleBuilder
-from beholder.data.images import NativePipeline
+from beholder.data.images import ImageError, NativePipeline
 from beholder.evidence import Evidence, load_evidence
+from beholder.model import adapters
+from beholder.model.native import load_native
 from beholder.prepare.preview import preview_config
 from beholder.prepare.tiny import colour_source, tiny_native
 from beholder.probes.written import write
-from beholder.runs import sha256_file
+from beholder.runs import RunDir, sha256_file
 from beholder.stages import run_stage
+from beholder.stages.held_out import HeldOut
+from beholder.stages.monitor_sets import MonitorSets
 from beholder.stages.monitors import Cropped
+from beholder.train.distributed import Dist
 from beholder.types import Example, ImageInput, ImageRef, ImageSlot, Status, Turn, UserError
 from beholder.use.vlm import load
 
@@ -183,6 +190,69 @@ def test_a_prompt_is_laid_out_for_the_part_of_an_image_that_is_shown(finished: P
 
     with Image.open(tmp_path / "a.png") as image:
         assert said.prediction.strip() == vlm.chat("What colour?", image.crop((0, 0, 113, 113)), max_new_tokens=4)
+
+
+@pytest.mark.parametrize("where", ["held out", "trained on"])
+def test_a_broken_image_stops_the_run_or_is_a_named_reject(finished: Path, tmp_path: Path, where: str) -> None:
+    vlm, source = load(finished, device="cpu"), colour_source(tmp_path / "data", "jsonl", 24, dialogues=True)
+    assert isinstance(vlm.pipeline, NativePipeline)
+    cfg = vlm.cfg.model_copy(
+        update={"data": vlm.cfg.data.model_copy(update={
+            "json_path": source.json_path, "image_root": source.image_root, "eval_size": 6, "on_bad_image": "error",
+        })}
+    )  # fmt: skip
+    skipping = cfg.model_copy(update={"data": cfg.data.model_copy(update={"on_bad_image": "skip"})})
+    data = build_data(cfg, vlm.tokenizer, vlm.pipeline.processor, None)
+    broken = data.eval_examples[0] if where == "held out" else data.train.example_at(0)
+    for ref in broken.images:
+        Path(ref.root, ref.path).write_bytes(b"no picture")
+
+    with pytest.raises(ImageError, match=r"needed by .*not_an_image"):
+        data.without_unusable(skip_bad_images=False)
+
+    left = data.without_unusable(skip_bad_images=True)
+    assert (broken.id in {r.id for r in left.rejects}) == (where == "held out")
+    monitors = [
+        MonitorSets(c, data, HeldOut(c, RunDir(tmp_path), Dist(device=vlm.model.device), data)) for c in (cfg, skipping)
+    ]
+    with pytest.raises(ImageError, match="needed by"):
+        monitors[0].fits(broken)
+    assert not monitors[1].fits(broken)
+    four = GREEDY.model_copy(update={"max_new_tokens": 4})
+    good = next(e for e in data.eval_examples if not {r.path for r in e.images} & {r.path for r in broken.images})
+    for bad in ("skip", "error"):
+        builder = SampleBuilder(data.encoder, data.pipeline, None, on_bad_image=bad)
+        if bad == "skip":
+            assert [w.id for w in write(vlm.model, data.encoder, builder, [broken, good], four)] == [good.id]
+        else:
+            with pytest.raises(ImageError, match="needed by"):
+                write(vlm.model, data.encoder, builder, [broken, good], four)
+
+
+def test_adapters_on_its_tower_alone_are_merged_too(setting: Setting, finished: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    vlm = load(finished, device="cpu")
+    model, _ = load_native(LlmConfig(name_or_path=str(setting.native), precision="fp32"), torch.device("cpu"))
+    with pytest.raises(UserError, match="no adapters to merge; its model is the base"):
+        replace(vlm, model=model).save_merged(tmp_path / "nothing")
+    part = model.parts()["vision"]
+    adapters.attach(part, LoraConfig(enable=True, r=2, vit_layers="last-1"), 0)
+    with torch.no_grad():
+        for weight in adapters.adapter_parameters(part).values():
+            weight += 0.1
+
+    replace(vlm, model=model).save_merged(tmp_path / "merged")
+
+    merged = AutoModelForImageTextToText.from_pretrained(str(tmp_path / "merged"), dtype=torch.float32)
+    image = vlm.pipeline.from_pil(Image.new("RGB", (64, 64), "red"))
+    assert isinstance(image, ImageInput) and image.inputs is not None
+    with torch.no_grad():
+        own = model.patches([image])
+        theirs = torch.cat(list(merged.model.get_image_features(**image.inputs, return_dict=True).pooler_output))
+        base = vlm.model.patches([image])
+    torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(own, base, rtol=1e-2)
 
 
 def test_a_run_on_another_base_is_refused(setting: Setting, finished: Path, tmp_path: Path) -> None:

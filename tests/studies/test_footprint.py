@@ -203,6 +203,15 @@ def test_every_point_is_a_run_on_one_split_that_goes_on_from_the_start(write_stu
     assert any("no guardrail is on" in n for n in study.notes)
 
 
+def test_an_expression_of_the_tower_is_refused_because_the_study_varies_its_blocks(
+    write_study: WriteStudy, tmp_path: Path
+) -> None:
+    expression = {"model.lora.target_modules": [r"encoder\.layers\.\d+\.self_attn\.out_proj", "q_proj"]}
+
+    with pytest.raises(UserError, match=r"out_proj' names modules of the vision tower alone, and a footprint study"):
+        plan_footprint(write_study(tmp_path, {**TINY, "select": ["A1"]}, **expression))
+
+
 def test_controls_get_the_rank_that_gives_them_as_many_parameters(write_study: WriteStudy, tmp_path: Path) -> None:
     select = ["A1", "first", "attention", "gate_up"]
     study = plan_footprint(

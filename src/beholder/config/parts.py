@@ -56,8 +56,10 @@ def no_layers(layers: Layers) -> bool:
     return layers in ("none", "last-0", "first-0", ())
 
 
-def _few(layers: Layers) -> Layers:
+def _few(layers: Layers | None) -> Layers | None:
     """As much of it as a tiny part has."""
+    if layers is None:
+        return None
     if isinstance(layers, str):
         return re.sub(r"-[1-9]\d*", "-1", layers)
     return tuple(k for k in layers if k == 0) or ("last-1" if layers else layers)
@@ -217,14 +219,19 @@ class LoraConfig(Section):
     """Modules of the language model that get an adapter: ``all-linear``, the last part of a module's name (``q_proj``),
     several parts (``self_attn.q_proj``), or a regular expression that matches the whole name or its last parts. Each
     must match something, and nothing outside the language model's layers; the resolved list is printed and counted. A
-    regular expression that names modules of the vision tower alone is the tower's."""
+    regular expression that names modules of the vision tower alone is the tower's, in all its blocks unless
+    ``vit_layers`` says which."""
     llm_layers: Annotated[Layers, NO_ADAPTERS, Tiny(make=_few)] = "all"
     """Layers of the language model that get them: all, none, ``last-2``, ``first-2``, or a list of numbers from 0."""
-    vit_layers: Annotated[Layers, NO_ADAPTERS, Tiny(make=_few)] = "none"
-    """Blocks of the vision tower that get adapters as well, said like ``llm_layers``. ``beholder plan`` counts them."""
+    vit_layers: Annotated[Layers | None, NO_ADAPTERS, Tiny(make=_few)] = None
+    """Blocks of the vision tower that get adapters as well, said like ``llm_layers``; default none, unless an
+    expression in ``target_modules`` names modules of the tower. ``beholder plan`` counts them."""
     vit_target_modules: Annotated[
         tuple[str, ...], NO_ADAPTERS, Tiny(value=("all-linear",)),
-        Inert(lambda _, own: no_layers(own.vit_layers), "the tower gets no adapters", ".vit_layers"),
+        Inert(
+            lambda _, own: own.vit_layers is None or no_layers(own.vit_layers), "the tower gets no adapters",
+            ".vit_layers",
+        ),
     ] = ("all-linear",)  # fmt: skip
     """Modules of these blocks that do: as in ``target_modules``. ``all-linear`` are linear layers, ``qkv`` among them,
     and 1 x 1 convolutions; other convolutions, depth-wise ones among them, are named."""
@@ -232,7 +239,9 @@ class LoraConfig(Section):
     @property
     def may_reach_tower(self) -> bool:
         """Whether the tower gets adapters, or may: what an expression names, only the model knows."""
-        return not no_layers(self.vit_layers) or not all(map(names_modules, self.target_modules))
+        if self.vit_layers is None:
+            return not all(map(names_modules, self.target_modules))
+        return not no_layers(self.vit_layers)
 
     def impossible(self) -> list[str]:
         if self.enable and no_layers(self.llm_layers) and not self.may_reach_tower:

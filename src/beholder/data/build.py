@@ -83,7 +83,8 @@ class Data:
 
         ``skip_bad_images``: also without those whose image cannot be had. Otherwise the probes would each have to lose
         them on their own, the shuffle after hours of training. Raises `UserError` when none is left, and when none of
-        the first training samples can be laid out.
+        the first training samples can be laid out; without ``skip_bad_images`` also `ImageError` for an image that
+        decides a sample's layout and cannot be had.
         """
         kept: list[int] = []
         rejects: list[Reject] = []
@@ -94,17 +95,22 @@ class Data:
                     self.pipeline(ref)
                 kept.append(i)
             except (EncodeError, ImageError) as e:
+                if isinstance(e, ImageError) and not skip_bad_images:
+                    raise e.needed_by(example.where) from e
                 rejects.append(Reject(example.id, example.row, example.file, e.reason, str(e)))
         if not kept:
             raise UserError(
                 f"no held-out sample can be used; the last of {len(self.eval_examples)}: {rejects[-1].detail}"
             )
-        refused: list[EncodeError] = []
+        refused: list[UserError] = []
         for position in range(min(NUM_TRIED, len(self.train))):
+            example = self.train.example_at(position)
             try:
-                self.encoder.encode(self.train.example_at(position))
+                self.encoder.encode(example)
                 break
-            except EncodeError as e:
+            except (EncodeError, ImageError) as e:
+                if isinstance(e, ImageError) and not skip_bad_images:
+                    raise e.needed_by(example.where) from e
                 refused.append(e)
         else:
             raise UserError(f"none of the first {len(refused)} training samples can be laid out: {refused[0]}")

@@ -297,7 +297,7 @@ class ChatEncoder:
             self._chat_pieces(where, turns, prompt=prompt) if self.template == "chat" else self._plain_pieces(turns)
         )
         native: ImageSlot | None = None
-        for what, supervise in pieces if sizes is None else self._expanded(pieces, sizes):
+        for what, supervise in pieces if sizes is None else self._expanded(where, pieces, sizes):
             if sizes is not None and isinstance(what, ImageSlot):
                 native = what
                 continue
@@ -351,8 +351,8 @@ class ChatEncoder:
             labelled.append(replace(turn, parts=tuple(parts)))
         return labelled
 
-    def _expanded(self, pieces: Iterable[Piece], sizes: Sequence[tuple[int, int]]) -> Iterator[Piece]:
-        """Each image followed by what its processor writes for it."""
+    def _expanded(self, where: str, pieces: Iterable[Piece], sizes: Sequence[tuple[int, int]]) -> Iterator[Piece]:
+        """Each image followed by what its processor writes for it. Raises `EncodeError` for a size it refuses."""
         assert self.images is not None and self._chat is not None
         pieces = list(pieces)
         if [p.what for p in pieces[: len(self.bos_ids)]] != self.bos_ids:  # as the processor's tokenizer does by itself
@@ -363,7 +363,13 @@ class ChatEncoder:
                 size = sizes[piece.what.index]
                 known = self._places.get(size)
                 if known is None:
-                    known = self._chat.split(self.images.place(size))
+                    try:
+                        known = self._chat.split(self.images.place(size))
+                    except ValueError as e:  # such as an aspect ratio beyond 200
+                        raise EncodeError(
+                            f"{where}: image {piece.what.index + 1} is {size[1]} x {size[0]}, which the model's own "
+                            f"processor refuses: {e}"
+                        ) from e
                     if len(self._places) < 4096:
                         self._places[size] = known
                 yield from known

@@ -183,7 +183,10 @@ class SampleBuilder:
 
     def build(self, example: Example, epoch: int = 0) -> Sample:
         """One sample. Raises `UserError` (`ImageError` for an image) whose message names the record."""
-        encoded = self.encoder.encode(example)
+        try:
+            encoded = self.encoder.encode(example)
+        except ImageError as e:  # a native model's layout depends on how large its images are
+            raise e.needed_by(example.where) from e
         return example.id, encoded, self.images(example, epoch)
 
     def images(self, example: Example, epoch: int = 0) -> list[ImageInput]:
@@ -198,7 +201,7 @@ class SampleBuilder:
             try:
                 out.append(as_input(self.pipeline(ref, key)))
             except ImageError as e:
-                raise ImageError(e.ref, e.reason, f"{e.detail}; needed by {example.where}") from e
+                raise e.needed_by(example.where) from e
             except UserError as e:
                 raise UserError(f"{example.where}: {e}") from e
         return out

@@ -91,6 +91,10 @@ class ImageError(UserError):
         self.reason = reason
         self.detail = detail
 
+    def needed_by(self, where: str) -> ImageError:
+        """The same, naming the record as well."""
+        return ImageError(self.ref, self.reason, f"{self.detail}; needed by {where}")
+
     def __str__(self) -> str:
         name = printable(str(self.ref)[:MAX_PATH], one_line=True)
         return f"image {name}: {self.detail} [{self.reason}]" if self.detail else name
@@ -589,7 +593,11 @@ def _upright_rgb(image: Image.Image, name: ImageRef | str) -> Image.Image:
         raise
     except Exception as e:
         raise _undecodable(e, name) from None
-    return image.transpose(turn) if turn is not None else image
+    if turn is not None:
+        image = image.transpose(turn)
+        for key in _SAYS_WHICH_WAY_UP:  # or a part of it, given to `from_pil`, would be turned once more
+            image.info.pop(key.decode(), None)
+    return image
 
 
 def _orientation(image: Image.Image) -> int:

@@ -22,7 +22,7 @@ from beholder.model.families import (
     limits_of,
     running,
 )
-from beholder.model.placement import base_state, decoder_of, given_to, input_of, inside, language_part, lowest_of
+from beholder.model.placement import decoder_of, given_to, input_of, language_part, state_below
 from beholder.model.weights import (
     DTYPES,
     check_finite,
@@ -156,9 +156,9 @@ class LanguageModel(nn.Module):
 
     @property
     def lowest(self) -> str | None:
-        """`lowest_of` its layers, where it is not the first: what goes into it can be kept of every sample, as long as
-        its embeddings do not change."""
-        lowest = lowest_of(self.part)
+        """The lowest of its layers that learns, where it is not the first: what goes into it can be kept of every
+        sample, as long as its embeddings do not change."""
+        lowest = self.part.lowest
         return None if lowest is None or lowest == self.part.blocks[0] else lowest
 
     @torch.no_grad()
@@ -185,6 +185,8 @@ class LanguageModel(nn.Module):
         """Why nothing can be kept, or None where `finish` after `keep` gives what `hidden` does."""
         if self.lowest is None:
             return "it learns from its first layer on"
+        if self.decoder_checkpointing:
+            return "the backward pass runs its layers again, without what was kept (model.llm.gradient_checkpointing)"
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(0, self.vocab, (2, 9), generator=draw).to(self.device)
         positions = torch.tensor([[*range(5), *range(4)], [*range(9)]], device=self.device)
@@ -198,10 +200,8 @@ class LanguageModel(nn.Module):
     def below_fingerprint(self) -> str:
         """sha256 over the weights that decide what `keep` gives, and how it is computed."""
         assert self.lowest is not None
-        blocks = self.part.blocks
-        above = blocks[blocks.index(self.lowest) :]
-        below = {n: t for n, t in base_state(self.part).items() if not inside(n, above)}
-        return hash_state(below, f"{self.config.to_json_string()} {self.dtype} {self.attention} below {self.lowest}")
+        how = f"{self.config.to_json_string()} {self.dtype} {self.attention} below {self.lowest}"
+        return hash_state(state_below(self.part, self.lowest), how)
 
     def try_out(self) -> None:
         """One forward pass over a few tokens."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from beholder.model.placement import Part, base_state, choose_modules, inside
+from beholder.model.placement import Part, Widened, base_state, choose_modules, inside
 from beholder.model.weights import listed
 from beholder.types import TrainedPart, UserError
 
@@ -27,10 +27,17 @@ def _widen(part: Part, modules: Sequence[str]) -> None:
             continue
         module = part.module.get_submodule(name)
         narrow = next((p.dtype for p in module.parameters() if p.dtype != torch.float32), None)
+        for within in [n for n in part.widened if inside(n, [name])]:  # around it everything is fp32 now
+            narrow, hooks = part.widened.pop(within)
+            for hook in hooks:
+                hook.remove()
         module.float()
         if narrow is not None:
-            module.register_forward_pre_hook(_to_float, with_kwargs=True)
-            module.register_forward_hook(lambda _m, _x, out, to=narrow: tree_map(lambda t: _cast(t, to), out))
+            hooks = (
+                module.register_forward_pre_hook(_to_float, with_kwargs=True),
+                module.register_forward_hook(lambda _m, _x, out, to=narrow: tree_map(lambda t: _cast(t, to), out)),
+            )
+            part.widened[name] = Widened(narrow, hooks)
         part.changed = (*(c for c in part.changed if not inside(c, [name])), name)
 
 

@@ -8,7 +8,7 @@ is a row of `FAMILIES`; what is not there is refused by name.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -142,7 +142,7 @@ class NativeModel(Seeing):
         """Loss of every supervised token, as `VisionLanguageModel.forward`."""
         inputs = self._inputs(batch.images, batch.image_sizes)
         beside = self._positions(batch, inputs)
-        return self._losses(batch, lambda: self._hidden(batch.to(self.device), inputs, beside))
+        return self._losses(batch, lambda: self._hidden(batch, inputs, beside))
 
     def _inputs(self, images: Sequence[ImageInput], sizes: Sequence[tuple[int, int]]) -> list[Mapping[str, Tensor]]:
         """The processor's inputs of each image; an empty one's are as large as its place was laid out for."""
@@ -221,7 +221,8 @@ class NativeModel(Seeing):
     def _hidden(
         self, batch: Batch, inputs: Sequence[Mapping[str, Tensor]], beside: Mapping[str, Tensor]
     ) -> Float[Tensor, "b t dh"]:
-        """Final hidden states of a batch that lies on the model's device."""
+        """Final hidden states of a batch, wherever it lies, whose images are ``inputs``."""
+        batch = replace(batch, images=[]).to(self.device)
         embeds = self.language.embed(batch.input_ids)
         extra: dict[str, Any] = {k: v.to(self.device) for k, v in beside.items()}
         if inputs:
@@ -357,7 +358,7 @@ class NativeModel(Seeing):
             ids=[str(i) for i in range(len(samples))], image_sizes=[e.image_sizes[0] for e, _ in samples],
         )  # fmt: skip
         inputs = self._inputs(batch.images, batch.image_sizes)
-        hidden = self._hidden(batch.to(self.device), inputs, self._positions(batch, inputs))
+        hidden = self._hidden(batch, inputs, self._positions(batch, inputs))
         return [part.float() for part in self.language.head(hidden[0]).split(lengths)]
 
     def _own_logits(self, sample: tuple[Encoded, ImageInput]) -> Tensor:

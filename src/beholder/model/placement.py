@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from beholder.config import Layers, LoraConfig, names_modules, no_layers
 from beholder.model.weights import listed
@@ -42,6 +44,14 @@ class AdapterSite:
     params: int
 
 
+class Widened(NamedTuple):
+    """A module that holds its weights in fp32 inside of one of another precision."""
+
+    around: torch.dtype
+    hooks: tuple[RemovableHandle, ...]
+    """They cast what goes in and out."""
+
+
 @dataclass(slots=True)
 class Part:
     """A part of a model that can learn in pieces: its module, its layers in order, and what was done to it."""
@@ -71,6 +81,13 @@ class Part:
     unfrozen: tuple[str, ...] = ()
     """Those of them that learn in this run."""
     learning: bool = False
+    widened: dict[str, Widened] = field(default_factory=dict)
+    """Modules that compute in another precision than what is around them (`model.learned`)."""
+
+    @property
+    def lowest(self) -> str | None:
+        """`lowest_of` what learns in it."""
+        return lowest_of(self, [*(site.name for site in self.adapters), *self.unfrozen])
 
     @property
     def called(self) -> str:
@@ -111,32 +128,48 @@ def selectors(cfg: LoraConfig, parts: Mapping[str, Part]) -> dict[str, Selector]
     """Where adapters go, by part: ``target_modules`` x ``llm_layers`` on the language model, ``vit_target_modules`` x
     ``vit_layers`` on the tower.
 
-    A regular expression in ``target_modules`` that names modules of the tower alone belongs to the tower, and says its
-    layers itself unless ``vit_layers`` does. Raises `UserError` for one that names modules of both, where both are
-    parts of one model.
+    An expression of `tower_expressions` belongs to the tower, and says its layers itself unless ``vit_layers`` does.
+    Raises `UserError` as that does, and for such an expression where the tower's own settings say something else.
     """
-    language = Selector(cfg.target_modules, cfg.llm_layers)
-    vision = Selector(cfg.vit_target_modules, cfg.vit_layers, "model.lora.vit_target_modules", "model.lora.vit_layers")
-    tower = parts.get("vision")
-    if tower is not None:
-        own: list[str] = []
-        theirs: list[str] = []
-        for pattern in cfg.target_modules:
-            there = [] if names_modules(pattern) else list(_named(tower, pattern, language.field))
-            here = list(_named(parts["language"], pattern, language.field)) if there and "language" in parts else []
-            if here and there and tower.prefix:
-                raise UserError(
-                    f"{language.field} {pattern!r} crosses towers: it matches {counted(here)} of the language model "
-                    f"and {counted(there)} of the vision tower. Say which is meant, such as "
-                    f"{_narrower(pattern, parts['language'])!r}; the tower has model.lora.vit_target_modules of its own"
-                )
-            (theirs if there and not here else own).append(pattern)
-        if theirs:
-            layers = "all" if cfg.vit_layers == "none" else cfg.vit_layers
-            vision = Selector(tuple(theirs), layers, language.field, vision.layers_field)
-            language = Selector(tuple(own), language.layers)
+    theirs = tower_expressions(cfg, parts)
+    language = Selector(tuple(p for p in cfg.target_modules if p not in theirs), cfg.llm_layers)
+    layers: Layers = cfg.vit_layers if cfg.vit_layers is not None else "all" if theirs else "none"
+    vision = Selector(cfg.vit_target_modules, layers, "model.lora.vit_target_modules", "model.lora.vit_layers")
+    if theirs:
+        alone = f"{language.field} {theirs[0]!r} names modules of the vision tower alone"
+        if no_layers(layers):
+            raise UserError(
+                f"{alone}, but {vision.layers_field} is {_told(layers)}, so it would go nowhere; take one of them out"
+            )
+        if vision.modules != LoraConfig.model_fields["vit_target_modules"].default:
+            raise UserError(
+                f"{alone}, and {vision.field} ({', '.join(vision.modules)}) names others; say in one of them where the "
+                "tower's adapters go"
+            )
+        vision = Selector(theirs, layers, language.field, vision.layers_field)
     wanted = {"language": language, "vision": vision}
     return {name: s for name, s in wanted.items() if name in parts and s.modules and not no_layers(s.layers)}
+
+
+def tower_expressions(cfg: LoraConfig, parts: Mapping[str, Part]) -> tuple[str, ...]:
+    """The regular expressions in ``target_modules`` that name modules of the tower alone. Raises `UserError` for one
+    that names modules of both, where both are parts of one model."""
+    tower, field = parts.get("vision"), "model.lora.target_modules"
+    found: list[str] = []
+    if tower is None:
+        return ()
+    for pattern in cfg.target_modules:
+        there = [] if names_modules(pattern) else list(_named(tower, pattern, field))
+        here = list(_named(parts["language"], pattern, field)) if there and "language" in parts else []
+        if here and there and tower.prefix:
+            raise UserError(
+                f"{field} {pattern!r} crosses towers: it matches {counted(here)} of the language model and "
+                f"{counted(there)} of the vision tower. Say which is meant, such as "
+                f"{_narrower(pattern, parts['language'])!r}; the tower has model.lora.vit_target_modules of its own"
+            )
+        if there and not here:
+            found.append(pattern)
+    return tuple(found)
 
 
 def resolve_targets(part: Part, selector: Selector, rank: int) -> list[AdapterSite]:
@@ -249,16 +282,21 @@ def inside(name: str, modules: Sequence[str]) -> bool:
     return any(name.startswith(f"{module}.") or name == module for module in modules)
 
 
-def lowest_of(part: Part) -> str | None:
-    """The lowest layer in which something learns: what goes into it is the same at every pass. None where nothing
-    learns, or something outside of the layers does."""
-    learns = [*(site.name for site in part.adapters), *part.unfrozen]
+def lowest_of(part: Part, learns: Sequence[str]) -> str | None:
+    """The lowest layer that holds any of the modules that learn: what goes into it is the same at every pass. None
+    where there are none, or one lies outside of the layers."""
 
     def touched(name: str) -> str | None:
         return next((b for b in part.blocks if inside(name, [b]) or inside(b, [name])), None)
 
     found = {touched(name) for name in learns}
     return None if None in found else next((b for b in part.blocks if b in found), None)
+
+
+def state_below(part: Part, block: str) -> dict[str, Tensor]:
+    """`base_state` without a layer and those above it: what decides, with a sample, what goes into it."""
+    above = part.blocks[part.blocks.index(block) :]
+    return {name: t for name, t in base_state(part).items() if not inside(name, above)}
 
 
 class Reached(Exception):

@@ -122,5 +122,9 @@ def load_processor(cfg: LlmConfig, config: Any, dtype: torch.dtype) -> NativePro
         )
     token = getattr(config, "image_token_id", None)
     token = getattr(config, "image_token_index", None) if token is None else token
-    assert isinstance(token, int), f"{type(config).__name__} names no image token"
+    if not isinstance(token, int):
+        raise UserError(
+            f"model.native.name_or_path {cfg.name_or_path!r}: its config.json names no image token (image_token_id is "
+            f"{token!r}, expected a whole number), so where images stand in the text is not known; get it again"
+        )
     return NativeProcessor(processor, token, dtype)

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from beholder.config import VisionConfig
 from beholder.model.families import check_no_adapter
+from beholder.model.language import source_of
 from beholder.model.patch_layout import Declared, PatchLayout, UnknownLayout, find_layout
-from beholder.model.placement import Part, base_state, counted, given_to, input_of, inside, lowest_of, tower_part
+from beholder.model.placement import Part, base_state, counted, given_to, input_of, inside, state_below, tower_part
 from beholder.model.weights import (
     DTYPES,
     check_finite,
@@ -116,8 +117,8 @@ class VisionTower(nn.Module):
 
     @property
     def lowest(self) -> str | None:
-        """`lowest_of` its blocks: what goes into it can be kept of every image."""
-        return lowest_of(self.part)
+        """The lowest of its blocks that learns: what goes into it can be kept of every image."""
+        return self.part.lowest
 
     @torch.no_grad()
     def keep(self, pixels: UInt8[Tensor, "m 3 h w"]) -> Tensor:
@@ -176,10 +177,7 @@ class VisionTower(nn.Module):
         lowest = self.lowest
         if lowest is None:
             return self.fingerprint()
-        blocks = self.part.blocks
-        above = blocks[blocks.index(lowest) :]
-        below = {n: t for n, t in base_state(self.part).items() if not inside(n, above)}
-        return hash_state(below, f"{self.identity()} below {lowest}")
+        return hash_state(state_below(self.part, lowest), f"{self.identity()} below {lowest}")
 
 
 def check_reached(part: Part) -> None:
@@ -217,6 +215,29 @@ def load_vision(cfg: VisionConfig, device: torch.device) -> VisionTower:
     """
     load = _load_timm if cfg.name_or_path.startswith("timm/") else _load_hf
     return load(cfg, device)
+
+
+def empty_tower(cfg: VisionConfig, config: Any = None) -> Any:
+    """The backbone on the meta device, from its configuration alone: ``config``, or that of its name. Raises
+    `UserError` where there is none."""
+    if cfg.name_or_path.startswith("timm/"):
+        import timm
+
+        with torch.device("meta"):
+            return timm.create_model(timm_name(cfg), pretrained=False, num_classes=0).eval()
+    from transformers import AutoConfig
+
+    if config is None:
+        with loading(f"sizes of model.vision {cfg.name_or_path!r}", "Its config.json must be that of a vision tower."):
+            name, where = source_of(cfg)
+            config = AutoConfig.from_pretrained(name, **where)
+        config = getattr(config, "vision_config", None) or config
+    with torch.device("meta"):
+        kind = hf_class(config, cfg.name_or_path)
+        auto = hasattr(kind, "from_config")
+        model: Any = kind.from_config(config, trust_remote_code=cfg.trust_remote_code) if auto else kind(config)
+    _drop_pooling(model)
+    return model.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ from beholder.model.placement import (
     choose_modules,
     inside,
     language_part,
+    lowest_of,
     resolve_targets,
     selectors,
     tower_part,
@@ -327,12 +328,9 @@ def learning(
     unfrozen = choose_modules(part, names, "model.vision.unfreeze") if names else ()
     weights = {n: p.numel() for n, p in part.module.named_parameters()}
     learned = [*(s.name for s in sites.get("vision", [])), *unfrozen]
-    lowest = next(
-        (k for k, b in enumerate(part.blocks) if any(inside(n, [b]) or inside(b, [n]) for n in learned)), None
-    )
-    if learned and lowest is None:  # below or beside the blocks
-        lowest = 0
-    above = part.blocks[lowest:] if lowest is not None else ()
+    lowest = lowest_of(part, learned)
+    # Without a lowest one something learns below or beside the blocks.
+    above = part.blocks[part.blocks.index(lowest) if lowest else 0 :] if learned else ()
     in_blocks = sum(size for n, size in weights.items() if inside(n, part.blocks))
     return language, replace(
         vision,
@@ -354,12 +352,7 @@ def vision_shape(cfg: VisionConfig, config_file: Path | None = None) -> VisionSh
         return _timm_shape(cfg)
     config = _config("vision", cfg, config_file)
     part = getattr(config, "vision_config", None) or config
-    with torch.device("meta"):
-        kind = vision_door.hf_class(part, cfg.name_or_path)
-        auto = hasattr(kind, "from_config")
-        model = kind.from_config(part, trust_remote_code=cfg.trust_remote_code) if auto else kind(part)
-        model.eval()
-    vision_door._drop_pooling(model)
+    model = vision_door.empty_tower(cfg, part)
     trained_at = getattr(part, "image_size", None)
     trained_at = trained_at[0] if isinstance(trained_at, list | tuple) else trained_at
     folder = str(config_file.parent) if config_file else cfg.name_or_path
@@ -391,13 +384,10 @@ def _vision_shape(
 
 
 def _timm_shape(cfg: VisionConfig) -> VisionShape:
-    import timm
     from timm.data.config import resolve_model_data_config
 
-    name = vision_door.timm_name(cfg)
-    with torch.device("meta"):
-        model: Any = timm.create_model(name, pretrained=False, num_classes=0).eval()
-        pixels = torch.empty(1, *resolve_model_data_config(model)["input_size"])
+    name, model = vision_door.timm_name(cfg), vision_door.empty_tower(cfg)
+    pixels = torch.empty(1, *resolve_model_data_config(model)["input_size"], device="meta")
     out, flops = _count(lambda: vision_door.timm_outputs(cfg.feature_layer)(model, pixels))
     declared = vision_door.timm_declared(model, cfg.feature_layer)
     return _vision_shape(model, out, flops, pixels.shape[2], pixels.shape[3], declared, name)

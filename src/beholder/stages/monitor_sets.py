@@ -88,11 +88,14 @@ class MonitorSets:
 
     def fits(self, example: Example) -> bool:
         """Whether the sample can be laid out and, where images that cannot be had are skipped, its images be had."""
+        skip = self._cfg.data.on_bad_image == "skip"
         try:
             self._data.encoder.encode(example)
-            for ref in example.images if self._cfg.data.on_bad_image == "skip" else ():
+            for ref in example.images if skip else ():
                 self._data.pipeline(ref)
-        except (EncodeError, ImageError):
+        except (EncodeError, ImageError) as e:
+            if isinstance(e, ImageError) and not skip:
+                raise e.needed_by(example.where) from e
             return False
         return True
 

@@ -205,7 +205,8 @@ def _count(
     base: RunConfig, own: FootprintConfig, planned: Mapping[str, Planned], sets: dict[str, dict[str, PointSetting]]
 ) -> tuple[dict[str, int], list[str]]:
     """Adapter parameters of every point; the ranks of those that must equal another are put into ``sets``."""
-    from beholder.model.sites import empty_parts, planned_sites  # seconds of torch, after a wrong config was told
+    from beholder.model.placement import tower_expressions  # seconds of torch, after a wrong config was told
+    from beholder.model.sites import empty_parts, planned_sites
 
     equal = [name for name in sets if planned[name].equal_to is not None]
     try:
@@ -217,6 +218,11 @@ def _count(
                 "parameters as another point; leave them out (footprint.leave_out: [controls])"
             ) from e
         return {}, [f"layers and adapter parameters were not counted: {e}"]
+    if theirs := tower_expressions(base.model.lora, parts):
+        raise UserError(
+            f"model.lora.target_modules {theirs[0]!r} names modules of the vision tower alone, and a footprint study "
+            "varies which of its blocks learn; name them in model.lora.vit_target_modules instead"
+        )
 
     def count(values: Mapping[str, PointSetting]) -> int:
         lora = lora_of(base, values)

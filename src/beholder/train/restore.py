@@ -217,9 +217,8 @@ def load_adapters(path: str | Path, parts: Mapping[str, Part], *, start: bool = 
     ``path`` is anything `resolve_checkpoint` takes. Raises `UserError` naming the config field at fault: adapters in
     the checkpoint and none in the config or the reverse, another rank or alpha, other modules, another base, weights
     that are not finite. Nothing is loaded then into that part. Without adapters on both sides nothing is to be done.
-    ``start``: for a run that starts from the checkpoint's. It may use its adapters at another strength, and adapters
-    on a part where the checkpoint has none start anew, as long as it has some elsewhere; gives the names of
-    these parts.
+    ``start``: for a run that starts from the checkpoint's. It may use its adapters at another strength, and adapters on
+    a part where the checkpoint has none start anew, as long as it has some elsewhere; gives the names of these parts.
     """
     path = resolve_checkpoint(path)
     if not start:  # whose base was made of the checkpoint's, and may let more learn

@@ -86,12 +86,15 @@ class Vlm:
 
         It loads without peft. Raises `UserError` when the run has no adapters or ``folder`` is not empty.
         """
-        part = self.model.language.part
-        if not part.adapters and not part.merged:
-            raise UserError("this run has no adapters to merge; its language model is the base, unchanged")
+        native = self.model if isinstance(self.model, NativeModel) else None
+        written = [self.model.language.part] if native is None else native.parts().values()
+        if not any(part.adapters or part.merged for part in written):
+            raise UserError(
+                "this run has no adapters to merge; "
+                f"its {'language model' if native is None else 'model'} is the base, unchanged"
+            )
         from beholder.model.adapters import save_merged  # peft, for a run with adapters alone
 
-        native = self.model if isinstance(self.model, NativeModel) else None
         save_merged(
             self.model.language, self.tokenizer if native is None else native.geometry.processor, Path(folder),
             None if native is None else native.vision.part,
