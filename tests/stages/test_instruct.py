@@ -314,16 +314,23 @@ def test_two_processes_run_the_stage_of_one(instruct: MakeConfig, tmp_path: Path
     assert [s.id for s in b.samples] == [s.id for s in a.samples]
 
 
+@pytest.mark.parametrize("more", [
+    {"stage": "instruct"}, {"stage": "align", "prompting.template": "chat", "data.hygiene.min_tokens": 1},
+], ids=["instruct", "align"])  # fmt: skip
 def test_a_run_without_adapters_has_the_learner_and_its_blind_answers_all_the_same(
-    instruct: MakeConfig, tmp_path: Path
+    instruct: MakeConfig, tmp_path: Path, more: dict[str, object]
 ) -> None:
     evidence = run_stage(
-        instruct(tmp_path, **{"model.lora": {"enable": False}, "train.lr": {"connector": 1e-3}, "eval.audit_turns": 0}),
+        instruct(
+            tmp_path,
+            **more,
+            **{"model.lora": {"enable": False}, "train.lr": {"connector": 1e-3}, "eval.audit_turns": 0},
+        ),
         promote_anyway=True,
     ).evidence
 
     assert evidence is not None and evidence.adapters == []
-    for name in ("learner.accuracy", "blind.told", "blind.gain"):
+    for name in ("learner.accuracy", "blind.told", "blind.gain", "cells.delta.question"):
         assert evidence.get(name) is not None, name
     assert evidence.get("blind.base") is None and evidence.get("blind.leak") is None
     assert any(gap.startswith("What the base answers blind: not measured, there are no ad") for gap in evidence.gaps)
