@@ -452,6 +452,24 @@ _NO_EFFECT_MODEL = [
 
 
 @pytest.mark.parametrize(
+    ("more", "template"),
+    [
+        ("stage: multi\n", "chat"),
+        ("stage: multi\nprompting: {template: conversation}\n", "conversation"),
+        ("prompting: {template: conversation}\n", "conversation"),
+    ],
+)  # fmt: skip
+def test_captions_are_not_joined_where_samples_have_questions_of_their_own(more: str, template: str) -> None:
+    """A joined sample has neither of the two questions."""
+    text = more + MINIMAL + "  multi_image_fraction: 0.5\n"
+    if "multi\n" in more:
+        text = text.replace("data:", "  lora: {enable: true}\ndata:")
+
+    assert f"joins two captions under prompting.template caption; under {template} samples have" in one(text)
+    parse_config(MINIMAL + "  multi_image_fraction: 0.5\n")
+
+
+@pytest.mark.parametrize(
     ("text", "path"),
     [(MINIMAL + line, path) for line, path in _NO_EFFECT]
     + [(f"{MINIMAL}  {line}\n", path) for line, path in _NO_EFFECT_DATA]

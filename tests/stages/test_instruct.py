@@ -314,6 +314,54 @@ def test_two_processes_run_the_stage_of_one(instruct: MakeConfig, tmp_path: Path
     assert [s.id for s in b.samples] == [s.id for s in a.samples]
 
 
+@pytest.mark.parametrize("more", [
+    {"stage": "instruct"}, {"stage": "align", "prompting.template": "chat", "data.hygiene.min_tokens": 1},
+], ids=["instruct", "align"])  # fmt: skip
+def test_a_run_without_adapters_has_the_learner_and_its_blind_answers_all_the_same(
+    instruct: MakeConfig, tmp_path: Path, more: dict[str, object]
+) -> None:
+    evidence = run_stage(
+        instruct(
+            tmp_path,
+            **more,
+            **{"model.lora": {"enable": False}, "train.lr": {"connector": 1e-3}, "eval.audit_turns": 0},
+        ),
+        promote_anyway=True,
+    ).evidence
+
+    assert evidence is not None and evidence.adapters == []
+    for name in ("learner.accuracy", "blind.told", "blind.gain", "cells.delta.question"):
+        assert evidence.get(name) is not None, name
+    assert evidence.get("blind.base") is None and evidence.get("blind.leak") is None
+    assert any(gap.startswith("What the base answers blind: not measured, there are no ad") for gap in evidence.gaps)
+
+
+def test_what_the_run_it_started_from_could_do_is_compared_on_the_same_questions(
+    instruct: MakeConfig, finished: Path, evidence: Evidence, tmp_path: Path
+) -> None:
+    """At that run's own strength, whatever this one's is; the same weights keep everything."""
+    gate = {"gates.one_kept": {"measure": "answer.kept", "at_least": -0.01}}
+    assert evidence.get("answer.kept") is None, "an alignment answers no questions"
+    idle = {"train.train_steps": 1, "train.lr.connector": 0.0, "train.lr.lora": 0.0, "eval.audit_turns": 0}
+    start = {"model.connector.load_checkpoint": str(finished)}
+
+    same = run_stage(instruct(tmp_path / "same", **idle, **start, **gate), promote_anyway=True).evidence
+    weaker = {"model.lora.strength": 0.01}
+    less = run_stage(instruct(tmp_path / "less", **idle, **start, **weaker), promote_anyway=True).evidence
+    fresh = {"model.lora.adapters": "fresh"}
+    anew = run_stage(instruct(tmp_path / "anew", **idle, **start, **fresh, **gate), promote_anyway=True).evidence
+
+    assert same is not None and less is not None and anew is not None
+    kept = same.get("answer.kept")
+    assert kept is not None and (kept.value, kept.n) == (0, 12) and "paired" in (kept.caveat or "")
+    assert next(g for g in same.gates if g.name == "one_kept").passed
+    before = {r: json.loads((tmp_path / r / "run/baseline.json").read_text()) for r in ("same", "less")}
+    assert [x["nll"] for x in before["less"]["start"]] == pytest.approx([x["nll"] for x in before["same"]["start"]])
+    assert before["less"]["start"] != before["less"]["untrained"]
+    assert any("were dropped (model.lora.adapters: fresh)" in gap for gap in anew.gaps)
+    assert not next(g for g in anew.gates if g.name == "one_kept").passed, "a setting waives no gate"
+
+
 def test_long_answers_are_judged_by_their_loss_and_the_gates_on_answers_step_back(
     instruct: MakeConfig, questions: Path, tiny_parts: TinyParts, tmp_path: Path
 ) -> None:
@@ -332,6 +380,8 @@ def test_long_answers_are_judged_by_their_loss_and_the_gates_on_answers_step_bac
     assert evidence is not None and evidence.get("answer.accuracy.correct") is None
     assert not {g.name for g in evidence.gates} & {"answers_look", "answers_look_closely"}
     assert any(gap.startswith("Gate answers_look: not judged") for gap in evidence.gaps)
+    for what in ("Contrast pairs", "Two kinds of blindness"):
+        assert any(gap.startswith(f"{what}: not measured, no held-out answer is short") for gap in evidence.gaps)
     assert evidence.get("ablation.delta.shuffled") is not None
 
 

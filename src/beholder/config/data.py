@@ -163,7 +163,8 @@ class DataConfig(Section):
     max_samples: Annotated[Positive | None, decides("held_out")] = None
     """Use only this many records (train + eval), drawn by the seed."""
     multi_image_fraction: Fraction = 0.0
-    """Share of training samples that join two captioned images under template B (at most 2 images a sample)."""
+    """Share of training samples that join two captioned images under template B (at most 2 images a sample); under
+    ``prompting.template`` caption alone, which takes no words from the records' user turns."""
     augment: Literal["none", "random_crop"] = "none"
     """random_crop: 80-100 % of the area, seeded by (seed, epoch, sample). Switches the feature store off."""
     on_bad_image: Literal["error", "skip"] = "error"

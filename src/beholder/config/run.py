@@ -487,7 +487,13 @@ class RunConfig(Section):
                 raise ValueError("every image has the same")
         except (LookupError, ValueError, AttributeError) as e:
             wrong.append(f"prompting.image_label {self.image_label!r}: {e}; expected a text with {{k}} for the number")
-        if self.max_images < 2 and self.data.multi_image_fraction > 0:
+        if self.data.multi_image_fraction > 0 and self.template != "caption":
+            wrong.append(
+                "data.multi_image_fraction joins two captions under prompting.template caption; under "
+                f"{self.template} samples have questions of their own, which a joined one would lose. Remove it; "
+                "records of several images are for stage multi"
+            )
+        elif self.data.multi_image_fraction > 0 and self.max_images < 2:
             wrong.append("data.multi_image_fraction needs prompting.max_images_per_sample of at least 2")
         limits = self.hygiene
         if limits.max_tokens is not None and limits.min_tokens > limits.max_tokens:

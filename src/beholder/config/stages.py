@@ -270,6 +270,9 @@ MONITORS = ("irrelevant", "ood", "jitter", "gap")
 
 MEASURED_EVERYWHERE = ("losses", "truncated", "learned", "golden", "ablation", "words", "written")
 
+FOLLOWS = ("pairs", "cells", "blind", "learnable")
+"""Whether the answer follows image and question, and not the words (E-1 to E-4)."""
+
 ALIGN = Stage(
     name="align",
     is_meant=lambda model: model.lora.enable is not True,
@@ -287,7 +290,7 @@ ALIGN = Stage(
     conditions=("correct", "shuffled", "zero"),
     golden_size=32,
     golden_by="length",
-    measures=(*MEASURED_EVERYWHERE, "questions", "guessable", *MONITORS),
+    measures=(*MEASURED_EVERYWHERE, "questions", *FOLLOWS, "guessable", *MONITORS),
     evaluates_saves=False,
     gates=GATES,
 )
@@ -312,10 +315,8 @@ INSTRUCT = Stage(
     golden_by="category",
     measures=(
         *MEASURED_EVERYWHERE,
-        "pairs",
-        "cells",
-        "blind",
-        "learnable",
+        "kept",
+        *FOLLOWS,
         "guessable",
         "strengths",
         "retained",

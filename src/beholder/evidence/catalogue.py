@@ -136,6 +136,8 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("learn.delta_text", "held-out loss below the model's without image", _NATS, "higher", "compared",
        chat="held-out loss below the base model's without image"),
     _Q("curve.late_share", "share of the loss's fall in the last quarter", _SHARE, "lower", "compared"),
+    _Q("answer.kept", "answers about one image exactly right, over the run it started from", _SHARE, "higher",
+       "compared", read_in="points", said=ALONE),
     # Held-out losses to read one against.
     _Q("band.uniform", "uniform guessing", _NATS, "none", "bands"),
     _Q("band.untrained", "untrained connector", _NATS, "none", "bands", chat="before this training"),

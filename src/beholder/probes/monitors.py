@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from beholder.evidence import Measurement
-from beholder.probes import bootstrap, measurement, ratio_of_sums, share
+from beholder.probes import bootstrap, measurement, ratio_of_sums, share, strata
 from beholder.probes.caption_metrics import normalize, tokenize
 from beholder.probes.collapse import loops
 from beholder.probes.hallucination import ObjectList, plural
@@ -346,9 +346,8 @@ def _units(text: str) -> list[str]:
 
 def _parts(kinds: Sequence[str]) -> list[tuple[str | None, list[int]]]:
     """All, then each kind of image where there are several."""
-    names = sorted(set(filter(None, kinds)))
-    parts: list[tuple[str | None, list[int]]] = [(None, list(range(len(kinds))))]
-    return parts + [(name, [i for i, k in enumerate(kinds) if k == name]) for name in names if len(names) > 1]
+    named = [(name, k.tolist()) for _, name, k in strata.parts([kind or None for kind in kinds], "image")]
+    return [(None, list(range(len(kinds)))), *named]
 
 
 def _shares(name: str, hits: Sequence[bool], kinds: Sequence[str], caveat: str) -> list[Measurement]:

@@ -40,7 +40,7 @@ from beholder.probes import (
 from beholder.probes.loss import SampleLoss
 from beholder.probes.written import Written
 from beholder.stages import monitors
-from beholder.stages.measured import Measured
+from beholder.stages.measured import NOTHING_TO_KEEP, Measured
 from beholder.stages.session import Session
 from beholder.types import Condition, Example, UserError
 
@@ -458,6 +458,24 @@ def judge_answers(
     )  # fmt: skip
 
 
+def kept(session: Session, m: Measured) -> None:
+    """Whether questions about one image are still answered as by the run that this one started from."""
+    assert m.before is not None, "measured at the end"
+    name, what, before = "answer.kept", "Answers kept from the run it started from", m.before
+    now = [m.losses[i] for i in session.held_out.single]
+    if before.start is None:
+        if before.no_start in NOTHING_TO_KEEP:
+            m.inapplicable[name] = before.no_start
+        else:  # a setting waives no gate
+            m.gaps.append(f"{what}: not measured, {before.no_start}.")
+    elif not now:
+        m.leave_out(name, what, "no held-out sample asks one question about one image and has a short answer")
+    elif [x.id for x in before.start] != [x.id for x in now]:
+        m.gaps.append(f"{what}: not measured, the held-out samples are not those of the start.")
+    else:
+        m.measurements.append(answers.kept(before.start, now, session.held_out.seed))
+
+
 def questions(session: Session, m: Measured) -> None:
     """The question-answer sanity set, made from the held-out captions themselves."""
     size, seed = session.cfg.eval.qa_samples, session.held_out.seed
@@ -494,7 +512,7 @@ def questions(session: Session, m: Measured) -> None:
 
 def contrast_pairs(session: Session, m: Measured) -> None:
     """Pairs of the written answers with one question and two right answers: both right (E-3)."""
-    chosen = short_answers(session, m, "pairs.")
+    chosen = short_answers(session, m, "pairs.", "Contrast pairs")
     if not chosen:
         return
     held = session.held_out
@@ -516,6 +534,13 @@ def contrast_pairs(session: Session, m: Measured) -> None:
 def four_cells(session: Session, m: Measured) -> None:
     """Own and another's image, own and another's question: is the question read as well (E-1)."""
     held = session.held_out
+    if session.cfg.template == "caption":
+        why = (
+            "captions are all asked for in the same words, so there is no other question; the two cells that there "
+            "are, own and another's image, are the losses with the right and the wrong image"
+        )
+        m.leave_out("cells.", "Four cells", why)
+        return
     chosen = [held.sighted[k] for k in cells.swappable(held.at(held.sighted))]
     chosen = held.among(chosen, NUM_CELLS)
     chosen = [chosen[k] for k in cells.swappable(held.at(chosen))]
@@ -547,44 +572,69 @@ def four_cells(session: Session, m: Measured) -> None:
 
 def blind_two_ways(session: Session, m: Measured) -> None:
     """The image left out silently and said to be missing, and the base alone (E-2)."""
-    chosen = session.held_out.among(short_answers(session, m, "blind."), NUM_BLIND)
-    conditions = session.cfg.stage_record.conditions
-    if not chosen or "none" not in conditions:
+    what = "Two kinds of blindness"
+    if session.cfg.template == "caption":
+        why = (
+            "a caption is asked for by its image, and without one there is no prompt; blind is here what it writes for "
+            "an empty image"
+        )
+        m.leave_out("blind.", what, why)
         return
+    chosen = session.held_out.among(short_answers(session, m, "blind.", what), NUM_BLIND)
+    if not chosen:
+        return
+    conditions = session.cfg.stage_record.conditions
     examples, size = session.held_out.at(chosen), session.cfg.eval.batch_size
     told = [blindness.told_missing(e) for e in examples]
+    write = partial(session.together.written, settings=ANSWER, condition="none", batch_size=size)
+    base = None
     with session.phase("blindness"):
-        guessed = session.together.written(told, ANSWER, "none", size, "guesses")
-        with session.model.adapters_off():
-            base = session.together.written(examples, ANSWER, "none", size, "the base's answers")
-    seen, silent = ([m.written[i][conditions.index(c)] for i in chosen] for c in ("correct", "none"))
+        if "none" in conditions:
+            silent = [m.written[i][conditions.index("none")] for i in chosen]
+        else:
+            silent = write(examples, label="blind answers")
+        guessed = write(told, label="guesses")
+        if session.model.adapters:
+            with session.model.adapters_off():
+                base = write(examples, label="the base's answers")
+        else:
+            why = f"{_NONE}, so without an image it is the base that answers"
+            m.leave_out("blind.base", "What the base answers blind", why)
+            m.inapplicable["blind.leak"] = why
+    seen = [m.written[i][conditions.index("correct")] for i in chosen]
     m.measurements += blindness.score(examples, seen, silent, guessed, base, session.held_out.seed)
 
 
 def learnable(session: Session, m: Measured) -> None:
     """What a learner of the words alone makes of the training questions (E-4). `beholder audit` names the words."""
+    if session.cfg.template == "caption":
+        why = "captions are all asked for in the same words, from which nothing can be learned"
+        m.leave_out("learner.", "Learner of words", why)
+        return
 
-    def learned() -> tuple[list[dict[str, Any]], str]:
+    def learned() -> tuple[list[dict[str, Any]], list[str], str]:
         examples = session.training_examples(text_learner.MAX_QUESTIONS)
         try:
-            found = text_learner.learn(examples, seed=session.held_out.seed)
+            found = text_learner.learn(examples, seed=session.held_out.seed, content_key=session.held_out.content_key)
         except UserError as e:
-            return [], str(e)
-        return [x.model_dump(mode="json") for x in found.measurements], ""
+            return [], [], str(e)
+        return [x.model_dump(mode="json") for x in found.measurements], found.gaps, ""
 
     with session.phase("learnable"):
-        found, why = session.dist.on_main(learned)
+        found, gaps, why = session.dist.on_main(learned)
     m.measurements += [Measurement.model_validate(x) for x in found]
+    m.gaps += gaps
     if why:
         m.leave_out("learner.", "Learner of words", why)
 
 
-def short_answers(session: Session, m: Measured, about: str) -> list[int]:
+def short_answers(session: Session, m: Measured, about: str, what: str) -> list[int]:
     """Held-out samples whose answers were written and are right or wrong as a whole; none: measurements whose names
     begin with ``about`` do not apply."""
     chosen = [i for i in m.written if answers.is_short(session.held_out.examples[i])]
     if m.written and not chosen:
-        m.inapplicable[about] = "no held-out answer is short"
+        kind = session.cfg.stage_record.writes
+        m.leave_out(about, what, f"no held-out {kind} is short, so none is right or wrong as a whole")
     return chosen
 
 
@@ -736,11 +786,12 @@ PANEL: dict[str, Row] = {
         Row("words", words),
         Row("slots", slots),
         Row("written", written),
+        Row("kept", kept),
         Row("questions", questions),
         Row("pairs", contrast_pairs),
         Row("cells", four_cells),
-        Row("blind", blind_two_ways, needs=_adapted, without=("blind.", _NONE)),
-        Row("learnable", learnable, needs=_adapted, without=("learner.", _NONE)),
+        Row("blind", blind_two_ways),
+        Row("learnable", learnable),
         Row("guessable", guessable),
         # Before those that write down what was said: that of the run's own strength is to stay.
         Row("strengths", strengths, needs=lambda s: _adapted(s) and bool(s.cfg.eval.strengths)),

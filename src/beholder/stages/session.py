@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -183,9 +184,8 @@ class Session:
         self.reporter.line("layers", f"kept: what goes into {language.lowest}, the lowest that learns")
 
     def training_examples(self, most: int) -> list[Example]:
-        """So many of the training samples, in their order, which is already random."""
-        train = self.data.train
-        return [train.example_at(p) for p in range(min(len(train), most))]
+        """At most so many different training samples, in their order, which is already random."""
+        return list(islice(self.data.train.each_once(), most))
 
     def eval_losses(self) -> list[SampleLoss]:
         """Loss of every held-out sample."""

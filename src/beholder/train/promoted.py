@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from beholder.config import RunConfig
-from beholder.evidence import load_evidence
+from beholder.evidence import Evidence, load_evidence
 from beholder.evidence.gates import verdict
 from beholder.train import checkpoint, restore
 from beholder.types import Status, UserError
@@ -15,7 +17,7 @@ def check_promoted(cfg: RunConfig, anyway: bool) -> str | None:
     if origin is None:
         return None
     where = checkpoint.resolve_checkpoint(origin)
-    folder = where.parent.parent if where.parent.name == "checkpoints" else where
+    folder = _run_of(where)
     if not (folder / "evidence.json").is_file():
         why = f"{folder} has no evidence.json: its run did not finish, or the checkpoint was copied out of it"
     else:
@@ -34,3 +36,15 @@ def check_promoted(cfg: RunConfig, anyway: bool) -> str | None:
         f"model.connector.load_checkpoint: {why}. A stage built on it inherits what is wrong; look at its report.html, "
         "or say --promote-anyway"
     )
+
+
+def start_evidence(cfg: RunConfig) -> Evidence | None:
+    """What the run that this one starts from says for itself; None where it starts from none, or that has none."""
+    origin = cfg.model.connector.load_checkpoint
+    folder = None if origin is None else _run_of(checkpoint.resolve_checkpoint(origin))
+    return load_evidence(folder) if folder is not None and (folder / "evidence.json").is_file() else None
+
+
+def _run_of(where: Path) -> Path:
+    """The run folder of a checkpoint; itself where it was copied out of one."""
+    return where.parent.parent if where.parent.name == "checkpoints" else where
