@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 from tests.conftest import TinyParts, make_config
+from tests.stages.dying import dying_at
 
 from beholder.cli import app
-from beholder.config import RunConfig
+from beholder.config import MONITORS, WATCHED, RunConfig, settings
 from beholder.config.file import dump_config
 from beholder.evidence import load_evidence
+from beholder.evidence.catalogue import quantity
 from beholder.report import render
 from beholder.runs import sha256_file
 from beholder.stages import run_stage
+from beholder.stages.guard import differences
 from beholder.stages.remeasure import evaluate_run
 from beholder.types import Status, UserError
 
@@ -141,6 +147,7 @@ def test_a_stopped_run_measures_its_constrained_best_and_says_so_on_top(stopped:
     assert len(said) == 6 and {"said", "shows", "hallucinated", "blind", "insane"} <= said[0].keys()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_does_not_go_on_unless_its_guardrail_is_changed(
     world: World, stopped: Path, tmp_path: Path
 ) -> None:
@@ -160,32 +167,42 @@ def test_a_stopped_run_does_not_go_on_unless_its_guardrail_is_changed(
     assert [r for r in rows(run) if "loss" in r][: len(trained)] == trained, "it went on from where it had stopped"
 
 
-def die_at(step: int, patch: pytest.MonkeyPatch, *, measured: bool) -> None:
-    """The process dies in the evaluation of that step: before it, or after what it read was logged."""
-    from beholder.stages.watch import Watch
+KILLED = """
+import os, signal, sys
+from beholder.config.file import load_config
+from beholder.stages import run_stage
+from beholder.stages.watch import Watch
 
-    real = Watch.on_step
+real, last = Watch.on_step, int(sys.argv[2])
 
-    def on_step(self: Watch, at: int, record: Any) -> Any:
-        if at == step and not measured:
-            raise RuntimeError("planted")
-        found = real(self, at, record)
-        if at == step:
-            raise RuntimeError("planted")
-        return found
+def on_step(self, step, record):
+    found = real(self, step, record)
+    if step == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
 
-    patch.setattr(Watch, "on_step", on_step)
+Watch.on_step = on_step
+run_stage(load_config(sys.argv[1]), promote_anyway=True)
+"""
+"""A process that is killed when the reading of a step is logged and nothing has followed from it yet."""
 
 
-@pytest.mark.parametrize("measured", [False, True])
-def test_killed_in_the_middle_it_is_stopped_at_the_same_step_bit_for_bit(
-    world: World, stopped: Path, tmp_path: Path, measured: bool
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["before its reading", "after its reading", "SIGKILL"])
+def test_dead_in_the_middle_it_is_stopped_at_the_same_step_bit_for_bit(
+    world: World, stopped: Path, tmp_path: Path, how: str
 ) -> None:
     at = load_evidence(stopped).cost.steps
-    with pytest.MonkeyPatch.context() as patch:
-        die_at(at, patch, measured=measured)
-        with pytest.raises(RuntimeError, match="planted"):
-            run_stage(world.config(tmp_path, "over"), promote_anyway=True)
+    cfg = world.config(tmp_path, "over")
+    if how == "SIGKILL":
+        config = tmp_path / "config.yaml"
+        config.write_text(dump_config(cfg), encoding="utf-8")
+        died = subprocess.run([sys.executable, "-c", KILLED, str(config), str(at)], capture_output=True, text=True)
+        assert died.returncode == -signal.SIGKILL, died.stderr
+    else:
+        with dying_at(at, measured=how == "after its reading"):
+            run_stage(cfg, promote_anyway=True)
+    assert (history(tmp_path / "run")[-1][0] == at) is (how != "before its reading")
 
     outcome = run_stage(world.config(tmp_path, "over"), promote_anyway=True)
 
@@ -194,7 +211,8 @@ def test_killed_in_the_middle_it_is_stopped_at_the_same_step_bit_for_bit(
     assert load_evidence(tmp_path / "run").stopped == load_evidence(stopped).stopped
 
 
-def test_killed_before_its_evidence_it_does_not_train_on(world: World, stopped: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_dead_before_its_evidence_it_does_not_train_on(world: World, stopped: Path, tmp_path: Path) -> None:
     run = shutil.copytree(stopped, tmp_path / "run")
     (run / "evidence.json").unlink()
     facts = json.loads((run / "run.json").read_text())
@@ -206,14 +224,13 @@ def test_killed_before_its_evidence_it_does_not_train_on(world: World, stopped: 
     assert weights(run) == weights(stopped)
 
 
-def test_a_healthy_run_is_not_stopped_nor_after_a_kill(world: World, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_healthy_run_is_not_stopped_nor_after_it_died(world: World, tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     sets = {"train.train_steps": 18, "train.lr.lora": 1e-3, "train.lr.connector": 1e-4}
     outcome = run_stage(world.config(straight, "off", **sets), promote_anyway=True)
-    with pytest.MonkeyPatch.context() as patch:
-        die_at(12, patch, measured=True)
-        with pytest.raises(RuntimeError, match="planted"):
-            run_stage(world.config(killed, "off", **sets), promote_anyway=True)
+    with dying_at(12):
+        run_stage(world.config(killed, "off", **sets), promote_anyway=True)
 
     resumed = run_stage(world.config(killed, "off", **sets), promote_anyway=True)
 
@@ -224,6 +241,7 @@ def test_a_healthy_run_is_not_stopped_nor_after_a_kill(world: World, tmp_path: P
     assert [s for s, _ in history(straight / "run")] == [0, 6, 12, 15, 18], "saves and ends of epochs"
 
 
+@pytest.mark.slow
 def test_evaluate_keeps_what_stopped_the_run_and_the_command_says_it_by_its_exit_code(
     world: World, stopped: Path, tmp_path: Path
 ) -> None:
@@ -241,32 +259,56 @@ def test_evaluate_keeps_what_stopped_the_run_and_the_command_says_it_by_its_exit
     assert evaluate_run(str(run)).evidence.stopped == load_evidence(stopped).stopped  # type: ignore[union-attr]
 
 
-def test_other_images_on_resume_are_refused(world: World, stopped: Path, tmp_path: Path) -> None:
+def test_a_resume_that_would_measure_otherwise_is_refused(world: World, stopped: Path, tmp_path: Path) -> None:
+    """Other images, another phrase, other objects: readings before and after would not compare, and decide."""
     run = shutil.copytree(stopped, tmp_path / "run")
     (run / "evidence.json").unlink()
     other = tmp_path / "other.jsonl"
     lines = (world.folder / "ood.jsonl").read_text(encoding="utf-8").splitlines()[:-1]
     other.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    sets = {"eval.ood.path": str(other), "eval.ood.image_root": str(world.folder / "images")}
+    (tmp_path / "objects.txt").write_text("square: box\ndisc: dot\n", encoding="utf-8")
+    sets = {
+        "eval.ood.path": str(other), "eval.ood.image_root": str(world.folder / "images"),
+        "eval.irrelevant.phrase": "other", "eval.answer_tokens": 11, "eval.gap_samples": 11,
+        "eval.object_list": str(tmp_path / "objects.txt"), "eval.ood.yes": "yes",
+    }  # fmt: skip
 
-    with pytest.raises(UserError, match=r"eval\.ood: these are not the images that step 0 of this run was measured"):
+    with pytest.raises(UserError) as error:
         run_stage(world.config(tmp_path, "over", **sets), promote_anyway=True)
 
+    told = str(error.value)
+    assert told.startswith("step 0 of this run was measured otherwise, so its readings do not compare with new ones: ")
+    for name in (
+        "images of eval.ood.path: ", 'eval.irrelevant.phrase or pattern: "“off”" → "“other”"',
+        "eval.answer_tokens: 12 → 11", "eval.gap_samples: 12 → 11", "contents of eval.object_list: ", "eval.ood.yes: ",
+    ):  # fmt: skip
+        assert told.count(name) == 1, (name, told)
+    assert "images of eval.irrelevant.path" not in told and "held-out samples" not in told
 
-def test_the_baseline_may_be_another_runs(world: World, stopped: Path, tmp_path: Path) -> None:
+
+@pytest.mark.slow
+def test_the_baseline_may_be_another_runs_that_was_measured_alike(world: World, stopped: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"eval\.baseline_run \S+: its log has no reading of step 0"):
         run_stage(
             world.config(tmp_path, "over", **{"eval.baseline_run": str(world.folder / "first" / "run")}),
             promote_anyway=True,
         )
     sets = {"eval.baseline_run": str(stopped), "train.train_steps": 2, "eval.retention_every": "eval"}
-    run_stage(world.config(tmp_path / "b", "off", **sets), promote_anyway=True)
+    for name, data, more, told in (
+        ("a", "over", {"eval.irrelevant.phrase": "other"}, 'eval.irrelevant.phrase or pattern: "“off”" → "“other”"'),
+        ("c", "off", {}, "held-out samples: "),  # with other answers, so its gap is another
+    ):
+        with pytest.raises(UserError) as error:
+            run_stage(world.config(tmp_path / name, data, **sets, **more), promote_anyway=True)
+        assert f"{stopped} was measured otherwise" in str(error.value) and told in str(error.value)
+    run_stage(world.config(tmp_path / "b", "over", **sets), promote_anyway=True)
 
     first = [r for r in rows(tmp_path / "b" / "run") if r["step"] == 0]
     assert [r.get("baseline_run") for r in first] == [str(stopped), None]
     assert first[0]["monitors"] == history(stopped)[0][1] and "retention.loss_ratio_styled" in first[1]["monitors"]
 
 
+@pytest.mark.slow
 def test_a_phrase_that_no_training_text_says_is_a_warning(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,6 +331,32 @@ def test_without_data_a_monitor_is_a_named_gap(world: World) -> None:
     assert history(world.folder / "first" / "run") == []
 
 
+def test_images_of_which_nothing_is_known_are_no_measure_of_hallucination(world: World, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"eval\.ood\.path \S+images: no record says what its image shows"):
+        run_stage(world.config(tmp_path, "off", **{"eval.ood.path": str(world.folder / "images")}), promote_anyway=True)
+
+
+def test_what_decides_a_reading_is_told_by_its_setting() -> None:
+    now = {"images of eval.ood.path": "a" * 64, "eval.ood.script": None, "eval.answer_tokens": 12}
+
+    assert differences(now, now) == []
+    assert differences({**now, "eval.ood.script": "cjk"}, now) == ['eval.ood.script: "cjk" → null']
+    assert differences("b" * 64, now) == ["images of eval.ood.path: bbbbbbbbbbbb → aaaaaaaaaaaa"], "of an older log"
+    assert differences("a" * 64, now) == []
+
+
+def test_every_setting_of_a_monitor_is_among_what_its_readings_hang_on() -> None:
+    named = {name for m in MONITORS for name in (*m.hangs_on, *m.reads)}
+
+    assert named <= {s.path for s in settings(RunConfig)}
+    own = {s.path for s in settings(RunConfig) if s.path.startswith(("eval.irrelevant.", "eval.ood."))}
+    by_content = {f"eval.{x}.{y}" for x in ("irrelevant", "ood") for y in ("path", "image_root")}
+    assert own - by_content - {"eval.irrelevant.phrase", "eval.irrelevant.pattern"} == {n for n in named if n in own}
+    for name, watched in WATCHED.items():
+        row, _ = quantity(name)
+        assert row.words != name and row.better != "none" and watched.column, name
+
+
 @pytest.mark.parametrize(
     ("sets", "told"),
     [
@@ -302,6 +370,9 @@ def test_without_data_a_monitor_is_a_named_gap(world: World) -> None:
         ({"eval.ood.path": "x", "eval.ood.question": "Is it?"}, "has no {object}"),
         ({"eval.irrelevant.path": "x", "eval.irrelevant.pattern": "("}, "is not a regular expression"),
         ({"eval.ood.script": "latin"}, "has no effect here"),
+        ({"eval.ood.path": "x", "eval.ood.script": "chinese"}, "script 'chinese' is not the first word of any letter"),
+        ({"eval.ood.path": "x", "eval.ood.script": "han"}, "script 'han' is not the first word of any letter's"),
+        ({"eval.ood.path": "x", "eval.ood.script": "kana"}, "script 'kana' is not the first word of any letter's"),
     ],
 )  # fmt: skip
 def test_a_guardrail_or_gate_on_what_is_not_measured_is_told_when_the_config_is_read(

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tests.conftest import MakeConfig, TinyParts
 from tests.evidence.test_catalogue import strangers
+from tests.stages.dying import dying_at
 
 from beholder.config import RunConfig
 from beholder.config.file import dump_config
@@ -181,15 +182,8 @@ def test_resumed_with_dropout_in_the_adapters_equals_the_straight_run(
 
 def _interrupt(cfg: RunConfig) -> None:
     """The run dies after its third step."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("beholder.stages.watch.Watch.on_step", _die_after_3)
-        with pytest.raises(RuntimeError, match="planted"):
-            run_stage(cfg, promote_anyway=True)
-
-
-def _die_after_3(watch: object, step: int, record: object) -> None:
-    if step == 3:
-        raise RuntimeError("planted")
+    with dying_at(3):
+        run_stage(cfg, promote_anyway=True)
 
 
 def test_the_best_checkpoint_is_kept_named_measured_and_used_although_later_ones_are_worse(

@@ -145,6 +145,10 @@ class Mixture:
                 return join(example, partner)
         return example
 
+    def first(self, most: int) -> list[Example]:
+        """So many of the training samples, in their order, which is already random; each once."""
+        return [self.example_at(p) for p in range(min(len(self), most))]
+
     def _draw(self, purpose: str, position: int) -> float:
         """Uniform in [0, 1), a pure function of its arguments and the mixture."""
         text = f"{purpose}|{position}|{self.seed}|{self._order_key}".encode()
