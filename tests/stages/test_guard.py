@@ -167,11 +167,14 @@ def test_a_stopped_run_does_not_go_on_unless_its_guardrail_is_changed(
 
     assert again.again and again.stopped == load_evidence(stopped).stopped.sentence  # type: ignore[union-attr]
     assert again.status == Status.STOPPED_BY_GUARDRAIL and rows(run) == before
-    on = run_stage(world.config(tmp_path, "over", **{"guardrails.irrelevant_pass.enable": False}), promote_anyway=True)
+    sets = {
+        "guardrails.irrelevant_pass.enable": False, "guardrails.hallucination.enable": False,
+        "guardrails.mine": {"measure": "ood.blind", "above": 0.5, "times": 4},
+    }  # fmt: skip
+    on = run_stage(world.config(tmp_path, "over", **sets), promote_anyway=True)
     e = load_evidence(run)
-    course = dict(history(run))
-    assert on.status == Status.STOPPED_BY_GUARDRAIL and e.stopped is not None and e.stopped.name == "hallucination"
-    assert before[-1]["step"] < on.step < 60 and e.stopped.value > course[0]["ood.hallucination"] + 0.15
+    assert on.status == Status.STOPPED_BY_GUARDRAIL and e.stopped is not None and e.stopped.name == "mine"
+    assert before[-1]["step"] < on.step < 60 and all(v["ood.blind"] > 0.5 for _, v in history(run)[-4:])
     trained = [r for r in before if "loss" in r]
     assert [r for r in rows(run) if "loss" in r][: len(trained)] == trained, "it went on from where it had stopped"
 
