@@ -221,6 +221,18 @@ def test_the_best_checkpoint_is_kept_named_measured_and_used_although_later_ones
     assert again.evidence.get("eval.loss") == loss
 
 
+def test_layers_are_not_kept_of_images_that_augmentation_changes(instruct: MakeConfig, tmp_path: Path) -> None:
+    """No sample's key would come twice: the store would fill to its cap and never be read."""
+    run_stage(instruct(tmp_path, **{
+        "model.connector.trainable": False, "model.lora.llm_layers": "last-1", "model.lora.dropout": 0.0,
+        "features.layers": True, "data.augment": "random_crop", "train.train_steps": 2, "eval.golden_size": 0,
+        "eval.caption_samples": 0, "eval.audit_turns": 0, "eval.answer_tokens": 64,
+    }), promote_anyway=True)  # fmt: skip
+
+    gaps = load_evidence(tmp_path / "run").gaps
+    assert any(g.startswith("Layers: what goes into them was not kept, because data.augment changes") for g in gaps)
+
+
 def test_a_run_at_less_strength_trains_the_same_weights_and_uses_less_of_them(
     instruct: MakeConfig, finished: Path, tmp_path: Path
 ) -> None:
