@@ -45,6 +45,17 @@ def test_a_pass_rate_below_80_per_cent_stops_when_it_is_so_twice_in_a_row() -> N
     assert stop(PASS, 0.7, 0.79) is None, "the baseline is no evaluation of the run"
 
 
+def test_a_share_of_a_baseline_below_0_is_below_it() -> None:
+    """The held-out samples may be the easier ones: then the gap at the start is negative."""
+    rule = {"mine": GuardrailConfig(measure=GAP, falls=0.2, best_falls=0.1)}
+
+    assert judge(course(GAP, -0.5, -0.5, -0.59), rule) is None
+    found = judge(course(GAP, -0.5, -0.61), rule)
+    assert found is not None and found.bound == pytest.approx(-0.6) and found.step == 10
+    (limit,) = limits(course(GAP, -0.5), rule)
+    assert limit.least == pytest.approx(-0.55) and not limit.broken_by(-0.5) and limit.broken_by(-0.56)
+
+
 def test_hallucination_that_rises_by_more_than_15_points_stops() -> None:
     assert stop(HALL, 0.10, 0.25) is None
     found = stop(HALL, 0.10, 0.2, 0.26)

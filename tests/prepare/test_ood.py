@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from tests.prepare.test_openmoji import svg
 
+from beholder.config import OodConfig
 from beholder.data.monitor_set import load_monitor_set
 from beholder.prepare import ood
-from beholder.probes.monitors import mentions
+from beholder.probes.monitors import insane, mentions
 from beholder.runs import sha256_file
 from beholder.types import UserError
 
@@ -66,8 +67,8 @@ def test_pages_chats_textures_and_drawings_come_with_labels_a_notice_and_what_wa
     hashes = [sha256_file(out / "images" / n) for n in names]
     assert len(set(hashes)) == len(hashes), "no image is there twice"
     left = {r["script"]: r["reason"] for r in records(out, "left_out")}
-    assert left["han"] == "no font at hand covers it" and "joined" in left["arabic"]
-    assert any("han is left out" in line for line in said)
+    assert left["cjk"] == "no font at hand covers it" and "joined" in left["arabic"]
+    assert any("cjk is left out" in line for line in said)
     notice = (out / "NOTICE").read_text(encoding="utf-8")
     assert "CC BY-SA 4.0" in notice and "OpenMoji" in notice and "DejaVu" in notice
     drawing = next(r for r in rows["ood"] if r["kind"] == "drawing")
@@ -153,3 +154,9 @@ def test_the_real_packages_make_the_set_and_what_is_there_is_reused(tmp_path: Pa
     again: list[str] = []
     assert prepare("ood", tmp_path / "ood", again.append) == folder
     assert any("verified and reused" in line for line in again)
+
+
+def test_its_scripts_are_called_as_the_setting_for_captions_calls_them() -> None:
+    for script in ood.SCRIPTS:
+        assert OodConfig(path="x", script=script.name).script == script.name
+        assert all(insane(line, True, script.name) == "" for line in script.lines), script.name

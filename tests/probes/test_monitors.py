@@ -9,6 +9,7 @@ from beholder.evidence import Measurement
 from beholder.probes import monitors as probe
 from beholder.probes.hallucination import load_objects, parse_objects
 from beholder.probes.loss import SampleLoss
+from beholder.types import UserError
 
 SHAPES = parse_objects("square: box\ndisc: dot\ntriangle", "shapes")
 PHRASE = probe.Phrase("无关图片")
@@ -101,19 +102,43 @@ def test_hallucination_is_over_descriptions_and_polled_answers_with_an_interval_
     assert "ood.says_yes" not in keyed(alone) and keyed(alone)["ood.hallucination"].value == 0.5
 
 
+def test_what_is_said_of_images_of_unknown_content_is_no_hallucination() -> None:
+    """A folder of photos: what they show may be what the model says."""
+    known = probe.trained(["a red square"], [], SHAPES)
+    d = described(["a red square", "a disc", "a page"], [[], ["text"], ["text"]], kinds=["photo", "page", "page"],
+                  polled=[True, False, False])  # fmt: skip
+
+    rows, told = probe.hallucination(d, known, SHAPES, None)
+
+    m = keyed(rows)
+    assert m["ood.hallucination"].value == 1 / 4 and m["ood.hallucination"].n == 2
+    assert "1 images are left out, what they show is not known" in (m["ood.hallucination"].caveat or "")
+    assert m["ood.invents"].value == 1 / 2 and m["ood.says_yes"].value == 0 and "ood.hallucination/photo" not in m
+    assert told == ["", "names disc", ""]
+    with pytest.raises(UserError, match="no record says what its image shows"):
+        probe.hallucination(described(["a red square"], [[]]), known, SHAPES, None)
+
+
 def test_what_is_polled_is_absent_and_named_by_the_training_where_it_names_anything() -> None:
     known = probe.trained([], ["a disc", "a disc and a square"], SHAPES)
     assert known.objects == ("disc", "square")
     for id in map(str, range(20)):
         assert probe.asked_about(id, ["a square"], known, SHAPES) == "disc"
         assert probe.asked_about(id, ["box", "disc"], known, SHAPES) is None
-        assert probe.asked_about(id, [], probe.Trained(), SHAPES) in SHAPES.names
-    assert len({probe.asked_about(str(i), [], known, SHAPES) for i in range(20)}) == 2
+        assert probe.asked_about(id, ["text"], probe.Trained(), SHAPES) in SHAPES.names
+        assert probe.asked_about(id, [], known, SHAPES) is None, "what it shows is not known, so nothing is absent"
+    assert len({probe.asked_about(str(i), ["text"], known, SHAPES) for i in range(20)}) == 2
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("Yes.", True), ("是的", True), (" YES it is", True), ("no, yes", False), ("yesterday", False)]
-)
+    ("text", "said"),
+    [
+        ("Yes.", True), ("是的", True), (" YES it is", True), ("no, yes", False), ("yesterday", False),
+        ("对，图片中有一只狗。", True), ("有一只狗。", True), ("是", True), ("对不起，图片中没有狗。", False),
+        ("是否有狗？", False),
+        ("是不是狗？", False), ("对于这个问题，没有。", False), ("有没有狗？", False),
+    ],
+)  # fmt: skip
 def test_yes_is_what_an_answer_begins_with(text: str, said: bool) -> None:
     from beholder.config import OodConfig
 
@@ -147,6 +172,7 @@ def test_empty_near_empty_and_image_independent_descriptions_are_blind() -> None
         ("A page of text.", True, "cjk", "not in cjk script"),
         ("12 34", True, "latin", "not in latin script"),
         ("图 text 片文字段落内容", True, "cjk", ""),
+        ("이것은 대화 화면입니다.", True, "han", "not in han script"),
         ("… !", True, None, "empty"),
         ("a cat and a cat and a cat and a cat", True, None, "loops"),
         ("哈哈哈哈哈哈哈哈哈哈哈哈", True, None, "loops"),

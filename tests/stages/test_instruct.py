@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tests.conftest import MakeConfig, TinyParts
 from tests.evidence.test_catalogue import strangers
+from tests.stages.dying import dying_at
 
 from beholder.config import RunConfig
 from beholder.config.file import dump_config
@@ -181,15 +182,8 @@ def test_resumed_with_dropout_in_the_adapters_equals_the_straight_run(
 
 def _interrupt(cfg: RunConfig) -> None:
     """The run dies after its third step."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("beholder.stages.watch.Watch.on_step", _die_after_3)
-        with pytest.raises(RuntimeError, match="planted"):
-            run_stage(cfg, promote_anyway=True)
-
-
-def _die_after_3(watch: object, step: int, record: object) -> None:
-    if step == 3:
-        raise RuntimeError("planted")
+    with dying_at(3):
+        run_stage(cfg, promote_anyway=True)
 
 
 def test_the_best_checkpoint_is_kept_named_measured_and_used_although_later_ones_are_worse(
@@ -225,6 +219,18 @@ def test_the_best_checkpoint_is_kept_named_measured_and_used_although_later_ones
     again = evaluate_run(str(run))
     assert again.step == best.step and again.evidence is not None
     assert again.evidence.get("eval.loss") == loss
+
+
+def test_layers_are_not_kept_of_images_that_augmentation_changes(instruct: MakeConfig, tmp_path: Path) -> None:
+    """No sample's key would come twice: the store would fill to its cap and never be read."""
+    run_stage(instruct(tmp_path, **{
+        "model.connector.trainable": False, "model.lora.llm_layers": "last-1", "model.lora.dropout": 0.0,
+        "features.layers": True, "data.augment": "random_crop", "train.train_steps": 2, "eval.golden_size": 0,
+        "eval.caption_samples": 0, "eval.audit_turns": 0, "eval.answer_tokens": 64,
+    }), promote_anyway=True)  # fmt: skip
+
+    gaps = load_evidence(tmp_path / "run").gaps
+    assert any(g.startswith("Layers: what goes into them was not kept, because data.augment changes") for g in gaps)
 
 
 def test_a_run_at_less_strength_trains_the_same_weights_and_uses_less_of_them(

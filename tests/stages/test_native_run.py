@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from tests.evidence.test_catalogue import strangers
+from tests.stages.dying import dying_at
 
 from beholder.config import GREEDY, LlmConfig, LoraConfig, RunConfig
 from beholder.config.file import ConfigError, dump_config, parse_config
@@ -120,10 +121,8 @@ def test_the_report_says_what_it_is(finished: Path, evidence: Evidence) -> None:
 
 
 def test_resumed_it_is_the_straight_run_bit_for_bit(setting: Setting, finished: Path, tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("beholder.stages.watch.Watch.on_step", _die_after_3)
-        with pytest.raises(RuntimeError, match="planted"):
-            run_stage(setting.config(tmp_path))
+    with dying_at(3):
+        run_stage(setting.config(tmp_path))
     run = tmp_path / "run"
     assert [p.name for p in (run / "checkpoints").glob("step_*")] == ["step_2"]
 
@@ -134,11 +133,6 @@ def test_resumed_it_is_the_straight_run_bit_for_bit(setting: Setting, finished: 
         assert sha256_file(run / "checkpoints" / "step_4" / name) == (
             sha256_file(finished / "checkpoints" / "step_4" / name)
         ), name
-
-
-def _die_after_3(watch: object, step: int, record: object) -> None:
-    if step == 3:
-        raise RuntimeError("planted")
 
 
 # peft 0.21 asks transformers 5.23 in words that the latter is about to drop.

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import TinyParts, make_config
+from tests.stages.dying import dying_at
 
 from beholder.config import RunConfig
 from beholder.config.file import load_config
@@ -148,10 +149,8 @@ def test_a_killed_run_on_a_merged_base_resumes_bit_for_bit(
     stage: MakeStage, origin: Path, merged: Path, tmp_path: Path
 ) -> None:
     cfg = stage(tmp_path, **start(origin, "merge"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("beholder.stages.watch.Watch.on_step", _die_after_3)
-        with pytest.raises(RuntimeError, match="planted"):
-            run_stage(cfg, promote_anyway=True)
+    with dying_at(3):
+        run_stage(cfg, promote_anyway=True)
 
     assert run_stage(cfg, promote_anyway=True).status == Status.SUCCEEDED
 
@@ -159,11 +158,6 @@ def test_a_killed_run_on_a_merged_base_resumes_bit_for_bit(
         ours, theirs = (sha256_file(r / "checkpoints" / "step_4" / name) for r in (tmp_path / "run", merged))
         assert ours == theirs, name
     assert json.loads((tmp_path / "run" / "run.json").read_text())["adapters"].startswith("merge: those of ")
-
-
-def _die_after_3(watch: object, step: int, record: object) -> None:
-    if step == 3:
-        raise RuntimeError("planted")
 
 
 def test_a_base_goes_on_through_later_runs(stage: MakeStage, merged: Path, tmp_path: Path) -> None:

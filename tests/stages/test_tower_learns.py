@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import TinyParts, make_config
+from tests.stages.dying import dying_at
 
 from beholder.config import RunConfig
 from beholder.evidence import load_evidence
@@ -66,13 +67,11 @@ def test_what_was_named_learns_and_the_rest_is_bit_identical(straight: Path) -> 
     assert json.loads((step / "vision.json").read_text())["modules"] == [OWN]
 
 
-def test_killed_and_resumed_with_dropout_it_equals_the_straight_run(
+def test_interrupted_and_resumed_with_dropout_it_equals_the_straight_run(
     stage: MakeStage, straight: Path, tmp_path: Path
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("beholder.stages.watch.Watch.on_step", _die_after_3)
-        with pytest.raises(RuntimeError, match="planted"):
-            run_stage(stage(tmp_path))
+    with dying_at(3):
+        run_stage(stage(tmp_path))
 
     assert run_stage(stage(tmp_path)).status == Status.SUCCEEDED
 
@@ -81,11 +80,6 @@ def test_killed_and_resumed_with_dropout_it_equals_the_straight_run(
     for name in names:
         ours, theirs = (sha256_file(r / "checkpoints" / "step_4" / name) for r in (tmp_path / "run", straight))
         assert ours == theirs, name
-
-
-def _die_after_3(watch: object, step: int, record: object) -> None:
-    if step == 3:
-        raise RuntimeError("planted")
 
 
 def test_it_is_measured_again_as_it_was(straight: Path) -> None:

@@ -6,11 +6,13 @@ Paths are relative to the working directory, as on a command line.
 from __future__ import annotations
 
 import re
+from operator import attrgetter
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from beholder.config.data import DataConfig, FeaturesConfig, HygieneLimits, PromptingConfig, Template
+from beholder.config.monitors import MONITORED, RETAINED, WATCHED, is_script
 from beholder.config.parts import FROZEN_CONNECTOR, FROZEN_TOWER, NO_ADAPTERS, ModelConfig
 from beholder.config.section import Cadence, Fraction, Inert, Natural, Positive, Section, Tiny, Written, decides
 from beholder.config.stages import (
@@ -180,16 +182,21 @@ class OodConfig(Section):
     question: Annotated[str | None, _UNASKED] = "Is there a {object} in the image?"
     """Asked of a model that answers about an object the image does not show, of those that the training texts name;
     null: not asked."""
-    yes: Annotated[str, _UNASKED] = r"\s*(yes\b|是|有|对|はい|да\b|oui\b|sí\b|ja\b|نعم)"
+    yes: Annotated[str, _UNASKED] = r"\s*(yes\b|是(?![否不])|有(?!没有)|对(?![不于])|はい|да\b|oui\b|sí\b|ja\b|نعم)"
     """A regular expression: with what an answer begins that says yes."""
     script: Annotated[str | None, _UNASKED] = None
-    """The script captions must be in, as Unicode calls it in its characters' names: latin, cjk, cyrillic, arabic, …;
-    none: any."""
+    """The script captions must be in, by the first word of its letters' names in Unicode: latin, cjk (Chinese),
+    hiragana, hangul, cyrillic, arabic, …; none: any."""
 
     def impossible(self) -> list[str]:
         wrong = _bad_patterns(self, "yes")
         if self.question is not None and "{object}" not in self.question:
             wrong.append(f"question {self.question!r} has no {{object}} for what is asked about")
+        if self.script is not None and not is_script(self.script):
+            wrong.append(
+                f"script {self.script!r} is not the first word of any letter's name in Unicode; such are latin, cjk "
+                "(Chinese), hiragana, katakana, hangul, cyrillic, greek, arabic, hebrew, devanagari and thai"
+            )
         return wrong
 
 
@@ -201,19 +208,6 @@ def _bad_patterns(section: Section, *names: str) -> list[str]:
         except re.error as e:
             wrong.append(f"{name} {getattr(section, name)!r} is not a regular expression: {e}")
     return wrong
-
-
-MONITORED = {
-    "irrelevant.": "eval.irrelevant.path", "ood.": "eval.ood.path", "sane.": "eval.ood.path",
-    "cross.": "eval.ood.path", "jitter.": "eval.jitter_samples", "gap.": "eval.gap_samples",
-}  # fmt: skip
-"""How names of measurements begin that are made where a setting says on what, and that setting."""
-WATCHED = (
-    "irrelevant.pass", "ood.hallucination", "ood.blind", "sane.captions", "jitter.consistency", "gap.generalisation",
-)  # fmt: skip
-"""What is measured at every evaluation, where it is switched on; guardrails judge these."""
-RETAINED = ("retention.loss_ratio", "retention.loss_ratio_styled", "retention.kl")
-"""The same under ``eval.retention_every: eval``."""
 
 
 class EvalConfig(Section):
@@ -314,17 +308,18 @@ class EvalConfig(Section):
     def off(self, measure: str) -> str | None:
         """The setting that would have a monitor's measurement made; None where it is made, and for all others."""
         setting = next((s for begin, s in MONITORED.items() if measure.startswith(begin)), None)
-        values = {
-            "eval.irrelevant.path": self.irrelevant.path, "eval.ood.path": self.ood.path,
-            "eval.jitter_samples": self.jitter_samples, "eval.gap_samples": self.gap_samples,
-        }  # fmt: skip
-        return setting if setting is not None and not values[setting] else None
+        return setting if setting is not None and not attrgetter(setting.removeprefix("eval."))(self) else None
 
     @property
     def watched(self) -> tuple[str, ...]:
         """What is measured at every evaluation."""
         more = RETAINED if self.retention_every == "eval" else ()
         return (*(name for name in WATCHED if self.off(name) is None), *more)
+
+    @property
+    def greedy(self) -> GenerateConfig:
+        """How answers about held-out samples and the images of monitors are written."""
+        return GREEDY.model_copy(update={"max_new_tokens": self.answer_tokens})
 
 
 class AblationConfig(Section):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from beholder.config.data import CAPTION_SPAM, HygieneLimits, Template
+from beholder.config.monitors import MONITORS
 from beholder.config.parts import ModelConfig
 from beholder.config.section import Positive, Section, decides
 from beholder.types import Condition
@@ -146,7 +147,8 @@ class GuardrailConfig(Section):
     """Name of a measurement that is made at every evaluation, such as ``ood.hallucination``. Required for one of your
     own."""
     falls: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Stop when it is lower than the baseline by more than this share of the baseline."""
+    """Stop when it is lower than the baseline by more than this share of the baseline's size (of 0.3 where it is
+    -0.3)."""
     rises: Annotated[float, Field(gt=0)] | None = None
     """Stop when it is higher than the baseline by more than this, in its own unit: 0.15 of a share are 15 points."""
     below: float | None = None
@@ -159,7 +161,7 @@ class GuardrailConfig(Section):
     times: Annotated[Positive, Field(le=1000)] = 2
     """For below, above and widens."""
     best_falls: Annotated[float, Field(gt=0, le=1)] | None = None
-    """The run's best checkpoint may not be lower than the baseline by more than this share of it."""
+    """The run's best checkpoint may not be lower than the baseline by more than this share of its size."""
     best_rises: Annotated[float, Field(gt=0)] | None = None
     """The run's best checkpoint may not be higher than the baseline by more than this."""
     why: str = ""
@@ -265,7 +267,7 @@ class Stage:
         assert {"correct", "shuffled"} <= set(self.conditions), f"{self.name}: {self.conditions}"
 
 
-MONITORS = ("irrelevant", "ood", "jitter", "gap")
+MONITOR_ROWS = tuple(m.name for m in MONITORS)
 """Rows of the panel that are made at every evaluation where their data are given."""
 
 MEASURED_EVERYWHERE = ("losses", "truncated", "learned", "golden", "ablation", "words", "written")
@@ -290,7 +292,7 @@ ALIGN = Stage(
     conditions=("correct", "shuffled", "zero"),
     golden_size=32,
     golden_by="length",
-    measures=(*MEASURED_EVERYWHERE, "questions", *FOLLOWS, "guessable", *MONITORS),
+    measures=(*MEASURED_EVERYWHERE, "questions", *FOLLOWS, "guessable", *MONITOR_ROWS),
     evaluates_saves=False,
     gates=GATES,
 )
@@ -322,7 +324,7 @@ INSTRUCT = Stage(
         "retained",
         "merges",
         "crossed",
-        *MONITORS,
+        *MONITOR_ROWS,
     ),
     evaluates_saves=True,
     gates=INSTRUCT_GATES,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -172,6 +173,10 @@ class Mixture:
                 if index not in seen:
                     seen.add(index)
                     yield self._example(position, index)
+
+    def first(self, most: int) -> list[Example]:
+        """So many different training samples, in their order, which is already random."""
+        return list(islice(self.each_once(), most))
 
     def _draw(self, purpose: str, position: int) -> float:
         """Uniform in [0, 1), a pure function of its arguments and the mixture."""

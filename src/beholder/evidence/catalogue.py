@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
+from beholder.config import STRENGTH_LINE
 from beholder.evidence.record import Evidence, Measurement
 from beholder.types import CONDITIONS, Condition
 
@@ -124,7 +125,7 @@ ALONE, OWN = ("",), ("correct",)
 _Q, _H = Quantity, Headline
 _SHARE, _NATS = "share", "nats/token"
 
-CATALOGUE: tuple[Quantity, ...] = (
+_MEASURED: tuple[Quantity, ...] = (
     # Held-out samples. The same names in `Evidence.baseline` are the numbers before training.
     _Q("eval.loss", "loss", _NATS, "lower", "held-out", column="held-out loss", flat="eval_loss<_stratum>", said=ALONE),
     _Q("eval.perplexity", "perplexity", "perplexity", "lower", "held-out", said=ALONE, headline=_H(8, 8)),
@@ -258,12 +259,6 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("jitter.consistency", "same answer for slightly cropped images", _SHARE, "higher", "monitors", said=ALONE),
     _Q("gap.generalisation", "generalisation gap", _NATS, "lower", "monitors", said=ALONE),
     _Q("gap.training_loss", "loss on training samples", _NATS, "none", "monitors"),
-    # The same at part of the adapters' strength (``eval.strengths``).
-    _Q("strength.loss", "held-out loss, adapters at part of their strength", _NATS, "lower"),
-    _Q("strength.text_ratio", "loss on plain text, on over off, adapters at part of their strength", "ratio", "lower"),
-    _Q("strength.pass", "unrelated images told to be so, adapters at part of their strength", _SHARE, "higher"),
-    _Q("strength.hallucination", "hallucination, adapters at part of their strength", _SHARE, "lower"),
-    _Q("strength.blind", "blind answers, adapters at part of their strength", _SHARE, "lower"),
     # What gates alone judge.
     _Q("data.truncated_pct", "targets cut to length", "%", "lower"),
     _Q("data.label_zero_pct", "samples with nothing supervised", "%", "lower"),
@@ -274,7 +269,14 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("vqa.accuracy", "answers right (VQA)", _SHARE, "higher"),
     _Q("vqa.exact", "answers exactly right", _SHARE, "higher"),
 )  # fmt: skip
-"""In the order in which a run that ends says them."""
+
+CATALOGUE = _MEASURED + tuple(
+    _Q(STRENGTH_LINE[q.pattern], f"{q.column or q.words}, adapters at part of their strength", q.unit, q.better)
+    for q in _MEASURED
+    if q.pattern in STRENGTH_LINE
+)
+"""In the order in which a run that ends says them; last what is measured at part of the adapters' strength as well
+(``eval.strengths``)."""
 
 _ROWS = {row.stem: row for row in CATALOGUE}
 

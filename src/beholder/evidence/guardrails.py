@@ -88,7 +88,7 @@ def _judge(name: str, rule: GuardrailConfig, history: Sequence[Reading]) -> Guar
         )  # fmt: skip
 
     row = "" if rule.times == 1 else f" {rule.times} evaluations in a row"
-    if rule.falls is not None and base is not None and value < (bound := base * (1 - rule.falls)):
+    if rule.falls is not None and base is not None and value < (bound := _lower(base, rule.falls)):
         return stop(bound, f"more than {rule.falls:.0%} below its baseline of {base:.4g} (less than {bound:.4g})")
     if rule.rises is not None and base is not None and value > (bound := base + rule.rises):
         return stop(bound, f"more than {rule.rises:g} above its baseline of {base:.4g} (more than {bound:.4g})")
@@ -119,10 +119,15 @@ def limits(history: Sequence[Reading], rules: Mapping[str, GuardrailConfig]) -> 
         assert rule.measure is not None
         value = base[rule.measure]
         if rule.best_falls is not None:
-            least = value * (1 - rule.best_falls)
+            least = _lower(value, rule.best_falls)
             found.append(Limit(rule.measure, least=least, words=f"baseline {value:.4g} − {rule.best_falls:.0%}"))
         if rule.best_rises is not None:
             found.append(
                 Limit(rule.measure, most=value + rule.best_rises, words=f"baseline {value:.4g} + {rule.best_rises:g}")
             )
     return found
+
+
+def _lower(base: float, share: float) -> float:
+    """The baseline less a share of its size, so that it is lower where the baseline is below 0, too."""
+    return base - share * abs(base)

@@ -55,6 +55,7 @@ class Script:
     """Sentences in one script, by Beholder's authors."""
 
     name: str
+    """As ``eval.ood.script`` has it: the first word of its letters' names in Unicode."""
     lines: tuple[str, ...]
     joined: bool = False
     """Letters change with their neighbours or run from right to left."""
@@ -67,9 +68,9 @@ SCRIPTS: Final = (
                         "Встретимся на вокзале.", "Собрание перенесли.", "Спасибо, получил.")),
     Script("greek", ("Το τρένο φεύγει στις εννέα.", "Φέρε τον μπλε φάκελο.", "Αύριο θα βρέξει.",
                      "Τα λέμε στον σταθμό.", "Η συνάντηση άλλαξε.", "Ευχαριστώ, το πήρα.")),
-    Script("han", ("火车九点出发。", "请带上蓝色文件夹。", "明天可能下雨。",
+    Script("cjk", ("火车九点出发。", "请带上蓝色文件夹。", "明天可能下雨。",
                    "车站见。", "会议改期了。", "谢谢，收到了。")),
-    Script("kana", ("でんしゃは九じにでます。", "あおいファイルをもってきて。", "あしたはあめです。",
+    Script("hiragana", ("でんしゃは九じにでます。", "あおいファイルをもってきて。", "あしたはあめです。",
                     "えきであいましょう。", "かいぎはへんこうです。", "ありがとう、うけとりました。")),
     Script("hangul", ("기차는 아홉 시에 떠나요.", "파란 서류철을 가져오세요.", "내일은 비가 와요.", "역에서 만나요.",
                       "회의가 연기되었어요.", "고마워요, 받았어요.")),

@@ -158,11 +158,11 @@ def preview_config(cfg: RunConfig, num: int, folder: Path) -> Preview:
         processor = processor_of(cfg.model.llm)
         data = build_data(cfg, processor.processor.tokenizer, processor, None)
         return preview(
-            [data.train.example_at(p) for p in range(min(num, len(data.train)))],
+            data.train.first(num),
             data.builder(None, train=True, cfg=cfg), folder,
         )  # fmt: skip
     tower = load_vision(cfg.model.vision, torch.device("cpu"))
     num_visual_tokens = resolve_num_tokens(cfg.model.connector, tower.geometry.num_patches)
     data = build_data(cfg, load_tokenizer(cfg.model.llm), tower.geometry, num_visual_tokens)
-    examples = [data.train.example_at(p) for p in range(min(num, len(data.train)))]
+    examples = data.train.first(num)
     return preview(examples, data.builder(None, train=True, cfg=cfg), folder)

@@ -28,10 +28,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from beholder.config import in_script
 from beholder.evidence import Measurement
 from beholder.probes import bootstrap, measurement, ratio_of_sums, share, strata
 from beholder.probes.caption_metrics import normalize, tokenize
-from beholder.probes.collapse import loops
+from beholder.probes.collapse import loops, nearly
 from beholder.probes.hallucination import ObjectList, plural
 from beholder.probes.loss import SampleLoss
 from beholder.probes.wrong_images import reassign
@@ -43,6 +44,10 @@ SAME_FOR_ALL = 0.5
 """Share of the images that get one text from which it is the same for all of them."""
 MIN_ALIKE = 4
 """Fewer descriptions are not compared with one another."""
+NOTHING_SHOWN = (
+    "no record says what its image shows, so nothing that is said of one is known to be invented; give each that is "
+    'known its labels, "shows": ["chat", "screenshot"], in a record file (docs/data.md, "Monitors")'
+)
 CROPS = ((0.0, 0.0), (1.0, 1.0), (0.5, 0.5))
 """Which corner is kept, as shares of what is cut off: left and top of each crop."""
 CROPPED_SIDE = 0.94
@@ -129,7 +134,9 @@ def mentions(text: str, label: str) -> bool:
 
 def asked_about(id: str, shows: Sequence[str], known: Trained, objects: ObjectList) -> str | None:
     """The object an image is polled about: one that it does not show, of those that the training texts name, else of
-    the list's; which of them, its id decides."""
+    the list's; which of them, its id decides. None where there is none, or what it shows is not known."""
+    if not shows:
+        return None
     there = {name for label in shows for name in objects.find(label)} | set(shows)
     absent = [name for name in (known.objects or objects.names) if name not in there]
     return absent[zlib.crc32(id.encode()) % len(absent)] if absent else None
@@ -155,17 +162,21 @@ def hallucination(
     """``ood.hallucination`` over all assertions, overall and by kind of image, with ``ood.invents`` (descriptions
     alone) and ``ood.says_yes`` (polled answers alone); and for each image what it asserts that is not so.
 
-    The interval of the whole resamples images, so that what is said of one image stays together.
+    Images of which it is not known what they show are left out: what is said of them may be so. The interval of the
+    whole resamples images, so that what is said of one image stays together. Raises `UserError` where none is known.
     """
-    found = [invents(t, s, known, objects, phrase) for t, s in zip(d.texts, d.shows, strict=True)]
-    polled = list(d.polled) or [None] * len(d.texts)
+    told = [i for i, shows in enumerate(d.shows) if shows]
+    if not told:
+        raise UserError(NOTHING_SHOWN)
+    found = [invents(d.texts[i], d.shows[i], known, objects, phrase) for i in told]
+    polled = [d.polled[i] for i in told] if d.polled else [None] * len(told)
     wrong = np.array([bool(f) + (p is True) for f, p in zip(found, polled, strict=True)], dtype=np.float64)
     asked = np.array([1 + (p is not None) for p in polled], dtype=np.float64)
-    unknown = sum(not s for s in d.shows)
     about = f"{int(wrong.sum())} of {int(asked.sum())} descriptions and polled answers; objects of {objects.source}"
-    about += f"; what {unknown} images show is not known" if unknown else ""
+    if unknown := len(d.shows) - len(told):
+        about += f"; {unknown} images are left out, what they show is not known"
     out: list[Measurement] = []
-    for kind, k in _parts(d.kinds):
+    for kind, k in _parts([d.kinds[i] for i in told]):
         value, ci = ratio_of_sums(wrong[k], asked[k], seed)
         out.append(
             measurement(
@@ -173,16 +184,15 @@ def hallucination(
                 caveat=about if kind is None else None,
             )
         )  # fmt: skip
-    n = len(d.texts)
-    out.append(share("ood.invents", sum(map(bool, found)), n, caveat="descriptions alone"))
+    out.append(share("ood.invents", sum(map(bool, found)), len(told), caveat="descriptions alone"))
     answered = [p for p in polled if p is not None]
     if answered:
         out.append(share("ood.says_yes", sum(answered), len(answered), caveat="polled about an object that is absent"))
-    told = [
-        "; ".join(filter(None, [f, "says yes to what is absent" if p else ""]))
-        for f, p in zip(found, polled, strict=True)
-    ]
-    return out, told
+    words = {
+        i: "; ".join(filter(None, [f, "says yes to what is absent" if p else ""]))
+        for i, f, p in zip(told, found, polled, strict=True)
+    }
+    return out, [words.get(i, "") for i in range(len(d.shows))]
 
 
 def blind(d: Described, phrase: Phrase | None, seed: int = 0) -> tuple[list[Measurement], list[str]]:
@@ -240,7 +250,7 @@ def insane(text: str, finished: bool, script: str | None = None) -> str:
         return "does not end"
     if script is not None:
         alphabetic = [c for c in letters if c.isalpha()]
-        own = sum(unicodedata.name(c, "").startswith(script.upper()) for c in alphabetic)
+        own = sum(in_script(c, script) for c in alphabetic)
         if 2 * own < len(alphabetic) or not alphabetic:
             return f"not in {script} script"
     return ""
@@ -263,8 +273,7 @@ def near_identical(a: str, b: str) -> bool:
     if normalize(a) == normalize(b):
         return True
     one, two = Counter(_units(a)), Counter(_units(b))
-    longest = max(one.total(), two.total())
-    return longest - (one & two).total() <= longest // 5
+    return bool(nearly(max(one.total(), two.total()), (one & two).total()))
 
 
 def consistency(own: Sequence[str], cropped: Sequence[Sequence[str]], seed: int = 0) -> list[Measurement]:

@@ -5,11 +5,13 @@ The log is the only memory: whatever is decided follows from its lines, so that 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from beholder.evidence import GuardrailStop, Measurement
 from beholder.evidence.guardrails import Limit, Reading, judge, limits, readings
-from beholder.runs import RunDir
+from beholder.runs import RunDir, to_json
 from beholder.stages.measured import Measured
 from beholder.stages.panel import watched
 from beholder.stages.session import Session
@@ -64,28 +66,43 @@ def _first_reading(folder: str) -> dict[str, Any]:
     return first[-1]
 
 
-def other_images(session: Session) -> str | None:
-    """What reading of the history is of other images than the config names now; None when none is."""
+def measured_otherwise(session: Session) -> str | None:
+    """What reading of the history was taken otherwise than the next one will be, and in what; None when none was."""
 
     def look() -> str | None:
         now = session.monitors.fingerprint
         for row in (r for r in session.run.metrics() if "monitors" in r):
             known = row.get("monitor_data", {})
-            if changed := [name for name in now if known.get(name, now[name]) != now[name]]:
+            changed = [x for name in now if name in known for x in differences(known[name], now[name])]
+            if changed:
                 where = row.get("baseline_run", f"step {row['step']} of this run")
                 return (
-                    f"eval.{changed[0]}: these are not the images that {where} was measured with, so its readings do "
-                    "not compare with new ones"
+                    f"{where} was measured otherwise, so its readings do not compare with new ones: "
+                    f"{'; '.join(dict.fromkeys(changed))}"
                 )
         return None
 
     return session.dist.on_main(look)
 
 
+def differences(then: Any, now: Mapping[str, Any]) -> list[str]:
+    """In what two of a monitor's fingerprints (`MonitorSets.fingerprint`) differ: ``eval.irrelevant.phrase: "a" →
+    "b"``."""
+    if not isinstance(then, dict):  # the images' sha256 alone, as logs had it before
+        then = {**now, **{name: then for name in now if name.startswith("images of ")}}
+    names = [name for name in dict.fromkeys([*then, *now]) if then.get(name) != now.get(name)]
+    return [f"{name}: {_shown(then.get(name))} → {_shown(now.get(name))}" for name in names]
+
+
+def _shown(value: Any) -> str:
+    """A setting as a config writes it; of a sha256, its beginning."""
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else to_json(value)
+
+
 def check_history(session: Session) -> None:
-    """Before training goes on: raises `UserError` where the readings so far are of other images."""
-    if (changed := other_images(session)) is not None:
-        raise UserError(f"{changed}. Put the files back, or start a new run")
+    """Before training goes on: raises `UserError` where the readings so far were taken otherwise."""
+    if (changed := measured_otherwise(session)) is not None:
+        raise UserError(f"{changed}. Put it back, or start a new run")
 
 
 def check_baseline(session: Session) -> None:

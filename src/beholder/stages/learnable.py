@@ -103,7 +103,7 @@ def _audited(
         session = open_session(cfg, RunDir(folder), dist, base, aside=True)
         with session:
             held_out = part == "eval"
-            examples = session.data.eval_examples if held_out else session.training_examples(text_learner.MAX_QUESTIONS)
+            examples = session.data.eval_examples if held_out else session.data.train.first(text_learner.MAX_QUESTIONS)
             read = examples if held_out else examples[:num_turns]
             title = f"{part} samples of {cfg.run_name}, no image shown"
             first = audit_data(session, read, title, num_turns=num_turns)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from beholder.config import GREEDY, GenerateConfig
+from beholder.config import GREEDY
 from beholder.data.images import ImagePipeline, NativePipeline
 from beholder.data.monitor_set import MonitorItem
 from beholder.probes import monitors as probe
@@ -36,7 +36,9 @@ def irrelevant(session: Session, m: Measured) -> None:
     found, phrase = session.monitors.irrelevant, session.monitors.phrase
     assert found is not None and phrase is not None, "switched on"
     with session.phase("monitors"):
-        said = session.together.written(found.examples, _greedy(session), "correct", _size(session), "irrelevant")
+        said = session.together.written(
+            found.examples, session.cfg.eval.greedy, "correct", _size(session), "irrelevant"
+        )
     texts = [r.prediction for r in said]
     m.measurements += probe.irrelevant(texts, [x.kind for x in found.items], phrase)
     keep(session, m, "irrelevant", found.items, texts, [{"passed": phrase.said_in(t)} for t in texts])
@@ -48,7 +50,9 @@ def ood(session: Session, m: Measured) -> None:
     assert found is not None, "switched on"
     known, phrase, own = session.monitors.trained, session.monitors.phrase, session.cfg.eval.ood
     with session.phase("monitors"):
-        said = session.together.written(found.examples, _greedy(session), "correct", _size(session), "unlike images")
+        said = session.together.written(
+            found.examples, session.cfg.eval.greedy, "correct", _size(session), "unlike images"
+        )
         polled = poll(session, found.items, known) if own.question and session.cfg.template == "chat" else []
     described = probe.Described(
         ids=[x.example.id for x in found.items], shows=[x.shows for x in found.items],
@@ -90,7 +94,7 @@ def jitter(session: Session, m: Measured) -> None:
 
     def answers(view: Cropped | None) -> list[str]:
         found = session.together.written(
-            examples, _greedy(session), "correct", _size(session), "cropped images", pipeline=view
+            examples, session.cfg.eval.greedy, "correct", _size(session), "cropped images", pipeline=view
         )
         return [r.prediction for r in found]
 
@@ -114,9 +118,7 @@ class Cropped:
 
 def gap(session: Session, m: Measured) -> None:
     """Held-out minus training loss, of as many samples, measured the same way."""
-    size = min(session.cfg.eval.gap_samples, len(session.held_out))
-    held = session.held_out.at(session.held_out.among(range(len(session.held_out)), size))
-    training = session.monitors.training(size)
+    held, training = session.monitors.gap_samples
     with session.phase("monitors"):
         measured = probe.gap(session.together.losses(held), session.together.losses(training), session.held_out.seed)
     m.measurements += measured
@@ -153,10 +155,6 @@ def crossed(session: Session, m: Measured) -> None:
     m.measurements += probe.crossed(on, off, held.seed)
     if not own:
         m.gaps.append("Own and unlike images with trained and plain texts: no held-out sample of one image fits.")
-
-
-def _greedy(session: Session) -> GenerateConfig:
-    return GREEDY.model_copy(update={"max_new_tokens": session.cfg.eval.answer_tokens})
 
 
 def _size(session: Session) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from beholder.config import GREEDY, MONITORED, RunConfig
+from beholder.config import GREEDY, MONITORED, MONITORS, STRENGTH_LINE, RunConfig
 from beholder.data.chat import ChatEncoder, EncodeError
 from beholder.evidence import Measurement, WordReliance
 from beholder.probes import (
@@ -300,7 +300,7 @@ def move(session: Session, m: Measured, costs: Mapping[int, Sequence[float]]) ->
     unknown = [s for s in chosen if s.kept is None][:NUM_CONSISTENT]
     said = []
     if unknown:
-        greedy = GREEDY.model_copy(update={"max_new_tokens": session.cfg.eval.answer_tokens})
+        greedy = session.cfg.eval.greedy
         said = [
             [
                 r.prediction
@@ -380,7 +380,7 @@ def written(session: Session, m: Measured) -> None:
     seed = cfg.measure_seed
     by: dict[Condition, list[Written]]
     stage = cfg.stage_record
-    greedy = GREEDY.model_copy(update={"max_new_tokens": cfg.eval.answer_tokens})
+    greedy = cfg.eval.greedy
     label = f"{stage.writes}s"
     with session.phase(label):
         by = {c: session.together.written(examples, greedy, c, cfg.eval.batch_size, label) for c in stage.conditions}
@@ -613,7 +613,7 @@ def learnable(session: Session, m: Measured) -> None:
         return
 
     def learned() -> tuple[list[dict[str, Any]], list[str], str]:
-        examples = session.training_examples(text_learner.MAX_QUESTIONS)
+        examples = session.data.train.first(text_learner.MAX_QUESTIONS)
         try:
             found = text_learner.learn(examples, seed=session.held_out.seed, content_key=session.held_out.content_key)
         except UserError as e:
@@ -739,19 +739,13 @@ def _adapted(session: Session) -> bool:
     return bool(session.model.adapters)
 
 
-STRENGTH_LINE = {
-    "eval.loss": "strength.loss", "retention.loss_ratio": "strength.text_ratio", "irrelevant.pass": "strength.pass",
-    "ood.hallucination": "strength.hallucination", "ood.blind": "strength.blind",
-}  # fmt: skip
-"""What is measured at other strengths of the adapters, and what it is called there."""
-
-
 def strengths(session: Session, m: Measured) -> None:
     """The line from the base to the trained model: the same measurements at part of the adapters' strength."""
+    rows = ("losses", "retained", *(own.name for own in MONITORS if any(w.strength for w in own.watched)))
     for strength in session.cfg.eval.strengths:
         with session.model.at_strength(strength):
             there = Measured(m.step, session.eval_losses())
-            for name in ("losses", "retained", "irrelevant", "ood"):
+            for name in rows:
                 if PANEL[name].needs(session):
                     PANEL[name].make(session, there)
         m.measurements += [
@@ -761,11 +755,12 @@ def strengths(session: Session, m: Measured) -> None:
         ]
 
 
-def _monitor(name: str, make: Callable[[Session, Measured], None], begin: str, called: str) -> Row:
+def _monitor(name: str, make: Callable[[Session, Measured], None]) -> Row:
     """Made where a setting says on what; else a named gap."""
-    why = f"{MONITORED[begin]} is not given"
+    own = next(m for m in MONITORS if m.name == name)
+    begin, why = own.begins[0], f"{own.setting} is not given"
     return Row(
-        name, make, needs=lambda session: session.cfg.eval.off(begin) is None, without=(begin, why), monitor=called
+        name, make, needs=lambda session: session.cfg.eval.off(begin) is None, without=(begin, why), monitor=own.called
     )
 
 
@@ -803,10 +798,10 @@ PANEL: dict[str, Row] = {
             needs=lambda s: _adapted(s) and s.cfg.eval.off("cross.") is None,
             without=("cross.", f"{_NONE}, or {MONITORED['cross.']} is not given"),
         ),
-        _monitor("irrelevant", monitors.irrelevant, "irrelevant.", "Irrelevant images"),
-        _monitor("ood", monitors.ood, "ood.", "Images unlike the training's"),
-        _monitor("jitter", monitors.jitter, "jitter.", "Slightly cropped images"),
-        _monitor("gap", monitors.gap, "gap.", "Generalisation gap"),
+        _monitor("irrelevant", monitors.irrelevant),
+        _monitor("ood", monitors.ood),
+        _monitor("jitter", monitors.jitter),
+        _monitor("gap", monitors.gap),
     )
 }
 """Every measurement. Which of them a stage makes at its end, and in which order, its record says."""

@@ -25,7 +25,7 @@ from beholder.model.plan import TrainableTable, apply_train_plan, plan_of
 from beholder.probes import audit, loss, positions, reliance
 from beholder.report.slots import marked
 from beholder.runs import RunDir, atomic_write, stop_signals, to_json
-from beholder.stages.guard import other_images
+from beholder.stages.guard import measured_otherwise
 from beholder.stages.lifetime import sole_writer
 from beholder.stages.measure import measure, measure_before
 from beholder.stages.measured import Measured, Trained
@@ -98,7 +98,7 @@ def evaluate_run(folder: str, overrides: Sequence[str] = ()) -> Outcome:
         session = opened.session
         status = session.run.read_status()  # measuring a stopped run does not finish it
         before = measure_before(session, fresh=False)
-        if (changed := other_images(session)) is not None:
+        if (changed := measured_otherwise(session)) is not None:
             session.gap(f"Monitors: {changed}.")
         earlier = load_evidence(session.run.path) if (session.run.path / "evidence.json").is_file() else None
         known = None if earlier is None else earlier.cost

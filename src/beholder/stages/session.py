@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import islice
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -35,7 +34,7 @@ from beholder.store.layers import LayerStore
 from beholder.terminal import Terminal
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
-from beholder.types import Example, ImageGeometry, TrainedPart
+from beholder.types import ImageGeometry, TrainedPart
 
 BASE = (
     "the adapters of {} earlier run(s) are part of the base's weights (model.lora.adapters: merge); what is compared "
@@ -170,6 +169,13 @@ class Session:
         cfg, model = self.cfg, self.model
         if not cfg.features.layers:
             return
+        if cfg.data.augment != "none":
+            self.reporter.line("layers", f"not kept: data.augment is {cfg.data.augment}, every pass is of other images")
+            self.gap(
+                "Layers: what goes into them was not kept, because data.augment changes every image at every pass "
+                "(features.layers)."
+            )
+            return
         if (why := model.check_layers_kept()) is not None:
             self.reporter.line("layers", f"not kept: {why}")
             self.gap(f"Layers: what goes into them was not kept, because {why} (features.layers).")
@@ -182,10 +188,6 @@ class Session:
         )  # fmt: skip
         model.layer_keeper = self.layers
         self.reporter.line("layers", f"kept: what goes into {language.lowest}, the lowest that learns")
-
-    def training_examples(self, most: int) -> list[Example]:
-        """At most so many different training samples, in their order, which is already random."""
-        return list(islice(self.data.train.each_once(), most))
 
     def eval_losses(self) -> list[SampleLoss]:
         """Loss of every held-out sample."""

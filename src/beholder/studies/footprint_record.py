@@ -13,13 +13,12 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from beholder.config import FootprintConfig
+from beholder.config import STRENGTH_LINE, WATCHED, FootprintConfig
 from beholder.evidence import Measurement, Record
 from beholder.evidence.guardrails import Limit, Reading
 from beholder.studies.frontier import (
     AXES,
     KEPT,
-    SEEN,
     TASK,
     Choice,
     Contender,
@@ -31,7 +30,7 @@ from beholder.studies.frontier import (
     limits,
     measured_axes,
 )
-from beholder.studies.hypotheses import BLIND, PASS, Seen, Verdict, judge
+from beholder.studies.hypotheses import Seen, Verdict, judge
 from beholder.studies.matrix import BASELINE, Kind
 from beholder.types import UserError
 
@@ -39,12 +38,11 @@ RECORD, TABLE, PAGE, TWIN = "footprint.json", "footprint.csv", "footprint.html",
 
 COLUMNS = {
     TASK.measure: "held-out loss", "answer.accuracy.correct": "answers right", KEPT.measure: "text loss, × base",
-    "retention.loss_ratio_styled": "the same, style aside", SEEN.measure: "hallucination", BLIND: "blind",
-    PASS: "irrelevant told", "sane.captions": "sane", "jitter.consistency": "same when cropped",
-    "gap.generalisation": "gap", "ablation.delta.shuffled": "Δshuffle",
+    "retention.loss_ratio_styled": "the same, style aside", **{name: w.column for name, w in WATCHED.items()},
+    "ablation.delta.shuffled": "Δshuffle",
 }  # fmt: skip
 """What is kept of a run, and what it is called in a narrow table."""
-LINE = {"strength.loss": TASK.measure, "strength.text_ratio": KEPT.measure, "strength.hallucination": SEEN.measure}
+LINE = {there: name for name, there in STRENGTH_LINE.items() if name in {a.measure for a in AXES}}
 """What is kept of the line from the base to the trained weights, and which axis it is on."""
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from beholder.config import WATCHED
+from beholder.evidence.catalogue import quantity
 from beholder.evidence.guardrails import Limit, Reading
 from beholder.studies.frontier import (
     KEPT,
@@ -27,16 +29,16 @@ from beholder.studies.frontier import (
 
 Said = Literal["supported", "contradicted", "cannot be told"]
 
-BLIND, PASS = "ood.blind", "irrelevant.pass"
-HARMS: dict[str, Better] = {KEPT.measure: "lower", SEEN.measure: "lower", BLIND: "lower", PASS: "higher"}
-TOLERANCE = {KEPT.measure: 0.01, SEEN.measure: 0.05, BLIND: 0.05, PASS: 0.05}
+BLIND = "ood.blind"
+_JUDGED = {name: w for name, w in WATCHED.items() if w.matters is not None}
+HARMS: dict[str, Better] = {
+    name: "higher" if quantity(name)[0].better == "higher" else "lower" for name in (KEPT.measure, *_JUDGED)
+}
+TOLERANCE = {KEPT.measure: 0.01, **{name: w.matters for name, w in WATCHED.items() if w.matters is not None}}
 """A change that matters: one per cent of the loss on plain text, five points of a share."""
 ENOUGH = 2 / 3
 """Share of the runs that must agree, of two at least (H4)."""
-WORDS = {
-    KEPT.measure: "loss on plain text", SEEN.measure: "hallucination", BLIND: "blindness",
-    PASS: "irrelevant images told",
-}  # fmt: skip
+WORDS = {KEPT.measure: "loss on plain text", **{name: w.harm for name, w in _JUDGED.items()}}
 
 CLAIMS = {
     "H1": "More adapters than a small top subset cost language and make it hallucinate or go blind",
