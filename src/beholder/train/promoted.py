@@ -15,7 +15,7 @@ def check_promoted(cfg: RunConfig, anyway: bool) -> str | None:
     if origin is None:
         return None
     where = checkpoint.resolve_checkpoint(origin)
-    folder = where.parent.parent if where.parent.name == "checkpoints" else where
+    folder = checkpoint.run_of(where)
     if not (folder / "evidence.json").is_file():
         why = f"{folder} has no evidence.json: its run did not finish, or the checkpoint was copied out of it"
     else:
