@@ -30,6 +30,7 @@ from beholder.studies.footprint_record import FootprintRecord, explanation
 from beholder.studies.frontier import KEPT
 from beholder.studies.matrix import ALPHA, LLM, RANK, START, TARGETS, VISION, every_point, groups, plan
 from beholder.studies.points import needs, read_json
+from beholder.studies.runner import Runner
 from beholder.train.checkpoint import resolve_checkpoint
 from beholder.types import Status, UserError
 
@@ -290,6 +291,19 @@ def test_whatever_goes_on_from_the_baseline_takes_the_one_run_that_it_has(
     assert list(runs) == ["A0_s1", "x_s1", "x_s2"]
     for name in ("x_s1", "x_s2"):
         assert runs[name].cfg.model.connector.load_checkpoint == str(tmp_path / "study" / "A0_s1")
+
+
+def test_the_time_that_is_left_is_not_taken_from_the_one_step_of_the_baseline(
+    write_study: WriteStudy, tmp_path: Path
+) -> None:
+    points = plan_footprint(write_study(tmp_path, {**TINY, "select": ["A1", "B1"]}, **{"train.train_steps": 9})).points
+    runner = Runner(points, quiet(), False)
+    done = runner.left.pop(0)
+
+    runner.seconds = [(done, 60.0)]
+    assert runner._eta() == " · more than 2 min 00 s left"
+    runner.seconds.append((runner.left.pop(0), 600.0))
+    assert runner._eta() == " · about 10 min 00 s left"
 
 
 def test_a_rank_or_alpha_of_ones_own_stays(write_study: WriteStudy, tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ class Runner:
         self.slots = _slots(points)
         self.done = [r for r in points.runs if is_finished(r)]
         self.left = [r for r in points.runs if not is_finished(r)]
+        self.needs = {run.name: needs(run, points.runs) for run in self.left}
         self.running: list[_Running] = []
         self.failed: dict[str, str] = {}
         self.seconds: list[tuple[Point, float]] = []
@@ -143,7 +144,7 @@ class Runner:
         for run in list(self.left):
             if not free:
                 return
-            if waits := [r.name for r in needs(run, self.points.runs) if r not in self.done]:
+            if waits := [r.name for r in self.needs[run.name] if r not in self.done]:
                 if lost := [name for name in waits if name in self.failed]:
                     self.left.remove(run)
                     self.failed[run.name] = f"it needs {lost[0]}, which failed"
