@@ -182,7 +182,7 @@ def plan_footprint(config: str | Path, overrides: Sequence[str] = ()) -> Study:
             values["eval.baseline_run"] = str(baseline)
     after = {p.name: p.after for p in planned.values() if p.after is not None and p.name in sets}
     # Where nothing learns, repeats would be the same and look like certainty.
-    once = frozenset() if connector else frozenset({BASELINE})
+    once: frozenset[str] = frozenset(() if connector else (BASELINE,))
     runs = resolve(config, overrides, base, own, sets, after, once)
     order = {seed: k for k, seed in enumerate(own.seeds)}
     runs.sort(key=lambda r: order.get(r.cfg.seed, 0))  # a study that is cut short has every point once
