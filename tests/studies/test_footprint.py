@@ -23,11 +23,16 @@ from beholder.config.file import dump_config, load_config
 from beholder.config.studies import PointConfig
 from beholder.evidence import load_evidence
 from beholder.report.compare import compare_runs
+from beholder.runs import is_held
 from beholder.stages import run_stage
-from beholder.studies.footprint import plan_footprint, run_footprint
-from beholder.studies.footprint_record import FootprintRecord
-from beholder.studies.matrix import LLM, RANK, START, TARGETS, VISION, every_point, groups, plan
-from beholder.types import UserError
+from beholder.studies.footprint import measure_similarity, plan_footprint, run_footprint
+from beholder.studies.footprint_record import FootprintRecord, explanation
+from beholder.studies.frontier import KEPT
+from beholder.studies.matrix import ALPHA, LLM, RANK, START, TARGETS, VISION, every_point, groups, plan
+from beholder.studies.points import needs, read_json
+from beholder.studies.runner import Runner
+from beholder.train.checkpoint import resolve_checkpoint
+from beholder.types import Status, UserError
 
 COMMAND = "import sys; from beholder.studies.footprint import run_footprint as run; "
 COMMAND += "sys.exit(run(sys.argv[1], promote_anyway=True).exit_code)"
@@ -46,7 +51,7 @@ def names(study: FootprintConfig, *, connector_learns: bool = False) -> list[str
 def test_the_plans_matrix_and_its_priorities() -> None:
     study = FootprintConfig()
 
-    assert study.matrix_names() == ["A0", "A1", "A2", "B1", "B2", "B3", "C1", "C2", "C3", "D1", "D2", "D3"]
+    assert list(study.matrix()) == ["A0", "A1", "A2", "B1", "B2", "B3", "C1", "C2", "C3", "D1", "D2", "D3"]
     assert groups(study)["priority"] == ("A0", "A1", "A2", "B2", "B3", "C2", "C3")
     assert names(study) == ["A0", "A1", "A2", "B2", "B3", "C2", "C3", "first", "similar", "attention", "gate_up"]
     assert names(FootprintConfig(select=("matrix",)))[-5:] == ["B1", "C1", "D1", "D2", "D3"]
@@ -81,7 +86,7 @@ def test_points_can_be_selected_left_out_and_added_and_a_run_that_another_needs_
     )  # fmt: skip
     points = {p.name: p for p in plan(study, connector_learns=False)}
 
-    assert list(points) == ["A1", "rank_8", "grow_1", "grow_2"]
+    assert list(points) == ["A0", "A1", "rank_8", "grow_1", "grow_2"]  # A0: what the others are measured against
     assert points["rank_8"].settings == {LLM: "last-2", VISION: "none", "model.lora.r": 8}
     assert points["grow_2"].after == "grow_1" and points["grow_2"].settings[VISION] == "last-4"
 
@@ -101,6 +106,24 @@ def test_controls_are_other_layers_or_other_modules_of_the_same_ones() -> None:
     assert points["gate_up"].settings[TARGETS] == ("gate_proj", "up_proj")
     assert {points[n].equal_to for n in ("first", "similar", "attention", "gate_up")} == {"C2"}
     assert groups(FootprintConfig(controls_of="B2"))["controls"] == ("first",)  # no layer of the language model learns
+    assert names(FootprintConfig(llm_layers=(0,))) == ["A0", "B2", "B3"]  # there is no A1 to compare controls with
+    assert names(FootprintConfig(leave_out=("A0",), select=("A1",))) == ["A1"]
+
+
+def test_what_a_point_sets_itself_is_not_found_out_for_it() -> None:
+    study = FootprintConfig(
+        points={
+            "rank": PointConfig(like="attention", set={RANK: 8}), "as_many": PointConfig(like="attention"),
+            "layers": PointConfig(like="similar", set={LLM: "last-2"}), "alike": PointConfig(like="similar"),
+            "grown": PointConfig(like="A1", after="A2"), "moved": PointConfig(like="grown", set={START: "elsewhere"}),
+            "moved_again": PointConfig(like="moved", after="A1"),
+        }
+    )  # fmt: skip
+    points = every_point(study, connector_learns=False)
+
+    assert points["rank"].equal_to is None and points["as_many"].equal_to == "A1"
+    assert points["layers"].similar == 0 and points["alike"].similar == 2
+    assert points["grown"].after == "A2" and points["moved"].after is None and points["moved_again"].after == "A1"
 
 
 @pytest.mark.parametrize(
@@ -118,6 +141,12 @@ def test_controls_are_other_layers_or_other_modules_of_the_same_ones() -> None:
         ({"llm_layers": (2, 4)}, "llm_layers is .*give 0 first"),
         ({"controls_of": "E1"}, "controls_of names 'E1'"),
         ({"seeds": (1, 1)}, "seeds has a number twice"),
+        ({"controls_of": "B1", "points": {"x": {"like": "attention"}}},
+         "points x like names attention, a control that this study has not: B1.* has no layer of the language model"),
+        ({"controls_of": "B1", "select": ("A0", "B1", "similar")}, "select names similar, a control"),
+        ({"controls_of": "B1", "groups": {"g": ("gate_up",)}}, "groups g names gate_up, a control"),
+        ({"llm_layers": (0,), "select": ("A0", "first")}, "select names first, .*no layer learns at A1"),
+        ({"controls_of": "A0", "leave_out": ("first",)}, "leave_out names first, .*no layer learns at A0"),
     ],
 )  # fmt: skip
 def test_a_study_that_cannot_be_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
@@ -184,6 +213,8 @@ def own(sets: dict[str, Any]) -> dict[str, Any]:
     return {"select": ["x"], "points": {"x": {"set": sets}}}
 
 
+STEPS = 40
+"""Of a run that learns."""
 TINY = {"llm_layers": [0, 1, 2], "vision_blocks": [0, 1], "similarity_samples": 4}
 
 
@@ -233,14 +264,67 @@ def test_controls_get_the_rank_that_gives_them_as_many_parameters(write_study: W
         (own({"model.lora.rank": 8}), [], "no setting 'model.lora.rank'; nearest"),
         (own({"eval.caption_samples": 8}), [], "sets eval.caption_samples; points must be measured on the same"),
         (own({"train.lr.lora": "fast"}), [], "(?s)cannot be run:.*x: .*fast"),
+        ({"points": {"x": {"after": "A1", "set": {START: "elsewhere"}}}}, [], "it starts from one run"),
+        ({"select": ["y"], "points": {"x": {"after": "y"}, "y": {"like": "x"}}}, [], "y → y wait for each other"),
+        (
+            {"select": ["x"], "points": {"x": {"after": "A1"}}}, ["eval.baseline_run={study}/x"],
+            "(A1 → x → A1|x → A1 → x) wait for each other",
+        ),
+        ({"select": ["A1"]}, ["model.connector.load_checkpoint={study}/A1/checkpoints/step_2"], "A1 → A1 wait for"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_told_before_anything_runs(
     write_study: WriteStudy, tmp_path: Path, footprint: dict[str, Any], sets: list[str], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        plan_footprint(write_study(tmp_path, {**TINY, **footprint}), sets)
+        plan_footprint(write_study(tmp_path, {**TINY, **footprint}), [s.format(study=tmp_path / "study") for s in sets])
     assert not (tmp_path / "study").exists()
+
+
+def test_a_run_is_not_its_own_baseline_and_the_others_wait_for_it(write_study: WriteStudy, tmp_path: Path) -> None:
+    file = write_study(tmp_path, {**TINY, "select": ["A1"]})
+    baseline = tmp_path / "study" / "A0"
+
+    runs = plan_footprint(file, [f"eval.baseline_run={baseline}/"]).points.runs
+
+    assert [r.cfg.eval.baseline_run for r in runs] == [None, f"{baseline}/"]
+    assert [[r.name for r in needs(run, runs)] for run in runs] == [[], ["A0"]]
+
+
+def test_whatever_goes_on_from_the_baseline_takes_the_one_run_that_it_has(
+    write_study: WriteStudy, tmp_path: Path
+) -> None:
+    footprint = {**TINY, "seeds": [1, 2], "select": ["x"], "points": {"x": {"like": "A1", "after": "A0"}}}
+    runs = {r.name: r for r in plan_footprint(write_study(tmp_path, footprint)).points.runs}
+
+    assert list(runs) == ["A0_s1", "x_s1", "x_s2"]
+    for name in ("x_s1", "x_s2"):
+        assert runs[name].cfg.model.connector.load_checkpoint == str(tmp_path / "study" / "A0_s1")
+
+
+def test_the_time_that_is_left_is_not_taken_from_the_one_step_of_the_baseline(
+    write_study: WriteStudy, tmp_path: Path
+) -> None:
+    points = plan_footprint(write_study(tmp_path, {**TINY, "select": ["A1", "B1"]}, **{"train.train_steps": 9})).points
+    runner = Runner(points, quiet(), False)
+    done = runner.left.pop(0)
+
+    runner.seconds = [(done, 60.0)]
+    assert runner._eta() == " · more than 2 min 00 s left"
+    runner.seconds.append((runner.left.pop(0), 600.0))
+    assert runner._eta() == " · about 10 min 00 s left"
+
+
+def test_a_rank_or_alpha_of_ones_own_stays(write_study: WriteStudy, tmp_path: Path) -> None:
+    own_points = {
+        "rank": {"like": "attention", "set": {RANK: 8}}, "alpha": {"like": "attention", "set": {ALPHA: 8}},
+    }  # fmt: skip
+    footprint = {**TINY, "select": list(own_points), "points": own_points}
+    study = plan_footprint(write_study(tmp_path, footprint, **{RANK: 64, ALPHA: 128}))
+    runs = {r.point: r.cfg.model.lora for r in study.points.runs}
+
+    assert (runs["rank"].r, runs["rank"].alpha) == (8, 128)
+    assert runs["alpha"].r > 64 and runs["alpha"].alpha == 8
 
 
 def test_a_config_without_a_footprint_is_refused(write_study: WriteStudy, tmp_path: Path) -> None:
@@ -269,16 +353,25 @@ def test_a_start_whose_run_is_not_there_or_failed_its_gates_is_told_before_anyth
 # For real
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 600) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
+def wait_for(what: Callable[[], bool], study: subprocess.Popen[bytes] | None = None) -> None:
+    """However long it takes; an error once the study has ended without it."""
+    while True:
+        ended = study is not None and study.poll() is not None
+        if what():
+            return
+        assert not ended, "the study ended before"
+        time.sleep(0.02)
+
+
+def has_ended(run: Path) -> bool:
+    """By its own record, the last thing that a run writes: pages are still drawn after evidence.json."""
+    record = read_json(run / "run.json")
+    return record is not None and record.get("status") == Status.SUCCEEDED
 
 
 def finished(folder: Path) -> dict[str, int]:
-    """Run -> when its evidence was written."""
-    return {p.parent.name: p.stat().st_mtime_ns for p in folder.glob("*/evidence.json")}
+    """Run that has ended -> when its evidence was written."""
+    return {p.parent.name: p.stat().st_mtime_ns for p in folder.glob("*/evidence.json") if has_ended(p.parent)}
 
 
 def steps(folder: Path) -> list[int]:
@@ -287,7 +380,7 @@ def steps(folder: Path) -> list[int]:
     return [r["step"] for r in map(json.loads, lines) if "loss" in r]
 
 
-@pytest.mark.timeout(1800)  # a dozen processes, each of which loads torch
+@pytest.mark.timeout(7200)  # a dozen processes, each of which loads torch: minutes, and far more on a busy machine
 @pytest.mark.slow
 def test_a_study_killed_between_two_runs_and_in_the_middle_of_one_goes_on_and_repeats_nothing(
     write_study: WriteStudy, tmp_path: Path, request: pytest.FixtureRequest
@@ -295,7 +388,7 @@ def test_a_study_killed_between_two_runs_and_in_the_middle_of_one_goes_on_and_re
     footprint = {**TINY, "select": ["A0", "A1", "B1", "similar", "grown"], "parallel": 1,
                  "points": {"grown": {"like": "B1", "after": "A1"}}}  # fmt: skip
     file = write_study(
-        tmp_path, footprint, started=True, **{"train.train_steps": 24, "train.save_every": 2, "train.log_every": 1}
+        tmp_path, footprint, started=True, **{"train.train_steps": STEPS, "train.save_every": 2, "train.log_every": 1}
     )
     folder = tmp_path / "study"
 
@@ -306,33 +399,51 @@ def test_a_study_killed_between_two_runs_and_in_the_middle_of_one_goes_on_and_re
         request.addfinalizer(lambda: (study.kill(), study.wait()))  # a test that fails leaves nothing running
         return study
 
-    first = start()  # killed between two runs: the first has left its evidence, the second has no step yet
-    wait_for(lambda: "A0" in finished(folder))
+    def caught(number: signal.Signals, names: list[str]) -> tuple[str, int]:
+        """The first of the runs that the signal to the study met in the middle of training, and how the study ended.
+
+        A run may have trained to its end before the signal is there; then the next one is tried.
+        """
+        for name in names:
+            study = start()
+            wait_for(lambda name=name: len(steps(folder / name)) > 4 or has_ended(folder / name), study)
+            study.send_signal(number)
+            code = study.wait()
+            wait_for(lambda name=name: not is_held(folder / name))  # a run whose study was killed saves and ends
+            if 4 < len(steps(folder / name)) < STEPS and not has_ended(folder / name):
+                return name, code
+        raise AssertionError(f"{names}: all had trained to their end before the signal met them")
+
+    first = start()  # killed between two runs: one has ended, no other one has
+    wait_for(lambda: "A0" in finished(folder), first)
     first.kill()
     first.wait()
     between = finished(folder)
-    second = start()  # killed in the middle of one
-    wait_for(lambda: len(steps(folder / "A1")) > 4)
-    second.kill()
-    second.wait()
-    third = start()  # told to stop in the middle of another
-    wait_for(lambda: len(steps(folder / "B1")) > 4)
-    third.send_signal(signal.SIGINT)
-    assert third.wait(timeout=300) == 130
+    assert list(between) == ["A0"]
+    killed, _ = caught(signal.SIGKILL, ["A1", "B1"])
+    told, code = caught(signal.SIGINT, {"A1": ["B1", "similar", "grown"], "B1": ["similar", "grown"]}[killed])
     stopped = FootprintRecord.load(folder)
     before = finished(folder)
 
-    result = run_footprint(file, console=quiet(), promote_anyway=True)
+    result = run_footprint(file, console=(console := quiet()), promote_anyway=True)
 
+    assert code == 130 and {r.name: r.status for r in stopped.rows}[told] == "interrupted"
+    assert "not finished" in stopped.warnings[0]
     assert between["A0"] == before["A0"] and {k: finished(folder)[k] for k in before} == before
-    assert {r.name: r.status for r in stopped.rows}["B1"] == "interrupted" and "not finished" in stopped.warnings[0]
     assert result.exit_code == 0 and [r.status for r in result.record.rows] == ["finished"] * 5
-    for name in ("A1", "B1", "grown"):
-        assert steps(folder / name) == list(range(1, 25)), name
+    for name in ("A1", "B1", "similar", "grown"):
+        assert steps(folder / name) == list(range(1, STEPS + 1)), name
     assert steps(folder / "A0") == [1]
+    for name in (killed, told):
+        assert "[resume]" in (folder / "logs" / f"{name}.log").read_text(encoding="utf-8")
+    assert isinstance(console.file, io.StringIO)
+    assert f"{5 - len(before)} of 5 runs to go: " in console.file.getvalue()
 
     record = result.record
     base, adapted = (load_evidence(folder / name) for name in ("A0", "A1"))
+    lost = [e.get("retention.loss").value for e in (adapted, base)]  # type: ignore[union-attr]
+    assert record.point("A1").at[KEPT.measure].value == pytest.approx(lost[0] / lost[1])
+    assert record.point("A0").at[KEPT.measure].value == 1.0
     assert record.point("A0").learns == 0 and record.point("A1").learns == record.point("A1").planned
     assert base.get("retention.loss_ratio") is not None and base.get("retention.loss_ratio").value == 1.0  # type: ignore[union-attr]
     chosen = load_config(folder / "similar" / "config.yaml").model.lora.llm_layers
@@ -354,7 +465,7 @@ def test_a_study_killed_between_two_runs_and_in_the_middle_of_one_goes_on_and_re
 def test_a_run_that_fails_is_named_those_that_need_it_are_not_run_and_the_others_go_on(
     write_study: WriteStudy, tmp_path: Path
 ) -> None:
-    footprint = {**TINY, "select": ["A1", "bad", "next"], "points": {
+    footprint = {**TINY, "select": ["A1", "bad", "next"], "leave_out": ["A0"], "points": {
         "bad": {"like": "A1", "set": {"model.vision.feature_layer": -99}}, "next": {"like": "A1", "after": "bad"},
     }}  # fmt: skip
     file = write_study(tmp_path, footprint, started=True, **{"train.train_steps": 2})
@@ -365,3 +476,21 @@ def test_a_run_that_fails_is_named_those_that_need_it_are_not_run_and_the_others
     assert {r.name: r.status for r in result.record.rows} == {"A1": "finished", "bad": "failed", "next": "failed"}
     assert next(r for r in result.record.rows if r.name == "next").reason == "it needs bad, which failed"
     assert RANK not in result.record.rows[0].settings
+    assert not result.record.limits and "A0's loss on plain text was not measured" in explanation(result.record)
+
+
+@pytest.mark.slow
+def test_layers_are_chosen_on_the_very_checkpoint_that_is_started_from(write_study: WriteStudy, tmp_path: Path) -> None:
+    file = write_study(tmp_path, {**TINY, "select": ["similar"]}, started=True)
+    run = tmp_path / "start" / "run"
+    latest = resolve_checkpoint(run)
+
+    study = plan_footprint(file, [f"model.connector.load_checkpoint={latest}"])
+    assert study.pending == 1
+    measure_similarity(study)
+
+    found = json.loads((tmp_path / "study" / "similarity.json").read_text())
+    assert (found["folder"], f"step_{found['step']}") == (str(run), latest.name)
+    after = plan_footprint(file, [f"model.connector.load_checkpoint={latest}"])
+    assert after.pending == 0 and [r.name for r in after.points.runs] == ["A0", "similar"]
+    assert plan_footprint(file).pending == 0  # the run folder means the same checkpoint

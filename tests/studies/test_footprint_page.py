@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from beholder.evidence import Measurement
 from beholder.evidence.guardrails import Reading
-from beholder.studies.footprint_page import render_footprint, render_html, render_markdown
+from beholder.studies.footprint_page import _trail, render_footprint, render_html, render_markdown
 from beholder.studies.footprint_record import (
     FootprintPoint,
     FootprintRecord,
@@ -23,6 +24,7 @@ from beholder.studies.footprint_record import (
     explanation,
     footprint_csv,
 )
+from beholder.studies.frontier import KEPT, SEEN, TASK
 from beholder.types import UserError
 
 # point, layers, blocks, parameters, held-out loss, text ratio, hallucination, irrelevant told
@@ -58,6 +60,7 @@ def record(seeds: tuple[int, ...] = (1, 2), spread: float = 0.01, **changes: Any
                     stopped_by="ood.hallucination" * stopped, device="cpu",
                     measured={
                         "eval.loss": measured("eval.loss", loss + k * spread, 0.03),
+                        "retention.loss": measured("retention.loss", 3.0 * text, 0.4),
                         "retention.loss_ratio": measured("retention.loss_ratio", text, 0.002),
                         "ood.hallucination": measured("ood.hallucination", sees, 0.04),
                         "irrelevant.pass": measured("irrelevant.pass", told, 0.03),
@@ -140,8 +143,89 @@ def test_points_come_best_first_and_what_may_not_be_taken_says_why() -> None:
     assert [r.split()[0] for r in rows] == ["C3", "C2", "A1", "B2", "A0", "A2", "B3"]
     assert "best" in rows[0] and "cannot be told from the best" in rows[1] and "learns least of these" in rows[1]
     assert "16.0 % 12.0 % … 20.0 %" in rows[0]  # a share, where the held-out loss has four decimals
-    assert "retention.loss_ratio is 1.06, at most 1.05 times the base&#39;s" in rows[5]
+    assert "retention.over_start is 1.06, at most 1.05 times A0&#39;s" in rows[5]
     assert "stopped by its guardrail hallucination: ood.hallucination is 0.27 after step 60" in rows[6]
+
+
+def grown(*, after: Sequence[float], readings: tuple[Reading, ...] = ()) -> FootprintRecord:
+    """The study with points that each go on from the one before and multiply its loss on plain text."""
+    study, text = record(seeds=(1,)), 3.0
+    rows, points = list(study.rows), list(study.points)
+    for k, times in enumerate(after, 1):
+        text *= times
+        known = {
+            "eval.loss": measured("eval.loss", 0.3 - 0.01 * k, 0.03),
+            "retention.loss": measured("retention.loss", text, 0.4),
+            "retention.loss_ratio": measured("retention.loss_ratio", times, 0.002),
+        }
+        line = (LinePoint(strength=0.5, values={"eval.loss": 0.4, "retention.loss_ratio": 1 + (times - 1) / 4}),)
+        rows.append(rows[1].model_copy(update={
+            "name": f"grow_{k}", "point": f"grow_{k}", "measured": known, "line": line, "readings": readings,
+        }))  # fmt: skip
+        points.append(FootprintPoint(name=f"grow_{k}", kind="own", where="more"))
+    return conclude(study.model_copy(update={"rows": rows, "points": points}))
+
+
+def test_what_is_lost_of_language_adds_up_over_points_that_go_on_from_each_other() -> None:
+    study = grown(after=(1.04, 1.04, 1.04))
+    at = {p.name: p.at["retention.over_start"] for p in study.points}
+
+    assert [at[f"grow_{k}"].value for k in (1, 2, 3)] == pytest.approx([1.04, 1.0816, 1.124864])
+    assert at["grow_3"].low == pytest.approx(1.124864 * 1.038 / 1.04)
+    assert "grow_1" not in study.choice.refused and study.choice.winner == "grow_1"
+    assert study.choice.refused["grow_3"] == "retention.over_start is 1.12, at most 1.05 times A0's"
+    trail = _trail(study, study.point("grow_3"), KEPT)
+    assert trail == [pytest.approx((1.04**2 * 1.01, 0.4)), pytest.approx((1.124864, 0.27))]
+    rows = {r["name"]: r for r in csv.DictReader(io.StringIO(footprint_csv(study)))}
+    assert float(rows["grow_3"]["retention.over_start"]) == pytest.approx(1.124864)
+    for page in (render_html(study), render_markdown(study)):
+        assert "text loss, × A0" in page and "guardrails in a run compare with its own base" in page
+
+
+def test_h4_reads_what_is_lost_against_the_start_too() -> None:
+    readings = tuple(
+        Reading(k, {"retention.loss": 3.0 * v, "retention.loss_ratio": 1.0}) for k, v in ((10, 1.1), (20, 1.2))
+    )
+
+    verdict = next(v for v in grown(after=(1.0, 1.0), readings=readings).verdicts if v.name == "H4")
+
+    assert verdict.said == "supported" and "loss on plain text +0.1 after step 10" in verdict.why
+
+
+def test_a_guardrail_on_plain_text_is_a_loss_of_language() -> None:
+    study = record()
+    rows = [
+        r.model_copy(
+            update={"stopped_by": "retention.loss_ratio_styled", "stopped": "text: x"} if r.point == "A2" else {}
+        )
+        for r in study.rows
+    ]
+
+    why = next(v.why for v in conclude(study.model_copy(update={"rows": rows})).verdicts if v.name == "H1")
+
+    assert "loss on plain text A1 → A2 (stopped by its guardrail)" in why
+
+
+def test_where_the_baseline_was_not_measured_language_does_not_count_and_the_answer_says_so() -> None:
+    study = record()
+    rows = [r for r in study.rows if r.point != "A0"]
+    study = conclude(study.model_copy(update={"rows": rows}))
+
+    assert "retention.over_start" not in study.axes and not study.limits
+    assert "A0's loss on plain text was not measured" in explanation(study)
+
+
+def test_a_point_used_below_full_strength_lies_on_its_line_where_it_is() -> None:
+    study = record(seeds=(1,))
+    rows = [r.model_copy(update={"strength": 0.5} if r.point == "C2" else {}) for r in study.rows]
+    study = conclude(study.model_copy(update={"rows": rows}))
+    c2, c3 = study.point("C2"), study.point("C3")
+
+    trail = _trail(study, c2, SEEN)
+
+    assert len(trail) == 4 and trail[2] == (c2.at[SEEN.measure].value, c2.at[TASK.measure].value)
+    assert [y for _, y in trail] == pytest.approx([0.9, 0.9 - 0.36 * 0.5, 0.54, 0.9 - 0.36 * 0.75**0.5])
+    assert _trail(study, c3, SEEN)[-1] == (c3.at[SEEN.measure].value, c3.at[TASK.measure].value)  # 1: at its end
 
 
 def test_verdicts_stops_and_costs_are_told_in_both() -> None:

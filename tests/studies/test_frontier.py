@@ -118,15 +118,15 @@ def contender(name: str, loss: float, params: int = 10, *, stopped: str = "", **
 
 
 BOUNDS = limits(
-    {SEEN.measure: at(0.10), "irrelevant.pass": at(0.9)}, max_text_ratio=1.05, max_hallucination_rise=0.1,
-    max_irrelevant_fall=0.1,
+    {KEPT.measure: at(1.0), SEEN.measure: at(0.10), "irrelevant.pass": at(0.9)}, max_text_ratio=1.05,
+    max_hallucination_rise=0.1, max_irrelevant_fall=0.1,
 )  # fmt: skip
 
 
 def test_the_lowest_loss_among_those_that_keep_the_bounds_wins() -> None:
     choice = choose(
         [
-            contender("A0", 1.0, 0), contender("A1", 0.8), contender("forgets", 0.5, retention__loss_ratio=1.06),
+            contender("A0", 1.0, 0), contender("A1", 0.8), contender("forgets", 0.5, retention__over_start=1.06),
             contender("sees things", 0.5, ood__hallucination=0.21),
             contender("says all fits", 0.5, irrelevant__pass=0.8),
             contender("stopped", 0.5, stopped="stopped by its guardrail x"),
@@ -136,7 +136,7 @@ def test_the_lowest_loss_among_those_that_keep_the_bounds_wins() -> None:
 
     assert choice.winner == "A1" and choice.near == () and choice.smallest == "A1"
     assert list(choice.refused) == ["forgets", "sees things", "says all fits", "stopped"]
-    assert choice.refused["forgets"] == "retention.loss_ratio is 1.06, at most 1.05 times the base's"
+    assert choice.refused["forgets"] == "retention.over_start is 1.06, at most 1.05 times A0's"
     assert choice.refused["sees things"] == "ood.hallucination is 0.21, at most the baseline's 0.1 + 0.1"
     assert choice.refused["says all fits"] == "irrelevant.pass is 0.8, at least the baseline's 0.9 − 10%"
 
@@ -164,6 +164,6 @@ def test_near_winners_cannot_be_told_from_the_winner_and_all_others_can(
 
 
 def test_where_nothing_keeps_the_bounds_nothing_is_chosen() -> None:
-    choice = choose([contender("A1", 0.8, retention__loss_ratio=2.0), Contender("A2", 1, {})], BOUNDS)
+    choice = choose([contender("A1", 0.8, retention__over_start=2.0), Contender("A2", 1, {})], BOUNDS)
 
     assert choice.winner is None and choice.refused["A2"] == "its held-out loss was not measured"

@@ -92,6 +92,7 @@ def golden_diff(
 def layers(
     run_folder: RunArg,
     num_samples: Annotated[int, typer.Option(min=4, max=4096, help="Held-out samples.")] = 64,
+    step: Annotated[int | None, typer.Option(min=1, help="Of this checkpoint.  [default: the best]")] = None,
     json: Json = False,
     sets: Sets = None,
 ) -> None:
@@ -101,7 +102,7 @@ def layers(
     """
     from beholder.stages.layers import layers_of_run
 
-    tell(layers_of_run(run_folder, num_samples=num_samples, overrides=sets or []), json)
+    tell(layers_of_run(run_folder, num_samples=num_samples, step=step, overrides=sets or []), json)
 
 
 @app.command(epilog=example("beholder compare outputs/a outputs/b --out compare.html"))

@@ -80,7 +80,8 @@ class FootprintConfig(StudyConfig):
     """Last blocks of the vision tower that do; 0 first, then rising."""
     select: tuple[str, ...] | None = None
     """Points and groups of points that are run, in the study's own order. Default ``priority`` (A0, A1, A2, B2, B3, C2,
-    C3), ``controls``, and ``restart`` where it is given; ``matrix``: all counts."""
+    C3), ``controls``, and ``restart`` where it is given; ``matrix``: all counts. A0 comes along: what language and
+    seeing have lost is told against it."""
     leave_out: tuple[str, ...] = ()
     """Points and groups that are not."""
     points: dict[str, PointConfig] = Field(default_factory=dict)
@@ -101,7 +102,8 @@ class FootprintConfig(StudyConfig):
     similarity_samples: Annotated[Positive, Field(ge=4, le=4096)] = 64
     """Held-out samples on which the control ``similar`` chooses its layers."""
     max_text_ratio: Annotated[float, Field(gt=1)] = 1.05
-    """A point whose loss on plain text is higher than so many times the base's has forgotten too much to win."""
+    """A point whose loss on plain text is higher than so many times A0's has forgotten too much to win. A0 is the
+    study's start, whatever a point's adapters were put on (a run's own guardrails compare with its own base)."""
     max_hallucination_rise: Annotated[float, Field(ge=0, le=1)] = 0.10
     """One that hallucinates more often than A0 by more than this has, too."""
     max_irrelevant_fall: Fraction = 0.10
@@ -113,7 +115,7 @@ class FootprintConfig(StudyConfig):
             if not counts or counts[0] != 0 or any(a >= b for a, b in itertools.pairwise(counts)):
                 wrong.append(f"{name} is {list(counts)}; give 0 first, then rising numbers, such as [0, 2, 4]")
         own = {**dict.fromkeys(self.points, "points"), **dict.fromkeys(self.groups, "groups")}
-        made = {*self.matrix_names(), *CONTROLS, *GROUPS, "restart"}
+        made = {*self.matrix(), *CONTROLS, *GROUPS, "restart"}
         for name, section in own.items():
             if name in made or (name in self.points and name in self.groups):
                 wrong.append(f"{section} has {name!r}, which is a point or a group already; give it another name")
@@ -121,8 +123,8 @@ class FootprintConfig(StudyConfig):
                 wrong.append(
                     f"{section} has {name!r}; a name is part of a path: letters, digits, and _ . + - after one"
                 )
-        matrix = self.matrix_names()
-        points = [*matrix, *CONTROLS, *(["restart"] if self.restart else []), *self.points]
+        matrix = self.matrix()
+        points = [*matrix, *self.controls(), *(["restart"] if self.restart else []), *self.points]
         named: list[tuple[str, tuple[str, ...], set[str]]] = [
             (setting, names or (), {*points, *GROUPS, *self.groups})
             for setting, names in (("select", self.select), ("leave_out", self.leave_out))
@@ -137,16 +139,41 @@ class FootprintConfig(StudyConfig):
             for name in names:
                 if name == "restart" and not self.restart:
                     wrong.append(f"{setting} names restart; say in restart which stage-2 run it starts from")
+                elif name in CONTROLS and name not in known and setting not in ("like", "controls_of"):
+                    wrong.append(f"{setting} names {name}, a control that this study has not: {self._uncontrolled()}")
                 elif name not in known:
                     wrong.append(f"{setting} names {name!r}, which is no point here; {_near(name, known)}")
         if self.select is not None and len(set(self.select)) < len(self.select):
             wrong.append("select has a name twice")
         return wrong + ([] if wrong else self._circles())
 
-    def matrix_names(self) -> list[str]:
-        """A0, A1, …, B1, …, C1, …, in the plan's order."""
-        rows, columns = len(self.llm_layers), len(self.vision_blocks)
-        return [f"A{k}" for k in range(rows)] + [f"{_row(i)}{j}" for i in range(rows) for j in range(1, columns)]
+    def matrix(self) -> dict[str, tuple[int, int]]:
+        """A0, A1, …, B1, …, C1, …, in the plan's order, each with its last layers of the language model and of the
+        tower. ``C2``: the second row of those with the tower, and the second number of its blocks."""
+        alone = {f"A{k}": (llm, 0) for k, llm in enumerate(self.llm_layers)}
+        return alone | {
+            f"{chr(ord('B') + i)}{j}": (llm, blocks)
+            for i, llm in enumerate(self.llm_layers)
+            for j, blocks in enumerate(self.vision_blocks)
+            if j
+        }
+
+    def reference(self) -> str | None:
+        """The point that the controls are compared with; None where no layer learns there."""
+        name = self.controls_of or "A1"
+        return name if any(self.matrix().get(name, ())) else None
+
+    def controls(self) -> tuple[str, ...]:
+        """Those that there are: of the language model's layers only where they learn at the reference."""
+        if (name := self.reference()) is None:
+            return ()
+        return CONTROLS if self.matrix()[name][0] else CONTROLS[:1]
+
+    def _uncontrolled(self) -> str:
+        name = self.controls_of or "A1"
+        if self.reference() is None:
+            return f"no layer learns at {name}, which controls are compared with (controls_of)"
+        return f"{name}, which controls are compared with (controls_of), has no layer of the language model"
 
     def _circles(self) -> list[str]:
         for name in self.points:
@@ -157,11 +184,6 @@ class FootprintConfig(StudyConfig):
                 if at == name:
                     return [f"points {' → '.join([*seen, name])} go round in a circle ({step})"]
         return []
-
-
-def _row(i: int) -> str:
-    """The letter of the i-th number of layers of the language model, beside a tower that learns."""
-    return chr(ord("B") + i)
 
 
 def _near(name: str, known: set[str]) -> str:

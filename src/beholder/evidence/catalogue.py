@@ -221,6 +221,7 @@ _MEASURED: tuple[Quantity, ...] = (
        headline=_H(answer=4, label="text loss over the base's")),
     _Q("retention.loss_ratio_styled", "loss on plain text after its first words, on over off", "ratio", "lower", "kept",
        said=ALONE),
+    _Q("retention.over_start", "loss on plain text, over the study's start", "ratio", "lower", "kept", said=ALONE),
     _Q("retention.kl", "divergence from the base (KL)", _NATS, "lower", "kept", said=ALONE),
     _Q("cross.own.trained", "loss on over off: own images, trained texts", "ratio", "lower", "kept"),
     _Q("cross.ood.trained", "loss on over off: unlike images, trained texts", "ratio", "none", "kept"),

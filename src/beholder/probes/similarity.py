@@ -6,7 +6,7 @@ the more a layer makes of it. Layers with a low one are where adapters have most
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,11 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     if not one * other > 0:
         raise ValueError("features that are the same in every row have no CKA")
     return float(both / (one * other))
+
+
+def most_changing(similarity: Sequence[float], number: int) -> tuple[int, ...]:
+    """The layers with the lowest similarity, in the model's order."""
+    return tuple(sorted(sorted(range(len(similarity)), key=lambda k: (similarity[k], k))[:number]))
 
 
 def layer_similarity(

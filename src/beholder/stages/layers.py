@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from beholder.probes.loss import sample_losses
-from beholder.probes.similarity import layer_similarity
+from beholder.probes.similarity import layer_similarity, most_changing
 from beholder.stages.remeasure import reopen
 from beholder.types import UserError
 
@@ -28,7 +28,7 @@ class Layers:
 
     def most_changing(self, number: int) -> tuple[int, ...]:
         """The layers with the lowest similarity, in the model's order."""
-        return tuple(sorted(sorted(range(len(self.similarity)), key=lambda k: (self.similarity[k], k))[:number]))
+        return most_changing(self.similarity, number)
 
     def print(self, console: Console) -> None:
         title = f"{self.folder}, step {self.step}: CKA of input and output, {self.num_samples} held-out samples"
@@ -46,9 +46,12 @@ class Layers:
         }  # fmt: skip
 
 
-def layers_of_run(folder: str, *, num_samples: int = 64, overrides: Sequence[str] = ()) -> Layers:
-    """Layers of the language model of a trained run, its adapters on; its evidence stays as it is."""
-    with reopen(folder, overrides, aside=True) as opened:
+def layers_of_run(
+    folder: str, *, num_samples: int = 64, step: int | None = None, overrides: Sequence[str] = ()
+) -> Layers:
+    """Layers of the language model of a trained run, its adapters on; its evidence stays as it is. ``step``: of that
+    checkpoint; default the best, else the latest."""
+    with reopen(folder, overrides, aside=True, step=step) as opened:
         session = opened.session
         held = session.held_out
         chosen = held.at(held.among(range(len(held)), min(num_samples, len(held))))

@@ -41,11 +41,13 @@ def honest_status(run: RunDir, dist: Dist) -> Iterator[None]:
         # The second is an evaluation whose loss is not finite.
         stopped = isinstance(error, NonFiniteError | FloatingPointError)
         status = Status.STOPPED_BY_GUARDRAIL if stopped else Status.FAILED
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            status = Status.CANCELLED
         if not (dist.is_main and run.run_path.exists()):
             return
         try:
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                if run.read_status() in (Status.SUCCEEDED, Status.STOPPED_BY_GUARDRAIL):
+                    return  # it has ended and its evidence is written: a signal while it tidies up changes nothing
+                status = Status.CANCELLED
             run.set_status(status, error=describe(error))
         except (UserError, OSError) as e:  # the error that is under way says more
             warn_to_stderr(f"{run.run_path} cannot say how the run ended: {e}")

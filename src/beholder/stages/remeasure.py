@@ -47,8 +47,9 @@ class Opened:
 
 
 @contextmanager
-def reopen(folder: str, overrides: Sequence[str], *, aside: bool = False) -> Iterator[Opened]:
-    """The run in ``folder`` with its best checkpoint, else its latest, locked while it is measured.
+def reopen(folder: str, overrides: Sequence[str], *, aside: bool = False, step: int | None = None) -> Iterator[Opened]:
+    """The run in ``folder`` with its best checkpoint, else its latest, or with that of ``step``, locked while it is
+    measured.
 
     ``overrides``: settings of ``eval``, ``ablation`` and the like; one that changes what was trained is refused.
     ``aside`` as in `open_session`.
@@ -68,7 +69,7 @@ def reopen(folder: str, overrides: Sequence[str], *, aside: bool = False) -> Ite
         )
     run = RunDir(path)
     with joined(cfg.device, cfg.train.timeout_s) as dist, stop_signals(), sole_writer(run, dist):
-        where = checkpoint.resolve_checkpoint(path)
+        where = checkpoint.resolve_checkpoint(path if step is None else run.checkpoints / f"step_{step}")
         session = open_session(cfg, run, dist, restore.read_base(where), aside=aside)
         table = apply_train_plan(session.model, plan_of(cfg.model, cfg.stage_record))
         restore.load_trained(where, session.model)

@@ -28,17 +28,18 @@ from beholder.config import (
     LoraConfig,
     PointSetting,
     RunConfig,
-    decided_by,
     no_layers,
     settings,
 )
 from beholder.config.file import load_config
-from beholder.evidence import Evidence, held_out_hashes, load_evidence
+from beholder.evidence import Evidence, load_evidence
 from beholder.evidence.guardrails import readings
+from beholder.probes.similarity import most_changing
 from beholder.runs import RunDir, atomic_write, now
 from beholder.studies.footprint_page import print_footprint, render_footprint
 from beholder.studies.footprint_record import (
     COLUMNS,
+    MEASURED,
     PAGE,
     RECORD,
     TABLE,
@@ -51,12 +52,22 @@ from beholder.studies.footprint_record import (
     line_of,
 )
 from beholder.studies.matrix import ALPHA, BASELINE, LLM, RANK, START, TARGETS, VISION, Planned, every_point, plan
-from beholder.studies.points import Points, facts_of, is_finished, resolve
-from beholder.studies.runner import exit_code, run_points, tell_end
+from beholder.studies.points import (
+    ALIKE,
+    Points,
+    alters_measuring,
+    facts_of,
+    is_finished,
+    lies_in,
+    resolve,
+    run_name,
+    warnings_of,
+)
+from beholder.studies.runner import exit_code, run_points, tell, tell_end
 from beholder.terminal import Terminal
 from beholder.train import checkpoint, restore
 from beholder.train.promoted import check_promoted
-from beholder.types import UserError, printable
+from beholder.types import UserError
 
 SIMILARITY = "similarity.json"
 
@@ -105,15 +116,15 @@ def run_footprint(
     """
     console = console or Terminal()
     study = plan_footprint(config, overrides)
-    own = {str(r.folder) for r in study.points.runs}
     starts = {r.cfg.model.connector.load_checkpoint: r.cfg for r in study.points.runs}
-    for cfg in (cfg for origin, cfg in starts.items() if origin not in own):
+    own = [r.folder for r in study.points.runs]
+    for cfg in (cfg for at, cfg in starts.items() if at is not None and not any(lies_in(at, f) for f in own)):
         if (told := check_promoted(cfg, promote_anyway)) is not None:
-            _say(console, f"WARNING: {told}")
+            tell(console, "footprint", f"WARNING: {told}")
     for note in study.notes:
-        _say(console, f"note: {note}")
+        tell(console, "footprint", f"note: {note}")
     if study.pending:
-        _say(console, f"choosing layers by similarity on {study.start}")
+        tell(console, "footprint", f"choosing layers by similarity on {study.start}")
         measure_similarity(study)
         study = plan_footprint(config, overrides)
 
@@ -123,10 +134,6 @@ def run_footprint(
         return FootprintResult(study.points.folder, record, stopped)
 
     return run_points(study.points, console, promote_anyway, write)
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(f"[footprint] {printable(line, one_line=True)}", markup=False, highlight=False, soft_wrap=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -165,20 +172,20 @@ def plan_footprint(config: str | Path, overrides: Sequence[str] = ()) -> Study:
     sets = {p.name: dict(p.settings) for p in planned.values() if not (p.similar and layers is None)}
     for name, values in sets.items():
         if number := planned[name].similar:
-            values[LLM] = tuple(sorted(sorted(range(len(layers or ())), key=lambda k: (layers or ())[k])[:number]))
+            values[LLM] = most_changing(layers or (), number)
     adapters, notes = _count(base, own, planned, sets)
-    baseline = Path(base.run_dir) / f"{BASELINE}{'' if not own.seeds else f'_s{own.seeds[0]}'}"
+    baseline = Path(base.run_dir) / run_name(BASELINE, own.seeds[0] if own.seeds else None)
     compares = any(rule.compares for rule in base.guards.values())
     for name, values in sets.items():  # another start than A0's: it is judged by A0 all the same
         moved = START in values or planned[name].after is not None
         if moved and compares and BASELINE in sets and base.eval.baseline_run is None:
             values["eval.baseline_run"] = str(baseline)
     after = {p.name: p.after for p in planned.values() if p.after is not None and p.name in sets}
-    runs = resolve(config, overrides, base, own, sets, after)
+    # Where nothing learns, repeats would be the same and look like certainty.
+    once: frozenset[str] = frozenset(() if connector else (BASELINE,))
+    runs = resolve(config, overrides, base, own, sets, after, once)
     order = {seed: k for k, seed in enumerate(own.seeds)}
     runs.sort(key=lambda r: order.get(r.cfg.seed, 0))  # a study that is cut short has every point once
-    if not connector:  # nothing learns there, so repeats would be the same and look like certainty
-        runs = [r for r in runs if r.point != BASELINE or order.get(r.cfg.seed, 0) == 0]
     points = Points("footprint", Path(base.run_dir), base.run_name, own, base.device, runs)
     return Study(points, planned, start, adapters, (*notes, *_unmonitored(base)), pending)
 
@@ -189,14 +196,13 @@ def _check_settings(own: FootprintConfig) -> None:
     wrong = []
     for name, point in own.points.items():
         for key in point.set:
-            decided = decided_by(RunConfig, key)
             if key not in known and not key.startswith("guardrails."):
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
                 wrong.append(f"footprint.points.{name}: no setting {key!r}{f'; nearest: {near[0]}' if near else ''}")
-            elif key == "seed" or (decided & {"held_out", "measuring", "run"} and "data" not in decided):
-                wrong.append(
-                    f"footprint.points.{name} sets {key}; points must be measured on the same samples by the same rule"
-                )
+            elif key == "seed" or alters_measuring(key):
+                wrong.append(f"footprint.points.{name} sets {key}; points {ALIKE}")
+        if point.after is not None and START in point.set:
+            wrong.append(f"footprint.points.{name} sets {START} and is after {point.after}; it starts from one run")
     if wrong:
         raise UserError("\n".join(wrong))
 
@@ -237,7 +243,8 @@ def _count(
                 lora, wanted = lora_of(base, values), count(every[like].settings)
                 rank = max(1, round(wanted * lora.r / count(values)))
                 if rank != lora.r:
-                    values |= {RANK: rank, ALPHA: max(1, round(lora.alpha * rank / lora.r))}
+                    values[RANK] = rank
+                    values.setdefault(ALPHA, max(1, round(lora.alpha * rank / lora.r)))
             found[name] = count(values)
         except UserError as e:
             wrong.setdefault(str(e), []).append(name)
@@ -282,11 +289,17 @@ def measure_similarity(study: Study) -> None:
     """How much each layer of the start changes what passes through it: ``beholder layers`` in a process of its own."""
     folder, own = study.points.folder, study.points.study
     assert isinstance(own, FootprintConfig)
-    command = ["-m", "beholder", "layers", study.start, "--num-samples", str(own.similarity_samples), "--json"]
+    run, step = _start_of(study.start)
+    command = ["-m", "beholder", "layers", run, "--step", str(step), "--json"]
+    command += ["--num-samples", str(own.similarity_samples)]
     done = subprocess.run([sys.executable, *command], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         told = [line for line in done.stderr.splitlines() if line.strip()]
-        raise UserError(f"beholder layers {study.start} failed: {told[-1] if told else f'exit code {done.returncode}'}")
+        why = told[-1] if told else f"exit code {done.returncode}"
+        raise UserError(
+            f"beholder layers {run} --step {step} failed: {why}. Without it no layers can be chosen by similarity; "
+            "footprint.leave_out: [similar] does without"
+        )
     found = json.loads(done.stdout)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / SIMILARITY, json.dumps({**found, "asked": own.similarity_samples}, indent=1) + "\n")
@@ -296,12 +309,17 @@ def _known_layers(folder: Path, start: str, own: FootprintConfig) -> list[float]
     """What was measured of this very start before."""
     try:
         found = json.loads((folder / SIMILARITY).read_bytes())
-        step = restore.read_trainer(checkpoint.resolve_checkpoint(start))["step"]
-        if (found["folder"], found["step"], found["asked"]) == (start, step, own.similarity_samples):
+        if (found["folder"], found["step"], found["asked"]) == (*_start_of(start), own.similarity_samples):
             return [float(x) for x in found["similarity"]]
     except (OSError, ValueError, LookupError, TypeError):
         pass
     return None
+
+
+def _start_of(start: str) -> tuple[str, int]:
+    """Run folder and step that ``model.connector.load_checkpoint`` means."""
+    where = checkpoint.resolve_checkpoint(start)
+    return str(checkpoint.run_of(where)), restore.read_trainer(where)["step"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -338,7 +356,7 @@ def collect(study: Study, failed: Mapping[str, str] | None = None, *, interrupte
         rows=rows,
         points=points,
         notes=study.notes,
-        warnings=tuple(_warnings(study, evidence, rows)),
+        warnings=tuple(_warnings(study.points, evidence, rows)),
     )
     return conclude(record)
 
@@ -347,8 +365,8 @@ def _measured(e: Evidence, cfg: RunConfig, folder: Path) -> dict[str, Any]:
     rates = cfg.train.lr
     rate = {"lora": rates.lora, "vision_lora": rates.vision, "vision": rates.vision, "connector": rates.connector}
     return {
-        "measured": {name: m for name in COLUMNS if (m := e.get(name)) is not None},
-        "line": line_of(e.measurements),
+        "measured": {name: m for name in MEASURED if (m := e.get(name)) is not None},
+        "line": line_of(e.measurements), "strength": e.adapter_strength,
         "readings": tuple(readings(RunDir(folder).metrics())),
         "learns": sum(r.trainable for r in e.trainable if rate.get(r.part, 1.0) > 0),
         "stopped": "" if e.stopped is None else e.stopped.sentence,
@@ -395,15 +413,8 @@ def _rate_of(name: str, settings: Mapping[str, Mapping[str, PointSetting]]) -> s
     return next((other for other, values in settings.items() if other != name and dict(values) == rest), None)
 
 
-def _warnings(study: Study, evidence: Mapping[str, Evidence], rows: Sequence[FootprintRow]) -> Iterator[str]:
-    for row in rows:
-        if row.status == "failed":
-            yield f"{row.name} failed: {row.reason}"
-    if unfinished := [r.name for r in rows if r.status in ("interrupted", "waiting")]:
-        yield f"The study is not finished: {', '.join(unfinished)}. The same command continues."
-    hashes = held_out_hashes([(study.points.folder / name, e) for name, e in evidence.items()])
-    if len(set(hashes)) > 1 or len({e.data.eval for e in evidence.values()}) > 1:
-        yield "The runs were not measured on the same held-out samples: a setting of a point changes which they are."
+def _warnings(points: Points, evidence: Mapping[str, Evidence], rows: Sequence[FootprintRow]) -> Iterator[str]:
+    yield from warnings_of(points, evidence, rows)
     if len(devices := sorted({r.device for r in rows if r.device})) > 1:
         yield f"The runs' times are of different devices: {', '.join(devices)}."
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from beholder.studies.footprint_record import (
     FootprintRow,
     answer,
     explanation,
+    line_over_start,
     role,
+    text_loss_of_start,
 )
 from beholder.studies.frontier import AXES, KEPT, SEEN, TASK, Axis, Estimate
 from beholder.studies.matrix import BASELINE
@@ -54,6 +58,7 @@ def render_html(record: FootprintRecord) -> str:
         columns=_columns(record), shown=_shown, params=_params, cost=_cost_of(record), rows=_by_point(record),
         drawings=_drawings(record), tones=TONES, stopped=[r for r in record.rows if r.stopped], duration=duration,
         axes=[a.words for a in AXES if a.measure in record.axes], words=_limit_words(record), chance=_chance(record),
+        basis=_basis(record),
     )  # fmt: skip
 
 
@@ -78,7 +83,7 @@ def render_markdown(record: FootprintRecord) -> str:
         "",
         *(f"Note: {escaped(note)}" for note in record.notes),
         "",
-        f"{_chance(record)} Written {record.created}.",
+        f"{_chance(record)} {_basis(record)} Written {record.created}.",
     ]
     return "\n".join(out) + "\n"
 
@@ -178,6 +183,16 @@ def _chance(record: FootprintRecord) -> str:
     return "Without repeats two points are told apart when their 95 % intervals over held-out samples are apart."
 
 
+def _basis(record: FootprintRecord) -> str:
+    """What loss on plain text is compared with; empty where none is."""
+    if not any(KEPT.measure in p.at for p in record.points):
+        return ""
+    return (
+        "Loss on plain text is over A0's for every point, also for one whose adapters were put on another run; the "
+        "guardrails in a run compare with its own base."
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Drawings
 
@@ -213,19 +228,26 @@ def _dots(record: FootprintRecord, axis: Axis) -> list[Dot]:
 
 
 def _trail(record: FootprintRecord, p: FootprintPoint, axis: Axis) -> list[tuple[float, float]]:
-    """The point at part of its adapters' strength, the mean over its runs, from the baseline on."""
+    """The point at other strengths of its adapters, the mean over its runs, from the baseline on; itself at its own."""
+    start = text_loss_of_start(record)
+    rows = [r for r in record.rows if r.point == p.name and r.status == "finished"]
     by_strength: dict[float, list[tuple[float, float]]] = {}
-    for row in record.rows:
-        for at in row.line if row.point == p.name else ():
-            if axis.measure in at.values and TASK.measure in at.values:
+    for row in rows:
+        for at in line_over_start(row, start):
+            if axis.measure in at.values and TASK.measure in at.values and at.strength != row.strength:
                 by_strength.setdefault(at.strength, []).append((at.values[axis.measure], at.values[TASK.measure]))
     if not by_strength:
         return []
-    trail = [tuple(sum(v) / len(v) for v in zip(*by_strength[s], strict=True)) for s in sorted(by_strength)]
+    trail = {s: (_mean(x for x, _ in at), _mean(y for _, y in at)) for s, at in by_strength.items()}
+    trail[_mean(r.strength for r in rows)] = (p.at[axis.measure].value, p.at[TASK.measure].value)
     base = next((q.at for q in record.points if q.name == BASELINE), {})
     if p.kind in ("matrix", "control") and axis.measure in base and TASK.measure in base:
-        trail.insert(0, (base[axis.measure].value, base[TASK.measure].value))
-    return [(x, y) for x, y in trail]
+        trail[0.0] = (base[axis.measure].value, base[TASK.measure].value)
+    return [trail[s] for s in sorted(trail)]
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
 
 
 def _span(e: Estimate) -> Span:

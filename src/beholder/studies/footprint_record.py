@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import csv
 import io
+import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ from beholder.evidence.guardrails import Limit, Reading
 from beholder.studies.frontier import (
     AXES,
     KEPT,
+    SEEN,
     TASK,
     Choice,
     Contender,
@@ -37,13 +40,18 @@ from beholder.types import UserError
 RECORD, TABLE, PAGE, TWIN = "footprint.json", "footprint.csv", "footprint.html", "footprint.md"
 
 COLUMNS = {
-    TASK.measure: "held-out loss", "answer.accuracy.correct": "answers right", KEPT.measure: "text loss, × base",
-    "retention.loss_ratio_styled": "the same, style aside", **{name: w.column for name, w in WATCHED.items()},
+    TASK.measure: "held-out loss", "answer.accuracy.correct": "answers right", KEPT.measure: "text loss, × A0's",
+    "retention.loss_ratio_styled": "on over off, style aside", **{name: w.column for name, w in WATCHED.items()},
     "ablation.delta.shuffled": "Δshuffle",
 }  # fmt: skip
-"""What is kept of a run, and what it is called in a narrow table."""
-LINE = {there: name for name, there in STRENGTH_LINE.items() if name in {a.measure for a in AXES}}
-"""What is kept of the line from the base to the trained weights, and which axis it is on."""
+"""What a run is compared by, and what it is called in a narrow table."""
+TEXT, ON_OVER_OFF = "retention.loss", "retention.loss_ratio"
+"""The loss on plain text, and by how much a run's own adapters changed it. The latter has another base in a run that
+goes on from another one, so `KEPT` is made of the former, and of A0's."""
+MEASURED = (*(m for m in COLUMNS if m != KEPT.measure), TEXT, ON_OVER_OFF)
+"""What is kept of a run."""
+LINE = {there: name for name, there in STRENGTH_LINE.items() if name in {TASK.measure, ON_OVER_OFF, SEEN.measure}}
+"""What is kept of the line from the base to the trained weights, and what it is at full strength."""
 
 
 class LinePoint(Record):
@@ -75,6 +83,8 @@ class FootprintRow(Record):
     measured: dict[str, Measurement] = Field(default_factory=dict)
     """Over all samples, by name."""
     line: tuple[LinePoint, ...] = ()
+    strength: float = 1.0
+    """Of what its adapters learned, the share that all else was measured at."""
     readings: tuple[Reading, ...] = ()
     """What the monitors said on the way; step 0 is before training."""
     learns: int = 0
@@ -162,8 +172,13 @@ def conclude(record: FootprintRecord) -> FootprintRecord:
     """The record with what its rows say: estimates, frontier, the point to take, verdicts. Pure."""
     runs = {p.name: [r for r in record.rows if r.point == p.name and r.status == "finished"] for p in record.points}
     known: dict[str, dict[str, Estimate]] = {p.name: {} for p in record.points}
+    start = text_loss_of_start(record)
+    measured = {r.name: {**r.measured, **over_start(r, start)} for rows in runs.values() for r in rows}
     for measure in COLUMNS:
-        by_point = {name: [r.measured[measure] for r in rows if measure in r.measured] for name, rows in runs.items()}
+        by_point = {
+            name: [measured[r.name][measure] for r in rows if measure in measured[r.name]]
+            for name, rows in runs.items()
+        }
         for name, e in estimates(by_point).items():
             known[name][measure] = e
     axes = measured_axes(known)
@@ -180,8 +195,8 @@ def conclude(record: FootprintRecord) -> FootprintRecord:
     choice = choose([Contender(p.name, p.learns, p.at, p.stopped) for p in points if p.runs], kept)
     seen = [
         Seen(
-            p.name, p.llm, p.vision, p.at, frozenset(r.stopped_by for r in runs[p.name] if r.stopped_by), p.rate_of,
-            [r.readings for r in runs[p.name]],
+            p.name, p.llm, p.vision, p.at, frozenset(_judged(r.stopped_by) for r in runs[p.name] if r.stopped_by),
+            p.rate_of, [_by_start(r.readings, start) for r in runs[p.name]],
         )
         for p in points
     ]  # fmt: skip
@@ -189,6 +204,54 @@ def conclude(record: FootprintRecord) -> FootprintRecord:
         "points": points, "axes": tuple(a.measure for a in axes), "limits": tuple(kept), "choice": choice,
         "verdicts": judge(seen, choice, kept),
     })  # fmt: skip
+
+
+def text_loss_of_start(record: FootprintRecord) -> float | None:
+    """A0's loss on plain text; None where it was not measured."""
+    found = [r.measured[TEXT].value for r in record.rows if r.point == BASELINE and TEXT in r.measured]
+    return statistics.fmean(found) if found else None
+
+
+def over_start(row: FootprintRow, start: float | None) -> dict[str, Measurement]:
+    """`KEPT` of a run; nothing where it or A0 was not measured.
+
+    Its interval is that of the run's own ratio, of the same texts read twice: without what the run it went on from is
+    uncertain by.
+    """
+    loss, own = row.measured.get(TEXT), row.measured.get(ON_OVER_OFF)
+    if loss is None or own is None or not start or not own.value:
+        return {}
+    value = loss.value / start
+    low, high = (end * value / own.value for end in own.ci95 or (own.value, own.value))
+    known = {"name": KEPT.measure, "value": value, "ci95": (low, high), "caveat": "the same texts, over A0's"}
+    return {KEPT.measure: own.model_copy(update=known)}
+
+
+def line_over_start(row: FootprintRow, start: float | None) -> tuple[LinePoint, ...]:
+    """`FootprintRow.line` with `KEPT`: what was measured against the run's own base, against A0."""
+    own, base = row.measured.get(ON_OVER_OFF), over_start(row, start).get(KEPT.measure)
+    if own is None or base is None:
+        return row.line
+    scale = base.value / own.value
+    return tuple(
+        p.model_copy(update={"values": {**p.values, KEPT.measure: p.values[ON_OVER_OFF] * scale}})
+        if ON_OVER_OFF in p.values
+        else p
+        for p in row.line
+    )
+
+
+def _by_start(readings: Sequence[Reading], start: float | None) -> list[Reading]:
+    """The readings with `KEPT`."""
+    return [
+        replace(r, values={**r.values, KEPT.measure: r.values[TEXT] / start}) if start and TEXT in r.values else r
+        for r in readings
+    ]
+
+
+def _judged(measure: str) -> str:
+    """What a guardrail's stop says was lost: those on plain text judge it against the run's own base."""
+    return KEPT.measure if measure.startswith("retention.") else measure
 
 
 def line_of(measurements: Sequence[Measurement]) -> tuple[LinePoint, ...]:
@@ -223,10 +286,13 @@ def explanation(record: FootprintRecord) -> str:
         return "; ".join(f"{name}: {why}" for name, why in choice.refused.items()) or "No run has a result."
     best = record.point(choice.winner)
     loss = best.at[TASK.measure]
+    kept = _and([COLUMNS.get(limit.measure, limit.measure) for limit in record.limits])
     told = [
-        f"It has the lowest held-out loss, {loss.value:.4g} nats/token, of the points that keep "
-        f"{_and([COLUMNS.get(limit.measure, limit.measure) for limit in record.limits])} within bounds."
+        f"It has the lowest held-out loss, {loss.value:.4g} nats/token"
+        + (f", of the points that keep {kept} within bounds." if record.limits else ".")
     ]
+    if KEPT.measure not in {limit.measure for limit in record.limits}:
+        told.append("What points keep of language does not count: A0's loss on plain text was not measured.")
     if choice.near:
         told.append(f"{_and(choice.near)} cannot be told from it.")
         if choice.smallest not in (None, choice.winner):
@@ -242,7 +308,7 @@ def explanation(record: FootprintRecord) -> str:
 
 
 def _and(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "nothing"
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
 
 
 def role(record: FootprintRecord, point: FootprintPoint) -> str:
@@ -265,11 +331,13 @@ def footprint_csv(record: FootprintRecord) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(head)
     by_name: Mapping[str, FootprintPoint] = {p.name: p for p in record.points}
+    start = text_loss_of_start(record)
     for r in record.rows:
         p = by_name[r.point]
+        measured = {**r.measured, **over_start(r, start)}
         cells: list[Any] = [r.name, r.point, r.seed, p.where, r.learns if r.status == "finished" else None, p.planned]
         for measure in COLUMNS:
-            m = r.measured.get(measure)
+            m = measured.get(measure)
             cells += [None, None, None] if m is None else [m.value, *(m.ci95 or (None, None))]
         cells += [p.on_frontier, role(record, p), r.stopped, "; ".join(r.gates_failed), r.steps, r.wall_s, r.step_s,
                   r.peak_memory_mb, r.status, r.config_hash]  # fmt: skip

@@ -78,7 +78,8 @@ class Axis:
 
 
 TASK = Axis("eval.loss", "lower", "held-out loss")
-KEPT = Axis("retention.loss_ratio", "lower", "loss on plain text, times the base's")
+KEPT = Axis("retention.over_start", "lower", "loss on plain text, times A0's")
+"""``retention.loss`` over A0's: `footprint_record` makes it of what runs measured."""
 SEEN = Axis("ood.hallucination", "lower", "hallucination on unlike images")
 AXES = (TASK, KEPT, SEEN)
 
@@ -118,7 +119,9 @@ def limits(
     max_irrelevant_fall: float,
 ) -> list[Limit]:  # fmt: skip
     """What a point must keep to be taken (S4-3): by the baseline, where it was measured."""
-    found = [Limit(KEPT.measure, most=max_text_ratio, words=f"at most {max_text_ratio:g} times the base's")]
+    found: list[Limit] = []
+    if KEPT.measure in baseline:
+        found.append(Limit(KEPT.measure, most=max_text_ratio, words=f"at most {max_text_ratio:g} times A0's"))
     if (seen := baseline.get(SEEN.measure)) is not None:
         most = seen.value + max_hallucination_rise
         words = f"at most the baseline's {seen.value:.3g} + {max_hallucination_rise:g}"

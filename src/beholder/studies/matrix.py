@@ -6,7 +6,6 @@ said on its `Planned` and found out by whoever can.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -19,7 +18,7 @@ LLM, VISION = "model.lora.llm_layers", "model.lora.vit_layers"
 TARGETS, RANK, ALPHA = "model.lora.target_modules", "model.lora.r", "model.lora.alpha"
 START = "model.connector.load_checkpoint"
 BASELINE = "A0"
-"""The point at which nothing learns: what the others are measured against."""
+"""The point at which nothing learns: what the others are measured against, so it comes along with any of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ def plan(study: FootprintConfig, *, connector_learns: bool) -> list[Planned]:
     def names(words: tuple[str, ...]) -> set[str]:
         return {name for word in words for name in members.get(word, (word,))}
 
-    wanted = names(usual if study.select is None else study.select) - names(study.leave_out)
+    wanted = {BASELINE, *names(usual if study.select is None else study.select)} - names(study.leave_out)
     for name in list(wanted):  # a run that another one starts from
         while (name := points[name].after or "") and name not in wanted:
             wanted.add(name)
@@ -63,19 +62,14 @@ def plan(study: FootprintConfig, *, connector_learns: bool) -> list[Planned]:
 
 def groups(study: FootprintConfig) -> dict[str, tuple[str, ...]]:
     """The groups of points: the study's own and those that every study has."""
-    deferred = {row_name(i, j) for i, j in itertools.product(range(2, len(study.llm_layers)), range(99)) if j}
-    smallest = {row_name(i, 1) for i in range(len(study.llm_layers)) if len(study.vision_blocks) > 2}
-    matrix = study.matrix_names()
     # The least tower and the most language model are left for later: stage 3 had drifted by the latter already.
-    priority = tuple(name for name in matrix if name not in deferred | smallest)
-    control = reference(study)
-    controls = tuple(c.name for c in _controls(study)) if control is not None else ()
-    return {"matrix": tuple(matrix), "priority": priority, "controls": controls, **study.groups}
-
-
-def row_name(i: int, j: int) -> str:
-    """``C2``: the i-th number of layers of the language model with the j-th of the tower's blocks."""
-    return f"A{i}" if j == 0 else f"{chr(ord('B') + i)}{j}"
+    smallest = study.vision_blocks[1:2] if len(study.vision_blocks) > 2 else ()
+    priority = tuple(
+        name
+        for name, (llm, vision) in study.matrix().items()
+        if vision not in smallest and not (vision and llm in study.llm_layers[2:])
+    )
+    return {"matrix": tuple(study.matrix()), "priority": priority, "controls": study.controls(), **study.groups}
 
 
 def every_point(study: FootprintConfig, *, connector_learns: bool) -> dict[str, Planned]:
@@ -92,48 +86,41 @@ def every_point(study: FootprintConfig, *, connector_learns: bool) -> dict[str, 
             if own.like is None or own.like in found:
                 base = Planned("", "own") if own.like is None else found[own.like]
                 found[name] = replace(
-                    base, name=name, kind="own", settings={**base.settings, **own.set}, after=own.after or base.after
-                )
+                    base, name=name, kind="own", settings={**base.settings, **own.set},
+                    # what it sets itself is not found out for it
+                    after=own.after or (None if START in own.set else base.after),
+                    equal_to=None if RANK in own.set else base.equal_to,
+                    similar=0 if LLM in own.set else base.similar,
+                )  # fmt: skip
     return found
 
 
 def _matrix(study: FootprintConfig, connector_learns: bool) -> Iterator[Planned]:
-    for (i, llm), (j, vision) in itertools.product(enumerate(study.llm_layers), enumerate(study.vision_blocks)):
-        settings: dict[str, PointSetting] = {LLM: _last(llm), VISION: _last(vision)}
+    for name, (llm, vision) in study.matrix().items():
+        settings: dict[str, PointSetting] = {LLM: _end("last", llm), VISION: _end("last", vision)}
         if not llm and not vision:
             # The start as it is, measured by the same code: adapters that cannot learn change nothing.
             settings |= {LLM: "last-1", "train.lr.lora": 0.0}
             settings |= {} if connector_learns else {"train.train_steps": 1}
             settings |= {"gates.learned.enable": False, "gates.settled.enable": False}
-        yield Planned(row_name(i, j), "matrix", settings, llm, vision)
+        yield Planned(name, "matrix", settings, llm, vision)
 
 
-def _last(number: int) -> str:
-    return f"last-{number}" if number else "none"
-
-
-def reference(study: FootprintConfig) -> tuple[str, int, int] | None:
-    """(name, layers, blocks) of the point that the controls are compared with; None where no layer learns anywhere."""
-    named = {
-        row_name(i, j): (llm, vision)
-        for (i, llm), (j, vision) in itertools.product(enumerate(study.llm_layers), enumerate(study.vision_blocks))
-    }
-    name = study.controls_of or "A1"
-    return (name, *named[name]) if name in named and named[name] != (0, 0) else None
+def _end(which: Literal["first", "last"], number: int) -> str:
+    return f"{which}-{number}" if number else "none"
 
 
 def _controls(study: FootprintConfig) -> Iterator[Planned]:
     """Other layers, then other modules of the same layers; those of the language model only where it learns."""
-    if (known := reference(study)) is None:
+    if (name := study.reference()) is None:
         return
-    name, llm, vision = known
-    first: dict[str, PointSetting] = {
-        LLM: f"first-{llm}" if llm else "none", VISION: f"first-{vision}" if vision else "none",
-    }  # fmt: skip
-    yield Planned("first", "control", first, equal_to=name)
-    if not llm:
-        return
-    same: dict[str, PointSetting] = {LLM: _last(llm), VISION: _last(vision)}
-    yield Planned("similar", "control", {VISION: _last(vision)}, equal_to=name, similar=llm)
-    yield Planned("attention", "control", {**same, TARGETS: study.attention}, equal_to=name)
-    yield Planned("gate_up", "control", {**same, TARGETS: study.gate_up}, equal_to=name)
+    llm, vision = study.matrix()[name]
+    first: dict[str, PointSetting] = {LLM: _end("first", llm), VISION: _end("first", vision)}
+    same: dict[str, PointSetting] = {LLM: _end("last", llm), VISION: _end("last", vision)}
+    made = {
+        "first": Planned("first", "control", first, equal_to=name),
+        "similar": Planned("similar", "control", {VISION: same[VISION]}, equal_to=name, similar=llm),
+        "attention": Planned("attention", "control", {**same, TARGETS: study.attention}, equal_to=name),
+        "gate_up": Planned("gate_up", "control", {**same, TARGETS: study.gate_up}, equal_to=name),
+    }
+    yield from (made[control] for control in study.controls())

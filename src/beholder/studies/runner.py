@@ -24,7 +24,7 @@ from beholder.config.file import dump_config
 from beholder.evidence import load_evidence
 from beholder.report.words import duration
 from beholder.runs import atomic_write, held, is_held, now, stop_signals
-from beholder.studies.points import Point, Points, check_folders, is_finished
+from beholder.studies.points import Point, Points, check_folders, is_finished, needs
 from beholder.types import UserError, printable
 
 RESULTS = (0, 3, 4)
@@ -70,6 +70,10 @@ def run_points(
         return write(*Runner(points, console, promote_anyway).run())
 
 
+def tell(console: Console, kind: str, line: str) -> None:
+    console.print(f"[{kind}] {printable(line, one_line=True)}", markup=False, highlight=False, soft_wrap=True)
+
+
 def exit_code(stopped: int | None, statuses: Sequence[str]) -> int:
     """Of a study. 0: every run has a result. 1: some failed. 128 + signal: interrupted."""
     if stopped is not None:
@@ -94,16 +98,23 @@ class Runner:
         self.slots = _slots(points)
         self.done = [r for r in points.runs if is_finished(r)]
         self.left = [r for r in points.runs if not is_finished(r)]
+        self.needs = {run.name: needs(run, points.runs) for run in self.left}
         self.running: list[_Running] = []
         self.failed: dict[str, str] = {}
-        self.seconds: list[float] = []
+        self.seconds: list[tuple[Point, float]] = []
         """Of the runs that finished in this process."""
         self.busy_since: dict[str, float] = {}
 
     def run(self) -> tuple[int | None, dict[str, str]]:
         """(The signal that stopped it or None, name -> reason of the runs that failed)."""
+        number = len(self.points.runs)
         if self.done:
-            self._say(f"{len(self.done)} of {len(self.points.runs)} runs are finished already")
+            self._say(f"{len(self.done)} of {number} runs are finished already")
+        if self.left:
+            told = "run" if number == 1 else "runs"
+            at_a_time = f", {len(self.slots)} at a time" if len(self.slots) > 1 else ""
+            still = f"{len(self.left)} of {number} {told} to go" if self.done else f"{number} {told}"
+            self._say(f"{still}{at_a_time}: {', '.join(r.name for r in self.left)}")
         live = self.console.is_terminal and bool(self.left)
         with stop_signals(), self.console.status("") if live else nullcontext() as status:
             told = time.monotonic()
@@ -133,7 +144,7 @@ class Runner:
         for run in list(self.left):
             if not free:
                 return
-            if waits := [r.name for r in self._needs(run) if r not in self.done]:
+            if waits := [r.name for r in self.needs[run.name] if r not in self.done]:
                 if lost := [name for name in waits if name in self.failed]:
                     self.left.remove(run)
                     self.failed[run.name] = f"it needs {lost[0]}, which failed"
@@ -147,11 +158,6 @@ class Runner:
             self.running.append(_Running(run, _spawn(run, self.slots[slot], self.promote_anyway), slot))
             self._say(f"started {run.name} (log {run.log})")
 
-    def _needs(self, run: Point) -> list[Point]:
-        """Runs of the study that it starts from, or whose first reading is its baseline."""
-        folders = {run.cfg.model.connector.load_checkpoint, run.cfg.eval.baseline_run}
-        return [r for r in self.points.runs if str(r.folder) in folders]
-
     def _reap(self) -> None:
         for child in list(self.running):
             code = child.process.poll()
@@ -161,7 +167,7 @@ class Runner:
             run, seconds = child.run, time.monotonic() - child.started
             if code in RESULTS and is_finished(run):
                 self.done.append(run)
-                self.seconds.append(seconds)
+                self.seconds.append((run, seconds))
                 self._say(
                     f"{len(self.done)}/{len(self.points.runs)} {run.name} finished in {duration(seconds)}: "
                     f"{_figures(run)}{self._eta()}"
@@ -191,9 +197,13 @@ class Runner:
         ahead = len(self.left) + len(self.running)
         if not ahead:
             return ""
-        mean = statistics.fmean(self.seconds)
+        # A run that learns nothing makes one step (A0), which says little of those that learn.
+        longest = max(map(_steps, self.points.runs))
+        like = [s for run, s in self.seconds if _steps(run) == longest]
+        mean = statistics.fmean(like or [s for _, s in self.seconds])
         spent = sum(min(time.monotonic() - child.started, mean) for child in self.running)
-        return f" · about {duration(max(ahead * mean - spent, 1.0) / len(self.slots))} left"
+        word = "about" if like else "more than"
+        return f" · {word} {duration(max(ahead * mean - spent, 1.0) / len(self.slots))} left"
 
     def _doing(self) -> str:
         if not self.running:
@@ -204,9 +214,12 @@ class Runner:
         )
 
     def _say(self, line: str) -> None:
-        self.console.print(
-            f"[{self.points.kind}] {printable(line, one_line=True)}", markup=False, highlight=False, soft_wrap=True
-        )
+        tell(self.console, self.points.kind, line)
+
+
+def _steps(run: Point) -> float:
+    """By its config; by epochs it is more than any number."""
+    return run.cfg.train.train_steps or float("inf")
 
 
 def _slots(points: Points) -> list[dict[str, str]]:

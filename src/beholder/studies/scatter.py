@@ -30,7 +30,7 @@ class Dot:
     large: bool = False
     ring: bool = False
     trail: Sequence[tuple[float, float]] = ()
-    """Points of a thin line that ends in it."""
+    """A thin line that it lies on, from end to end."""
 
 
 def scatter(
@@ -72,7 +72,7 @@ def scatter(
         out.append(f'<g class="{d.kind}">')
         if d.trail:
             path = " ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in d.trail)
-            out.append(f'<polyline class="trail" points="{path} {x:.1f},{y:.1f}"/>')
+            out.append(f'<polyline class="trail" points="{path}"/>')
         out.append(f'<line class="ci" x1="{px(d.x[1]):.1f}" x2="{px(d.x[2]):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
         out.append(f'<line class="ci" x1="{x:.1f}" x2="{x:.1f}" y1="{py(d.y[1]):.1f}" y2="{py(d.y[2]):.1f}"/>')
         if d.ring:

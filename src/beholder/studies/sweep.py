@@ -25,10 +25,10 @@ from typing import Any
 from rich.console import Console
 
 from beholder.config import SweepConfig
-from beholder.evidence import Evidence, held_out_hashes, load_evidence
+from beholder.evidence import Evidence, load_evidence
 from beholder.runs import atomic_write, now
 from beholder.studies.page import print_record, render_sweep
-from beholder.studies.points import Points, facts_of, is_finished, points_of
+from beholder.studies.points import Points, facts_of, is_finished, points_of, warnings_of
 from beholder.studies.record import MEASURED, RECORD, SUMMARY, Row, SweepRecord, summary_csv
 from beholder.studies.runner import exit_code, run_points, tell_end
 from beholder.studies.score import Entry, flags, rank, score
@@ -129,17 +129,10 @@ def _measured(e: Evidence, sweep: SweepConfig, median: float) -> dict[str, Any]:
 
 
 def _warnings(points: Points, evidence: Mapping[str, Evidence], rows: Sequence[Row]) -> Iterator[str]:
+    yield from warnings_of(points, evidence, rows)
     for row in rows:
-        if row.status == "failed":
-            yield f"{row.name} failed: {row.reason}"
-        elif row.status == "finished" and row.score is None:
+        if row.status == "finished" and row.score is None:
             yield f"{row.name} has no score: the held-out loss or one of its loss differences was not measured"
-    unfinished = [r.name for r in rows if r.status in ("interrupted", "waiting")]
-    if unfinished:
-        yield f"The sweep is not finished: {', '.join(unfinished)}. The same command continues."
-    hashes = held_out_hashes([(points.folder / name, e) for name, e in evidence.items()])
-    if len(set(hashes)) > 1 or len({e.data.eval for e in evidence.values()}) > 1:
-        yield "The runs were not measured on the same held-out samples: a setting of the grid changes which they are."
 
 
 def write_summary(record: SweepRecord, folder: Path) -> None:

@@ -339,3 +339,8 @@ def resolve_checkpoint(
     if found is None:
         raise UserError(f"no usable checkpoint in {inside}: it holds no step_<n> folder")
     return found
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint folder lies in; the folder itself where it was copied out of one."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from beholder.config import RunConfig
 from beholder.evidence import Evidence, load_evidence
 from beholder.evidence.gates import verdict
@@ -17,7 +15,7 @@ def check_promoted(cfg: RunConfig, anyway: bool) -> str | None:
     if origin is None:
         return None
     where = checkpoint.resolve_checkpoint(origin)
-    folder = _run_of(where)
+    folder = checkpoint.run_of(where)
     if not (folder / "evidence.json").is_file():
         why = f"{folder} has no evidence.json: its run did not finish, or the checkpoint was copied out of it"
     else:
@@ -41,10 +39,5 @@ def check_promoted(cfg: RunConfig, anyway: bool) -> str | None:
 def start_evidence(cfg: RunConfig) -> Evidence | None:
     """What the run that this one starts from says for itself; None where it starts from none, or that has none."""
     origin = cfg.model.connector.load_checkpoint
-    folder = None if origin is None else _run_of(checkpoint.resolve_checkpoint(origin))
+    folder = None if origin is None else checkpoint.run_of(checkpoint.resolve_checkpoint(origin))
     return load_evidence(folder) if folder is not None and (folder / "evidence.json").is_file() else None
-
-
-def _run_of(where: Path) -> Path:
-    """The run folder of a checkpoint; itself where it was copied out of one."""
-    return where.parent.parent if where.parent.name == "checkpoints" else where
