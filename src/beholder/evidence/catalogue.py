@@ -145,7 +145,7 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("ablation.delta.<any>", "loss difference, <image>", _NATS, "higher", "ablation", flat="delta_<image>",
        said=CONDITIONS[1:]),
     _Q("ablation.ratio.<any>", "loss ratio, <image>", "ratio", "higher", "ablation", said=("shuffled",)),
-    # Samples of several images: one image replaced, all of them moved on, two swapped (`probes.positions`).
+    # Samples of several images: one image replaced, all of them moved on, two swapped (`probes.slots`).
     _Q("slots.loss.<image>", "loss, one image replaced by <image>", _NATS, "lower", "slots"),
     _Q("slots.delta.<any>", "loss difference, one image replaced by <image>", _NATS, "higher", "slots",
        said=("shuffled",)),
