@@ -344,14 +344,14 @@ def score_rotations(
         return out, gaps
     last = {n: own[:, -1] - own[:, :-1].mean(1) for n, own in enough.items()}
     every = [key for n in enough for key in shown[n]]
-    more = {"caveat": "accuracy with the deciding image last minus the mean over its other places"}
-    bias = _mean(np.concatenate(list(last.values())), every, seed)
-    out.append(measurement("slots.last_bias", *bias, n=len(every), **more))
-    more["by"] = "images"
-    out += [
-        measurement("slots.last_bias", *_mean(own, shown[n], seed), n=len(own), stratum=images_shown(n), **more)
-        for n, own in last.items()
-    ]
+    about = "accuracy with the deciding image last minus the mean over its other places"
+    bias, ci = _mean(np.concatenate(list(last.values())), every, seed)
+    out.append(measurement("slots.last_bias", bias, ci, n=len(every), caveat=about))
+    for n, own in last.items():
+        bias, ci = _mean(own, shown[n], seed)
+        out.append(
+            measurement("slots.last_bias", bias, ci, n=len(own), by="images", stratum=images_shown(n), caveat=about)
+        )
     rng = np.random.default_rng(seed)
     drawn = {n: _range(_resampled_means(own, shown[n], rng)) for n, own in enough.items()}
     chance = {n: _range(_permuted_means(own, rng)) for n, own in enough.items()}
@@ -560,17 +560,17 @@ def move(
     found.measurements += judged
     found.gaps += gaps
     if not any(m.name == "slots.spread" for m in judged):
-        open_ = [i for i in movable if i not in decides and i not in costs]  # replacing their images would tell
+        unmeasured = [i for i in movable if i not in decides and i not in costs]  # replacing their images would tell
         if _enough(examples[i] for i in decides):  # the data have enough: a setting waives no gate
             found.gaps.append(
                 f"Images moved: only {len(rows)} samples were, too few to judge for any number of images; raise "
                 f"eval.moved_samples ({size})."
             )
-        elif _enough(examples[i] for i in (*decides, *open_)):
+        elif _enough(examples[i] for i in (*decides, *unmeasured)):
             found.gaps.append(
                 f"Images moved: of only {len(decides)} held-out samples it is known which image decides, too few to "
-                f"judge for any number of images, and of {len(open_)} it was not measured; raise eval.slot_samples, "
-                "with shuffled among ablation.conditions."
+                f"judge for any number of images, and of {len(unmeasured)} it was not measured; raise "
+                "eval.slot_samples, with shuffled among ablation.conditions."
             )
         else:
             why = (
@@ -593,17 +593,17 @@ def move(
     renamed = measure([s.renamed for s in chosen])
     kept = measure([s.kept for s in known if s.kept is not None])
     unknown = [s for s in chosen if s.kept is None][:NUM_CONSISTENT]
-    alike_: list[bool] = []
+    agree: list[bool] = []
     if unknown:
         said = write([s.words_kept for s in unknown], "swapped images")
         again = write([s.words_renamed for s in unknown], "renamed words")
-        alike_ = [alike(s, a, b) for s, a, b in zip(unknown, said, again, strict=True)]
+        agree = [alike(s, a, b) for s, a, b in zip(unknown, said, again, strict=True)]
 
     def hits(of: Sequence[Swap], right: Iterable[bool]) -> list[Hit]:
-        return [(pictures(s.renamed, content_key), bool(x)) for s, x in zip(of, right, strict=True)]
+        return [(pictures(s.renamed, content_key), x) for s, x in zip(of, right, strict=True)]
 
     found.measurements += score_swaps(
-        hits(chosen, (x.exact for x in renamed)), hits(known, (x.exact for x in kept)), hits(unknown, alike_),
+        hits(chosen, (x.exact for x in renamed)), hits(known, (x.exact for x in kept)), hits(unknown, agree),
         seed=seed,
     )  # fmt: skip
     enough = len(swaps) < len(movable) or sum(s.follows for s in swaps.values()) >= MIN_SAMPLES
