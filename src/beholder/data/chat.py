@@ -302,12 +302,10 @@ class ChatEncoder:
                 native = what
                 continue
             if isinstance(what, ImageSlot) and len(example.images) > 1:
-                label = self.image_label.format(k=what.index + 1)
                 if learned:  # a template may put nothing but control tokens between an answer and an image
                     tokenise()
                     learned = False
-                if not text.rstrip().endswith(label.rstrip()):
-                    text += label
+                text += self._label(what, text)
             if what is None or not isinstance(what, str) or supervise != learned:
                 tokenise()
             match what:
@@ -333,6 +331,11 @@ class ChatEncoder:
             draft.spans = {k: (where[0], where[-1] + 1) for k, where in draft.reserved.items()}
         return draft
 
+    def _label(self, slot: ImageSlot, before: str) -> str:
+        """What names the image; nothing where the text before it does already."""
+        label = self.image_label.format(k=slot.index + 1)
+        return "" if before.rstrip().endswith(label.rstrip()) else label
+
     def _labelled(self, turns: Sequence[Turn], num_images: int) -> Sequence[Turn]:
         """The turns with ``image_label`` before each image of several: what stands around an image is the template's,
         so its label has to be there before."""
@@ -343,9 +346,8 @@ class ChatEncoder:
             parts: list[Part] = []
             for part in turn.parts:
                 if isinstance(part, ImageSlot):
-                    label = self.image_label.format(k=part.index + 1)
                     before = parts[-1] if parts else ""
-                    if not (isinstance(before, str) and before.rstrip().endswith(label.rstrip())):
+                    if label := self._label(part, before if isinstance(before, str) else ""):
                         parts.append(label)
                 parts.append(part)
             labelled.append(replace(turn, parts=tuple(parts)))

@@ -148,7 +148,7 @@ _MEASURED: tuple[Quantity, ...] = (
     _Q("ablation.delta.<any>", "loss difference, <image>", _NATS, "higher", "ablation", flat="delta_<image>",
        said=CONDITIONS[1:]),
     _Q("ablation.ratio.<any>", "loss ratio, <image>", "ratio", "higher", "ablation", said=("shuffled",)),
-    # Samples of several images: one image replaced, all of them moved on, two swapped (`probes.positions`).
+    # Samples of several images: one image replaced, all of them moved on, two swapped (`probes.slots`).
     _Q("slots.loss.<image>", "loss, one image replaced by <image>", _NATS, "lower", "slots"),
     _Q("slots.delta.<any>", "loss difference, one image replaced by <image>", _NATS, "higher", "slots",
        said=("shuffled",)),
@@ -209,8 +209,9 @@ _MEASURED: tuple[Quantity, ...] = (
     _Q("cells.delta.image", "loss difference, another image", _NATS, "higher", "cells"),
     _Q("blind.told", "answers right, told that the image is missing", _SHARE, "none", "blind", said=ALONE),
     _Q("blind.base", "answers right, base model without image", _SHARE, "none", "blind", said=ALONE),
-    _Q("blind.share", "blind share: right without image over right with it", "ratio", "lower", "blind", said=ALONE),
-    _Q("blind.share_told", "blind share, told that the image is missing", "ratio", "lower", "blind"),
+    _Q("blind.share", "blind share: right without image over right with it", "ratio", "lower", "blind",
+       read_in="share", said=ALONE),
+    _Q("blind.share_told", "blind share, told that the image is missing", "ratio", "lower", "blind", read_in="share"),
     _Q("blind.gain", "gain: right with image, over without", _SHARE, "higher", "blind", read_in="points"),
     _Q("blind.leak", "leak: right without image, over the base", _SHARE, "lower", "blind", read_in="points",
        said=ALONE),

@@ -78,7 +78,7 @@ def blank_images(model: SightedModel, kind: Literal["zero", "noise"], seed: int 
     return [blank_image(model, kind, seed + k) for k in range(1 if kind == "zero" else NUM_NOISE)]
 
 
-def places(batch: Batch) -> list[int]:
+def slots_of(batch: Batch) -> list[int]:
     """The place of each of the batch's images within its sample, from 0."""
     used = [0] * len(batch.ids)
     found: list[int] = []
@@ -94,7 +94,7 @@ def show(batch: Batch, images: Sequence[ImageInput], only: int | None = None) ->
     shown = [
         images[zlib.crc32(f"{batch.ids[owner]}/{place}".encode()) % len(images)]
         if only in (None, place) else batch.images[m]
-        for m, (owner, place) in enumerate(zip(batch.image_sample.tolist(), places(batch), strict=True))
+        for m, (owner, place) in enumerate(zip(batch.image_sample.tolist(), slots_of(batch), strict=True))
     ]  # fmt: skip
     return replace(batch, images=shown)
 

@@ -103,8 +103,9 @@ def _slots(e: Evidence) -> list[str]:
     marks = {"blind": "❌ does not count: ", "weak": "❌ weak: ", "few": "too few to judge: ", "looks": ""}
 
     def cell(s: slots.Slot) -> str:
-        cost = "" if s.cost is None else f"{signed(s.cost.value)} nats/token{interval(s.cost)}"
-        return marks[s.standing] + "; ".join(filter(None, ["" if s.right is None else fmt(s.right), cost]))
+        right = "" if s.right is None else f"{with_ci(s.right)}, n = {count(s.right.n)}"
+        cost = "" if s.cost is None else f"{signed(s.cost.value)} nats/token{interval(s.cost)}, n = {count(s.cost.n)}"
+        return marks[s.standing] + "; ".join(filter(None, [right, cost]))
 
     most = max(map(len, rows))
     head = ["right, and what another image costs", *(f"image {k}" for k in range(1, most + 1))]

@@ -7,7 +7,6 @@ its names in `evidence.catalogue`; which stages make it at their end, their reco
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,11 +27,10 @@ from beholder.probes import (
     hallucination,
     loss,
     pairs,
-    positions,
     qa,
     reliance,
     retention,
-    strata,
+    slots,
     text_learner,
     textonly,
     wrong_images,
@@ -54,10 +52,6 @@ NUM_BLIND = 128
 """Held-out questions that are asked once more with the image said to be missing, and of the base alone."""
 NUM_MERGED = 128
 """Held-out samples that are asked with the adapters merged as well."""
-NUM_CONSISTENT = 64
-"""Swaps without a known answer that are answered twice, to see whether the answers agree."""
-CONSIDERED = 8
-"""Times ``eval.moved_samples``: held-out samples among which swaps with a known answer are looked for."""
 TELL_COLLAPSE = 0.2
 """Share of outputs from which a symptom of collapse is told in words; the gate's own bound is in the config."""
 
@@ -199,7 +193,7 @@ def by_word(
     }
 
 
-def slots(session: Session, m: Measured) -> None:
+def every_slot(session: Session, m: Measured) -> None:
     """Whether every image of a sample with several counts, wherever it stands (S3-3)."""
     cfg, held = session.cfg, session.held_out
     if not held.several:
@@ -219,22 +213,22 @@ def one_replaced(session: Session, m: Measured) -> dict[int, list[float]]:
     """The table of places. Gives what another's image costs in each place, nats per token, by held-out sample."""
     held, model, encoder = session.held_out, session.model, session.data.encoder
     indices, seed = held.slot_sample, held.seed
-    kinds: list[positions.Replacement] = [*session.cfg.ablation.conditions, "neighbour", "text"]
+    kinds: list[slots.Replacement] = [*session.cfg.ablation.conditions, "neighbour", "text"]
     zero, noise = (wrong_images.blank_images(model, kind, seed) for kind in ("zero", "noise"))
-    filler = encoder.literal(positions.FILLER, inside=True)
-    found = positions.replaced(
+    filler = encoder.literal(slots.FILLER, inside=True)
+    found = slots.replaced(
         session.together.losses, held.at(indices), kinds,
         {
-            "zero": lambda k: positions.image_in_slot(k, zero),
-            "noise": lambda k: positions.image_in_slot(k, noise),
-            "text": lambda k: positions.text_in_slot(k, filler),
+            "zero": lambda k: slots.image_in_slot(k, zero),
+            "noise": lambda k: slots.image_in_slot(k, noise),
+            "text": lambda k: slots.text_in_slot(k, filler),
         },
         content_key=held.content_key, seed=seed,
     )  # fmt: skip
     own = [m.losses[i] for i in indices]
-    measured = positions.compare_slots(held.at(indices), own, found, seed=seed)
+    measured = slots.compare_slots(held.at(indices), own, found, content_key=held.content_key, seed=seed)
     m.measurements += measured
-    if few := positions.too_few(measured):
+    if few := slots.too_few(measured):
         m.gaps.append(f"Places with too few samples to judge: {', '.join(few)}.")
     return {
         i: [(x.nll - right.nll) / right.tokens for x in wrong]
@@ -244,91 +238,20 @@ def one_replaced(session: Session, m: Measured) -> dict[int, list[float]]:
 
 def move(session: Session, m: Measured, costs: Mapping[int, Sequence[float]]) -> None:
     """The deciding image through every place, and two images swapped with the words renamed or kept."""
-    held, size = session.held_out, session.cfg.eval.moved_samples
-    fits = partial(fits_whole, session.data.encoder)
+    held, cfg = session.held_out, session.cfg
 
-    movable = [i for i in held.several if positions.is_movable(held.examples[i])]
-    if left := len(held.several) - len(movable):
-        m.gaps.append(
-            f"Images moved and swapped: {left} of {len(held.several)} held-out samples of several images are left out; "
-            "their answer is long, or their words speak of an order that cannot be renamed."
-        )
-    decides = {i: p for i in movable if (p := positions.deciding_place(held.examples[i], costs.get(i))) is not None}
-    rows: list[tuple[int, int, list[Example]]] = []
-    long = 0
-    for i in held.by_images(list(decides), size):
-        others = positions.rotations(held.examples[i])
-        if all(map(fits, others)):
-            rows.append((i, decides[i], others))
-        else:
-            long += 1
-    measured = iter(session.together.losses([e for _, _, others in rows for e in others]))
-    turned = [(place, [m.losses[i], *(next(measured) for _ in others)]) for i, place, others in rows]
-    found, gaps = positions.score_rotations(turned, seed=held.seed)
-    m.measurements += found
-    m.gaps += gaps
-    if not any(x.name == "slots.spread" for x in found):
-        numbers = Counter(len(held.examples[i].images) for i in decides)
-        if max(numbers.values(), default=0) < strata.MIN_SAMPLES:
-            why = (
-                f"of {len(decides)} held-out samples it is known which image decides, too few for any number of images"
-            )
-            m.inapplicable |= {"slots.spread": why, "slots.last_bias": why}
-        else:  # the data have enough: a setting waives no gate
-            m.gaps.append(
-                f"Images moved: only {len(rows)} samples were, too few to judge for any number of images; raise "
-                f"eval.moved_samples ({size})."
-            )
+    def write(examples: Sequence[Example], label: str) -> list[str]:
+        found = session.together.written(examples, cfg.eval.greedy, "correct", cfg.eval.batch_size, label)
+        return [r.prediction for r in found]
 
-    siblings = positions.siblings_of(held.at(held.several), held.content_key)
-    swaps = {
-        i: positions.find_swap(held.examples[i], siblings, held.content_key)
-        for i in held.by_images(movable, CONSIDERED * size)
-    }
-    telling = held.by_images([i for i, s in swaps.items() if s.follows], (size + 1) // 2)
-    rest = held.by_images([i for i in swaps if i not in set(telling)], size - len(telling))
-    wanted = sorted((*telling, *rest))
-    chosen = [s for i in wanted if fits((s := swaps[i]).renamed) and fits(s.kept or s.words_kept)]
-    if long := long + len(wanted) - len(chosen):
-        m.gaps.append(
-            f"Images moved and swapped: {long} chosen samples are left out; with their images or words exchanged they "
-            f"are longer than prompting.max_seq_len {session.cfg.prompting.max_seq_len}."
-        )
-    known = [s for s in chosen if s.kept is not None and s.follows]
-    renamed = session.together.losses([s.renamed for s in chosen])
-    kept = session.together.losses([s.kept for s in known if s.kept is not None])
-    unknown = [s for s in chosen if s.kept is None][:NUM_CONSISTENT]
-    said = []
-    if unknown:
-        greedy = session.cfg.eval.greedy
-        said = [
-            [
-                r.prediction
-                for r in session.together.written(asked, greedy, "correct", session.cfg.eval.batch_size, what)
-            ]
-            for what, asked in (
-                ("swapped images", [s.words_kept for s in unknown]),
-                ("renamed words", [s.words_renamed for s in unknown]),
-            )
-        ]
-    m.measurements += positions.score_swaps(
-        [x.exact for x in renamed],
-        [(len(s.renamed.images), x.exact) for s, x in zip(known, kept, strict=True)],
-        [positions.alike(s, a, b) for s, a, b in zip(unknown, *said, strict=True)] if said else [],
-        seed=held.seed,
-    )
-    enough = len(swaps) < len(movable) or sum(s.follows for s in swaps.values()) >= strata.MIN_SAMPLES
-    if len(known) < strata.MIN_SAMPLES and enough:  # a setting waives no gate
-        m.gaps.append(
-            f"Swapped images: only {len(known)} swaps with a known answer were made, which are too few to judge; raise "
-            f"eval.moved_samples ({size})."
-        )
-    elif len(known) < strata.MIN_SAMPLES:
-        m.inapplicable["slots.follows"] = (
-            f"of {len(known)} held-out samples it is known how swapping two images changes the right answer, and "
-            f"{strata.MIN_SAMPLES} are needed: questions about one place of images whose other places are asked about "
-            "too, or whose answer is a place"
-        )
+    found = slots.move(
+        {i: held.examples[i] for i in held.several}, m.losses, costs, session.together.losses, write,
+        size=cfg.eval.moved_samples, choose=held.by_images, fits=partial(fits_whole, session.data.encoder),
+        content_key=held.content_key, seed=held.seed,
+    )  # fmt: skip
+    m.measurements += found.measurements
+    m.gaps += found.gaps
+    m.inapplicable |= found.inapplicable
 
 
 def fits_whole(encoder: ChatEncoder, example: Example) -> bool:
@@ -703,14 +626,17 @@ def merging(session: Session) -> list[Measurement]:
         text_merged, together = look()
     pairs = list(zip(text.logits, text_merged.logits, strict=True))
     gap = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
-    places = sum(a[..., 0].numel() for a, _ in pairs)
+    predicted = sum(a[..., 0].numel() for a, _ in pairs)
     other = sum(int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in pairs)
     tokens = sum(x.tokens for x in apart)
     turned = sum(abs(x.correct - y.correct) for x, y in zip(apart, together, strict=True))
     why = f"weights are stored in {str(model.language.dtype).removeprefix('torch.')}, to which a merge rounds"
     found = (
         ("max_logit_diff", gap, "logits", len(pairs), f"on the prompts of the text-only suite; {why}"),
-        ("changed_pct", 100 * other / places, "%", places, f"next tokens of plain text that become another; {why}"),
+        (
+            "changed_pct", 100 * other / predicted, "%", predicted,
+            f"next tokens of plain text that become another; {why}",
+        ),
         (
             "tokens_changed_pct", 100 * turned / max(tokens, 1), "%", max(len(apart), 1),
             "tokens of held-out answers that only one of the two predicts; those that change sides within a sample "
@@ -779,7 +705,7 @@ PANEL: dict[str, Row] = {
         Row("golden", golden_set, every=lambda cfg: (cfg.eval.run_golden_every,)),
         Row("ablation", ablation, every=lambda cfg: (cfg.ablation.run_every,), candidate=True),
         Row("words", words),
-        Row("slots", slots),
+        Row("slots", every_slot),
         Row("written", written),
         Row("kept", kept),
         Row("questions", questions),

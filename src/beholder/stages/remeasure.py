@@ -22,14 +22,14 @@ from beholder.evidence import Condition, Measurement, load_evidence
 from beholder.evidence.catalogue import IMAGE_NAMES
 from beholder.evidence.gates import judge, told
 from beholder.model.plan import TrainableTable, apply_train_plan, plan_of
-from beholder.probes import audit, loss, positions, reliance
+from beholder.probes import audit, loss, reliance, slots
 from beholder.report.slots import marked
 from beholder.runs import RunDir, atomic_write, stop_signals, to_json
 from beholder.stages.guard import measured_otherwise
 from beholder.stages.lifetime import sole_writer
 from beholder.stages.measure import measure, measure_before
 from beholder.stages.measured import Measured, Trained
-from beholder.stages.panel import by_word, slots
+from beholder.stages.panel import by_word, every_slot
 from beholder.stages.run import Outcome
 from beholder.stages.session import Session, open_session
 from beholder.train import checkpoint, restore, same_run
@@ -215,7 +215,7 @@ def ablate_slots(folder: str, *, num_samples: int | None = None, overrides: Sequ
         if not session.held_out.several:
             raise UserError(f"{folder}: no held-out sample shows several images, so there is only one place")
         m = Measured(opened.step, session.eval_losses())
-        slots(session, m)
+        every_slot(session, m)
         gates = {
             name: gate
             for name, gate in session.cfg.gates.items()
@@ -230,7 +230,7 @@ def ablate_slots(folder: str, *, num_samples: int | None = None, overrides: Sequ
         findings += [f"{name}: not judged, {why}" for name, why in m.inapplicable.items()] + m.gaps
         names = IMAGE_NAMES["answer"]
         columns = {"slots.accuracy": "right, deciding image there", "slots.gain.shuffled": "gain over another"}
-        columns |= {f"slots.delta.{c}": names[c] for c in positions.REPLACEMENTS}
+        columns |= {f"slots.delta.{c}": names[c] for c in slots.REPLACEMENTS}
         columns |= {"slots.spread": "spread", "slots.follows": "follows a swap", "slots.last_bias": "last-image bias"}
         title = f"{folder}, step {opened.step}: nats/token that replacing one image adds, and where images may stand"
         return Answer(title, m.measurements, columns, findings, is_main=session.dist.is_main)
