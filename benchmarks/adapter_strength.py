@@ -54,7 +54,7 @@ def main() -> None:
     )
     print(f"{'strength':>8}{'right':>9}" + "".join(f"{k:>18}" for k in kinds) + f"{'loss':>9}{'text':>9}{'others':>9}")
     for strength in args.strengths:
-        for layer in model.language.adapted:
+        for layer in model.language.part.adapted:
             layer.scalings = (own * strength, own)  # pyright: ignore[reportAttributeAccessIssue]
         model.train(False)
         losses = loss.sample_losses(model, batches)

@@ -148,7 +148,7 @@ def make_tower(shape: Shape, dtype: torch.dtype, device: torch.device) -> Vision
     side = size // shape.vision["patch_size"]
     geometry = ImageGeometry(size, size, side * side, config.hidden_size, half, half)
 
-    def features(backbone: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    def features(backbone: torch.nn.Module, pixels: torch.Tensor, _: int) -> torch.Tensor:
         return backbone(pixel_values=pixels).last_hidden_state
 
     return VisionTower(backbone, features, geometry, {"benchmark": "random"}, dtype, "random SigLIP").to(device)
@@ -316,8 +316,8 @@ class Runner:
 def fill_store(args: argparse.Namespace, folder: Path, parts: Parts, samples: list[Sample]) -> FeatureStore:
     g = parts.tower.geometry
     store = FeatureStore(
-        folder, tower_fingerprint="benchmark", pipeline_fingerprint="benchmark", num_patches=g.num_patches,
-        d_vision=g.d_vision, max_bytes=10**11,
+        folder, tower_fingerprint="benchmark", pipeline_fingerprint="benchmark", shape=(g.num_patches, g.d_vision),
+        max_bytes=10**11,
     )  # fmt: skip
     tower, device = parts.tower, parts.language.device
     report = store.fill(

@@ -45,7 +45,7 @@ def measure(folder: str, checkpointing: bool, tokens: int, device: str) -> dict[
     where = torch.device(device)
     cfg = LlmConfig(name_or_path=folder, precision="bf16", gradient_checkpointing=checkpointing)
     language, _ = load_language(cfg, where)
-    adapters.attach(language, LoraConfig(enable=True, dropout=0.05), seed=0)
+    adapters.attach(language.part, LoraConfig(enable=True, dropout=0.05), seed=0)
     language.train()
     weights = {p.untyped_storage().data_ptr() for p in language.parameters()}
     positions = torch.arange(tokens, device=where)[None]

@@ -157,6 +157,7 @@ def main() -> None:
         connector=connector(1.0, "rms"),
     )
     model, tokenizer = build_vlm(cfg, compute_precision="bf16", device=CPU, seed=args.seed)
+    assert isinstance(model, VisionLanguageModel)
     encoder = ChatEncoder(
         tokenizer, num_visual_tokens=args.tokens, max_seq_len=256, template="caption",
         instruction="Describe the image in one sentence.", instruction_multi="-",

@@ -55,6 +55,7 @@ from beholder.config import ConnectorConfig, LlmConfig, LoraConfig, RunConfig, V
 from beholder.config.file import load_config
 from beholder.data import build_data
 from beholder.data.collate import Layout, Sample, collate, collate_window
+from beholder.data.images import ImagePipeline
 from beholder.model import adapters
 from beholder.model.build import build_vlm
 from beholder.model.connector import build_connector
@@ -62,7 +63,14 @@ from beholder.model.plan import TrainPlan, apply_train_plan, param_groups, plan_
 from beholder.model.vlm import VisionLanguageModel
 from beholder.prepare import tiny
 from beholder.prepare.doctor import matmul_rate
-from beholder.prepare.estimate import LanguageShape, VisionShape, connector_shape, language_shape, vision_shape
+from beholder.prepare.estimate import (
+    LanguageShape,
+    VisionShape,
+    connector_shape,
+    language_shape,
+    learning,
+    vision_shape,
+)
 from beholder.runs import RunDir, version_of
 from beholder.stages import run_stage
 from beholder.store.features import FeatureStore
@@ -185,15 +193,16 @@ def trained(
     model, tokenizer = build_vlm(
         cfg.model, compute_precision=cfg.train.precision, device=bench.device, seed=cfg.seed
     )  # fmt: skip
+    assert isinstance(model, VisionLanguageModel)
     apply_train_plan(model, plan_of(cfg.model, cfg.stage_record))
     data = build_data(cfg, tokenizer, model.geometry, model.num_visual_tokens)
     store = None
     if stored:
-        assert model.vision is not None
+        assert model.vision is not None and isinstance(data.pipeline, ImagePipeline)
         tower, g = model.vision, model.geometry
         store = FeatureStore(
             bench.folder / "features", tower_fingerprint=tower.fingerprint(),
-            pipeline_fingerprint=data.pipeline.fingerprint, num_patches=g.num_patches, d_vision=g.d_vision,
+            pipeline_fingerprint=data.pipeline.fingerprint, shape=(g.num_patches, g.d_vision),
             max_bytes=10**8,
         )  # fmt: skip
         refs = data.train_refs(0, len(data.train))
@@ -396,10 +405,10 @@ class Pair:
         self.llm_config.write_text(json.dumps(llm))
         tower_config.write_text(json.dumps(tower))
         self.vision_shape: VisionShape = vision_shape(VisionConfig(name_or_path="-"), tower_config)
-        self.shapes: dict[bool, LanguageShape] = {
-            lora is not None: language_shape(LlmConfig(name_or_path="-"), self.llm_config, lora)
-            for lora in (None, LoraConfig(enable=True))
-        }
+        plain = language_shape(LlmConfig(name_or_path="-"), self.llm_config)
+        adapted, _ = learning(plain, None, LoraConfig(enable=True))
+        assert adapted is not None
+        self.shapes: dict[bool, LanguageShape] = {False: plain, True: adapted}
         about = ("architectures", "model_type")
         shape = Shape(
             {k: v for k, v in llm.items() if k not in about}, llm["model_type"],
@@ -425,7 +434,7 @@ class Pair:
 
     def adapt(self) -> None:
         if not self.adapted:
-            adapters.attach(self.language, LoraConfig(enable=True), 0)
+            adapters.attach(self.language.part, LoraConfig(enable=True), 0)
             apply_train_plan(self.model, TrainPlan(language="lora"))
             self.adapted = True
 

@@ -43,7 +43,8 @@ from rich.table import Table
 from beholder.config import RunConfig
 from beholder.data import Data, build_data
 from beholder.data.collate import Layout, Sample, collate_window
-from beholder.model import adapters
+from beholder.data.images import ImagePipeline
+from beholder.model import adapters, placement
 from beholder.model.build import build_vlm
 from beholder.model.plan import TrainPlan, apply_train_plan, param_groups
 from beholder.model.vision import VisionTower
@@ -221,14 +222,17 @@ def write_config(args: argparse.Namespace, folder: Path) -> RunConfig:
 
 
 def fresh_model(cfg: RunConfig) -> VisionLanguageModel:
-    return build_vlm(cfg.model, compute_precision=cfg.train.precision, device=torch.device("cpu"), seed=cfg.seed)[0]
+    model, _ = build_vlm(cfg.model, compute_precision=cfg.train.precision, device=torch.device("cpu"), seed=cfg.seed)
+    assert isinstance(model, VisionLanguageModel)
+    return model
 
 
 def fill_store(cfg: RunConfig, folder: Path, data: Data, tower: VisionTower) -> FeatureStore:
+    assert isinstance(data.pipeline, ImagePipeline)
     g = data.pipeline.geometry
     store = FeatureStore(
         folder, tower_fingerprint=tower.fingerprint(), pipeline_fingerprint=data.pipeline.fingerprint,
-        num_patches=g.num_patches, d_vision=g.d_vision, max_bytes=10**10,
+        shape=(g.num_patches, g.d_vision), max_bytes=10**10,
     )  # fmt: skip
     store.fill(data.train_refs(0, len(data.train)), tower, data.pipeline, batch_size=16)
     return store
@@ -256,7 +260,7 @@ class Reference:
                 bias="none", task_type="CAUSAL_LM", target_modules=list(cfg.model.lora.target_modules),
             )  # fmt: skip
             self.model: Any = get_peft_model(base, settings)
-        kept = set_peft_model_state_dict(self.model, adapters.adapter_tensors(start.language))
+        kept = set_peft_model_state_dict(self.model, adapters.adapter_tensors(start.language.part))
         assert not kept.unexpected_keys, kept.unexpected_keys
         self.model.train()
         other = fresh_model(cfg)
@@ -331,7 +335,7 @@ class Ours:
     ) -> None:
         self.variant = variant
         self.model = fresh_model(cfg)
-        adapters.load_adapter_tensors(self.model.language, adapters.adapter_tensors(start.language))
+        adapters.load_adapter_tensors(self.model.language.part, adapters.adapter_tensors(start.language.part))
         apply_train_plan(self.model, TrainPlan(language="lora"))
         self.model.drop_vision()
         t = cfg.train
@@ -375,7 +379,7 @@ def make_runners(cfg: RunConfig, data: Data, store: FeatureReader) -> dict[Varia
     start = fresh_model(cfg)
     draw = torch.Generator().manual_seed(cfg.seed)
     with torch.no_grad():
-        for name, weight in adapters.adapter_parameters(start.language).items():
+        for name, weight in adapters.adapter_parameters(start.language.part).items():
             if "lora_B" in name:
                 weight.normal_(0, 0.01, generator=draw)
     return {v: Ours(cfg, v, start, data, store) if v.ours else Reference(cfg, v, start, data) for v in VARIANTS}
@@ -493,7 +497,7 @@ def shares_of_work(tower: float, patches: int, decoder: float, head: float, toke
 
 def own_shares(model: VisionLanguageModel, tokens: float) -> str:
     assert model.vision is not None
-    base = adapters.base_state(model.language.model)
+    base = placement.base_state(model.language.part)
     decoder = sum(w.numel() for name, w in base.items() if ".layers." in name)
     tower = sum(p.numel() for p in model.vision.parameters())
     head = model.language.vocab * model.language.d_text
@@ -578,8 +582,8 @@ def main(argv: list[str] | None = None) -> None:
         model, tokenizer = build_vlm(
             cfg.model, compute_precision=args.precision, device=torch.device("cpu"), seed=args.seed
         )
+        assert isinstance(model, VisionLanguageModel) and model.vision is not None
         data = build_data(cfg, tokenizer, model.geometry, model.num_visual_tokens)
-        assert model.vision is not None
         store = fill_store(cfg, Path(name) / "store", data, model.vision)
         lengths = [len(data.encoder.encode(data.train.example_at(p)).ids) for p in range(len(data.train))]
         targets = data.counts.target_tokens

@@ -33,10 +33,10 @@ TEXT = (
 def prepared(layer: type[torch.nn.Module], dropout: float, precision: Literal["fp32", "bf16"]) -> LanguageModel:
     language, _ = load_language(LlmConfig(name_or_path=FOLDER, precision=precision), torch.device("cpu"))
     if layer is not torch.nn.Linear:
-        adapters.attach(language, LoraConfig(enable=True, dropout=dropout), seed=0)
+        adapters.attach(language.part, LoraConfig(enable=True, dropout=dropout), seed=0)
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():  # fresh ones are 0 and would hide every difference
-            for name, weight in adapters.adapter_parameters(language).items():
+            for name, weight in adapters.adapter_parameters(language.part).items():
                 if "lora_B" in name:
                     weight.normal_(0, 0.002, generator=draw)
         for module in language.modules():

@@ -11,11 +11,12 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # the command line imports this file and must answer --help without loading torch
     import numpy as np
     import torch
+    from PIL import Image
 
 
 class UserError(ValueError):
@@ -200,6 +201,17 @@ class Encoded:
     image_spans: tuple[tuple[int, int], ...]
     """``[start, stop)`` of the N reserved positions of image k, in image order."""
     truncated: bool = False
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    """(height, width) that each image was laid out for, where its reserved positions depend on it (native models)."""
+    image_positions: tuple[np.ndarray, ...] | None = None
+    """int64: reserved positions of each image where its span holds other tokens too (marks between tiles); None: all of
+    the span is reserved."""
+
+    def reserved(self, k: int) -> np.ndarray:
+        """int64: the positions of image ``k``."""
+        import numpy as np
+
+        return np.arange(*self.image_spans[k]) if self.image_positions is None else self.image_positions[k]
 
     @property
     def num_targets(self) -> int:
@@ -228,9 +240,37 @@ class ImageInput:
     """One image as the loader hands it over: stored tower features, or pixels for the tower."""
 
     features: torch.Tensor | None = None
-    """bf16 [P, Dv] from the feature store, or None."""
+    """From the feature store, or None: bf16 [P, Dv], of a tower that learns what goes into its lowest block that
+    does."""
     pixels: torch.Tensor | None = None
     """uint8 [3, H, W], resized and cropped but not yet normalised, or None."""
+    inputs: Mapping[str, torch.Tensor] | None = None
+    """What a native model's own processor makes of it, or None."""
+    size: tuple[int, int] | None = None
+    """(height, width) before that."""
+    blank: tuple[Literal["zero", "noise"], int] | None = None
+    """An image without anything in it, of the size that its place was laid out for: normalised pixels 0, or drawn from
+    N(0, 1) with this seed (native models); or None."""
+
+
+class ImageProcessor(Protocol):
+    """How a native model's own processor takes images: what `data` knows of it (`model.processor`)."""
+
+    fingerprint: str
+    """sha256 over everything that decides which inputs the same pixels give."""
+    token_id: int
+    """What stands at reserved positions."""
+    placeholder: str
+    """What the chat template writes where an image goes."""
+    chat_template: str
+
+    def process(self, image: Image.Image, /) -> ImageInput:
+        """The inputs of an RGB image."""
+        ...
+
+    def place(self, size: tuple[int, int], /) -> str:
+        """What stands in the text for an image of this (height, width), instead of the placeholder."""
+        ...
 
 
 @dataclass(slots=True)
@@ -266,6 +306,8 @@ class Batch:
     """(sample id, reason) of samples that were asked for and could not be had, policy ``skip``."""
     load_s: float = 0.0
     """Seconds of a worker's time spent on building this batch."""
+    image_sizes: list[tuple[int, int]] = field(default_factory=list)
+    """`Encoded.image_sizes` of the images, M or none."""
 
     @property
     def num_targets(self) -> int:
@@ -294,7 +336,12 @@ class Batch:
             "image_sample",
         )  # fmt: skip
         images = [
-            ImageInput(*(None if t is None else change(t) for t in (image.features, image.pixels)))
+            replace(
+                image,
+                features=None if image.features is None else change(image.features),
+                pixels=None if image.pixels is None else change(image.pixels),
+                inputs=None if image.inputs is None else {k: change(t) for k, t in image.inputs.items()},
+            )
             for image in self.images
         ]
         return replace(self, images=images, **{name: change(getattr(self, name)) for name in names})
@@ -338,9 +385,17 @@ class TokenLosses:
     """bool [K]: the token was the arg-max. None while gradients are recorded: training has no use for it."""
 
 
+@runtime_checkable
+class LayerKeeper(Protocol):
+    """Keeps what goes into a layer of the language model. Implemented by `store.layers.LayerStore`."""
+
+    def read(self, key: bytes, length: int, /) -> torch.Tensor | None: ...
+    def put(self, key: bytes, hidden: torch.Tensor, /) -> None: ...
+
+
 class FeatureReader(Protocol):
     """Looks up stored tower features. Implemented by `store.features.FeatureStore`; `data` only sees this."""
 
     def read(self, ref: ImageRef) -> torch.Tensor | None:
-        """bf16 [P, Dv], or None when the image is not stored."""
+        """`ImageInput.features`, or None when the image is not stored."""
         ...

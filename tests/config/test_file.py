@@ -348,6 +348,61 @@ def test_a_later_override_wins_and_an_override_replaces_a_wrong_value_of_the_fil
 
 
 @pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("model.freeze_llm", "no such setting in model; here it is model.lora.llm_layers: none for true"),
+        ("model.freeze_vit", "here it is model.lora.vit_layers (adapters) and model.vision.unfreeze (weights)"),
+        ("model.lora.modules_to_save", "here it is model.connector.trainable: true where the aligner is listed"),
+        ("train.learning_rate", "here it is train.lr.lora"),
+        ("train.vit_lr", "here it is train.lr.vision"),
+        ("train.aligner_lr", "here it is train.lr.connector"),
+    ],
+)
+def test_a_setting_as_ms_swift_calls_it_is_answered_with_what_says_it_here(key: str, said: str) -> None:
+    assert said in one(MINIMAL, f"{key}=true")
+
+
+@pytest.mark.parametrize("value", ["last-2", "first-1", "none", "last-0", "[0, 3]"])
+def test_layers_are_chosen_in_words_or_by_number(value: str) -> None:
+    cfg = parse_config(MINIMAL, overrides=["model.lora.enable=true", f"model.lora.llm_layers={value}",
+                                           "model.lora.vit_layers=last-1"])  # fmt: skip
+
+    assert cfg.tower_may_learn
+    assert parse_config(dump_config(cfg)) == cfg
+
+
+@pytest.mark.parametrize("value", ["last", "last-", "-2", "top-3", "[-1]", "2", "last-99999"])
+def test_other_words_for_layers_are_refused_with_those_that_there_are(value: str) -> None:
+    said = one(MINIMAL, "model.lora.enable=true", f"model.lora.llm_layers={value}")
+
+    assert "expected all, none, last-K, first-K or a list, each a whole number" in said
+
+
+def test_adapters_on_no_layer_and_a_rate_for_a_frozen_tower_are_refused() -> None:
+    on = "model.lora.enable=true"
+    assert "choose no layer" in one(MINIMAL, on, "model.lora.llm_layers=none")
+    assert "the vision tower is frozen" in one(MINIMAL, on, "train.lr.vision=1e-3")
+    assert "the tower gets no adapters" in one(MINIMAL, on, "model.lora.vit_target_modules=[qkv]")
+    parse_config(MINIMAL, overrides=[on, "train.lr.vision=1e-3", r"model.lora.target_modules=['blocks\.2\..*']"])
+    said = one(
+        MINIMAL,
+        on,
+        "train.lr.vision=1e-3",
+        r"model.lora.target_modules=['blocks\.2\..*']",
+        "model.lora.vit_layers=none",
+    )
+    assert "the vision tower is frozen" in said
+    parse_config(MINIMAL, overrides=["model.vision.unfreeze=[last-1]", "train.lr.vision=1e-3"])
+
+
+def test_kept_layers_need_that_nothing_before_them_learns() -> None:
+    on = ("model.lora.enable=true", "model.lora.llm_layers=last-1", "features.layers=true")
+
+    assert "features.layers has no effect here" in one(MINIMAL, *on).replace(": has", " has")
+    assert parse_config(MINIMAL, overrides=[*on, "model.connector.trainable=false"]).features.layers
+
+
+@pytest.mark.parametrize(
     ("override", "said"),
     [
         ("train.lr.conector=1", "--set train.lr.conector: no such setting in train.lr; nearest: connector"),
@@ -359,7 +414,7 @@ def test_a_later_override_wins_and_an_override_replaces_a_wrong_value_of_the_fil
         ("=1", "is not KEY=VALUE"),
         ("run_name.x=1", "--set run_name.x: run_name is not a section (it is the text 'r')"),
         ("train.betas.5=1", "--set train.betas.5"),
-        ("run_name=1e5", """--set run_name: got the number 100000.0; expected text; write '"1e5"' in quotes"""),
+        ("run_name=1e5", """of at most 200 characters; write '"1e5"' in quotes"""),
         ("data.eval_sources=[{}]", "--set data.eval_sources: data.eval_sources.0.json_path: missing"),
         ("data.len_buckets=[0, x]", "--set data.len_buckets: data.len_buckets.1: got the text 'x'"),
     ],
@@ -394,6 +449,24 @@ _NO_EFFECT_MODEL = [
     ("connector: {resampler: {kind: none, latent_std: 0.5}}", "model.connector.resampler.latent_std"),
     ("connector: {projector: {kind: linear, hidden: 8}}", "model.connector.projector.hidden"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("more", "template"),
+    [
+        ("stage: multi\n", "chat"),
+        ("stage: multi\nprompting: {template: conversation}\n", "conversation"),
+        ("prompting: {template: conversation}\n", "conversation"),
+    ],
+)  # fmt: skip
+def test_captions_are_not_joined_where_samples_have_questions_of_their_own(more: str, template: str) -> None:
+    """A joined sample has neither of the two questions."""
+    text = more + MINIMAL + "  multi_image_fraction: 0.5\n"
+    if "multi\n" in more:
+        text = text.replace("data:", "  lora: {enable: true}\ndata:")
+
+    assert f"joins two captions under prompting.template caption; under {template} samples have" in one(text)
+    parse_config(MINIMAL + "  multi_image_fraction: 0.5\n")
 
 
 @pytest.mark.parametrize(
@@ -506,6 +579,12 @@ def _switched() -> Iterator[tuple[str, dict[str, Any]]]:
         data = copy.deepcopy(whole)
         data["eval"] |= {"caption_samples": 0, "qa_samples": 0}
         yield "eval.qa_samples=0, and no captions", data
+        data = copy.deepcopy(whole)
+        data["model"] |= {"native": {"name_or_path": "a/b"}, "llm": None, "vision": None}
+        data["model"]["lora"]["enable"], data["stage"] = True, "instruct"
+        data["prompting"] |= {"template": "chat", "max_images_per_sample": 1}
+        del data["model"]["connector"]["trainable"]  # whose default is another there
+        yield "model.native", data
         data = copy.deepcopy(whole)
         data["train"] |= {"quick_eval_size": 0, "quick_eval_steps": 0}
         yield "no quick evaluation", data
@@ -717,3 +796,36 @@ def test_a_label_that_tells_no_images_apart_is_refused(label: str, why: str) -> 
     found = problems(f"stage: multi\nmodel: {{lora: {{enable: true}}}}\nprompting: {{image_label: '{label}'}}\n")
 
     assert any("prompting.image_label" in text and why in text for text in map(str, found)), found
+
+
+def test_guardrails_stand_where_their_monitor_is_on_and_only_in_stages_that_train_adapters(tmp_path: Path) -> None:
+    """The stage's own by default, changed by name, others added; a resolved config says them all and loads back."""
+    from beholder.config import GUARDRAILS
+    from beholder.config.file import dump_config, parse_config
+    from beholder.prepare.tiny import smoke_config
+
+    base = """
+run_name: x
+model: {llm: {name_or_path: smollm2}, vision: {name_or_path: siglip}, lora: {enable: LORA}}
+data: {json_path: a.jsonl, eval_size: 10}
+"""
+    watched = "eval: {ood: {path: set}, irrelevant: {path: set}, gap_samples: 8}\n"
+
+    def read(text: str, lora: bool = True) -> RunConfig:
+        return parse_config((base + text).replace("LORA", str(lora).lower()), "x.yaml")
+
+    assert read("").guardrails == {} and read(watched, lora=False).guardrails == {}
+    assert read(watched).guardrails == GUARDRAILS and read(watched).guards == GUARDRAILS
+    own = (
+        "guardrails: {hallucination: {rises: 0.3}, caption_sanity: {enable: false}, "
+        "mine: {measure: ood.blind, above: 0.5}}\n"
+        "gates: {sees: {measure: ood.blind, at_most: 0.2}}\n"
+    )
+    cfg = read(watched + own)
+    assert cfg.guardrails["hallucination"].rises == 0.3 and cfg.guardrails["hallucination"].best_rises == 0.1
+    assert list(cfg.guards) == ["irrelevant_pass", "hallucination", "generalisation_gap", "mine"]
+    assert parse_config(dump_config(cfg), "again") == cfg
+    named = read(watched + "guardrails: {hallucination: {}}\n", lora=False)
+    assert named.guardrails == {"hallucination": GUARDRAILS["hallucination"]}
+    small = smoke_config(cfg, tmp_path)
+    assert small.guardrails == {} and small.eval.ood.path is None and "sees" not in small.gates

@@ -565,6 +565,24 @@ def test_the_pipeline_gives_uint8_chw_and_the_same_for_file_path_and_pil(tmp_pat
         assert torch.equal(from_ref, pipeline.from_pil(image))
 
 
+@pytest.mark.parametrize("says", ["exif", "xmp"])
+def test_a_part_of_an_image_that_was_turned_upright_is_not_turned_again(tmp_path: Path, says: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>')
+    data = png_bytes(picture(), exif=exif) if says == "exif" else with_chunks(xmp)
+    (tmp_path / "a.png").write_bytes(data)
+    pipeline = ImagePipeline(SQUARE, 50)
+
+    whole = pipeline.open(ImageRef(str(tmp_path), "a.png"))
+
+    assert whole.size == (24, 40)
+    bare = Image.fromarray(np.asarray(whole))
+    assert torch.equal(pipeline.from_pil(whole), pipeline.from_pil(bare))
+    box = (2, 3, 20, 30)
+    assert torch.equal(pipeline.from_pil(whole.crop(box)), pipeline.from_pil(bare.crop(box)))
+
+
 def test_from_file_follows_the_path_the_user_typed(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     picture().save(tmp_path / "a.png")

@@ -222,3 +222,26 @@ def test_weights_that_do_not_go_into_a_thousand_are_rounded_by_the_largest_remai
 def test_a_weight_that_gives_nothing_is_named(weights: list[float], sizes: tuple[int, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         weighted(weights, sizes=sizes)
+
+
+def test_joined_captions_come_from_one_source_so_the_shares_stay_true() -> None:
+    origins = [k for k, n in enumerate((30, 500, 7)) for _ in range(n)]
+    records = Listed(captioned(537).examples, origins=origins)
+    mixture = Mixture(records, np.arange(537), seed=3, multi_image_fraction=1.0, weights=[2, 1, 1])
+
+    pairs = [[int(i) for i in mixture.example_at(p).id.split("+")] for p in range(1000)]
+
+    assert all(len(pair) == 2 and origins[pair[0]] == origins[pair[1]] for pair in pairs)
+    seen = [origins[i] for pair in pairs for i in pair]
+    assert [seen.count(k) for k in range(3)] == [2 * n for n in mixture.shares(1000)]
+
+
+def test_what_weights_repeat_comes_once_where_samples_are_read_for_what_they_say() -> None:
+    mixture = weighted([1, 1, 8], sizes=(30, 40, 7))
+
+    once = [int(e.id) for e in mixture.each_once()]
+
+    assert len(once) == len(set(once)) < 77 and {70, 71, 72, 73, 74, 75, 76} <= set(once)
+    assert once == list(dict.fromkeys(mixture.index_at(p) for p in range(77))), "in the order of training"
+    plain = Mixture(captioned(20), np.arange(20), seed=1)
+    assert [e.id for e in plain.each_once()] == [plain.example_at(p).id for p in range(20)]

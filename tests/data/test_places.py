@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from beholder.data.places import absent, answer_place, named, references, renamed
+from beholder.data.places import absent, answer_place, named, references, renamed, stand_together
 from beholder.types import Example, ImageRef, ImageSlot, Part, Turn
 
 
@@ -73,7 +75,7 @@ def test_an_answer_that_is_a_place(question: str, answer: str, place: int | None
         ("which image shows a dog?", "1", "which image shows a dog?", "3"),
         ("Is the First image like image three?", "yes", "Is the Third image like image one?", "yes"),
         ("the 1st picture and the last picture", "yes", "the 3rd picture and the first picture", "yes"),
-        ("how many images show 1 dog?", "1", "how many images show 1 dog?", "1"),
+        ("how many images show one dog?", "1", "how many images show one dog?", "1"),
         ("besides image 2, which image shows a dog?", "Image 3.", "besides image 2, which image shows a dog?",
          "Image 1."),
     ],
@@ -100,12 +102,26 @@ def test_what_cannot_be_renamed_with_certainty_is_not(question: str) -> None:
         ("Is the dog in image 1 or image 2?", "2"), ("How many dogs are in images 1 to 3?", "4"),
         ("How many dogs are in images 1-3?", "4"), ("what is in image A?", "a dog"), ("what is in image-1?", "a dog"),
         ("what is in Image_1?", "a dog"), ("Which picture shows a dog, A or B?", "B"),
-        ("What picture is on the wall in image 1?", "2"),
+        ("What picture is on the wall in image 1?", "2"), ("what is in Image II?", "a dog"),
+        ("what is in picture i?", "a dog"), ("Was ist in Bild 2?", "ein Hund"), ("图2里有什么?", "a dog"),
+        ("第二张图里有什么?", "a dog"), ("what is in #2?", "a dog"), ("what is in picture (2)?", "a dog"),
+        ("what is in image 1 and in ②?", "a dog"), ("что на второй?", "a dog"), ("which image is it?", "Image II"),
+        ("is the fırst one a dog?", "no"),
     ],
 )  # fmt: skip
 def test_what_may_name_places_in_a_way_that_is_not_read_is_not_moved(question: str, answer: str) -> None:
     assert renamed(example(question, answer), {1: 2, 2: 1, 3: 3}) is None
-    assert renamed(example("What number is on the shirt in image 1?", "2"), {1: 2, 2: 1, 3: 3}) is not None
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("What number is on the shirt in image 1?", "2"), ("What do I see in image 2?", "a dog"),
+        ("In image 2 I see a dog, is it so?", "yes"), ("Is the X-ray in image 1 of a café?", "no"),
+    ],
+)  # fmt: skip
+def test_what_only_looks_like_a_place_is_not_in_the_way(question: str, answer: str) -> None:
+    assert renamed(example(question, answer), {1: 2, 2: 1, 3: 3}) is not None
 
 
 def test_the_label_of_an_image_stays_with_its_place_and_peoples_answers_follow() -> None:
@@ -136,3 +152,55 @@ def test_a_reference_to_an_image_that_is_not_there_is_found(
     question: str, answer: str, n: int, places: list[int]
 ) -> None:
     assert absent(example(question, answer, n=n).turns, n) == places
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["image 1 and the fırst image", "image 1, the ſecond image", "image 1, image sıx", "image 1, the laſt image"],
+)
+def test_letters_that_only_look_alike_name_no_place(text: str) -> None:
+    assert absent(example(text, "no", n=2).turns, 2) == []
+
+
+BLANKS, MUCH = " " * 20_000, 100_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"Image 1{BLANKS}x", f"image{BLANKS}x", f"image #{BLANKS}#x", f"the{BLANKS}image 1 shows", f"first{BLANKS}x",
+        *(s * (MUCH // len(s)) for s in ("image 1 ", "the image 1 x ", "image 1,", "first,", "image", "1 and ")),
+        "image " + "1," * (MUCH // 4) + "x",
+    ],
+    ids=lambda text: " ".join(text[:24].split()),
+)  # fmt: skip
+def test_long_texts_take_no_longer_than_their_length(text: str) -> None:
+    asked = example((ImageSlot(0), text, ImageSlot(1), "which image is it?"), "no", n=2)
+    answered = example((ImageSlot(0), ImageSlot(1), "which image is it?"), text, n=2, answers=(text,))
+
+    for given in (asked, answered):
+        for read in (lambda e: absent(e.turns, 2), lambda e: renamed(e, {1: 2, 2: 1}), stand_together):
+            start = time.process_time()
+            read(given)
+            assert time.process_time() - start < 1  # up to hours where it grows faster than they do
+
+
+@pytest.mark.parametrize(
+    ("parts", "together"),
+    [
+        ((ImageSlot(0), "\n", ImageSlot(1), "\nwhich is red?"), True),
+        (("Look. Image 1: ", ImageSlot(0), "\nImage 2: ", ImageSlot(1), "which is red?"), True),
+        (("(Image 1: <Image>", ImageSlot(0), "</Image>, (Image 2: <Image>", ImageSlot(1), "</Image>) ?"), True),
+        (("<Image>", ImageSlot(0), "</Image>\n<Image>", ImageSlot(1), "</Image>"), True),
+        ((ImageSlot(0), " was taken in Paris. ", ImageSlot(1), " was taken in Rome. Where was image 2 taken?"), False),
+        ((ImageSlot(0), "This is a cat.", ImageSlot(1), "This is a"), False),
+        ((ImageSlot(0), "Paris. Image 2: ", ImageSlot(1), "where?"), False),
+        ((ImageSlot(0), "Image 1: ", ImageSlot(1), "where?"), False),
+    ],
+)
+def test_words_between_the_images_keep_them_where_they_are(parts: tuple[Part, ...], together: bool) -> None:
+    given = example(parts, "no", n=2)
+
+    assert stand_together(given) == together
+    later = (Turn("user", (ImageSlot(0), "?")), Turn("assistant", ("no",)), Turn("user", (ImageSlot(1), "?")))
+    assert not stand_together(Example("id", given.images, (*later, given.turns[1])))

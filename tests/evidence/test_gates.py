@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from beholder.config import STAGES, GateConfig
 from beholder.evidence import Measurement
-from beholder.evidence.gates import judge, told
+from beholder.evidence.gates import bounds, judge, told
 
 
 def measured(name: str, value: float, **more: Any) -> Measurement:
@@ -130,3 +130,12 @@ def test_a_gate_on_a_group_too_small_to_judge_does_not_pass() -> None:
     result = one(GateConfig(measure="a", at_least=0.5, stratum="shape"), *ms)
 
     assert not result.passed and "3 samples are fewer than min_n 20" in told(result)
+
+
+@pytest.mark.parametrize(
+    "edges", [{"above": 0.25}, {"at_least": -1e-07, "at_most": 12}, {"above": 0, "at_least": 0.1, "at_most": 0.9}]
+)
+def test_a_bound_is_read_back_as_it_was_declared(edges: dict[str, float]) -> None:
+    signs = {"above": ">", "at_least": "≥", "at_most": "≤"}
+
+    assert bounds(GateConfig(**edges).bound) == [(signs[name], value) for name, value in edges.items()]

@@ -151,40 +151,40 @@ def test_a_family_is_right_or_refused_with_a_sentence(name: str, tmp_path: Path,
     kinds = linear_kinds(language)
     if family.fused:
         with pytest.raises(UserError, match=r"PEFT does not put adapters on .* Name fewer layers"):
-            adapters.attach(language, LoraConfig(enable=True, target_modules=kinds), seed=0)
+            adapters.attach(language.part, LoraConfig(enable=True, target_modules=kinds), seed=0)
         language, _ = load_language(cfg, CPU)
         kinds = tuple(k for k in kinds if not re.search(r"(gate|gate_proj|up_proj|down_proj)$", k))
         said = "adapters on experts' names refused"
     if name == "Llama4":
         with pytest.raises(UserError, match=r"does not run with adapters on .*router"):
-            adapters.attach(language, LoraConfig(enable=True, target_modules=kinds), seed=0)
+            adapters.attach(language.part, LoraConfig(enable=True, target_modules=kinds), seed=0)
         language, _ = load_language(cfg, CPU)
         kinds = tuple(k for k in kinds if not k.endswith("router"))
     if name == "Mamba":
         for target, why in (("dt_proj", "never calls .*dt_proj.*take them out"), ("out_proj", "PEFT does not put")):
             with pytest.raises(UserError, match=why):
-                adapters.attach(language, LoraConfig(enable=True, target_modules=(target,)), seed=0)
+                adapters.attach(language.part, LoraConfig(enable=True, target_modules=(target,)), seed=0)
             language, _ = load_language(cfg, CPU)
         kinds = ("in_proj", "x_proj")
         said += "; adapters on dt_proj, out_proj refused"
-    sites = adapters.attach(language, LoraConfig(enable=True, target_modules=kinds, dropout=0.0), seed=0)
-    for key, weight in adapters.adapter_tensors(language).items():
+    sites = adapters.attach(language.part, LoraConfig(enable=True, target_modules=kinds, dropout=0.0), seed=0)
+    for key, weight in adapters.adapter_tensors(language.part).items():
         if ".lora_B." in key:
             weight.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
     language.train(True)
-    for parameter in adapters.adapter_parameters(language).values():
+    for parameter in adapters.adapter_parameters(language.part).values():
         parameter.requires_grad_(True)
     embeds = language.embed(ids[0]).clone().requires_grad_(True)
     out = language.head(language.hidden(embeds, counted(14))[0])
     torch.nn.functional.cross_entropy(out[:-1].float(), ids[0][0, 1:]).backward()
     learned = {
-        folded(n) for n, p in adapters.adapter_parameters(language).items() if p.grad is not None and p.grad.any()
+        folded(n) for n, p in adapters.adapter_parameters(language.part).items() if p.grad is not None and p.grad.any()
     }
-    assert learned == {folded(n) for n in adapters.adapter_parameters(language)}, "an adapter gets no gradient"
+    assert learned == {folded(n) for n in adapters.adapter_parameters(language.part)}, "an adapter gets no gradient"
     assert embeds.grad is not None and bool(embeds.grad.any()) and bool(embeds.grad.isfinite().all())
     language.train(False)
     adapted = language.head(language.hidden(language.embed(ids[0]), counted(14))[0])
-    with adapters.merged(language):
+    with adapters.merged(language.part):
         merged = language.head(language.hidden(language.embed(ids[0]), counted(14))[0])
     torch.testing.assert_close(merged, adapted, rtol=1e-3, atol=2e-4)
     assert not torch.allclose(adapted, split, atol=1e-3)
@@ -374,9 +374,9 @@ def test_adapters_on_conv1d_learn_merge_and_are_what_peft_loads(tmp_path: Path, 
     cfg = cfg_for(folder, precision=precision)
     language, tokenizer = load_language(cfg, CPU)
     targets = ("c_attn", "c_fc", "mlp.c_proj")
-    sites = adapters.attach(language, LoraConfig(enable=True, r=4, target_modules=targets, dropout=0.0), seed=0)
+    sites = adapters.attach(language.part, LoraConfig(enable=True, r=4, target_modules=targets, dropout=0.0), seed=0)
     assert [(s.d_in, s.d_out) for s in sites[:3]] == [(64, 192), (64, 256), (256, 64)]
-    for key, weight in adapters.adapter_tensors(language).items():
+    for key, weight in adapters.adapter_tensors(language.part).items():
         if ".lora_B." in key:
             weight.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
     ids = draw(14, seed=3)
@@ -386,14 +386,14 @@ def test_adapters_on_conv1d_learn_merge_and_are_what_peft_loads(tmp_path: Path, 
 
     with torch.no_grad():
         ours = logits(language)
-        with adapters.adapters_off(language):
+        with adapters.adapters_off(language.part):
             base = logits(language)
-        with adapters.merged(language):
+        with adapters.merged(language.part):
             merged = logits(language)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    save_file(adapters.adapter_tensors(language), adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text(json.dumps(adapters.adapter_config(language)))
+    save_file(adapters.adapter_tensors(language.part), adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps(adapters.adapter_config(language.part)))
     adapters.save_merged(language, tokenizer, tmp_path / "merged")
 
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=language.dtype)
@@ -412,9 +412,9 @@ def test_the_gradient_of_a_16_bit_conv1d_adapter_is_pefts(tmp_path: Path) -> Non
     gradients = []
     for precision in ("fp32", "bf16"):
         language, _ = load_language(cfg_for(folder, precision=precision), CPU)
-        adapters.attach(language, LoraConfig(enable=True, r=4, target_modules=("c_attn",), dropout=0.0), seed=0)
+        adapters.attach(language.part, LoraConfig(enable=True, r=4, target_modules=("c_attn",), dropout=0.0), seed=0)
         language.train(True)
-        own = adapters.adapter_parameters(language)
+        own = adapters.adapter_parameters(language.part)
         for name, weight in own.items():
             weight.requires_grad_(True)
             if ".lora_B." in name:
@@ -432,4 +432,4 @@ def test_the_default_targets_on_gpt2_are_told_what_it_has(tmp_path: Path) -> Non
     language, _ = load_language(cfg_for(saved(tmp_path, "GPT2")), CPU)
 
     with pytest.raises(UserError, match=r"'q_proj' matches no module\. Nearest: .*c_proj \(4 modules\)"):
-        adapters.attach(language, LoraConfig(enable=True), seed=0)
+        adapters.attach(language.part, LoraConfig(enable=True), seed=0)

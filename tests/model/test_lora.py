@@ -28,7 +28,7 @@ def stirred(language: LanguageModel, size: float = 0.1, seed: int = 5) -> None:
     """B as if it had learned; fresh, it is 0 and hides everything."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, weight in adapters.adapter_parameters(language).items():
+        for name, weight in adapters.adapter_parameters(language.part).items():
             if "lora_B" in name:
                 weight.copy_(size * torch.randn(weight.shape, generator=draw))
 
@@ -56,10 +56,14 @@ def adapted(build: Build) -> Built:
 # -- where
 
 
+def sites_in(model: torch.nn.Module, *patterns: str, rank: int = 2) -> list[placement.AdapterSite]:
+    return placement.resolve_targets(placement.language_part(model), placement.Selector(patterns), rank)
+
+
 def test_the_default_patterns_name_every_linear_layer_of_the_decoder_once_and_in_order(build: Build) -> None:
     model = build().model.language.model
 
-    sites = placement.resolve_targets(model, LoraConfig().target_modules, 4)
+    sites = sites_in(model, *LoraConfig().target_modules, rank=4)
 
     expected = [
         (n, m.in_features, m.out_features)
@@ -82,12 +86,12 @@ def test_the_default_patterns_name_every_linear_layer_of_the_decoder_once_and_in
 def test_a_pattern_is_the_end_of_a_name_or_a_regular_expression_of_all_of_it(
     build: Build, pattern: str, expected: list[str]
 ) -> None:
-    assert [s.name for s in placement.resolve_targets(build().model.language.model, [pattern], 2)] == expected
+    assert [s.name for s in sites_in(build().model.language.model, pattern)] == expected
 
 
 def test_a_pattern_does_not_match_a_part_of_a_word(build: Build) -> None:
     with pytest.raises(UserError, match="'proj' matches no module"):
-        placement.resolve_targets(build().model.language.model, ["proj"], 2)
+        sites_in(build().model.language.model, "proj")
 
 
 @pytest.mark.parametrize(
@@ -107,16 +111,16 @@ def test_a_pattern_that_hits_nothing_or_something_else_is_refused_with_the_reaso
     build: Build, pattern: str, says: str
 ) -> None:
     with pytest.raises(UserError, match=says):
-        placement.resolve_targets(build().model.language.model, ["q_proj", pattern], 2)
+        sites_in(build().model.language.model, "q_proj", pattern)
 
 
 def test_a_pattern_that_leaks_into_the_vision_tower_is_refused_and_a_narrower_one_is_not(build: Build) -> None:
     whole = build(vision="siglip").model
 
     with pytest.raises(UserError, match=r"vision\.backbone\.encoder\.layers\.\*\.self_attn\.q_proj \(2\) there"):
-        placement.resolve_targets(whole, ["q_proj"], 2)
+        sites_in(whole, "q_proj")
 
-    sites = placement.resolve_targets(whole, [r"language\.model\.model\.layers\..*\.q_proj"], 2)
+    sites = sites_in(whole, r"language\.model\.model\.layers\..*\.q_proj")
     assert [s.name for s in sites] == [f"language.model.model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
 
 
@@ -135,12 +139,12 @@ def test_a_transformers_vision_language_model_is_protected_from_the_same_leak() 
     )
 
     with pytest.raises(UserError, match="vision_tower"):
-        placement.resolve_targets(whole, ["q_proj"], 2)
-    assert len(placement.resolve_targets(whole, ["gate_proj"], 2)) == 2
+        sites_in(whole, "q_proj")
+    assert len(sites_in(whole, "gate_proj")) == 2
 
 
 def test_the_printed_list_counts_modules_and_parameters(build: Build) -> None:
-    sites = placement.resolve_targets(build().model.language.model, ["q_proj", "down_proj"], 4)
+    sites = sites_in(build().model.language.model, "q_proj", "down_proj", rank=4)
 
     lines = placement.render_sites(sites).splitlines()
 
@@ -166,7 +170,7 @@ def test_fresh_adapters_change_no_logit_and_no_weight_of_the_base(build: Build, 
 def test_adapter_weights_are_fp32_over_a_bf16_base_and_drawn_from_the_seed_alone(build: Build) -> None:
     def weights(seed: int) -> dict[str, Tensor]:
         torch.rand(seed)  # another past of the global generator
-        return adapters.adapter_tensors(build(precision="bf16", lora=ON, seed=seed).model.language)
+        return adapters.adapter_tensors(build(precision="bf16", lora=ON, seed=seed).model.language.part)
 
     one, again, other = weights(3), weights(3), weights(4)
 
@@ -180,7 +184,7 @@ def test_attaching_leaves_the_global_random_state_alone(build: Build) -> None:
     language = build().model.language
     before = torch.get_rng_state()
 
-    adapters.attach(language, ON, seed=1)
+    adapters.attach(language.part, ON, seed=1)
 
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -249,6 +253,28 @@ def test_outside_training_the_adapters_have_the_asked_strength(build: Build, pre
     assert torch.equal(rested, hidden(full, False))
 
 
+def test_at_a_strength_the_model_is_the_one_that_was_built_with_it_and_afterwards_itself_again(build: Build) -> None:
+    model = build(lora=ON).model
+    half = build(lora=ON.model_copy(update={"strength": 0.5})).model.language
+    stirred(model.language)
+    stirred(half)
+    positions = torch.arange(9).expand(2, 9)
+
+    def hidden(language: LanguageModel) -> Tensor:
+        return language.hidden(language.embed(IDS), positions)
+
+    model.language.train(False)
+    half.train(False)
+    own = hidden(model.language)
+    with model.at_strength(0.5):
+        assert torch.equal(hidden(model.language), hidden(half))
+    assert torch.equal(hidden(model.language), own) and not torch.equal(own, hidden(half))
+    model.train()
+    with pytest.raises(ZeroDivisionError), model.at_strength(0.25):
+        raise ZeroDivisionError
+    assert model.language.part.learning and a_layer(model.language).scalings[0] == ON.alpha / ON.r
+
+
 def test_adapters_merge_and_are_written_at_the_strength_they_are_used_at(build: Build) -> None:
     language = build(lora=ON.model_copy(update={"strength": 0.3})).model.language
     stirred(language)
@@ -256,15 +282,15 @@ def test_adapters_merge_and_are_written_at_the_strength_they_are_used_at(build: 
 
     apart = language.hidden(language.embed(IDS), positions)
     language.train()
-    with adapters.merged(language):
+    with adapters.merged(language.part):
         together = language.hidden(language.embed(IDS), positions)
-    assert language.learning
+    assert language.part.learning
 
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
     language.train(False)
-    assert adapters.adapter_config(language)["lora_alpha"] == pytest.approx(0.3 * ON.alpha)
+    assert adapters.adapter_config(language.part)["lora_alpha"] == pytest.approx(0.3 * ON.alpha)
     assert (
-        a_layer(language).scaling[adapted_linear.ADAPTER] == adapters.adapter_config(language)["lora_alpha"] / ON.r
+        a_layer(language).scaling[adapted_linear.ADAPTER] == adapters.adapter_config(language.part)["lora_alpha"] / ON.r
     )  # as PEFT reads it
 
 
@@ -344,7 +370,9 @@ def test_packing_changes_neither_losses_nor_adapter_gradients(adapted: Built) ->
         batch = adapted.batch(packing=packing)
         nll = adapted.model(batch).nll
         nll.sum().backward()
-        grads = [p.grad for p in adapters.adapter_parameters(adapted.model.language).values() if p.grad is not None]
+        grads = [
+            p.grad for p in adapters.adapter_parameters(adapted.model.language.part).values() if p.grad is not None
+        ]
         found.append((float(nll.detach().sum()), torch.cat([g.reshape(-1) for g in grads])))
 
     (padded, padded_grads), (packed, packed_grads) = found
@@ -428,20 +456,20 @@ def test_with_adapters_off_logits_are_the_bases_bit_for_bit_and_on_they_are_back
         assert torch.equal(model.text_logits(IDS), base.text_logits(IDS))
 
     assert torch.equal(model.text_logits(IDS), on)
-    assert all(p.requires_grad for p in adapters.adapter_parameters(model.language).values())
+    assert all(p.requires_grad for p in adapters.adapter_parameters(model.language.part).values())
 
 
 def test_adapters_come_back_on_after_an_error_and_stay_frozen_if_they_were(adapted: Built) -> None:
     model = adapted.model
     on = model.text_logits(IDS)
-    for weight in adapters.adapter_parameters(model.language).values():
+    for weight in adapters.adapter_parameters(model.language.part).values():
         weight.requires_grad_(False)
 
     with pytest.raises(ZeroDivisionError), model.adapters_off(), model.adapters_off():
         _ = 1 / 0
 
     assert torch.equal(model.text_logits(IDS), on)
-    assert not any(p.requires_grad for p in adapters.adapter_parameters(model.language).values())
+    assert not any(p.requires_grad for p in adapters.adapter_parameters(model.language.part).values())
 
 
 def test_a_model_without_adapters_can_be_asked_to_switch_them_off(tiny: Built) -> None:
@@ -458,7 +486,7 @@ def test_merged_logits_agree_and_the_base_is_restored_bit_for_bit(build: Build, 
     model.eval()
     before, on = frozen_fingerprint(model), model.text_logits(IDS).float()
 
-    with adapters.merged(model.language):
+    with adapters.merged(model.language.part):
         merged = model.text_logits(IDS).float()
         assert frozen_fingerprint(model)["language"] != before["language"]
 
@@ -472,7 +500,7 @@ def test_merged_logits_agree_and_the_base_is_restored_bit_for_bit(build: Build, 
 def test_the_base_is_restored_after_an_error_while_merged(adapted: Built) -> None:
     before = frozen_fingerprint(adapted.model) | {"logits": adapted.model.text_logits(IDS).sum()}
 
-    with pytest.raises(ZeroDivisionError), adapters.merged(adapted.model.language):
+    with pytest.raises(ZeroDivisionError), adapters.merged(adapted.model.language.part):
         _ = 1 / 0
 
     assert frozen_fingerprint(adapted.model) | {"logits": adapted.model.text_logits(IDS).sum()} == before
@@ -482,14 +510,14 @@ def test_the_base_is_restored_after_an_error_while_merged(adapted: Built) -> Non
 
 
 def test_tensors_have_pefts_names_and_come_back_bit_for_bit(build: Build, adapted: Built) -> None:
-    tensors = adapters.adapter_tensors(adapted.model.language)
+    tensors = adapters.adapter_tensors(adapted.model.language.part)
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in tensors and len(tensors) == 28
     other = build(lora=ON, seed=8).model
 
-    adapters.load_adapter_tensors(other.language, tensors)
+    adapters.load_adapter_tensors(other.language.part, tensors)
 
     assert torch.equal(other.text_logits(IDS), adapted.model.text_logits(IDS))
-    assert all(torch.equal(t, tensors[k]) for k, t in adapters.adapter_tensors(other.language).items())
+    assert all(torch.equal(t, tensors[k]) for k, t in adapters.adapter_tensors(other.language.part).items())
 
 
 def spoil_nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -516,18 +544,18 @@ def test_tensors_that_do_not_fit_are_refused_with_the_field_and_nothing_is_loade
     adapted: Built, spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]], says: str
 ) -> None:
     language = adapted.model.language
-    before = {k: t.clone() for k, t in adapters.adapter_tensors(language).items()}
+    before = {k: t.clone() for k, t in adapters.adapter_tensors(language.part).items()}
 
     with pytest.raises(UserError, match=says):
-        adapters.load_adapter_tensors(language, spoil({k: t.clone() for k, t in before.items()}))
+        adapters.load_adapter_tensors(language.part, spoil({k: t.clone() for k, t in before.items()}))
 
-    assert all(torch.equal(t, before[k]) for k, t in adapters.adapter_tensors(language).items())
+    assert all(torch.equal(t, before[k]) for k, t in adapters.adapter_tensors(language.part).items())
 
 
 def test_the_adapters_config_is_json_that_peft_reads_with_the_explicit_modules(adapted: Built, tmp_path: Path) -> None:
     from peft import PeftConfig
 
-    written = adapters.adapter_config(adapted.model.language)
+    written = adapters.adapter_config(adapted.model.language.part)
     (tmp_path / "adapter_config.json").write_text(json.dumps(written))
 
     read: Any = PeftConfig.from_pretrained(str(tmp_path))
@@ -601,7 +629,7 @@ def test_the_plan_follows_the_config_and_contradictions_are_refused(build: Build
     assert plan_of(cfg(True, False), STAGES["align"]) == TrainPlan()
     with pytest.raises(UserError, match=r"model\.lora\.enable is true, but stage align"):
         plan_of(cfg(True, True), STAGES["align"])
-    with pytest.raises(UserError, match="the language model has none"):
+    with pytest.raises(UserError, match="but the model has none"):
         apply_train_plan(build().model, TrainPlan(language="lora"))
 
 

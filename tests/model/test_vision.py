@@ -100,7 +100,7 @@ def test_timm_towers_of_other_layouts_give_patches_too(tmp_path: Path, model: st
     assert (tower.geometry.num_patches, tower.geometry.d_vision) == shape
     maps = whole.eval().forward_features(torch.zeros(1, 3, 224, 224))
     own = maps[:, 1:] if maps.ndim == 3 else maps.flatten(1, 2)  # class token dropped; swin is channels-last
-    got = tower._features(tower.backbone, torch.zeros(1, 3, 224, 224))
+    got = tower._features(tower.backbone, torch.zeros(1, 3, 224, 224), 1)
     torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-5)
 
 

@@ -32,6 +32,7 @@ from beholder.prepare.estimate import (
     connector_shape,
     estimate,
     language_shape,
+    learning,
     matmul_rate,
     vision_shape,
 )
@@ -388,12 +389,50 @@ def test_an_instruction_tuning_is_planned_with_its_adapters(tmp_path, tiny_confi
     assert "captions" not in " ".join(found.gaps)
 
 
+def test_what_learns_in_the_tower_is_counted_and_is_what_the_loaded_model_has(tmp_path, tiny_config):
+    sets = {
+        "stage": "instruct", "model.lora.enable": True, "model.lora.r": 4, "model.lora.llm_layers": "last-1",
+        "model.lora.vit_layers": "last-1", "model.vision.unfreeze": ["encoder.layers.0"],
+    }  # fmt: skip
+    cfg = tiny_config(tmp_path, **sets)
+
+    found = estimate(cfg, measure=False)
+    model, _ = build_vlm(cfg.model, compute_precision="fp32", device=CPU, seed=0)
+    table = apply_train_plan(model, plan_of(cfg.model, STAGES["instruct"]))
+
+    assert {r.part: (r.params, r.trainable, r.dtype) for r in found.trainable.rows} == {
+        r.part: (r.params, r.trainable, r.dtype) for r in table.rows
+    }
+    assert {"lora", "vision_lora"} < {r.part for r in table.rows}
+    rows = {r.part: r.trainable for r in table.rows}
+    assert found.memory["tower_gradients_and_AdamW"] == 16 * (rows["vision"] + rows["vision_lora"])
+    assert any("backward pass is not among the activations" in gap for gap in found.gaps)
+
+
+def test_what_learns_below_the_blocks_needs_the_gradients_of_all_of_them(tmp_path, tiny_config):
+    def above(*names: str) -> float:
+        cfg = tiny_config(tmp_path, **{"stage": "instruct", "model.lora.enable": True, "model.vision.unfreeze": names})
+        found = estimate(cfg, measure=False).vision
+        assert found is not None
+        return found.share_above
+
+    assert above() == 0 and above("last-1") == pytest.approx(0.5)
+    assert above("embeddings") == above("last-1", "embeddings") == above("first-1") == 1
+
+
+def test_more_layers_than_there_are_is_said_in_the_plan(tmp_path, tiny_config):
+    cfg = tiny_config(tmp_path, **{"stage": "instruct", "model.lora.enable": True, "model.lora.vit_layers": "last-9"})
+
+    with pytest.raises(UserError, match=r"model\.lora\.vit_layers is last-9, but .* has 2 blocks"):
+        estimate(cfg, measure=False)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_adapters_keep_the_bytes_and_cost_the_flops_that_are_counted(tmp_path, precision):
     language, plain = small_language(tmp_path, "qwen3", precision)
     lora = LoraConfig(enable=True, r=4, alpha=8, dropout=0.0)
     cfg = LlmConfig(name_or_path=str(tmp_path / "llm"), precision=precision)  # pyright: ignore[reportArgumentType]
-    shape, size = language_shape(cfg, lora=lora), 4 if precision == "fp32" else 2
+    shape, size = learning(language_shape(cfg), None, lora)[0], 4 if precision == "fp32" else 2
     rows, length = 2, 96
     embeds = torch.randn(rows, length, 128, dtype=language.dtype).requires_grad_()
     positions = torch.arange(length).expand(rows, -1)
@@ -407,11 +446,11 @@ def test_adapters_keep_the_bytes_and_cost_the_flops_that_are_counted(tmp_path, p
         return counter.get_total_flops()
 
     bytes_before, flops_before = kept(), flops()
-    attach(language, lora, seed=0)
-    for weight in adapter_parameters(language).values():
+    attach(language.part, lora, seed=0)
+    for weight in adapter_parameters(language.part).values():
         weight.requires_grad_(True)
 
-    assert shape.adapter_params == sum(s.params for s in language.adapters)
+    assert shape.adapter_params == sum(s.params for s in language.part.adapters)
     estimated = [s.activation_bytes(rows * length, size, length) for s in (plain, shape)]
     assert kept() - bytes_before == pytest.approx(estimated[1] - estimated[0], rel=0.25)
     if precision == "fp32":  # the counter does not know addmm_, which adds into the 16-bit output

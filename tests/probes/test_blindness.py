@@ -29,6 +29,15 @@ def test_share_gain_and_leak_are_counted_by_hand_and_paired():
     assert low >= 0 and high <= 0.6
 
 
+def test_without_adapters_the_base_is_the_same_model_and_nothing_leaks():
+    examples = [question(f"q{k}", "what?", "cat") for k in range(4)]
+    cats, dogs = (said(examples, [text] * 4) for text in ("cat", "dog"))
+
+    found = {x.name: x.value for x in blindness.score(examples, cats, dogs, cats, None)}
+
+    assert found == {"blind.told": 1, "blind.share": 0, "blind.share_told": 1, "blind.gain": 1}
+
+
 def test_a_model_that_is_never_right_has_no_blind_share():
     examples = [question("a", "what?", "cat"), question("b", "what?", "cat")]
     dogs = said(examples, ["dog"] * 2)

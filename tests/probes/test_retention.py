@@ -21,7 +21,7 @@ TEXTS = ["The capital of France is Paris.", "def f(x):\n    return x + 1\n", "12
 def adapted(bench: Any) -> Any:
     """A model with fresh adapters, which change nothing yet."""
     model = copy.deepcopy(bench.model)
-    adapters.attach(model.language, LoraConfig(enable=True, r=4), seed=0)
+    adapters.attach(model.language.part, LoraConfig(enable=True, r=4), seed=0)
     return model
 
 
@@ -68,6 +68,28 @@ def test_loss_and_divergence_are_those_of_the_whole_logits(adapted: Any, bench: 
     assert m["retention.kl"].value > 1e-4
 
 
+def test_corrected_for_style_the_first_tokens_of_a_text_do_not_count(
+    adapted: Any, bench: Any, monkeypatch: pytest.MonkeyPatch
+):
+    move(adapted, 0.05)
+    ids = torch.tensor([bench.tokenizer(TEXTS[0])["input_ids"]])  # 32 tokens
+    targets = ids[0, 1:, None]
+    with torch.no_grad():
+        on = -adapted.text_logits(ids)[0, :-1].double().log_softmax(-1).gather(1, targets)[:, 0]
+        with adapted.adapters_off():
+            off = -adapted.text_logits(ids)[0, :-1].double().log_softmax(-1).gather(1, targets)[:, 0]
+    late = retention.STYLED - 1  # the place that predicts the token after the first STYLED
+
+    for positions in (64, 5):
+        monkeypatch.setattr(retention, "NUM_POSITIONS", positions)
+        m = keyed(retention.measure(adapted, bench.tokenizer, [TEXTS[0], TEXTS[2]]))["retention.loss_ratio_styled"]
+        assert m.value == pytest.approx(float(on[late:].sum() / off[late:].sum()), abs=5e-6)
+        assert m.n == 1, "the other text has 12 tokens"
+        assert "16 tokens" in (m.caveat or "")
+    assert m.value != pytest.approx(float(on.sum() / off.sum()), abs=1e-4)
+    assert "retention.loss_ratio_styled" not in keyed(retention.measure(adapted, bench.tokenizer, TEXTS[2:]))
+
+
 def test_never_more_positions_at_the_head_than_stated_and_the_same_numbers(
     adapted: Any, bench: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -102,7 +124,7 @@ def test_the_mode_and_the_adapters_are_as_before_afterwards(adapted: Any, bench:
 def test_a_spoiled_language_model_is_worse_than_its_base(sighted: Any, bench: Any):
     """The base was trained on captions, so it has something to lose."""
     model = copy.deepcopy(sighted)
-    adapters.attach(model.language, LoraConfig(enable=True, r=4), seed=0)
+    adapters.attach(model.language.part, LoraConfig(enable=True, r=4), seed=0)
     move(model, 0.5)
 
     m = keyed(retention.measure(model, bench.tokenizer, [e.target_text for e in bench.held_out[:12]]))

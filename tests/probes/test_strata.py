@@ -143,3 +143,10 @@ def test_groupings_cover_every_turn_and_share_no_name(
     per_sample = [set(turns) - {None, "other questions"} for turns in groups["question"]]
     for head in set().union(*per_sample):
         assert sum(head in own for own in per_sample) >= strata.MIN_SAMPLES
+
+
+def test_the_parts_of_a_grouping_are_its_strata_by_name_and_a_single_one_says_nothing():
+    found = [(by, name, k.tolist()) for by, name, k in strata.parts(["b", None, "a", "b"], "question")]
+
+    assert found == [("question", "a", [2]), ("question", "b", [0, 3])]
+    assert list(strata.parts(["a", None, "a"], "question")) == [] == list(strata.parts([], "question"))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tests.probes.test_answers import keyed, question
 
+from beholder.data.sources import guess_source, open_sources
 from beholder.evidence.catalogue import CATALOGUE, quantity
 from beholder.probes import text_learner
 from beholder.types import Example, ImageRef, ImageSlot, Turn, UserError
@@ -99,3 +103,36 @@ def test_too_few_are_an_error_and_the_same_seed_gives_the_same():
         text_learner.learn(fair(5))
     one, again = text_learner.learn(leaking(60), seed=4), text_learner.learn(leaking(60), seed=4)
     assert one.measurements == again.measurements and one.words == again.words
+
+
+def test_copies_of_a_picture_in_rows_of_their_own_are_the_same_picture(tmp_path: Path):
+    """Five rows a picture, each with the picture's bytes, as question sets in parquet have them."""
+    rows = [(image, k, random.Random(image).choice(("circle", "square"))) for image in range(60) for k in range(5)]
+    path = tmp_path / "rows.parquet"
+    pq.write_table(
+        pa.table({
+            "id": [f"{image}-{k}" for image, k, _ in rows],
+            "images": [[{"bytes": b"picture %d" % image, "path": f"{image}-{k}.png"}] for image, k, _ in rows],
+            "conversation": [
+                [{"role": "user", "content": f"<image> what is w{image} at {k}?"}, {"role": "assistant", "content": a}]
+                for image, k, a in rows
+            ],
+        }),
+        path,
+    )  # fmt: skip
+    records = open_sources([guess_source(str(path))], image_token="<image>", max_images=1, on_reject="collect")
+    examples = [records[i] for i in range(len(records))]
+    assert len(examples) == 300
+
+    owners, lost = text_learner.owners_of(examples)
+    m = text_learner.learn(examples).measurements[0]
+
+    assert len(set(owners)) == 60 and lost == 0
+    assert m.n == 300 and m.value < 0.7, "learned within a picture it would be perfect"
+
+
+def test_pictures_that_cannot_be_read_are_told_apart_by_their_places_and_that_is_said():
+    found = text_learner.learn(fair())
+
+    assert "240 images could not be read" in found.gaps[0] and found.measurements[0].n == 240
+    assert text_learner.learn(fair(), content_key=lambda ref: ref.path).gaps == []

@@ -9,7 +9,7 @@ from tests.report.conftest import gate, measurement, text_of
 
 from beholder.evidence import Evidence
 from beholder.report import render_html, render_markdown
-from beholder.report.verdicts import fails, looks
+from beholder.report.verdicts import LOOKING, fails, looks
 
 MakeEvidence = Callable[..., Evidence]
 
@@ -61,6 +61,10 @@ def test_the_verdicts_tell_the_pairs_and_where_they_are_least_often_right(make_i
     why = looks(e).why.replace("\u00a0", " ")
     assert "98.3 % (97.3–99.3 %) of the contrast pairs both right, where guessing gives 9.6 %." in why
     assert "Least for “yes/no”: 94.0 %" in fails(e).why.replace("\u00a0", " ")
+
+
+def test_every_probe_of_looking_is_among_what_the_verdict_heeds():
+    assert set(LOOKING) == {"answer.gain.", "slots.", "pairs.", "cells.", "blind.", "learner."}
 
 
 def test_a_failed_gate_on_pairs_takes_the_yes_away(make_instruct_evidence: MakeEvidence):

@@ -50,7 +50,8 @@ def test_a_row_for_each_number_of_images_a_column_for_each_place_and_weak_ones_a
     page, twin = text_of(page_of(e)), plain(render_markdown(e))
     assert "Does every place count?" in page and "✗ does not count" in page and "✗ weak" in page
     assert "image 2 of 3: right 80.0" in page.replace("\u00a0", " ") and "too few to judge" in page
-    assert "| 3 images | ❌ does not count: 55.0 %; +0.05 nats/token" in twin
+    assert "| 3 images | ❌ does not count: 55.0 % (53.0–57.0 %), n = 60; +0.05 nats/token" in twin
+    assert "(53.0–57.0 %) right when it decides, n = 60" in page.replace("\u00a0", " ")
     assert "as much text" in page and "as much text" in twin
 
 

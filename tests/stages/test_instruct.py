@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tests.conftest import MakeConfig, TinyParts
 from tests.evidence.test_catalogue import strangers
+from tests.stages.dying import dying_at
 
 from beholder.config import RunConfig
 from beholder.config.file import dump_config
@@ -181,15 +182,8 @@ def test_resumed_with_dropout_in_the_adapters_equals_the_straight_run(
 
 def _interrupt(cfg: RunConfig) -> None:
     """The run dies after its third step."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("beholder.stages.watch.Watch.on_step", _die_after_3)
-        with pytest.raises(RuntimeError, match="planted"):
-            run_stage(cfg, promote_anyway=True)
-
-
-def _die_after_3(watch: object, step: int, record: object) -> None:
-    if step == 3:
-        raise RuntimeError("planted")
+    with dying_at(3):
+        run_stage(cfg, promote_anyway=True)
 
 
 def test_the_best_checkpoint_is_kept_named_measured_and_used_although_later_ones_are_worse(
@@ -227,6 +221,18 @@ def test_the_best_checkpoint_is_kept_named_measured_and_used_although_later_ones
     assert again.evidence.get("eval.loss") == loss
 
 
+def test_layers_are_not_kept_of_images_that_augmentation_changes(instruct: MakeConfig, tmp_path: Path) -> None:
+    """No sample's key would come twice: the store would fill to its cap and never be read."""
+    run_stage(instruct(tmp_path, **{
+        "model.connector.trainable": False, "model.lora.llm_layers": "last-1", "model.lora.dropout": 0.0,
+        "features.layers": True, "data.augment": "random_crop", "train.train_steps": 2, "eval.golden_size": 0,
+        "eval.caption_samples": 0, "eval.audit_turns": 0, "eval.answer_tokens": 64,
+    }), promote_anyway=True)  # fmt: skip
+
+    gaps = load_evidence(tmp_path / "run").gaps
+    assert any(g.startswith("Layers: what goes into them was not kept, because data.augment changes") for g in gaps)
+
+
 def test_a_run_at_less_strength_trains_the_same_weights_and_uses_less_of_them(
     instruct: MakeConfig, finished: Path, tmp_path: Path
 ) -> None:
@@ -243,7 +249,7 @@ def test_a_run_at_less_strength_trains_the_same_weights_and_uses_less_of_them(
     written = json.loads((run / "checkpoints" / "step_4" / "adapter_config.json").read_text())
     assert written["lora_alpha"] == 16  # of 32
     assert "Used at 0.5 of the strength" in (run / "report.html").read_text(encoding="utf-8")
-    assert load(str(run)).model.language.train(False).adapted[0].scaling["default"] == 16 / 4
+    assert load(str(run)).model.language.train(False).part.adapted[0].scaling["default"] == 16 / 4
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft asks transformers by the old name
@@ -256,7 +262,7 @@ def test_the_adapter_folder_is_what_peft_loads_on_the_base(
     cfg = instruct(tmp_path)
     model, tokenizer = build_vlm(cfg.model, compute_precision="fp32", device=torch.device("cpu"), seed=cfg.seed)
     where = checkpoint.resolve_checkpoint(finished)
-    restore.load_adapter(where, model.language)
+    restore.load_adapters(where, model.parts())
     ids = torch.tensor([tokenizer("what color is it?")["input_ids"]])
     base = AutoModelForCausalLM.from_pretrained(cfg.model.llm.name_or_path, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, str(where)).eval()
@@ -314,6 +320,54 @@ def test_two_processes_run_the_stage_of_one(instruct: MakeConfig, tmp_path: Path
     assert [s.id for s in b.samples] == [s.id for s in a.samples]
 
 
+@pytest.mark.parametrize("more", [
+    {"stage": "instruct"}, {"stage": "align", "prompting.template": "chat", "data.hygiene.min_tokens": 1},
+], ids=["instruct", "align"])  # fmt: skip
+def test_a_run_without_adapters_has_the_learner_and_its_blind_answers_all_the_same(
+    instruct: MakeConfig, tmp_path: Path, more: dict[str, object]
+) -> None:
+    evidence = run_stage(
+        instruct(
+            tmp_path,
+            **more,
+            **{"model.lora": {"enable": False}, "train.lr": {"connector": 1e-3}, "eval.audit_turns": 0},
+        ),
+        promote_anyway=True,
+    ).evidence
+
+    assert evidence is not None and evidence.adapters == []
+    for name in ("learner.accuracy", "blind.told", "blind.gain", "cells.delta.question"):
+        assert evidence.get(name) is not None, name
+    assert evidence.get("blind.base") is None and evidence.get("blind.leak") is None
+    assert any(gap.startswith("What the base answers blind: not measured, there are no ad") for gap in evidence.gaps)
+
+
+def test_what_the_run_it_started_from_could_do_is_compared_on_the_same_questions(
+    instruct: MakeConfig, finished: Path, evidence: Evidence, tmp_path: Path
+) -> None:
+    """At that run's own strength, whatever this one's is; the same weights keep everything."""
+    gate = {"gates.one_kept": {"measure": "answer.kept", "at_least": -0.01}}
+    assert evidence.get("answer.kept") is None, "an alignment answers no questions"
+    idle = {"train.train_steps": 1, "train.lr.connector": 0.0, "train.lr.lora": 0.0, "eval.audit_turns": 0}
+    start = {"model.connector.load_checkpoint": str(finished)}
+
+    same = run_stage(instruct(tmp_path / "same", **idle, **start, **gate), promote_anyway=True).evidence
+    weaker = {"model.lora.strength": 0.01}
+    less = run_stage(instruct(tmp_path / "less", **idle, **start, **weaker), promote_anyway=True).evidence
+    fresh = {"model.lora.adapters": "fresh"}
+    anew = run_stage(instruct(tmp_path / "anew", **idle, **start, **fresh, **gate), promote_anyway=True).evidence
+
+    assert same is not None and less is not None and anew is not None
+    kept = same.get("answer.kept")
+    assert kept is not None and (kept.value, kept.n) == (0, 12) and "paired" in (kept.caveat or "")
+    assert next(g for g in same.gates if g.name == "one_kept").passed
+    before = {r: json.loads((tmp_path / r / "run/baseline.json").read_text()) for r in ("same", "less")}
+    assert [x["nll"] for x in before["less"]["start"]] == pytest.approx([x["nll"] for x in before["same"]["start"]])
+    assert before["less"]["start"] != before["less"]["untrained"]
+    assert any("were dropped (model.lora.adapters: fresh)" in gap for gap in anew.gaps)
+    assert not next(g for g in anew.gates if g.name == "one_kept").passed, "a setting waives no gate"
+
+
 def test_long_answers_are_judged_by_their_loss_and_the_gates_on_answers_step_back(
     instruct: MakeConfig, questions: Path, tiny_parts: TinyParts, tmp_path: Path
 ) -> None:
@@ -332,6 +386,8 @@ def test_long_answers_are_judged_by_their_loss_and_the_gates_on_answers_step_bac
     assert evidence is not None and evidence.get("answer.accuracy.correct") is None
     assert not {g.name for g in evidence.gates} & {"answers_look", "answers_look_closely"}
     assert any(gap.startswith("Gate answers_look: not judged") for gap in evidence.gaps)
+    for what in ("Contrast pairs", "Two kinds of blindness"):
+        assert any(gap.startswith(f"{what}: not measured, no held-out answer is short") for gap in evidence.gaps)
     assert evidence.get("ablation.delta.shuffled") is not None
 
 

@@ -81,6 +81,30 @@ def test_the_runs_own_language_model_learns_the_words_without_images_and_is_left
     assert [p.name for p in run.iterdir()] == ["config.yaml"], "nothing is written into the run"
 
 
+def test_samples_that_the_language_model_does_not_learn_from_are_counted(
+    config: RunConfig, leaking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    for k, line in enumerate(leaking.read_text(encoding="utf-8").splitlines()):
+        record = json.loads(line)
+        if k % 6 == 0:
+            more = [{"role": "user", "content": "is it?"}, {"role": "assistant", "content": "yes"}]
+            record["messages"] += more
+        lines.append(json.dumps(record))
+    leaking.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    monkeypatch.setattr(learnable, "LM_EPOCHS", 1)
+
+    found = audit_subject(str(run), num_turns=8, learner="lm")
+
+    learned = next(m for m in found.measurements if m.name == "learner.lm")
+    told = f"{60 - learned.n} of 60 samples left out: several answers, or one too long"
+    assert 40 < learned.n < 60 and told in (learned.caveat or "")
+    assert any(told in text for text in found.findings)
+
+
 def test_what_cannot_be_audited_is_said(
     config: RunConfig, leaking: Path, tiny_parts: TinyParts, tmp_path: Path
 ) -> None:

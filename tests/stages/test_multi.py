@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import TinyParts, make_config
+from tests.stages.dying import dying_at
 
 from beholder.config import RunConfig
 from beholder.config.file import dump_config, parse_config
@@ -119,10 +120,8 @@ def test_a_killed_run_of_a_weighted_mixture_resumes_bit_for_bit_and_tells_its_sh
 ) -> None:
     more = {"model.lora.dropout": 0.1}
     run_stage(stage(tmp_path / "straight", **more))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("beholder.stages.watch.Watch.on_step", _die_after_3)
-        with pytest.raises(RuntimeError, match="planted"):
-            run_stage(stage(tmp_path / "killed", **more))
+    with dying_at(3):
+        run_stage(stage(tmp_path / "killed", **more))
     capsys.readouterr()
     run_stage(stage(tmp_path / "killed", **more))
 
@@ -186,11 +185,6 @@ data: {{sources: [{{json_path: a.json, weight: {str(weight).replace("inf", ".inf
 def losses_of(run: Path) -> list[tuple[int, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(r["step"], r["loss"]) for r in lines if "loss" in r]
-
-
-def _die_after_3(watch: object, step: int, record: object) -> None:
-    if step == 3:
-        raise RuntimeError("planted")
 
 
 def test_two_processes_learn_what_one_does(stage: MakeStage, tmp_path: Path) -> None:

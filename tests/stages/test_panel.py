@@ -48,6 +48,6 @@ def test_no_file_but_the_stages_knows_a_stages_name() -> None:
     from pathlib import Path
 
     root = Path(inspect.getfile(probes)).parents[1]
-    named = re.compile(r"""["'](align|instruct)["']""")
+    named = re.compile(rf"""["'](?:{"|".join(map(re.escape, STAGES))})["']""")
     found = {str(p.relative_to(root)) for p in root.rglob("*.py") if named.search(p.read_text(encoding="utf-8"))}
     assert found <= {"config/stages.py", "prepare/quickstart.py"}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from tests.conftest import MakeConfig, TinyParts
+from tests.evidence.test_catalogue import strangers
 
 from beholder.evidence import load_evidence
 from beholder.prepare.preview import preview_config
@@ -414,3 +415,26 @@ def test_every_epoch_means_every_pass_over_the_data(tiny_config: MakeConfig, tmp
     assert due and sorted({r["step"] for r in rows if "eval_loss" in r}) == sorted({*due, 40})
     steps = sorted(int(p.name.split("_")[1]) for p in (tmp_path / "run" / "qual").glob("*golden*"))
     assert steps == sorted({*due, 40})
+
+
+def test_an_alignment_says_which_evidence_of_questions_captions_have(
+    tiny_config: MakeConfig, tiny_parts: TinyParts, tmp_path: Path
+) -> None:
+    """Short captions stand in contrast pairs; cells, blindness and a learner of words need questions."""
+    records = [json.loads(line) for line in tiny_parts.records.read_text(encoding="utf-8").splitlines()]
+    for k, record in enumerate(records):
+        record["caption"] = ("a red square", "a blue circle", "a green star")[k % 3]
+    path = tmp_path / "short.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    more = {"data.eval_size": 30, "eval.caption_samples": 30, "data.hygiene.min_tokens": 1}
+
+    short = run_stage(tiny_config(tmp_path / "short", **{"data.json_path": str(path)}, **more)).evidence
+    plain = run_stage(tiny_config(tmp_path / "plain")).evidence
+
+    assert short is not None and plain is not None
+    pairs = short.get("pairs.right.correct")
+    assert pairs is not None and pairs.n > 100 and short.get("pairs.right.zero") is not None
+    assert strangers(short.measurements) == []
+    for what in ("Four cells", "Two kinds of blindness", "Learner of words"):
+        told = [gap for gap in plain.gaps if gap.startswith(f"{what}: not measured, ")]
+        assert len(told) == 1 and "caption" in told[0]

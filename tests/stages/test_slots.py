@@ -21,8 +21,9 @@ from tests.evidence.test_catalogue import strangers
 from typer.testing import CliRunner
 
 from beholder.cli import app as cli
-from beholder.config import STAGES, RunConfig
+from beholder.config import RunConfig
 from beholder.config.file import parse_config
+from beholder.config.stages import SLOT_GATES
 from beholder.data.collate import collate
 from beholder.evidence import GateResult, load_evidence
 from beholder.evidence.gates import judge
@@ -39,7 +40,6 @@ from beholder.types import Batch
 
 COLOURS = {"red": (230, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 230), "white": (245, 245, 245)}
 STEPS = 350
-GATES = {name: STAGES["multi"].gates[name] for name in ("every_slot_counts", "slot_spread", "follows_the_swap")}
 
 
 def write_records(folder: Path, split: str, groups: int, seed: int) -> Path:
@@ -125,8 +125,8 @@ def teach(session: Session, steps: int) -> None:
 
 def measured(session: Session) -> tuple[Measured, dict[str, GateResult]]:
     m = Measured(0, session.eval_losses())
-    panel.slots(session, m)
-    return m, {g.name: g for g in judge(GATES, m.measurements)}
+    panel.every_slot(session, m)
+    return m, {g.name: g for g in judge(SLOT_GATES, m.measurements)}
 
 
 Choose = Callable[[torch.Tensor], torch.Tensor]
@@ -166,7 +166,8 @@ def test_an_honest_model_passes_and_each_planted_liar_fails_its_gate(
     monkeypatch.setattr(VisionLanguageModel, "embed", planted(lambda own: own[-1:].expand_as(own)))
     m, gates = measured(honest)
     failed = {name: g.stratum for name, g in gates.items() if not g.passed}
-    assert failed.keys() >= {"every_slot_counts", "slot_spread"} and failed["every_slot_counts"] != "image 3 of 3"
+    assert failed.keys() >= {"every_slot_counts", "slot_spread", "no_last_image_bias"}
+    assert failed["every_slot_counts"] != "image 3 of 3"
     value = {(x.name, x.stratum): x.value for x in m.measurements}
     assert value["slots.delta.shuffled", "image 1 of 3"] == pytest.approx(0, abs=1e-5)
     assert value["slots.delta.shuffled", "image 3 of 3"] > 0.1 and value["slots.last_bias", None] > 0.3
@@ -193,7 +194,7 @@ def test_a_run_of_several_images_has_the_evidence_by_place_and_ablate_tells_the_
     found = [m for m in evidence.measurements if m.name.startswith("slots.")]
 
     assert strangers(found) == []
-    assert {g.name for g in evidence.gates} >= GATES.keys() and "every_slot_counts" in {
+    assert {g.name for g in evidence.gates} >= SLOT_GATES.keys() and "every_slot_counts" in {
         g.name for g in evidence.failed_gates
     }
     assert {m.stratum for m in found if m.by == "slot"} == {
@@ -215,7 +216,8 @@ def test_what_is_too_little_to_judge_is_said(untrained: Path) -> None:
     assert "Places with too few samples to judge: image 1 of 2 (4)" in told
     # the data have enough of them, so a setting that takes fewer waives no gate
     assert told.count("raise eval.moved_samples (6)") == 2 and "not judged, of" not in told
-    assert "slot_spread FAILED" in told and "follows_the_swap FAILED" in told
+    for gate in ("slot_spread", "no_last_image_bias", "follows_the_swap"):
+        assert f"gate {gate} FAILED: {gate} ({SLOT_GATES[gate].measure}: not measured)" in told
     assert "no group has 20 samples" in told  # the gate on every place does not pass for want of samples
     assert not none.measurements
     told = " ".join(none.findings)

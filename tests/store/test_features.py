@@ -67,7 +67,7 @@ def make_images(root: Path, num: int, first: int = 0) -> list[ImageRef]:
 
 def open_store(folder: Path, tower: str = "tower", pipeline: str = "pipeline", max_bytes: int = 10**8) -> FeatureStore:
     return FeatureStore(
-        folder, tower_fingerprint=tower, pipeline_fingerprint=pipeline, num_patches=PATCHES, d_vision=WIDTH,
+        folder, tower_fingerprint=tower, pipeline_fingerprint=pipeline, shape=(PATCHES, WIDTH),
         max_bytes=max_bytes,
     )  # fmt: skip
 
@@ -281,7 +281,7 @@ def test_a_full_disk_is_an_error_that_keeps_what_was_stored(tmp_path, monkeypatc
         limit = max(f.stat().st_size for f in store.rows.folder.iterdir()) + 200 * 1024
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         big = FeatureStore(
-            tmp_path / "store", tower_fingerprint="t", pipeline_fingerprint="p", num_patches=512, d_vision=1024,
+            tmp_path / "store", tower_fingerprint="t", pipeline_fingerprint="p", shape=(512, 1024),
             max_bytes=10**9,
         )  # fmt: skip
         try:
@@ -633,7 +633,7 @@ def real_store(cfg: RunConfig, folder: Path) -> FeatureStore:
     pipeline = ImagePipeline(tower.geometry, cfg.data.max_megapixels)
     return FeatureStore(
         folder, tower_fingerprint=tower.fingerprint(), pipeline_fingerprint=pipeline.fingerprint,
-        num_patches=tower.geometry.num_patches, d_vision=tower.geometry.d_vision, max_bytes=10**9,
+        shape=(tower.geometry.num_patches, tower.geometry.d_vision), max_bytes=10**9,
     )  # fmt: skip
 
 

@@ -418,4 +418,6 @@ def test_a_failed_run_is_named_and_the_others_go_on(write_sweep: WriteSweep, tmp
     again = run_sweep(config, console=asked)
 
     assert again.exit_code == 1 and again.record.rows[1] == good
+    assert "2 runs: feature_layer-99, feature_layer-1\n" in said(console).replace(", 2 at a time", "")
+    assert "1 of 2 runs to go" in said(asked)
     assert "1 of 2 runs are finished already" in said(asked) and "started feature_layer-1 " not in said(asked)

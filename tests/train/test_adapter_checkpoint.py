@@ -18,7 +18,7 @@ from beholder.prepare.tiny import tiny_llm
 from beholder.runs import RunDir
 from beholder.train.checkpoint import MANIFEST, problem, save_checkpoint
 from beholder.train.optim import build_optimizer, optimizer_tensors
-from beholder.train.restore import has_adapter, load_adapter, load_connector, load_for_resume
+from beholder.train.restore import adapters_in, load_adapters, load_connector, load_for_resume
 from beholder.types import UserError
 
 LORA = {"r": 4, "alpha": 8, "dropout": 0.2}
@@ -34,7 +34,7 @@ def trained(tiny: Tiny, folder: Path, steps: int = 2, **model: Any) -> tuple[Vis
 
 
 def weights(model: VisionLanguageModel) -> dict[str, Tensor]:
-    adapters = {k: t.clone() for k, t in adapter_tensors(model.language).items()}
+    adapters = {k: t.clone() for k, t in adapter_tensors(model.language.part).items()}
     return adapters | {k: t.clone() for k, t in model.connector.state_dict().items()}
 
 
@@ -53,7 +53,7 @@ def test_adapter_files_lie_flat_in_the_folder_and_are_in_the_manifest(tiny: Tiny
     _, path = trained(tiny, tmp_path)
 
     files = json.loads((path / MANIFEST).read_text())["files"]
-    assert {"adapter_model.safetensors", "adapter_config.json"} < set(files) and has_adapter(path)
+    assert {"adapter_model.safetensors", "adapter_config.json"} < set(files) and adapters_in(path) == ["adapter"]
     assert {p.name for p in path.iterdir()} == {*files, MANIFEST}
     assert problem(path) is None
     (path / "adapter_config.json").write_text("{}")
@@ -87,7 +87,7 @@ def test_adapters_reload_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
     model, path = trained(tiny, tmp_path)
     fresh = tiny.model(lora=LORA, seed=99)
 
-    load_adapter(path, fresh.language)
+    load_adapters(path, fresh.parts())
     load_connector(path, fresh.connector, fresh.connector_info())
 
     assert identical(weights(fresh), weights(model))
@@ -126,7 +126,7 @@ def test_adapter_dropout_is_drawn_anew_in_every_step_from_the_runs_seed(tiny: Ti
 
     def loss(seed: int, name: str) -> float:
         fresh = tiny.model(lora=LORA | {"dropout": 0.5})
-        load_adapter(path, fresh.language)
+        load_adapters(path, fresh.parts())
         last = train(tiny, RunDir(tmp_path / name), still, total_steps=1, model=fresh, seed=seed).result.last
         assert last is not None
         return last["loss"]
@@ -144,10 +144,10 @@ def test_another_rank_alpha_or_kind_of_adapter_is_refused_with_its_field(tiny: T
         (LORA | {"target_modules": ["q_proj"]}, "the file has adapters on .*mlp.down_proj .*model.lora.target_modules"),
     ):
         with pytest.raises(UserError, match=says):
-            load_adapter(path, tiny.model(lora=lora).language)
+            load_adapters(path, tiny.model(lora=lora).parts())
     with pytest.raises(UserError, match="use_rslora: checkpoint true, config false"):
-        load_adapter(odd, model.language)
-    load_adapter(path, tiny.model(lora=LORA | {"dropout": 0.0}).language)  # changes nothing that is loaded
+        load_adapters(odd, model.parts())
+    load_adapters(path, tiny.model(lora=LORA | {"dropout": 0.0}).parts())  # changes nothing that is loaded
 
 
 @pytest.mark.parametrize(("content", "says"), [
@@ -162,7 +162,7 @@ def test_an_adapter_config_that_tells_too_little_is_refused(
     vouch_for(path, "adapter_config.json", content)
 
     with pytest.raises(UserError, match=rf"adapter_config\.json {says}"):
-        load_adapter(path, model.language)
+        load_adapters(path, model.parts())
 
 
 def test_adapters_of_another_base_are_refused_with_both_names(tiny: Tiny, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_adapters_of_another_base_are_refused_with_both_names(tiny: Tiny, tmp_pa
     other = Tiny(tiny_llm(tmp_path / "wide", hidden_size=96), tiny.vision, tiny.records, tiny.images)
 
     with pytest.raises(UserError, match=r"(?s)llm; this config: .*wide\).*model.llm.name_or_path: adapters of another"):
-        load_adapter(path, other.model(lora=LORA).language)
+        load_adapters(path, other.model(lora=LORA).parts())
 
 
 def test_a_checkpoint_with_adapters_does_not_load_without_them_nor_the_reverse(tiny: Tiny, tmp_path: Path) -> None:
@@ -190,18 +190,18 @@ def test_a_checkpoint_with_adapters_does_not_load_without_them_nor_the_reverse(t
     ):
         load_for_resume(without, model, optimizer(model))
     assert identical(weights(model), before), "something was loaded"
-    load_adapter(without, plain.language)  # nothing on both sides
+    load_adapters(without, plain.parts())  # nothing on both sides
 
 
 def test_stage_2_starts_from_a_stage_1_checkpoint_with_its_connector_alone(tiny: Tiny, tmp_path: Path) -> None:
     aligned = train(tiny, RunDir(tmp_path), settings(), total_steps=1).model
     model = tiny.model(lora=LORA, seed=99)
-    fresh = {k: t.clone() for k, t in adapter_tensors(model.language).items()}
+    fresh = {k: t.clone() for k, t in adapter_tensors(model.language.part).items()}
 
     load_connector(tmp_path, model.connector, model.connector_info())
 
     assert identical(dict(model.connector.state_dict()), dict(aligned.connector.state_dict()))
-    assert identical(adapter_tensors(model.language), fresh)
+    assert identical(adapter_tensors(model.language.part), fresh)
     other = tiny.model(lora=LORA, vision_ln=False)
     with pytest.raises(UserError, match=r"model\.connector\.vision_ln: checkpoint true, config false"):
         load_connector(tmp_path, other.connector, other.connector_info())

@@ -20,6 +20,7 @@ from torch import nn
 
 from beholder.config import RunConfig, settings
 from beholder.config.section import section_of
+from beholder.model.placement import Part
 from beholder.train import checkpoint as ck
 from beholder.train import restore
 from beholder.train.checkpoint import (
@@ -59,8 +60,8 @@ class Parts(nn.Module):
 
 def bare(connector: nn.Module) -> Any:
     """A model with this connector and a language model without adapters."""
-    language = SimpleNamespace(adapters=[], merged=[])
-    return SimpleNamespace(connector=connector, connector_info=lambda: INFO, language=language)
+    parts = {"language": Part("language", "lm", nn.Identity(), ())}
+    return SimpleNamespace(connector=connector, connector_info=lambda: INFO, parts=lambda: parts)
 
 
 def learned(tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> dict[str, TrainedPart]:
@@ -531,13 +532,13 @@ def test_settings_that_one_side_does_not_know_are_listed() -> None:
 def test_what_may_change_on_resume_is_derived_from_the_settings_and_moves_no_weight() -> None:
     paths = [s.path for s in settings(RunConfig) if section_of(s.info.annotation) is None]
     may = {p for p in paths if may_change(p, same_data=True)}
-    assert {p for p in may if not p.startswith(("eval.", "ablation.", "sweep."))} == {
+    assert {p for p in may if not p.startswith(("eval.", "ablation.", "sweep.", "footprint."))} == {
         "run_name", "output_dir", "device", "model.connector.load_checkpoint", "data.num_workers",
         "data.prefetch_factor", "data.pin_memory", "data.persistent_workers", "data.verify_images", "features.dir",
         "features.max_gb", "train.num_threads", "model.llm.gradient_checkpointing", "train.save_every",
         "train.keep_checkpoints", "train.log_every", "train.tqdm_disable", "train.progress_percent",
         "train.full_eval_every", "train.quick_eval_size", "train.quick_eval_steps", "train.timeout_s",
-        "gates", "scales",
+        "gates", "guardrails", "scales", "model.native.gradient_checkpointing",
         # what lies there is compared by its fingerprint
         "data.json_path", "data.image_root", "data.more_image_roots", "data.sources", "data.eval_sources",
     }  # fmt: skip

@@ -21,7 +21,7 @@ from beholder.model.plan import frozen_fingerprint
 from beholder.prepare.tiny import tiny_llm, tiny_vision
 from beholder.runs import RunDir
 from beholder.train.checkpoint import latest_checkpoint
-from beholder.train.engine import LoopState, NonFiniteError
+from beholder.train.engine import Asked, LoopState, NonFiniteError
 from beholder.train.nonfinite import only
 from beholder.train.objectives import next_token
 from beholder.train.optim import named_parameters, optimizer_tensors
@@ -231,6 +231,18 @@ def test_a_full_disk_while_saving_stops_the_run_and_keeps_the_checkpoints(
 
 
 # -- stops
+
+
+def test_a_callback_may_ask_for_a_checkpoint_and_for_the_end(tiny: Tiny, tmp_path: Path) -> None:
+    class Ask:
+        def on_step(self, step: int, record: dict[str, Any]) -> Asked:
+            return Asked(keep=step == 1, stop="enough" if step == 3 else "")
+
+    run = RunDir(tmp_path)
+    done = train(tiny, run, settings(save_every=100), total_steps=5, callbacks=[Ask()])
+
+    assert (done.result.status, done.result.step, done.result.signal) == ("stopped", 3, None)
+    assert done.saved == [1, 3] and [r["step"] for r in exact_log(run)] == [1, 2, 3]
 
 
 class Signalling:

@@ -49,6 +49,6 @@ def _disturb(model: VisionLanguageModel, seed: int) -> None:
         weight.add_(0.1 * torch.randn(weight.shape, generator=draw))
     if model.adapters:
         noise = {
-            name: 0.1 * torch.randn(t.shape, generator=draw) for name, t in adapter_tensors(model.language).items()
+            name: 0.1 * torch.randn(t.shape, generator=draw) for name, t in adapter_tensors(model.language.part).items()
         }
-        load_adapter_tensors(model.language, noise)
+        load_adapter_tensors(model.language.part, noise)

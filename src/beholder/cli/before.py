@@ -15,10 +15,18 @@ from beholder.types import DatasetKind, ShapeName, UserError
 @app.command(epilog=example("beholder prepare openmoji"))
 def prepare(
     name: Annotated[
-        Literal["quickstart", "openmoji"],
-        typer.Argument(metavar="NAME", help="quickstart: its parts and easy-VQA. openmoji: drawings and their names."),
+        Literal["quickstart", "openmoji", "ood"],
+        typer.Argument(
+            metavar="NAME",
+            help="quickstart: its parts and easy-VQA. openmoji: drawings and their names. ood: images to watch a model "
+            "with (eval.ood, eval.irrelevant).",
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="Folder to fill; default data/NAME.")] = None,
+    font: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="ood: a font for scripts that DejaVu lacks, such as Chinese. Repeatable."),
+    ] = None,
 ) -> None:
     """Fetch pinned packages and turn them into the parts and data that the configs name. Nothing is installed.
 
@@ -26,7 +34,9 @@ def prepare(
     """
     from beholder.prepare.packages import prepare as prepare_assets
 
-    say(f"{name} is ready in {prepare_assets(name, out or Path('data') / name, say=say)}")
+    if (fonts := font or []) and name != "ood":
+        raise UserError(f"--font is for prepare ood; {name} draws no text")
+    say(f"{name} is ready in {prepare_assets(name, out or Path('data') / name, say=say, fonts=fonts)}")
 
 
 @app.command(epilog=example("beholder check data/captions.jsonl --image-root data/images --decode"))

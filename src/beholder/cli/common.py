@@ -24,14 +24,14 @@ EXIT_USER = 2
 EXIT_GATES = 3
 """The run finished, and its evidence does not meet its gates."""
 EXIT_GUARDRAIL = 4
-"""The run stopped itself: a loss or gradient was not finite."""
+"""The run stopped itself: a guardrail, or a loss or gradient that was not finite."""
 EXIT_SIGINT = 130
 EXIT_SIGTERM = 143
 """Ctrl-C or SIGTERM during training: the step was finished and a checkpoint written."""
 
 ORDER = (
     "quickstart", "run", "prepare", "check", "preview", "plan", "generate", "chat", "score", "evaluate", "ablate",
-    "audit", "sweep", "compare", "report", "doctor", "schema", "golden",
+    "audit", "layers", "sweep", "footprint", "compare", "report", "doctor", "schema", "golden",
 )  # fmt: skip
 """The commands as a person meets them, whatever file they stand in; one that is missing here comes last."""
 
@@ -134,4 +134,6 @@ def exit_for(outcome: Outcome) -> None:
     outcome.print(terminal())
     if outcome.signal is not None:
         raise typer.Exit(EXIT_SIGINT if outcome.signal == signal.SIGINT else EXIT_SIGTERM)
+    if outcome.stopped:
+        raise typer.Exit(EXIT_GUARDRAIL)
     raise typer.Exit(EXIT_GATES if outcome.failed_gates else EXIT_OK)

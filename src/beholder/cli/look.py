@@ -88,6 +88,23 @@ def golden_diff(
     tell(diff_steps(run_folder, before, after), json)
 
 
+@app.command(epilog=example("beholder layers outputs/quickstart/instruct"))
+def layers(
+    run_folder: RunArg,
+    num_samples: Annotated[int, typer.Option(min=4, max=4096, help="Held-out samples.")] = 64,
+    step: Annotated[int | None, typer.Option(min=1, help="Of this checkpoint.  [default: the best]")] = None,
+    json: Json = False,
+    sets: Sets = None,
+) -> None:
+    """How much each layer of the language model changes what passes through it: CKA of its input and output.
+
+    Python: beholder.stages.layers.layers_of_run.
+    """
+    from beholder.stages.layers import layers_of_run
+
+    tell(layers_of_run(run_folder, num_samples=num_samples, step=step, overrides=sets or []), json)
+
+
 @app.command(epilog=example("beholder compare outputs/a outputs/b --out compare.html"))
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN RUN…", help="Run folders, two or more.")],

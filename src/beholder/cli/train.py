@@ -95,3 +95,23 @@ def sweep(
     result = run_sweep(config, sets or [], console=terminal(), promote_anyway=promote_anyway)
     result.print(terminal())
     raise typer.Exit(result.exit_code)
+
+
+@app.command(epilog=example("beholder footprint configs/quickstart/footprint.yaml"))
+def footprint(
+    config: ConfigArg,
+    sets: Sets = None,
+    promote_anyway: Annotated[
+        bool, typer.Option("--promote-anyway", help="Start from a checkpoint whose run failed its gates.")
+    ] = False,
+) -> None:
+    """How many layers should learn? Runs with more and more of them, the frontier, and a page that answers.
+
+    Only what is missing is run; --set footprint.select=[C2,C3] runs some of the points. Python:
+    beholder.studies.footprint.run_footprint.
+    """
+    from beholder.studies.footprint import run_footprint
+
+    result = run_footprint(config, sets or [], console=terminal(), promote_anyway=promote_anyway)
+    result.print(terminal())
+    raise typer.Exit(result.exit_code)

@@ -3,6 +3,7 @@
     section           what every group of settings has in common
     parts             the model's settings
     data              the data's, the feature store's, and how a sample is laid out
+    monitors          what a run is watched with: one record each
     run               training, evaluation, ablation, and `RunConfig`, which holds every section
     stages            here a stage is added: one record each, with its gates
     studies           several runs as one question
@@ -22,35 +23,61 @@ from beholder.config.data import (
     PromptingConfig,
     SourceConfig,
 )  # fmt: skip
+from beholder.config.monitors import (
+    MONITORED,
+    MONITORS,
+    RETAINED,
+    STRENGTH_LINE,
+    WATCHED,
+    Monitor,
+    Watched,
+    in_script,
+)
 from beholder.config.parts import (
     ConnectorConfig,
+    Layers,
     LlmConfig,
     LoraConfig,
     ModelConfig,
     ProjectorConfig,
     ResamplerConfig,
     VisionConfig,
+    names_modules,
+    no_layers,
 )  # fmt: skip
 from beholder.config.run import (
     GREEDY,
     AblationConfig,
     EvalConfig,
     GenerateConfig,
+    IrrelevantConfig,
     LearningRates,
+    OodConfig,
     RunConfig,
     TrainConfig,
     WeightDecays,
 )  # fmt: skip
 from beholder.config.section import Cadence, Decided, Fraction, Positive, Section, decided_by, settings
-from beholder.config.stages import STAGES, BestRule, GateConfig, Stage, StageName, usual_gate
-from beholder.config.studies import SCALES, SweepConfig
+from beholder.config.stages import (
+    GUARDRAILS,
+    STAGES,
+    BestRule,
+    GateConfig,
+    GuardrailConfig,
+    Stage,
+    StageName,
+    usual_gate,
+)
+from beholder.config.studies import SCALES, FootprintConfig, PointSetting, StudyConfig, SweepConfig
 from beholder.types import DatasetKind
 
 __all__ = [
-    "CAPTION_SPAM", "GREEDY", "SCALES", "STAGES", "AblationConfig", "BestRule", "Cadence",
-    "ConnectorConfig", "DataConfig", "DatasetKind", "Decided", "EvalConfig", "FeaturesConfig", "Fraction",
-    "GateConfig", "GenerateConfig", "HygieneConfig", "HygieneLimits", "LearningRates", "LlmConfig", "LoraConfig",
-    "ModelConfig", "Positive", "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig",
-    "Section", "SourceConfig", "Stage", "StageName", "SweepConfig", "TrainConfig", "VisionConfig", "WeightDecays",
-    "decided_by", "settings", "usual_gate",
+    "CAPTION_SPAM", "GREEDY", "GUARDRAILS", "MONITORED", "MONITORS", "RETAINED", "SCALES", "STAGES", "STRENGTH_LINE",
+    "WATCHED", "AblationConfig", "BestRule", "Cadence", "ConnectorConfig", "DataConfig", "DatasetKind", "Decided",
+    "EvalConfig", "FeaturesConfig", "FootprintConfig", "Fraction", "GateConfig", "GenerateConfig", "GuardrailConfig",
+    "HygieneConfig", "HygieneLimits", "IrrelevantConfig", "Layers", "LearningRates", "LlmConfig", "LoraConfig",
+    "ModelConfig", "Monitor", "OodConfig", "PointSetting", "Positive", "ProjectorConfig", "PromptingConfig",
+    "ResamplerConfig", "RunConfig", "Section", "SourceConfig", "Stage", "StageName", "StudyConfig", "SweepConfig",
+    "TrainConfig", "VisionConfig", "Watched", "WeightDecays", "decided_by", "in_script", "names_modules", "no_layers",
+    "settings", "usual_gate",
 ]  # fmt: skip

@@ -163,7 +163,8 @@ class DataConfig(Section):
     max_samples: Annotated[Positive | None, decides("held_out")] = None
     """Use only this many records (train + eval), drawn by the seed."""
     multi_image_fraction: Fraction = 0.0
-    """Share of training samples that join two captioned images under template B (at most 2 images a sample)."""
+    """Share of training samples that join two captioned images under template B (at most 2 images a sample); under
+    ``prompting.template`` caption alone, which takes no words from the records' user turns."""
     augment: Literal["none", "random_crop"] = "none"
     """random_crop: 80-100 % of the area, seeded by (seed, epoch, sample). Switches the feature store off."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -220,6 +221,10 @@ class DataConfig(Section):
         return self.split_mode or ("none" if self.eval_sources else "ratio")
 
 
+_NATIVE = Inert(
+    lambda cfg, _: cfg.model.native is not None, "model.native does it in its own way",
+    "model.native model.native.name_or_path",
+)  # fmt: skip
 _NOT_ENABLED = Inert(lambda _, own: not own.enabled, "features.enabled is false", ".enabled")
 
 
@@ -233,6 +238,17 @@ class FeaturesConfig(Section):
     ``~/.cache/beholder/features``."""
     max_gb: Annotated[float, Field(gt=0, le=1_000_000), _NOT_ENABLED, Tiny(value=0.1)] = 20.0
     """Size cap in GB (1e9 bytes). Images that do not fit go through the tower at every step."""
+    layers: Annotated[
+        bool, decides("weights", "speed"), _NOT_ENABLED,
+        Inert(
+            lambda cfg, _: cfg.model.connector.trainable or cfg.tower_may_learn or not cfg.has_adapters,
+            "what goes into the language model's layers changes where connector or tower learn, and nothing learns in "
+            "them without adapters", "model.connector.trainable model.lora.enable",
+        ),
+    ] = False  # fmt: skip
+    """Keep, of every sample, what goes into the lowest layer of the language model that learns as well: later passes
+    over the data begin there. Worth its room (2 or 4 bytes x width a token) for ``model.lora.llm_layers: last-K`` and
+    more than one pass."""
 
 
 _CHAT = Inert(
@@ -273,9 +289,9 @@ class PromptingConfig(Section):
     """Template A's text after the image."""
     instruction_multi: Annotated[str, _CHAT, _ONE_IMAGE] = "Describe each image in order, one sentence per image."
     """Template B's text after the images."""
-    im_start: str = "auto"
+    im_start: Annotated[str, _NATIVE] = "auto"
     """Text whose existing tokens open an image; auto: the tokenizer's own vision token, else ``[``."""
-    im_end: str = "auto"
+    im_end: Annotated[str, _NATIVE] = "auto"
     """Text whose existing tokens close an image; auto: the tokenizer's own vision token, else ``]``."""
     pad_to_multiple_of: Annotated[Positive, Field(le=65_536)] = 8
     """Row lengths are rounded up to this."""

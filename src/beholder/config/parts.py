@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from beholder.config.section import Inert, Positive, Section, Tiny, decides
+from beholder.config.section import Inert, Positive, Section, Tiny, Written, decides
 
 # ---------------------------------------------------------------------------------------------------------------
 # model
@@ -19,12 +20,70 @@ NO_ADAPTERS = Inert(
 FROZEN_CONNECTOR = Inert(
     lambda cfg, _: not cfg.model.connector.trainable, "model.connector.trainable is false", "model.connector.trainable"
 )
+FROZEN_TOWER = Inert(
+    lambda cfg, _: not cfg.tower_may_learn, "the vision tower is frozen (model.vision.unfreeze, model.lora.vit_layers)",
+    "model.vision.unfreeze model.lora.vit_layers",
+)  # fmt: skip
 _NOT_PERCEIVER = Inert(lambda _, own: own.kind != "perceiver", "only the perceiver resampler has it", ".kind")
 _LINEAR = Inert(lambda _, own: own.kind == "linear", "a linear projector has none", ".kind")
+_NATIVE = Inert(
+    lambda cfg, _: cfg.model.native is not None,
+    "model.native names a whole vision-language model, which has its own language model, tower and connector",
+    "model.native model.native.name_or_path",
+)  # fmt: skip
 _NOT_TIMM = Inert(
     lambda _, own: not own.name_or_path.startswith("timm/"),
     "it belongs to timm/<name> towers; a Hugging Face folder holds its own weights", ".name_or_path",
 )  # fmt: skip
+
+
+Layers = (
+    Annotated[
+        str, Field(pattern=r"^(all|none|(last|first)-[0-9]{1,4})$"),
+        Written("all, none, last-K, first-K"),
+    ]
+    | tuple[Annotated[int, Field(ge=0, le=9_999)], ...]
+)  # fmt: skip
+"""Which layers of a model: by where they stand, or by their numbers from 0."""
+
+
+def names_modules(pattern: str) -> bool:
+    """Whether a pattern is the end of a module's name, or ``all-linear``; else it is a regular expression."""
+    return pattern == "all-linear" or re.fullmatch(r"[\w.]+", pattern) is not None
+
+
+def no_layers(layers: Layers) -> bool:
+    return layers in ("none", "last-0", "first-0", ())
+
+
+def _few(layers: Layers | None) -> Layers | None:
+    """As much of it as a tiny part has."""
+    if layers is None:
+        return None
+    if isinstance(layers, str):
+        return re.sub(r"-[1-9]\d*", "-1", layers)
+    return tuple(k for k in layers if k == 0) or ("last-1" if layers else layers)
+
+
+def _whole_layers(modules: tuple[str, ...]) -> tuple[str, ...]:
+    """An expression may speak of layers that a tiny part does not have."""
+    return modules if all(map(names_modules, modules)) else ("all-linear",)
+
+
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+
+
+class NativeConfig(Section):
+    name_or_path: Annotated[str, decides("place", "weights", "held_out")]
+    """Hub name or local folder of a whole Hugging Face vision-language model, with its processor."""
+    revision: Annotated[str | None, Tiny()] = None
+    """Hub commit or tag."""
+    attn_implementation: Annotated[Attention, Tiny(value="sdpa")] = "sdpa"
+    """Attention kernel of its language model and its tower."""
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    """Storage and compute type of its frozen weights."""
+    gradient_checkpointing: Annotated[bool, decides("speed")] = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
 
 
 class LlmConfig(Section):
@@ -32,9 +91,7 @@ class LlmConfig(Section):
     """Hub name, local folder, or a ``.gguf`` file of a causal language model."""
     revision: Annotated[str | None, Tiny()] = None
     """Hub commit or tag."""
-    attn_implementation: Annotated[
-        Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"], Tiny(value="sdpa")
-    ] = "sdpa"
+    attn_implementation: Annotated[Attention, Tiny(value="sdpa")] = "sdpa"
     """Attention kernel. Packing is proven for sdpa and eager on CPU; each kernel is checked again at start-up."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """Storage and compute type of the frozen weights."""
@@ -54,7 +111,10 @@ class VisionConfig(Section):
     weights: Annotated[str | None, decides("place", "weights"), _NOT_TIMM] = None
     """``timm/…`` only: a local ``.safetensors`` file to load strictly, instead of timm's own download."""
     freeze: Literal[True] = True
-    """The tower stays bit-identical."""
+    """What nobody lets learn (``unfreeze``, ``model.lora.vit_layers``) stays bit-identical."""
+    unfreeze: Annotated[tuple[str, ...], Tiny(make=lambda names: ("first-1",) if names else ())] = ()
+    """Blocks, stages or other modules of the tower whose weights learn themselves, in fp32: names (``stages.3``,
+    ``blocks.11``), ``last-K`` or ``first-K`` blocks. Batch statistics stay as they are."""
     feature_layer: Annotated[int, Field(ge=-1024, le=1024)] = -1
     """Hidden layer whose patch tokens are used: -1 is the tower's final output, -2 the layer before."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
@@ -92,14 +152,14 @@ class ConnectorConfig(Section):
     load_checkpoint: Annotated[str | None, decides("start"), Tiny()] = None
     """A run or checkpoint folder that this run starts from: its connector, and its adapters as ``model.lora.adapters``
     says."""
-    trainable: bool = True
-    num_visual_tokens: Annotated[Positive | None, Field(le=65_536)] = None
+    trainable: Annotated[bool, _NATIVE] = True
+    num_visual_tokens: Annotated[Positive | None, Field(le=65_536), _NATIVE] = None
     """N, the language-model positions one image takes. Default 64 for the perceiver; fixed by the other kinds."""
-    vision_ln: bool = False
+    vision_ln: Annotated[bool, _NATIVE] = False
     """LayerNorm on the patch features. Must match the checkpoint that is loaded."""
-    resampler: ResamplerConfig = ResamplerConfig()
-    projector: ProjectorConfig = ProjectorConfig()
-    output_norm: Literal["rms", "none"] = "rms"
+    resampler: Annotated[ResamplerConfig, _NATIVE] = ResamplerConfig()
+    projector: Annotated[ProjectorConfig, _NATIVE] = ProjectorConfig()
+    output_norm: Annotated[Literal["rms", "none"], _NATIVE] = "rms"
     """rms: visual tokens start at the RMS of the language model's embedding table, with a learned gain."""
 
     def impossible(self) -> list[str]:
@@ -130,7 +190,8 @@ class LoraConfig(Section):
             "stage",
         ),
     ] = False
-    """Train low-rank adapters on the language model (stage 2)."""
+    """Train low-rank adapters: on the language model, and on the vision tower where ``vit_layers`` says so (from stage
+    2 on)."""
     adapters: Annotated[
         Literal["continue", "merge", "fresh"],
         Inert(
@@ -152,16 +213,76 @@ class LoraConfig(Section):
     on the line from the language model's own weights (0) to the trained ones (1). Below 1 it keeps more of the language
     (WiSE-FT, Wortsman et al. 2022)."""
     bias: Annotated[Literal["none"], NO_ADAPTERS] = "none"
-    target_modules: Annotated[tuple[str, ...], NO_ADAPTERS] = (
+    target_modules: Annotated[tuple[str, ...], NO_ADAPTERS, Tiny(make=_whole_layers)] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
-    """Linear layers of the language model that get an adapter: the last part of a module's name (``q_proj``), several
-    parts (``self_attn.q_proj``), or a regular expression that matches the whole name below the language model. Each
-    must match something, and nothing outside the language model's layers; the resolved list is printed and counted."""
+    """Modules of the language model that get an adapter: ``all-linear``, the last part of a module's name (``q_proj``),
+    several parts (``self_attn.q_proj``), or a regular expression that matches the whole name or its last parts. Each
+    must match something, and nothing outside the language model's layers; the resolved list is printed and counted. A
+    regular expression that names modules of the vision tower alone is the tower's, in all its blocks unless
+    ``vit_layers`` says which."""
+    llm_layers: Annotated[Layers, NO_ADAPTERS, Tiny(make=_few)] = "all"
+    """Layers of the language model that get them: all, none, ``last-2``, ``first-2``, or a list of numbers from 0."""
+    vit_layers: Annotated[Layers | None, NO_ADAPTERS, Tiny(make=_few)] = None
+    """Blocks of the vision tower that get adapters as well, said like ``llm_layers``; default none, unless an
+    expression in ``target_modules`` names modules of the tower. ``beholder plan`` counts them."""
+    vit_target_modules: Annotated[
+        tuple[str, ...], NO_ADAPTERS, Tiny(value=("all-linear",)),
+        Inert(
+            lambda _, own: own.vit_layers is None or no_layers(own.vit_layers), "the tower gets no adapters",
+            ".vit_layers",
+        ),
+    ] = ("all-linear",)  # fmt: skip
+    """Modules of these blocks that do: as in ``target_modules``. ``all-linear`` are linear layers, ``qkv`` among them,
+    and 1 x 1 convolutions; other convolutions, depth-wise ones among them, are named."""
+
+    @property
+    def may_reach_tower(self) -> bool:
+        """Whether the tower gets adapters, or may: what an expression names, only the model knows."""
+        if self.vit_layers is None:
+            return not all(map(names_modules, self.target_modules))
+        return not no_layers(self.vit_layers)
+
+    def impossible(self) -> list[str]:
+        if self.enable and no_layers(self.llm_layers) and not self.may_reach_tower:
+            return [
+                "enable is true, but llm_layers and vit_layers choose no layer, so there would be no adapters; choose "
+                "some, or set enable: false"
+            ]
+        return []
 
 
 class ModelConfig(Section):
-    llm: LlmConfig
-    vision: VisionConfig
+    llm: Annotated[LlmConfig, _NATIVE]
+    vision: Annotated[VisionConfig, _NATIVE]
     connector: ConnectorConfig = ConnectorConfig()
     lora: LoraConfig = LoraConfig()
+    native: NativeConfig | None = None
+    """A whole vision-language model in place of ``llm``, ``vision`` and ``connector``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parts_of_native(cls, given: Any) -> Any:
+        return _tuples(with_native_parts(given))
+
+
+def with_native_parts(given: Any) -> Any:
+    """A ``model`` section as it was written, with a native model's parts under their usual names, so that who asks for
+    one need not know which kind it is."""
+    if not isinstance(given, dict) or not isinstance(native := given.get("native"), dict):
+        return given
+    own = {"name_or_path": "-"} | {k: native[k] for k in ("name_or_path", "revision", "precision") if k in native}
+    more = {k: native[k] for k in ("attn_implementation", "gradient_checkpointing") if k in native}
+    connector = given.get("connector") or {}
+    return given | {
+        "llm": given.get("llm") or own | more,
+        "vision": given.get("vision") or own,
+        "connector": {**connector, "trainable": False} if isinstance(connector, dict) else connector,
+    }
+
+
+def _tuples(value: Any) -> Any:
+    """What came as JSON is checked as Python from here on, where a list is no tuple."""
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

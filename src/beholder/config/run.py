@@ -5,15 +5,27 @@ Paths are relative to the working directory, as on a command line.
 
 from __future__ import annotations
 
+import re
+from operator import attrgetter
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from beholder.config.data import DataConfig, FeaturesConfig, HygieneLimits, PromptingConfig, Template
-from beholder.config.parts import FROZEN_CONNECTOR, NO_ADAPTERS, ModelConfig
-from beholder.config.section import Cadence, Fraction, Inert, Natural, Positive, Section, Tiny, decides
-from beholder.config.stages import GateConfig, Stage, StageName, complete_gates, stage_of
-from beholder.config.studies import SweepConfig
+from beholder.config.monitors import MONITORED, RETAINED, WATCHED, is_script
+from beholder.config.parts import FROZEN_CONNECTOR, FROZEN_TOWER, NO_ADAPTERS, ModelConfig
+from beholder.config.section import Cadence, Fraction, Inert, Natural, Positive, Section, Tiny, Written, decides
+from beholder.config.stages import (
+    GUARDRAILS,
+    GateConfig,
+    GuardrailConfig,
+    Stage,
+    StageName,
+    complete_gates,
+    complete_guardrails,
+    stage_of,
+)  # fmt: skip
+from beholder.config.studies import FootprintConfig, SweepConfig
 
 # ---------------------------------------------------------------------------------------------------------------
 # train, eval
@@ -23,13 +35,16 @@ class LearningRates(Section):
     connector: Annotated[float, Field(ge=0), FROZEN_CONNECTOR] = 1e-4
     """Peak learning rate of the connector."""
     lora: Annotated[float, Field(ge=0), NO_ADAPTERS] = 5e-5
-    """Peak learning rate of the adapters (stage 2)."""
+    """Peak learning rate of the adapters on the language model (from stage 2 on)."""
+    vision: Annotated[float, Field(ge=0), FROZEN_TOWER] = 5e-5
+    """Peak learning rate of what learns in the vision tower: its adapters, its unfrozen blocks."""
 
 
 class WeightDecays(Section):
     connector: Annotated[float, Field(ge=0), FROZEN_CONNECTOR] = 0.01
     """On the connector's matrices; norms, biases and latents always get 0."""
     lora: Annotated[float, Field(ge=0), NO_ADAPTERS] = 0.0
+    vision: Annotated[float, Field(ge=0), FROZEN_TOWER] = 0.0
 
 
 _SHOWN = decides("watching")
@@ -132,6 +147,69 @@ _ONE_IMAGE = Inert(
 )
 
 
+_UNASKED = Inert(lambda _, own: own.path is None, "there are no images for it (path is not given)", ".path")
+
+
+class IrrelevantConfig(Section):
+    """Images that have nothing to do with the task, of which the model must say so."""
+
+    path: Annotated[str | None, Tiny()] = None
+    """A record file or a folder of images (docs/data.md, "Monitors"), as `beholder prepare ood` makes them; none: not
+    measured."""
+    image_root: Annotated[str | None, _UNASKED, Tiny()] = None
+    """Folder the records' images are relative to; default ``images`` beside the record file, else the file's own."""
+    phrase: Annotated[str, Field(min_length=1), _UNASKED] = "无关图片"
+    """What the answer must contain, in any language; width of characters and case do not count."""
+    pattern: Annotated[str | None, _UNASKED] = None
+    """A regular expression to be found in the answer, in place of ``phrase``."""
+    prompt: Annotated[str | None, _UNASKED] = None
+    """What is asked about images whose record asks nothing; default the held-out samples' own questions, in turn."""
+
+    def impossible(self) -> list[str]:
+        return _bad_patterns(self, "pattern")
+
+
+class OodConfig(Section):
+    """Images unlike the training's, which the model describes in its own words."""
+
+    path: Annotated[str | None, Tiny()] = None
+    """A record file or a folder of images (docs/data.md, "Monitors"), as `beholder prepare ood` makes them; none: not
+    measured."""
+    image_root: Annotated[str | None, _UNASKED, Tiny()] = None
+    """Folder the records' images are relative to; default ``images`` beside the record file, else the file's own."""
+    prompt: Annotated[str, _UNASKED] = "Describe this image in natural language."
+    """What a model that answers is asked; one that captions gets the instruction it was trained with."""
+    question: Annotated[str | None, _UNASKED] = "Is there a {object} in the image?"
+    """Asked of a model that answers about an object the image does not show, of those that the training texts name;
+    null: not asked."""
+    yes: Annotated[str, _UNASKED] = r"\s*(yes\b|是(?![否不])|有(?!没有)|对(?![不于])|はい|да\b|oui\b|sí\b|ja\b|نعم)"
+    """A regular expression: with what an answer begins that says yes."""
+    script: Annotated[str | None, _UNASKED] = None
+    """The script captions must be in, by the first word of its letters' names in Unicode: latin, cjk (Chinese),
+    hiragana, hangul, cyrillic, arabic, …; none: any."""
+
+    def impossible(self) -> list[str]:
+        wrong = _bad_patterns(self, "yes")
+        if self.question is not None and "{object}" not in self.question:
+            wrong.append(f"question {self.question!r} has no {{object}} for what is asked about")
+        if self.script is not None and not is_script(self.script):
+            wrong.append(
+                f"script {self.script!r} is not the first word of any letter's name in Unicode; such are latin, cjk "
+                "(Chinese), hiragana, katakana, hangul, cyrillic, greek, arabic, hebrew, devanagari and thai"
+            )
+        return wrong
+
+
+def _bad_patterns(section: Section, *names: str) -> list[str]:
+    wrong: list[str] = []
+    for name in names:
+        try:
+            re.compile(getattr(section, name) or "")
+        except re.error as e:
+            wrong.append(f"{name} {getattr(section, name)!r} is not a regular expression: {e}")
+    return wrong
+
+
 class EvalConfig(Section):
     all_decide = decides("measuring")
 
@@ -158,8 +236,14 @@ class EvalConfig(Section):
     caption_samples: Annotated[Natural, Tiny(at_most=4)] = 256
     """Held-out samples whose last answer is written at the end, greedily. align: captions, scored by exact match, BLEU,
     ROUGE-L, CIDEr-D and CHAIR; instruct: answers, scored by VQA accuracy, POPE and exact match as well. 0: none."""
-    answer_tokens: Annotated[Positive, Field(le=1_048_576), _NO_CAPTIONS, Tiny(at_most=6)] = 64
-    """Longest answer written for them, in tokens."""
+    answer_tokens: Annotated[
+        Positive, Field(le=1_048_576), Tiny(at_most=6),
+        Inert(
+            lambda _, own: own.caption_samples == 0 and not own.watched,
+            "eval.caption_samples is 0 and nothing is watched", ".caption_samples",
+        ),
+    ] = 64  # fmt: skip
+    """Longest answer written for them, and about the images of monitors, in tokens."""
     qa_samples: Annotated[
         Natural, Tiny(at_most=4),
         Inert(
@@ -180,16 +264,39 @@ class EvalConfig(Section):
     object_list: Annotated[
         str | None, Tiny(),
         Inert(
-            lambda _, own: own.caption_samples == 0 and own.qa_samples == 0,
+            lambda _, own: own.caption_samples == 0 and own.qa_samples == 0 and own.ood.path is None,
             "no captions are written and no questions asked", ".caption_samples .qa_samples",
         ),
     ] = None  # fmt: skip
-    """Objects for CHAIR and the questions: a text file, one ``name: synonym, synonym`` a line. Default COCO's 80."""
+    """Objects for CHAIR, the questions and ``eval.ood``: a text file, one ``name: synonym, synonym`` a line. Default
+    COCO's 80."""
     clip_model: Annotated[str | None, _NO_CAPTIONS, Tiny()] = None
     """CLIP folder or hub name for CLIPScore; none: not measured."""
     audit_turns: Annotated[Natural, Tiny(at_most=8)] = 128
     """Held-out answers that the language model is scored on without any image, and the trained model with an empty one
     (leakage audit); 0: none."""
+
+    irrelevant: IrrelevantConfig = IrrelevantConfig()
+    ood: OodConfig = OodConfig()
+    jitter_samples: Annotated[Natural, Tiny(at_most=2)] = 0
+    """Held-out samples that are answered once more with a little cut off the edges of their images, at every
+    evaluation; 0: none."""
+    gap_samples: Annotated[Natural, Tiny(value=0)] = 0
+    """Held-out samples, and as many training samples, whose losses make the generalisation gap, at every evaluation;
+    0: not measured."""
+    retention_every: Annotated[
+        Literal["eval", "end"],
+        Inert(lambda cfg, _: not cfg.has_adapters, "there are no adapters", "stage model.lora.enable"),
+    ] = "end"  # fmt: skip
+    """When the loss on plain text is measured: at every evaluation, or at the end alone."""
+    strengths: Annotated[
+        tuple[Annotated[float, Field(gt=0, lt=1)], ...], Tiny(value=()),
+        Inert(lambda cfg, _: not cfg.has_adapters, "there are no adapters", "stage model.lora.enable"),
+    ] = ()  # fmt: skip
+    """Shares of what the adapters learned at which held-out loss, text loss and monitors are measured at the end as
+    well: the line from the base to the trained model, such as [0.25, 0.5, 0.75]. Nothing more is trained for it."""
+    baseline_run: Annotated[str | None, Tiny()] = None
+    """Run folder whose step 0 is the baseline of the guardrails; default this run's own."""
 
     slot_samples: Annotated[Natural, Tiny(at_most=6), _ONE_IMAGE] = 200
     """Held-out samples of several images in which each image alone is replaced, as many of every number of images;
@@ -197,6 +304,22 @@ class EvalConfig(Section):
     moved_samples: Annotated[Natural, Tiny(at_most=6), _ONE_IMAGE] = 400
     """Held-out samples of several images and a short answer whose images are moved through every place, and as many
     two of which change places; 0: none."""
+
+    def off(self, measure: str) -> str | None:
+        """The setting that would have a monitor's measurement made; None where it is made, and for all others."""
+        setting = next((s for begin, s in MONITORED.items() if measure.startswith(begin)), None)
+        return setting if setting is not None and not attrgetter(setting.removeprefix("eval."))(self) else None
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """What is measured at every evaluation."""
+        more = RETAINED if self.retention_every == "eval" else ()
+        return (*(name for name in WATCHED if self.off(name) is None), *more)
+
+    @property
+    def greedy(self) -> GenerateConfig:
+        """How answers about held-out samples and the images of monitors are written."""
+        return GREEDY.model_copy(update={"max_new_tokens": self.answer_tokens})
 
 
 class AblationConfig(Section):
@@ -214,7 +337,10 @@ class AblationConfig(Section):
 class RunConfig(Section):
     """One run: a stage, its parts, its data, its training and its evidence."""
 
-    run_name: Annotated[str, Field(max_length=200, pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$"), decides("run")]
+    run_name: Annotated[
+        str, Field(max_length=200, pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$"),
+        Written("a plain name without slashes, of at most 200 characters"), decides("run"),
+    ]  # fmt: skip
     """Name of the run; part of a path, so without slashes and not starting with a dot."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """Decides order, split, initial weights and dropout."""
@@ -233,6 +359,11 @@ class RunConfig(Section):
     ablation: AblationConfig = AblationConfig()
     gates: Annotated[dict[str, GateConfig], Field(default_factory=dict, validate_default=True), decides("measuring")]
     """What the evidence must show before the run may be built upon; the stage's own gates unless changed by name."""
+    guardrails: Annotated[
+        dict[str, GuardrailConfig], Field(default_factory=dict, validate_default=True), decides("watching"),
+        Tiny(value={}),
+    ]  # fmt: skip
+    """What stops the run early; the stage's own, where their monitor is switched on, unless changed by name."""
     scales: Annotated[
         dict[str, dict[str, bool | int | float | str | None]], Field(default_factory=dict), decides("run")
     ]
@@ -240,6 +371,8 @@ class RunConfig(Section):
     smoke, trial and full."""
     sweep: Annotated[SweepConfig | None, decides("run"), Tiny()] = None
     """Only for ``beholder sweep``."""
+    footprint: Annotated[FootprintConfig | None, decides("run"), Tiny()] = None
+    """Only for ``beholder footprint``."""
 
     @field_validator("prompting")
     @classmethod
@@ -252,6 +385,18 @@ class RunConfig(Section):
     @classmethod
     def _complete(cls, given: dict[str, GateConfig], info: ValidationInfo) -> dict[str, GateConfig]:
         return complete_gates(given, stage_of(info.data.get("stage"), info.data.get("model")))
+
+    @field_validator("guardrails")
+    @classmethod
+    def _guarded(cls, given: dict[str, GuardrailConfig], info: ValidationInfo) -> dict[str, GuardrailConfig]:
+        stage, own = stage_of(info.data.get("stage"), info.data.get("model")), info.data.get("eval")
+        watched = own.watched if isinstance(own, EvalConfig) else ()
+        return complete_guardrails(given, stage, watched.__contains__)
+
+    @property
+    def guards(self) -> dict[str, GuardrailConfig]:
+        """The guardrails that are not switched off."""
+        return {name: rule for name, rule in self.guardrails.items() if rule.enable}
 
     @property
     def measure_seed(self) -> int:
@@ -271,6 +416,11 @@ class RunConfig(Section):
     def has_adapters(self) -> bool:
         """Whether adapters learn."""
         return self.stage_record.adapters and self.model.lora.enable
+
+    @property
+    def tower_may_learn(self) -> bool:
+        """Whether something in the vision tower learns, or may."""
+        return bool(self.model.vision.unfreeze) or (self.has_adapters and self.model.lora.may_reach_tower)
 
     @property
     def golden_size(self) -> int:
@@ -309,10 +459,13 @@ class RunConfig(Section):
     def impossible(self) -> list[str]:
         wrong: list[str] = []
         stage = self.stage_record
-        if not self.model.connector.trainable and stage.connector_learns:
+        if self.model.native is not None:
+            wrong += self._impossible_natively(stage)
+        elif not self.model.connector.trainable and stage.connector_learns:
             wrong.append(f"stage {stage.name} trains the connector, but model.connector.trainable is false")
-        elif not self.model.connector.trainable and not self.has_adapters:
-            wrong.append("nothing would be trained: model.lora.enable and model.connector.trainable are false")
+        if not (self.model.connector.trainable or self.has_adapters or self.tower_may_learn or stage.connector_learns):
+            two = "model.lora.enable and model.connector.trainable are"
+            wrong.append(f"nothing would be trained: {'model.lora.enable is' if self.model.native else two} false")
         if self.template not in stage.templates:
             wrong.append(
                 f"stage {stage.name} answers questions, and prompting.template {self.template} has none; use "
@@ -329,7 +482,13 @@ class RunConfig(Section):
                 raise ValueError("every image has the same")
         except (LookupError, ValueError, AttributeError) as e:
             wrong.append(f"prompting.image_label {self.image_label!r}: {e}; expected a text with {{k}} for the number")
-        if self.max_images < 2 and self.data.multi_image_fraction > 0:
+        if self.data.multi_image_fraction > 0 and self.template != "caption":
+            wrong.append(
+                "data.multi_image_fraction joins two captions under prompting.template caption; under "
+                f"{self.template} samples have questions of their own, which a joined one would lose. Remove it; "
+                "records of several images are for stage multi"
+            )
+        elif self.data.multi_image_fraction > 0 and self.max_images < 2:
             wrong.append("data.multi_image_fraction needs prompting.max_images_per_sample of at least 2")
         limits = self.hygiene
         if limits.max_tokens is not None and limits.min_tokens > limits.max_tokens:
@@ -345,4 +504,49 @@ class RunConfig(Section):
                 wrong.append(f"gates.{name} has no measure; name what it judges, or use one of the stage's own: {own}")
             elif not gate.bound:
                 wrong.append(f"gates.{name} has no bound; give above, at_least or at_most")
+            elif gate.enable and (setting := self.eval.off(gate.measure)) is not None:
+                wrong.append(f"gates.{name}: {gate.measure} is a monitor without data; give {setting}")
+        for name, rule in self.guards.items():
+            if rule.measure is None:
+                wrong.append(
+                    f"guardrails.{name} has no measure; name what it judges ({', '.join(WATCHED)}), or use one of: "
+                    f"{', '.join(GUARDRAILS)}"
+                )
+            elif (setting := self.eval.off(rule.measure)) is not None:
+                wrong.append(f"guardrails.{name}: {rule.measure} is a monitor without data; give {setting}")
+            elif rule.measure not in self.eval.watched or (rule.measure in RETAINED and not self.has_adapters):
+                taken = [m for m in self.eval.watched if m not in RETAINED or self.has_adapters]
+                wrong.append(
+                    f"guardrails.{name}: {rule.measure} is not measured at every evaluation; what is: "
+                    f"{', '.join(taken) or 'nothing'}"
+                    + ("; retention.* with eval.retention_every: eval" if rule.measure in RETAINED else "")
+                )
+            elif not rule.stops:
+                wrong.append(f"guardrails.{name} has no bound; give falls, rises, below, above or widens")
+        quick = self.train.quick_eval_size and self.train.quick_eval_steps
+        ends = ("end", "never")
+        if self.guards and not quick and self.train.full_eval_every in ends and self.ablation.run_every in ends:
+            wrong.append(
+                "guardrails are judged at every evaluation, and none is made before the end: set "
+                "train.full_eval_every, or train.quick_eval_size and train.quick_eval_steps"
+            )
+        return wrong
+
+    def _impossible_natively(self, stage: Stage) -> list[str]:
+        wrong: list[str] = []
+        if stage.connector_learns:
+            wrong.append(
+                f"model.native has a connector already, which stage {stage.name} would train; use stage instruct or "
+                "multi, with model.lora.enable: true"
+            )
+        if self.template != "chat":
+            wrong.append(
+                f"model.native reads conversations in its own chat template; prompting.template {self.template} is "
+                "another, set it to chat"
+            )
+        if self.data.augment != "none":
+            wrong.append(
+                f"data.augment is {self.data.augment}, but model.native lays a sample out by its image's own size; set "
+                "it to none"
+            )
         return wrong

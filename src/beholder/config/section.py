@@ -63,15 +63,25 @@ class Inert:
 
 @dataclass(frozen=True, slots=True)
 class Tiny:
-    """What it is in a smoke run: at most ``at_most``, or exactly ``value``."""
+    """What it is in a smoke run: at most ``at_most``, exactly ``value``, or what ``make`` makes of it."""
 
     at_most: int | None = None
     value: Any = None
+    make: Callable[[Any], Any] | None = None
 
     def of(self, value: Any) -> Any:
+        if self.make is not None:
+            return self.make(value)
         if self.at_most is None:
             return self.value
         return None if value is None else min(value, self.at_most)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a text may be, in words, where a pattern decides."""
+
+    words: str
 
 
 class Section(BaseModel):

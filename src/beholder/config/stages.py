@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from beholder.config.data import CAPTION_SPAM, HygieneLimits, Template
+from beholder.config.monitors import MONITORS
 from beholder.config.parts import ModelConfig
 from beholder.config.section import Positive, Section, decides
 from beholder.types import Condition
@@ -134,6 +137,71 @@ SLOT_GATES: dict[str, GateConfig] = {
 """What every stage of several images must show as well (S3-3)."""
 
 
+class GuardrailConfig(Section):
+    """When a run stops itself over what is measured at every evaluation; each bound that is given is one."""
+
+    all_decide = decides("watching")
+
+    enable: bool = True
+    measure: str | None = None
+    """Name of a measurement that is made at every evaluation, such as ``ood.hallucination``. Required for one of your
+    own."""
+    falls: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Stop when it is lower than the baseline by more than this share of the baseline's size (of 0.3 where it is
+    -0.3)."""
+    rises: Annotated[float, Field(gt=0)] | None = None
+    """Stop when it is higher than the baseline by more than this, in its own unit: 0.15 of a share are 15 points."""
+    below: float | None = None
+    """Stop when it is lower than this ``times`` evaluations in a row."""
+    above: float | None = None
+    """Stop when it is higher than this ``times`` evaluations in a row."""
+    widens: Annotated[float, Field(gt=0)] | None = None
+    """Stop when it is higher than its lowest value so far by more than this and rose over the last ``times``
+    evaluations, one after the other."""
+    times: Annotated[Positive, Field(le=1000)] = 2
+    """For below, above and widens."""
+    best_falls: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The run's best checkpoint may not be lower than the baseline by more than this share of its size."""
+    best_rises: Annotated[float, Field(gt=0)] | None = None
+    """The run's best checkpoint may not be higher than the baseline by more than this."""
+    why: str = ""
+    """What it protects from, for the report."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether it needs a baseline."""
+        return any(x is not None for x in (self.falls, self.rises, self.best_falls, self.best_rises))
+
+    @property
+    def stops(self) -> bool:
+        """Whether it has a bound."""
+        return any(x is not None for x in (self.falls, self.rises, self.below, self.above, self.widens))
+
+
+def _guardrail(measure: str, why: str, **bounds: Any) -> GuardrailConfig:
+    return GuardrailConfig(measure=measure, why=why, **bounds)
+
+
+GUARDRAILS: dict[str, GuardrailConfig] = {
+    "irrelevant_pass": _guardrail(
+        "irrelevant.pass", "it still says of unrelated images that they are", falls=0.2, below=0.8, best_falls=0.1
+    ),
+    "hallucination": _guardrail(
+        "ood.hallucination", "it does not see what it was trained on in images that show something else",
+        rises=0.15, best_rises=0.1,
+    ),
+    "generalisation_gap": _guardrail(
+        "gap.generalisation", "it learns what holds for images it has not seen, not its training samples by heart",
+        widens=0.06,
+    ),
+    "caption_sanity": _guardrail(
+        "sane.captions", "it still writes whole, different sentences about images unlike its training's", below=0.8
+    ),
+}  # fmt: skip
+"""The stage-4 plan's bounds (S4-3). A stage has those whose monitor is switched on (``eval.irrelevant``, ``eval.ood``,
+``eval.gap_samples``); ``guardrails:`` in a config changes, switches off or adds some by name."""
+
+
 @dataclass(frozen=True, slots=True)
 class BestRule:
     """Which checkpoints may be a run's best (S2-7); of those the one with the lowest held-out loss is."""
@@ -192,12 +260,20 @@ class Stage:
     gates: Mapping[str, GateConfig]
     """What its evidence must show; ``gates:`` in a config changes, switches off or adds some by name."""
     best: BestRule = BestRule()
+    guardrails: Mapping[str, GuardrailConfig] = field(default_factory=dict)
+    """What stops it early, each where its monitor is switched on."""
 
     def __post_init__(self) -> None:
         assert {"correct", "shuffled"} <= set(self.conditions), f"{self.name}: {self.conditions}"
 
 
+MONITOR_ROWS = tuple(m.name for m in MONITORS)
+"""Rows of the panel that are made at every evaluation where their data are given."""
+
 MEASURED_EVERYWHERE = ("losses", "truncated", "learned", "golden", "ablation", "words", "written")
+
+FOLLOWS = ("pairs", "cells", "blind", "learnable")
+"""Whether the answer follows image and question, and not the words (E-1 to E-4)."""
 
 ALIGN = Stage(
     name="align",
@@ -216,7 +292,7 @@ ALIGN = Stage(
     conditions=("correct", "shuffled", "zero"),
     golden_size=32,
     golden_by="length",
-    measures=(*MEASURED_EVERYWHERE, "questions", "guessable"),
+    measures=(*MEASURED_EVERYWHERE, "questions", *FOLLOWS, "guessable", *MONITOR_ROWS),
     evaluates_saves=False,
     gates=GATES,
 )
@@ -239,10 +315,21 @@ INSTRUCT = Stage(
     conditions=("correct", "shuffled", "none"),
     golden_size=64,
     golden_by="category",
-    measures=(*MEASURED_EVERYWHERE, "pairs", "cells", "blind", "learnable", "guessable", "retained", "merges"),
+    measures=(
+        *MEASURED_EVERYWHERE,
+        "kept",
+        *FOLLOWS,
+        "guessable",
+        "strengths",
+        "retained",
+        "merges",
+        "crossed",
+        *MONITOR_ROWS,
+    ),
     evaluates_saves=True,
     gates=INSTRUCT_GATES,
-)
+    guardrails=GUARDRAILS,
+)  # fmt: skip
 """Connector and adapters learn from conversations about one image (S2)."""
 
 MULTI = replace(
@@ -291,3 +378,17 @@ def complete_gates(given: Mapping[str, GateConfig], stage: Stage) -> dict[str, G
         for name, gate in stage.gates.items()
     }  # fmt: skip
     return own | {name: gate for name, gate in given.items() if name not in own}
+
+
+def complete_guardrails(
+    given: Mapping[str, GuardrailConfig], stage: Stage, taken: Callable[[str], bool]
+) -> dict[str, GuardrailConfig]:
+    """The stage's own guardrails whose measurement is ``taken``, with what ``given`` changes of them, then the others;
+    one of `GUARDRAILS` that a stage has not by itself is completed from there, too."""
+    named = {
+        name: GUARDRAILS[name].model_copy(update={f: getattr(rule, f) for f in rule.model_fields_set})
+        if name in GUARDRAILS else rule
+        for name, rule in given.items()
+    }  # fmt: skip
+    own = {name: rule for name, rule in stage.guardrails.items() if taken(rule.measure or "")}
+    return own | named

@@ -10,9 +10,10 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from beholder.config.inert import inert_settings
-from beholder.config.run import RunConfig
+from beholder.config.parts import ModelConfig, with_native_parts
+from beholder.config.run import EvalConfig, RunConfig
 from beholder.config.section import Section, items_of, options_of, section_of, values_of
-from beholder.config.stages import GateConfig, complete_gates, stage_of
+from beholder.config.stages import GateConfig, GuardrailConfig, complete_gates, complete_guardrails, stage_of
 from beholder.config.tree import SettingPath, Tree, dotted, get_at, show
 from beholder.config.wording import annotation_at, expected, nearest
 
@@ -98,10 +99,6 @@ def _complain_value(tree: Tree, error: Any, path: SettingPath) -> None:
             near = f"; write {int(got)}"
         elif isinstance(got, int | float) and not isinstance(got, bool) and options_of(annotation) == (str,):
             near = f"; write '\"{tree.mark(path).text}\"' in quotes"
-        if error["type"] in ("string_pattern_mismatch", "string_too_long"):
-            plain = "expected a plain name without slashes, of at most 200 characters"
-            tree.complain(path, f"got {show(got)}; {plain}", value=True)
-            return
         tree.complain(path, f"got {show(got)}; expected {expected(annotation)}{near}", value=True)
 
 
@@ -161,6 +158,7 @@ def _repair(data: Any, path: SettingPath) -> None:
 def _construct(model: type[BaseModel], data: Any) -> Any:
     """An instance with defaults filled in and nothing checked, to ask `section.Inert` about a config in error."""
     values: dict[str, Any] = {}
+    data = with_native_parts(data) if model is ModelConfig else data
     for name, info in model.model_fields.items():
         if not isinstance(data, dict) or name not in data:
             values[name] = info.get_default(call_default_factory=True)
@@ -178,4 +176,9 @@ def _construct(model: type[BaseModel], data: Any) -> Any:
     if model is RunConfig and isinstance(values["gates"], dict):
         given = {k: g for k, g in values["gates"].items() if isinstance(g, GateConfig)}
         values["gates"] = complete_gates(given, stage_of(values["stage"], values["model"]))
+    if model is RunConfig and isinstance(values["guardrails"], dict):
+        rules = {k: g for k, g in values["guardrails"].items() if isinstance(g, GuardrailConfig)}
+        watched = values["eval"].watched if isinstance(values["eval"], EvalConfig) else ()
+        stage = stage_of(values["stage"], values["model"])
+        values["guardrails"] = complete_guardrails(rules, stage, watched.__contains__)
     return model.model_construct(_fields_set=set(data) if isinstance(data, dict) else set(), **values)

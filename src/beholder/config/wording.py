@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 
 from beholder.config.run import RunConfig
-from beholder.config.section import items_of, section_of, settings, values_of
+from beholder.config.section import Written, items_of, section_of, settings, values_of
 from beholder.config.tree import SettingPath
 
 
@@ -42,6 +42,9 @@ def expected(annotation: Any) -> str:
 def _described(annotation: Any, bounds: Mapping[str, str] | None = None) -> Iterator[str]:
     if get_origin(annotation) is typing.Annotated:
         inner, *extras = get_args(annotation)
+        if said := [m.words for e in extras for m in (e, *getattr(e, "metadata", ())) if isinstance(m, Written)]:
+            yield from said
+            return
         found = {name: words for extra in extras for name, words in _bounds(extra)}
         yield from _described(inner, {**found, **(bounds or {})})  # what is said further out is the closer bound
         return
@@ -76,10 +79,29 @@ def _bounds(extra: Any) -> Iterator[tuple[str, str]]:
                 yield attribute, f"{words} {number}"
 
 
+_OTHERS = {
+    "freeze_llm": "model.lora.llm_layers: none for true; all, last-K, … for false",
+    "freeze_vit": "model.lora.vit_layers (adapters) and model.vision.unfreeze (weights); none and [] for true",
+    "freeze_aligner": "model.connector.trainable: false for true",
+    "modules_to_save": "model.connector.trainable: true where the aligner is listed, else false",
+    "target_regex": "model.lora.target_modules: a list that holds it",
+    "lora_rank": "model.lora.r",
+    "lora_alpha": "model.lora.alpha",
+    "lora_dropout": "model.lora.dropout",
+    "learning_rate": "train.lr.lora",
+    "vit_lr": "train.lr.vision",
+    "aligner_lr": "train.lr.connector",
+}
+"""What ms-swift and PEFT call a setting, and what says it here."""
+
+
 def nearest(path: SettingPath) -> str:
-    """Advice for a key that does not exist: the nearest name here, or the place where that name does exist."""
+    """Advice for a key that does not exist: what says it here where others have it, the nearest name here, or the place
+    where that name does exist."""
     section = section_of(annotation_at(path[:-1]))
     key = str(path[-1])
+    if key in _OTHERS:
+        return f"here it is {_OTHERS[key]}"
     names = list(section.model_fields) if section is not None else []
     elsewhere = [s.path for s in settings(RunConfig) if s.path.rsplit(".", 1)[-1] == key]
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.75)

@@ -16,11 +16,12 @@ from beholder.config import HygieneLimits, RunConfig, SourceConfig
 from beholder.data.chat import ChatEncoder, EncodeError
 from beholder.data.collate import Layout, SampleBuilder, TrainStream, eval_batches
 from beholder.data.hygiene import HygieneReport, apply_hygiene
-from beholder.data.images import ImageError, ImagePipeline
+from beholder.data.images import ImageError, ImagePipeline, NativePipeline
 from beholder.data.mixture import Mixture
+from beholder.data.same_ids import check_same_ids
 from beholder.data.sources import Records, Reject, open_sources
 from beholder.data.splits import Split, balanced_sample, bucket_names, load_split, make_split, save_split, shared_images
-from beholder.types import Batch, Example, FeatureReader, ImageGeometry, ImageRef, UserError
+from beholder.types import Batch, Example, FeatureReader, ImageGeometry, ImageProcessor, ImageRef, UserError
 
 NUM_TRIED = 16
 """Training samples that are laid out before anything is trained: a template that fits none of them is told now."""
@@ -69,9 +70,9 @@ class Data:
     eval_label_len: list[int]
     """Target tokens of each held-out sample."""
     encoder: ChatEncoder
-    pipeline: ImagePipeline
+    pipeline: ImagePipeline | NativePipeline
     """Without augmentation: evaluation, feature store, reports."""
-    train_pipeline: ImagePipeline
+    train_pipeline: ImagePipeline | NativePipeline
     layout: Layout
     rejects: list[Reject]
     """Structural rejects, then hygiene's, of train and held-out records."""
@@ -82,7 +83,8 @@ class Data:
 
         ``skip_bad_images``: also without those whose image cannot be had. Otherwise the probes would each have to lose
         them on their own, the shuffle after hours of training. Raises `UserError` when none is left, and when none of
-        the first training samples can be laid out.
+        the first training samples can be laid out; without ``skip_bad_images`` also `ImageError` for an image that
+        decides a sample's layout and cannot be had.
         """
         kept: list[int] = []
         rejects: list[Reject] = []
@@ -93,17 +95,22 @@ class Data:
                     self.pipeline(ref)
                 kept.append(i)
             except (EncodeError, ImageError) as e:
+                if isinstance(e, ImageError) and not skip_bad_images:
+                    raise e.needed_by(example.where) from e
                 rejects.append(Reject(example.id, example.row, example.file, e.reason, str(e)))
         if not kept:
             raise UserError(
                 f"no held-out sample can be used; the last of {len(self.eval_examples)}: {rejects[-1].detail}"
             )
-        refused: list[EncodeError] = []
+        refused: list[UserError] = []
         for position in range(min(NUM_TRIED, len(self.train))):
+            example = self.train.example_at(position)
             try:
-                self.encoder.encode(self.train.example_at(position))
+                self.encoder.encode(example)
                 break
-            except EncodeError as e:
+            except (EncodeError, ImageError) as e:
+                if isinstance(e, ImageError) and not skip_bad_images:
+                    raise e.needed_by(example.where) from e
                 refused.append(e)
         else:
             raise UserError(f"none of the first {len(refused)} training samples can be laid out: {refused[0]}")
@@ -194,10 +201,27 @@ class Data:
         )
 
 
-def build_encoder(cfg: RunConfig, tokenizer: Any, num_visual_tokens: int) -> ChatEncoder:
-    """The encoder of a run: for training, evaluation, preview and generation alike."""
+def build_pipeline(cfg: RunConfig, geometry: ImageGeometry | ImageProcessor) -> ImagePipeline | NativePipeline:
+    """A run's images without augmentation: for evaluation, feature store, reports and generation."""
+    if isinstance(geometry, ImageGeometry):
+        return ImagePipeline(geometry, cfg.data.max_megapixels)
+    return NativePipeline(geometry, cfg.data.max_megapixels)
+
+
+def build_encoder(
+    cfg: RunConfig,
+    tokenizer: Any,
+    num_visual_tokens: int | None,
+    pipeline: ImagePipeline | NativePipeline | None = None,
+) -> ChatEncoder:
+    """The encoder of a run: for training, evaluation, preview and generation alike. A native model's
+    (``num_visual_tokens`` None) needs its ``pipeline``."""
     p = cfg.prompting
-    return ChatEncoder(
+    native = pipeline if isinstance(pipeline, NativePipeline) else None
+    template = _template_text(p.chat_template)
+    if template is None and native is not None:
+        template = native.processor.chat_template
+    encoder = ChatEncoder(
         tokenizer,
         num_visual_tokens=num_visual_tokens,
         max_seq_len=p.max_seq_len,
@@ -207,11 +231,16 @@ def build_encoder(cfg: RunConfig, tokenizer: Any, num_visual_tokens: int) -> Cha
         im_start=p.im_start,
         im_end=p.im_end,
         image_label=cfg.image_label,
-        chat_template=_template_text(p.chat_template),
+        chat_template=template,
         system=p.system,
         thinking=p.thinking,
         too_long=p.too_long,
+        images=None if native is None else native.processor,
+        size_of=None if native is None else native.size,
     )
+    if native is not None and p.chat_template is None:
+        check_same_ids(encoder)
+    return encoder
 
 
 def _template_text(path: str | None) -> str | None:
@@ -242,8 +271,8 @@ def open_records(cfg: RunConfig, sources: Sequence[SourceConfig]) -> Records:
 def build_data(
     cfg: RunConfig,
     tokenizer: Any,
-    geometry: ImageGeometry,
-    num_visual_tokens: int,
+    geometry: ImageGeometry | ImageProcessor,
+    num_visual_tokens: int | None,
     *,
     split_file: Path | None = None,
     write_split: bool = True,
@@ -259,7 +288,8 @@ def build_data(
     says so.
     """
     d = cfg.data
-    encoder = build_encoder(cfg, tokenizer, num_visual_tokens)
+    pipeline = build_pipeline(cfg, geometry)
+    encoder = build_encoder(cfg, tokenizer, num_visual_tokens, pipeline)
     records = open_records(cfg, d.train_sources)
     vet = partial(
         apply_hygiene, tokenizer=tokenizer, verify_images=d.verify_images, max_megapixels=d.max_megapixels,
@@ -360,8 +390,10 @@ def build_data(
         eval_buckets=eval_buckets,
         eval_label_len=[held_split.label_len[int(i)] for i in held_indices],
         encoder=encoder,
-        pipeline=ImagePipeline(geometry, d.max_megapixels),
-        train_pipeline=ImagePipeline(geometry, d.max_megapixels, d.augment),
+        pipeline=pipeline,
+        train_pipeline=(
+            ImagePipeline(geometry, d.max_megapixels, d.augment) if isinstance(geometry, ImageGeometry) else pipeline
+        ),
         layout=Layout(t.packing, t.pack_len or cfg.prompting.max_seq_len, cfg.prompting.pad_to_multiple_of),
         rejects=rejects,
         counts=counts,

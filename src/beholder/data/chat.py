@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from beholder.data.chat_template import ChatTemplate, Piece, TemplateMisfit
 from beholder.data.tokens import END_TOKENS, control_tokens, leading_ids, tokenizer_fingerprint, without_word_mark
-from beholder.types import Encoded, Example, ImageSlot, Part, Turn, UserError, printable
+from beholder.types import Encoded, Example, ImageProcessor, ImageRef, ImageSlot, Part, Turn, UserError, printable
 
 _LAYOUT_VERSION = 1
 """Part of the fingerprint: raise it when the same example would be laid out as other ids."""
@@ -74,6 +74,10 @@ class ChatEncoder:
 
     ``too_long``: what `encode` does with a sample longer than ``max_seq_len``.
 
+    ``images``: a native model's own way with images, under template chat. Where they stand is then the template's to
+    say, and how many positions each takes the processor's, by the size that ``size_of`` tells of it;
+    ``num_visual_tokens`` is None.
+
     Raises `UserError` when the tokenizer has no end token, ``num_visual_tokens`` leaves no room, or the chat template
     is missing or of no use.
     """
@@ -82,7 +86,7 @@ class ChatEncoder:
         self,
         tokenizer: Any,
         *,
-        num_visual_tokens: int,
+        num_visual_tokens: int | None,
         max_seq_len: int,
         template: Literal["caption", "conversation", "chat"],
         instruction: str,
@@ -94,20 +98,25 @@ class ChatEncoder:
         system: str | None = None,
         thinking: bool = False,
         too_long: Literal["truncate_answer", "reject"] = "truncate_answer",
+        images: ImageProcessor | None = None,
+        size_of: Callable[[ImageRef], tuple[int, int]] | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no end token (eos_token), so a target "
                 "could not end; give its folder a tokenizer_config.json with eos_token"
             )
-        assert num_visual_tokens > 0, num_visual_tokens
-        if max_seq_len <= num_visual_tokens:
+        assert (num_visual_tokens is None) == (images is not None), (num_visual_tokens, images)
+        assert images is None or template == "chat", template
+        if num_visual_tokens is not None and max_seq_len <= num_visual_tokens:
             raise UserError(
                 f"prompting.max_seq_len is {max_seq_len}, but one image alone takes {num_visual_tokens} tokens; "
                 "raise max_seq_len or lower model.connector.num_visual_tokens"
             )
         self.tokenizer = tokenizer
         self.num_visual_tokens = num_visual_tokens
+        self.images, self._size_of = images, size_of
+        self._places: dict[tuple[int, int], list[Piece]] = {}
         self.max_seq_len = max_seq_len
         self.template = template
         self.instruction = instruction
@@ -124,7 +133,8 @@ class ChatEncoder:
         self._marks_after_control = False
         ends: list[int] = []
         if template == "chat":
-            self._chat = ChatTemplate(tokenizer, chat_template, thinking=thinking)
+            placeholder = None if images is None else images.placeholder
+            self._chat = ChatTemplate(tokenizer, chat_template, thinking=thinking, placeholder=placeholder)
             ends = self._chat.end_ids(system)
             self._bare = without_word_mark(tokenizer)
             self._marks_after_control = self._bare is not None and self._marks_words_after(ends[0])
@@ -138,7 +148,7 @@ class ChatEncoder:
         self.im_start_ids = self._bracket(im_start, "<|vision_start|>" if native else "[")
         self.im_end_ids = self._bracket(im_end, "<|vision_end|>" if native else "]")
         pad: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.reserved_id: int = special.get("<|image_pad|>", pad)
+        self.reserved_id: int = special.get("<|image_pad|>", pad) if images is None else images.token_id
         """What stands at reserved positions before the model overwrites their embeddings. Any existing id does."""
 
         facts = {
@@ -151,6 +161,8 @@ class ChatEncoder:
             facts |= {"chat_template": self._chat.text, "system": system, "thinking": thinking}
             if self._chat.aligned:  # named only then: others are prompted as before
                 facts["prompt"] = "as trained"
+        if images is not None:
+            facts["images"] = images.fingerprint
         # named only then: runs from before the setting keep their fingerprint
         if too_long != "truncate_answer":
             facts["too_long"] = too_long
@@ -197,8 +209,9 @@ class ChatEncoder:
     # -------------------------------------------------------------------------------------------------------------
     # Encoding
 
-    def encode(self, example: Example) -> Encoded:
-        """The whole sample. Longer than ``max_seq_len``: the end of the last target that fits is cut, and nothing else.
+    def encode(self, example: Example, sizes: Sequence[tuple[int, int]] | None = None) -> Encoded:
+        """The whole sample. ``sizes``: (height, width) of its images where they decide its layout and nothing else
+        tells them. Longer than ``max_seq_len``: the end of the last target that fits is cut, and nothing else.
 
         A cut target has no end token: the model must not learn to stop there. Raises `EncodeError` when there is
         nothing to supervise, when images and slots differ, or when the chat template refuses or rewrites the
@@ -206,7 +219,7 @@ class ChatEncoder:
         is too long and ``too_long`` is reject.
         """
         example = self.apply_template(example)
-        draft = self._lay_out(example, example.turns, prompt=False)
+        draft = self._lay_out(example, example.turns, sizes, prompt=False)
         if not any(draft.supervise):
             raise EncodeError(f"{example.where}: no assistant turn, so there is nothing to learn from it")
         if len(draft.ids) > self.max_seq_len and example.answer_text:
@@ -232,7 +245,7 @@ class ChatEncoder:
             )
         return draft.finish(truncated=True)
 
-    def encode_prompt(self, example: Example) -> Encoded:
+    def encode_prompt(self, example: Example, sizes: Sequence[tuple[int, int]] | None = None) -> Encoded:
         """What generation starts from: the ids of `encode` up to where the last assistant turn starts, none supervised.
 
         A conversation that ends with the user's turn is taken whole. Under chat it ends with the template's generation
@@ -241,13 +254,15 @@ class ChatEncoder:
         """
         example = self.apply_template(example)
         turns = example.turns[:-1] if example.turns and example.turns[-1].role == "assistant" else example.turns
-        draft = self._lay_out(example, turns, prompt=True)
+        draft = self._lay_out(example, turns, sizes, prompt=True)
         if len(draft.ids) > self.max_seq_len:
             raise self._too_long(example, len(draft.ids))
         draft.supervise = [False] * len(draft.ids)
         return draft.finish(truncated=False)
 
-    def _lay_out(self, example: Example, turns: Sequence[Turn], *, prompt: bool) -> _Draft:
+    def _lay_out(
+        self, example: Example, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]] | None, *, prompt: bool
+    ) -> _Draft:
         where = example.where
         slots = sorted(p.index for t in turns for p in t.parts if isinstance(p, ImageSlot))
         if slots != list(range(len(example.images))):
@@ -260,6 +275,11 @@ class ChatEncoder:
                 raise EncodeError(f"{where}: an image inside an assistant turn; images belong to user turns")
             if turn.role == "assistant" and not turn.text:
                 raise EncodeError(f"{where}: assistant turn {i} is empty: '' has no token to supervise")
+        if self.images is not None:
+            if sizes is None:
+                assert self._size_of is not None, "nothing tells how large the images are"
+                sizes = [self._size_of(ref) for ref in example.images]
+            turns = self._labelled(turns, len(example.images))
         draft = _Draft()
         text, learned = "", False  # not yet tokenised: pieces that meet become one run, as the tokenizer would see them
         inside = False
@@ -276,23 +296,28 @@ class ChatEncoder:
         pieces = (
             self._chat_pieces(where, turns, prompt=prompt) if self.template == "chat" else self._plain_pieces(turns)
         )
-        for what, supervise in pieces:
+        native: ImageSlot | None = None
+        for what, supervise in pieces if sizes is None else self._expanded(where, pieces, sizes):
+            if sizes is not None and isinstance(what, ImageSlot):
+                native = what
+                continue
             if isinstance(what, ImageSlot) and len(example.images) > 1:
-                label = self.image_label.format(k=what.index + 1)
                 if learned:  # a template may put nothing but control tokens between an answer and an image
                     tokenise()
                     learned = False
-                if not text.rstrip().endswith(label.rstrip()):
-                    text += label
+                text += self._label(what, text)
             if what is None or not isinstance(what, str) or supervise != learned:
                 tokenise()
             match what:
                 case str():
                     text, learned = text + what, supervise
                 case int():
+                    if native is not None and what == self.reserved_id:
+                        draft.reserved.setdefault(native.index, []).append(len(draft.ids))
                     draft.add([what], supervise=supervise)
                     inside = not self._marks_after_control
                 case ImageSlot():
+                    assert self.num_visual_tokens is not None
                     draft.add(self.im_start_ids)
                     draft.spans[what.index] = (len(draft.ids), len(draft.ids) + self.num_visual_tokens)
                     draft.add([self.reserved_id] * self.num_visual_tokens)
@@ -301,7 +326,55 @@ class ChatEncoder:
                 case None:
                     pass
         tokenise()
+        if sizes is not None:
+            draft.sizes = tuple(sizes)
+            draft.spans = {k: (where[0], where[-1] + 1) for k, where in draft.reserved.items()}
         return draft
+
+    def _label(self, slot: ImageSlot, before: str) -> str:
+        """What names the image; nothing where the text before it does already."""
+        label = self.image_label.format(k=slot.index + 1)
+        return "" if before.rstrip().endswith(label.rstrip()) else label
+
+    def _labelled(self, turns: Sequence[Turn], num_images: int) -> Sequence[Turn]:
+        """The turns with ``image_label`` before each image of several: what stands around an image is the template's,
+        so its label has to be there before."""
+        if num_images < 2 or not self.image_label:
+            return turns
+        labelled: list[Turn] = []
+        for turn in turns:
+            parts: list[Part] = []
+            for part in turn.parts:
+                if isinstance(part, ImageSlot):
+                    before = parts[-1] if parts else ""
+                    if label := self._label(part, before if isinstance(before, str) else ""):
+                        parts.append(label)
+                parts.append(part)
+            labelled.append(replace(turn, parts=tuple(parts)))
+        return labelled
+
+    def _expanded(self, where: str, pieces: Iterable[Piece], sizes: Sequence[tuple[int, int]]) -> Iterator[Piece]:
+        """Each image followed by what its processor writes for it. Raises `EncodeError` for a size it refuses."""
+        assert self.images is not None and self._chat is not None
+        pieces = list(pieces)
+        if [p.what for p in pieces[: len(self.bos_ids)]] != self.bos_ids:  # as the processor's tokenizer does by itself
+            yield from (Piece(i) for i in self.bos_ids)
+        for piece in pieces:
+            yield piece
+            if isinstance(piece.what, ImageSlot):
+                size = sizes[piece.what.index]
+                known = self._places.get(size)
+                if known is None:
+                    try:
+                        known = self._chat.split(self.images.place(size))
+                    except ValueError as e:  # such as an aspect ratio beyond 200
+                        raise EncodeError(
+                            f"{where}: image {piece.what.index + 1} is {size[1]} x {size[0]}, which the model's own "
+                            f"processor refuses: {e}"
+                        ) from e
+                    if len(self._places) < 4096:
+                        self._places[size] = known
+                yield from known
 
     def _plain_pieces(self, turns: Sequence[Turn]) -> Iterator[Piece]:
         """Turns joined by newlines, an end token after each target."""
@@ -338,11 +411,11 @@ class ChatEncoder:
         return pieces
 
     def _too_long(self, example: Example, prompt: int) -> TooLongError:
-        images = len(example.images)
+        images = f"{len(example.images)} images" + (f" of {n}" if (n := self.num_visual_tokens) else "")
         return TooLongError(
-            f"{example.where}: the prompt alone takes {prompt} tokens ({images} images of {self.num_visual_tokens}) "
-            f"and prompting.max_seq_len is {self.max_seq_len}, so no target would be left; raise max_seq_len or use "
-            "fewer images or visual tokens"
+            f"{example.where}: the prompt alone takes {prompt} tokens ({images}) and prompting.max_seq_len is "
+            f"{self.max_seq_len}, so no target would be left; raise max_seq_len or use fewer "
+            f"{'images or visual tokens' if n else 'or smaller images'}"
         )
 
     # -------------------------------------------------------------------------------------------------------------
@@ -464,6 +537,9 @@ class _Draft:
         self.ids: list[int] = []
         self.supervise: list[bool] = []
         self.spans: dict[int, tuple[int, int]] = {}
+        self.reserved: dict[int, list[int]] = {}
+        """Of each image, where its layout is a processor's."""
+        self.sizes: tuple[tuple[int, int], ...] = ()
 
     def add(self, ids: list[int], *, supervise: bool = False) -> None:
         self.ids += ids
@@ -476,4 +552,9 @@ class _Draft:
 
     def finish(self, *, truncated: bool) -> Encoded:
         spans = tuple(self.spans[k] for k in range(len(self.spans)))
-        return Encoded(np.array(self.ids, dtype=np.int64), np.array(self.supervise, dtype=bool), spans, truncated)
+        where = [np.array(self.reserved[k], dtype=np.int64) for k in range(len(self.reserved))]
+        solid = all(stop - start == len(at) for (start, stop), at in zip(spans, where, strict=False))
+        return Encoded(
+            np.array(self.ids, dtype=np.int64), np.array(self.supervise, dtype=bool), spans, truncated, self.sizes,
+            None if solid else tuple(where),
+        )  # fmt: skip

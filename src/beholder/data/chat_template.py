@@ -35,6 +35,8 @@ class _Place(NamedTuple):
     """Where a rendering shows a turn, and what it strips from its ends."""
 
     turn: int
+    part: int
+    """Which of the turn's texts; 0 where a turn is one text."""
     strip_left: str | None
     """Characters that go; None: all whitespace; empty: nothing."""
     strip_right: str | None
@@ -75,10 +77,14 @@ class ChatTemplate:
 
     A template is code of the person's choosing. It runs in Jinja's sandbox (no files, no private attributes), which
     bounds neither its running time nor the size of what it writes: in these it is trusted.
+
+    ``placeholder``: for a template that places images itself, and takes messages in parts, what it writes where an
+    image goes. What stands around images, and whether they come before the text, is then the template's to say.
     """
 
-    def __init__(self, tokenizer: Any, text: str | None, *, thinking: bool) -> None:
+    def __init__(self, tokenizer: Any, text: str | None, *, thinking: bool, placeholder: str | None = None) -> None:
         self.tokenizer = tokenizer
+        self.placeholder = placeholder
         self.thinking = thinking
         self.text = _frozen_in_time(_template_of(tokenizer) if text is None else text)
         if thinking and "enable_thinking" not in self.text:
@@ -88,6 +94,11 @@ class ChatTemplate:
             )
         self._control_ids = spellings(tokenizer)
         self._control = re.compile(any_of(self._control_ids)) if self._control_ids else None
+        self._image_id = None if placeholder is None else self._control_ids.get(placeholder)
+        if placeholder is not None and self._image_id is None:
+            raise UserError(
+                f"the processor's {placeholder!r}, where an image goes, is no control token of its tokenizer"
+            )
         added = {t.content: t for t in getattr(tokenizer, "added_tokens_decoder", {}).values()}
         self._eats_left = {t for t in self._control_ids if t in added and added[t].lstrip}
         self._eats_right = {t for t in self._control_ids if t in added and added[t].rstrip}
@@ -99,7 +110,8 @@ class ChatTemplate:
 
     def end_ids(self, system: str | None) -> list[int]:
         """The control tokens that end assistant turns, that of the last turn first. Raises `UserError`."""
-        roles = ("user", "assistant", "user", "assistant")
+        user, answer = self._plain("user"), self._plain("assistant")
+        roles = (user, answer, user, answer)
         try:
             scaffold = self.scaffold(roles, prompt=False)
             own = self.scaffold(roles[:1], prompt=True).texts[-1]
@@ -112,8 +124,8 @@ class ChatTemplate:
             ) from e
         if system is not None:
             try:
-                self.scaffold(("system", *roles[:2]), prompt=False)
-                self.scaffold(("system", *roles[:1]), prompt=True)
+                self.scaffold((self._plain("system"), *roles[:2]), prompt=False)
+                self.scaffold((self._plain("system"), *roles[:1]), prompt=True)
             except TemplateMisfit as e:
                 raise UserError(
                     f"prompting.system is given, but {e}; leave it out, or give a template that takes a system turn "
@@ -131,7 +143,7 @@ class ChatTemplate:
             )
         ends: list[int] = []
         for pieces, place in zip(scaffold.pieces[:0:-1], scaffold.places[::-1], strict=True):
-            if roles[place.turn] == "assistant":
+            if _role(roles[place.turn]) == "assistant":
                 ends.append(next(p.what for p in pieces if isinstance(p.what, int)))
         return list(dict.fromkeys(ends))
 
@@ -140,14 +152,17 @@ class ChatTemplate:
 
         ``prompt``: with the generation prompt at the end.
         """
-        scaffold = self.scaffold(tuple(t.role for t in turns), prompt=prompt)
+        forms, contents = self._forms(turns)
+        scaffold = self.scaffold(forms, prompt=prompt)
         pieces, text = list(scaffold.pieces[0]), scaffold.texts[0]
         starts: list[tuple[int, int]] = []
         blank: int | None = None
         for place, after, written in zip(scaffold.places, scaffold.pieces[1:], scaffold.texts[1:], strict=True):
             turn = turns[place.turn]
-            own = turn.text.rstrip(place.strip_right).lstrip(place.strip_left)
-            shown = turn.parts if own == turn.text else _stripped(turn.parts, place)
+            whole = contents[place.turn][place.part]
+            own = whole.rstrip(place.strip_right).lstrip(place.strip_left)
+            parts = turn.parts if self.placeholder is None else (whole,)
+            shown = parts if own == whole else _stripped(parts, place)
             supervise = turn.role == "assistant"
             pieces += [Piece(part, supervise and isinstance(part, str)) for part in shown]
             pieces += after
@@ -155,7 +170,7 @@ class ChatTemplate:
             text += own + written
             if supervise and not own:
                 blank = place.turn
-        rendered = self._render([{"role": t.role, "content": t.text} for t in turns], prompt=prompt)
+        rendered = self._render_marked(forms, contents, prompt=prompt)
         if rendered != text:
             at = next((k for k, (a, b) in enumerate(zip(rendered, text, strict=False)) if a != b), len(text))
             near = max([i for start, i in starts if start <= at], default=starts[0][1])
@@ -163,9 +178,41 @@ class ChatTemplate:
                 f"the chat template rewrites the conversation, near turn {near} ({turns[near].role}): it writes "
                 f"{rendered[max(0, at - 20) : at + 40]!r} where {text[max(0, at - 20) : at + 40]!r} was expected"
             )
-        if prompt and (trained := self._trained_opening(tuple(t.role for t in turns))) is not None:
+        if prompt and (trained := self._trained_opening(forms)) is not None:
             pieces[len(pieces) - len(scaffold.pieces[-1]) :] = trained
-        return pieces, blank
+        return self._with_images(pieces, turns), blank
+
+    def _forms(self, turns: Sequence[Turn]) -> tuple[tuple[str, ...], list[list[str]]]:
+        """What a scaffold depends on, a turn's role and, where the template places images itself, which of its parts
+        are images (``user:it``); and the texts of each turn."""
+        if self.placeholder is None:
+            return tuple(t.role for t in turns), [[t.text] for t in turns]
+        forms: list[str] = []
+        contents: list[list[str]] = []
+        for turn in turns:
+            kinds, texts = "", list[str]()
+            for part in turn.parts:
+                if isinstance(part, ImageSlot):
+                    kinds += "i"
+                elif part and kinds.endswith("t"):
+                    texts[-1] += part
+                elif part:
+                    kinds += "t"
+                    texts.append(part)
+            forms.append(f"{turn.role}:{kinds or 't'}")
+            contents.append(texts if kinds else [""])
+        return tuple(forms), contents
+
+    def _plain(self, role: str) -> str:
+        """The form of a turn of text alone."""
+        return role if self.placeholder is None else f"{role}:t"
+
+    def _with_images(self, pieces: list[Piece], turns: Sequence[Turn]) -> list[Piece]:
+        """The placeholders that the template wrote as the images they stand for."""
+        if self.placeholder is None:
+            return pieces
+        slots = iter([part for turn in turns for part in turn.parts if isinstance(part, ImageSlot)])
+        return [Piece(next(slots)) if p.what == self._image_id else p for p in pieces]
 
     @property
     def control_ids(self) -> set[int]:
@@ -179,12 +226,12 @@ class ChatTemplate:
         prompt is that, or differs as it may."""
         asked = self.scaffold(roles, prompt=True)
         try:
-            answered = self.scaffold((*roles, "assistant"), prompt=False)
+            answered = self.scaffold((*roles, self._plain("assistant")), prompt=False)
         except TemplateMisfit:  # no such sample can be trained on either
             return None
         if answered.places[:-1] != asked.places or answered.texts[:-2] != asked.texts[:-1]:
             raise TemplateMisfit(
-                f"the chat template shows a conversation of {', '.join(roles)} otherwise once it is answered, so "
+                f"the chat template shows a conversation of {_listed(roles)} otherwise once it is answered, so "
                 "generation would not start from what training shows"
             )
         if self._may_differ(asked.texts[-1], answered.texts[-2]):
@@ -207,42 +254,52 @@ class ChatTemplate:
 
     def _take_apart(self, roles: tuple[str, ...], *, prompt: bool) -> _Scaffold:
         # Private-use characters: no template has them.
-        marks = [f"\ue0a0{i}\ue0a1" for i in range(len(roles))]
-        plain = self._render_marked(roles, marks, prompt=prompt)
-        for i, mark in enumerate(marks):
+        contents = [[f"\ue0a0{i}.{k}\ue0a1" for k in range(_kinds(form).count("t"))] for i, form in enumerate(roles)]
+        marks = {mark: (i, k) for i, own in enumerate(contents) for k, mark in enumerate(own)}
+        plain = self._render_marked(roles, contents, prompt=prompt)
+        for mark, (i, _) in marks.items():
             if plain.count(mark) != 1:
                 times = "leaves out" if mark not in plain else f"shows {plain.count(mark)} times"
                 raise TemplateMisfit(
-                    f"the chat template {times} turn {i} of a conversation of {', '.join(roles)}"
-                    f"{' and a generation prompt' if prompt else ''} (a {roles[i]} turn)"
+                    f"the chat template {times} turn {i} of a conversation of {_listed(roles)}"
+                    f"{' and a generation prompt' if prompt else ''} (a {_role(roles[i])} turn)"
+                )
+        if self.placeholder is not None:
+            asked, shown = sum(_kinds(form).count("i") for form in roles), plain.count(self.placeholder)
+            if asked != shown:
+                raise TemplateMisfit(
+                    f"the chat template writes {shown} places ({self.placeholder}) for {asked} images of a "
+                    f"conversation of {_listed(roles)}"
                 )
         places: list[_Place] = []
         texts: list[str] = []
         pieces: list[tuple[Piece, ...]] = []
         at = 0
-        for i in sorted(range(len(marks)), key=lambda i: plain.index(marks[i])):
-            start = plain.index(marks[i])
+        for mark in sorted(marks, key=plain.index):
+            i, k = marks[mark]
+            start = plain.index(mark)
             texts.append(plain[at:start])
-            opening = self._opening(roles, marks, i) if roles[i] == "assistant" else None
+            opening = self._opening(roles, contents, i) if _role(roles[i]) == "assistant" else None
             border = None
             if opening is not None and self._may_differ(opening, plain[:start]):
                 border = len(opening) - at
             pieces.append(self._cut(texts[-1], self._is_answer(roles, places), border))
-            padded = self._render_marked(roles, [*marks[:i], _PAD + marks[i] + _PAD, *marks[i + 1 :]], prompt=prompt)
-            at = start + len(marks[i])
-            places.append(_Place(i, *self._stripping(padded, plain[:start], marks[i], plain[at:], roles[i])))
+            own = [*contents[i][:k], _PAD + mark + _PAD, *contents[i][k + 1 :]]
+            padded = self._render_marked(roles, [*contents[:i], own, *contents[i + 1 :]], prompt=prompt)
+            at = start + len(mark)
+            places.append(_Place(i, k, *self._stripping(padded, plain[:start], mark, plain[at:], _role(roles[i]))))
         texts.append(plain[at:])
         pieces.append(self._cut(texts[-1], self._is_answer(roles, places), None))
         return _Scaffold(tuple(texts), tuple(pieces), tuple(places))
 
     @staticmethod
     def _is_answer(roles: Sequence[str], places: Sequence[_Place]) -> bool:
-        return bool(places) and roles[places[-1].turn] == "assistant"
+        return bool(places) and _role(roles[places[-1].turn]) == "assistant"
 
-    def _opening(self, roles: tuple[str, ...], marks: Sequence[str], turn: int) -> str | None:
+    def _opening(self, roles: tuple[str, ...], contents: Sequence[Sequence[str]], turn: int) -> str | None:
         """What generation of an assistant turn would start from; None where the template cannot tell."""
         try:
-            return self._render_marked(roles[:turn], marks[:turn], prompt=True)
+            return self._render_marked(roles[:turn], contents[:turn], prompt=True)
         except TemplateMisfit:
             return None
 
@@ -271,17 +328,17 @@ class ChatTemplate:
                     f"the chat template ends an assistant turn with {text[:40]!r} instead of a control token of the "
                     "tokenizer, so nothing would teach the model to stop"
                 )
-            out += self._split(text[: end.end()], supervise=True)
+            out += self.split(text[: end.end()], supervise=True)
             rest = text[end.end() :].lstrip() if end.group() in self._eats_right else text[end.end() :]
             opening = None if opening is None else opening - (len(text) - len(rest))
             text = rest
         if opening is None or not 0 <= opening < len(text):
-            return (*out, *self._split(text))
+            return (*out, *self.split(text))
         rest = text[opening:]
-        return (*out, *self._split(text[:opening]), Piece(None), *self._split(rest, supervise=rest.isspace()))
+        return (*out, *self.split(text[:opening]), Piece(None), *self.split(rest, supervise=rest.isspace()))
 
-    def _split(self, text: str, *, supervise: bool = False) -> list[Piece]:
-        """Control tokens and the text between them, as the tokenizer reads scaffold."""
+    def split(self, text: str, *, supervise: bool = False) -> list[Piece]:
+        """Control tokens and the text between them, as the tokenizer reads what a template writes."""
         out: list[Piece] = []
         at = 0
         for found in self._control.finditer(text) if self._control is not None else ():
@@ -295,10 +352,15 @@ class ChatTemplate:
                 at = len(text) - len(text[at:].lstrip())
         return [*out, Piece(text[at:], supervise)] if text[at:] else out
 
-    def _render_marked(self, roles: Sequence[str], contents: Sequence[str], *, prompt: bool) -> str:
-        return self._render([{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)], prompt=prompt)
+    def _render_marked(self, roles: Sequence[str], contents: Sequence[Sequence[str]], *, prompt: bool) -> str:
+        messages: list[dict[str, Any]] = []
+        for form, texts in zip(roles, contents, strict=True):
+            own = iter(texts)
+            parts = [{"type": "image"} if k == "i" else {"type": "text", "text": next(own)} for k in _kinds(form)]
+            messages.append({"role": _role(form), "content": texts[0] if self.placeholder is None else parts})
+        return self._render(messages, prompt=prompt)
 
-    def _render(self, messages: list[dict[str, str]], *, prompt: bool) -> str:
+    def _render(self, messages: list[dict[str, Any]], *, prompt: bool) -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 messages, chat_template=self.text, tokenize=False, add_generation_prompt=prompt,
@@ -311,6 +373,19 @@ class ChatTemplate:
             told = isinstance(e, jinja2.TemplateError) and str(e)
             why = told or f"{type(e).__name__} ({str(e) or 'no more is known'})"
             raise TemplateMisfit(f"the chat template refuses a conversation of {roles}: {why}") from e
+
+
+def _role(form: str) -> str:
+    return form.partition(":")[0]
+
+
+def _kinds(form: str) -> str:
+    """``t`` for each text and ``i`` for each image of a turn; where the template knows no images, one text."""
+    return form.partition(":")[2] or "t"
+
+
+def _listed(forms: Sequence[str]) -> str:
+    return ", ".join(map(_role, forms))
 
 
 def _stripped(parts: tuple[Part, ...], place: _Place) -> list[Part]:

@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from beholder.data.chat import ChatEncoder, EncodeError
-from beholder.data.images import ImageError
+from beholder.data.images import ImageError, as_input
 from beholder.data.mixture import Mixture
 from beholder.types import Batch, Encoded, Example, FeatureReader, ImageInput, ImageRef, ProcessError, UserError
 
@@ -115,9 +115,9 @@ def _batch(samples: Sequence[Sample], rows: Sequence[Sequence[int]], layout: Lay
     image_sample: list[int] = []
     for i, (sample_id, encoded, inputs) in enumerate(samples):
         assert len(inputs) == len(encoded.image_spans), (sample_id, len(inputs), encoded.image_spans)
-        for (start, stop), image in zip(encoded.image_spans, inputs, strict=True):
+        for k, image in enumerate(inputs):
             images.append(image)
-            image_positions.append(start_of[i] + np.arange(start, stop, dtype=np.int64))
+            image_positions.append(start_of[i] + encoded.reserved(k).astype(np.int64))
             image_sample.append(i)
     return Batch(
         input_ids=torch.from_numpy(ids),
@@ -130,6 +130,7 @@ def _batch(samples: Sequence[Sample], rows: Sequence[Sequence[int]], layout: Lay
         images=images,
         ids=[sample_id for sample_id, _, _ in samples],
         truncated=sum(encoded.truncated for _, encoded, _ in samples),
+        image_sizes=[size for _, encoded, _ in samples for size in encoded.image_sizes],
     )
 
 
@@ -171,7 +172,7 @@ class SampleBuilder:
     """
 
     encoder: ChatEncoder
-    pipeline: Callable[[ImageRef, str | None], torch.Tensor]
+    pipeline: Callable[[ImageRef, str | None], torch.Tensor | ImageInput]
     features: FeatureReader | None
     _: KW_ONLY
     on_bad_image: Literal["error", "skip"]
@@ -182,7 +183,10 @@ class SampleBuilder:
 
     def build(self, example: Example, epoch: int = 0) -> Sample:
         """One sample. Raises `UserError` (`ImageError` for an image) whose message names the record."""
-        encoded = self.encoder.encode(example)
+        try:
+            encoded = self.encoder.encode(example)
+        except ImageError as e:  # a native model's layout depends on how large its images are
+            raise e.needed_by(example.where) from e
         return example.id, encoded, self.images(example, epoch)
 
     def images(self, example: Example, epoch: int = 0) -> list[ImageInput]:
@@ -195,9 +199,9 @@ class SampleBuilder:
                 continue
             key = None if self.augment_seed is None else f"{self.augment_seed}/{epoch}/{example.id}/{k}"
             try:
-                out.append(ImageInput(pixels=self.pipeline(ref, key)))
+                out.append(as_input(self.pipeline(ref, key)))
             except ImageError as e:
-                raise ImageError(e.ref, e.reason, f"{e.detail}; needed by {example.where}") from e
+                raise e.needed_by(example.where) from e
             except UserError as e:
                 raise UserError(f"{example.where}: {e}") from e
         return out
@@ -419,9 +423,13 @@ class _Parcel:
     features: torch.Tensor | None
     pixels: torch.Tensor | None
     is_stored: list[bool]
+    native: list[ImageInput]
+    """Images of a native model, which differ in shape, as they are."""
 
     @classmethod
     def of(cls, batch: Batch) -> _Parcel:
+        if any(i.inputs is not None for i in batch.images):
+            return cls(replace(batch, images=[]), None, None, [], batch.images)
         features = [i.features for i in batch.images if i.features is not None]
         pixels = [i.pixels for i in batch.images if i.pixels is not None]
         return cls(
@@ -429,9 +437,12 @@ class _Parcel:
             torch.stack(features) if features else None,
             torch.stack(pixels) if pixels else None,
             [i.features is not None for i in batch.images],
+            [],
         )
 
     def unpack(self) -> Batch:
+        if self.native:
+            return replace(self.batch, images=self.native)
         features = iter(self.features if self.features is not None else ())
         pixels = iter(self.pixels if self.pixels is not None else ())
         images = [ImageInput(features=next(features)) if s else ImageInput(pixels=next(pixels)) for s in self.is_stored]
@@ -443,7 +454,11 @@ class _Parcel:
         def pin(t: torch.Tensor | None) -> torch.Tensor | None:
             return None if t is None else t.pin_memory()
 
-        return replace(self, batch=self.batch.pin_memory(), features=pin(self.features), pixels=pin(self.pixels))
+        whole = replace(self.batch, images=self.native).pin_memory()
+        return replace(
+            self, batch=replace(whole, images=[]), features=pin(self.features), pixels=pin(self.pixels),
+            native=whole.images,
+        )  # fmt: skip
 
 
 def _start_worker(leaving: Any, _: int) -> None:

@@ -29,7 +29,7 @@ import PIL
 from PIL import Image, ImageFile
 
 from beholder.data import index
-from beholder.types import ImageGeometry, ImageRef, UserError, printable
+from beholder.types import ImageGeometry, ImageInput, ImageProcessor, ImageRef, UserError, printable
 
 if TYPE_CHECKING:  # checking files needs neither
     import pyarrow
@@ -90,6 +90,10 @@ class ImageError(UserError):
         self.ref = ref
         self.reason = reason
         self.detail = detail
+
+    def needed_by(self, where: str) -> ImageError:
+        """The same, naming the record as well."""
+        return ImageError(self.ref, self.reason, f"{self.detail}; needed by {where}")
 
     def __str__(self) -> str:
         name = printable(str(self.ref)[:MAX_PATH], one_line=True)
@@ -589,7 +593,11 @@ def _upright_rgb(image: Image.Image, name: ImageRef | str) -> Image.Image:
         raise
     except Exception as e:
         raise _undecodable(e, name) from None
-    return image.transpose(turn) if turn is not None else image
+    if turn is not None:
+        image = image.transpose(turn)
+        for key in _SAYS_WHICH_WAY_UP:  # or a part of it, given to `from_pil`, would be turned once more
+            image.info.pop(key.decode(), None)
+    return image
 
 
 def _orientation(image: Image.Image) -> int:
@@ -660,10 +668,7 @@ class ImagePipeline:
 
     def from_file(self, path: str) -> torch.Tensor:
         """uint8 [3, H, W] of a path that the user typed: the path itself is the permission to open it."""
-        if not _may_exist(path):
-            raise ImageError(repr(path[:80]), "missing_image", "is not a file name")
-        real = os.path.realpath(path)
-        return self(ImageRef(root=os.path.dirname(real), path=os.path.basename(real)))
+        return self(typed(path))
 
     def _fit(self, image: Image.Image, key: str | None) -> torch.Tensor:
         import torch
@@ -697,6 +702,76 @@ class ImagePipeline:
         return (
             left + x * sx, top + y * sy, min(left + (x + g.width) * sx, right), min(top + (y + g.height) * sy, bottom)
         )  # fmt: skip
+
+
+@dataclass(eq=False)
+class NativePipeline:
+    """`ImageRef` → what a native model's own processor makes of it. Picklable, and as safe as `ImagePipeline`."""
+
+    processor: ImageProcessor
+    max_megapixels: float
+
+    def __post_init__(self) -> None:
+        facts = {"processor": self.processor.fingerprint, "version": _PIXEL_VERSION, "pillow": PIL.__version__}
+        self.fingerprint: str = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        """sha256 over everything that decides which inputs the same bytes give."""
+        self._sizes: dict[ImageRef, tuple[int, int]] = {}
+
+    def __call__(self, ref: ImageRef, key: str | None = None) -> ImageInput:
+        """The image's inputs. There is no augmentation: a sample is laid out by its images' own sizes."""
+        assert key is None, key
+        return self._process(self.open(ref), ref)
+
+    def open(self, ref: ImageRef) -> Image.Image:
+        """The decoded image at full size."""
+        return decode(read_bytes(ref), ref, self.max_megapixels)
+
+    def from_pil(self, image: Image.Image) -> ImageInput:
+        """The inputs of an image that is already open; orientation, alpha and depth are treated as for a file."""
+        _check_megapixels(image, "<PIL image>", self.max_megapixels)
+        with _quiet():
+            return self._process(_upright_rgb(image, "<PIL image>"), "<PIL image>")
+
+    def from_file(self, path: str) -> ImageInput:
+        """The inputs of a path that the user typed: the path itself is the permission to open it."""
+        return self(typed(path))
+
+    def size(self, ref: ImageRef) -> tuple[int, int]:
+        """(height, width) of the upright image; no pixel is decoded where its header says it."""
+        known = self._sizes.get(ref)
+        if known is None:
+            known = _upright_size(read_bytes(ref), ref, self.max_megapixels)
+            if len(self._sizes) < 1_000_000:
+                self._sizes[ref] = known
+        return known
+
+    def _process(self, image: Image.Image, name: ImageRef | str) -> ImageInput:
+        try:
+            return self.processor.process(image)
+        except ValueError as e:  # such as an aspect ratio beyond 200
+            raise ImageError(name, "unsupported_pixels", f"the model's own processor refuses it: {e}") from e
+
+
+def as_input(made: torch.Tensor | ImageInput) -> ImageInput:
+    """What a pipeline gives, as the model takes it."""
+    return made if isinstance(made, ImageInput) else ImageInput(pixels=made)
+
+
+def typed(path: str) -> ImageRef:
+    """The image at a path that the user typed."""
+    if not _may_exist(path):
+        raise ImageError(repr(path[:80]), "missing_image", "is not a file name")
+    real = os.path.realpath(path)
+    return ImageRef(root=os.path.dirname(real), path=os.path.basename(real))
+
+
+def _upright_size(data: bytes, name: ImageRef | str, max_megapixels: float) -> tuple[int, int]:
+    with _quiet(), _open_checked(data, name, max_megapixels) as image:
+        if image.format in ("TIFF", "AVIF"):  # which turn themselves, or are another size than they say, when loaded
+            image = _upright_rgb(image, name)
+            return image.height, image.width
+        turned = _orientation(image) >= 5
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def random_crop_box(width: int, height: int, key: str) -> tuple[float, float, float, float]:

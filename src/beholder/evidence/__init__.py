@@ -3,6 +3,7 @@
 record     measurements and everything that is needed to read them: what ``evidence.json`` holds
 catalogue  what can be measured, by name: words, unit, direction, and where people are told it
 gates      bounds on measurements, judged
+guardrails when a run stops itself, by what was measured on the way
 best       which of a run's checkpoints is its best
 """
 
@@ -16,6 +17,7 @@ from beholder.evidence.record import (
     DataUri,
     Evidence,
     GateResult,
+    GuardrailStop,
     Histogram,
     Measurement,
     Prediction,
@@ -34,6 +36,6 @@ from beholder.types import CONDITIONS, Condition
 
 __all__ = [
     "CONDITIONS", "SCHEMA_VERSION", "AdapterRow", "Candidate", "Condition", "Cost", "Curve", "DataFacts", "DataUri",
-    "Evidence", "GateResult", "Histogram", "Measurement", "Prediction", "Record", "Sample", "TextOnly",
+    "Evidence", "GateResult", "GuardrailStop", "Histogram", "Measurement", "Prediction", "Record", "Sample", "TextOnly",
     "TrainableRow", "WordReliance", "WordStat", "held_out_hashes", "load_evidence", "thin", "thumbnail",
 ]  # fmt: skip

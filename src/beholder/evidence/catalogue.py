@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
+from beholder.config import STRENGTH_LINE
 from beholder.evidence.record import Evidence, Measurement
 from beholder.types import CONDITIONS, Condition
 
@@ -36,7 +37,7 @@ IMAGE_NAMES: Mapping[Written, Mapping[str, str]] = {
 GROUPINGS = {
     "length": "target length", "turn": "turn", "question": "question", "answer": "kind of answer",
     "kind": "kind of made-up question", "images": "number of images",
-    "slot": "place",
+    "slot": "place", "strength": "strength of the adapters", "image": "kind of image",
 }  # fmt: skip
 """What the groupings of samples (``by``) are called."""
 
@@ -55,6 +56,7 @@ Section = Literal[
     "blind",
     "kept",
     "symptoms",
+    "monitors",
     "",
 ]
 """A table of the report. The one of every measurement has no name."""
@@ -123,7 +125,7 @@ ALONE, OWN = ("",), ("correct",)
 _Q, _H = Quantity, Headline
 _SHARE, _NATS = "share", "nats/token"
 
-CATALOGUE: tuple[Quantity, ...] = (
+_MEASURED: tuple[Quantity, ...] = (
     # Held-out samples. The same names in `Evidence.baseline` are the numbers before training.
     _Q("eval.loss", "loss", _NATS, "lower", "held-out", column="held-out loss", flat="eval_loss<_stratum>", said=ALONE),
     _Q("eval.perplexity", "perplexity", "perplexity", "lower", "held-out", said=ALONE, headline=_H(8, 8)),
@@ -135,6 +137,8 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("learn.delta_text", "held-out loss below the model's without image", _NATS, "higher", "compared",
        chat="held-out loss below the base model's without image"),
     _Q("curve.late_share", "share of the loss's fall in the last quarter", _SHARE, "lower", "compared"),
+    _Q("answer.kept", "answers about one image exactly right, over the run it started from", _SHARE, "higher",
+       "compared", read_in="points", said=ALONE),
     # Held-out losses to read one against.
     _Q("band.uniform", "uniform guessing", _NATS, "none", "bands"),
     _Q("band.untrained", "untrained connector", _NATS, "none", "bands", chat="before this training"),
@@ -144,7 +148,7 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("ablation.delta.<any>", "loss difference, <image>", _NATS, "higher", "ablation", flat="delta_<image>",
        said=CONDITIONS[1:]),
     _Q("ablation.ratio.<any>", "loss ratio, <image>", "ratio", "higher", "ablation", said=("shuffled",)),
-    # Samples of several images: one image replaced, all of them moved on, two swapped (`probes.positions`).
+    # Samples of several images: one image replaced, all of them moved on, two swapped (`probes.slots`).
     _Q("slots.loss.<image>", "loss, one image replaced by <image>", _NATS, "lower", "slots"),
     _Q("slots.delta.<any>", "loss difference, one image replaced by <image>", _NATS, "higher", "slots",
        said=("shuffled",)),
@@ -205,8 +209,9 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("cells.delta.image", "loss difference, another image", _NATS, "higher", "cells"),
     _Q("blind.told", "answers right, told that the image is missing", _SHARE, "none", "blind", said=ALONE),
     _Q("blind.base", "answers right, base model without image", _SHARE, "none", "blind", said=ALONE),
-    _Q("blind.share", "blind share: right without image over right with it", "ratio", "lower", "blind", said=ALONE),
-    _Q("blind.share_told", "blind share, told that the image is missing", "ratio", "lower", "blind"),
+    _Q("blind.share", "blind share: right without image over right with it", "ratio", "lower", "blind",
+       read_in="share", said=ALONE),
+    _Q("blind.share_told", "blind share, told that the image is missing", "ratio", "lower", "blind", read_in="share"),
     _Q("blind.gain", "gain: right with image, over without", _SHARE, "higher", "blind", read_in="points"),
     _Q("blind.leak", "leak: right without image, over the base", _SHARE, "lower", "blind", read_in="points",
        said=ALONE),
@@ -215,7 +220,14 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("retention.loss", "loss on plain text, adapters on", _NATS, "lower", "kept", said=ALONE),
     _Q("retention.loss_ratio", "loss on plain text, on over off", "ratio", "lower", "kept", said=ALONE,
        headline=_H(answer=4, label="text loss over the base's")),
+    _Q("retention.loss_ratio_styled", "loss on plain text after its first words, on over off", "ratio", "lower", "kept",
+       said=ALONE),
+    _Q("retention.over_start", "loss on plain text, over the study's start", "ratio", "lower", "kept", said=ALONE),
     _Q("retention.kl", "divergence from the base (KL)", _NATS, "lower", "kept", said=ALONE),
+    _Q("cross.own.trained", "loss on over off: own images, trained texts", "ratio", "lower", "kept"),
+    _Q("cross.ood.trained", "loss on over off: unlike images, trained texts", "ratio", "none", "kept"),
+    _Q("cross.own.plain", "loss on over off: own images, plain texts", "ratio", "lower", "kept"),
+    _Q("cross.ood.plain", "loss on over off: unlike images, plain texts", "ratio", "lower", "kept"),
     _Q("merge.max_logit_diff", "largest change of a logit by merging", "logits", "lower", "kept", said=ALONE),
     _Q("merge.changed_pct", "next tokens of plain text changed by merging", "%", "lower", "kept", said=ALONE),
     _Q("merge.tokens_changed_pct", "tokens of answers changed by merging", "%", "lower", "kept", said=ALONE),
@@ -239,6 +251,16 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("collapse.image_independent", "same output for another image", _SHARE, "lower", "symptoms"),
     _Q("collapse.worst", "worst collapse symptom", _SHARE, "lower", "symptoms", said=ALONE,
        headline=_H(6, 5, label="worst collapse")),
+    # What a run is watched with while it trains (`probes.monitors`).
+    _Q("irrelevant.pass", "unrelated images told to be so", _SHARE, "higher", "monitors", said=ALONE),
+    _Q("ood.hallucination", "hallucination on unlike images", _SHARE, "lower", "monitors", said=ALONE),
+    _Q("ood.invents", "unlike images: descriptions that invent", _SHARE, "lower", "monitors"),
+    _Q("ood.says_yes", "unlike images: yes to what is absent", _SHARE, "lower", "monitors"),
+    _Q("ood.blind", "unlike images: empty or image-independent", _SHARE, "lower", "monitors", said=ALONE),
+    _Q("sane.captions", "unlike images: sane descriptions", _SHARE, "higher", "monitors", said=ALONE),
+    _Q("jitter.consistency", "same answer for slightly cropped images", _SHARE, "higher", "monitors", said=ALONE),
+    _Q("gap.generalisation", "generalisation gap", _NATS, "lower", "monitors", said=ALONE),
+    _Q("gap.training_loss", "loss on training samples", _NATS, "none", "monitors"),
     # What gates alone judge.
     _Q("data.truncated_pct", "targets cut to length", "%", "lower"),
     _Q("data.label_zero_pct", "samples with nothing supervised", "%", "lower"),
@@ -249,7 +271,14 @@ CATALOGUE: tuple[Quantity, ...] = (
     _Q("vqa.accuracy", "answers right (VQA)", _SHARE, "higher"),
     _Q("vqa.exact", "answers exactly right", _SHARE, "higher"),
 )  # fmt: skip
-"""In the order in which a run that ends says them."""
+
+CATALOGUE = _MEASURED + tuple(
+    _Q(STRENGTH_LINE[q.pattern], f"{q.column or q.words}, adapters at part of their strength", q.unit, q.better)
+    for q in _MEASURED
+    if q.pattern in STRENGTH_LINE
+)
+"""In the order in which a run that ends says them; last what is measured at part of the adapters' strength as well
+(``eval.strengths``)."""
 
 _ROWS = {row.stem: row for row in CATALOGUE}
 

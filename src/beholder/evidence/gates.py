@@ -6,6 +6,7 @@ function of the declared gates and the measurements, so a report can be judged a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -54,6 +55,11 @@ def _judge(name: str, gate: GateConfig, measurements: Sequence[Measurement]) -> 
         names = ", ".join(f"{m.stratum} (n={m.n})" for m in small)
         note += f"{'; ' if note else ''}fewer than {gate.min_n} samples, not judged: {names}"
     return result(_passes(value, gate), worst, value, note)
+
+
+def bounds(text: str) -> list[tuple[str, float]]:
+    """What a gate demands, from its text: ``> 0.25 and ≤ 1`` → (``>``, 0.25), (``≤``, 1)."""
+    return [(sign, float(edge)) for sign, edge in re.findall(r"([>≥≤]) (\S+)", text)]
 
 
 def at_end(m: Measurement, end: Literal["value", "low", "high"]) -> float | None:

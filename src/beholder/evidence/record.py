@@ -98,11 +98,13 @@ class AdapterRow(Record):
     """One adapted layer: where it is and what it adds."""
 
     name: str
-    """Module name below the language model, such as ``model.layers.0.self_attn.q_proj``."""
+    """Module name below its part, such as ``model.layers.0.self_attn.q_proj``."""
     d_in: int
     d_out: int
     rank: int
     params: int
+    part: str = "language"
+    """What it is on: ``language`` or ``vision``."""
 
 
 class Candidate(Record):
@@ -114,9 +116,33 @@ class Candidate(Record):
     """Nats per token that another sample's image adds; None when it was not measured at this step."""
     collapse: FiniteFloat | None = None
     """Worst symptom of collapse among its golden outputs, share."""
+    monitors: dict[str, FiniteFloat] = {}
+    """What the monitors said of it, by name of the measurement."""
     refused: str = ""
     """Why it may not be the best; empty when it may."""
     best: bool = False
+
+
+class GuardrailStop(Record):
+    """Why a run stopped itself (`evidence.guardrails`)."""
+
+    name: str
+    """Of the guardrail."""
+    measure: str
+    step: int
+    value: FiniteFloat
+    bound: FiniteFloat
+    """What the value has passed."""
+    baseline: FiniteFloat | None = None
+    told: str
+    """``more than 20% below its baseline of 0.95 (less than 0.76)``"""
+    why: str = ""
+    """What the guardrail protects from."""
+
+    @property
+    def sentence(self) -> str:
+        """``irrelevant_pass: irrelevant.pass is 0.5 after step 40, more than 20% below its baseline of …``"""
+        return f"{self.name}: {self.measure} is {self.value:.4g} after step {self.step}, {self.told}"
 
 
 class DataFacts(Record):
@@ -311,6 +337,8 @@ class Evidence(Record):
     """Every adapted layer of the language model."""
     adapter_strength: FiniteFloat = 1.0
     """Of what the adapters learned, the share that is used outside training (``model.lora.strength``)."""
+    stopped: GuardrailStop | None = None
+    """The guardrail that ended the run early."""
     candidates: list[Candidate] = []
     """The checkpoints the best one was chosen from."""
     step: int | None = None

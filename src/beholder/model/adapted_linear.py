@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
@@ -14,7 +15,25 @@ ADAPTER = "default"
 """The one adapter's name inside PEFT's layers; it is not part of the saved names."""
 
 
-class AdaptedLinear(PeftLinear):
+class Learning:
+    """What an adapted layer does while it learns and at rest.
+
+    While it learns, its scaling is alpha / r; else that times ``model.lora.strength``, which is what its checkpoint's
+    ``lora_alpha`` says. Between the base and the trained weights lies a model that has kept more of the base (WiSE-FT,
+    Wortsman et al. 2022, arXiv:2109.01903).
+    """
+
+    scaling: dict[str, float]
+    lora_dropout: nn.ModuleDict
+    scalings: tuple[float, float]
+    """At rest, and while learning."""
+
+    def learn(self, mode: bool) -> None:
+        self.scaling[ADAPTER] = self.scalings[mode]
+        self.lora_dropout.train(mode)
+
+
+class AdaptedLinear(Learning, PeftLinear):
     """PEFT's layer; over a base stored in 16 bits, the adapter's two products are computed in these 16 bits.
 
     PEFT computes them in fp32 and adds them to the rounded output: several passes over fp32 copies of the activations.
@@ -22,23 +41,12 @@ class AdaptedLinear(PeftLinear):
     into the base's output and input gradient in place. It costs a rounding of ``x A`` and of each gradient product
     (2^-9 of the adapter's own contribution in bf16); weights, optimizer and sums over micro-batches stay fp32. Over an
     fp32 base it is PEFT's computation, bit for bit. ``benchmarks/lora_step.py`` prints what it saves.
-
-    While it learns, its scaling is alpha / r; else that times ``model.lora.strength``, which is what its checkpoint's
-    ``lora_alpha`` says. Between the base and the trained weights lies a model that has kept more of the base (WiSE-FT,
-    Wortsman et al. 2022, arXiv:2109.01903).
     """
-
-    scalings: tuple[float, float]
-    """At rest, and while learning."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
         # One config may cover both kinds of layer, so each is asked for its own.
         self.fan_in_fan_out = self.is_target_conv_1d_layer = isinstance(self.get_base_layer(), Conv1D)
-
-    def learn(self, mode: bool) -> None:
-        self.scaling[ADAPTER] = self.scalings[mode]
-        self.lora_dropout.train(mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
@@ -110,8 +118,8 @@ def _kept(values: Tensor, keep: Tensor | None) -> Tensor:
     return values if keep is None else (values.view(torch.int16) & keep).view(values.dtype)
 
 
-def adapter_weights(layer: AdaptedLinear) -> tuple[nn.Parameter, nn.Parameter]:
-    """(A ``[r, d_in]``, B ``[d_out, r]``)."""
-    down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-    assert isinstance(down, nn.Linear) and isinstance(up, nn.Linear)
-    return down.weight, up.weight  # pyright: ignore[reportReturnType]
+def adapter_weights(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+    """(A ``[r, d_in]``, B ``[d_out, r]``); of a convolution ``[r, c_in, kh, kw]`` and ``[c_out, r, 1, 1]``."""
+    down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    assert isinstance(down, nn.Parameter) and isinstance(up, nn.Parameter)
+    return down, up

@@ -1,15 +1,16 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on the language model: the only door to peft.
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on a part of a model, the language model or the vision tower:
+the only door to peft.
 
-Which layers get one is resolved in `placement`, the layer itself is `adapted_linear`'s. Attaching, switching off,
-merging, reading and writing adapters all live here; the base's weights are never changed but by `merge_in`, before
-anything learns. What learns is `plan`'s business, files are `train.checkpoint`'s. Importing it takes seconds (peft
-brings transformers): others import it where they use it.
+Which layers get one is resolved in `placement`, the layers themselves are `adapted_linear`'s and `adapted_conv`'s.
+Attaching, switching off, merging, reading and writing adapters all live here; the base's weights are never changed but
+by `merge_in`, before anything learns. What learns is `plan`'s business, files are `train.checkpoint`'s. Importing it
+takes seconds (peft brings transformers): others import it where they use it.
 """
 
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,21 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from beholder.config import LoraConfig
+from beholder.model.adapted_conv import AdaptedConv
 from beholder.model.adapted_linear import ADAPTER, AdaptedLinear, adapter_weights
 from beholder.model.language import LanguageModel
-from beholder.model.placement import FIELD, AdapterSite, counted, folded, resolve_targets
+from beholder.model.placement import (
+    AdapterSite,
+    Part,
+    Selector,
+    counted,
+    folded,
+    inside,
+    matrix_shape,
+    resolve_targets,
+    selectors,
+    without_adapters,
+)
 from beholder.model.weights import check_finite, first_line, listed, quiet_transformers
 from beholder.types import TrainedPart, UserError
 
@@ -34,30 +47,36 @@ KEY_PREFIX = "base_model.model."
 # Attach
 
 
-def attach(language: LanguageModel, cfg: LoraConfig, seed: int) -> list[AdapterSite]:
-    """Put an adapter on every layer ``cfg.target_modules`` names; gives them in the model's order.
+def attach(part: Part, cfg: LoraConfig, seed: int, selector: Selector | None = None) -> list[AdapterSite]:
+    """Put an adapter on every layer that ``selector`` names, or ``cfg`` for this part; gives them in the model's order.
 
     A is drawn from ``seed`` alone (U(±1/sqrt(d_in)), PEFT's own), B is 0: the model computes what it did before. The
     adapters' weights are fp32 whatever the base is stored in; the base's are untouched and frozen. Raises `UserError`
     as `resolve_targets` does, and for layers that the model never calls.
     """
-    assert not language.adapters, "the language model has adapters already"
-    sites = resolve_targets(language.model, cfg.target_modules, cfg.r)
-    config = _peft_config(cfg, sites)
+    assert not part.adapters, f"the {part.name} part has adapters already"
+    selector = selector or selectors(cfg, {part.name: part})[part.name]
+    sites = resolve_targets(part, selector, cfg.r)
+    if both := [s.name for s in sites if inside(s.name, part.unfrozen)]:
+        raise UserError(
+            f"{selector.field}: {counted(both)} would get adapters, and model.vision.unfreeze lets their weights learn "
+            "themselves; choose one of the two for each layer"
+        )
+    config = _peft_config(part, cfg, sites)
     # What others must know to merge; here each layer knows it of itself.
-    config.fan_in_fan_out = all(isinstance(language.model.get_submodule(s.name), Conv1D) for s in sites)
-    config._register_custom_module({nn.Linear: AdaptedLinear, Conv1D: AdaptedLinear})
+    config.fan_in_fan_out = all(isinstance(part.module.get_submodule(s.name), Conv1D) for s in sites)
+    config._register_custom_module({nn.Linear: AdaptedLinear, Conv1D: AdaptedLinear, nn.Conv2d: AdaptedConv})
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # PEFT draws weights of its own first
         # peft 0.21 asks transformers 5.23 in words that the latter is about to drop.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         try:
-            inject_adapter_in_model(config, language.model, adapter_name=ADAPTER)
+            inject_adapter_in_model(config, part.module, adapter_name=ADAPTER)
         except ValueError as e:
-            raise _misplaced(language, sites, first_line(e)) from e
-    placed = _adapted(language)
+            raise _misplaced(part, selector, sites, first_line(e)) from e
+    placed = _adapted(part)
     if list(placed) != [s.name for s in sites] or config.target_parameters:
         lost = [s.name for s in sites if s.name not in placed]
-        raise _misplaced(language, sites, f"{counted(lost)} would get none")
+        raise _misplaced(part, selector, sites, f"{counted(lost)} would get none")
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for site, layer in zip(sites, placed.values(), strict=True):
@@ -67,40 +86,40 @@ def attach(language: LanguageModel, cfg: LoraConfig, seed: int) -> list[AdapterS
             bound = 1 / math.sqrt(site.d_in)
             down.copy_(torch.empty(down.shape).uniform_(-bound, bound, generator=draw))
             up.zero_()
-    language.adapters = sites
-    language.adapted = list(placed.values())
     for layer in placed.values():
         layer.scalings = (_alpha_at_rest(cfg) / cfg.r, cfg.alpha / cfg.r)
-    language.model.peft_config[ADAPTER].lora_alpha = _alpha_at_rest(cfg)
-    language.train(False)
-    _check_reached(language)
+    part.adapters, part.adapted = sites, list(placed.values())
+    config.lora_alpha = _alpha_at_rest(cfg)  # pyright: ignore[reportAttributeAccessIssue] (PEFT takes fractions)
+    part.facts = _facts(part, config)
+    part.learn(False)
+    _check_reached(part, selector)
     return sites
 
 
-def _misplaced(language: LanguageModel, sites: Sequence[AdapterSite], why: str) -> UserError:
+def _misplaced(part: Part, selector: Selector, sites: Sequence[AdapterSite], why: str) -> UserError:
     """PEFT renames targets in families whose experts transformers keeps fused, and would do so again wherever the
     checkpoint is loaded."""
     return UserError(
-        f"{FIELD}: on {language.name} ({type(language.model).__name__}) PEFT does not put adapters on "
+        f"{selector.field}: on {part.source} ({type(part.module).__name__}) PEFT does not put adapters on "
         f"{counted([s.name for s in sites])} as named: {why}. Where experts are fused it takes names that end like "
         "theirs (gate_proj, up_proj, down_proj) for them. Name fewer layers, such as q_proj, o_proj"
     )
 
 
 @torch.no_grad()
-def _check_reached(language: LanguageModel) -> None:
+def _check_reached(part: Part, selector: Selector) -> None:
     """Refuse layers whose weights the model reads without calling them (Mamba's ``out_proj`` and ``dt_proj``): their
     adapters would learn nothing and be merged all the same. An expert that no token chose is no such layer, where
     another of its kind was called."""
-    placed = _adapted(language)
+    placed = _adapted(part)
     called: set[str] = set()
     hooks = [m.register_forward_hook(lambda *_, n=name: called.add(n)) for name, m in placed.items()]
+    assert part.try_out is not None
     try:
-        ids = torch.arange(8, device=language.device)[None]
-        language.hidden(language.embed(ids), torch.arange(8, device=language.device)[None])
+        part.try_out()
     except (AttributeError, IndexError, TypeError, ValueError) as e:
         raise UserError(
-            f"{FIELD}: {language.name} ({type(language.model).__name__}) does not run with adapters on "
+            f"{selector.field}: {part.source} ({type(part.module).__name__}) does not run with adapters on "
             f"{counted(list(placed))}: {first_line(e)}. One of these gives something else than a product (Llama 4's "
             "router does). Name fewer layers, such as q_proj, o_proj"
         ) from e
@@ -109,7 +128,7 @@ def _check_reached(language: LanguageModel) -> None:
             hook.remove()
     if idle := sorted({folded(n) for n in placed} - {folded(n) for n in called}):
         raise UserError(
-            f"{FIELD}: {language.name} ({type(language.model).__name__}) never calls {listed(idle)}, but reads the "
+            f"{selector.field}: {part.source} ({type(part.module).__name__}) never calls {listed(idle)}, but reads the "
             "weights directly, so adapters there would learn nothing; take them out"
         )
 
@@ -119,34 +138,26 @@ def _alpha_at_rest(cfg: LoraConfig) -> int | float:
     return cfg.alpha if cfg.strength == 1 else cfg.alpha * cfg.strength
 
 
-def _peft_config(cfg: LoraConfig, sites: Sequence[AdapterSite]) -> PeftLoraConfig:
+def trained_alpha(part: Part) -> int:
+    """The alpha that a part's adapters learn with, whatever the strength that they are used at."""
+    return round(part.adapted[0].scalings[1] * part.facts["r"])
+
+
+def _peft_config(part: Part, cfg: LoraConfig, sites: Sequence[AdapterSite]) -> PeftLoraConfig:
     return PeftLoraConfig(
-        r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, bias=cfg.bias, task_type="CAUSAL_LM",
-        target_modules=[s.name for s in sites],
+        r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, bias=cfg.bias,
+        task_type="CAUSAL_LM" if part.name == "language" else None, target_modules=[s.name for s in sites],
     )  # fmt: skip
 
 
-def adapter_parameters(language: LanguageModel) -> dict[str, nn.Parameter]:
-    """The adapters' weights by their names in ``language.named_parameters()``."""
-    ours = {id(w) for layer in _adapted(language).values() for w in adapter_weights(layer)}
-    return {name: p for name, p in language.named_parameters() if id(p) in ours}
+def adapter_parameters(part: Part) -> dict[str, nn.Parameter]:
+    """The adapters' weights by their names below the part's module."""
+    ours = {id(w) for layer in _adapted(part).values() for w in adapter_weights(layer)}
+    return {name: p for name, p in part.module.named_parameters() if id(p) in ours}
 
 
-def _adapted(language: LanguageModel) -> dict[str, AdaptedLinear]:
-    return {name: m for name, m in language.model.named_modules() if isinstance(m, AdaptedLinear)}
-
-
-def base_state(module: nn.Module) -> dict[str, Tensor]:
-    """``module.state_dict()`` as it was before adapters were attached: same names, same order, none of theirs."""
-    layers = [f"{name}." for name, m in module.named_modules() if isinstance(m, AdaptedLinear)]
-    undone: dict[str, Tensor] = {}
-    for key, tensor in module.state_dict().items():
-        layer = next((layer for layer in layers if key.startswith(layer)), None)
-        if layer is None:
-            undone[key] = tensor
-        elif key.startswith(f"{layer}base_layer."):
-            undone[layer + key.removeprefix(f"{layer}base_layer.")] = tensor
-    return undone
+def _adapted(part: Part) -> dict[str, AdaptedLinear | AdaptedConv]:
+    return {name: m for name, m in part.module.named_modules() if isinstance(m, AdaptedLinear | AdaptedConv)}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -154,9 +165,9 @@ def base_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def adapters_off(language: LanguageModel) -> Iterator[None]:
-    """Inside, the language model computes what the base does, bit for bit; afterwards everything is as before."""
-    layers = list(_adapted(language).values())
+def adapters_off(part: Part) -> Iterator[None]:
+    """Inside, the part computes what its base does, bit for bit; afterwards everything is as before."""
+    layers = list(_adapted(part).values())
     assert not any(layer.merged for layer in layers), "merged adapters cannot be switched off"
     were_off = [layer.disable_adapters for layer in layers]
     learned = [[w.requires_grad for w in adapter_weights(layer)] for layer in layers]
@@ -172,16 +183,33 @@ def adapters_off(language: LanguageModel) -> Iterator[None]:
 
 
 @contextmanager
-def merged(language: LanguageModel) -> Iterator[None]:
+def at_strength(part: Part, strength: float) -> Iterator[None]:
+    """Inside, the adapters are used at that share of what they learned (``model.lora.strength``): a point on the line
+    from the base, 0, to the trained weights, 1. Nothing is trained there."""
+    layers, learning = list(_adapted(part).values()), part.learning
+    before = [layer.scalings for layer in layers]
+    try:
+        for layer, (_, trained) in zip(layers, before, strict=True):
+            layer.scalings = (trained * strength, trained)
+        part.learn(False)
+        yield
+    finally:
+        for layer, scalings in zip(layers, before, strict=True):
+            layer.scalings = scalings
+        part.learn(learning)
+
+
+@contextmanager
+def merged(part: Part) -> Iterator[None]:
     """Inside, the adapters are part of the base's weights (summed in fp32, rounded once), at the strength they have
     outside training; afterwards the base is restored bit for bit from copies, which need the adapted layers' size in
     main memory."""
-    layers = list(_adapted(language).values())
-    learning = language.learning
+    layers = list(_adapted(part).values())
+    learning = part.learning
     assert not any(layer.merged or layer.disable_adapters for layer in layers), "adapters are merged or off already"
-    kept: list[tuple[AdaptedLinear, Tensor]] = []
+    kept: list[tuple[AdaptedLinear | AdaptedConv, Tensor]] = []
     try:
-        language.train(False)
+        part.learn(False)
         with torch.no_grad():
             for layer in layers:
                 weight = layer.get_base_layer().weight
@@ -196,19 +224,19 @@ def merged(language: LanguageModel) -> Iterator[None]:
                 assert isinstance(weight, Tensor)
                 weight.copy_(copy)
                 layer.merged_adapters.clear()
-        language.train(learning)
+        part.learn(learning)
 
 
 @torch.no_grad()
-def merge_in(language: LanguageModel, part: TrainedPart) -> None:
+def merge_in(part: Part, learned: TrainedPart) -> None:
     """Make adapters of an earlier run part of the base's weights for good, as `merged` does for a while: summed in
     fp32, rounded once, at the strength that their config says.
 
-    Raises `UserError` for anything but plain LoRA, for adapters that do not fit this language model, and for weights
+    Raises `UserError` for anything but plain LoRA, for adapters that do not fit this part, and for weights
     that are not finite; nothing is changed then.
     """
-    assert not language.adapters, "adapters are merged before new ones are attached"
-    facts, tensors = part.facts, part.tensors
+    assert not part.adapters, "adapters are merged before new ones are attached"
+    facts, tensors = learned.facts, learned.tensors
     plain = {"peft_type": "LORA", "use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}}
     odd = [f"{k} is {facts.get(k)!r}" for k, v in {**plain, "bias": "none"}.items() if facts.get(k) != v]
     rank, alpha = facts.get("r"), facts.get("lora_alpha")
@@ -217,33 +245,36 @@ def merge_in(language: LanguageModel, part: TrainedPart) -> None:
     if odd:
         raise UserError(f"the adapters cannot be merged: {', '.join(odd)}; only plain LoRA can (model.lora.adapters)")
     assert isinstance(rank, int) and isinstance(alpha, int | float)
-    names = sorted({key.removeprefix(KEY_PREFIX).partition(".lora_")[0] for key in tensors})
+    before = KEY_PREFIX + part.prefix
+    names = sorted({key.removeprefix(before).partition(".lora_")[0] for key in tensors})
     layers = {
-        name: m for name, m in language.model.named_modules() if name in names and isinstance(m, nn.Linear | Conv1D)
-    }
-    pairs = {n: [tensors.get(f"{KEY_PREFIX}{n}.lora_{which}.weight") for which in "AB"] for n in names}
+        name: m for name, m in part.module.named_modules()
+        if name in names and isinstance(m, nn.Linear | Conv1D | nn.Conv2d)
+    }  # fmt: skip
+    pairs = {n: [tensors.get(f"{before}{n}.lora_{which}.weight") for which in "AB"] for n in names}
     wrong = [n for n in names if n not in layers or not _fits(layers[n], pairs[n], rank)]
     if wrong or len(tensors) != 2 * len(names):
         raise UserError(
-            f"the adapters cannot be merged into {language.name}: those on {counted(wrong or names)} do not fit it; "
-            "they are of another language model (model.llm.name_or_path)"
+            f"the adapters cannot be merged into {part.source}: those on {counted(wrong or names)} do not fit it; "
+            f"they are of another {part.called} ({part.setting})"
         )
     if bad := [k for k, t in tensors.items() if not bool(torch.isfinite(t).all())]:
         raise UserError(f"adapter weights are NaN or infinite: {listed(bad, 3)}. The run they come from had diverged.")
     for name, layer in layers.items():
-        down, up = (t.to(layer.weight.device) for t in pairs[name] if t is not None)
+        down, up = (t.to(layer.weight.device).flatten(1) for t in pairs[name] if t is not None)
         delta = up @ down
-        layer.weight.data += (delta.T if isinstance(layer, Conv1D) else delta) * (alpha / rank)
-    check_finite(language.model, f"{language.name} with adapters merged")
-    language.merged.append(part)
+        delta = delta.T if isinstance(layer, Conv1D) else delta.view(layer.weight.shape)
+        layer.weight.data += delta * (alpha / rank)
+    check_finite(part.module, f"{part.source} with adapters merged")
+    part.merged.append(learned)
 
 
-def _fits(layer: nn.Linear | Conv1D, pair: Sequence[Tensor | None], rank: int) -> bool:
+def _fits(layer: nn.Module, pair: Sequence[Tensor | None], rank: int) -> bool:
     down, up = pair
-    d_out, d_in = reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
+    shape = matrix_shape(layer)
     return (
-        down is not None and up is not None and down.dtype == up.dtype == torch.float32
-        and tuple(down.shape) == (rank, d_in) and tuple(up.shape) == (d_out, rank)
+        down is not None and up is not None and shape is not None and down.dtype == up.dtype == torch.float32
+        and tuple(down.flatten(1).shape) == (rank, shape[0]) and tuple(up.flatten(1).shape) == (shape[1], rank)
     )  # fmt: skip
 
 
@@ -251,26 +282,26 @@ def _fits(layer: nn.Linear | Conv1D, pair: Sequence[Tensor | None], rank: int) -
 # In and out
 
 
-def adapter_tensors(language: LanguageModel) -> dict[str, Tensor]:
+def adapter_tensors(part: Part) -> dict[str, Tensor]:
     """The adapters' weights under PEFT's file names: ``base_model.model.<module>.lora_A.weight``."""
     return {
-        f"{KEY_PREFIX}{name}.lora_{which}.weight": weight.detach()
-        for name, layer in _adapted(language).items()
+        f"{KEY_PREFIX}{part.prefix}{name}.lora_{which}.weight": weight.detach()
+        for name, layer in _adapted(part).items()
         for which, weight in zip("AB", adapter_weights(layer), strict=True)
     }
 
 
 @torch.no_grad()
-def load_adapter_tensors(language: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
+def load_adapter_tensors(part: Part, tensors: Mapping[str, Tensor]) -> None:
     """Put `adapter_tensors` back, bit for bit. Strict: `UserError` naming the config field for other modules, another
     rank, another base, another type or weights that are not finite; nothing is loaded then."""
-    own = adapter_tensors(language)
+    own = adapter_tensors(part)
     complaints: list[str] = []
     missing, unexpected = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     for keys, what in ((unexpected, "the file has adapters on"), (missing, "this config also puts adapters on")):
         if keys:
             modules = {k.removeprefix(KEY_PREFIX).partition(".lora_")[0] for k in keys}
-            complaints.append(f"{what} {counted(sorted(modules))} ({FIELD}, or another model.llm.name_or_path)")
+            complaints.append(f"{what} {counted(sorted(modules))} ({part.where}, or another {part.setting})")
     ranks, shapes = set(), []
     for key in sorted(own.keys() & tensors.keys()):
         theirs, ours = tuple(tensors[key].shape), tuple(own[key].shape)
@@ -283,7 +314,7 @@ def load_adapter_tensors(language: LanguageModel, tensors: Mapping[str, Tensor])
             shapes.append(f"{key} is {list(theirs)} in the file, {list(ours)} here")
     complaints += [f"model.lora.r: the file {a}, this config {b}" for a, b in sorted(ranks)]
     if shapes:
-        complaints.append(f"{listed(shapes, 3)} (model.llm.name_or_path: adapters of another language model)")
+        complaints.append(f"{listed(shapes, 3)} ({part.setting}: adapters of another {part.called})")
     types = sorted({str(tensors[k].dtype).removeprefix("torch.") for k in own.keys() & tensors.keys()} - {"float32"})
     if types:
         complaints.append(f"its weights are {', '.join(types)}, not float32")
@@ -296,22 +327,25 @@ def load_adapter_tensors(language: LanguageModel, tensors: Mapping[str, Tensor])
         weight.copy_(tensors[key])
 
 
-def adapter_config(language: LanguageModel) -> dict[str, Any]:
+def adapter_config(part: Part) -> dict[str, Any]:
     """``adapter_config.json`` as PEFT writes it, with the explicit list of modules and the base's name."""
-    config: PeftLoraConfig = language.model.peft_config[ADAPTER]
+    # On the plain base they would compute something else, so a merged one gets a name that nothing is loaded by.
+    more = f" with the adapters of {len(part.merged)} earlier runs merged" if part.merged else ""
+    return {**part.facts, "base_model_name_or_path": part.source + more}
+
+
+def _facts(part: Part, config: PeftLoraConfig) -> dict[str, Any]:
     written = config.to_dict()
     # PEFT may have shortened the list to last names, which is the same on this model and not on every other.
-    written["target_modules"] = [s.name for s in language.adapters]
-    # On the plain base they would compute something else, so a merged one gets a name that nothing is loaded by.
-    more = f" with the adapters of {len(language.merged)} earlier runs merged" if language.merged else ""
-    written["base_model_name_or_path"] = language.name + more
+    written["target_modules"] = [part.prefix + s.name for s in part.adapters]
     written["inference_mode"] = True
     written["peft_type"] = "LORA"
     return {k: sorted(v) if isinstance(v, set) else v for k, v in sorted(written.items())}
 
 
-def save_merged(language: LanguageModel, tokenizer: Any, folder: Path) -> None:
-    """A plain Hugging Face folder of the language model with its adapters merged in; loads without peft.
+def save_merged(language: LanguageModel, tokenizer: Any, folder: Path, tower: Part | None = None) -> None:
+    """A plain Hugging Face folder of the language model with its adapters merged in; loads without peft. ``tower``: of
+    a native model, which is written whole.
 
     ``folder`` must not hold anything yet. Raises `UserError` for that and for merged weights that are not finite.
     """
@@ -319,13 +353,16 @@ def save_merged(language: LanguageModel, tokenizer: Any, folder: Path) -> None:
 
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; name a new folder for the merged language model")
-    model = language.model
-    with merged(language), quiet_transformers():
+    model, parts = language.model, [language.part] if tower is None else [language.part, tower]
+    with ExitStack() as stack, quiet_transformers():
+        for part in parts:
+            stack.enter_context(merged(part))
+        state = without_adapters(model, [part.prefix + site.name for part in parts for site in part.adapters])
         check_finite(model, f"{language.name} with its adapters merged")
         blank = model.generation_config
         model.generation_config = GenerationConfig.from_model_config(model.config)
         try:
-            model.save_pretrained(folder, state_dict=base_state(model), safe_serialization=True)
+            model.save_pretrained(folder, state_dict=state, safe_serialization=True)
         finally:
             model.generation_config = blank
     tokenizer.save_pretrained(folder)

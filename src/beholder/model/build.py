@@ -1,6 +1,7 @@
 """The one place where model settings become parts and parts a model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -8,23 +9,51 @@ import torch
 from beholder.config import ModelConfig
 from beholder.model.connector import build_connector
 from beholder.model.language import load_language
-from beholder.model.vision import load_vision
+from beholder.model.learned import apply_base, unfreeze
+from beholder.model.native import NativeModel, load_native
+from beholder.model.placement import selectors
+from beholder.model.vision import check_reached, load_vision
 from beholder.model.vlm import VisionLanguageModel
 from beholder.model.weights import DTYPES
 from beholder.types import TrainedPart
 
+Vlm = VisionLanguageModel | NativeModel
+"""A model that sees: joined here from its parts, or whole as it came. What stages and probes ask of one, both have."""
+
 
 def build_vlm(
-    cfg: ModelConfig, *, compute_precision: str, device: torch.device, seed: int, merged: Sequence[TrainedPart] = ()
-) -> tuple[VisionLanguageModel, Any]:
+    cfg: ModelConfig, *, compute_precision: str, device: torch.device, seed: int,
+    base: Mapping[str, TrainedPart] = MappingProxyType({}),
+) -> tuple[Vlm, Any]:  # fmt: skip
     """(model, tokenizer) from the settings: tower and language model strictly loaded and frozen, a fresh connector and,
-    with ``lora.enable``, fresh adapters, which change nothing before they have learned.
+    with ``lora.enable``, fresh adapters, which change nothing before they have learned. ``native``: a whole model in
+    place of the three.
 
     The connector's and the adapters' weights come from ``seed`` alone, so every rank starts from the same ones. Raises
-    `UserError` for whatever does not fit together. ``merged``: adapters of earlier runs that are part of the base
-    (`train.restore.read_merged`), first to last. A checkpoint named in ``connector.load_checkpoint`` is loaded by the
+    `UserError` for whatever does not fit together. ``base``: what earlier runs have learned and is part of the base now
+    (`train.restore.read_base`), in this order. A checkpoint named in ``connector.load_checkpoint`` is loaded by the
     caller.
     """
+    if cfg.native is not None:
+        model, tokenizer = load_native(cfg.llm, device)
+    else:
+        model, tokenizer = _joined(cfg, compute_precision, device, seed)
+    parts = model.parts()
+    apply_base(parts, base)  # after the checks of the language model, which are about its files
+    if cfg.vision.unfreeze:
+        unfreeze(parts["vision"], cfg.vision.unfreeze)
+    if cfg.lora.enable:
+        from beholder.model import adapters
+
+        for name, selector in selectors(cfg.lora, parts).items():
+            adapters.attach(parts[name], cfg.lora, seed, selector)
+    check_reached(parts["vision"])
+    return model, tokenizer
+
+
+def _joined(
+    cfg: ModelConfig, compute_precision: str, device: torch.device, seed: int
+) -> tuple[VisionLanguageModel, Any]:
     vision = load_vision(cfg.vision, device)
     language, tokenizer = load_language(cfg.llm, device)
     g = vision.geometry
@@ -33,12 +62,4 @@ def build_vlm(
         embed_rms=language.embed_rms, seed=seed,
     ).to(device)  # fmt: skip
     connector.requires_grad_(cfg.connector.trainable)
-    model = VisionLanguageModel(vision, connector, language, DTYPES[compute_precision])
-    if cfg.lora.enable or merged:  # after the checks of the language model, which are about the base
-        from beholder.model import adapters
-
-        for part in merged:
-            adapters.merge_in(language, part)
-        if cfg.lora.enable:
-            adapters.attach(language, cfg.lora, seed)
-    return model, tokenizer
+    return VisionLanguageModel(vision, connector, language, DTYPES[compute_precision]), tokenizer

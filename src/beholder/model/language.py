@@ -4,8 +4,9 @@ Splits a causal LM into embed, decoder and head, so that the head runs on superv
 time that the split computes what the model itself computes. Templates and token ids are `data.chat`'s business.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,15 +22,22 @@ from beholder.model.families import (
     limits_of,
     running,
 )
-from beholder.model.placement import AdapterSite, decoder_of
-from beholder.model.weights import DTYPES, check_finite, check_loading_info, freeze, from_pretrained, loading
-from beholder.types import TrainedPart, UserError
+from beholder.model.placement import decoder_of, given_to, input_of, language_part, state_below
+from beholder.model.weights import (
+    DTYPES,
+    check_finite,
+    check_loading_info,
+    first_line,
+    freeze,
+    from_pretrained,
+    hash_state,
+    loading,
+)
+from beholder.types import UserError
 
 
-class Adapted(Protocol):
-    """A layer with an adapter, as far as the language model knows it (`model.adapted_linear.AdaptedLinear`)."""
-
-    def learn(self, mode: bool, /) -> None: ...
+def _pass_by(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
 
 
 class LanguageModel(nn.Module):
@@ -37,27 +45,30 @@ class LanguageModel(nn.Module):
     storage precision; autocast is never needed nor applied.
 
     ``d_text`` is the width of its embeddings, ``vocab`` the rows of its table, ``embed_rms`` the RMS of the table.
+    ``whole``: ``model`` is a whole vision-language model, of which only the decoder and the head are parts of this one.
     """
 
-    def __init__(self, model: nn.Module, name: str, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, name: str, gradient_checkpointing: bool = False, *, whole: bool = False
+    ) -> None:
         super().__init__()
-        self.model: Any = model
+        self.model: Any
+        if whole:  # at hand under its own names (adapters' are below it), but its tower is no part of this module
+            self.__dict__["model"] = model
+            self.text, self.output = self.decoder, self.model.get_output_embeddings()
+        else:
+            self.model = model
         self.name = name
         self.config = self.model.config.get_text_config()
         self.decoder_checkpointing = gradient_checkpointing
-        self.learning = False
-        self.adapters: list[AdapterSite] = []
-        """What `model.adapters.attach` put on it."""
-        self.adapted: list[Adapted] = []
-        """The layers that have one; of the language model only these follow the training mode."""
-        self.merged: list[TrainedPart] = []
-        """Adapters of earlier runs that `model.adapters.merge_in` made part of its weights, in this order."""
+        self.part = language_part(model, name, whole=whole)
+        self.part.try_out = self.try_out
         freeze(self)
         if gradient_checkpointing:
             self._enable_checkpointing()
         table = self.model.get_input_embeddings()
         self.vocab, self.d_text = table.weight.shape
-        self.limits = limits_of(model)
+        self.limits = limits_of(self.decoder if whole else model)
         self.embed_rms = self._embed_rms()
         self.packing_error: str | None = None
         self.segmented = self.model.config._attn_implementation == attention.NAME
@@ -85,9 +96,7 @@ class LanguageModel(nn.Module):
         their strength. With gradient checkpointing, the checkpointing wrappers (and nothing inside them) are told that
         training goes on, which is what they look at."""
         super().train(False)
-        self.learning = mode
-        for layer in self.adapted:
-            layer.learn(mode)
+        self.part.learn(mode)
         if self.decoder_checkpointing:
             for layer in self._checkpointed_layers():
                 layer.training = mode
@@ -96,7 +105,7 @@ class LanguageModel(nn.Module):
     def _checkpointed_layers(self) -> list[nn.Module]:
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        return [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        return [m for m in self.modules() if isinstance(m, GradientCheckpointingLayer)]
 
     def _enable_checkpointing(self) -> None:
         layers = self._checkpointed_layers()
@@ -129,19 +138,75 @@ class LanguageModel(nn.Module):
         return self.model.get_input_embeddings()(ids)
 
     def hidden(
-        self, inputs_embeds: Float[Tensor, "b t dh"], position_ids: Int[Tensor, "b t"]
+        self,
+        inputs_embeds: Float[Tensor, "b t dh"],
+        position_ids: Int[Tensor, "b t"],
+        beside: Mapping[str, Any] | None = None,
     ) -> Float[Tensor, "b t dh"]:
         """Final hidden states, causal within each run of positions that starts at 0, blind across runs.
 
-        No attention mask is passed: transformers builds the block-diagonal one from the restarts.
+        No attention mask is passed: transformers builds the block-diagonal one from the restarts. ``beside``: what a
+        native model's decoder takes besides, or instead (`model.native`).
         """
         extra = {"segments": attention.find_segments(position_ids)} if self.segmented else {}
+        given = {"position_ids": position_ids, "attention_mask": None, **extra, **(beside or {})}
         with torch.autocast(inputs_embeds.device.type, enabled=False):
-            out = self.decoder(
-                inputs_embeds=inputs_embeds.to(self.dtype), position_ids=position_ids, attention_mask=None,
-                use_cache=False, **extra,
-            )  # fmt: skip
+            out = self.decoder(inputs_embeds=inputs_embeds.to(self.dtype), use_cache=False, **given)
         return out.last_hidden_state
+
+    @property
+    def lowest(self) -> str | None:
+        """The lowest of its layers that learns, where it is not the first: what goes into it can be kept of every
+        sample, as long as its embeddings do not change."""
+        lowest = self.part.lowest
+        return None if lowest is None or lowest == self.part.blocks[0] else lowest
+
+    @torch.no_grad()
+    def keep(self, inputs_embeds: Float[Tensor, "b t dh"], position_ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t dh"]:
+        """What goes into the lowest layer that learns; `finish` goes on from it."""
+        assert self.lowest is not None
+        return input_of(self.part, self.lowest, lambda: self.hidden(inputs_embeds, position_ids))
+
+    def finish(self, kept: Float[Tensor, "b t dh"], position_ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t dh"]:
+        """`hidden` from what `keep` gave; the layers below are passed by."""
+        assert self.lowest is not None
+        below = [self.part.module.get_submodule(b) for b in self.part.blocks[: self.part.blocks.index(self.lowest)]]
+        try:
+            for layer in below:
+                layer.forward = _pass_by
+            with given_to(self.part, self.lowest, kept):
+                return self.hidden(kept, position_ids)
+        finally:
+            for layer in below:
+                del layer.forward
+
+    @torch.no_grad()
+    def check_kept(self) -> str | None:
+        """Why nothing can be kept, or None where `finish` after `keep` gives what `hidden` does."""
+        if self.lowest is None:
+            return "it learns from its first layer on"
+        if self.decoder_checkpointing:
+            return "the backward pass runs its layers again, without what was kept (model.llm.gradient_checkpointing)"
+        draw = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.vocab, (2, 9), generator=draw).to(self.device)
+        positions = torch.tensor([[*range(5), *range(4)], [*range(9)]], device=self.device)
+        try:
+            whole = self.hidden(self.embed(ids), positions)
+            again = self.finish(self.keep(self.embed(ids), positions), positions)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, StopIteration) as e:
+            return f"it cannot go on from {self.lowest} ({first_line(e)})"
+        return None if torch.equal(whole, again) else f"going on from {self.lowest} gives something else"
+
+    def below_fingerprint(self) -> str:
+        """sha256 over the weights that decide what `keep` gives, and how it is computed."""
+        assert self.lowest is not None
+        how = f"{self.config.to_json_string()} {self.dtype} {self.attention} below {self.lowest}"
+        return hash_state(state_below(self.part, self.lowest), how)
+
+    def try_out(self) -> None:
+        """One forward pass over a few tokens."""
+        ids = torch.arange(8, device=self.device)[None]
+        self.hidden(self.embed(ids), torch.arange(8, device=self.device)[None])
 
     def head(self, hidden: Float[Tensor, "k dh"]) -> Float[Tensor, "k v"]:
         """Logits, with the scaling or soft cap that the family applies after its output matrix."""
@@ -167,8 +232,6 @@ class LanguageModel(nn.Module):
         (transformers' ``put(ids)`` and ``end()``) gets each token as it comes; what it raises ends the writing. A model
         with a table of positions writes to its end and no further. Raises `UserError` for a prompt that fills it.
         """
-        from transformers import GenerationConfig
-
         longest = max(p.shape[0] for p in prompts)
         room = how.max_new_tokens
         table = self.limits.positions
@@ -186,23 +249,35 @@ class LanguageModel(nn.Module):
         for row, prompt in enumerate(prompts):
             embeds[row, longest - prompt.shape[0] :] = prompt.to(self.dtype)
             mask[row, longest - prompt.shape[0] :] = 1
+        return self.write(
+            {"inputs_embeds": embeds, "attention_mask": mask}, 0, how.model_copy(update={"max_new_tokens": room}),
+            eos_ids=eos_ids, seed=seed, streamer=streamer,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def write(
+        self, given: Mapping[str, Any], prompt: int, how: GenerateConfig, *, eos_ids: list[int], seed: int = 0,
+        streamer: Any = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """New token ids of each row of ``given``, what the model's own ``generate`` takes; its rows repeat ``prompt``
+        tokens first."""
+        from transformers import GenerationConfig
+
         greedy = how.temperature < 1e-4  # below it the softmax overflows, and only one token is left anyway
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if not greedy:
             sampling = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
         settings = GenerationConfig(
-            max_new_tokens=room, repetition_penalty=how.repetition_penalty, eos_token_id=eos_ids,
+            max_new_tokens=how.max_new_tokens, repetition_penalty=how.repetition_penalty, eos_token_id=eos_ids,
             pad_token_id=eos_ids[0], use_cache=True, num_beams=1, **sampling,
         )  # fmt: skip
-        devices = [embeds.device] if embeds.device.type == "cuda" else []
-        learning = self.learning
+        devices = [self.device] if self.device.type == "cuda" else []
+        learning = self.part.learning
         self.train(False)  # no dropout; and a checkpointing layer in training mode drops the key/value cache
         try:
-            with torch.random.fork_rng(devices=devices), torch.autocast(embeds.device.type, enabled=False):
+            with torch.random.fork_rng(devices=devices), torch.autocast(self.device.type, enabled=False):
                 torch.manual_seed(seed)
-                new = self.model.generate(
-                    inputs_embeds=embeds, attention_mask=mask, generation_config=settings, streamer=streamer
-                )
+                new = self.model.generate(**given, generation_config=settings, streamer=streamer)[:, prompt:]
         finally:
             self.train(learning)
         ends = set(eos_ids)

@@ -11,18 +11,25 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from beholder.config import STAGES, ModelConfig, Stage
+from beholder.model.placement import Part, inside, without_adapters
 from beholder.model.weights import hash_state
 from beholder.types import UserError
 
-PARTS = ("vision", "connector", "language", "lora")
-"""Whose weights are counted, grouped and hashed apart; ``lora`` are the adapters on ``language``."""
+PARTS = ("vision", "connector", "language", "lora", "vision_lora")
+"""Whose weights are counted, grouped and hashed apart; ``lora`` are the adapters on ``language``, ``vision_lora`` those
+on ``vision``."""
+
+_ADAPTERS = {"language": "lora", "vision": "vision_lora"}
+_SETTINGS = {"vision_lora": "vision"}
+"""Under which name a part's learning rate and weight decay are set, where it is not its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainPlan:
     """What each part of the model does in a stage."""
 
-    vision: Literal["frozen"] = "frozen"
+    vision: Literal["pieces", "frozen"] = "frozen"
+    """pieces: its adapters and its unfrozen modules learn, the rest of it does not."""
     connector: Literal["full", "frozen"] = "full"
     language: Literal["lora", "frozen"] = "frozen"
     """lora: its adapters learn, its own weights do not."""
@@ -35,7 +42,9 @@ def plan_of(cfg: ModelConfig, stage: Stage) -> TrainPlan:
             f"model.lora.enable is true, but stage {stage.name} trains the connector alone: set it to false, or "
             f"another stage: {', '.join(name for name, other in STAGES.items() if other.adapters)}"
         )
+    adapters = cfg.lora.enable and cfg.lora.may_reach_tower
     return TrainPlan(
+        vision="pieces" if cfg.vision.unfreeze or adapters else "frozen",
         connector="full" if cfg.connector.trainable or stage.connector_learns else "frozen",
         language="lora" if cfg.lora.enable else "frozen",
     )
@@ -81,13 +90,18 @@ def apply_train_plan(model: nn.Module, plan: TrainPlan) -> TrainableTable:
 
     ``model`` has the children ``vision`` (may be None), ``connector`` and ``language``. Trainable weights must be fp32.
     """
-    learns = {"connector": plan.connector == "full", "lora": plan.language == "lora"}
-    parts = _parameters(model)
-    if learns["lora"] and "lora" not in parts:
-        raise UserError("the plan trains adapters, but the language model has none: set model.lora.enable: true")
+    pieces = plan.vision == "pieces"
+    learns = {"connector": plan.connector == "full", "lora": plan.language == "lora", "vision_lora": pieces}
+    parts, tower = _parameters(model), _part(model, "vision")
+    if learns["lora"] and not {"lora", "vision_lora"} & parts.keys():
+        raise UserError("the plan trains adapters, but the model has none: set model.lora.enable: true")
     for part, named in parts.items():
         for parameter in named.values():
             parameter.requires_grad_(learns.get(part, False))
+    if pieces and tower is not None:
+        for name in tower.unfrozen:
+            own = tower.module.get_submodule(name)
+            own.requires_grad_(True)
     model.train()
     return trainable_table(model)
 
@@ -99,13 +113,19 @@ def _parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
         module = getattr(model, child)
         if module is not None:
             found[child] = {f"{child}.{name}": p for name, p in module.named_parameters()}
-    language: Any = model.language
-    if language.adapters:
-        from beholder.model.adapters import adapter_parameters
+    for child in ("language", "vision"):
+        part = _part(model, child)
+        if part is not None and part.adapters:
+            from beholder.model.adapters import adapter_parameters
 
-        names = [f"language.{name}" for name in adapter_parameters(language)]
-        found["lora"] = {name: found["language"].pop(name) for name in names}
+            ours = {id(p) for p in adapter_parameters(part).values()}
+            names = [name for name, p in found[child].items() if id(p) in ours]
+            found[_ADAPTERS[child]] = {name: found[child].pop(name) for name in names}
     return found
+
+
+def _part(model: nn.Module, name: str) -> Part | None:
+    return getattr(getattr(model, name), "part", None)
 
 
 def trainable_table(model: nn.Module) -> TrainableTable:
@@ -137,12 +157,20 @@ def param_groups(
         named = [(n, p) for n, p in parameters.items() if p.requires_grad]
         if not named:
             continue
-        rate = lr if isinstance(lr, int | float) else lr[part]
-        decay = weight_decay if isinstance(weight_decay, int | float) else weight_decay[part]
+        setting = _SETTINGS.get(part, part)
+        rate = lr if isinstance(lr, int | float) else lr[setting]
+        decay = weight_decay if isinstance(weight_decay, int | float) else weight_decay[setting]
         for kind, wanted, wd in (("decay", True, float(decay)), ("no_decay", False, 0.0)):
             params = [(n, p) for n, p in named if _decays(n, p) == wanted]
             if params:
-                groups.append({"name": f"{part}.{kind}", "params": params, "lr": float(rate), "weight_decay": wd})
+                groups.append(
+                    {
+                        "name": f"{part.replace('_', '.')}.{kind}",
+                        "params": params,
+                        "lr": float(rate),
+                        "weight_decay": wd,
+                    }
+                )
     if not groups:
         raise UserError("nothing is trainable: the plan freezes every part, or the connector has no weights")
     return groups
@@ -153,21 +181,26 @@ def _decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def frozen_fingerprint(model: nn.Module) -> dict[str, str]:
-    """sha256 of every part without a trainable weight, to be compared before and after training.
+    """sha256 of what does not learn of every part, to be compared before and after training.
 
-    ``language`` are the weights of the base under the names they have without adapters, so attaching does not change
-    it; adapters that are frozen too are a part of their own.
+    ``language`` and ``vision`` are the weights of the base under the names they have without adapters, so attaching
+    does not change it; of a tower, those that `Part.unfrozen` leaves alone. Adapters that are frozen too are a part of
+    their own.
     """
     parts = _parameters(model)
-    frozen = [part for part in PARTS if part in parts and not any(p.requires_grad for p in parts[part].values())]
-    return {part: hash_state(_state(model, part, parts)) for part in frozen}
+    states = {part: _frozen_state(model, part, named) for part, named in parts.items()}
+    return {part: hash_state(states[part]) for part in PARTS if states.get(part)}
 
 
-def _state(model: nn.Module, part: str, parts: Mapping[str, Mapping[str, nn.Parameter]]) -> Mapping[str, Tensor]:
-    if part == "lora":
-        return {name: p.detach() for name, p in parts["lora"].items()}
-    if part == "language" and "lora" in parts:
-        from beholder.model.adapters import base_state
-
-        return base_state(model.language)  # pyright: ignore[reportArgumentType]
-    return getattr(model, part).state_dict()
+def _frozen_state(model: nn.Module, part: str, named: Mapping[str, nn.Parameter]) -> Mapping[str, Tensor]:
+    own = _part(model, part) if part in _ADAPTERS else None
+    if own is not None:
+        child = getattr(model, part)  # with what is in it besides the part itself: a native model's head, or projector
+        before = next(name for name, m in child.named_modules() if m is own.module) + "."
+        state = without_adapters(child, [before + site.name for site in own.adapters])
+        return {n: t for n, t in state.items() if not inside(n, [before + name for name in own.unfrozen])}
+    if any(p.requires_grad for p in named.values()):
+        return {}
+    return (
+        {n: p.detach() for n, p in named.items()} if part in _ADAPTERS.values() else getattr(model, part).state_dict()
+    )

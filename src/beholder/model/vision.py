@@ -1,8 +1,8 @@
 """The door to outside vision towers: Hugging Face models and timm backbones become one `VisionTower`.
 
 A tower takes uint8 images of its own size and gives ``[M, P, Dv]`` patch features; class and register tokens are
-dropped. Decoding and resizing are `data.images`' business, which follows the `ImageGeometry` made here. Nothing here is
-ever trained.
+dropped. Decoding and resizing are `data.images`' business, which follows the `ImageGeometry` made here. What of a tower
+learns, if anything, is `placement`'s, `adapters`' and `plan`'s business.
 """
 
 import difflib
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from beholder.config import VisionConfig
 from beholder.model.families import check_no_adapter
+from beholder.model.language import source_of
 from beholder.model.patch_layout import Declared, PatchLayout, UnknownLayout, find_layout
+from beholder.model.placement import Part, base_state, counted, given_to, input_of, inside, state_below, tower_part
 from beholder.model.weights import (
     DTYPES,
     check_finite,
@@ -31,7 +33,7 @@ from beholder.model.weights import (
     first_line,
     freeze,
     from_pretrained,
-    hash_module,
+    hash_state,
     listed,
     loading,
 )
@@ -50,16 +52,18 @@ HEADS = ("classifier.", "pooler.", "head.", "lm_head.", "logit_", "cls_classifie
 
 
 class VisionTower(nn.Module):
-    """A frozen backbone with its own normalisation. Always in eval mode, never a graph, in whatever mode its owner is.
+    """A backbone with its own normalisation. Always in eval mode, and without a graph below the lowest weights that
+    learn, in whatever mode its owner is.
 
-    ``features`` maps normalised pixels ``[m, 3, h, w]`` to ``[m, P, Dv]``; ``identity`` says, for the fingerprint, what
+    ``features`` maps normalised pixels ``[m, 3, h, w]`` to ``[m, P, Dv]``, or says how many images there are where they
+    came in on the way; ``identity`` says, for the fingerprint, what
     the weights alone do not (architecture and its settings).
     """
 
     def __init__(
         self,
         backbone: nn.Module,
-        features: Callable[[nn.Module, Tensor], Tensor],
+        features: Callable[[nn.Module, Tensor, int], Tensor],
         geometry: ImageGeometry,
         identity: Mapping[str, Any],
         dtype: torch.dtype,
@@ -74,15 +78,27 @@ class VisionTower(nn.Module):
         self.register_buffer("scale", (1 / (255 * std)).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1), persistent=False)
         self._fingerprint: str | None = None
+        self.part = tower_part(backbone, name)
+        self.part.try_out = self.try_out
         freeze(self)
 
     def train(self, mode: bool = True) -> "VisionTower":
-        """Stays in eval mode: batch statistics and dropout of a frozen tower would change its features."""
-        return super().train(False)
+        """Stays in eval mode: batch statistics would move, of blocks that learn too, and dropout would change its
+        features. Only its adapters follow ``mode``."""
+        super().train(False)
+        self.part.learn(mode)
+        return self
 
-    @torch.no_grad()
+    @property
+    def learns(self) -> bool:
+        """Whether anything in it learns now."""
+        return any(p.requires_grad for p in self.backbone.parameters())
+
     def forward(self, pixels: UInt8[Tensor, "m 3 h w"]) -> Float[Tensor, "m p dv"]:
         """Patch features in the tower's precision. Raises `UserError` for images of another size."""
+        return self._run(pixels, pixels.shape[0])
+
+    def _run(self, pixels: Tensor, count: int) -> Tensor:
         g = self.geometry
         if pixels.shape[2:] != (g.height, g.width):
             raise UserError(
@@ -92,20 +108,103 @@ class VisionTower(nn.Module):
         if pixels.shape[0] == 0:
             return pixels.new_zeros(0, g.num_patches, g.d_vision, dtype=self.dtype)
         scale, shift = self.get_buffer("scale"), self.get_buffer("shift")
-        with torch.autocast(pixels.device.type, enabled=False):
+        graph = torch.is_grad_enabled() and self.learns
+        with torch.autocast(pixels.device.type, enabled=False), torch.set_grad_enabled(graph):
             normalised = torch.addcmul(shift, pixels.float(), scale).to(self.dtype)
-            return self._features(self.backbone, normalised)
+            return self._features(self.backbone, normalised, count)
+
+    # -- what can be computed once an image
+
+    @property
+    def lowest(self) -> str | None:
+        """The lowest of its blocks that learns: what goes into it can be kept of every image."""
+        return self.part.lowest
+
+    @torch.no_grad()
+    def keep(self, pixels: UInt8[Tensor, "m 3 h w"]) -> Tensor:
+        """What can be kept of images while the tower learns, ``[m, …]``: what goes into the lowest block that learns;
+        of a frozen tower its features. `finish` goes on from it."""
+        if self.lowest is None:
+            return self(pixels)
+        return input_of(self.part, self.lowest, lambda: self(pixels))
+
+    def finish(self, kept: Tensor) -> Float[Tensor, "m p dv"]:
+        """Features from what `keep` gave. What is below runs once over an empty image, for what else it hands up
+        (positions)."""
+        if self.lowest is None:
+            return kept
+        g = self.geometry
+        with given_to(self.part, self.lowest, kept):
+            return self._run(kept.new_zeros(1, 3, g.height, g.width, dtype=torch.uint8), kept.shape[0])
+
+    @torch.no_grad()
+    def check_kept(self) -> str | None:
+        """Why nothing can be kept of an image while the tower learns, or None where `finish` after `keep` gives what
+        the tower gives."""
+        if self.learns and self.lowest is None:
+            return "something outside of its blocks learns"
+        g, draw = self.geometry, torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (2, 3, g.height, g.width), dtype=torch.uint8, generator=draw)
+        pixels = pixels.to(self.get_buffer("scale").device)
+        try:
+            again, whole = self.finish(self.keep(pixels)).float(), self(pixels).float()
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as e:
+            return f"it cannot go on from {self.lowest} ({first_line(e)})"
+        close = torch.allclose(again, whole, rtol=1e-5 if self.dtype == torch.float32 else 1e-2, atol=1e-5)
+        return None if close else f"going on from {self.lowest} gives something else"
+
+    def try_out(self) -> Tensor:
+        """One forward pass over an empty image."""
+        g, device = self.geometry, self.get_buffer("scale").device
+        return self(torch.zeros(1, 3, g.height, g.width, dtype=torch.uint8, device=device))
+
+    def identity(self) -> str:
+        """What decides its features besides its weights."""
+        g = self.geometry
+        return json.dumps(
+            {**self._identity, "dtype": str(self.dtype), "geometry": [getattr(g, f) for f in g.__slots__]},
+            sort_keys=True, default=str,
+        )  # fmt: skip
 
     def fingerprint(self) -> str:
         """sha256 over weights, architecture, precision and preprocessing: what decides the features of an image."""
         if self._fingerprint is None:
-            g = self.geometry
-            header = json.dumps(
-                {**self._identity, "dtype": str(self.dtype), "geometry": [getattr(g, f) for f in g.__slots__]},
-                sort_keys=True, default=str,
-            )  # fmt: skip
-            self._fingerprint = hash_module(self.backbone, header)
+            self._fingerprint = hash_state(base_state(self.part), self.identity())
         return self._fingerprint
+
+    def kept_fingerprint(self) -> str:
+        """sha256 over what decides what `keep` gives: of a tower that learns, what lies below."""
+        lowest = self.lowest
+        if lowest is None:
+            return self.fingerprint()
+        return hash_state(state_below(self.part, lowest), f"{self.identity()} below {lowest}")
+
+
+def check_reached(part: Part) -> None:
+    """Refuse weights of a tower that are to learn and that the features do not depend on: of blocks above
+    ``model.vision.feature_layer``, of a head that is not used."""
+    names = {n: p for n, p in part.module.named_parameters() if inside(n, part.unfrozen) or ".lora_" in n}
+    if not names:
+        return
+    flags = [weight.requires_grad for weight in names.values()]
+    with torch.enable_grad():
+        for weight in names.values():
+            weight.requires_grad_(True)
+        assert part.try_out is not None
+        features, weights = part.try_out(), list(names.values())
+        assert isinstance(features, Tensor)
+        total = features.float().sum()
+        grads = torch.autograd.grad(total, weights, allow_unused=True) if total.requires_grad else [None] * len(weights)
+        for weight, flag in zip(names.values(), flags, strict=True):
+            weight.requires_grad_(flag)
+    idle = [n for n, grad in zip(names, grads, strict=True) if grad is None]
+    if idle:
+        earlier = "the model" if part.prefix else "model.vision.feature_layer"
+        raise UserError(
+            f"model.vision.unfreeze, model.lora.vit_layers: the features of {part.source} do not depend on "
+            f"{counted(idle)} ({earlier} takes an earlier layer's, or the module is not used), so nothing would be "
+            "learned there; take it out"
+        )
 
 
 def load_vision(cfg: VisionConfig, device: torch.device) -> VisionTower:
@@ -116,6 +215,29 @@ def load_vision(cfg: VisionConfig, device: torch.device) -> VisionTower:
     """
     load = _load_timm if cfg.name_or_path.startswith("timm/") else _load_hf
     return load(cfg, device)
+
+
+def empty_tower(cfg: VisionConfig, config: Any = None) -> Any:
+    """The backbone on the meta device, from its configuration alone: ``config``, or that of its name. Raises
+    `UserError` where there is none."""
+    if cfg.name_or_path.startswith("timm/"):
+        import timm
+
+        with torch.device("meta"):
+            return timm.create_model(timm_name(cfg), pretrained=False, num_classes=0).eval()
+    from transformers import AutoConfig
+
+    if config is None:
+        with loading(f"sizes of model.vision {cfg.name_or_path!r}", "Its config.json must be that of a vision tower."):
+            name, where = source_of(cfg)
+            config = AutoConfig.from_pretrained(name, **where)
+        config = getattr(config, "vision_config", None) or config
+    with torch.device("meta"):
+        kind = hf_class(config, cfg.name_or_path)
+        auto = hasattr(kind, "from_config")
+        model: Any = kind.from_config(config, trust_remote_code=cfg.trust_remote_code) if auto else kind(config)
+    _drop_pooling(model)
+    return model.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -192,9 +314,9 @@ def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
 
 def patches_of(
     outputs: Callable[[nn.Module, Tensor], Any], layout: PatchLayout
-) -> Callable[[nn.Module, Tensor], Tensor]:
-    """What gives ``[m, P, Dv]``, the patches alone."""
-    return lambda backbone, pixels: layout.take(outputs(backbone, pixels), pixels.shape[0])
+) -> Callable[[nn.Module, Tensor, int], Tensor]:
+    """What gives ``[m, P, Dv]``, the patches alone, of so many images."""
+    return lambda backbone, pixels, count: layout.take(outputs(backbone, pixels), count)
 
 
 def hf_class(config: Any, name: str) -> Any:

@@ -302,11 +302,6 @@ def hash_tensors(tensors: Mapping[str, Tensor], header: str = "") -> str:
     return total.hexdigest()
 
 
-def hash_module(module: nn.Module, header: str = "") -> str:
-    """`hash_state` of everything a checkpoint of ``module`` would hold."""
-    return hash_state(module.state_dict(), header)
-
-
 def hash_state(state: Mapping[str, Tensor], header: str = "") -> str:
     """`hash_tensors` of a module's state; tied weights are read once, under the first of their names."""
     seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
@@ -323,7 +318,7 @@ def hash_state(state: Mapping[str, Tensor], header: str = "") -> str:
 def sketch_module(module: nn.Module, per_tensor: int = 4096) -> str:
     """sha256 over evenly spaced weights rounded to bf16: tells models apart in a second, at any size and precision.
 
-    For "was this connector trained on these parts?"; `hash_module` is the one that proves bit-identity.
+    For "was this connector trained on these parts?"; `hash_state` is the one that proves bit-identity.
     """
     tensors = {}
     for name, t in module.state_dict().items():

@@ -71,7 +71,9 @@ def check(
         from beholder.model.language import load_tokenizer  # torch and transformers: only where tokens are counted
 
         counter = load_tokenizer(llm)
-    if cfg is not None and not tokenizer:  # with a tokenizer of its own, the language model need not be at hand
+    if (
+        cfg is not None and not tokenizer and cfg.model.native is None
+    ):  # with a tokenizer of its own, the language model need not be at hand
         from beholder.model.families import check_limits, limits_of
         from beholder.model.language import empty_language
 

@@ -15,7 +15,8 @@ width h, q query heads, k key/value heads of size d, MLP width m, vocabulary V, 
   layer alone would not keep.
 - head: 4·h·V·K, forward and backward, on the supervised positions only.
 - connector: counted by running it forward and backward on the meta device.
-- tower: counted the same way, forward; once per image with the feature store, at every step without.
+- tower: counted the same way, forward; once per image with the feature store, at every step without. Where it learns,
+  twice that again for the share of its weights that lies at or above the lowest block that learns, at every step.
 - bytes kept for the backward pass, per position and layer, with s bytes a number: two fp32 inputs of norms (8·h),
   three MLP tensors (3·s·m), and of attention either queries, keys, values and the softmax over R positions in fp32 and
   in s bytes (s·(q+2k)·d + q·R·(4+s), CPU) or what a fused kernel keeps with repeated heads (4·s·q·d). Families that
@@ -30,7 +31,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,17 @@ from beholder.model.families import NO_LIMITS, Limits, check_limits, check_no_ad
 from beholder.model.language import empty_language, load_tokenizer, source_of
 from beholder.model.losses import MAX_LOGITS
 from beholder.model.patch_layout import Declared, UnknownLayout, expected_layout
-from beholder.model.placement import decoder_layers, resolve_targets
+from beholder.model.placement import (
+    Part,
+    choose,
+    choose_modules,
+    inside,
+    language_part,
+    lowest_of,
+    resolve_targets,
+    selectors,
+    tower_part,
+)
 from beholder.model.plan import TrainableRow, TrainableTable
 from beholder.model.weights import DTYPES, loading
 from beholder.prepare.doctor import matmul_rate
@@ -85,6 +96,8 @@ class LanguageShape:
     adapter_params: int = 0
     adapter_inputs: int = 0
     """Width of all different inputs of adapted layers, added up over the model."""
+    part: Part | None = field(default=None, repr=False, compare=False)
+    """The model itself, without weights."""
 
     def flops(self, tokens: float, attended: float, checkpointing: bool = False) -> float:
         """Forward and backward to the inputs; ``attended`` is R of the module's formulae."""
@@ -120,6 +133,17 @@ class VisionShape:
     num_patches: int
     d_vision: int
     flops_per_image: float
+    part: Part | None = field(default=None, repr=False, compare=False)
+    """The tower itself, without weights."""
+    adapter_params: int = 0
+    unfrozen_params: int = 0
+    share_above: float = 0.0
+    """Of the weights of its blocks, those of the lowest block that learns and of all above it: what a backward pass
+    goes through."""
+
+    @property
+    def learning_params(self) -> int:
+        return self.adapter_params + self.unfrozen_params
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,15 +240,21 @@ def estimate(
     for option, path in (("--llm-config", llm_config), ("--vision-config", vision_config)):
         if path is not None:
             _check_named_file(option, path)
+    if cfg.model.native is not None:
+        raise UserError(
+            "a native model (model.native) is not planned yet: its images differ in their number of tokens; beholder "
+            "run --scale smoke measures a short run"
+        )
     for part, model in (("llm", cfg.model.llm), ("vision", cfg.model.vision)):
         check_no_adapter(model.name_or_path, f"model.{part}.name_or_path")
     gaps: list[str] = []
     device = torch.device(pick_device("auto").type if cfg.device == "auto" else cfg.device)
-    lora = cfg.model.lora if cfg.has_adapters else None
-    language = _try(gaps, lambda: language_shape(cfg.model.llm, llm_config, lora))
+    language = _try(gaps, lambda: language_shape(cfg.model.llm, llm_config))
     if language:
         check_limits(language.limits, cfg)
     vision = _try(gaps, lambda: vision_shape(cfg.model.vision, vision_config))
+    lora = cfg.model.lora if cfg.has_adapters else None
+    language, vision = learning(language, vision, lora, cfg.model.vision)
     connector = None
     if language and vision:
         connector = connector_shape(cfg.model.connector, vision, language.hidden)
@@ -242,9 +272,9 @@ def estimate(
 # Shapes
 
 
-def language_shape(cfg: LlmConfig, config_file: Path | None = None, lora: LoraConfig | None = None) -> LanguageShape:
-    """Sizes of the language model and of its adapters, without weights. Raises `UserError` where no configuration is
-    found, for attention that the family does not have, and as `model.placement.resolve_targets` does."""
+def language_shape(cfg: LlmConfig, config_file: Path | None = None) -> LanguageShape:
+    """Sizes of the language model, without weights. Raises `UserError` where no configuration is found, and for
+    attention that the family does not have."""
     model = empty_language(cfg, _config("llm", cfg, config_file))
     text = model.config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
@@ -253,14 +283,10 @@ def language_shape(cfg: LlmConfig, config_file: Path | None = None, lora: LoraCo
             f"sizes of model.llm {cfg.name_or_path!r}: {type(model).__name__} has no attention heads, and the formulae "
             "are those of attention, so memory and time cannot be estimated"
         )
-    inside = decoder_layers(model) + "."
-    sites = resolve_targets(model, lora.target_modules, lora.r) if lora else []
-    # Queries, keys and values read one tensor, gate and up another: the same width below the same module. What leads
-    # out of a module reads its own.
-    inputs = {(*_parent_and_role(s.name), s.d_in) for s in sites}
+    part = language_part(model, cfg.name_or_path)
+    blocks = choose(part, "all", "model.lora.llm_layers")
     return LanguageShape(
-        adapter_params=sum(s.params for s in sites),
-        adapter_inputs=sum(width for *_, width in inputs),
+        part=part,
         layers=text.num_hidden_layers,
         hidden=model.get_input_embeddings().weight.shape[1],
         heads=heads,
@@ -269,9 +295,49 @@ def language_shape(cfg: LlmConfig, config_file: Path | None = None, lora: LoraCo
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocab=model.get_input_embeddings().weight.shape[0],
         params=_weights(model),
-        layer_params=sum(p.numel() for name, p in model.named_parameters() if name.startswith(inside)),
+        layer_params=sum(p.numel() for name, p in model.named_parameters() if inside(name, blocks)),
         qk_norm=any("q_norm" in name for name, _ in model.named_parameters()),
         limits=limits_of(model),
+    )
+
+
+def learning(
+    language: LanguageShape | None,
+    vision: VisionShape | None,
+    lora: LoraConfig | None,
+    tower: VisionConfig | None = None,
+) -> tuple[LanguageShape | None, VisionShape | None]:
+    """The shapes with what learns of them, and no longer with the models themselves. Raises `UserError` as
+    `model.placement.resolve_targets` and `choose_modules` do."""
+    parts = {s.part.name: s.part for s in (vision, language) if s is not None and s.part is not None}
+    if language is None:
+        return None, vision and replace(vision, part=None)
+    wanted = selectors(lora, parts) if lora else {}
+    sites = {name: resolve_targets(parts[name], s, lora.r) for name, s in wanted.items() if lora}
+    # Queries, keys and values read one tensor, gate and up another: the same width below the same module. What leads
+    # out of a module reads its own.
+    own = sites.get("language", [])
+    inputs = {(*_parent_and_role(s.name), s.d_in) for s in own}
+    language = replace(
+        language, part=None,
+        adapter_params=sum(s.params for s in own), adapter_inputs=sum(width for *_, width in inputs),
+    )  # fmt: skip
+    if vision is None or vision.part is None:
+        return language, vision
+    part, names = vision.part, tower.unfreeze if tower else ()
+    unfrozen = choose_modules(part, names, "model.vision.unfreeze") if names else ()
+    weights = {n: p.numel() for n, p in part.module.named_parameters()}
+    learned = [*(s.name for s in sites.get("vision", [])), *unfrozen]
+    lowest = lowest_of(part, learned)
+    # Without a lowest one something learns below or beside the blocks.
+    above = part.blocks[part.blocks.index(lowest) if lowest else 0 :] if learned else ()
+    in_blocks = sum(size for n, size in weights.items() if inside(n, part.blocks))
+    return language, replace(
+        vision,
+        part=None,
+        adapter_params=sum(s.params for s in sites.get("vision", [])),
+        unfrozen_params=sum(size for n, size in weights.items() if inside(n, unfrozen)),
+        share_above=sum(size for n, size in weights.items() if inside(n, above)) / max(in_blocks, 1),
     )
 
 
@@ -286,12 +352,7 @@ def vision_shape(cfg: VisionConfig, config_file: Path | None = None) -> VisionSh
         return _timm_shape(cfg)
     config = _config("vision", cfg, config_file)
     part = getattr(config, "vision_config", None) or config
-    with torch.device("meta"):
-        kind = vision_door.hf_class(part, cfg.name_or_path)
-        auto = hasattr(kind, "from_config")
-        model = kind.from_config(part, trust_remote_code=cfg.trust_remote_code) if auto else kind(part)
-        model.eval()
-    vision_door._drop_pooling(model)
+    model = vision_door.empty_tower(cfg, part)
     trained_at = getattr(part, "image_size", None)
     trained_at = trained_at[0] if isinstance(trained_at, list | tuple) else trained_at
     folder = str(config_file.parent) if config_file else cfg.name_or_path
@@ -317,17 +378,16 @@ def _vision_shape(
         layout, _ = expected_layout(out, height, width, declared)
     except UnknownLayout as e:
         raise UserError(f"{name} ({type(model).__name__}): {e}") from e
-    return VisionShape(_weights(model), layout.num_patches, layout.take(out, 1).shape[2], flops)
+    return VisionShape(
+        _weights(model), layout.num_patches, layout.take(out, 1).shape[2], flops, tower_part(model, name)
+    )
 
 
 def _timm_shape(cfg: VisionConfig) -> VisionShape:
-    import timm
     from timm.data.config import resolve_model_data_config
 
-    name = vision_door.timm_name(cfg)
-    with torch.device("meta"):
-        model: Any = timm.create_model(name, pretrained=False, num_classes=0).eval()
-        pixels = torch.empty(1, *resolve_model_data_config(model)["input_size"])
+    name, model = vision_door.timm_name(cfg), vision_door.empty_tower(cfg)
+    pixels = torch.empty(1, *resolve_model_data_config(model)["input_size"], device="meta")
     out, flops = _count(lambda: vision_door.timm_outputs(cfg.feature_layer)(model, pixels))
     declared = vision_door.timm_declared(model, cfg.feature_layer)
     return _vision_shape(model, out, flops, pixels.shape[2], pixels.shape[3], declared, name)
@@ -387,7 +447,9 @@ def _table(
 ) -> TrainableTable:
     rows = []
     if vision:
-        rows.append(TrainableRow("vision", vision.params, 0, _torch_name(cfg.model.vision.precision)))
+        own = _torch_name(cfg.model.vision.precision)
+        types = " ".join(sorted({own, "float32"} if vision.unfrozen_params else {own}))
+        rows.append(TrainableRow("vision", vision.params, vision.unfrozen_params, types))
     if connector:
         learns = connector.params if cfg.model.connector.trainable else 0
         rows.append(TrainableRow("connector", connector.params, learns, "float32"))
@@ -395,6 +457,8 @@ def _table(
         rows.append(TrainableRow("language", language.params, 0, _torch_name(cfg.model.llm.precision)))
         if adapters := language.adapter_params:
             rows.append(TrainableRow("lora", adapters, adapters, "float32"))
+    if vision and (adapters := vision.adapter_params):
+        rows.append(TrainableRow("vision_lora", adapters, adapters, "float32"))
     return TrainableTable(tuple(rows))
 
 
@@ -517,6 +581,7 @@ def _plan_memory(
         "vision_tower_weights": vision.params * DTYPES[cfg.model.vision.precision].itemsize,
         "connector_gradients_and_AdamW": connector.params * ((16 if cfg.model.connector.trainable else 4) + autocast),
         **({"adapters_gradients_and_AdamW": 16 * language.adapter_params} if language.adapter_params else {}),
+        **({"tower_gradients_and_AdamW": 16 * vision.learning_params} if vision.learning_params else {}),
         "language_model_activations": language.activation_bytes(
             positions, s, seq["tokens_mean"] if result.device == "cpu" else None, cfg.model.llm.gradient_checkpointing
         ),
@@ -525,7 +590,9 @@ def _plan_memory(
         "runtime": RUNTIME_BYTES,
     }
     result.memory["total"] = sum(result.memory.values())
-    if "images" in result.data:
+    if vision.learning_params:
+        result.gaps.append("what a tower that learns keeps for its backward pass is not among the activations")
+    elif "images" in result.data:
         stored = result.data["images"] * vision.num_patches * vision.d_vision * 2
         if cfg.features.enabled and cfg.data.augment == "none":
             result.store_bytes = min(stored, cfg.features.max_gb * 1e9)
@@ -556,7 +623,7 @@ def _plan_time(
         **({"adapters": 6.0 * language.adapter_params * tokens} if language.adapter_params else {}),
         "head": language.head_flops(samples * (seq["target_tokens_mean"] + 1)),
         "connector": images * connector.flops_per_image,
-        "vision_tower": images * vision.flops_per_image * (1 - stored),
+        "vision_tower": images * vision.flops_per_image * (1 - stored + 2 * vision.share_above),
     }
     if device is None:
         return

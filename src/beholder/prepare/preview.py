@@ -21,8 +21,10 @@ from beholder.config import RunConfig
 from beholder.data import build_data
 from beholder.data.chat import Segment
 from beholder.data.collate import SampleBuilder
+from beholder.data.images import NativePipeline
 from beholder.model.connector import resolve_num_tokens
 from beholder.model.language import load_tokenizer
+from beholder.model.native import processor_of
 from beholder.model.vision import load_vision
 from beholder.runs import atomic_write
 from beholder.types import Example, UserError, printable
@@ -88,10 +90,14 @@ def preview(examples: Sequence[Example], builder: SampleBuilder, folder: Path) -
         _, encoded, inputs = pixels_only.build(example)
         paths: list[Path] = []
         for k, image in enumerate(inputs):
-            assert image.pixels is not None
+            shown = None if image.pixels is None else image.pixels.permute(1, 2, 0).contiguous().numpy()
             # Never the record's own names: they may be paths.
             path = folder / f"sample_{number}_image_{k + 1}.png"
-            Image.fromarray(image.pixels.permute(1, 2, 0).contiguous().numpy()).save(path)
+            if shown is None:  # a native model's processor cuts it into patches: it is shown as it was decoded
+                assert isinstance(builder.pipeline, NativePipeline)
+                builder.pipeline.open(example.images[k]).save(path)
+            else:
+                Image.fromarray(shown).save(path)
             paths.append(path)
         item = PreviewItem(
             id=example.id, where=example.where, images=tuple(paths), num_tokens=len(encoded.ids),
@@ -146,9 +152,17 @@ def _page(items: Sequence[PreviewItem], note: str | None) -> str:
 
 
 def preview_config(cfg: RunConfig, num: int, folder: Path) -> Preview:
-    """Show the first ``num`` training samples of a config as the model gets them; only the tower is loaded."""
+    """Show the first ``num`` training samples of a config as the model gets them; only the tower is loaded, of a native
+    model only its processor."""
+    if cfg.model.native is not None:
+        processor = processor_of(cfg.model.llm)
+        data = build_data(cfg, processor.processor.tokenizer, processor, None)
+        return preview(
+            data.train.first(num),
+            data.builder(None, train=True, cfg=cfg), folder,
+        )  # fmt: skip
     tower = load_vision(cfg.model.vision, torch.device("cpu"))
     num_visual_tokens = resolve_num_tokens(cfg.model.connector, tower.geometry.num_patches)
     data = build_data(cfg, load_tokenizer(cfg.model.llm), tower.geometry, num_visual_tokens)
-    examples = [data.train.example_at(p) for p in range(min(num, len(data.train)))]
+    examples = data.train.first(num)
     return preview(examples, data.builder(None, train=True, cfg=cfg), folder)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from beholder.config import DatasetKind, RunConfig, SourceConfig, settings
+from beholder.config import MONITORED, DatasetKind, RunConfig, SourceConfig, settings
 from beholder.config.file import dump_config, parse_config, without_inert
 from beholder.config.tree import get_at
 from beholder.model.weights import quiet_transformers
 from beholder.train.distributed import init_distributed
 
 LlmFamily = Literal["qwen3", "llama", "smollm2"]
+NativeFamily = Literal["qwen3_vl", "qwen2_5_vl", "llava", "idefics3", "smolvlm", "internvl", "gemma3"]
 VisionFamily = Literal["siglip", "clip", "dinov2", "repvit"]
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -33,6 +34,14 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+CHATML_PARTS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ IMAGE }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML as native models have it: messages in parts, the template places images. IMAGE: what it writes for one."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 30, 30), "green": (30, 160, 50), "blue": (30, 60, 220), "yellow": (240, 220, 40),
@@ -47,17 +56,32 @@ GROUNDS: dict[str, tuple[int, int, int]] = {"white": (255, 255, 255), "grey": (1
 # Parts
 
 
-def tiny_tokenizer(folder: Path | str, family: LlmFamily = "qwen3") -> Any:
+def tiny_tokenizer(
+    folder: Path | str,
+    family: LlmFamily = "qwen3",
+    *,
+    more: Sequence[str] = (),
+    named: Mapping[str, str] | None = None,
+    chat_template: str = CHATML,
+    eos: str | None = None,
+) -> Any:
     """A byte vocabulary with ChatML control tokens, saved in ``folder``: byte-level BPE without merges, so any text
     round-trips and one ASCII character is one token.
 
     qwen3 also has the native vision tokens; llama puts ``<s>`` before every text, as the Llama tokenizers do; smollm2
-    has neither. Returns the `PreTrainedTokenizerFast`.
+    has neither. ``more``: further control tokens; ``named``: such that are attributes of the tokenizer as well. Returns
+    the `PreTrainedTokenizerFast`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    control = (*CONTROL, *(VISION_CONTROL if family == "qwen3" else ()), *(("<s>",) if family == "llama" else ()))
+    control = (
+        *CONTROL,
+        *(VISION_CONTROL if family == "qwen3" else ()),
+        *(("<s>",) if family == "llama" else ()),
+        *more,
+        *(named or {}).values(),
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -66,6 +90,7 @@ def tiny_tokenizer(folder: Path | str, family: LlmFamily = "qwen3") -> Any:
     special: dict[str, str] = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     if family == "qwen3":  # the base models end at <|endoftext|>
         special["eos_token"] = "<|endoftext|>"
+    special |= {} if eos is None else {"eos_token": eos}
     if family == "llama":
         bos = inner.token_to_id("<s>")
         inner.post_processor = processors.TemplateProcessing(
@@ -73,9 +98,13 @@ def tiny_tokenizer(folder: Path | str, family: LlmFamily = "qwen3") -> Any:
         )
         special["bos_token"] = "<s>"
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, clean_up_tokenization_spaces=False, additional_special_tokens=list(control), **special
+        tokenizer_object=inner,
+        clean_up_tokenization_spaces=False,
+        additional_special_tokens=list(control),
+        **special,
+        **({"extra_special_tokens": dict(named)} if named else {}),
     )
-    tokenizer.chat_template = CHATML
+    tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(str(folder))
     return tokenizer
 
@@ -178,6 +207,168 @@ _PREPROCESSORS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """The preprocessor files of the real checkpoints with small sizes; written as they are, since transformers' own image
 processor classes differ with torchvision present or absent."""
+
+
+def tiny_native(folder: Path | str, family: NativeFamily = "qwen3_vl", *, seed: int = 0) -> Path:
+    """A random whole vision-language model with its processor in ``folder``, as its class is on the hub: a language
+    model of width 64 with 4 layers, a tower of 3 blocks. The Qwens take images of any size, as 2 x 2 to 8 x 8 visual
+    tokens; LLaVA and Gemma 3 32 x 32 pixels; Idefics3, SmolVLM and InternVL 32 x 32 in up to 2 x 2 tiles.
+    """
+    import transformers
+
+    folder = Path(folder)
+    processor = _tiny_processor(folder, family)
+    name, settings = _tiny_native(family, processor.tokenizer)
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        torch.manual_seed(seed)
+        config = getattr(transformers, f"{name}Config")(**settings)
+        model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+        for key, weight in model.named_parameters():
+            if "projection_weight" in key:  # Gemma's begins as zeros, with which no picture would be seen
+                torch.nn.init.normal_(weight, 0, 0.12)
+        model.save_pretrained(folder)
+    return folder
+
+
+def _tiny_native(family: NativeFamily, tokenizer: Any) -> tuple[str, dict[str, Any]]:
+    """(class, its configuration) of a tiny native model."""
+    text: dict[str, Any] = {
+        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
+        "initializer_range": 0.12, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    eyes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "initializer_range": 0.12, "patch_size": 8}
+
+    def at(token: str) -> int:
+        return tokenizer.convert_tokens_to_ids(token)
+
+    match family:
+        case "qwen3_vl" | "qwen2_5_vl":
+            rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]}
+            eyes |= {
+                "depth": 3, "num_heads": 2, "out_hidden_size": 64, "spatial_merge_size": 2, "temporal_patch_size": 2,
+            }  # fmt: skip
+            if family == "qwen3_vl":
+                eyes |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+            else:
+                eyes |= {"window_size": 32, "fullatt_block_indexes": [1]}
+            return "Qwen3VL" if family == "qwen3_vl" else "Qwen2_5_VL", {
+                "text_config": text | {"rope_parameters": rope, "tie_word_embeddings": True}, "vision_config": eyes,
+                "image_token_id": at("<|image_pad|>"), "video_token_id": at("<|video_pad|>"),
+                "vision_start_token_id": at("<|vision_start|>"), "vision_end_token_id": at("<|vision_end|>"),
+                "tie_word_embeddings": True,
+            }  # fmt: skip
+        case "llava":
+            eyes |= {"model_type": "clip_vision_model", "num_hidden_layers": 3, "num_attention_heads": 2}
+            return "Llava", {
+                "text_config": text | {"model_type": "llama"}, "image_token_index": at("<image>"),
+                "vision_config": eyes | {"image_size": 32, "projection_dim": 32}, "image_seq_length": 16,
+                "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+            }  # fmt: skip
+        case "gemma3":
+            eyes |= {"num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32}
+            return "Gemma3", {
+                "text_config": text | {"sliding_window": 24, "query_pre_attn_scalar": 16}, "vision_config": eyes,
+                "mm_tokens_per_image": 4, "image_token_index": at("<image_soft_token>"),
+                "boi_token_index": at("<start_of_image>"), "eoi_token_index": at("<end_of_image>"),
+            }  # fmt: skip
+        case "internvl":
+            eyes |= {"num_hidden_layers": 3, "num_attention_heads": 2, "image_size": [32, 32], "patch_size": [8, 8]}
+            return "InternVL", {
+                "text_config": text | {"model_type": "qwen2"}, "vision_config": eyes, "image_seq_length": 4,
+                "image_token_id": at("<IMG_CONTEXT>"),
+            }  # fmt: skip
+        case "idefics3" | "smolvlm":
+            eyes |= {"num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32}
+            return "Idefics3" if family == "idefics3" else "SmolVLM", {
+                "text_config": text | {"model_type": "llama"}, "vision_config": eyes, "scale_factor": 2,
+                "image_token_id": at("<image>"), "pad_token_id": tokenizer.pad_token_id,
+            }  # fmt: skip
+
+
+def _tiny_processor(folder: Path, family: NativeFamily) -> Any:
+    from transformers import AutoProcessor
+
+    qwen = family in ("qwen3_vl", "qwen2_5_vl")
+    place = "'<|vision_start|><|image_pad|><|vision_end|>'" if qwen else "'<image>'"
+    more = ["<|video_pad|>"] if qwen else ["<image>"]
+    named: dict[str, str] = {}
+    if family == "internvl":
+        more, place = [], "'<IMG_CONTEXT>\n'"
+        named = {
+            "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        }  # fmt: skip
+    if family == "gemma3":
+        more, place = [], "'<start_of_image>'"
+        named = {
+            "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>",
+        }  # fmt: skip
+    if family in ("idefics3", "smolvlm"):
+        tiles = [f"<row_{r + 1}_col_{c + 1}>" for r in range(6) for c in range(6)]
+        more += ["<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *tiles]
+    template = CHATML_PARTS.replace("IMAGE", place)
+    base: LlmFamily = "qwen3" if qwen else "smollm2"
+    tiny_tokenizer(folder, base, more=more, named=named, chat_template=template, eos="<|im_end|>")
+    images, own, video = _NATIVE_PROCESSORS[family]
+    (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2))
+    (folder / "processor_config.json").write_text(json.dumps(own, indent=2))
+    if video:
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
+    return AutoProcessor.from_pretrained(str(folder))
+
+
+_HALF: dict[str, Any] = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+_QWEN: dict[str, Any] = _HALF | {
+    "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 8, "merge_size": 2, "temporal_patch_size": 2,
+    "size": {"shortest_edge": 32 * 32, "longest_edge": 128 * 128},
+}  # fmt: skip
+_TILES: dict[str, Any] = _HALF | {
+    "size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}, "do_image_splitting": True,
+    "do_resize": True, "do_rescale": True, "do_normalize": True, "do_pad": True, "do_convert_rgb": True, "resample": 1,
+}  # fmt: skip
+_NATIVE_PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "qwen3_vl": (
+        _QWEN, {"processor_class": "Qwen3VLProcessor"},
+        {"video_processor_type": "Qwen3VLVideoProcessor", "patch_size": 8, "merge_size": 2},
+    ),
+    "qwen2_5_vl": (
+        _QWEN, {"processor_class": "Qwen2_5_VLProcessor"},
+        {"video_processor_type": "Qwen2VLVideoProcessor", "patch_size": 8, "merge_size": 2},
+    ),
+    "llava": (
+        _PREPROCESSORS["clip"],
+        {
+            "processor_class": "LlavaProcessor", "patch_size": 8, "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1, "image_token": "<image>",
+        },
+        {},
+    ),
+    "idefics3": (
+        _TILES | {"image_processor_type": "Idefics3ImageProcessor"},
+        {"processor_class": "Idefics3Processor", "image_seq_len": 4},
+        {},
+    ),
+    "smolvlm": (
+        _TILES | {"image_processor_type": "SmolVLMImageProcessor"},
+        {"processor_class": "SmolVLMProcessor", "image_seq_len": 4},
+        {"video_processor_type": "SmolVLMVideoProcessor", "size": {"longest_edge": 32}},
+    ),
+    "gemma3": (
+        _EVERY | _HALF | {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 32, "width": 32}},
+        {"processor_class": "Gemma3Processor", "image_seq_length": 4},
+        {},
+    ),
+    "internvl": (
+        _EVERY | _HALF | {
+            "image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 32, "width": 32},
+            "crop_to_patches": True, "min_patches": 1, "max_patches": 4, "do_convert_rgb": True,
+        },
+        {"processor_class": "InternVLProcessor", "image_seq_length": 4},
+        {"video_processor_type": "InternVLVideoProcessor", "size": {"height": 32, "width": 32}},
+    ),
+}  # fmt: skip
+"""Of each family: preprocessor_config.json, processor_config.json and, where it has one, the video processor's."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -479,19 +670,13 @@ def smoke_config(cfg: RunConfig, folder: Path | str, *, num_records: int = 64, s
     tokens), kernels and workers that a CPU run of seconds cannot use. The run folder is ``folder/run``.
     """
     folder = Path(folder)
-    llm = tiny_llm(folder / "llm", _llm_family(cfg.model.llm.name_or_path))
-    vision, weights = tiny_vision(folder / "vision", _vision_family(cfg.model.vision.name_or_path))
-    tokens = cfg.model.connector.tokens_asked
     raw = cfg.model_dump()
     for setting in settings(RunConfig):
         *sections, name = setting.path.split(".")
         own = get_at(raw, tuple(sections))
         if setting.tiny is not None and own is not None:
             own[name] = setting.tiny.of(own[name])
-    raw["model"]["llm"]["name_or_path"] = str(llm)
-    raw["model"]["vision"] |= {"name_or_path": vision, "weights": weights}
-    perceiver = cfg.model.connector.resampler.kind == "perceiver"
-    raw["model"]["connector"]["num_visual_tokens"] = min(tokens, 8) if perceiver and tokens is not None else None
+    raw["model"] |= _smoke_parts(cfg, raw["model"], folder)
     half = max(1, steps // 2)
     raw["train"] |= {
         "train_steps": min(steps, cfg.train.train_steps or steps), "save_every": min(cfg.train.save_every, half),
@@ -502,11 +687,29 @@ def smoke_config(cfg: RunConfig, folder: Path | str, *, num_records: int = 64, s
         "golden_set_path": str(folder / "golden.jsonl") if cfg.eval.golden_set_path and cfg.golden_size else None,
         "run_golden_every": _sooner(cfg.eval.run_golden_every, half),
     }  # fmt: skip
+    # A smoke run has no images for monitors, and no gate of it is judged.
+    raw["gates"] = {n: g for n, g in raw["gates"].items() if not str(g["measure"]).startswith(tuple(MONITORED))}
     raw["ablation"]["run_every"] = _sooner(cfg.ablation.run_every, half)
     raw["features"]["dir"] = str(folder / "features")
     raw["data"] |= _smoke_data(cfg, folder / "data", num_records)
     raw["output_dir"] = str(folder / "run")
     return without_inert(RunConfig.model_validate(raw))
+
+
+def _smoke_parts(cfg: RunConfig, raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The tiny parts of a recipe's model, saved in ``folder``, as its ``model`` section names them."""
+    if cfg.model.native is not None:
+        native = tiny_native(folder / "native", _native_family(cfg.model.native.name_or_path))
+        return {"native": raw["native"] | {"name_or_path": str(native)}, "llm": None, "vision": None}
+    llm = tiny_llm(folder / "llm", _llm_family(cfg.model.llm.name_or_path))
+    vision, weights = tiny_vision(folder / "vision", _vision_family(cfg.model.vision.name_or_path))
+    tokens = cfg.model.connector.tokens_asked
+    few = min(tokens, 8) if cfg.model.connector.resampler.kind == "perceiver" and tokens is not None else None
+    return {
+        "llm": raw["llm"] | {"name_or_path": str(llm)},
+        "vision": raw["vision"] | {"name_or_path": vision, "weights": weights},
+        "connector": raw["connector"] | {"num_visual_tokens": few},
+    }
 
 
 def _sooner(every: str | int, steps: int) -> str | int:
@@ -554,6 +757,18 @@ def _smoke_data(cfg: RunConfig, folder: Path, num_records: int) -> dict[str, Any
 def _llm_family(name: str) -> LlmFamily:
     low = name.lower()
     return "qwen3" if "qwen" in low else "smollm2" if "smollm" in low else "llama"
+
+
+def _native_family(name: str) -> NativeFamily:
+    low = name.lower().replace("-", "").replace("_", "").replace(".", "")
+    marks: tuple[tuple[str, NativeFamily], ...] = (
+        ("qwen25", "qwen2_5_vl"), ("idefics", "idefics3"), ("smolvlm", "smolvlm"), ("internvl", "internvl"),
+        ("gemma", "gemma3"), ("llava", "llava"),
+    )  # fmt: skip
+    for mark, family in marks:
+        if mark in low:
+            return family
+    return "qwen3_vl"
 
 
 def _vision_family(name: str) -> VisionFamily:

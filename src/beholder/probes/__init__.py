@@ -8,9 +8,9 @@ raises instead of guessing. A new probe: a file here, a row in `stages.panel`, i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -114,6 +114,16 @@ def share(name: str, hits: int, n: int, **more: Any) -> Measurement:
 def mean(values: np.ndarray, seed: int = 0) -> tuple[float, tuple[float, float] | None]:
     """Mean over samples and its bootstrap interval."""
     return float(values.mean()), bootstrap(lambda k: values[k].mean(1), len(values), seed)
+
+
+T = TypeVar("T")
+
+
+def drawn(items: Sequence[T], most: int, rng: np.random.Generator) -> list[T]:
+    """At most so many of them, in their order; ``rng`` draws only where there are more."""
+    if len(items) <= most:
+        return list(items)
+    return [items[k] for k in np.sort(rng.choice(len(items), most, replace=False))]
 
 
 def joined(*parts: str | None) -> str | None:

@@ -18,11 +18,12 @@ import numpy as np
 from beholder.evidence import Condition, Measurement
 from beholder.probes import bootstrap, joined, mean, measurement, share, wilson
 from beholder.probes.caption_metrics import EXACT, exact_match
-from beholder.probes.strata import MIN_SAMPLES, YES_NO, answer_type
+from beholder.probes.strata import MIN_SAMPLES, YES_NO, answer_type, parts
 from beholder.probes.vqa import normalize_answer, vqa_accuracy
 from beholder.types import Example
 
 if TYPE_CHECKING:
+    from beholder.probes.loss import SampleLoss
     from beholder.probes.written import Written
 
 GROUPINGS = ("question", "answer", "images")
@@ -84,6 +85,14 @@ def score(
         for condition, said in texts.items():
             out += pope([said[k] for k in asked], wanted, condition, seed=seed)
     return out
+
+
+def kept(before: Sequence[SampleLoss], now: Sequence[SampleLoss], seed: int = 0) -> Measurement:
+    """``answer.kept``: share of single answers predicted exactly now minus before, paired by sample."""
+    assert [x.id for x in before] == [x.id for x in now], "answers to other questions"
+    gain = np.array([float(b.exact) - float(a.exact) for a, b in zip(before, now, strict=True)])
+    told = "paired: the same questions about one image; right where every token, end token included, is the arg-max"
+    return measurement("answer.kept", *mean(gain, seed), n=len(now), caveat=told)
 
 
 def is_short(example: Example) -> bool:
@@ -175,6 +184,4 @@ def _parts(n: int, groups: Mapping[str, Sequence[str | None]]) -> Iterator[tuple
     for grouping in GROUPINGS:
         strata = groups.get(grouping, ())
         assert not strata or len(strata) == n, f"{grouping}: {len(strata)} strata for {n} answers"
-        names = sorted({s for s in strata if s is not None})
-        for stratum in names if len(names) > 1 else ():
-            yield grouping, stratum, np.array([k for k, s in enumerate(strata) if s == stratum])
+        yield from parts(strata, grouping)

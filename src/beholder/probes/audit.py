@@ -22,7 +22,7 @@ from beholder.data.images import content_hash
 from beholder.evidence import Measurement
 from beholder.probes import joined, measurement, ratio_of_sums, share
 from beholder.probes.loss import LossModel, SampleLoss, sample_losses
-from beholder.probes.strata import MIN_SAMPLES, groups_of, questions
+from beholder.probes.strata import MIN_SAMPLES, groups_of, parts, questions
 from beholder.probes.wrong_images import without_images
 from beholder.types import Batch, Encoded, Example, ImageInput, ImageRef, ImageSlot, Turn
 
@@ -325,9 +325,7 @@ def _measure(
     everyone = list(range(len(turns)))
     groups: list[tuple[str | None, str | None, list[int]]] = [(None, None, everyone)]
     for by, labels in strata.items():
-        names = sorted({s for s in labels if s is not None})
-        if len(names) > 1:
-            groups += [(by, name, [k for k in everyone if labels[k] == name]) for name in names]
+        groups += [(by, name, own.tolist()) for by, name, own in parts(labels, by)]
 
     def few(these: Sequence[int]) -> bool:
         return len({samples[k] for k in these}) < MIN_SAMPLES

@@ -56,34 +56,38 @@ def score(
     seen: Sequence[Written],
     silent: Sequence[Written],
     told: Sequence[Written],
-    base: Sequence[Written],
+    base: Sequence[Written] | None,
     seed: int = 0,
 ) -> list[Measurement]:
     """``blind.told``, ``blind.base``, ``blind.share``, ``blind.share_told``, ``blind.gain`` and ``blind.leak``.
 
     The answers to the same questions: with the image (``seen``), by the same prompt without it (``silent``), told that
-    it is missing, and by the base language model alone, silently without it. Shares are accuracy without over accuracy
+    it is missing, and by the base language model alone, silently without it; None where that is the same model, which
+    has no leak. Shares are accuracy without over accuracy
     with; *gain* is with minus without, *leak* without minus base, paired by sample. The base was never taught to answer
     in a word, so it is right where its reply names the answer (`names_answer`): the leak is if anything larger.
     """
-    given = (seen, silent, told, base)
+    given = (seen, silent, told, *([] if base is None else [base]))
     assert all([r.id for r in own] == [e.id for e in examples] for own in given), "answers to other questions"
     references = [references_of(e) for e in examples]
     own, without, guessed = (
         np.array([vqa_accuracy(r.prediction, refs) for r, refs in zip(records, references, strict=True)])
         for records in (seen, silent, told)
     )
-    alone = np.array([names_answer(r.prediction, refs) for r, refs in zip(base, references, strict=True)])
     add = partial(measurement, n=len(examples))
     rule = "right where its reply names the answer"
     paired = "paired: the same questions"
-    out = [add("blind.told", *mean_share(guessed, seed)), add("blind.base", *mean_share(alone, seed), caveat=rule)]
+    out = [add("blind.told", *mean_share(guessed, seed))]
     if own.sum():
         for name, blind in (("share", without), ("share_told", guessed)):
             ci = bootstrap(lambda k, b=blind: b[k].sum(1) / own[k].sum(1), len(own), seed)
             out.append(add(f"blind.{name}", float(blind.sum() / own.sum()), ci, caveat=paired))
     out.append(add("blind.gain", *mean(own - without, seed), caveat=paired))
-    return [*out, add("blind.leak", *mean(without - alone, seed), caveat=joined(paired, f"the base is {rule}"))]
+    if base is not None:
+        alone = np.array([names_answer(r.prediction, refs) for r, refs in zip(base, references, strict=True)])
+        out.insert(1, add("blind.base", *mean_share(alone, seed), caveat=rule))
+        out.append(add("blind.leak", *mean(without - alone, seed), caveat=joined(paired, f"the base is {rule}")))
+    return out
 
 
 def _spaced(text: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -294,8 +294,12 @@ def _near(bags: Sequence[tuple[str, ...]]) -> np.ndarray:
             inside = column[(column >= start) & (column < start + width)]
             block[k, inside - start] = 1
         common += block @ block.T
-    longer = np.maximum(length[:, None], length[None, :])
-    return 5 * (longer - common) <= longer
+    return nearly(np.maximum(length[:, None], length[None, :]), common)
+
+
+def nearly(words: Any, common: Any) -> Any:
+    """Whether texts differ in at most 1 of 5 words: ``words`` of the longer, ``common`` to both; numbers or arrays."""
+    return 5 * (words - common) <= words
 
 
 def _asked(example: Example) -> object:

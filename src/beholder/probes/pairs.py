@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from beholder.evidence import Condition, Measurement
-from beholder.probes import bootstrap, joined, measurement, wilson
+from beholder.probes import bootstrap, drawn, joined, measurement, wilson
 from beholder.probes.answers import mean_share, references_of, usual_answer
-from beholder.probes.strata import MIN_SAMPLES
+from beholder.probes.strata import MIN_SAMPLES, parts
 from beholder.probes.vqa import normalize_answer, vqa_accuracy
 from beholder.types import Example, ImageRef
 
@@ -53,6 +53,7 @@ class Pairs:
         return np.unique(np.concatenate([self.left, self.right]))
 
     def only(self, keep: np.ndarray) -> Pairs:
+        """Those of these indices."""
         return Pairs(self.left[keep], self.right[keep], self.prior[keep], self.questions, self.cut)
 
 
@@ -83,9 +84,8 @@ def find(examples: Sequence[Example], content_key: Callable[[ImageRef], str], se
         usual = [usual_answer(references_of(examples[i])) for i in same]
         share = {answer: n / len(same) for answer, n in Counter(usual).items()}
         members = list(zip(same, usual, strict=True))
-        if len(members) > MAX_ASKED:
-            members = [members[k] for k in np.sort(rng.choice(len(members), MAX_ASKED, replace=False))]
-            cut += 1
+        cut += len(members) > MAX_ASKED
+        members = drawn(members, MAX_ASKED, rng)
         shows = {i: sorted(content_key(ref) for ref in examples[i].images) for i, _ in members}
         own = [
             (i, j, share[a] * share[b])
@@ -142,19 +142,14 @@ def score(
         number.setdefault(tuple(sorted(content_key(r) for r in e.images)), len(number)) if e.images else -1
         for e in examples
     ])  # fmt: skip
-    kind_of = np.array([
-        kinds[i] if kinds[i] == kinds[j] else None for i, j in zip(pairs.left, pairs.right, strict=True)
-    ], dtype=object)  # fmt: skip
-    names = sorted({k for k in kind_of if k is not None})
-    parts: list[tuple[str | None, Pairs]] = [(None, pairs)]
-    if len(names) > 1:
-        parts += [(name, pairs.only(kind_of == name)) for name in names]
+    kind_of = [kinds[i] if kinds[i] == kinds[j] else None for i, j in zip(pairs.left, pairs.right, strict=True)]
+    groups: list[tuple[str | None, str | None, Pairs]] = [(None, None, pairs)]
+    groups += [(by, name, pairs.only(k)) for by, name, k in parts(kind_of, "question")]
     out: list[Measurement] = []
-    for name, own in parts:
+    for grouping, name, own in groups:
         members = own.members
         if len(members) < MIN_SAMPLES:
             continue
-        grouping = None if name is None else "question"
         of = f"{len(members)} samples"
         of += "" if name else f", {own.questions} question{'s' * (own.questions != 1)}"
         cut = f"of {own.cut} questions only {MAX_ASKED} samples are paired" if own.cut and name is None else None

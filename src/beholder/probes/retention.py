@@ -25,6 +25,8 @@ from beholder.types import UserError
 TEXTS = "retention.txt"
 MAX_TOKENS = 1024
 """A longer passage is read up to here."""
+STYLED = 16
+"""Tokens of a passage after which its style is known (`measure`)."""
 NUM_POSITIONS = 64
 """Positions whose logits exist at a time: 40 MB a copy at a vocabulary of 152,000."""
 BASE_LOSS = (1.0, 5.0)
@@ -76,10 +78,17 @@ def load_texts(path: str | Path | None = None) -> list[str]:
 
 
 def measure(model: AdaptedModel, tokenizer: Any, texts: Sequence[str], *, seed: int = 0) -> list[Measurement]:
-    """``retention.loss_base``, ``.loss``, ``.loss_ratio`` (on / off) and ``.kl`` of the texts.
+    """``retention.loss_base``, ``.loss``, ``.loss_ratio`` (on / off), ``.loss_ratio_styled`` and ``.kl`` of the texts.
 
     Losses are nats per token over all tokens but each text's first; KL(base || adapted) is the mean over the same
     places, over the whole vocabulary. Intervals resample texts. Raises UserError for a text of fewer than two tokens.
+
+    ``loss_ratio_styled`` is corrected for style: the same ratio over the tokens after each text's first `STYLED` alone.
+    A model that learned to answer shortly, in chat turns, expects that from the first token on; what it loses there is
+    format, not knowledge (arXiv:2505.02486). Given the first words of a passage both models know that plain text goes
+    on, so what is still lost is. The texts, the passes and the places are the same, so the two ratios compare; a prompt
+    in the trained format would ask for another text and mix what it asks with what it costs. Absent when no text is
+    longer.
     """
     rows, cut = [], 0
     with measuring(model):
@@ -92,11 +101,20 @@ def measure(model: AdaptedModel, tokenizer: Any, texts: Sequence[str], *, seed: 
                 )
             cut += len(ids) > MAX_TOKENS
             rows.append(_compare(model, ids[:MAX_TOKENS]))
-    tokens, base, adapted, kl = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
+    columns = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
+    tokens, base, adapted, kl, late_tokens, late_base, late_adapted = columns
     n, about = len(texts), f"{int(tokens.sum())} tokens of {len(texts)} texts"
     about += f"; {cut} of them read up to {MAX_TOKENS} tokens" if cut else ""
 
-    return [
+    late = late_tokens > 0
+    styled = [
+        measurement(
+            "retention.loss_ratio_styled", *ratio_of_sums(late_adapted[late], late_base[late], seed),
+            n=int(late.sum()), caveat=f"after the first {STYLED} tokens of each text: {int(late_tokens.sum())} tokens",
+        )
+        for _ in range(bool(late.any()))
+    ]  # fmt: skip
+    whole = [
         measurement(f"retention.{name}", *ratio_of_sums(top, bottom, seed), n=n, caveat=joined(caveat, about))
         for name, top, bottom, caveat in (
             ("loss_base", base, tokens, "adapters off"),
@@ -105,6 +123,7 @@ def measure(model: AdaptedModel, tokenizer: Any, texts: Sequence[str], *, seed: 
             ("kl", kl, tokens, "KL(base || adapted): how far the predictions have moved"),
         )
     ]
+    return whole + styled
 
 
 def findings(measured: Sequence[Measurement]) -> list[str]:
@@ -122,8 +141,9 @@ def findings(measured: Sequence[Measurement]) -> list[str]:
     ]
 
 
-def _compare(model: AdaptedModel, ids: Sequence[int]) -> tuple[int, float, float, float]:
-    """(tokens predicted, base nll, adapted nll, KL) of one text, summed in fp64; never all its logits at once."""
+def _compare(model: AdaptedModel, ids: Sequence[int]) -> tuple[int, float, float, float, int, float, float]:
+    """(tokens predicted, base nll, adapted nll, KL) of one text, and the first three of its tokens after the first
+    `STYLED`; summed in fp64, never all its logits at once."""
     language = model.language
     row = torch.tensor([ids], dtype=torch.int64, device=model.device)
     positions = torch.arange(len(ids), device=row.device)[None]
@@ -134,7 +154,7 @@ def _compare(model: AdaptedModel, ids: Sequence[int]) -> tuple[int, float, float
     with model.adapters_off():
         base = hidden()
     adapted, targets = hidden(), row[0, 1:]
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums, late = torch.zeros(3, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for k in range(0, len(targets), NUM_POSITIONS):
         part = slice(k, k + NUM_POSITIONS)
         # The head has no adapter, so one and the same head reads both. fp32 within a position (fp64 would take ten
@@ -144,6 +164,10 @@ def _compare(model: AdaptedModel, ids: Sequence[int]) -> tuple[int, float, float
         )
         own = targets[part, None]
         per_token = [-log_p.gather(1, own)[:, 0], -log_q.gather(1, own)[:, 0], (log_p.exp() * (log_p - log_q)).sum(1)]
-        sums += torch.stack(per_token).cpu().double().sum(1)
+        found = torch.stack(per_token).cpu().double()
+        sums += found.sum(1)
+        late += found[:2, max(0, STYLED - 1 - k) :].sum(1)  # target i is token i + 1 of the text
     before, after, kl = sums.tolist()
-    return len(targets), before, after, max(kl, 0.0)  # rounding may leave -1e-7 where little moved
+    num_late = max(0, len(ids) - STYLED)
+    # rounding may leave -1e-7 where little moved
+    return len(targets), before, after, max(kl, 0.0), num_late, *late.tolist()

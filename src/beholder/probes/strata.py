@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from beholder.types import Example, Turn
 
@@ -68,6 +70,13 @@ def groups_of(examples: Sequence[Example], buckets: Sequence[str]) -> Groups:
         "answer": answers,
         "images": [[shown] * len(own) for shown, own in zip(shows, asked, strict=True)],
     }
+
+
+def parts(labels: Sequence[str | None], by: str) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(``by``, name, indices) of every stratum by name; nothing where there is one alone, which says nothing new."""
+    names = sorted({label for label in labels if label is not None})
+    for name in names if len(names) > 1 else ():
+        yield by, name, np.array([k for k, label in enumerate(labels) if label == name])
 
 
 def _answer_types(example: Example, taken: set[str]) -> list[str]:

@@ -11,19 +11,22 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
 import numpy as np
 import torch
 
+from beholder.data.images import ImageError, content_hash
 from beholder.evidence import Measurement
-from beholder.probes import measurement, ratio_of_sums
+from beholder.probes import drawn, measurement, ratio_of_sums
 from beholder.probes.answers import SHORT_WORDS, references_of, usual_answer
-from beholder.probes.strata import MIN_SAMPLES, groups_of, questions
+from beholder.probes.strata import MIN_SAMPLES, groups_of, parts, questions
 from beholder.probes.vqa import vqa_accuracy
-from beholder.types import Example, UserError
+from beholder.types import Example, ImageRef, UserError
+
+ContentKey = Callable[[ImageRef], str]
 
 FOLDS = 5
 MAX_QUESTIONS = 40_000
@@ -76,14 +79,13 @@ class Learned:
     seconds: float
 
 
-def asked_of(examples: Sequence[Example]) -> tuple[list[Asked], int]:
+def asked_of(examples: Sequence[Example], owners: Sequence[str]) -> tuple[list[Asked], int]:
     """Every question of the examples that has a short answer, and how many have a longer one."""
     kinds = groups_of(examples, [""] * len(examples))["question"]
     out: list[Asked] = []
     longer = 0
-    for example, own in zip(examples, kinds, strict=True):
+    for example, own, owner in zip(examples, kinds, owners, strict=True):
         answered = [t.text for t in example.turns if t.role == "assistant"]
-        owner = owner_of(example)
         before: list[str] = []
         for k, (question, answer) in enumerate(zip(questions(example), answered, strict=True)):
             references = references_of(example) if k == len(answered) - 1 else (answer,)
@@ -99,12 +101,35 @@ def asked_of(examples: Sequence[Example]) -> tuple[list[Asked], int]:
     return out, longer
 
 
-def owner_of(example: Example) -> str:
-    """What it shares with other questions: its images; itself without any."""
-    return "/".join(sorted(f"{r.root}/{r.path}" for r in example.images)) or example.id
+def owners_of(examples: Sequence[Example], content_key: ContentKey = content_hash) -> tuple[list[str], int]:
+    """What each shares with other questions: its images, told apart by their content; itself without any. And how many
+    images could not be read: where they lie tells them apart."""
+    keys: dict[ImageRef, str] = {}
+    lost = 0
+    for ref in (ref for example in examples for ref in example.images):
+        if ref not in keys:
+            try:
+                keys[ref] = content_key(ref)
+            except ImageError:
+                keys[ref] = f"{ref} {ref.offset} {ref.item}"
+                lost += 1
+    return ["/".join(sorted(keys[ref] for ref in e.images)) or e.id for e in examples], lost
 
 
-def learn(examples: Sequence[Example], folds: int = FOLDS, seed: int = 0) -> Learned:
+def numbered(owners: Sequence[str]) -> np.ndarray:
+    """Each owner's number among the different ones by name, from 0. int64."""
+    number = {owner: k for k, owner in enumerate(sorted(set(owners)))}
+    return np.array([number[owner] for owner in owners], dtype=np.int64)
+
+
+def folds_of(owner: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
+    """The fold of each; all of one of the `numbered` owners are in one fold."""
+    return (rng.permutation(owner.max() + 1) % folds)[owner]
+
+
+def learn(
+    examples: Sequence[Example], folds: int = FOLDS, seed: int = 0, *, content_key: ContentKey = content_hash
+) -> Learned:
     """``learner.accuracy`` and ``learner.majority`` over questions held out in turn, overall and by kind of question.
 
     ``majority`` answers with what is most often right for the very same question among those to learn from, else for
@@ -112,24 +137,28 @@ def learn(examples: Sequence[Example], folds: int = FOLDS, seed: int = 0) -> Lea
     for fewer than `MIN_SAMPLES` images with a short answer.
     """
     started = time.perf_counter()
-    asked, longer = asked_of(examples)
+    owners, lost = owners_of(examples, content_key)
+    asked, longer = asked_of(examples, owners)
     rng = np.random.default_rng(seed)
     gaps = [] if not longer else [
         f"Blind learner: {longer:,} of {longer + len(asked):,} answers are longer than {SHORT_WORDS} words and were "
         "left out; they are not right or wrong as a whole."
     ]  # fmt: skip
+    if lost:
+        gaps.append(
+            f"Blind learner: {lost:,} images could not be read; where they lie, and not what they show, says which "
+            "questions are about the same ones."
+        )
     if len(asked) > MAX_QUESTIONS:
         gaps.append(f"Blind learner: {MAX_QUESTIONS:,} of {len(asked):,} questions were drawn.")
-        asked = [asked[k] for k in np.sort(rng.choice(len(asked), MAX_QUESTIONS, replace=False))]
-    owners = {owner: k for k, owner in enumerate(sorted({a.owner for a in asked}))}
-    if len(owners) < MIN_SAMPLES:
+        asked = drawn(asked, MAX_QUESTIONS, rng)
+    owner = numbered([a.owner for a in asked])
+    if (different := len(np.unique(owner))) < MIN_SAMPLES:
         raise UserError(
-            f"blind learner: only {len(owners)} samples have a question with a short answer (at most {SHORT_WORDS} "
+            f"blind learner: only {different} samples have a question with a short answer (at most {SHORT_WORDS} "
             f"words); {MIN_SAMPLES} are needed to learn from some and hold out others"
         )
-    fold_of = rng.permutation(len(owners)) % folds
-    owner = np.array([owners[a.owner] for a in asked])
-    fold = fold_of[owner]
+    fold = folds_of(owner, folds, rng)
     table = _Table(asked)
     right, usual = np.zeros(len(asked)), np.zeros(len(asked))
     added: dict[tuple[int, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -239,29 +268,25 @@ class _majority:
 
 
 def by_kind(
-    examples: Sequence[Example], shares: Mapping[str, tuple[np.ndarray, str]], seed: int = 0
+    examples: Sequence[Example], owner: np.ndarray, shares: Mapping[str, tuple[np.ndarray, str]], seed: int = 0
 ) -> list[Measurement]:
-    """``learner.<name>`` over samples with one answer each, overall and by kind of question, from (right, caveat)."""
+    """``learner.<name>`` over samples with one answer each, overall and by kind of question, from (right, caveat);
+    ``owner``: as `numbered` says."""
     kinds = [own[-1] for own in groups_of(examples, [""] * len(examples))["question"]]
-    number = {o: k for k, o in enumerate(sorted({owner_of(e) for e in examples}))}
-    return _measure(kinds, np.array([number[owner_of(e)] for e in examples]), shares, seed)
+    return _measure(kinds, owner, shares, seed)
 
 
 def _measure(
     kinds: Sequence[str | None], owner: np.ndarray, shares: Mapping[str, tuple[np.ndarray, str]], seed: int
 ) -> list[Measurement]:
     """Overall and by kind; an interval resamples images, whose questions are drawn together."""
-    kind = np.array(kinds, dtype=object)
-    names = sorted({k for k in kinds if k is not None})
-    groups: list[tuple[str | None, np.ndarray]] = [(None, np.arange(len(kind)))]
-    groups += [(name, np.flatnonzero(kind == name)) for name in names if len(names) > 1]
+    groups: list[tuple[str | None, str | None, np.ndarray]] = [(None, None, np.arange(len(kinds)))]
     out: list[Measurement] = []
-    for name, own in groups:
+    for by, name, own in [*groups, *parts(kinds, "question")]:
         _, place = np.unique(owner[own], return_inverse=True)
         if place.max() + 1 < MIN_SAMPLES:
             continue
         asks = np.bincount(place).astype(np.float64)
-        by = None if name is None else "question"
         for what, (right, caveat) in shares.items():
             share = ratio_of_sums(np.bincount(place, weights=right[own]), asks, seed)
             out.append(measurement(f"learner.{what}", *share, n=len(own), by=by, stratum=name, caveat=caveat))

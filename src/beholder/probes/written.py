@@ -72,8 +72,14 @@ def write(
     with measuring(model):
         if condition == "none":
             examples = [without_images(example) for example in examples]
-        prompts = [encoder.encode_prompt(example) for example in examples]
-        order = list(range(len(examples)))
+        prompts: dict[int, Encoded] = {}
+        for i, example in enumerate(examples):
+            try:
+                prompts[i] = encoder.encode_prompt(example)
+            except ImageError as e:  # of a native model, whose layout depends on how large its images are
+                if builder.on_bad_image == "error":
+                    raise e.needed_by(example.where) from e
+        order = list(prompts)
         if settings.temperature == 0:  # alike in length, least is padded
             order.sort(key=lambda i: len(prompts[i].ids))
         for start in range(0, len(order), batch_size):
@@ -86,6 +92,9 @@ def write(
                     if builder.on_bad_image == "error":
                         raise
                     continue
+                if sizes := [size for image in own if (size := image.size) is not None]:
+                    # A native model's prompt is laid out for them, which may be a part of what is in the file.
+                    prompts[i] = encoder.encode_prompt(examples[i], sizes)
                 chunk.append(i)
                 images.append(own)
             outputs = model.generate(
@@ -98,5 +107,5 @@ def write(
                     finished=length < len(ids),
                 )  # fmt: skip
             if progress is not None:
-                progress(min(start + batch_size, len(examples)), len(examples))
+                progress(min(start + batch_size, len(order)), len(order))
     return [records[i] for i in sorted(records)]

@@ -15,18 +15,18 @@ import torch
 from beholder.evidence import CONDITIONS, Condition
 from beholder.probes import measuring
 from beholder.probes.loss import LossModel, SampleLoss, sample_losses
-from beholder.types import Batch, Example, ImageGeometry, ImageInput, ImageRef, Part, UserError
+from beholder.types import Batch, Example, ImageGeometry, ImageInput, ImageProcessor, ImageRef, Part, UserError
 
 NUM_NOISE = 8
 """Noise images of the condition ``noise``: one tower pass for all of them instead of one for every image."""
 
 
 class SightedModel(LossModel, Protocol):
-    """A model whose tower can be asked for the patches of an image."""
+    """A model whose tower can be asked for what it says of an image."""
 
-    geometry: ImageGeometry
-
-    def patches(self, images: list[ImageInput], /) -> torch.Tensor: ...
+    @property
+    def geometry(self) -> ImageGeometry | ImageProcessor: ...
+    def keep(self, image: ImageInput, /) -> ImageInput: ...
 
 
 def ablation_losses(
@@ -58,17 +58,19 @@ def blank_image(model: SightedModel, kind: Literal["zero", "noise"], seed: int =
 
     ``zero``: its normalised pixels are 0. Pixels travel as uint8, so the nearest grey is taken: a normalised value is
     off 0 by at most ``0.5/255/std``. ``noise``: its normalised pixels are drawn from N(0, 1) and clipped to what uint8
-    can say; ``seed`` decides which noise.
+    can say; ``seed`` decides which noise. A native model's processor gives normalised values, so there they are exact,
+    and as many as the image in whose place it stands has: it takes the same positions.
     """
     g = model.geometry
+    if not isinstance(g, ImageGeometry):
+        return ImageInput(blank=(kind, seed))
     normalised = torch.zeros(3, g.height, g.width)
     if kind == "noise":
         normalised = torch.randn(normalised.shape, generator=torch.Generator().manual_seed(seed))
     mean, std = torch.tensor(g.mean)[:, None, None], torch.tensor(g.std)[:, None, None]
     pixels = (255 * (normalised * std + mean)).round().clamp(0, 255).to(torch.uint8)
     with measuring(model):
-        features = model.patches([ImageInput(pixels=pixels)])[0]
-    return ImageInput(features=features.detach().to("cpu", torch.bfloat16))
+        return model.keep(ImageInput(pixels=pixels))
 
 
 def blank_images(model: SightedModel, kind: Literal["zero", "noise"], seed: int = 0) -> list[ImageInput]:
@@ -76,7 +78,7 @@ def blank_images(model: SightedModel, kind: Literal["zero", "noise"], seed: int 
     return [blank_image(model, kind, seed + k) for k in range(1 if kind == "zero" else NUM_NOISE)]
 
 
-def places(batch: Batch) -> list[int]:
+def slots_of(batch: Batch) -> list[int]:
     """The place of each of the batch's images within its sample, from 0."""
     used = [0] * len(batch.ids)
     found: list[int] = []
@@ -92,7 +94,7 @@ def show(batch: Batch, images: Sequence[ImageInput], only: int | None = None) ->
     shown = [
         images[zlib.crc32(f"{batch.ids[owner]}/{place}".encode()) % len(images)]
         if only in (None, place) else batch.images[m]
-        for m, (owner, place) in enumerate(zip(batch.image_sample.tolist(), places(batch), strict=True))
+        for m, (owner, place) in enumerate(zip(batch.image_sample.tolist(), slots_of(batch), strict=True))
     ]  # fmt: skip
     return replace(batch, images=shown)
 

@@ -53,7 +53,13 @@ State = Literal["right", "wrong", "unknown"]
 def warnings(e: Evidence) -> list[str]:
     """What a reader must not overlook, before any number."""
     out: list[str] = []
-    if e.status != Status.SUCCEEDED:
+    if e.stopped is not None:
+        why = f" It protects from this: {e.stopped.why}." if e.stopped.why else ""
+        out.append(
+            f"Stopped by its guardrail {e.stopped.sentence}.{why} The numbers are those of the checkpoint after step "
+            f"{e.step}."
+        )
+    elif e.status != Status.SUCCEEDED:
         ended = e.status.value.replace("_", " ")
         out.append(f"This run ended as “{ended}”. The numbers describe the last state it had.")
     out += [gap for gap in e.gaps if "--promote-anyway" in gap]  # it builds on a run that did not pass
@@ -134,6 +140,12 @@ def eval_rows(e: Evidence) -> list[tuple[Measurement, Measurement | None]]:
     held_out = [m for m in e.measurements if quantity(m.name)[0].section == "held-out" and m.by in (None, "length")]
     rows = sorted(held_out, key=lambda m: m.stratum is not None)
     return [(m, e.get_baseline(m.name, m.stratum)) for m in rows]
+
+
+def monitor_rows(e: Evidence) -> list[tuple[Measurement, Measurement | None]]:
+    """(after, before) of what the run was watched with: all images of a monitor, then by kind of image."""
+    found = [m for m in e.measurements if quantity(m.name)[0].section == "monitors"]
+    return [(m, e.get_baseline(m.name, m.stratum)) for m in found]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -387,10 +399,11 @@ class Footprint:
 
 
 def footprint(adapters: Sequence[AdapterRow]) -> list[Footprint]:
-    """The adapted layers by the last part of their names, in the order in which they come."""
+    """The adapted layers by the last part of their names, in the order in which they come; the tower's say so."""
     by_name: dict[str, list[AdapterRow]] = {}
     for row in adapters:
-        by_name.setdefault(row.name.rpartition(".")[2], []).append(row)
+        where = "" if row.part == "language" else f"{row.part}: "
+        by_name.setdefault(where + row.name.rpartition(".")[2], []).append(row)
     return [
         Footprint(
             name=name,
@@ -410,12 +423,15 @@ def _span(values: Sequence[int]) -> str:
 
 
 def footprint_told(e: Evidence) -> str:
-    """How many layers have adapters and how large they are beside the language model."""
-    total = sum(r.params for r in e.adapters)
-    base = next((r.params for r in e.trainable if r.part == "language"), 0)
-    share = f", {100 * total / base:.2g}{NBSP}% of the language model’s {count(base)}" if base else ""
+    """How many layers have adapters and how large they are beside what they are on."""
+    told: list[str] = []
+    for part, called in (("language", "language model"), ("vision", "vision tower")):
+        rows = [r for r in e.adapters if r.part == part]
+        total, base = sum(r.params for r in rows), next((r.params for r in e.trainable if r.part == part), 0)
+        share = f", {100 * total / base:.2g}{NBSP}% of the {called}’s {count(base)}" if base else ""
+        told += [f"{plural(len(rows), 'layer')} of the {called}, {count(total)} parameters{share}."] if rows else []
     weaker = f" Used at {e.adapter_strength:g} of the strength they were trained at." if e.adapter_strength < 1 else ""
-    return f"{plural(len(e.adapters), 'layer')} of the language model, {count(total)} parameters{share}.{weaker}"
+    return " ".join(told) + weaker
 
 
 @dataclass(frozen=True, slots=True)

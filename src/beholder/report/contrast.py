@@ -86,8 +86,8 @@ def blind_lines(e: Evidence) -> list[str]:
     if (share := e.get("blind.share")) is not None:
         told, said = e.get("blind.share_told"), ""
         if told is not None:
-            said = f"; {_percent(told)} when the prompt says that it is missing and asks to guess"
-        out.append(f"Blind share: without the image it is right {_percent(share)} as often as with it{said}.")
+            said = f"; {with_ci(told)} when the prompt says that it is missing and asks to guess"
+        out.append(f"Blind share: without the image it is right {with_ci(share)} as often as with it{said}.")
     if (gain := e.get("blind.gain")) is not None:
         out.append(f"Gain: {with_ci(gain)} more right with the image than without.")
     if (leak := e.get("blind.leak")) is not None:
@@ -102,8 +102,3 @@ def blind_lines(e: Evidence) -> list[str]:
             "beholder audit RUN says which words tell."
         )
     return out
-
-
-def _percent(m: Measurement) -> str:
-    ends = "" if m.ci95 is None else f" ({100 * m.ci95[0]:.1f}–{100 * m.ci95[1]:.1f} %)"
-    return f"{100 * m.value:.1f} %{ends}"

@@ -103,8 +103,9 @@ def _slots(e: Evidence) -> list[str]:
     marks = {"blind": "❌ does not count: ", "weak": "❌ weak: ", "few": "too few to judge: ", "looks": ""}
 
     def cell(s: slots.Slot) -> str:
-        cost = "" if s.cost is None else f"{signed(s.cost.value)} nats/token{interval(s.cost)}"
-        return marks[s.standing] + "; ".join(filter(None, ["" if s.right is None else fmt(s.right), cost]))
+        right = "" if s.right is None else f"{with_ci(s.right)}, n = {count(s.right.n)}"
+        cost = "" if s.cost is None else f"{signed(s.cost.value)} nats/token{interval(s.cost)}, n = {count(s.cost.n)}"
+        return marks[s.standing] + "; ".join(filter(None, [right, cost]))
 
     most = max(map(len, rows))
     head = ["right, and what another image costs", *(f"image {k}" for k in range(1, most + 1))]
@@ -179,6 +180,12 @@ def _fail(e: Evidence, v: Verdict) -> list[str]:
             rows.append([group.stratum, standing[group.standing], *cells, count(group.n)])
         head = [f"by {grouping_name(g.by)}", "", *g.columns.values(), "n"]
         lines += table(head, rows)
+    watched = [
+        [f"{metric_name(e, m.name)}{f', {m.stratum}' if m.stratum else ''}", "" if b is None else fmt(b), with_ci(m),
+         count(m.n), m.caveat or ""]
+        for m, b in content.monitor_rows(e)
+    ]  # fmt: skip
+    lines += table(["watched at every evaluation", "before training", "now", "n", "note"], watched)
     lines += table(["symptom", "value", "n", "note"], _noted(e, shown(e, "symptoms")))
     lines += table(["on plain text", "value", "n", "note"], _noted(e, shown(e, "kept")))
 

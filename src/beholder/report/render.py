@@ -111,9 +111,10 @@ def small_plots(e: Evidence) -> list[tuple[str, plots.Plot]]:
     rest = [c for c in e.curves if c.x and c.name not in large]
     names = {
         "lr.connector": "Learning rate of the connector", "lr.lora": "Learning rate of the adapters",
+        "lr.vision": "Learning rate of what learns in the tower",
         "grad_norm": "Gradient norm before clipping",
     }  # fmt: skip
-    named = [(names.get(c.name, c.name), c) for c in rest]
+    named = [(names.get(c.name, catalogue.called(c.name)), c) for c in rest]
     return [(n, plots.curves([(n, c)], title=f"{n} over steps", width=6.6, height=2.4)) for n, c in named]
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from beholder.config import usual_gate
 from beholder.evidence import Evidence, GateResult, Measurement
+from beholder.evidence.gates import bounds
 from beholder.report.words import fmt, interval
 
 JUDGED_FROM = usual_gate("every_slot_counts").min_n
@@ -61,8 +62,8 @@ def grid(measurements: Sequence[Measurement], gates: Sequence[GateResult] = ()) 
         if m.name in ("slots.delta.shuffled", "slots.accuracy") and (at := _SLOT.fullmatch(m.stratum or "")):
             found.setdefault((int(at[2]), int(at[1])), {})[m.name] = m
     top = max((own["slots.delta.shuffled"].value for own in found.values() if "slots.delta.shuffled" in own), default=0)
-    own_bounds = [float(g.bound.removeprefix("≤ ")) for g in gates if g.name == "slot_spread" and g.bound[0] == "≤"]
-    most = min(own_bounds, default=MOST_SPREAD)
+    declared = [edge for g in gates if g.name == "slot_spread" for sign, edge in bounds(g.bound) if sign == "≤"]
+    most = min(declared, default=MOST_SPREAD)
     rows: dict[int, list[Slot]] = {}
     for (n, place), own in sorted(found.items()):
         cost, right = own.get("slots.delta.shuffled"), own.get("slots.accuracy")

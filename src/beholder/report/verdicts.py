@@ -7,7 +7,6 @@ nor kinder than the gates that the run declared about it.
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,8 +14,8 @@ from typing import Literal
 
 from beholder.config import usual_gate
 from beholder.evidence import CONDITIONS, Evidence, GateResult, Measurement
-from beholder.evidence.catalogue import unit_of
-from beholder.evidence.gates import at_end
+from beholder.evidence.catalogue import CATALOGUE, unit_of
+from beholder.evidence.gates import at_end, bounds
 from beholder.report.answers import JUDGED_FROM as FEWEST
 from beholder.report.answers import AnswerKind, all_answers, by_stratum, shown_without_looking
 from beholder.report.contrast import pair_rows
@@ -70,8 +69,7 @@ class Clearly:
     def met(self, m: Measurement) -> bool:
         """False as well where there is no interval whose end could be judged."""
         judged, compare = at_end(m, self.end), {">": operator.gt, "≥": operator.ge, "≤": operator.le}
-        bounds = re.findall(r"([>≥≤]) (\S+)", self.bound)
-        return judged is not None and all(compare[sign](judged, float(edge)) for sign, edge in bounds)
+        return judged is not None and all(compare[sign](judged, edge) for sign, edge in bounds(self.bound))
 
     def __str__(self) -> str:
         return {"value": "", "low": "lower end ", "high": "upper end "}[self.end] + bound(self.bound, "ratio")
@@ -259,7 +257,12 @@ def looks(e: Evidence) -> Verdict:
     return _by_its_gates(e, say("good", "Yes, it looks.", why), "looks_", "describes", measures=LOOKING)
 
 
-LOOKING = ("answer.gain.", "slots.", "pairs.", "cells.", "blind.", "learner.")
+LOOKING = (
+    "answer.gain.",
+    *sorted({
+        row.pattern.partition(".")[0] + "." for row in CATALOGUE if row.section in ("slots", "pairs", "cells", "blind")
+    }),
+)  # fmt: skip
 """How the names of measurements begin that gates about looking judge, beside the loss."""
 
 

@@ -11,8 +11,6 @@ from pydantic import ValidationError
 
 from beholder.config import RunConfig
 from beholder.config.file import config_hash, dump_config
-from beholder.evidence import load_evidence
-from beholder.evidence.gates import verdict
 from beholder.probes import golden_history
 from beholder.runs import RunDir, atomic_write, provenance
 from beholder.stages.measure import BASELINE
@@ -21,33 +19,6 @@ from beholder.train import checkpoint, restore, same_run
 from beholder.train.distributed import Dist
 from beholder.train.engine import LoopState
 from beholder.types import Status, TrainedPart, UserError
-
-
-def check_promoted(cfg: RunConfig, anyway: bool) -> str | None:
-    """Refuses to build on a run that did not pass its gates; with ``anyway``, the sentence the report must carry."""
-    origin = cfg.model.connector.load_checkpoint
-    if origin is None:
-        return None
-    where = checkpoint.resolve_checkpoint(origin)
-    folder = where.parent.parent if where.parent.name == "checkpoints" else where
-    if not (folder / "evidence.json").is_file():
-        why = f"{folder} has no evidence.json: its run did not finish, or the checkpoint was copied out of it"
-    else:
-        known = load_evidence(folder)
-        judged = known.cost.steps if known.step is None else known.step
-        if known.promotable and judged == restore.read_trainer(where)["step"]:
-            return None
-        why = f"{folder}: {verdict(known)}"
-        if known.promotable:
-            why = f"{folder}: its gates were judged after step {judged}, not for {where.name}"
-        elif known.status != Status.SUCCEEDED:
-            why = f"{folder} ended as {known.status.value}"
-    if anyway:
-        return f"Started from {origin} with --promote-anyway: {why}."
-    raise UserError(
-        f"model.connector.load_checkpoint: {why}. A stage built on it inherits what is wrong; look at its report.html, "
-        "or say --promote-anyway"
-    )
 
 
 def find_start(cfg: RunConfig, run: RunDir, resume: str) -> Path | None:
@@ -112,13 +83,13 @@ def announce(cfg: RunConfig, run: RunDir, dist: Dist, promoted: str | None) -> N
     )
 
 
-def base_of(cfg: RunConfig, source: Path | None) -> list[TrainedPart]:
-    """Adapters of earlier runs that are part of this run's base: as the checkpoint says that it goes on from, or as
+def base_of(cfg: RunConfig, source: Path | None) -> dict[str, TrainedPart]:
+    """What earlier runs have learned and is part of this run's base: as the checkpoint says that it goes on from, or as
     ``model.lora.adapters`` says of the run it starts from."""
     if source is not None:
-        return restore.read_merged(source)
+        return restore.read_base(source)
     origin = cfg.model.connector.load_checkpoint
-    return [] if origin is None else restore.read_base(origin, cfg.model.lora.adapters)
+    return {} if origin is None else restore.start_base(origin, cfg.model.lora.adapters)
 
 
 def start_from(session: Session, source: Path | None, optimizer: torch.optim.Optimizer) -> tuple[int, LoopState]:

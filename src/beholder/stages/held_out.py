@@ -15,7 +15,7 @@ from beholder.data.chat import EncodeError
 from beholder.data.images import content_hash
 from beholder.data.splits import balanced_sample
 from beholder.evidence import Measurement
-from beholder.probes import golden, hallucination, loss, strata
+from beholder.probes import answers, golden, hallucination, loss, strata
 from beholder.probes.loss import SampleLoss
 from beholder.runs import RunDir, to_json
 from beholder.train.distributed import Dist
@@ -86,6 +86,11 @@ class HeldOut:
     def several(self) -> list[int]:
         """Those with several images."""
         return [i for i, e in enumerate(self.examples) if len(e.images) > 1]
+
+    @cached_property
+    def single(self) -> list[int]:
+        """Those that ask one question about one image and have a short answer."""
+        return [i for i, e in enumerate(self.examples) if len(e.images) == e.num_answers == 1 and answers.is_short(e)]
 
     @cached_property
     def slot_sample(self) -> list[int]:

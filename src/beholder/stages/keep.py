@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -12,6 +12,7 @@ from beholder.evidence.best import best_of
 from beholder.probes import collapse, golden, loss
 from beholder.probes.loss import SampleLoss
 from beholder.stages import panel
+from beholder.stages.guard import best_limits, history, overall, read_monitors
 from beholder.stages.measured import Measured
 from beholder.stages.session import Session
 from beholder.train import checkpoint, restore
@@ -54,7 +55,8 @@ def candidates(session: Session) -> list[Candidate]:
 def point_to_best(session: Session) -> int | None:
     """Make the pointer name the best candidate that is on disk; its step, or None when none may be the best."""
     folder = session.run.checkpoints
-    best = best_of(candidates(session), checkpoint.steps_on_disk(folder), session.cfg.stage_record.best)
+    on_disk, rule = checkpoint.steps_on_disk(folder), session.cfg.stage_record.best
+    best = best_of(candidates(session), on_disk, rule, best_limits(session))
     if best is None:
         checkpoint.clear_best(folder)
         return None
@@ -63,11 +65,11 @@ def point_to_best(session: Session) -> int | None:
     return best.step
 
 
-def candidate(session: Session, m: Measured, *, write: bool) -> Candidate:
+def candidate(session: Session, m: Measured, *, write: bool, monitors: Mapping[str, float] | None = None) -> Candidate:
     """The checkpoint of ``m.step`` as a candidate for the run's best: its loss, image reliance and golden outputs.
 
     Where ``m`` holds no ablation, the shuffled images are shown. ``write``: whether the golden set is to be written for
-    it; else only what has been written of this step is judged.
+    it; else only what has been written of this step is judged. ``monitors``: what they say of it.
     """
     cfg, held = session.cfg, session.held_out
     ablated: Sequence[Measurement] = m.measurements
@@ -88,7 +90,7 @@ def candidate(session: Session, m: Measured, *, write: bool) -> Candidate:
         found = collapse.symptoms([p for p, _ in rows], [t for _, t in rows], seed=held.seed)
         worst = max((s.share for s in found), default=None)
     total = loss.summarize(m.losses, "eval", seed=held.seed)[0].value
-    return Candidate(step=m.step, eval_loss=total, delta_shuffled=delta, collapse=worst)
+    return Candidate(step=m.step, eval_loss=total, delta_shuffled=delta, collapse=worst, monitors=dict(monitors or {}))
 
 
 def settle(session: Session, total: int) -> tuple[int, list[SampleLoss]]:
@@ -98,7 +100,9 @@ def settle(session: Session, total: int) -> tuple[int, list[SampleLoss]]:
     put back. When none may be the best it is the last, whose gates then tell why.
     """
     correct = session.eval_losses()
-    last = candidate(session, Measured(total, correct), write=True)
+    read = session.dist.on_main(lambda: next((dict(r.values) for r in history(session) if r.step == total), None))
+    read = overall(read_monitors(session, total)) if read is None else read
+    last = candidate(session, Measured(total, correct), write=True, monitors=read)
     if session.dist.is_main and all(c.step != total for c in candidates(session)):  # told by a process that died since
         session.run.log({"step": total, "candidate": last.model_dump(mode="json")})
         session.run.sync_metrics()

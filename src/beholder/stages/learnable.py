@@ -23,7 +23,7 @@ from beholder.data.collate import Layout, collate
 from beholder.data.sources import guess_source, open_sources
 from beholder.evidence import Measurement, load_evidence
 from beholder.model.plan import apply_train_plan, param_groups, plan_of
-from beholder.probes import audit, text_learner
+from beholder.probes import audit, drawn, text_learner
 from beholder.probes.answers import is_short
 from beholder.probes.loss import SampleLoss
 from beholder.runs import RunDir
@@ -95,15 +95,15 @@ def _audited(
     cfg: RunConfig, run: Path | None, num_turns: int, part: Literal["train", "eval"], learner: Learner
 ) -> Answer:
     with joined(cfg.device, cfg.train.timeout_s) as dist, tempfile.TemporaryDirectory() as folder:
-        merged = (
-            restore.read_merged(checkpoint.resolve_checkpoint(run))
+        base = (
+            restore.read_base(checkpoint.resolve_checkpoint(run))
             if run is not None and (run / "checkpoints").is_dir()
-            else []
+            else {}
         )
-        session = open_session(cfg, RunDir(folder), dist, merged, aside=True)
+        session = open_session(cfg, RunDir(folder), dist, base, aside=True)
         with session:
             held_out = part == "eval"
-            examples = session.data.eval_examples if held_out else session.training_examples(text_learner.MAX_QUESTIONS)
+            examples = session.data.eval_examples if held_out else session.data.train.first(text_learner.MAX_QUESTIONS)
             read = examples if held_out else examples[:num_turns]
             title = f"{part} samples of {cfg.run_name}, no image shown"
             first = audit_data(session, read, title, num_turns=num_turns)
@@ -111,7 +111,7 @@ def _audited(
             extra: list[str] = []
             found = None
             try:
-                found = text_learner.learn(examples, seed=cfg.measure_seed)
+                found = text_learner.learn(examples, seed=cfg.measure_seed, content_key=session.held_out.content_key)
             except UserError as e:  # captions, say; what the language model reads is told all the same
                 extra.append(f"Nothing was learned: {e}.")
             if run is not None and (run / "evidence.json").is_file():
@@ -180,25 +180,24 @@ def language_learner(
     after its fresh adapters were trained on other questions without any image.
 
     By the rates of the run's config, `LM_EPOCHS` passes over each of `LM_FOLDS` folds of at most `LM_QUESTIONS`
-    questions with a single short answer; all questions about the same images are in one fold. The adapters are as at
-    the start afterwards. Raises UserError where the run has none, or too few questions.
+    samples with a single short answer, all about the same images in one fold; the others are left out and counted. The
+    adapters are as at the start afterwards. Raises UserError where the run has none, or too few questions.
     """
     started = time.perf_counter()
     cfg, model, dist = session.cfg, session.model, session.dist
     if not cfg.has_adapters:
         raise UserError("--learner lm trains adapters, and this run has none (model.lora.enable); use --learner words")
     asked = [e for e in examples if e.num_answers == 1 and is_short(e)]
+    left_out = len(examples) - len(asked)
     rng = np.random.default_rng(cfg.measure_seed)
-    if len(asked) > LM_QUESTIONS:
-        asked = [asked[k] for k in np.sort(rng.choice(len(asked), LM_QUESTIONS, replace=False))]
-    owners = {o: k for k, o in enumerate(sorted({text_learner.owner_of(e) for e in asked}))}
-    if len(owners) < 2 * text_learner.MIN_SAMPLES:
+    asked = drawn(asked, LM_QUESTIONS, rng)
+    owner = text_learner.numbered(text_learner.owners_of(asked, session.held_out.content_key)[0])
+    if (different := len(np.unique(owner))) < 2 * text_learner.MIN_SAMPLES:
         raise UserError(
-            f"--learner lm: only {len(owners)} samples have a single short answer; "
+            f"--learner lm: only {different} samples have a single short answer; "
             f"{2 * text_learner.MIN_SAMPLES} are needed to learn from some and hold out others"
         )
-    fold_of = rng.permutation(len(owners)) % LM_FOLDS
-    fold = np.array([fold_of[owners[text_learner.owner_of(e)]] for e in asked])
+    fold = text_learner.folds_of(owner, LM_FOLDS, rng)
     texts = audit.texts(session.data.encoder, asked)
     apply_train_plan(model, plan_of(cfg.model, cfg.stage_record))
     groups = [
@@ -229,7 +228,8 @@ def language_learner(
         losses |= dict(zip(held, found, strict=True))
         reset()
     right = np.array([losses[k].exact for k in range(len(asked))], dtype=np.float64)
-    caveat = "every token, end token included, the arg-max"
-    measured = text_learner.by_kind(asked, {"lm": (right, caveat)}, cfg.measure_seed)
+    told = f"{left_out:,} of {len(examples):,} samples left out: several answers, or one too long"
+    caveat = "every token, end token included, the arg-max" + (f"; {told}" if left_out else "")
+    measured = text_learner.by_kind(asked, owner, {"lm": (right, caveat)}, cfg.measure_seed)
     note = f"{len(asked):,} questions, {LM_FOLDS} folds, {LM_EPOCHS} epochs each, adapters fresh, no image."
-    return measured, time.perf_counter() - started, note
+    return measured, time.perf_counter() - started, note + (f" {told}." if left_out else "")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from beholder.evidence import Cost, Histogram, Measurement, WordReliance, WordStat
+from beholder.evidence import Cost, GuardrailStop, Histogram, Measurement, WordReliance, WordStat
 from beholder.probes import textonly
 from beholder.probes.loss import SampleLoss
 from beholder.probes.written import Written
 from beholder.types import Condition, Status
+
+NO_START, START_CAPTIONS = "the run starts from no other", "the run it starts from answers no questions"
+NOTHING_TO_KEEP = (NO_START, START_CAPTIONS)
+"""Why there is nothing that the start could do and the trained model might not."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,10 @@ class Before:
     """Of every held-out sample, with the untrained connector."""
     text_only: list[SampleLoss] | None = None
     """Of every held-out sample, by the language model alone: no image, no connector."""
+    start: list[SampleLoss] | None = None
+    """Of `HeldOut.single`, by the run this one starts from, its adapters at that run's strength."""
+    no_start: str = "it was not when the run began"
+    """Why that was not measured."""
 
 
 @dataclass
@@ -74,5 +82,7 @@ class Trained:
     """This process made all of them, so its own time is the run's."""
     again: bool = False
     """A run that was trained earlier is measured again."""
+    stopped: GuardrailStop | None = None
+    """The guardrail that ended it early."""
     cost: Cost | None = None
     """What the training cost, when an earlier process has told it already."""

@@ -7,13 +7,12 @@ its names in `evidence.catalogue`; which stages make it at their end, their reco
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from beholder.config import GREEDY, RunConfig
+from beholder.config import GREEDY, MONITORED, MONITORS, STRENGTH_LINE, RunConfig
 from beholder.data.chat import ChatEncoder, EncodeError
 from beholder.evidence import Measurement, WordReliance
 from beholder.probes import (
@@ -28,18 +27,18 @@ from beholder.probes import (
     hallucination,
     loss,
     pairs,
-    positions,
     qa,
     reliance,
     retention,
-    strata,
+    slots,
     text_learner,
     textonly,
     wrong_images,
 )
 from beholder.probes.loss import SampleLoss
 from beholder.probes.written import Written
-from beholder.stages.measured import Measured
+from beholder.stages import monitors
+from beholder.stages.measured import NOTHING_TO_KEEP, Measured
 from beholder.stages.session import Session
 from beholder.types import Condition, Example, UserError
 
@@ -53,10 +52,6 @@ NUM_BLIND = 128
 """Held-out questions that are asked once more with the image said to be missing, and of the base alone."""
 NUM_MERGED = 128
 """Held-out samples that are asked with the adapters merged as well."""
-NUM_CONSISTENT = 64
-"""Swaps without a known answer that are answered twice, to see whether the answers agree."""
-CONSIDERED = 8
-"""Times ``eval.moved_samples``: held-out samples among which swaps with a known answer are looked for."""
 TELL_COLLAPSE = 0.2
 """Share of outputs from which a symptom of collapse is told in words; the gate's own bound is in the config."""
 
@@ -73,6 +68,8 @@ class Row:
     """Whether there is anything for it to measure."""
     without: tuple[str, str] | None = None
     """When there is not: how the names begin that gates are then not judged on, and why."""
+    monitor: str = ""
+    """What a monitor is called; it is made at every evaluation."""
     candidate: bool = False
     """Where it comes due, the whole held-out set is measured, and the step is a candidate for the best."""
 
@@ -196,7 +193,7 @@ def by_word(
     }
 
 
-def slots(session: Session, m: Measured) -> None:
+def every_slot(session: Session, m: Measured) -> None:
     """Whether every image of a sample with several counts, wherever it stands (S3-3)."""
     cfg, held = session.cfg, session.held_out
     if not held.several:
@@ -216,22 +213,22 @@ def one_replaced(session: Session, m: Measured) -> dict[int, list[float]]:
     """The table of places. Gives what another's image costs in each place, nats per token, by held-out sample."""
     held, model, encoder = session.held_out, session.model, session.data.encoder
     indices, seed = held.slot_sample, held.seed
-    kinds: list[positions.Replacement] = [*session.cfg.ablation.conditions, "neighbour", "text"]
+    kinds: list[slots.Replacement] = [*session.cfg.ablation.conditions, "neighbour", "text"]
     zero, noise = (wrong_images.blank_images(model, kind, seed) for kind in ("zero", "noise"))
-    filler = encoder.literal(positions.FILLER, inside=True)
-    found = positions.replaced(
+    filler = encoder.literal(slots.FILLER, inside=True)
+    found = slots.replaced(
         session.together.losses, held.at(indices), kinds,
         {
-            "zero": lambda k: positions.image_in_slot(k, zero),
-            "noise": lambda k: positions.image_in_slot(k, noise),
-            "text": lambda k: positions.text_in_slot(k, filler),
+            "zero": lambda k: slots.image_in_slot(k, zero),
+            "noise": lambda k: slots.image_in_slot(k, noise),
+            "text": lambda k: slots.text_in_slot(k, filler),
         },
         content_key=held.content_key, seed=seed,
     )  # fmt: skip
     own = [m.losses[i] for i in indices]
-    measured = positions.compare_slots(held.at(indices), own, found, seed=seed)
+    measured = slots.compare_slots(held.at(indices), own, found, content_key=held.content_key, seed=seed)
     m.measurements += measured
-    if few := positions.too_few(measured):
+    if few := slots.too_few(measured):
         m.gaps.append(f"Places with too few samples to judge: {', '.join(few)}.")
     return {
         i: [(x.nll - right.nll) / right.tokens for x in wrong]
@@ -241,91 +238,20 @@ def one_replaced(session: Session, m: Measured) -> dict[int, list[float]]:
 
 def move(session: Session, m: Measured, costs: Mapping[int, Sequence[float]]) -> None:
     """The deciding image through every place, and two images swapped with the words renamed or kept."""
-    held, size = session.held_out, session.cfg.eval.moved_samples
-    fits = partial(fits_whole, session.data.encoder)
+    held, cfg = session.held_out, session.cfg
 
-    movable = [i for i in held.several if positions.is_movable(held.examples[i])]
-    if left := len(held.several) - len(movable):
-        m.gaps.append(
-            f"Images moved and swapped: {left} of {len(held.several)} held-out samples of several images are left out; "
-            "their answer is long, or their words speak of an order that cannot be renamed."
-        )
-    decides = {i: p for i in movable if (p := positions.deciding_place(held.examples[i], costs.get(i))) is not None}
-    rows: list[tuple[int, int, list[Example]]] = []
-    long = 0
-    for i in held.by_images(list(decides), size):
-        others = positions.rotations(held.examples[i])
-        if all(map(fits, others)):
-            rows.append((i, decides[i], others))
-        else:
-            long += 1
-    measured = iter(session.together.losses([e for _, _, others in rows for e in others]))
-    turned = [(place, [m.losses[i], *(next(measured) for _ in others)]) for i, place, others in rows]
-    found, gaps = positions.score_rotations(turned, seed=held.seed)
-    m.measurements += found
-    m.gaps += gaps
-    if not any(x.name == "slots.spread" for x in found):
-        numbers = Counter(len(held.examples[i].images) for i in decides)
-        if max(numbers.values(), default=0) < strata.MIN_SAMPLES:
-            why = (
-                f"of {len(decides)} held-out samples it is known which image decides, too few for any number of images"
-            )
-            m.inapplicable |= {"slots.spread": why, "slots.last_bias": why}
-        else:  # the data have enough: a setting waives no gate
-            m.gaps.append(
-                f"Images moved: only {len(rows)} samples were, too few to judge for any number of images; raise "
-                f"eval.moved_samples ({size})."
-            )
+    def write(examples: Sequence[Example], label: str) -> list[str]:
+        found = session.together.written(examples, cfg.eval.greedy, "correct", cfg.eval.batch_size, label)
+        return [r.prediction for r in found]
 
-    siblings = positions.siblings_of(held.at(held.several), held.content_key)
-    swaps = {
-        i: positions.find_swap(held.examples[i], siblings, held.content_key)
-        for i in held.by_images(movable, CONSIDERED * size)
-    }
-    telling = held.by_images([i for i, s in swaps.items() if s.follows], (size + 1) // 2)
-    rest = held.by_images([i for i in swaps if i not in set(telling)], size - len(telling))
-    wanted = sorted((*telling, *rest))
-    chosen = [s for i in wanted if fits((s := swaps[i]).renamed) and fits(s.kept or s.words_kept)]
-    if long := long + len(wanted) - len(chosen):
-        m.gaps.append(
-            f"Images moved and swapped: {long} chosen samples are left out; with their images or words exchanged they "
-            f"are longer than prompting.max_seq_len {session.cfg.prompting.max_seq_len}."
-        )
-    known = [s for s in chosen if s.kept is not None and s.follows]
-    renamed = session.together.losses([s.renamed for s in chosen])
-    kept = session.together.losses([s.kept for s in known if s.kept is not None])
-    unknown = [s for s in chosen if s.kept is None][:NUM_CONSISTENT]
-    said = []
-    if unknown:
-        greedy = GREEDY.model_copy(update={"max_new_tokens": session.cfg.eval.answer_tokens})
-        said = [
-            [
-                r.prediction
-                for r in session.together.written(asked, greedy, "correct", session.cfg.eval.batch_size, what)
-            ]
-            for what, asked in (
-                ("swapped images", [s.words_kept for s in unknown]),
-                ("renamed words", [s.words_renamed for s in unknown]),
-            )
-        ]
-    m.measurements += positions.score_swaps(
-        [x.exact for x in renamed],
-        [(len(s.renamed.images), x.exact) for s, x in zip(known, kept, strict=True)],
-        [positions.alike(s, a, b) for s, a, b in zip(unknown, *said, strict=True)] if said else [],
-        seed=held.seed,
-    )
-    enough = len(swaps) < len(movable) or sum(s.follows for s in swaps.values()) >= strata.MIN_SAMPLES
-    if len(known) < strata.MIN_SAMPLES and enough:  # a setting waives no gate
-        m.gaps.append(
-            f"Swapped images: only {len(known)} swaps with a known answer were made, which are too few to judge; raise "
-            f"eval.moved_samples ({size})."
-        )
-    elif len(known) < strata.MIN_SAMPLES:
-        m.inapplicable["slots.follows"] = (
-            f"of {len(known)} held-out samples it is known how swapping two images changes the right answer, and "
-            f"{strata.MIN_SAMPLES} are needed: questions about one place of images whose other places are asked about "
-            "too, or whose answer is a place"
-        )
+    found = slots.move(
+        {i: held.examples[i] for i in held.several}, m.losses, costs, session.together.losses, write,
+        size=cfg.eval.moved_samples, choose=held.by_images, fits=partial(fits_whole, session.data.encoder),
+        content_key=held.content_key, seed=held.seed,
+    )  # fmt: skip
+    m.measurements += found.measurements
+    m.gaps += found.gaps
+    m.inapplicable |= found.inapplicable
 
 
 def fits_whole(encoder: ChatEncoder, example: Example) -> bool:
@@ -377,7 +303,7 @@ def written(session: Session, m: Measured) -> None:
     seed = cfg.measure_seed
     by: dict[Condition, list[Written]]
     stage = cfg.stage_record
-    greedy = GREEDY.model_copy(update={"max_new_tokens": cfg.eval.answer_tokens})
+    greedy = cfg.eval.greedy
     label = f"{stage.writes}s"
     with session.phase(label):
         by = {c: session.together.written(examples, greedy, c, cfg.eval.batch_size, label) for c in stage.conditions}
@@ -455,6 +381,24 @@ def judge_answers(
     )  # fmt: skip
 
 
+def kept(session: Session, m: Measured) -> None:
+    """Whether questions about one image are still answered as by the run that this one started from."""
+    assert m.before is not None, "measured at the end"
+    name, what, before = "answer.kept", "Answers kept from the run it started from", m.before
+    now = [m.losses[i] for i in session.held_out.single]
+    if before.start is None:
+        if before.no_start in NOTHING_TO_KEEP:
+            m.inapplicable[name] = before.no_start
+        else:  # a setting waives no gate
+            m.gaps.append(f"{what}: not measured, {before.no_start}.")
+    elif not now:
+        m.leave_out(name, what, "no held-out sample asks one question about one image and has a short answer")
+    elif [x.id for x in before.start] != [x.id for x in now]:
+        m.gaps.append(f"{what}: not measured, the held-out samples are not those of the start.")
+    else:
+        m.measurements.append(answers.kept(before.start, now, session.held_out.seed))
+
+
 def questions(session: Session, m: Measured) -> None:
     """The question-answer sanity set, made from the held-out captions themselves."""
     size, seed = session.cfg.eval.qa_samples, session.held_out.seed
@@ -491,7 +435,7 @@ def questions(session: Session, m: Measured) -> None:
 
 def contrast_pairs(session: Session, m: Measured) -> None:
     """Pairs of the written answers with one question and two right answers: both right (E-3)."""
-    chosen = short_answers(session, m, "pairs.")
+    chosen = short_answers(session, m, "pairs.", "Contrast pairs")
     if not chosen:
         return
     held = session.held_out
@@ -513,6 +457,13 @@ def contrast_pairs(session: Session, m: Measured) -> None:
 def four_cells(session: Session, m: Measured) -> None:
     """Own and another's image, own and another's question: is the question read as well (E-1)."""
     held = session.held_out
+    if session.cfg.template == "caption":
+        why = (
+            "captions are all asked for in the same words, so there is no other question; the two cells that there "
+            "are, own and another's image, are the losses with the right and the wrong image"
+        )
+        m.leave_out("cells.", "Four cells", why)
+        return
     chosen = [held.sighted[k] for k in cells.swappable(held.at(held.sighted))]
     chosen = held.among(chosen, NUM_CELLS)
     chosen = [chosen[k] for k in cells.swappable(held.at(chosen))]
@@ -544,44 +495,69 @@ def four_cells(session: Session, m: Measured) -> None:
 
 def blind_two_ways(session: Session, m: Measured) -> None:
     """The image left out silently and said to be missing, and the base alone (E-2)."""
-    chosen = session.held_out.among(short_answers(session, m, "blind."), NUM_BLIND)
-    conditions = session.cfg.stage_record.conditions
-    if not chosen or "none" not in conditions:
+    what = "Two kinds of blindness"
+    if session.cfg.template == "caption":
+        why = (
+            "a caption is asked for by its image, and without one there is no prompt; blind is here what it writes for "
+            "an empty image"
+        )
+        m.leave_out("blind.", what, why)
         return
+    chosen = session.held_out.among(short_answers(session, m, "blind.", what), NUM_BLIND)
+    if not chosen:
+        return
+    conditions = session.cfg.stage_record.conditions
     examples, size = session.held_out.at(chosen), session.cfg.eval.batch_size
     told = [blindness.told_missing(e) for e in examples]
+    write = partial(session.together.written, settings=ANSWER, condition="none", batch_size=size)
+    base = None
     with session.phase("blindness"):
-        guessed = session.together.written(told, ANSWER, "none", size, "guesses")
-        with session.model.adapters_off():
-            base = session.together.written(examples, ANSWER, "none", size, "the base's answers")
-    seen, silent = ([m.written[i][conditions.index(c)] for i in chosen] for c in ("correct", "none"))
+        if "none" in conditions:
+            silent = [m.written[i][conditions.index("none")] for i in chosen]
+        else:
+            silent = write(examples, label="blind answers")
+        guessed = write(told, label="guesses")
+        if session.model.adapters:
+            with session.model.adapters_off():
+                base = write(examples, label="the base's answers")
+        else:
+            why = f"{_NONE}, so without an image it is the base that answers"
+            m.leave_out("blind.base", "What the base answers blind", why)
+            m.inapplicable["blind.leak"] = why
+    seen = [m.written[i][conditions.index("correct")] for i in chosen]
     m.measurements += blindness.score(examples, seen, silent, guessed, base, session.held_out.seed)
 
 
 def learnable(session: Session, m: Measured) -> None:
     """What a learner of the words alone makes of the training questions (E-4). `beholder audit` names the words."""
+    if session.cfg.template == "caption":
+        why = "captions are all asked for in the same words, from which nothing can be learned"
+        m.leave_out("learner.", "Learner of words", why)
+        return
 
-    def learned() -> tuple[list[dict[str, Any]], str]:
-        examples = session.training_examples(text_learner.MAX_QUESTIONS)
+    def learned() -> tuple[list[dict[str, Any]], list[str], str]:
+        examples = session.data.train.first(text_learner.MAX_QUESTIONS)
         try:
-            found = text_learner.learn(examples, seed=session.held_out.seed)
+            found = text_learner.learn(examples, seed=session.held_out.seed, content_key=session.held_out.content_key)
         except UserError as e:
-            return [], str(e)
-        return [x.model_dump(mode="json") for x in found.measurements], ""
+            return [], [], str(e)
+        return [x.model_dump(mode="json") for x in found.measurements], found.gaps, ""
 
     with session.phase("learnable"):
-        found, why = session.dist.on_main(learned)
+        found, gaps, why = session.dist.on_main(learned)
     m.measurements += [Measurement.model_validate(x) for x in found]
+    m.gaps += gaps
     if why:
         m.leave_out("learner.", "Learner of words", why)
 
 
-def short_answers(session: Session, m: Measured, about: str) -> list[int]:
+def short_answers(session: Session, m: Measured, about: str, what: str) -> list[int]:
     """Held-out samples whose answers were written and are right or wrong as a whole; none: measurements whose names
     begin with ``about`` do not apply."""
     chosen = [i for i in m.written if answers.is_short(session.held_out.examples[i])]
     if m.written and not chosen:
-        m.inapplicable[about] = "no held-out answer is short"
+        kind = session.cfg.stage_record.writes
+        m.leave_out(about, what, f"no held-out {kind} is short, so none is right or wrong as a whole")
     return chosen
 
 
@@ -639,8 +615,6 @@ def merges(session: Session, m: Measured) -> None:
 
 def merging(session: Session) -> list[Measurement]:
     """The same prompts and held-out samples, in the same batches, with the adapters apart and merged."""
-    from beholder.model.adapters import merged  # takes seconds: peft brings transformers
-
     model, chosen = session.model, session.held_out.ablation_sample[:NUM_MERGED]
 
     def look() -> tuple[textonly.TextLogits, list[SampleLoss]]:
@@ -648,18 +622,21 @@ def merging(session: Session) -> list[Measurement]:
         return textonly.text_logits(model, session.tokenizer), loss.sample_losses(model, batches)
 
     text, apart = look()
-    with merged(model.language):
+    with model.adapters_merged():
         text_merged, together = look()
     pairs = list(zip(text.logits, text_merged.logits, strict=True))
     gap = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
-    places = sum(a[..., 0].numel() for a, _ in pairs)
+    predicted = sum(a[..., 0].numel() for a, _ in pairs)
     other = sum(int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in pairs)
     tokens = sum(x.tokens for x in apart)
     turned = sum(abs(x.correct - y.correct) for x, y in zip(apart, together, strict=True))
     why = f"weights are stored in {str(model.language.dtype).removeprefix('torch.')}, to which a merge rounds"
     found = (
         ("max_logit_diff", gap, "logits", len(pairs), f"on the prompts of the text-only suite; {why}"),
-        ("changed_pct", 100 * other / places, "%", places, f"next tokens of plain text that become another; {why}"),
+        (
+            "changed_pct", 100 * other / predicted, "%", predicted,
+            f"next tokens of plain text that become another; {why}",
+        ),
         (
             "tokens_changed_pct", 100 * turned / max(tokens, 1), "%", max(len(apart), 1),
             "tokens of held-out answers that only one of the two predicts; those that change sides within a sample "
@@ -688,6 +665,37 @@ def _adapted(session: Session) -> bool:
     return bool(session.model.adapters)
 
 
+def strengths(session: Session, m: Measured) -> None:
+    """The line from the base to the trained model: the same measurements at part of the adapters' strength."""
+    rows = ("losses", "retained", *(own.name for own in MONITORS if any(w.strength for w in own.watched)))
+    for strength in session.cfg.eval.strengths:
+        with session.model.at_strength(strength):
+            there = Measured(m.step, session.eval_losses())
+            for name in rows:
+                if PANEL[name].needs(session):
+                    PANEL[name].make(session, there)
+        m.measurements += [
+            x.model_copy(update={"name": STRENGTH_LINE[x.name], "stratum": f"{strength:g}", "by": "strength"})
+            for x in there.measurements
+            if x.name in STRENGTH_LINE and x.stratum is None
+        ]
+
+
+def _monitor(name: str, make: Callable[[Session, Measured], None]) -> Row:
+    """Made where a setting says on what; else a named gap."""
+    own = next(m for m in MONITORS if m.name == name)
+    begin, why = own.begins[0], f"{own.setting} is not given"
+    return Row(
+        name, make, needs=lambda session: session.cfg.eval.off(begin) is None, without=(begin, why), monitor=own.called
+    )
+
+
+def watched(cfg: RunConfig) -> list[Row]:
+    """The rows that are made at every evaluation."""
+    kept = cfg.eval.retention_every == "eval"
+    return [row for row in PANEL.values() if row.monitor or (row.name == "retained" and kept)]
+
+
 PANEL: dict[str, Row] = {
     row.name: row
     for row in (
@@ -697,16 +705,29 @@ PANEL: dict[str, Row] = {
         Row("golden", golden_set, every=lambda cfg: (cfg.eval.run_golden_every,)),
         Row("ablation", ablation, every=lambda cfg: (cfg.ablation.run_every,), candidate=True),
         Row("words", words),
-        Row("slots", slots),
+        Row("slots", every_slot),
         Row("written", written),
+        Row("kept", kept),
         Row("questions", questions),
         Row("pairs", contrast_pairs),
         Row("cells", four_cells),
-        Row("blind", blind_two_ways, needs=_adapted, without=("blind.", _NONE)),
-        Row("learnable", learnable, needs=_adapted, without=("learner.", _NONE)),
+        Row("blind", blind_two_ways),
+        Row("learnable", learnable),
         Row("guessable", guessable),
+        # Before those that write down what was said: that of the run's own strength is to stay.
+        Row("strengths", strengths, needs=lambda s: _adapted(s) and bool(s.cfg.eval.strengths)),
         Row("retained", retained, needs=_adapted, without=("retention.", _NONE)),
         Row("merges", merges, needs=_adapted, without=("merge.", _NONE)),
+        Row(
+            "crossed",
+            monitors.crossed,
+            needs=lambda s: _adapted(s) and s.cfg.eval.off("cross.") is None,
+            without=("cross.", f"{_NONE}, or {MONITORED['cross.']} is not given"),
+        ),
+        _monitor("irrelevant", monitors.irrelevant),
+        _monitor("ood", monitors.ood),
+        _monitor("jitter", monitors.jitter),
+        _monitor("gap", monitors.gap),
     )
 }
 """Every measurement. Which of them a stage makes at its end, and in which order, its record says."""

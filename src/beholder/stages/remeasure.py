@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from beholder.evidence import Condition, Measurement, load_evidence
 from beholder.evidence.catalogue import IMAGE_NAMES
 from beholder.evidence.gates import judge, told
 from beholder.model.plan import TrainableTable, apply_train_plan, plan_of
-from beholder.probes import audit, loss, positions, reliance
+from beholder.probes import audit, loss, reliance, slots
 from beholder.report.slots import marked
 from beholder.runs import RunDir, atomic_write, stop_signals, to_json
+from beholder.stages.guard import measured_otherwise
 from beholder.stages.lifetime import sole_writer
 from beholder.stages.measure import measure, measure_before
 from beholder.stages.measured import Measured, Trained
-from beholder.stages.panel import by_word, slots
+from beholder.stages.panel import by_word, every_slot
 from beholder.stages.run import Outcome
 from beholder.stages.session import Session, open_session
 from beholder.train import checkpoint, restore, same_run
@@ -46,8 +47,9 @@ class Opened:
 
 
 @contextmanager
-def reopen(folder: str, overrides: Sequence[str], *, aside: bool = False) -> Iterator[Opened]:
-    """The run in ``folder`` with its best checkpoint, else its latest, locked while it is measured.
+def reopen(folder: str, overrides: Sequence[str], *, aside: bool = False, step: int | None = None) -> Iterator[Opened]:
+    """The run in ``folder`` with its best checkpoint, else its latest, or with that of ``step``, locked while it is
+    measured.
 
     ``overrides``: settings of ``eval``, ``ablation`` and the like; one that changes what was trained is refused.
     ``aside`` as in `open_session`.
@@ -67,8 +69,8 @@ def reopen(folder: str, overrides: Sequence[str], *, aside: bool = False) -> Ite
         )
     run = RunDir(path)
     with joined(cfg.device, cfg.train.timeout_s) as dist, stop_signals(), sole_writer(run, dist):
-        where = checkpoint.resolve_checkpoint(path)
-        session = open_session(cfg, run, dist, restore.read_merged(where), aside=aside)
+        where = checkpoint.resolve_checkpoint(path if step is None else run.checkpoints / f"step_{step}")
+        session = open_session(cfg, run, dist, restore.read_base(where), aside=aside)
         table = apply_train_plan(session.model, plan_of(cfg.model, cfg.stage_record))
         restore.load_trained(where, session.model)
         trainer = restore.read_trainer(where)
@@ -97,11 +99,16 @@ def evaluate_run(folder: str, overrides: Sequence[str] = ()) -> Outcome:
         session = opened.session
         status = session.run.read_status()  # measuring a stopped run does not finish it
         before = measure_before(session, fresh=False)
-        known = load_evidence(session.run.path).cost if (session.run.path / "evidence.json").is_file() else None
+        if (changed := measured_otherwise(session)) is not None:
+            session.gap(f"Monitors: {changed}.")
+        earlier = load_evidence(session.run.path) if (session.run.path / "evidence.json").is_file() else None
+        known = None if earlier is None else earlier.cost
         latest = checkpoint.latest_checkpoint(session.run.checkpoints)
         steps = opened.step if latest is None else int(restore.read_trainer(latest)["step"])
         known = None if known is not None and known.steps != steps else known  # of an earlier state
         trained = Trained(opened.step, steps, status, whole=False, again=True, cost=known)
+        if earlier is not None and earlier.cost.steps == steps:
+            trained = replace(trained, stopped=earlier.stopped)
         evidence = measure(session, opened.table, before, trained)
         return Outcome(session.run.path, evidence.status, opened.step, evidence=evidence, is_main=session.dist.is_main)
 
@@ -208,7 +215,7 @@ def ablate_slots(folder: str, *, num_samples: int | None = None, overrides: Sequ
         if not session.held_out.several:
             raise UserError(f"{folder}: no held-out sample shows several images, so there is only one place")
         m = Measured(opened.step, session.eval_losses())
-        slots(session, m)
+        every_slot(session, m)
         gates = {
             name: gate
             for name, gate in session.cfg.gates.items()
@@ -223,7 +230,7 @@ def ablate_slots(folder: str, *, num_samples: int | None = None, overrides: Sequ
         findings += [f"{name}: not judged, {why}" for name, why in m.inapplicable.items()] + m.gaps
         names = IMAGE_NAMES["answer"]
         columns = {"slots.accuracy": "right, deciding image there", "slots.gain.shuffled": "gain over another"}
-        columns |= {f"slots.delta.{c}": names[c] for c in positions.REPLACEMENTS}
+        columns |= {f"slots.delta.{c}": names[c] for c in slots.REPLACEMENTS}
         columns |= {"slots.spread": "spread", "slots.follows": "follows a swap", "slots.last_bias": "last-image bias"}
         title = f"{folder}, step {opened.step}: nats/token that replacing one image adds, and where images may stand"
         return Answer(title, m.measurements, columns, findings, is_main=session.dist.is_main)

@@ -19,8 +19,10 @@ from beholder.data.sources import missing_files
 from beholder.evidence import Evidence, GateResult, load_evidence
 from beholder.model.placement import render_sites
 from beholder.model.plan import apply_train_plan, param_groups, plan_of
+from beholder.model.weights import listed
 from beholder.runs import RunDir, stop_signals, writing
-from beholder.stages.begin import announce, base_of, check_promoted, find_start, fresh_folder, start_from
+from beholder.stages.begin import announce, base_of, find_start, fresh_folder, start_from
+from beholder.stages.guard import check_baseline, check_history, standing_stop
 from beholder.stages.keep import saver, settle
 from beholder.stages.lifetime import honest_status, is_finished, sole_writer
 from beholder.stages.measure import measure, measure_before
@@ -31,6 +33,7 @@ from beholder.train.distributed import joined
 from beholder.train.engine import fit
 from beholder.train.objectives import OBJECTIVES
 from beholder.train.optim import build_optimizer
+from beholder.train.promoted import check_promoted
 from beholder.types import Status, UserError
 
 _APART = {"run", "place", "speed"}
@@ -49,6 +52,8 @@ class Outcome:
     is_main: bool = True
     again: bool = False
     """The run had finished before; nothing was done."""
+    stopped: str = ""
+    """The guardrail that ended it early, in words."""
     unheard: tuple[str, ...] = ()
     """Settings that this config has otherwise than the finished run: ``eval.answer_tokens: 64 → 8``."""
     smoke: bool = False
@@ -69,6 +74,12 @@ class Outcome:
             say(
                 f"{self.folder} had finished before; its report is {report}. To measure it again: beholder evaluate "
                 f"{self.folder}. To train anew choose another output folder."
+            )
+        if self.stopped:
+            say(
+                f"\nSTOPPED BY ITS GUARDRAIL {self.stopped}. {report} is about the run's best checkpoint. The same "
+                "command does not go on; to go on past it, change the guardrail or switch it off ("
+                f"--set guardrails.{self.stopped.partition(':')[0]}.enable=false)."
             )
         if self.unheard:
             say(
@@ -96,8 +107,11 @@ def run_stage(cfg: RunConfig, *, resume: str = "auto", promote_anyway: bool = Fa
     run whose gates failed. Raises `UserError` for wrong input and `NonFiniteError` when the loss or a gradient is not
     finite; ``run.json`` says how it ended in every case.
     """
-    if cfg.sweep is not None:
-        raise UserError("this config holds a sweep; run it with: beholder sweep CONFIG (or remove its sweep section)")
+    for study in ("sweep", "footprint"):
+        if getattr(cfg, study) is not None:
+            raise UserError(
+                f"this config holds a {study}; run it with: beholder {study} CONFIG (or remove its {study} section)"
+            )
     run = RunDir(cfg.run_dir)
     with writing(run.path):  # a name that is too long, a folder that may not be entered
         started = run.checkpoints.is_dir()
@@ -106,15 +120,16 @@ def run_stage(cfg: RunConfig, *, resume: str = "auto", promote_anyway: bool = Fa
     with joined(cfg.device, cfg.train.timeout_s) as dist, stop_signals(), sole_writer(run, dist):
         source = find_start(cfg, run, resume)
         dist.same_on_all_ranks("the checkpoint to go on from", str(source))
-        if dist.on_main(lambda: is_finished(run, source)):
+        if dist.on_main(lambda: is_finished(run, source, cfg)):
             known = load_evidence(run.path)
             saved = load_config(run.config_path)
             unheard = tuple(
                 f"{f}: {a} → {b}" for f, a, b in diff_configs(saved, cfg) if not decided_by(RunConfig, f) & _APART
             )
             return Outcome(
-                run.path, known.status, known.cost.steps, None, known, dist.is_main, again=True, unheard=unheard
-            )
+                run.path, known.status, known.cost.steps, None, known, dist.is_main, again=True, unheard=unheard,
+                stopped="" if known.stopped is None else known.stopped.sentence,
+            )  # fmt: skip
         if source is None:
             promoted = check_promoted(cfg, promote_anyway)
         else:  # asked when the run started
@@ -135,10 +150,13 @@ def train_and_measure(session: Session, source: Path | None) -> Outcome:
     stage, model, line = cfg.stage_record, session.model, session.reporter.line
     table = apply_train_plan(model, plan_of(cfg.model, stage))  # what learns
     line("plan", "", str(table))
-    if model.adapters:
-        line("adapters", "", render_sites(model.adapters))
-        if (strength := cfg.model.lora.strength) < 1:
-            line("adapters", f"outside training at {strength:g} of their strength: model.lora.strength")
+    for name, part in model.parts().items():
+        if part.adapters:
+            line("adapters", f"on {name}", render_sites(part.adapters))
+        if part.unfrozen:
+            line("unfrozen", f"of {name}: {listed(part.unfrozen)}")
+    if model.adapters and (strength := cfg.model.lora.strength) < 1:
+        line("adapters", f"outside training at {strength:g} of their strength: model.lora.strength")
     rates, decays = cfg.train.lr.model_dump(), cfg.train.weight_decay.model_dump()
     optimizer = build_optimizer(param_groups(model, rates, decays), cfg.train.betas)
 
@@ -148,32 +166,42 @@ def train_and_measure(session: Session, source: Path | None) -> Outcome:
         dist.on_main(lambda: save(start))  # a checkpoint of another folder: this one must have its weights too
     total = session.data.total_steps(cfg)
     session.fill_features(start * cfg.effective_batch, total * cfg.effective_batch)
+    session.keep_layers()
     before = measure_before(session, fresh=start == 0)  # how good is it now
 
-    with session.phase("training"):
-        result = fit(
-            model,
-            OBJECTIVES[stage.objective],
-            session.data.stream(session.store, cfg, rank=dist.rank, world_size=dist.world_size),
-            cfg=cfg.train,
-            total_steps=total,
-            optimizer=optimizer,
-            run=run,
-            seed=cfg.seed,
-            save=save,
-            dist=dist,
-            start_step=start,
-            state=state,
-            callbacks=[Watch(session, total)],
-            reporter=session.reporter,
-        )
-    if result.signal is not None:
-        dist.on_main(lambda: run.set_status(Status.CANCELLED, step=result.step, signal=result.signal))
-        return Outcome(run.path, Status.CANCELLED, result.step, result.signal, is_main=dist.is_main)
+    check_history(session)
+    check_baseline(session)
+    stop, done = standing_stop(session, total), start  # of a run that ended before its evidence was written
+    if stop is None:
+        with session.phase("training"):
+            result = fit(
+                model,
+                OBJECTIVES[stage.objective],
+                session.data.stream(session.store, cfg, rank=dist.rank, world_size=dist.world_size),
+                cfg=cfg.train,
+                total_steps=total,
+                optimizer=optimizer,
+                run=run,
+                seed=cfg.seed,
+                save=save,
+                dist=dist,
+                start_step=start,
+                state=state,
+                callbacks=[Watch(session, total)],
+                reporter=session.reporter,
+            )
+        if result.signal is not None:
+            dist.on_main(lambda: run.set_status(Status.CANCELLED, step=result.step, signal=result.signal))
+            return Outcome(run.path, Status.CANCELLED, result.step, result.signal, is_main=dist.is_main)
+        stop, done = standing_stop(session, total) if result.status == "stopped" else None, result.step
 
-    if mixed := session.data.mixture(cfg, total):
+    told = "" if stop is None else stop.sentence
+    if stop is not None:
+        line("guardrail", f"STOPPED {told}{f': {stop.why}' if stop.why else ''}")
+    if mixed := session.data.mixture(cfg, done):
         line("mixture", ", ".join(mixed))
-    best, losses = settle(session, total)  # which checkpoint is it
-    trained = Trained(best, total, Status.SUCCEEDED, whole=start == 0)
+    best, losses = settle(session, done)  # which checkpoint is it
+    status = Status.SUCCEEDED if stop is None else Status.STOPPED_BY_GUARDRAIL
+    trained = Trained(best, done, status, whole=start == 0, stopped=stop)
     evidence = measure(session, table, before, trained, losses)
-    return Outcome(run.path, Status.SUCCEEDED, total, evidence=evidence, is_main=dist.is_main)
+    return Outcome(run.path, status, done, evidence=evidence, is_main=dist.is_main, stopped=told)

@@ -7,28 +7,34 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
 
 from beholder.config import RunConfig
 from beholder.data import Data, build_data, build_encoder
-from beholder.model.build import build_vlm
+from beholder.data.build import build_pipeline
+from beholder.data.images import ImagePipeline
+from beholder.model.build import Vlm, build_vlm
 from beholder.model.families import check_limits
+from beholder.model.native import NativeModel
 from beholder.model.plan import frozen_fingerprint
 from beholder.model.vlm import VisionLanguageModel
 from beholder.probes.loss import SampleLoss
 from beholder.runs import RunDir, to_json
 from beholder.stages.held_out import HeldOut
+from beholder.stages.monitor_sets import MonitorSets
 from beholder.stages.together import Together
 from beholder.store.features import FeatureStore, FillReport, store_dir
+from beholder.store.layers import LayerStore
 from beholder.terminal import Terminal
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
-from beholder.types import Example, TrainedPart
+from beholder.types import ImageGeometry, TrainedPart
 
 BASE = (
     "the adapters of {} earlier run(s) are part of the base's weights (model.lora.adapters: merge); what is compared "
@@ -41,7 +47,7 @@ class Session:
     files are closed at the end."""
 
     def __init__(
-        self, cfg: RunConfig, run: RunDir, dist: Dist, model: VisionLanguageModel, tokenizer: Any, data: Data,
+        self, cfg: RunConfig, run: RunDir, dist: Dist, model: Vlm, tokenizer: Any, data: Data,
         reporter: Reporter, *, frozen: dict[str, str], started: float, gaps: list[str], phases_s: dict[str, float],
     ) -> None:  # fmt: skip
         self.cfg, self.run, self.dist = cfg, run, dist
@@ -50,9 +56,12 @@ class Session:
         """`time.perf_counter` when the work began."""
         self.store: FeatureStore | None = None
         """What `fill_features` has filled; None before, and where the config switches it off."""
+        self.layers: LayerStore | None = None
+        """What `keep_layers` opened."""
         self.filled: FillReport | None = None
         self.held_out = HeldOut(cfg, run, dist, data)
         self.together = Together(cfg, dist, model, data, self.held_out, lambda: self.store, reporter)
+        self.monitors = MonitorSets(cfg, data, self.held_out)
         self.gaps = gaps
         """What could not be had or measured, in the order it was found; `gap` adds."""
         self.phases_s = phases_s
@@ -65,8 +74,9 @@ class Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.store is not None:
-            self.store.close()
+        for store in (self.store, self.layers):
+            if store is not None:
+                store.close()
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -74,7 +84,9 @@ class Session:
         return {
             # not the connector: it has its weights only once a checkpoint is loaded
             **{part: digest for part, digest in self._frozen.items() if part != "connector"},
-            "preprocessing": hashlib.sha256(to_json(asdict(self.model.geometry)).encode()).hexdigest(),
+            "preprocessing": g.fingerprint
+            if not isinstance(g := self.model.geometry, ImageGeometry)
+            else hashlib.sha256(to_json(asdict(g)).encode()).hexdigest(),
             "data": self.data.train.fingerprint,
             "encoder": self.data.encoder.fingerprint,
         }
@@ -107,11 +119,27 @@ class Session:
             self.reporter.line("features", f"off: data.augment is {cfg.data.augment}, every pass needs fresh features")
             self.gap("Feature store: switched off, because data.augment changes every image at every pass.")
             return
-        vision, g = self.model.vision, self.model.geometry
-        assert vision is not None
+        if isinstance(self.model, NativeModel):
+            why = "a native model's images differ in their number of tokens, and its tower gives more than one output"
+            self.reporter.line("features", f"off: {why}")
+            self.gap(f"Feature store: switched off, because {why}; the tower sees every image at every pass.")
+            return
+        vision, g, pipeline = self.model.vision, self.model.geometry, self.data.pipeline
+        assert vision is not None and isinstance(pipeline, ImagePipeline)
+        shape, dtype = (g.num_patches, g.d_vision), torch.bfloat16
+        if vision.learns:
+            if (why := vision.check_kept()) is not None:
+                self.reporter.line("features", f"off: the vision tower learns, and {why}")
+                self.gap(f"Feature store: switched off, because the vision tower learns and {why}.")
+                return
+            empty = torch.zeros(1, 3, g.height, g.width, dtype=torch.uint8, device=self.model.device)
+            shape, dtype = tuple(vision.keep(empty).shape[1:]), vision.dtype
+            self.reporter.line(
+                "features", f"kept: what goes into {vision.lowest}, the tower's lowest block that learns"
+            )
         store = FeatureStore(
-            store_dir(cfg.features), tower_fingerprint=vision.fingerprint(),
-            pipeline_fingerprint=self.data.pipeline.fingerprint, num_patches=g.num_patches, d_vision=g.d_vision,
+            store_dir(cfg.features), tower_fingerprint=vision.kept_fingerprint(),
+            pipeline_fingerprint=pipeline.fingerprint, shape=shape, dtype=dtype,
             max_bytes=int(cfg.features.max_gb * 1e9),
         )  # fmt: skip
         stop = min(stop, start + len(self.data.train))  # later epochs show the same images again
@@ -123,7 +151,7 @@ class Session:
                 self.dist.alive()
 
             report = store.fill(
-                refs, lambda pixels: vision(pixels.to(self.model.device)), self.data.pipeline, batch_size=32,
+                refs, lambda pixels: vision.keep(pixels.to(self.model.device)), pipeline, batch_size=32,
                 progress=progress, on_bad_image=cfg.data.on_bad_image, rank=self.dist.rank,
                 world_size=self.dist.world_size,
             )  # fmt: skip
@@ -136,10 +164,30 @@ class Session:
                 "tower saw them at every pass."
             )
 
-    def training_examples(self, most: int) -> list[Example]:
-        """So many of the training samples, in their order, which is already random."""
-        train = self.data.train
-        return [train.example_at(p) for p in range(min(len(train), most))]
+    def keep_layers(self) -> None:
+        """Lets the model keep what goes into the language model's lowest layer that learns, where the config asks."""
+        cfg, model = self.cfg, self.model
+        if not cfg.features.layers:
+            return
+        if cfg.data.augment != "none":
+            self.reporter.line("layers", f"not kept: data.augment is {cfg.data.augment}, every pass is of other images")
+            self.gap(
+                "Layers: what goes into them was not kept, because data.augment changes every image at every pass "
+                "(features.layers)."
+            )
+            return
+        if (why := model.check_layers_kept()) is not None:
+            self.reporter.line("layers", f"not kept: {why}")
+            self.gap(f"Layers: what goes into them was not kept, because {why} (features.layers).")
+            return
+        assert isinstance(model, VisionLanguageModel), "a native model's layers are not kept"
+        language = model.language
+        self.layers = LayerStore(
+            store_dir(cfg.features), {"below": model.below_fingerprint()}, width=language.d_text, dtype=language.dtype,
+            max_bytes=int(cfg.features.max_gb * 1e9),
+        )  # fmt: skip
+        model.layer_keeper = self.layers
+        self.reporter.line("layers", f"kept: what goes into {language.lowest}, the lowest that learns")
 
     def eval_losses(self) -> list[SampleLoss]:
         """Loss of every held-out sample."""
@@ -148,20 +196,26 @@ class Session:
 
 
 def open_session(
-    cfg: RunConfig, run: RunDir, dist: Dist, merged: Sequence[TrainedPart] = (), *, aside: bool = False
+    cfg: RunConfig,
+    run: RunDir,
+    dist: Dist,
+    base: Mapping[str, TrainedPart] = MappingProxyType({}),
+    *,
+    aside: bool = False,
 ) -> Session:
     """Loads the parts and opens the data. Nothing is trained or measured yet.
 
-    ``merged``: adapters of earlier runs that are part of the base (`begin.base_of`). ``aside``: progress goes to
+    ``base``: what earlier runs have learned and is part of the base (`begin.base_of`). ``aside``: progress goes to
     standard error, where the answer of a command has standard output to itself.
     """
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)
     started = time.perf_counter()
     model, tokenizer = build_vlm(
-        cfg.model, compute_precision=cfg.train.precision, device=dist.device, seed=cfg.seed, merged=merged
+        cfg.model, compute_precision=cfg.train.precision, device=dist.device, seed=cfg.seed, base=base
     )
-    build_encoder(cfg, tokenizer, model.num_visual_tokens).check_table(model.language.vocab)
+    pipeline = build_pipeline(cfg, model.geometry)
+    build_encoder(cfg, tokenizer, model.num_visual_tokens, pipeline).check_table(model.language.vocab)
     check_limits(model.language.limits, cfg)
     frozen = frozen_fingerprint(model)
     loaded = time.perf_counter()
@@ -205,7 +259,7 @@ def open_session(
         gaps=[
             *(f"Split: {note}" for note in data.counts.split_notes),
             *(f"Prompt: {note}." for note in [data.encoder.prompt_note] if note),
-            *([f"Base: {BASE.format(len(merged))}."] if merged else []),
+            *([f"Base: {BASE.format(merged)}."] if (merged := sum("merged" in name for name in base)) else []),
         ],
         phases_s={"load": loaded - started, "data": time.perf_counter() - loaded},
     )  # fmt: skip

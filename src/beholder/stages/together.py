@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal, Protocol, TypeVar
 
+import torch
+
 from beholder.config import GenerateConfig, RunConfig
 from beholder.data import Data
-from beholder.model.vlm import VisionLanguageModel
+from beholder.model.build import Vlm
 from beholder.probes import audit, loss, written, wrong_images
 from beholder.probes.loss import SampleLoss
 from beholder.probes.written import Written
@@ -16,7 +18,7 @@ from beholder.stages.held_out import HeldOut
 from beholder.store.features import FeatureStore
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
-from beholder.types import Batch, Condition, Example, UserError
+from beholder.types import Batch, Condition, Example, ImageInput, ImageRef, UserError
 
 T = TypeVar("T")
 
@@ -33,7 +35,7 @@ class Together:
     """What the model makes of samples. Every method gives the same on every process, in the order of the samples."""
 
     def __init__(
-        self, cfg: RunConfig, dist: Dist, model: VisionLanguageModel, data: Data, held_out: HeldOut,
+        self, cfg: RunConfig, dist: Dist, model: Vlm, data: Data, held_out: HeldOut,
         store: Callable[[], FeatureStore | None], reporter: Reporter,
     ) -> None:  # fmt: skip
         self._cfg, self._dist, self._model, self._data = cfg, dist, model, data
@@ -73,15 +75,21 @@ class Together:
         return {c: list(known[c]) if c in known else found[c] for c in conditions}
 
     def written(
-        self, examples: Sequence[Example], settings: GenerateConfig, condition: Condition, batch_size: int, label: str
-    ) -> list[Written]:
-        """What the model writes for each example under ``condition``; ``label`` names the work in its progress."""
+        self, examples: Sequence[Example], settings: GenerateConfig, condition: Condition, batch_size: int, label: str,
+        *, pipeline: Callable[[ImageRef, str | None], torch.Tensor | ImageInput] | None = None,
+    ) -> list[Written]:  # fmt: skip
+        """What the model writes for each example under ``condition``; ``label`` names the work in its progress.
+
+        ``pipeline``: how images are made ready, in place of the run's own and of stored features.
+        """
         assert condition != "noise", "nothing is written under noise"
         seen: Literal["correct", "zero", "none"] = condition if condition in ("zero", "none") else "correct"
         shown = list(examples)
         if condition == "shuffled":
             shown = wrong_images.shuffle_images(examples, self._held_out.content_key, self._held_out.seed)
         builder = self._data.builder(self._store(), train=False, cfg=self._cfg)
+        if pipeline is not None:
+            builder = replace(builder, pipeline=pipeline, features=None)
         with self._reporter.progress(f"{label} ({condition} image)") as tick:
             mine = written.write(
                 self._model, self._data.encoder, builder, self._mine(shown), settings, seen,

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from beholder.probes import loss
+from beholder.stages.guard import overall, read_monitors, standing_stop
 from beholder.stages.keep import candidate
 from beholder.stages.measured import Measured
 from beholder.stages.panel import PANEL
 from beholder.stages.session import Session
-from beholder.train.engine import Record
+from beholder.train.engine import Asked, Record
 
 
 class Watch:
@@ -22,14 +23,16 @@ class Watch:
         self.session, self.total = session, total_steps
         self.per_epoch = len(session.data.train) / session.cfg.effective_batch
 
-    def on_step(self, step: int, record: Record) -> bool:
-        """True when a candidate for the best was measured: its checkpoint must be there."""
+    def on_step(self, step: int, record: Record) -> Asked:
+        """A candidate for the best that was measured must have its checkpoint; a guardrail that is passed ends it."""
         session, cfg = self.session, self.session.cfg
         if step == self.total:
-            return False
+            return Asked()
         due = {row.name for row in PANEL.values() if any(self._due(every, step) for every in row.every(cfg))}
         saved = cfg.eval.run_golden_every == "save"  # as a candidate is
         compared = any(PANEL[name].candidate for name in due)
+        quick = bool(cfg.train.quick_eval_size and cfg.train.quick_eval_steps) and not compared
+        quick = quick and step % cfg.train.quick_eval_steps == 0
         if compared:
             due |= {"losses"} | ({"golden"} if saved else set())
         m = Measured(step, session.eval_losses() if compared else [])
@@ -42,15 +45,17 @@ class Watch:
                     self._told("eval", m, range(len(m.losses)))
                 elif new:
                     self._log(step, {x.key: x.value for x in new})
+        read = read_monitors(session, step) if compared or quick else []
         if compared:
-            found = candidate(session, m, write=saved)
+            found = candidate(session, m, write=saved, monitors=overall(read))
             self._log(step, {"candidate": found.model_dump(mode="json")})
-        elif cfg.train.quick_eval_size and cfg.train.quick_eval_steps and step % cfg.train.quick_eval_steps == 0:
+        elif quick:
             indices = session.held_out.quick_sample
             with session.phase("evaluation"):
                 quick = session.together.losses(session.held_out.at(indices))
             self._told("quick_eval", Measured(step, quick), indices)
-        return compared
+        stop = standing_stop(session, self.total) if read else None
+        return Asked(keep=compared, stop="" if stop is None else stop.sentence)
 
     def _told(self, name: str, m: Measured, indices: Sequence[int]) -> None:
         """Loss and share of exactly right targets, overall and by length or kind of question."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +29,20 @@ from beholder.evidence import (
     thumbnail,
 )
 from beholder.evidence.best import choose
-from beholder.evidence.catalogue import flat_names, said
+from beholder.evidence.catalogue import flat_names, quantity, said
 from beholder.evidence.gates import judge, told, verdict
 from beholder.model.plan import TrainableTable
 from beholder.probes import captions, golden, golden_history, strata
 from beholder.report import render
 from beholder.runs import atomic_write, now, to_json
+from beholder.stages.guard import best_limits, history
 from beholder.stages.keep import candidates
 from beholder.stages.measured import Before, Measured, Trained
 from beholder.stages.session import Session
 from beholder.train.checkpoint import steps_on_disk
 from beholder.types import UserError
 
-CHANGES = ("status", "updated", "step", "best_step", "phases_s", "gates_failed", "error", "signal")
+CHANGES = ("status", "updated", "step", "best_step", "phases_s", "gates_failed", "error", "signal", "stopped")
 """What ``run.json`` says of the moment, and not of where the run comes from."""
 
 Record = dict[str, Any]
@@ -91,8 +92,7 @@ def make_evidence(
         created=now(),
         summary={
             "Language model": _short(session.model.language.name),
-            "Vision tower": _short(cfg.model.vision.name_or_path),
-            "Connector": f"{cfg.model.connector.resampler.kind}, {session.model.num_visual_tokens} visual tokens",
+            **(_eyes(session)),
             **({"Mixture": ", ".join(mixed)} if (mixed := session.data.mixture(cfg, trained.steps)) else {}),
         },
         trainable=rows,
@@ -102,13 +102,20 @@ def make_evidence(
         gates=judge({name: g for name, g in cfg.gates.items() if name not in idle}, measured),
         findings=m.findings,
         words=m.word_stats,
-        curves=_curves(steps, before),
+        curves=[*_curves(steps, before), *_monitor_curves(session)],
         histograms=m.histograms,
         samples=_samples(session, m),
         text_only=text,
-        adapters=[AdapterRow(**asdict(site)) for site in session.model.adapters],
+        adapters=[
+            AdapterRow(**asdict(replace(site, name=part.prefix + site.name)), part=name)
+            for name, part in session.model.parts().items()
+            for site in part.adapters
+        ],
         adapter_strength=cfg.model.lora.strength,
-        candidates=choose(candidates(session), {step, *steps_on_disk(run.checkpoints)}, cfg.stage_record.best),
+        stopped=trained.stopped,
+        candidates=choose(
+            candidates(session), {step, *steps_on_disk(run.checkpoints)}, cfg.stage_record.best, best_limits(session)
+        ),
         step=step,
         cost=trained.cost or _cost(session, logged, trained),
         provenance={k: v for k, v in run.read_json("run.json").items() if k not in CHANGES},
@@ -130,6 +137,7 @@ def make_evidence(
         atomic_write(run.path / "evidence.json", evidence.to_json())
         render(evidence, run.path)
         facts_now = {"best_step": step, "gates_failed": [g.name for g in evidence.failed_gates]}
+        facts_now["stopped"] = None if trained.stopped is None else trained.stopped.sentence
         facts_now |= {} if trained.again else {"phases_s": session.phases_s}
         run.set_status(trained.status, step=trained.steps, **facts_now)
         session.reporter.line("report", str(run.path / "report.html"))
@@ -160,6 +168,16 @@ def _short(name: str) -> str:
     return Path(name).name if Path(name).is_absolute() else name
 
 
+def _eyes(session: Session) -> dict[str, str]:
+    model = session.cfg.model
+    if model.native is not None:
+        return {"Vision": "its own tower and connector, as many visual tokens as an image's size asks for"}
+    return {
+        "Vision tower": _short(model.vision.name_or_path),
+        "Connector": f"{model.connector.resampler.kind}, {session.model.num_visual_tokens} visual tokens",
+    }
+
+
 def _say_figures(session: Session, e: Evidence) -> None:
     line = session.reporter.line
     for m in said(e):
@@ -185,9 +203,17 @@ def _curves(steps: list[Record], before: Before) -> list[Curve]:
         *((f"quick_eval.exact/{key.partition('/')[2]}", "share", key) for key in kinds),
         ("lr.connector", "learning rate", "lr.connector"),
         ("lr.lora", "learning rate", "lr.lora"),
+        ("lr.vision", "learning rate", "lr.vision"),
         ("grad_norm", "L2 norm", "grad_norm"),
     )
     return [curve for name, unit, key in logged if (curve := _curve(name, unit, key, steps, before)).x]
+
+
+def _monitor_curves(session: Session) -> list[Curve]:
+    """What the monitors said over the steps, the baseline at step 0."""
+    read = history(session)
+    names = [n for n in session.cfg.eval.watched if any(n in r.values for r in read)]
+    return [thin(n, quantity(n)[0].unit, [(r.step, r.values[n]) for r in read if n in r.values]) for n in names]
 
 
 def _curve(name: str, unit: str, key: str, steps: list[Record], before: Before) -> Curve:

@@ -1,4 +1,5 @@
-"""What a frozen vision tower says about an image, computed once and kept on disk: keys, fingerprints and the filling.
+"""What a frozen vision tower, or the frozen part of one below the lowest block that learns, says about an image,
+computed once and kept on disk: keys, fingerprints and the filling.
 
 The rows themselves are `rows`' business. Not here: the tower (`model.vision` hands over a function), decoding
 (`data.images`), and the decision whether a run uses the store (`stages`). Beside the rows lies ``hashes.sqlite``:
@@ -7,6 +8,7 @@ The rows themselves are `rows`' business. Not here: the tower (`model.vision` ha
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -26,7 +28,6 @@ from beholder.store.rows import Database, RowStore, RowWriter
 from beholder.types import ImageRef, UserError
 
 _VERSION = 1
-_BYTES_PER_VALUE = 2  # bf16
 # A file changed this shortly before it was hashed may have changed again within the same clock tick.
 _RACY_NS = 2_000_000_000
 _HASHES_SCHEMA = """
@@ -94,16 +95,18 @@ class FeatureStore:
     """
 
     def __init__(
-        self, folder: Path, *, tower_fingerprint: str, pipeline_fingerprint: str, num_patches: int, d_vision: int,
-        max_bytes: int,
+        self, folder: Path, *, tower_fingerprint: str, pipeline_fingerprint: str, shape: Sequence[int], max_bytes: int,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:  # fmt: skip
-        self.num_patches, self.d_vision = num_patches, d_vision
+        self.shape, self.dtype = tuple(shape), dtype
         meta = {
             "version": _VERSION, "tower": tower_fingerprint, "pipeline": pipeline_fingerprint,
-            "num_patches": num_patches, "d_vision": d_vision, "dtype": "bfloat16",
+            # in words that older stores know
+            "num_patches": self.shape[0], "d_vision": self.shape[1] if len(shape) == 2 else list(self.shape[1:]),
+            "dtype": str(dtype).removeprefix("torch."),
         }  # fmt: skip
         self.rows = RowStore(
-            Path(folder), meta, row_bytes=num_patches * d_vision * _BYTES_PER_VALUE, max_bytes=max_bytes,
+            Path(folder), meta, row_bytes=math.prod(shape) * dtype.itemsize, max_bytes=max_bytes,
             name="feature store",
             remedy="Give a writable folder with room in features.dir (or BEHOLDER_CACHE), lower features.max_gb, or "
             "set features.enabled: false",
@@ -140,7 +143,7 @@ class FeatureStore:
     # -- reading
 
     def read(self, ref: ImageRef) -> torch.Tensor | None:
-        """Features of an image: bf16 ``[num_patches, d_vision]``, or None when they are not stored.
+        """Features of an image, of the store's shape and type, or None when they are not stored.
 
         The tensor is the caller's own copy. A row whose checksum fails is answered with None. So is an image that
         cannot be read: its error belongs to whoever then decodes it.
@@ -149,7 +152,7 @@ class FeatureStore:
             key = self._key(ref)
         except ImageError:
             return None
-        features = torch.empty((self.num_patches, self.d_vision), dtype=torch.bfloat16)
+        features = torch.empty(self.shape, dtype=self.dtype)
         return features if self.rows.read_into(key, features.view(torch.uint8).numpy().data.cast("B")) else None
 
     # -- from an image to its key
@@ -199,7 +202,7 @@ class FeatureStore:
     ) -> FillReport:
         """Compute and store what is missing of ``refs``; killed at any instant, the next call goes on from there.
 
-        ``encode``: uint8 ``[m, 3, h, w]`` -> ``[m, num_patches, d_vision]``, any float type, stored as bf16.
+        ``encode``: uint8 ``[m, 3, h, w]`` -> ``[m, *shape]``, any float type, stored as the store's.
         ``pipeline``: image -> uint8 ``[3, h, w]``, called on ``num_threads`` threads (default: cores, at most 8).
         ``progress(done, total)`` is called after every batch. With ``world_size`` processes each takes every
         ``world_size``-th image; the caller waits for all of them before it relies on the whole.
@@ -284,14 +287,15 @@ class FeatureStore:
             return
         with torch.no_grad():  # not inference_mode: what a tower caches must stay usable outside
             features = encode(torch.stack([image.pixels for image in images if image.pixels is not None]))
-        expected = (len(images), self.num_patches, self.d_vision)
+        expected = (len(images), *self.shape)
         assert features.shape == expected, f"encode gave {tuple(features.shape)}, the store is made for {expected}"
-        features = features.detach().to(device="cpu", dtype=torch.bfloat16).contiguous()
+        features = features.detach().to(device="cpu", dtype=self.dtype).contiguous()
         finite = features.isfinite().flatten(1).all(1)
         if not bool(finite.all()):
             bad = images[int((~finite).nonzero()[0])].ref
             raise UserError(
-                f"image {bad}: the vision tower gave values that are not finite in bf16. Its weights may be damaged, "
+                f"image {bad}: the vision tower gave values that are not finite in "
+                f"{str(self.dtype).removeprefix('torch.')}. Its weights may be damaged, "
                 "or model.vision.precision is too narrow for it (try fp32)"
             )
         rows = features.view(torch.uint8).flatten(1).numpy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from beholder.report.plots import round_steps_around
 from beholder.report.words import duration
 from beholder.runs import atomic_write
 from beholder.studies.record import DELTAS, Row, SweepRecord, titles, value_of, word
+from beholder.studies.scatter import Dot, Span, scatter
 from beholder.types import printable
 
 
@@ -194,74 +194,22 @@ def _v(m: Measurement | None) -> float:
     return m.value
 
 
-WIDTH, HEIGHT = 720, 400
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 14, 46
-
-
 def _scatter(record: SweepRecord, rows: Sequence[Row]) -> Markup:
     """Δshuffle against loss with both intervals; the numbers are those of the table. Bottom right is where to be."""
-    if not rows:
-        return Markup("")
-    xs = [x for r in rows for x in _span(r.d_shuffle)]
-    ys = [y for r in rows for y in _span(r.eval_loss)]
-    x_ticks, y_ticks = round_steps_around(min([0.0, *xs]), max(xs)), round_steps_around(min(ys), max(ys))
-
-    def px(x: float) -> float:
-        return _LEFT + (WIDTH - _LEFT - _RIGHT) * (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-
-    def py(y: float) -> float:
-        return HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-
-    title = "Loss with another sample's image minus loss with the own one, against held-out loss, for each run"
-    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">']
-    for t in y_ticks:
-        out.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{py(t):.1f}" y2="{py(t):.1f}"/>')
-        out.append(f'<text x="{_LEFT - 8}" y="{py(t) + 4:.1f}" text-anchor="end">{t:g}</text>')
-    for t in x_ticks:
-        out.append(f'<text x="{px(t):.1f}" y="{HEIGHT - _BOTTOM + 18}" text-anchor="middle">{t:g}</text>')
-    out.append(f'<line class="axis" x1="{px(0):.1f}" x2="{px(0):.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>')
-    middle = (_LEFT + WIDTH - _RIGHT) / 2
-    out += [
-        f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">Δshuffle, nats per token (more: it looks)</text>',
-        f'<text transform="translate(14 {(_TOP + HEIGHT - _BOTTOM) / 2}) rotate(-90)" text-anchor="middle">'
-        "held-out loss, nats per token</text>",
-    ]
-    placed: list[tuple[float, float]] = [(px(_v(r.d_shuffle)), py(_v(r.eval_loss))) for r in rows]
-    labels: list[tuple[float, float]] = []
-    for k, (r, (x, y)) in enumerate(zip(rows, placed, strict=True), 1):
-        kind = "flagged" if r.flags else "best" if _best(record, r) else "usable"
-        (x0, x1), (y0, y1) = _span(r.d_shuffle), _span(r.eval_loss)
-        out.append(f'<g class="{kind}">')
-        out.append(f'<line class="ci" x1="{px(x0):.1f}" x2="{px(x1):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        out.append(f'<line class="ci" x1="{x:.1f}" x2="{x:.1f}" y1="{py(y0):.1f}" y2="{py(y1):.1f}"/>')
-        if r.flags:
-            out.append(f'<path class="cross" d="M{x - 5:.1f} {y - 5:.1f}l10 10m0 -10l-10 10"/>')
-        else:
-            out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{7 if kind == "best" else 5}"/>')
-        lx, ly = _free_place(x, y, placed, labels)
-        labels.append((lx, ly))
-        out.append(f'<text class="label" x="{lx:.1f}" y="{ly + 4:.1f}" text-anchor="middle">{k}</text></g>')
-    return Markup("\n".join([*out, "</svg>"]))
+    dots = [
+        Dot(
+            str(k), "flagged" if r.flags else "best" if _best(record, r) else "usable", _span(r.d_shuffle),
+            _span(r.eval_loss), cross=bool(r.flags), large=_best(record, r),
+        )
+        for k, r in enumerate(rows, 1)
+    ]  # fmt: skip
+    return scatter(
+        dots, "Δshuffle, nats per token (more: it looks)", "held-out loss, nats per token",
+        "Loss with another sample's image minus loss with the own one, against held-out loss, for each run",
+        x_from_zero=True,
+    )  # fmt: skip
 
 
-def _free_place(
-    x: float, y: float, points: Sequence[tuple[float, float]], labels: Sequence[tuple[float, float]]
-) -> tuple[float, float]:
-    """The place around a point that is farthest from other points and labels, within the drawing."""
-    places = [
-        (x + radius * math.cos(angle), y - radius * math.sin(angle))
-        for radius in (15, 24)
-        for angle in (math.pi * k / 4 for k in (1, 3, 0, 2, 7, 5, 4, 6))
-    ]
-    inside = [p for p in places if _LEFT < p[0] < WIDTH - 6 and 8 < p[1] < HEIGHT - _BOTTOM] or places
-
-    def room(p: tuple[float, float]) -> float:
-        others = [q for q in (*points, *labels) if q != (x, y)]
-        return min([13.0, *(math.dist(p, q) for q in others)])  # more than enough is no better
-
-    return max(inside, key=room)  # the first of equals
-
-
-def _span(m: Measurement | None) -> tuple[float, float]:
+def _span(m: Measurement | None) -> Span:
     assert m is not None
-    return m.ci95 or (m.value, m.value)
+    return m.value, *(m.ci95 or (m.value, m.value))

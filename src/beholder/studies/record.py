@@ -118,7 +118,7 @@ def titles(keys: Sequence[str]) -> dict[str, str]:
 
     def short(key: str) -> str:
         parts = key.split(".")
-        group = parts[-1] in ("connector", "lora") and len(parts) > 1 and parts[-2] in ("lr", "weight_decay")
+        group = parts[-1] in ("connector", "lora", "vision") and len(parts) > 1 and parts[-2] in ("lr", "weight_decay")
         return parts[-2] if group else parts[-1]
 
     found = {key: short(key) for key in keys}

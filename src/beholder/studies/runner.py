@@ -10,27 +10,33 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.text import Text
 
+from beholder.config.file import dump_config
 from beholder.evidence import load_evidence
 from beholder.report.words import duration
-from beholder.runs import is_held, now, stop_signals
-from beholder.studies.points import Point, Points, is_finished
-from beholder.types import printable
+from beholder.runs import atomic_write, held, is_held, now, stop_signals
+from beholder.studies.points import Point, Points, check_folders, is_finished, needs
+from beholder.types import UserError, printable
 
-GATES_FAILED = 3
-"""Exit code of a run that finished and whose gates failed; for a sweep it is a result like any other."""
+RESULTS = (0, 3, 4)
+"""Exit codes of a run that left evidence: it finished, its gates failed, a guardrail stopped it."""
 POLL_S = 0.2
 TELL_EVERY_S = 60.0
 """Between status lines where there is no terminal to keep one up to date on."""
 BUSY_WAIT_S = 90.0
-"""How long a run folder that another process holds is waited for: the run of a killed sweep saves and ends."""
+"""How long a run folder that another process holds is waited for: the run of a killed study saves and ends."""
+
+
+R = TypeVar("R")
 
 
 @dataclass(slots=True)
@@ -41,6 +47,49 @@ class _Running:
     started: float = field(default_factory=time.monotonic)
 
 
+def run_points(
+    points: Points, console: Console, promote_anyway: bool, write: Callable[[int | None, Mapping[str, str]], R]
+) -> R:
+    """Run what is missing of a study in its folder, then ``write`` (signal that stopped it, reason by failed run).
+
+    Raises `UserError` for a folder that is none, holds a single run or runs of other settings, or is in use.
+    """
+    folder, kind = points.folder, points.kind
+    if (folder / "run.json").exists():
+        raise UserError(f"{folder} is the folder of a single run; set another run_name or output_dir for a {kind}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as e:
+        raise UserError(f"{folder} cannot be made: {e.filename} is a file. Set output_dir to something else.") from e
+    with held(folder, kind):
+        check_folders(points)
+        for run in points.runs:
+            for file in (run.config_file, run.log):
+                file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(run.config_file, dump_config(run.cfg))
+        return write(*Runner(points, console, promote_anyway).run())
+
+
+def tell(console: Console, kind: str, line: str) -> None:
+    console.print(f"[{kind}] {printable(line, one_line=True)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def exit_code(stopped: int | None, statuses: Sequence[str]) -> int:
+    """Of a study. 0: every run has a result. 1: some failed. 128 + signal: interrupted."""
+    if stopped is not None:
+        return 128 + stopped
+    return 0 if all(s == "finished" for s in statuses) else 1
+
+
+def tell_end(console: Console, folder: Path, page: str, stopped: int | None) -> None:
+    """Where the page is, and that the same command continues what a signal stopped."""
+    say = partial(console.print, markup=False, soft_wrap=True)
+    say(f"Page: {folder / page}")
+    if stopped is not None:
+        name = signal.Signals(stopped).name
+        say(f"stopped by {name}; what was done is saved in {folder}. The same command continues.")
+
+
 class Runner:
     """Keeps the slots busy until nothing is left, and stops the children when it is stopped."""
 
@@ -49,16 +98,23 @@ class Runner:
         self.slots = _slots(points)
         self.done = [r for r in points.runs if is_finished(r)]
         self.left = [r for r in points.runs if not is_finished(r)]
+        self.needs = {run.name: needs(run, points.runs) for run in self.left}
         self.running: list[_Running] = []
         self.failed: dict[str, str] = {}
-        self.seconds: list[float] = []
+        self.seconds: list[tuple[Point, float]] = []
         """Of the runs that finished in this process."""
         self.busy_since: dict[str, float] = {}
 
     def run(self) -> tuple[int | None, dict[str, str]]:
         """(The signal that stopped it or None, name -> reason of the runs that failed)."""
+        number = len(self.points.runs)
         if self.done:
-            self._say(f"{len(self.done)} of {len(self.points.runs)} runs are finished already")
+            self._say(f"{len(self.done)} of {number} runs are finished already")
+        if self.left:
+            told = "run" if number == 1 else "runs"
+            at_a_time = f", {len(self.slots)} at a time" if len(self.slots) > 1 else ""
+            still = f"{len(self.left)} of {number} {told} to go" if self.done else f"{number} {told}"
+            self._say(f"{still}{at_a_time}: {', '.join(r.name for r in self.left)}")
         live = self.console.is_terminal and bool(self.left)
         with stop_signals(), self.console.status("") if live else nullcontext() as status:
             told = time.monotonic()
@@ -88,6 +144,12 @@ class Runner:
         for run in list(self.left):
             if not free:
                 return
+            if waits := [r.name for r in self.needs[run.name] if r not in self.done]:
+                if lost := [name for name in waits if name in self.failed]:
+                    self.left.remove(run)
+                    self.failed[run.name] = f"it needs {lost[0]}, which failed"
+                    self._say(f"{run.name} not run: {self.failed[run.name]}")
+                continue
             since = self.busy_since.setdefault(run.name, time.monotonic())
             if is_held(run.folder) and time.monotonic() - since < BUSY_WAIT_S:
                 continue
@@ -103,9 +165,9 @@ class Runner:
                 continue
             self.running.remove(child)
             run, seconds = child.run, time.monotonic() - child.started
-            if code in (0, GATES_FAILED) and is_finished(run):
+            if code in RESULTS and is_finished(run):
                 self.done.append(run)
-                self.seconds.append(seconds)
+                self.seconds.append((run, seconds))
                 self._say(
                     f"{len(self.done)}/{len(self.points.runs)} {run.name} finished in {duration(seconds)}: "
                     f"{_figures(run)}{self._eta()}"
@@ -135,9 +197,13 @@ class Runner:
         ahead = len(self.left) + len(self.running)
         if not ahead:
             return ""
-        mean = statistics.fmean(self.seconds)
+        # A run that learns nothing makes one step (A0), which says little of those that learn.
+        longest = max(map(_steps, self.points.runs))
+        like = [s for run, s in self.seconds if _steps(run) == longest]
+        mean = statistics.fmean(like or [s for _, s in self.seconds])
         spent = sum(min(time.monotonic() - child.started, mean) for child in self.running)
-        return f" · about {duration(max(ahead * mean - spent, 1.0) / len(self.slots))} left"
+        word = "about" if like else "more than"
+        return f" · {word} {duration(max(ahead * mean - spent, 1.0) / len(self.slots))} left"
 
     def _doing(self) -> str:
         if not self.running:
@@ -148,7 +214,12 @@ class Runner:
         )
 
     def _say(self, line: str) -> None:
-        self.console.print(f"[sweep] {printable(line, one_line=True)}", markup=False, highlight=False, soft_wrap=True)
+        tell(self.console, self.points.kind, line)
+
+
+def _steps(run: Point) -> float:
+    """By its config; by epochs it is more than any number."""
+    return run.cfg.train.train_steps or float("inf")
 
 
 def _slots(points: Points) -> list[dict[str, str]]:
@@ -160,7 +231,7 @@ def _slots(points: Points) -> list[dict[str, str]]:
         count = torch.cuda.device_count()
         given = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v.strip()]
         gpus = given[:count] if given else [str(i) for i in range(count)]
-    number = points.sweep.parallel or max(len(gpus), 1)
+    number = points.study.parallel or max(len(gpus), 1)
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)]} for k in range(number)]
     if number == 1 or "OMP_NUM_THREADS" in os.environ:
@@ -174,7 +245,7 @@ def _spawn(run: Point, environment: Mapping[str, str], promote_anyway: bool) -> 
     with open(run.log, "ab") as log:
         log.write(f"--- {now()} {' '.join(command[1:])}\n".encode())
         log.flush()
-        # A session of its own: Ctrl-C of the terminal reaches the sweep alone, which then asks each child once.
+        # A session of its own: Ctrl-C of the terminal reaches the study alone, which then asks each child once.
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
@@ -183,10 +254,10 @@ def _spawn(run: Point, environment: Mapping[str, str], promote_anyway: bool) -> 
 
 
 def _child_setup() -> Callable[[], None]:
-    """What a child does before it becomes ``beholder run``: listen to SIGINT, and end when the sweep is killed.
+    """What a child does before it becomes ``beholder run``: listen to SIGINT, and end when the study is killed.
 
     A shell's background job ignores SIGINT and hands that on. On Linux the kernel sends SIGTERM when the parent dies,
-    so that no run trains on unwatched after a SIGKILL; elsewhere it goes on and the next sweep waits for its folder.
+    so that no run trains on unwatched after a SIGKILL; elsewhere it goes on and the next study waits for its folder.
     """
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -228,5 +299,6 @@ def _figures(run: Point) -> str:
     loss, shuffle = e.get("eval.loss"), e.get("ablation.delta.shuffled")
     told = [f"loss {loss.value:.4g}"] if loss else []
     told += [f"shuffled image {shuffle.value:+.4g}"] if shuffle else []
+    told += [f"stopped by its guardrail {e.stopped.sentence}"] if e.stopped else []
     told += [f"gates failed: {', '.join(g.name for g in e.failed_gates)}"] if e.failed_gates else []
     return ", ".join(told)

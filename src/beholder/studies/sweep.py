@@ -16,27 +16,23 @@ What the runs are called: `studies.record`.
 from __future__ import annotations
 
 import json
-import signal
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from beholder.config import SweepConfig
-from beholder.config.file import dump_config
-from beholder.evidence import Evidence, held_out_hashes, load_evidence
-from beholder.runs import atomic_write, held, now
+from beholder.evidence import Evidence, load_evidence
+from beholder.runs import atomic_write, now
 from beholder.studies.page import print_record, render_sweep
-from beholder.studies.points import Points, check_folders, is_finished, points_of
+from beholder.studies.points import Points, facts_of, is_finished, points_of, warnings_of
 from beholder.studies.record import MEASURED, RECORD, SUMMARY, Row, SweepRecord, summary_csv
-from beholder.studies.runner import Runner
+from beholder.studies.runner import exit_code, run_points, tell_end
 from beholder.studies.score import Entry, flags, rank, score
 from beholder.terminal import Terminal
-from beholder.types import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +47,11 @@ class SweepResult:
     @property
     def exit_code(self) -> int:
         """0: every run has a result. 1: some failed. 128 + signal: interrupted."""
-        if self.signal is not None:
-            return 128 + self.signal
-        return 0 if all(r.status == "finished" for r in self.record.rows) else 1
+        return exit_code(self.signal, [r.status for r in self.record.rows])
 
     def print(self, console: Console) -> None:
         print_record(self.record, console)
-        say = partial(console.print, markup=False, soft_wrap=True)
-        say(f"Page: {self.folder / 'sweep.html'}")
-        if self.signal is not None:
-            name = signal.Signals(self.signal).name
-            say(f"stopped by {name}; what was done is saved in {self.folder}. The same command continues.")
+        tell_end(console, self.folder, "sweep.html", self.signal)
 
 
 def run_sweep(
@@ -75,28 +65,14 @@ def run_sweep(
     Raises `UserError` for a config that cannot be swept, for run folders of other settings, and when another process
     sweeps the same folder.
     """
-    console = console or Terminal()
     points = points_of(config, overrides)
-    if (points.folder / "run.json").exists():
-        raise UserError(
-            f"{points.folder} is the folder of a single run; set another run_name or output_dir for a sweep"
-        )
-    try:
-        points.folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as e:
-        raise UserError(
-            f"{points.folder} cannot be made: {e.filename} is a file. Set output_dir to something else."
-        ) from e
-    with held(points.folder, "sweep"):
-        check_folders(points)
-        for run in points.runs:
-            for file in (run.config_file, run.log):
-                file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(run.config_file, dump_config(run.cfg))
-        stopped, failed = Runner(points, console, promote_anyway).run()
+
+    def write(stopped: int | None, failed: Mapping[str, str]) -> SweepResult:
         record = collect(points, failed, interrupted=stopped is not None)
         write_summary(record, points.folder)
-    return SweepResult(points.folder, record, stopped)
+        return SweepResult(points.folder, record, stopped)
+
+    return run_points(points, console or Terminal(), promote_anyway, write)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -105,23 +81,17 @@ def run_sweep(
 
 def collect(points: Points, failed: Mapping[str, str] | None = None, *, interrupted: bool = False) -> SweepRecord:
     """What the finished runs' evidence says, scored, flagged and ranked."""
-    failed = failed or {}
+    failed, sweep = failed or {}, points.study
+    assert isinstance(sweep, SweepConfig)
     evidence = {r.name: load_evidence(r.folder) for r in points.runs if is_finished(r)}
     deltas = [m.value for e in evidence.values() if (m := e.get(MEASURED["d_shuffle"]))]
     median = statistics.median(deltas) if deltas else 0.0
     rows = []
     for run in points.runs:
-        known: dict[str, Any] = {
-            "name": run.name, "point": run.point, "settings": run.settings, "seed": run.cfg.seed,
-            "folder": run.folder.name, "config_hash": run.hash,
-        }  # fmt: skip
+        known = facts_of(run, failed, interrupted=interrupted)
         if run.name in evidence:
-            rows.append(Row(**known, status="finished", **_measured(evidence[run.name], points.sweep, median)))
-        elif run.name in failed:
-            rows.append(Row(**known, status="failed", reason=failed[run.name]))
-        else:
-            begun = interrupted and (run.folder / "run.json").exists()
-            rows.append(Row(**known, status="interrupted" if begun else "waiting"))
+            known |= _measured(evidence[run.name], sweep, median)
+        rows.append(Row(**known))
     broken = {r.point for r in rows if r.status == "failed"}
     entries = [
         Entry(r.name, r.point, r.score, (*r.flags, *(["a repeat failed"] if r.point in broken else [])))
@@ -131,10 +101,10 @@ def collect(points: Points, failed: Mapping[str, str] | None = None, *, interrup
     return SweepRecord(
         name=points.name,
         created=now(),
-        grid={key: list(values) for key, values in points.sweep.grid.items()},
-        seeds=list(points.sweep.seeds),
-        ablation_weight=points.sweep.ablation_weight,
-        collapsed_below=points.sweep.collapsed_below,
+        grid={key: list(values) for key, values in sweep.grid.items()},
+        seeds=list(sweep.seeds),
+        ablation_weight=sweep.ablation_weight,
+        collapsed_below=sweep.collapsed_below,
         rows=rows,
         ranking=rank(entries),
         warnings=tuple(_warnings(points, evidence, rows)),
@@ -159,17 +129,10 @@ def _measured(e: Evidence, sweep: SweepConfig, median: float) -> dict[str, Any]:
 
 
 def _warnings(points: Points, evidence: Mapping[str, Evidence], rows: Sequence[Row]) -> Iterator[str]:
+    yield from warnings_of(points, evidence, rows)
     for row in rows:
-        if row.status == "failed":
-            yield f"{row.name} failed: {row.reason}"
-        elif row.status == "finished" and row.score is None:
+        if row.status == "finished" and row.score is None:
             yield f"{row.name} has no score: the held-out loss or one of its loss differences was not measured"
-    unfinished = [r.name for r in rows if r.status in ("interrupted", "waiting")]
-    if unfinished:
-        yield f"The sweep is not finished: {', '.join(unfinished)}. The same command continues."
-    hashes = held_out_hashes([(points.folder / name, e) for name, e in evidence.items()])
-    if len(set(hashes)) > 1 or len({e.data.eval for e in evidence.values()}) > 1:
-        yield "The runs were not measured on the same held-out samples: a setting of the grid changes which they are."
 
 
 def write_summary(record: SweepRecord, folder: Path) -> None:

@@ -1,16 +1,17 @@
 """Checkpoints: written so that no crash can spoil them, read only when their hashes hold.
 
-A checkpoint is a folder ``step_<n>`` with what was learned, by part (the connector, the adapters if there are any,
-those that were merged into the base), the optimizer state and the position in the run, as safetensors and JSON; never
-a pickle. Adapters lie in it as PEFT writes them, so ``PeftModel.from_pretrained(base, "…/step_<n>")`` reads the folder.
-What is trained and when it is saved is decided elsewhere; so is which step is the best, which ``best.json`` beside the
-folders remembers.
+A checkpoint is a folder ``step_<n>`` with what was learned, by part (the connector; of language model and tower the
+adapters if there are any, those that were merged into the base, and weights that learned themselves), the optimizer
+state and the position in the run, as safetensors and JSON; never a pickle. The language model's adapters lie in it as
+PEFT writes them, so ``PeftModel.from_pretrained(base, "…/step_<n>")`` reads the folder. What is trained and when it is
+saved is decided elsewhere; so is which step is the best, which ``best.json`` beside the folders remembers.
 
 Where a stage's weights come from, in this order (`stages` follows it):
 1. resume this run: the latest checkpoint of the same run folder (``--resume auto``), or the one that is named;
-2. start from another run: ``model.connector.load_checkpoint``, its connector, its base (with what was merged into it)
-   and, where it has any, its adapters as ``model.lora.adapters`` says: they go on learning, are merged into the base,
-   or are dropped (a run of stage align has none, so new ones start); optimizer and step fresh;
+2. start from another run: ``model.connector.load_checkpoint``, its connector, its base (with what was merged into it,
+   and weights of the tower that learned themselves) and, where it has any, its adapters as ``model.lora.adapters``
+   says: they go on learning, are merged into the base, or are dropped (a run of stage align has none, so new ones
+   start); optimizer and step fresh;
 3. fresh: the connector's and the adapters' own initialisation from the seed. Frozen parts always come from their own
    files.
 To use a run (generate, chat, start the next stage from it), its best checkpoint is taken, where none is marked the
@@ -24,7 +25,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +54,16 @@ _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 def part_files(part: str) -> tuple[str, str]:
     """Files of a part of what was learned: its weights, and what it was made for."""
     return (ADAPTER, ADAPTER_CONFIG) if part == "adapter" else (f"{part}.safetensors", f"{part}.json")
+
+
+_CONNECTOR_AND_STATE = {CONNECTOR, CONNECTOR_INFO, OPTIMIZER, TRAINER}
+
+
+def parts_in(files: Iterable[str]) -> list[str]:
+    """Names of the parts, besides the connector, of which a manifest lists a file."""
+    stems = {Path(name).stem for name in files if name not in _CONNECTOR_AND_STATE}
+    own = {Path(ADAPTER).stem, Path(ADAPTER_CONFIG).stem}
+    return sorted({"adapter" if stem in own else stem for stem in stems})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -181,15 +192,15 @@ def problem(path: Path, *, hashes: bool = True) -> str | None:
             return f"its format is {manifest['format']!r}, this version reads {FORMAT!r}"
         if f"step_{manifest['step']}" != path.name and _STEP.fullmatch(path.name):
             return f"its manifest is of step {manifest['step']}"
-        missing_entries = {CONNECTOR, CONNECTOR_INFO, OPTIMIZER, TRAINER} - set(files)
-        for part in ("adapter", *(Path(name).stem for name in files if name.startswith("merged_"))):
-            both = set(part_files(part))
-            missing_entries |= both - set(files) if both & set(files) else set()
+        for name in files:
+            if Path(name).name != name:
+                return f"its manifest names a file outside the folder: {name!r}"
+        missing_entries = _CONNECTOR_AND_STATE - set(files)
+        for part in parts_in(files):
+            missing_entries |= set(part_files(part)) - set(files)
         if missing_entries:
             return f"its manifest does not list {', '.join(sorted(missing_entries))}"
         for name, facts in files.items():
-            if Path(name).name != name:
-                return f"its manifest names a file outside the folder: {name!r}"
             file = path / name
             if not file.is_file() or file.is_symlink():
                 return f"{name} is missing"
@@ -328,3 +339,8 @@ def resolve_checkpoint(
     if found is None:
         raise UserError(f"no usable checkpoint in {inside}: it holds no step_<n> folder")
     return found
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint folder lies in; the folder itself where it was copied out of one."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint

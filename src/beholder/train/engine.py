@@ -27,7 +27,7 @@ from beholder.train.optim import lr_at, moments, named_parameters, set_lr, train
 from beholder.train.reporter import Reporter
 from beholder.types import Batch, UserError
 
-__all__ = ["Callback", "FitResult", "LoopState", "NonFiniteError", "StepStream", "fit"]
+__all__ = ["Asked", "Callback", "FitResult", "LoopState", "NonFiniteError", "StepStream", "fit"]
 
 Record = dict[str, Any]
 
@@ -48,13 +48,20 @@ class StepStream(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a callback wants of the loop, on every process alike."""
+
+    keep: bool = False
+    """A checkpoint of this step, although none is due."""
+    stop: str = ""
+    """Why training ends with this step, whose checkpoint is then written; empty: it goes on."""
+
+
 class Callback(Protocol):
-    """Called on every process after every optimizer step, before the checkpoint of that step is written.
+    """Called on every process after every optimizer step, before the checkpoint of that step is written."""
 
-    True asks for a checkpoint of this step although none is due, on every process alike.
-    """
-
-    def on_step(self, step: int, record: Record) -> bool | None: ...
+    def on_step(self, step: int, record: Record) -> Asked | None: ...
 
 
 @dataclass
@@ -88,8 +95,8 @@ class LoopState:
 class FitResult:
     step: int
     """Optimizer steps done, counted from the start of the run."""
-    status: Literal["succeeded", "cancelled"]
-    """cancelled: a signal asked the run to stop; a checkpoint of ``step`` has been saved."""
+    status: Literal["succeeded", "cancelled", "stopped"]
+    """cancelled: a signal asked the run to stop; stopped: a callback did. A checkpoint of ``step`` has been saved."""
     signal: int | None = None
     """The signal's number when cancelled: the command exits with 128 + it (130 for Ctrl-C, 143 for SIGTERM)."""
     steps_run: int = 0
@@ -141,17 +148,17 @@ def fit(
     fp16 = cfg.precision == "fp16"
     parameters = trainable_parameters(optimizer)
     device = parameters[0].device
-    step, record = start_step, None
+    step, record, why = start_step, None, ""
 
     signals = _Signals(dist)
     with stop_signals(signals.handle, signal.SIGINT), reporter:
         reporter.start(start_step)
         if state.pending is not None:
             pending, state.pending = state.pending, None
-            for callback in callbacks:
-                callback.on_step(start_step, pending)
-        batches_of_step = iter(stream.steps(start_step, total_steps))
-        for step in range(start_step + 1, total_steps + 1):
+            why = _ask(callbacks, start_step, pending).stop
+        last = start_step if why else total_steps
+        batches_of_step = iter(stream.steps(start_step, last))
+        for step in range(start_step + 1, last + 1):
             # -- data
             started = time.perf_counter()
             batches = _pull(batches_of_step, dist, step)
@@ -237,26 +244,32 @@ def fit(
             reporter.step(record)
 
             # -- callbacks, checkpoint, stop
-            stop, keep = _agree(signals, dist), False
+            stop, asked = _agree(signals, dist), Asked()
             if stop is None:
-                for callback in callbacks:
-                    keep = bool(callback.on_step(step, record)) or keep
+                asked = _ask(callbacks, step, record)
                 stop = _agree(signals, dist) if callbacks else None
             elif callbacks:
                 state.pending = record
-            if step % cfg.save_every == 0 or step == total_steps or stop is not None or keep:
+            why = asked.stop
+            if step % cfg.save_every == 0 or step == total_steps or stop is not None or asked.keep or why:
                 _refuse_not_finite("optimizer state", moments(optimizer), step, dist)
                 dist.on_main(lambda step=step: _save(run, save, step))
             state.pending = None
-            if stop is not None:
+            if stop is not None or why:
                 break
         stop = _agree(signals, dist)  # one that came while the last checkpoint was written counts too
-    status = "succeeded" if stop is None else "cancelled"
+    status = "cancelled" if stop is not None else "stopped" if why else "succeeded"
     return FitResult(step, status, stop, step - start_step, record)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The pieces of a step
+
+
+def _ask(callbacks: Sequence[Callback], step: int, record: Record) -> Asked:
+    """What the callbacks want, together; the first reason to stop."""
+    wishes = [asked for callback in callbacks if (asked := callback.on_step(step, record)) is not None]
+    return Asked(any(a.keep for a in wishes), next((a.stop for a in wishes if a.stop), ""))
 
 
 def _pull(batches_of_step: Iterator[list[Batch]], dist: Dist, step: int) -> list[Batch]:

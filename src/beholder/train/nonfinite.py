@@ -88,6 +88,7 @@ def only(batch: Batch, index: int) -> Batch:
         image_lengths=batch.image_lengths[mine],
         image_sample=torch.zeros_like(mine),
         images=[batch.images[i] for i in mine.tolist()],
+        image_sizes=[batch.image_sizes[i] for i in mine.tolist()] if batch.image_sizes else [],
         ids=[batch.ids[index]],
         rejected=[],
     )

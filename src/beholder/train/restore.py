@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from beholder.config.file import flatten
-from beholder.model.language import LanguageModel
+from beholder.model.learned import learned_base, load_changed
+from beholder.model.placement import Part
 from beholder.runs import to_json
 from beholder.train.checkpoint import (
-    ADAPTER,
-    ADAPTER_CONFIG,
     CONNECTOR,
     CONNECTOR_INFO,
     MANIFEST,
     OPTIMIZER,
     TRAINER,
     part_files,
+    parts_in,
     resolve_checkpoint,
 )
 from beholder.train.optim import load_optimizer_tensors
@@ -47,20 +48,25 @@ class Learner(Protocol):
 
     @property
     def connector(self) -> nn.Module: ...
-    @property
-    def language(self) -> LanguageModel: ...
+    def parts(self) -> Mapping[str, Part]: ...
     def connector_info(self) -> Mapping[str, Any]: ...
 
 
 def load_trained(path: str | Path, model: Learner) -> None:
-    """Put everything that was learned back into ``model``, bit for bit: connector and adapters. The way back of
-    `VisionLanguageModel.trained_state`.
+    """Put everything that was learned back into ``model``, bit for bit: connector, adapters, and weights of the tower
+    that learn themselves. The way back of `VisionLanguageModel.trained_state`.
 
-    ``path`` is anything `resolve_checkpoint` takes; ``model`` was built on the checkpoint's base (`read_merged`).
-    Raises `UserError` as `load_connector` and `load_adapter` do.
+    ``path`` is anything `resolve_checkpoint` takes; ``model`` was built on the checkpoint's base (`read_base`).
+    Raises `UserError` as `load_connector` and `load_adapters` do.
     """
     path = resolve_checkpoint(path)
-    load_adapter(path, model.language)
+    load_adapters(path, model.parts())
+    for part in model.parts().values():
+        if part.changed:
+            try:
+                load_changed(part, read_part(path, part.name))
+            except UserError as e:
+                raise UserError(f"checkpoint {path}: {e}") from e
     load_connector(path, model.connector, model.connector_info())
 
 
@@ -68,25 +74,27 @@ def load_start(path: Path, model: Learner, mode: Literal["continue", "merge", "f
     """Start from another run: its connector, and its adapters as ``mode`` (``model.lora.adapters``) says; a sentence
     about what became of them, or None where neither run has any.
 
-    ``model`` was built on `read_base` of the same. Raises `UserError` as `load_trained` does, with the ways out when
+    ``model`` was built on `start_base` of the same. Raises `UserError` as `load_trained` does, with the ways out when
     the adapters cannot go on.
     """
     load_connector(path, model.connector, model.connector_info())
-    new = "new ones start" if model.language.adapters else "this run has none"
-    if not has_adapter(path):
-        return f"{new}: {path} has none" if model.language.adapters else None
+    parts = model.parts()
+    here = any(part.adapters for part in parts.values())
+    new = "new ones start" if here else "this run has none"
+    if not adapters_in(path):
+        return f"{new}: {path} has none" if here else None
     if mode == "merge":
         return f"merge: those of {path} are part of the base's weights now; {new}"
     if mode == "fresh":
         return f"fresh: those of {path} are dropped; {new}"
     try:
-        load_adapter(path, model.language)
+        more = load_adapters(path, parts, start=True)
     except UserError as e:
         raise UserError(
             f"model.lora.adapters: continue: {e}\nOr start otherwise: model.lora.adapters: merge makes them part of "
             "the base's weights and starts new ones, fresh drops them and starts new ones."
         ) from e
-    return f"continue: those of {path} go on learning"
+    return f"continue: those of {path} go on learning" + "".join(f"; new ones start on the {part}" for part in more)
 
 
 def load_for_resume(path: Path, model: Learner, optimizer: torch.optim.Optimizer) -> TrainState:
@@ -132,9 +140,9 @@ def read_connector_info(path: Path) -> dict[str, Any]:
     return info
 
 
-def has_adapter(path: Path) -> bool:
-    """Whether a verified checkpoint folder holds adapters."""
-    return ADAPTER in _read_object(path / MANIFEST)["files"]
+def adapters_in(path: Path) -> list[str]:
+    """The adapters that a verified checkpoint folder holds: ``adapter`` of the language model, ``vision_adapter``."""
+    return [part for part in ("adapter", "vision_adapter") if part in parts_in(_read_object(path / MANIFEST)["files"])]
 
 
 def read_part(path: Path, part: str) -> TrainedPart:
@@ -143,40 +151,44 @@ def read_part(path: Path, part: str) -> TrainedPart:
     return TrainedPart(_read_tensors(path / tensors), _read_object(path / facts))
 
 
-def read_merged(path: Path) -> list[TrainedPart]:
-    """The adapters of earlier runs that are part of the base which a verified checkpoint was trained on, in order."""
-    files = _read_object(path / MANIFEST)["files"]
-    merged: list[TrainedPart] = []
-    while part_files(part := f"merged_{len(merged) + 1}")[0] in files:
-        merged.append(read_part(path, part))
-    return merged
+def read_base(path: Path) -> dict[str, TrainedPart]:
+    """What of the base that a verified checkpoint was trained on is not as in its files, in the order in which it
+    became so: adapters of earlier runs (``merged_1``, ``vision_merged_1``, …), then weights that learned themselves
+    (``vision``), which are kept as they are after all that."""
+    there = parts_in(_read_object(path / MANIFEST)["files"])
+    merged = sorted((p for p in there if re.fullmatch(r"(vision_)?merged_\d+", p)), key=lambda p: int(p.split("_")[-1]))
+    return {part: read_part(path, part) for part in [*merged, *(p for p in there if p == "vision")]}
 
 
-def read_base(path: str | Path, mode: Literal["continue", "merge", "fresh"]) -> list[TrainedPart]:
+def start_base(path: str | Path, mode: Literal["continue", "merge", "fresh"]) -> dict[str, TrainedPart]:
     """What is part of the base of a run that starts from ``path``: what was of that run's, under merge its adapters.
 
     Raises `UserError` for merge where there are none.
     """
     path = resolve_checkpoint(path)
-    merged = read_merged(path)
+    base = read_base(path)
     if mode != "merge":
-        return merged
-    if not has_adapter(path):
+        return base
+    adapters = adapters_in(path)
+    if not adapters:
         raise UserError(
             f"model.lora.adapters is merge, but {path} (model.connector.load_checkpoint) has no adapters to merge; "
             "leave the setting out, and new ones start"
         )
-    return [*merged, read_part(path, "adapter")]
+    for name in adapters:
+        before = name.removesuffix("adapter")
+        base[f"{before}merged_{1 + sum(p.startswith(f'{before}merged_') for p in base)}"] = read_part(path, name)
+    return base
 
 
-def read_adapter_config(path: Path) -> dict[str, Any]:
-    """``adapter_config.json`` of a verified checkpoint folder with adapters, in PEFT's words."""
-    config = _read_object(path / ADAPTER_CONFIG)
+def read_adapter_config(path: Path, part: str = "adapter") -> dict[str, Any]:
+    """``adapter_config.json`` of a verified checkpoint folder with adapters, in PEFT's words; or the tower's."""
+    file = path / part_files(part)[1]
+    config = _read_object(file)
     missing = [key for key in _ADAPTER_REQUIRED if key not in config]
     if missing:
         raise UserError(
-            f"{path / ADAPTER_CONFIG} lacks {', '.join(missing)}: without these nobody can tell what its adapters "
-            f"compute. {ANOTHER}"
+            f"{file} lacks {', '.join(missing)}: without these nobody can tell what its adapters compute. {ANOTHER}"
         )
     return config
 
@@ -199,62 +211,96 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_adapter(path: str | Path, language: LanguageModel | None) -> None:
-    """Load a checkpoint's adapters strictly into ``language``, bit for bit; None: a model without language adapters.
+def load_adapters(path: str | Path, parts: Mapping[str, Part], *, start: bool = False) -> list[str]:
+    """Load a checkpoint's adapters strictly into the parts of a model, bit for bit.
 
     ``path`` is anything `resolve_checkpoint` takes. Raises `UserError` naming the config field at fault: adapters in
     the checkpoint and none in the config or the reverse, another rank or alpha, other modules, another base, weights
-    that are not finite. Nothing is loaded then. Without adapters on both sides nothing is to be done.
+    that are not finite. Nothing is loaded then into that part. Without adapters on both sides nothing is to be done.
+    ``start``: for a run that starts from the checkpoint's. It may use its adapters at another strength, and adapters on
+    a part where the checkpoint has none start anew, as long as it has some elsewhere; gives the names of these parts.
     """
     path = resolve_checkpoint(path)
-    _check_base(path, [] if language is None else language.merged)
-    here, there = language is not None and bool(language.adapters), has_adapter(path)
+    if not start:  # whose base was made of the checkpoint's, and may let more learn
+        _check_base(path, parts)
+    there, new = adapters_in(path), list[str]()
+    for name in ("adapter", "vision_adapter"):
+        part = parts.get("language" if name == "adapter" else "vision")
+        if start and there and name not in there and part is not None and part.adapters:
+            new.append(part.called)
+            continue
+        _load_adapter(path, name, part, name in there, start)
+    return new
+
+
+def _load_adapter(path: Path, name: str, part: Part | None, there: bool, start: bool) -> None:
+    here = part is not None and bool(part.adapters)
+    called, field = ("language model", "llm") if name == "adapter" else ("vision tower", "vit")
     if there and not here:
         raise UserError(
-            f"checkpoint {path} has adapters on the language model, but this config has none; its connector was "
+            f"checkpoint {path} has adapters on the {called}, but this config has none; its connector was "
             "trained with them. Set model.lora as in the config.yaml of its run folder."
         )
     if here and not there:
         raise UserError(
-            f"this config has adapters on the language model (model.lora.enable: true), but checkpoint {path} has "
-            "none: it is of a run without them (stage align). To start stage instruct from it, name it in "
+            f"this config has adapters on the {called} (model.lora.enable: true, {field}_layers), but checkpoint "
+            f"{path} has none: it is of a run without them (stage align). To start stage instruct from it, name it in "
             "model.connector.load_checkpoint instead, which takes its connector alone."
         )
-    if language is None or not here:
+    if part is None or not here:
         return
     from beholder.model import adapters
 
-    config, own = read_adapter_config(path), adapters.adapter_config(language)
+    config, own = read_adapter_config(path, name), adapters.adapter_config(part)
+    fields = _ADAPTER_FIELDS
+    if start:  # what both trained with; how much of it is used outside training is each run's own affair
+        fields = fields | {"lora_alpha": "model.lora.alpha"}
+        config |= {"lora_alpha": _trained_alpha(path, config)}
+        own |= {"lora_alpha": adapters.trained_alpha(part)}
     complaints = [
-        f"{_ADAPTER_FIELDS.get(key, key)}: checkpoint {shown(config[key])}, config {shown(own[key])}"
+        f"{fields.get(key, key)}: checkpoint {shown(config[key])}, config {shown(own[key])}"
         for key in sorted((config.keys() & own.keys()) - _ADAPTER_FREE)
         if config[key] != own[key]
     ]
-    base, name = config.get("base_model_name_or_path"), own["base_model_name_or_path"]
+    base, mine = config.get("base_model_name_or_path"), own["base_model_name_or_path"]
     if complaints:
         raise UserError(
-            f"the adapters in {path} (on {base}) do not fit this config (on {name}):\n  "
+            f"the adapters in {path} (on {base}) do not fit this config (on {mine}):\n  "
             + "\n  ".join(complaints)
             + "\nUse the config the checkpoint was trained with (config.yaml in its run folder), or another checkpoint."
         )
     try:
-        adapters.load_adapter_tensors(language, _read_tensors(path / ADAPTER))
+        adapters.load_adapter_tensors(part, read_part(path, name).tensors)
     except UserError as e:
-        raise UserError(f"the adapters in {path} (on {base}; this config: {name}) cannot be used: {e}") from e
+        raise UserError(f"the adapters in {path} (on {base}; this config: {mine}) cannot be used: {e}") from e
 
 
-def _check_base(path: Path, here: Sequence[TrainedPart]) -> None:
-    """Refuse a model whose base is not the checkpoint's: other adapters, or none, were merged into it."""
-    there = read_merged(path)
-    same = len(there) == len(here) and all(
-        a.tensors.keys() == b.tensors.keys() and all(torch.equal(t, b.tensors[k]) for k, t in a.tensors.items())
-        for a, b in zip(there, here, strict=True)
+def _trained_alpha(path: Path, config: Mapping[str, Any]) -> Any:
+    """The alpha that a checkpoint's adapters learned with: its run's own. ``adapter_config.json`` has it times the
+    strength that they are used at."""
+    return flatten(read_trainer(path)["config"]).get("model.lora.alpha", config["lora_alpha"])
+
+
+def _check_base(path: Path, parts: Mapping[str, Part]) -> None:
+    """Refuse a model whose base is not the checkpoint's: other adapters, or none, were merged into it, or other weights
+    of its tower have learned themselves."""
+    there = read_base(path)
+    here = {name: learned for part in parts.values() for name, learned in learned_base(part).items()}
+    same = there.keys() == here.keys() and all(
+        a.tensors.keys() == here[name].tensors.keys()
+        and (name == "vision" or all(torch.equal(t, here[name].tensors[k]) for k, t in a.tensors.items()))
+        for name, a in there.items()
     )
     if not same:
         raise UserError(
-            f"checkpoint {path} was trained on a base with the adapters of {len(there)} earlier runs merged into its "
-            f"weights, this model's has {len(here)}, or others: open its run folder, which puts them in place"
+            f"checkpoint {path} was trained on another base: what earlier runs merged into it or let learn is "
+            f"{_listed(there)}, of this model {_listed(here)}, or with other weights. Open its run folder, which puts "
+            "them in place, or set model.vision.unfreeze as there"
         )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
 
 
 _ADAPTER_FIELDS = {"r": "model.lora.r", "lora_alpha": "model.lora.alpha * strength", "bias": "model.lora.bias"}
@@ -292,6 +338,7 @@ _INFO_FIELDS = {
     "language": "model.llm.name_or_path",
     "llm": "model.llm.name_or_path",
     "connector": "model.connector",
+    "native": "model.native.name_or_path",
 }
 """Names in ``connector.json`` that are spelled differently in the config."""
 

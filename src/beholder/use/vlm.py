@@ -12,18 +12,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from pydantic import ValidationError
 
 from beholder.config import GenerateConfig, RunConfig
 from beholder.config.file import check_consent, load_config
 from beholder.data import build_encoder
+from beholder.data.build import build_pipeline
 from beholder.data.chat import ChatEncoder
 from beholder.data.formats import marked
-from beholder.data.images import ImagePipeline
+from beholder.data.images import ImagePipeline, NativePipeline, as_input
+from beholder.model.build import Vlm as Model
 from beholder.model.build import build_vlm
-from beholder.model.vlm import VisionLanguageModel
+from beholder.model.native import NativeModel
 from beholder.train import checkpoint, restore
 from beholder.train.distributed import pick_device
 from beholder.types import Encoded, Example, ImageInput, ImageRef, ImageSlot, Part, Turn, UserError
@@ -72,23 +73,32 @@ class Vlm:
     """A vision-language model as a run left it."""
 
     cfg: RunConfig
-    model: VisionLanguageModel
+    model: Model
     tokenizer: Any
     encoder: ChatEncoder
-    pipeline: ImagePipeline
+    pipeline: ImagePipeline | NativePipeline
     step: int
     checkpoint: Path
 
     def save_merged(self, folder: str | Path) -> None:
-        """Write the language model with its adapters merged in as a plain Hugging Face folder (without the eyes).
+        """Write the language model with its adapters merged in as a plain Hugging Face folder (without the eyes; a
+        native model whole, with its processor).
 
         It loads without peft. Raises `UserError` when the run has no adapters or ``folder`` is not empty.
         """
-        if not self.model.adapters and not self.model.language.merged:
-            raise UserError("this run has no adapters to merge; its language model is the base, unchanged")
+        native = self.model if isinstance(self.model, NativeModel) else None
+        written = [self.model.language.part] if native is None else native.parts().values()
+        if not any(part.adapters or part.merged for part in written):
+            raise UserError(
+                "this run has no adapters to merge; "
+                f"its {'language model' if native is None else 'model'} is the base, unchanged"
+            )
         from beholder.model.adapters import save_merged  # peft, for a run with adapters alone
 
-        save_merged(self.model.language, self.tokenizer, Path(folder))
+        save_merged(
+            self.model.language, self.tokenizer if native is None else native.geometry.processor, Path(folder),
+            None if native is None else native.vision.part,
+        )  # fmt: skip
 
     def generate(
         self, image: ImageLike | Sequence[ImageLike], prompt: str | None = None, *, temperature: float = 0.0,
@@ -169,8 +179,8 @@ class Vlm:
 
     def num_tokens(self, messages: Messages, images: Images = None) -> int:
         """Positions that a conversation takes before its answer, those of its images included."""
-        example, _ = self._example(Request(messages, images))
-        return len(self.encoder.encode_prompt(example).ids)
+        example, shown = self._example(Request(messages, images))
+        return len(self.encoder.encode_prompt(example, self._sizes(map(self._input, shown))).ids)
 
     def check_chats(self) -> None:
         """Raises `UserError` for a run that knows one prompt only."""
@@ -184,27 +194,32 @@ class Vlm:
     def _prompt(self, request: Request) -> _Prompt:
         try:
             example, images = self._example(request)
-            encoded = self.encoder.encode_prompt(example)
+            inputs = [self._input(image) for image in images]
+            encoded = self.encoder.encode_prompt(example, self._sizes(inputs))
             room = self.context - len(encoded.ids)
             if room < 1:
                 raise ContextFullError(
                     f"the conversation takes {len(encoded.ids):,} tokens and the language model has {self.context:,} "
                     "positions, so there is no room for an answer; start over with less text"
                 )
-            return _Prompt(encoded, [ImageInput(pixels=self._pixels(image)) for image in images], room)
+            return _Prompt(encoded, inputs, room)
         except UserError as error:
             if not request.where:
                 raise
             raise UserError(f"{request.where}: {error}") from error
 
-    def _pixels(self, image: ImageLike) -> torch.Tensor:
+    def _input(self, image: ImageLike) -> ImageInput:
         match image:
             case Image.Image():
-                return self.pipeline.from_pil(image)
+                return as_input(self.pipeline.from_pil(image))
             case ImageRef():
-                return self.pipeline(image)
+                return as_input(self.pipeline(image))
             case _:
-                return self.pipeline.from_file(str(image))
+                return as_input(self.pipeline.from_file(str(image)))
+
+    def _sizes(self, inputs: Iterable[ImageInput]) -> list[tuple[int, int]] | None:
+        """What the images' places are laid out by, where that is not one number."""
+        return None if self.encoder.images is None else [size for image in inputs if (size := image.size) is not None]
 
     def _example(self, request: Request) -> tuple[Example, list[ImageLike]]:
         images = _listed(request.images)
@@ -286,7 +301,7 @@ def _marked(turns: Sequence[Turn], token: str) -> tuple[Turn, ...]:
     return tuple(placed)
 
 
-def _positions(model: VisionLanguageModel) -> int:
+def _positions(model: Model) -> int:
     """How many positions the language model was made for; 0 when its config does not say."""
     return int(getattr(model.language.config, "max_position_embeddings", None) or 0)
 
@@ -310,12 +325,13 @@ def load(run: str | Path, *, device: str = "auto", overrides: Sequence[str] = ()
     check_consent(cfg, overrides)
     model, tokenizer = build_vlm(
         cfg.model, compute_precision=cfg.train.precision, device=pick_device(device), seed=cfg.seed,
-        merged=restore.read_merged(where),
+        base=restore.read_base(where),
     )  # fmt: skip
     restore.load_trained(where, model)
     trainer = restore.read_trainer(where)
     trained_with = trainer.get("fingerprints", {}).get("encoder")
-    encoder = build_encoder(cfg, tokenizer, model.num_visual_tokens)
+    pipeline = build_pipeline(cfg, model.geometry)
+    encoder = build_encoder(cfg, tokenizer, model.num_visual_tokens, pipeline)
     encoder.check_table(model.language.vocab)
     own = encoder.fingerprint
     if trained_with not in (None, own) and not any(o.startswith("prompting.") for o in overrides):
@@ -330,8 +346,10 @@ def load(run: str | Path, *, device: str = "auto", overrides: Sequence[str] = ()
         cfg=cfg,
         model=model,
         tokenizer=tokenizer,
-        encoder=build_encoder(cfg.model_copy(update={"prompting": unbounded}), tokenizer, model.num_visual_tokens),
-        pipeline=ImagePipeline(model.geometry, cfg.data.max_megapixels),
+        encoder=build_encoder(
+            cfg.model_copy(update={"prompting": unbounded}), tokenizer, model.num_visual_tokens, pipeline
+        ),
+        pipeline=pipeline,
         step=int(trainer["step"]),
         checkpoint=where,
     )

@@ -5,15 +5,16 @@ it as good when the image that decides stands elsewhere (`rotations`)? Do answer
 (`find_swap`)? Which places the words name is `data.places`' reading; how a model is asked is the caller's business.
 
 An answer is right here when every token of it, the end included, is the arg-max: what greedy decoding would write
-exactly. So one forward pass gives loss and accuracy.
+exactly. So one forward pass gives loss and accuracy. Intervals resample sets of pictures: samples that show the same
+ones are drawn together.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -21,13 +22,12 @@ import torch
 
 from beholder.data import places
 from beholder.evidence import Measurement
-from beholder.probes import NUM_RESAMPLES, joined, mean, measurement, ratio_of_sums
+from beholder.probes import NUM_RESAMPLES, joined, measurement, ratio_of_sums, wilson
 from beholder.probes.answers import is_short, mean_share
 from beholder.probes.loss import SampleLoss
 from beholder.probes.strata import MIN_SAMPLES, images_shown
 from beholder.probes.vqa import normalize_answer
-from beholder.probes.wrong_images import places as places_of
-from beholder.probes.wrong_images import show, shuffle_images
+from beholder.probes.wrong_images import show, shuffle_images, slots_of
 from beholder.types import Batch, Example, ImageInput, ImageRef, Turn
 
 Replacement = Literal["shuffled", "zero", "noise", "neighbour", "text"]
@@ -40,6 +40,11 @@ CLEAR = 2.0
 """The image that decides must cost at least so many times what any other costs when it is replaced, ..."""
 LEAST = 0.1
 """... and nats per token."""
+
+NUM_CONSISTENT = 64
+"""Swaps without a known answer that are answered twice, to see whether the answers agree."""
+CONSIDERED = 8
+"""Times as many samples as are moved: those among which swaps with a known answer are looked for."""
 
 FILLER = (
     "It was written down one evening, and nobody has asked for it since. The window stood open, the road was quiet, "
@@ -57,9 +62,52 @@ class Measure(Protocol):
     def __call__(self, examples: Sequence[Example], change: Change | None = None, /) -> list[SampleLoss]: ...
 
 
+Pictures = tuple[str, ...]
+"""The contents of a sample's images, whatever their order."""
+
+
+@dataclass
+class Found:
+    """What was measured, what could not be, and what says nothing of these samples."""
+
+    measurements: list[Measurement] = field(default_factory=list)
+    gaps: list[str] = field(default_factory=list)
+    inapplicable: dict[str, str] = field(default_factory=dict)
+    """Beginnings of measurement names, and why gates on them are not judged."""
+
+
 def slot_name(place: int, num_images: int) -> str:
     """``image 2 of 3``; places count from 1."""
     return f"image {place} of {num_images}"
+
+
+def pictures(example: Example, content_key: Callable[[ImageRef], str]) -> Pictures:
+    """What the sample shows."""
+    return tuple(sorted(map(content_key, example.images)))
+
+
+def _together(values: np.ndarray, shown: Sequence[Pictures]) -> np.ndarray:
+    """Sums over the samples that show the same pictures, in the order of the first of each."""
+    number: dict[Pictures, int] = {}
+    where = [number.setdefault(key, len(number)) for key in shown]
+    total = np.zeros((len(number), *values.shape[1:]))
+    np.add.at(total, where, values)
+    return total
+
+
+def _mean(values: np.ndarray, shown: Sequence[Pictures], seed: int) -> tuple[float, tuple[float, float] | None]:
+    return ratio_of_sums(_together(values, shown), _together(np.ones(len(values)), shown), seed)
+
+
+def _share(hits: np.ndarray, shown: Sequence[Pictures], seed: int) -> tuple[float, tuple[float, float] | None]:
+    """Share of hits and its interval. Where all are alike no resample differs; then it is Wilson's, of as many trials
+    as there are sets of pictures."""
+    trials = len(set(shown))
+    if trials == len(hits):
+        return mean_share(hits, seed)
+    if hits.min() == hits.max():
+        return float(hits[0]), wilson(trials * int(hits[0]), trials)
+    return _mean(hits, shown, seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -114,18 +162,19 @@ def text_in_slot(k: int, ids: Sequence[int]) -> Change:
     does every length: what an image's absence costs is told from what a longer sequence costs."""
 
     def change(batch: Batch) -> Batch:
-        gone = [m for m, place in enumerate(places_of(batch)) if place == k]
+        gone = [m for m, slot in enumerate(slots_of(batch)) if slot == k]
         left = [m for m in range(len(batch.images)) if m not in set(gone)]
         tokens = batch.input_ids.clone()
-        places = batch.image_positions.split(batch.image_lengths.tolist())
+        spans = batch.image_positions.split(batch.image_lengths.tolist())
         for m in gone:
-            width = len(places[m])
+            width = len(spans[m])
             filler = (list(ids) * (width // len(ids) + 1))[:width]
-            tokens.view(-1)[places[m]] = torch.tensor(filler, dtype=tokens.dtype)
+            tokens.view(-1)[spans[m]] = torch.tensor(filler, dtype=tokens.dtype)
         return replace(
             batch, input_ids=tokens, images=[batch.images[m] for m in left], image_sample=batch.image_sample[left],
-            image_positions=torch.cat([places[m] for m in left] or [batch.image_positions[:0]]),
+            image_positions=torch.cat([spans[m] for m in left] or [batch.image_positions[:0]]),
             image_lengths=batch.image_lengths[left],
+            image_sizes=[batch.image_sizes[m] for m in left if batch.image_sizes],
         )  # fmt: skip
 
     return change
@@ -136,6 +185,7 @@ def compare_slots(
     own: Sequence[SampleLoss],
     found: Mapping[Replacement, Sequence[Sequence[SampleLoss]]],
     *,
+    content_key: Callable[[ImageRef], str],
     seed: int = 0,
 ) -> list[Measurement]:
     """``slots.loss.…`` and ``slots.delta.…`` (nats per token), ``slots.right.…`` and ``slots.gain.…`` (short answers).
@@ -147,9 +197,10 @@ def compare_slots(
     for n in sorted({len(e.images) for e in examples}):
         members = [i for i, e in enumerate(examples) if len(e.images) == n]
         rows += [(slot_name(k + 1, n), [(i, k) for i in members]) for k in range(n)]
+    shown = [pictures(e, content_key) for e in examples]
     out: list[Measurement] = []
     for stratum, cells in rows:
-        out += _compare(stratum, cells, examples, own, found, seed)
+        out += _compare(stratum, cells, examples, shown, own, found, seed)
     return out
 
 
@@ -157,43 +208,43 @@ def _compare(
     stratum: str | None,
     cells: Sequence[tuple[int, int]],
     examples: Sequence[Example],
+    shown: Sequence[Pictures],
     own: Sequence[SampleLoss],
     found: Mapping[Replacement, Sequence[Sequence[SampleLoss]]],
     seed: int,
 ) -> list[Measurement]:
     by = None if stratum is None else "slot"
-    samples = sorted({i for i, _ in cells})
-    where = {i: j for j, i in enumerate(samples)}
+    short = [(i, k) for i, k in cells if is_short(examples[i])]
 
     def summed(of: Callable[[int, int], float], among: Sequence[tuple[int, int]] = cells) -> np.ndarray:
-        total = np.zeros(len(samples))
-        for i, k in among:
-            total[where[i]] += of(i, k)
-        return total
+        return _together(np.array([of(i, k) for i, k in among], dtype=np.float64), [shown[i] for i, _ in among])
 
     tokens = summed(lambda i, _: own[i].tokens)
     right = summed(lambda i, _: own[i].nll)
-    short = [(i, k) for i, k in cells if is_short(examples[i])]
-    asked = sorted({where[i] for i, _ in short})
-    count = summed(lambda *_: 1.0, short)[asked]
-    exact = summed(lambda i, _: own[i].exact, short)[asked]
+    count = summed(lambda *_: 1.0, short)
+    exact = summed(lambda i, _: own[i].exact, short)
     out: list[Measurement] = []
 
-    def add(name: str, top: np.ndarray, bottom: np.ndarray, caveat: str | None = None) -> None:
+    def add(
+        name: str, top: np.ndarray, bottom: np.ndarray, caveat: str | None = None,
+        among: Sequence[tuple[int, int]] = cells,
+    ) -> None:  # fmt: skip
         value, ci = ratio_of_sums(top, bottom, seed)
-        out.append(measurement(f"slots.{name}", value, ci, n=len(top), by=by, stratum=stratum, caveat=caveat))
+        n = len({i for i, _ in among})
+        out.append(measurement(f"slots.{name}", value, ci, n=n, by=by, stratum=stratum, caveat=caveat))
 
     add("loss.correct", right, tokens)
-    if asked:
-        add("right.correct", exact, count)
+    if short:
+        add("right.correct", exact, count, among=short)
     for kind, losses in found.items():
         wrong = summed(lambda i, k, own=losses: own[i][k].nll)
         add(f"loss.{kind}", wrong, tokens)
         add(f"delta.{kind}", wrong - right, tokens, "paired: the same samples with this one image replaced")
-        if asked:
-            other = summed(lambda i, k, own=losses: own[i][k].exact, short)[asked]
-            add(f"right.{kind}", other, count)
-            add(f"gain.{kind}", exact - other, count, "paired: the same questions with this one image replaced")
+        if short:
+            other = summed(lambda i, k, own=losses: own[i][k].exact, short)
+            add(f"right.{kind}", other, count, among=short)
+            told = "paired: the same questions with this one image replaced"
+            add(f"gain.{kind}", exact - other, count, told, among=short)
     return out
 
 
@@ -202,10 +253,10 @@ def _compare(
 
 
 def is_movable(example: Example) -> bool:
-    """Whether its images may change places with the right answer known: several of them, one answer, short, and words
-    that speak of places in no other way than `places.renamed` can rename."""
+    """Whether its images may change places with the right answer known: several of them without words between them, one
+    answer, short, and words that speak of places in no other way than `places.renamed` can rename."""
     n = len(example.images)
-    if n < 2 or example.num_answers != 1 or not example.answer_text:
+    if n < 2 or example.num_answers != 1 or not example.answer_text or not places.stand_together(example):
         return False
     return is_short(example) and places.renamed(example, {p: p for p in range(1, n + 1)}) is not None
 
@@ -249,21 +300,23 @@ def _turn(n: int, by: int) -> dict[int, int]:
 
 
 def score_rotations(
-    rows: Sequence[tuple[int, Sequence[SampleLoss]]], *, seed: int = 0
+    rows: Sequence[tuple[Pictures, int, Sequence[SampleLoss]]], *, seed: int = 0
 ) -> tuple[list[Measurement], list[str]]:
     """``slots.accuracy``, ``slots.rotated_loss``, ``slots.spread`` and ``slots.last_bias``; and what cannot be judged.
 
-    ``rows``: (place of the deciding image as the sample is, losses with everything moved on by 0, 1, … places).
-    ``spread``: by number of images, the best place's accuracy minus the worst's; over all, the largest of these, of
-    numbers of images with at least `MIN_SAMPLES` samples.
+    ``rows``: (what the sample shows, place of the deciding image as it is, losses with everything moved on by 0, 1, …
+    places). ``spread``: by number of images, the best place's accuracy minus the worst's; over all, the largest of
+    these. It and ``last_bias`` are told of numbers of images with at least `MIN_SAMPLES` samples.
     """
     out: list[Measurement] = []
     gaps: list[str] = []
+    shown: dict[int, list[Pictures]] = {}
     right: dict[int, np.ndarray] = {}
     nll: dict[int, np.ndarray] = {}
     tokens: dict[int, np.ndarray] = {}
-    for n in sorted({len(losses) for _, losses in rows}):
-        own = [(place, losses) for place, losses in rows if len(losses) == n]
+    for n in sorted({len(losses) for *_, losses in rows}):
+        own = [(place, losses) for _, place, losses in rows if len(losses) == n]
+        shown[n] = [key for key, _, losses in rows if len(losses) == n]
         at = [[losses[(k - place + 1) % n] for k in range(n)] for place, losses in own]  # by place of what decides
         right[n] = np.array([[x.exact for x in row] for row in at], dtype=np.float64)
         nll[n] = np.array([[x.nll for x in row] for row in at])
@@ -272,21 +325,14 @@ def score_rotations(
     for n, own in right.items():
         for k in range(n):
             more = {"n": len(own), "by": "slot", "stratum": slot_name(k + 1, n), "caveat": told}
-            out.append(measurement("slots.accuracy", *mean_share(own[:, k], seed), **more))
-            loss, ci = ratio_of_sums(nll[n][:, k], tokens[n][:, k], seed)
+            out.append(measurement("slots.accuracy", *_share(own[:, k], shown[n], seed), **more))
+            loss, ci = ratio_of_sums(_together(nll[n][:, k], shown[n]), _together(tokens[n][:, k], shown[n]), seed)
             out.append(measurement("slots.rotated_loss", loss, ci, **more))
     if not right:
         return out, gaps
     overall = np.concatenate([own.mean(1) for own in right.values()])
-    out.append(measurement("slots.accuracy", *mean(overall, seed), n=len(overall), caveat=told))
-    last = {n: own[:, -1] - own[:, :-1].mean(1) for n, own in right.items()}
-    every = np.concatenate(list(last.values()))
-    about = "accuracy with the deciding image last minus the mean over its other places"
-    out.append(measurement("slots.last_bias", *mean(every, seed), n=len(every), caveat=about))
-    out += [
-        measurement("slots.last_bias", *mean(own, seed), n=len(own), by="images", stratum=images_shown(n), caveat=about)
-        for n, own in last.items()
-    ]
+    every = [key for own in shown.values() for key in own]
+    out.append(measurement("slots.accuracy", *_mean(overall, every, seed), n=len(overall), caveat=told))
 
     enough = {n: own for n, own in right.items() if len(own) >= MIN_SAMPLES}
     if few := [f"{images_shown(n)} ({len(own)})" for n, own in right.items() if n not in enough]:
@@ -296,8 +342,18 @@ def score_rotations(
         )
     if not enough:
         return out, gaps
+    last = {n: own[:, -1] - own[:, :-1].mean(1) for n, own in enough.items()}
+    every = [key for n in enough for key in shown[n]]
+    about = "accuracy with the deciding image last minus the mean over its other places"
+    bias, ci = _mean(np.concatenate(list(last.values())), every, seed)
+    out.append(measurement("slots.last_bias", bias, ci, n=len(every), caveat=about))
+    for n, own in last.items():
+        bias, ci = _mean(own, shown[n], seed)
+        out.append(
+            measurement("slots.last_bias", bias, ci, n=len(own), by="images", stratum=images_shown(n), caveat=about)
+        )
     rng = np.random.default_rng(seed)
-    drawn = {n: _range(_resampled_means(own, rng)) for n, own in enough.items()}
+    drawn = {n: _range(_resampled_means(own, shown[n], rng)) for n, own in enough.items()}
     chance = {n: _range(_permuted_means(own, rng)) for n, own in enough.items()}
 
     def spread(value: float, draws: np.ndarray, alone: np.ndarray, n: int, **more: Any) -> Measurement:
@@ -321,9 +377,11 @@ def _range(means: np.ndarray) -> np.ndarray:
     return means.max(1) - means.min(1)
 
 
-def _resampled_means(right: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """[R, n]: means by place over resampled samples."""
-    return np.stack([right[rng.integers(len(right), size=len(right))].mean(0) for _ in range(NUM_RESAMPLES)])
+def _resampled_means(right: np.ndarray, shown: Sequence[Pictures], rng: np.random.Generator) -> np.ndarray:
+    """[R, n]: means by place over resampled sets of pictures."""
+    total, count = _together(right, shown), _together(np.ones(len(right)), shown)
+    draws = (rng.integers(len(count), size=len(count)) for _ in range(NUM_RESAMPLES))
+    return np.stack([total[k].sum(0) / count[k].sum() for k in draws])
 
 
 def _permuted_means(right: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -412,33 +470,33 @@ def alike(swap: Swap, kept: str, renamed: str) -> bool:
     return normalize_answer(kept) == normalize_answer(renamed if there is None else there.answer_text)
 
 
+Hit = tuple[Pictures, bool]
+"""What the sample shows, and whether it was answered rightly."""
+
+
 def score_swaps(
-    renamed: Sequence[bool],
-    follows: Sequence[tuple[int, bool]],
-    consistent: Sequence[bool] = (),
-    *,
-    seed: int = 0,
+    renamed: Sequence[Hit], follows: Sequence[Hit], consistent: Sequence[Hit] = (), *, seed: int = 0
 ) -> list[Measurement]:
     """``slots.swap_renamed``, ``slots.follows`` and ``slots.consistent``: shares of swaps that were answered rightly.
 
-    ``follows``: (number of images, right) of swaps whose right answer changed.
+    ``follows``: swaps whose right answer changed; told of all together from `MIN_SAMPLES` on.
     """
     out: list[Measurement] = []
 
-    def add(name: str, hits: Sequence[bool], caveat: str, **more: Any) -> None:
+    def add(name: str, hits: Sequence[Hit], caveat: str, **more: Any) -> None:
         if hits:
             few = f"only {len(hits)} swaps" if len(hits) < MIN_SAMPLES else None
-            value, ci = mean_share(np.array(hits, dtype=np.float64), seed)
+            value, ci = _share(np.array([right for _, right in hits], dtype=np.float64), [key for key, _ in hits], seed)
             out.append(measurement(name, value, ci, n=len(hits), caveat=joined(caveat, few), **more))
 
     add("slots.swap_renamed", renamed, "two images swapped and renamed in the words: the right answer is known")
     about = "two images swapped, words as they were, where that changes the right answer"
-    add("slots.follows", [right for _, right in follows], about)
-    strata = sorted({n for n, _ in follows})
-    for n in strata if len(strata) > 1 else ():
-        add(
-            "slots.follows", [right for m, right in follows if m == n], about, by="images", stratum=images_shown(n)
-        )  # fmt: skip
+    if len(follows) >= MIN_SAMPLES:
+        add("slots.follows", follows, about)
+    numbers = sorted({len(key) for key, _ in follows})
+    for n in numbers if len(numbers) > 1 else ():
+        own = [hit for hit in follows if len(hit[0]) == n]
+        add("slots.follows", own, about, by="images", stratum=images_shown(n))
     add(
         "slots.consistent", consistent,
         "swaps whose right answer no sample tells: images swapped, against the renamed words; not judged",
@@ -450,3 +508,119 @@ def too_few(measurements: Sequence[Measurement]) -> list[str]:
     """Places with too few samples to judge, by name."""
     rows = (m for m in measurements if m.name == "slots.delta.shuffled" and m.by == "slot" and m.n < MIN_SAMPLES)
     return [f"{m.stratum} ({m.n})" for m in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# All of it
+
+
+def move(
+    examples: Mapping[int, Example],
+    own: Sequence[SampleLoss],
+    costs: Mapping[int, Sequence[float]],
+    measure: Measure,
+    write: Callable[[Sequence[Example], str], Sequence[str]],
+    *,
+    size: int,
+    choose: Callable[[Sequence[int], int], list[int]],
+    fits: Callable[[Example], bool],
+    content_key: Callable[[ImageRef], str],
+    seed: int = 0,
+) -> Found:
+    """The deciding image of ``size`` samples through every place, and two images of as many swapped with the words
+    renamed or kept.
+
+    ``examples`` by their index in the held-out set, whose losses ``own`` are; ``costs`` as of `deciding_place`, of the
+    samples that were measured so. ``write`` gives the model's answers, under a name for its progress; ``choose`` at
+    most so many of these, balanced over the number of images; ``fits`` whether nothing of a sample would be cut off.
+    """
+    found = Found()
+    movable = [i for i, e in examples.items() if is_movable(e)]
+    if left := len(examples) - len(movable):
+        found.gaps.append(
+            f"Images moved and swapped: {left} of {len(examples)} held-out samples of several images are left out; "
+            "their answer is long, words stand between their images, or their words speak of an order that cannot be "
+            "renamed."
+        )
+    decides = {i: p for i in movable if (p := deciding_place(examples[i], costs.get(i))) is not None}
+    rows: list[tuple[int, list[Example]]] = []
+    long = 0
+    for i in choose(list(decides), size):
+        others = rotations(examples[i])
+        if all(map(fits, others)):
+            rows.append((i, others))
+        else:
+            long += 1
+    measured = iter(measure([e for _, others in rows for e in others]))
+    turned = [
+        (pictures(examples[i], content_key), decides[i], [own[i], *(next(measured) for _ in others)])
+        for i, others in rows
+    ]
+    judged, gaps = score_rotations(turned, seed=seed)
+    found.measurements += judged
+    found.gaps += gaps
+    if not any(m.name == "slots.spread" for m in judged):
+        unmeasured = [i for i in movable if i not in decides and i not in costs]  # replacing their images would tell
+        if _enough(examples[i] for i in decides):  # the data have enough: a setting waives no gate
+            found.gaps.append(
+                f"Images moved: only {len(rows)} samples were, too few to judge for any number of images; raise "
+                f"eval.moved_samples ({size})."
+            )
+        elif _enough(examples[i] for i in (*decides, *unmeasured)):
+            found.gaps.append(
+                f"Images moved: of only {len(decides)} held-out samples it is known which image decides, too few to "
+                f"judge for any number of images, and of {len(unmeasured)} it was not measured; raise "
+                "eval.slot_samples, with shuffled among ablation.conditions."
+            )
+        else:
+            why = (
+                f"of {len(decides)} held-out samples it is known which image decides, too few for any number of images"
+            )
+            found.inapplicable |= {"slots.spread": why, "slots.last_bias": why}
+
+    siblings = siblings_of(examples.values(), content_key)
+    swaps = {i: find_swap(examples[i], siblings, content_key) for i in choose(movable, CONSIDERED * size)}
+    telling = choose([i for i, s in swaps.items() if s.follows], (size + 1) // 2)
+    rest = choose([i for i in swaps if i not in set(telling)], size - len(telling))
+    wanted = sorted((*telling, *rest))
+    chosen = [s for i in wanted if fits((s := swaps[i]).renamed) and fits(s.kept or s.words_kept)]
+    if long := long + len(wanted) - len(chosen):
+        found.gaps.append(
+            f"Images moved and swapped: {long} chosen samples are left out; with their images or words exchanged they "
+            "are longer than prompting.max_seq_len."
+        )
+    known = [s for s in chosen if s.kept is not None and s.follows]
+    renamed = measure([s.renamed for s in chosen])
+    kept = measure([s.kept for s in known if s.kept is not None])
+    unknown = [s for s in chosen if s.kept is None][:NUM_CONSISTENT]
+    agree: list[bool] = []
+    if unknown:
+        said = write([s.words_kept for s in unknown], "swapped images")
+        again = write([s.words_renamed for s in unknown], "renamed words")
+        agree = [alike(s, a, b) for s, a, b in zip(unknown, said, again, strict=True)]
+
+    def hits(of: Sequence[Swap], right: Iterable[bool]) -> list[Hit]:
+        return [(pictures(s.renamed, content_key), x) for s, x in zip(of, right, strict=True)]
+
+    found.measurements += score_swaps(
+        hits(chosen, (x.exact for x in renamed)), hits(known, (x.exact for x in kept)), hits(unknown, agree),
+        seed=seed,
+    )  # fmt: skip
+    enough = len(swaps) < len(movable) or sum(s.follows for s in swaps.values()) >= MIN_SAMPLES
+    if len(known) < MIN_SAMPLES and enough:  # a setting waives no gate
+        found.gaps.append(
+            f"Swapped images: only {len(known)} swaps with a known answer were made, which are too few to judge; raise "
+            f"eval.moved_samples ({size})."
+        )
+    elif len(known) < MIN_SAMPLES:
+        found.inapplicable["slots.follows"] = (
+            f"of {len(known)} held-out samples it is known how swapping two images changes the right answer, and "
+            f"{MIN_SAMPLES} are needed: questions about one place of images whose other places are asked about too, or "
+            "whose answer is a place"
+        )
+    return found
+
+
+def _enough(examples: Iterable[Example]) -> bool:
+    """Whether they are enough to judge for some number of images."""
+    return max(Counter(len(e.images) for e in examples).values(), default=0) >= MIN_SAMPLES

@@ -1,0 +1,469 @@
+"""The door to whole vision-language models of Hugging Face (Qwen3-VL and others): one class that is to callers what
+`model.vlm.VisionLanguageModel` is.
+
+What a family computes is left to its own code: image features (with Qwen3-VL's deepstack), M-RoPE positions, the
+generation. Ours are the layout of samples (packed rows, losses on supervised positions alone), the adapters and what is
+proven at load time: the same logits as the model's own forward, whether packed or alone, and the same writing. A family
+is a row of `FAMILIES`; what is not there is refused by name.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor, nn
+
+from beholder.config import GenerateConfig, LlmConfig
+from beholder.model.families import check_no_adapter, check_soft_cap, kernel_at_hand, running
+from beholder.model.fusion import scatter_images
+from beholder.model.language import LanguageModel
+from beholder.model.placement import Part, language_part, tower_part
+from beholder.model.processor import NativeProcessor, load_processor
+from beholder.model.vlm import Seeing
+from beholder.model.weights import (
+    DTYPES,
+    check_finite,
+    check_loading_info,
+    freeze,
+    from_pretrained,
+    loading,
+    sketch_module,
+)
+from beholder.types import Batch, Encoded, ImageInput, TokenLosses, UserError
+
+FIELD = "model.native.name_or_path"
+WANTED = "Give a whole Hugging Face vision-language model (hub name or folder)."
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tells one class of native models from another."""
+
+    eyes: tuple[str, ...]
+    """Modules below the core that images go through: tower, and connector where that is a module of its own."""
+    grids: bool = False
+    """Positions are three-dimensional (M-RoPE), by ``image_grid_thw``."""
+    not_packed: str | None = None
+    """Why samples cannot share a row; None: they can."""
+    apart: bool = False
+    """Images go through the tower one by one: their inputs differ in shape."""
+    zero: float = 0.0
+    """What an empty image's normalised pixels are."""
+    both_ways: bool = False
+    """Positions of one image attend to each other forwards as well, by the class's own masks."""
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen3_vl": Family(("visual",), grids=True),
+    "qwen2_5_vl": Family(("visual",), grids=True),
+    "llava": Family(("vision_tower", "multi_modal_projector")),
+    "gemma3": Family(("vision_tower", "multi_modal_projector"), both_ways=True),
+    "internvl": Family(("vision_tower", "multi_modal_projector")),
+    # Tiles that are all zero are taken for padding and left out, so an empty one is a little more.
+    "idefics3": Family(("vision_model", "connector"), apart=True, zero=1e-4),
+    "smolvlm": Family(("vision_model", "connector"), apart=True, zero=1e-4),
+}
+"""Known classes by the ``model_type`` of their config.json."""
+
+
+class Eyes(nn.Module):
+    """The modules of a native model that images go through, frozen and in eval mode; its tower is a part that adapters
+    can go on."""
+
+    def __init__(self, core: nn.Module, family: Family, name: str) -> None:
+        super().__init__()
+        for eye in family.eyes:
+            self.add_module(eye, core.get_submodule(eye))
+        self.part = _tower_of(core, family, name)
+        freeze(self)
+
+    def train(self, mode: bool = True) -> "Eyes":
+        """Stays in eval mode. Only its adapters follow ``mode``."""
+        super().train(False)
+        self.part.learn(mode)
+        return self
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything in it learns now."""
+        return any(p.requires_grad for p in self.parameters())
+
+
+def _tower_of(core: nn.Module, family: Family, name: str) -> Part:
+    tower = family.eyes[0]
+    return tower_part(core.get_submodule(tower), name, f"model.{tower}.")
+
+
+class NativeModel(Seeing):
+    """A whole vision-language model with frozen weights, with or without adapters on its decoder and its tower.
+
+    Its connector is part of its eyes and stays frozen with them, so ``connector`` holds nothing. ``geometry`` is its
+    processor, and ``num_visual_tokens`` None: that says image by image how many there are.
+    """
+
+    def __init__(self, whole: Any, family: Family, language: LanguageModel, processor: NativeProcessor) -> None:
+        super().__init__()
+        self.family = family
+        self.__dict__["whole"] = whole  # its parts are children of this module; itself it would count twice
+        self.vision = Eyes(whole.model, family, language.name)
+        self.vision.part.try_out = self._see
+        self.connector = nn.ModuleDict()
+        self.language = language
+        self.geometry = processor
+        self.num_visual_tokens = None
+        self._info = {
+            "native": {
+                "name": language.name, "class": type(whole).__name__, "fingerprint": sketch_module(whole),
+            }
+        }  # fmt: skip
+        assert not self.adapters, "adapters are attached afterwards: the fingerprint is the base's"
+        self.train(False)
+
+    whole: Any
+
+    def parts(self) -> dict[str, Part]:
+        """Tower and decoder; what lies between them and after them (projector, mergers, head) stays as it is."""
+        return {"vision": self.vision.part, "language": self.language.part}
+
+    def keep(self, image: ImageInput) -> ImageInput:
+        """As it is: what the eyes say of an image is more than one output, and differs in its number of tokens."""
+        return image
+
+    def check_layers_kept(self) -> str | None:
+        """Why what goes into the language model's layers cannot be kept."""
+        return "a native model's layers are given more than what comes from below (its own positions, deepstack)"
+
+    # -------------------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> TokenLosses:
+        """Loss of every supervised token, as `VisionLanguageModel.forward`."""
+        inputs = self._inputs(batch.images, batch.image_sizes)
+        beside = self._positions(batch, inputs)
+        return self._losses(batch, lambda: self._hidden(batch, inputs, beside))
+
+    def _inputs(self, images: Sequence[ImageInput], sizes: Sequence[tuple[int, int]]) -> list[Mapping[str, Tensor]]:
+        """The processor's inputs of each image; an empty one's are as large as its place was laid out for."""
+        if len(images) != len(sizes):
+            raise UserError(
+                f"the batch holds {len(images)} images but its prompts reserve room for {len(sizes)}. Truncation or a "
+                "lost image is the usual cause."
+            )
+        made: list[Mapping[str, Tensor]] = []
+        for image, size in zip(images, sizes, strict=True):
+            if image.blank is not None:
+                kind, seed = image.blank
+                made.append(self.geometry.blank(size, self.family.zero if kind == "zero" else seed))
+                continue
+            assert image.inputs is not None, "an image of a native model comes as its processor's inputs"
+            made.append(image.inputs)
+        return made
+
+    def patches(self, images: Sequence[ImageInput]) -> Float[Tensor, "s dh"]:
+        """Visual tokens of images that come with their inputs, one image after another."""
+        tokens, _ = self._features([image.inputs for image in images if image.inputs is not None])
+        return tokens
+
+    def _see(self) -> Tensor:
+        """All that the eyes say of an empty image."""
+        tokens, deep = self._features([self.geometry.blank((64, 64), 0.1)])
+        return torch.cat([tokens, *deep])
+
+    def _together(self, inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The inputs of several images as the model takes them."""
+        made: dict[str, Tensor] = {}
+        for k in inputs[0] if inputs else ():
+            values = [own[k] for own in inputs]
+            if self.family.apart:  # fewer tiles are filled up with empty ones, as the processor does
+                most = max(v.shape[1] for v in values)
+                values = [torch.cat([v, v.new_zeros(1, most - v.shape[1], *v.shape[2:])], 1) for v in values]
+            made[k] = torch.cat(values).to(self.device)
+        return made
+
+    def _features(self, inputs: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, list[Tensor]]:
+        """Visual tokens ``[S, Dh]`` of all images, one after another, and what the first layers add (deepstack)."""
+        learns = torch.is_grad_enabled() and self.vision.learns
+        groups = [[own] for own in inputs] if self.family.apart else [inputs]
+        tokens: list[Tensor] = []
+        deep: list[list[Tensor]] = []
+        with torch.set_grad_enabled(learns), torch.autocast(self.device.type, enabled=False):
+            for group in groups:
+                out = self.whole.model.get_image_features(**self._together(group), return_dict=True)
+                tokens.append(_flat(out.pooler_output))
+                deep.append([_flat(layer) for layer in getattr(out, "deepstack_features", None) or ()])
+        return torch.cat(tokens), [torch.cat(layers) for layers in zip(*deep, strict=True)]
+
+    def _positions(self, batch: Batch, inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """``position_ids`` ``[4, B, T]`` of a family with M-RoPE: the first row restarts at each sample and decides
+        what attends to what, the others are the model's own for each sample by itself. Else nothing."""
+        if not self.family.grids:
+            return {}
+        rows = batch.position_ids.expand(4, *batch.position_ids.shape).clone()
+        flat, where = rows.view(4, -1), batch.sample_index.reshape(-1)
+        seen = torch.zeros_like(where)
+        seen[batch.image_positions] = 1
+        for i in batch.image_sample.unique().tolist():
+            at = (where == i).nonzero().squeeze(1)
+            grids = [
+                own["image_grid_thw"] for own, s in zip(inputs, batch.image_sample.tolist(), strict=True) if s == i
+            ]
+            flat[1:, at] = self._rope(batch.input_ids.reshape(-1)[at], seen[at], torch.cat(grids))
+        return {"position_ids": rows}
+
+    def _rope(self, ids: Int[Tensor, "t"], seen: Int[Tensor, "t"], grids: Int[Tensor, "m 3"]) -> Int[Tensor, "3 t"]:
+        positions, _ = self.whole.model.get_rope_index(
+            ids[None], mm_token_type_ids=seen[None].int(), image_grid_thw=grids
+        )
+        return positions[:, 0]
+
+    def _hidden(
+        self, batch: Batch, inputs: Sequence[Mapping[str, Tensor]], beside: Mapping[str, Tensor]
+    ) -> Float[Tensor, "b t dh"]:
+        """Final hidden states of a batch, wherever it lies, whose images are ``inputs``."""
+        batch = replace(batch, images=[]).to(self.device)
+        embeds = self.language.embed(batch.input_ids)
+        extra: dict[str, Any] = {k: v.to(self.device) for k, v in beside.items()}
+        if inputs:
+            tokens, deep = self._features(inputs)
+            embeds = scatter_images(embeds, batch.image_positions, tokens)
+            mask = torch.zeros(batch.input_ids.numel(), dtype=torch.bool, device=self.device)
+            mask[batch.image_positions] = True
+            if self.family.both_ways:
+                extra["attention_mask"] = self.whole.create_masks_for_generate(
+                    config=self.whole.config, inputs_embeds=embeds.to(self.language.dtype), attention_mask=None,
+                    past_key_values=None, position_ids=batch.position_ids, **self._seen(mask.view_as(batch.input_ids)),
+                )  # fmt: skip
+            if deep:
+                order = batch.image_positions.argsort()  # a mask takes positions as they lie, rows one after another
+                extra |= {
+                    "visual_pos_masks": mask.view_as(batch.input_ids),
+                    "deepstack_visual_embeds": [layer[order] for layer in deep],
+                }
+        return self.language.hidden(embeds, batch.position_ids, extra)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Encoded],
+        images: Sequence[Sequence[ImageInput]],
+        how: GenerateConfig,
+        *,
+        eos_ids: list[int],
+        seed: int = 0,
+        streamer: Any = None,
+    ) -> list[list[int]]:
+        """New token ids for each prompt with its images, as `VisionLanguageModel.generate`; written by the model's own
+        ``generate``, from ids and the processor's inputs."""
+        assert len(prompts) == len(images)
+        if not prompts:
+            return []
+        for i, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
+            if len(prompt.image_spans) != len(own):
+                raise UserError(f"prompt {i + 1} has {len(prompt.image_spans)} image places but {len(own)} images")
+        inputs = self._inputs([x for own in images for x in own], [s for p in prompts for s in p.image_sizes])
+        longest = max(len(p.ids) for p in prompts)
+        ids = torch.full((len(prompts), longest), eos_ids[0], dtype=torch.int64)
+        mask, seen = torch.zeros_like(ids), torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            left = longest - len(prompt.ids)
+            ids[row, left:], mask[row, left:] = torch.from_numpy(prompt.ids), 1
+            for k in range(len(prompt.image_spans)):
+                seen[row, left + torch.from_numpy(prompt.reserved(k))] = 1
+        given = {"input_ids": ids, "attention_mask": mask} | self._seen(seen)
+        return self.language.write(
+            {k: v.to(self.device) for k, v in given.items()} | self._together(inputs), longest, how,
+            eos_ids=eos_ids, seed=seed, streamer=None if streamer is None else _WithoutPrompt(streamer),
+        )  # fmt: skip
+
+    def _seen(self, seen: Tensor) -> dict[str, Tensor]:
+        """What tells the model's own forward which positions are an image's, where it asks."""
+        if self.family.both_ways:
+            return {"token_type_ids": seen.int()}
+        return {"mm_token_type_ids": seen.int()} if self.family.grids else {}
+
+    # -------------------------------------------------------------------------------------------------------------
+    # Proofs at load time
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Refuse a model whose hidden states, or whose writing, are not what its own forward computes on the same
+        images and text; find out whether samples may share a row (``language.packing_error``)."""
+        one, two = self._sample((40, 56), 5, seed=1), self._sample((64, 32), 9, seed=2)
+        other = self._sample((40, 56), 5, seed=3)
+        exact = self.language.dtype == torch.float32
+        theirs = [self._own_logits(x) for x in (one, two)]
+        ours = [self._logits([x])[0] for x in (one, two)]
+        if (error := max(map(_distance, ours, theirs))) > (1e-4 if exact else 3e-2):
+            raise self._misfit("logits", error)
+        packed, swapped = self._logits([one, two]), self._logits([other, two])
+        leak, drift = _distance(packed[1], swapped[1]), max(map(_distance, packed, ours))
+        self.language.packing_error = None
+        if self.family.not_packed is not None:
+            self.language.packing_error = f"{self.language.name}: {self.family.not_packed}. Set train.packing: false."
+        elif not (leak <= 1e-3 and drift <= (1e-4 if exact else 5e-2)):
+            self.language.packing_error = (
+                f"{self.language.name} with attention {self.language.attention}: packed samples are not independent "
+                f"(swapping the first changes the second by {leak:.1e}, packing by {drift:.1e} of its size). Set "
+                "train.packing: false, or another model.native.attn_implementation."
+            )
+        greedy = GenerateConfig(temperature=0.0, top_p=1.0, max_new_tokens=1)
+        written = self.generate([one[0], two[0]], [[one[1]], [two[1]]], greedy, eos_ids=[0], seed=0)
+        for new, logits in zip(written, ours, strict=True):
+            best = logits[-1].topk(2).values
+            close = float(best[0] - logits[-1][new[0]]) <= (1e-3 if exact else 0.1) * float(best[0].abs() + 1)
+            if not close:
+                raise self._misfit("its writing", float(best[0] - logits[-1][new[0]]))
+
+    def _misfit(self, what: str, error: float) -> UserError:
+        return UserError(
+            f"{self.language.name} ({type(self.whole).__name__}): {what} of ours differ from its own by {error:.1e} of "
+            f"their size; this version of transformers does something that is not supported. Known classes: "
+            f"{', '.join(FAMILIES)}"
+        )
+
+    def _sample(self, size: tuple[int, int], words: int, seed: int) -> tuple[Encoded, ImageInput]:
+        """A made-up prompt: an image of noise between a few ordinary tokens."""
+        import numpy as np
+
+        rng = np.random.default_rng(seed)
+        noise = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+        tokenizer = self.geometry.processor.tokenizer
+        special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+        plain = [i for i in range(min(len(tokenizer), self.language.vocab)) if i not in special]
+        place = tokenizer(self.geometry.place(size), add_special_tokens=False)["input_ids"]
+        before, after = (rng.choice(plain, words).tolist() for _ in range(2))
+        ids = np.array([*before, *place, *after], dtype=np.int64)
+        where = np.flatnonzero(ids == self.geometry.token_id)
+        supervise = np.zeros(len(ids), dtype=bool)
+        supervise[-1] = True
+        spans = ((int(where[0]), int(where[-1]) + 1),)
+        solid = spans[0][1] - spans[0][0] == len(where)
+        encoded = Encoded(ids, supervise, spans, False, (size,), None if solid else (where,))
+        return encoded, self.geometry.process(noise)
+
+    def _logits(self, samples: Sequence[tuple[Encoded, ImageInput]]) -> list[Tensor]:
+        """Our logits of samples in one row."""
+        lengths = [len(encoded.ids) for encoded, _ in samples]
+        starts = [sum(lengths[:i]) for i in range(len(samples))]
+        where = [start + torch.from_numpy(e.reserved(0)) for start, (e, _) in zip(starts, samples, strict=True)]
+        batch = Batch(
+            input_ids=torch.cat([torch.from_numpy(e.ids) for e, _ in samples])[None],
+            position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+            supervise=torch.cat([torch.from_numpy(e.supervise) for e, _ in samples])[None],
+            sample_index=torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None],
+            image_positions=torch.cat(where), image_lengths=torch.tensor([len(w) for w in where]),
+            image_sample=torch.arange(len(samples)), images=[image for _, image in samples],
+            ids=[str(i) for i in range(len(samples))], image_sizes=[e.image_sizes[0] for e, _ in samples],
+        )  # fmt: skip
+        inputs = self._inputs(batch.images, batch.image_sizes)
+        hidden = self._hidden(batch, inputs, self._positions(batch, inputs))
+        return [part.float() for part in self.language.head(hidden[0]).split(lengths)]
+
+    def _own_logits(self, sample: tuple[Encoded, ImageInput]) -> Tensor:
+        encoded, image = sample
+        assert image.inputs is not None
+        ids = torch.from_numpy(encoded.ids)[None]
+        seen = torch.zeros_like(ids)
+        seen[0, torch.from_numpy(encoded.reserved(0))] = 1
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self._seen(seen)}
+        out = self.whole(
+            **{k: v.to(self.device) for k, v in given.items()}, **self._together([image.inputs]), use_cache=False
+        )
+        return out.logits[0].float()
+
+
+def _flat(features: Any) -> Tensor:
+    """``[S, Dh]`` of a tensor of equal images, or of a tensor each."""
+    parts = [features] if isinstance(features, Tensor) else list(features)
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    error = torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs).clamp_min(1e-6)
+    return float(error) if bool(torch.isfinite(error)) else float("inf")
+
+
+class _WithoutPrompt:
+    """Passes on what is written: transformers shows a streamer the prompt's ids first."""
+
+    def __init__(self, streamer: Any) -> None:
+        self._streamer, self._begun = streamer, False
+
+    def put(self, ids: Tensor) -> None:
+        self._streamer.put(ids if self._begun else ids[..., :0])
+        self._begun = True
+
+    def end(self) -> None:
+        self._streamer.end()
+
+
+def known_family(config: Any, name: str) -> Family:
+    """The row of the model's class. Raises `UserError` with those that are known."""
+    kind = getattr(config, "model_type", None)
+    if kind not in FAMILIES:
+        raise UserError(
+            f"{FIELD} {name!r} is of the class {kind!r}, which is not known; known are {', '.join(FAMILIES)}. A "
+            "language model and a tower of their own go into model.llm and model.vision"
+        )
+    return FAMILIES[kind]
+
+
+def _config_of(cfg: LlmConfig) -> tuple[Any, Family]:
+    """The configuration of a native model, and what is known of its class."""
+    from transformers import AutoConfig
+
+    check_no_adapter(cfg.name_or_path, FIELD)
+    with loading(f"{FIELD} {cfg.name_or_path!r}", WANTED):
+        config = AutoConfig.from_pretrained(cfg.name_or_path, revision=cfg.revision, trust_remote_code=False)
+    return config, known_family(config, cfg.name_or_path)
+
+
+def processor_of(cfg: LlmConfig) -> NativeProcessor:
+    """The processor of a native model alone. Raises `UserError` as `load_native` does."""
+    return load_processor(cfg, _config_of(cfg)[0], DTYPES[cfg.precision])
+
+
+def empty_native(cfg: LlmConfig) -> dict[str, Part]:
+    """The parts of a native model without weights, by name. Raises `UserError` as `load_native` does."""
+    from transformers import AutoModelForImageTextToText
+
+    config, family = _config_of(cfg)
+    with torch.device("meta"):
+        whole: Any = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    return {
+        "vision": _tower_of(whole.model, family, cfg.name_or_path),
+        "language": language_part(whole, cfg.name_or_path, whole=True),
+    }
+
+
+def load_native(cfg: LlmConfig, device: torch.device) -> tuple[NativeModel, Any]:
+    """(model, tokenizer): a whole vision-language model with its processor, strictly loaded from safetensors, frozen
+    and proven (`NativeModel.check`).
+
+    ``cfg`` are the settings of ``model.native`` as `ModelConfig` fills them in for its language model. Raises
+    `UserError` for a class that is not known, files that do not fit, NaN weights, and what a proof finds.
+    """
+    from transformers import AutoModelForImageTextToText, GenerationConfig
+
+    name, dtype = cfg.name_or_path, DTYPES[cfg.precision]
+    config, family = _config_of(cfg)
+    with kernel_at_hand(cfg), loading(f"{FIELD} {name!r}", WANTED):
+        whole, info = from_pretrained(
+            AutoModelForImageTextToText, name, config=config, revision=cfg.revision, trust_remote_code=False,
+            dtype=dtype, attn_implementation=cfg.attn_implementation,
+        )  # fmt: skip
+    check_soft_cap(whole.config, cfg)
+    check_loading_info(info, whole, name)
+    check_finite(whole, name)
+    whole = whole.to(device=device, dtype=dtype)
+    whole.generation_config = GenerationConfig()  # the checkpoint's own would fill what a caller leaves unset
+    freeze(whole)
+    processor = load_processor(cfg, whole.config, dtype)
+    with running(name, whole):
+        model = NativeModel(
+            whole, family, LanguageModel(whole, name, cfg.gradient_checkpointing, whole=True), processor
+        )
+        model.check()
+    return model, processor.processor.tokenizer

@@ -1,0 +1,130 @@
+"""A native model's own processor: an image → its inputs, and what stands for it in the text.
+
+All that is asked of transformers' processors is public and the same for every class: one call with a text that is an
+image's placeholder and with that image. Whether our encoder lays a conversation out as the processor does is proven in
+`data.same_ids`, with `NativeProcessor.ids` as the processor's word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from beholder.config import LlmConfig
+from beholder.model.families import check_no_adapter
+from beholder.model.weights import loading
+from beholder.types import ImageInput, UserError
+
+TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+"""What a processor makes of the text; the rest is the image's."""
+MAX_PLACES = 4096
+"""Sizes of images whose layout is remembered."""
+
+
+class NativeProcessor:
+    """transformers' processor as `types.ImageProcessor`. Picklable.
+
+    ``token_id``: what the model takes visual tokens in place of; it may not be what ``placeholder`` is read as (Gemma's
+    template writes one token, which the processor replaces by others). ``dtype``: what the inputs are rounded to, as
+    the model would.
+    """
+
+    def __init__(self, processor: Any, token_id: int, dtype: torch.dtype) -> None:
+        self.processor, self.token_id, self.dtype = processor, token_id, dtype
+        self.placeholder: str = processor.image_token
+        self.chat_template: str = processor.chat_template or ""
+        if not self.chat_template:
+            raise UserError(
+                f"the processor {type(processor).__name__} has no chat template (chat_template.jinja), so its "
+                "conversations cannot be laid out; put the model's own beside its config.json"
+            )
+        images = processor.image_processor
+        facts = {
+            "processor": type(processor).__name__, "images": type(images).__name__, "settings": images.to_dict(),
+            "dtype": str(dtype), "token": token_id, "placeholder": self.placeholder,
+        }  # fmt: skip
+        self.fingerprint: str = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+        self._blank: dict[tuple[int, int], tuple[str, dict[str, tuple[int, ...]], dict[str, Tensor]]] = {}
+
+    def process(self, image: Image.Image, /) -> ImageInput:
+        """The inputs of an RGB image. Raises ValueError where the processor refuses it."""
+        _, inputs = self._call(image)
+        return ImageInput(inputs=inputs, size=(image.height, image.width))
+
+    def place(self, size: tuple[int, int], /) -> str:
+        """What stands in the text for an image of this (height, width), instead of the placeholder."""
+        return self._like(size)[0]
+
+    def blank(self, size: tuple[int, int], fill: float | int) -> dict[str, Tensor]:
+        """The inputs of an image of this size whose normalised pixels are all ``fill``, or, for a whole number, drawn
+        from N(0, 1) with that seed."""
+        _, shapes, others = self._like(size)
+        made = dict(others)
+        draw = None if isinstance(fill, float) else torch.Generator().manual_seed(fill)
+        for name, shape in shapes.items():
+            values = torch.full(shape, float(fill)) if draw is None else torch.randn(shape, generator=draw)
+            frames = getattr(self.processor.image_processor, "temporal_patch_size", 1)
+            if draw is not None and frames > 1 and len(shape) == 2:  # one picture, shown as so many equal frames
+                side = self.processor.image_processor.patch_size
+                patches = values.view(shape[0], -1, frames, side, side)
+                values = patches[:, :, :1].expand_as(patches).reshape(shape)
+            made[name] = values.to(self.dtype)
+        return made
+
+    def ids(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image], *, prompt: bool) -> list[int]:
+        """The processor's own ids of a conversation: what our encoder has to give as well."""
+        text = self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+        leading = self.processor.tokenizer.bos_token
+        own = {"add_special_tokens": False} if leading and text.startswith(leading) else {}
+        given = {"images": list(images)} if images else {}
+        return [int(i) for i in self.processor(text=[text], return_tensors="pt", **given, **own)["input_ids"][0]]
+
+    def _call(self, image: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
+        out = self.processor(text=[self.placeholder], images=[image], return_tensors="pt", add_special_tokens=False)
+        inputs = {
+            k: v.to(self.dtype) if v.is_floating_point() else v
+            for k, v in out.items()
+            if k not in TEXT and isinstance(v, Tensor)
+        }  # fmt: skip
+        return [int(i) for i in out["input_ids"][0]], inputs
+
+    def _like(self, size: tuple[int, int]) -> tuple[str, dict[str, tuple[int, ...]], dict[str, Tensor]]:
+        """Of an image of this size, whatever it shows: its text, the shapes of its pixels, and its other inputs."""
+        known = self._blank.get(size)
+        if known is None:
+            ids, inputs = self._call(Image.new("RGB", (size[1], size[0]), (128, 128, 128)))
+            text = self.processor.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            shapes = {k: tuple(v.shape) for k, v in inputs.items() if v.is_floating_point()}
+            known = str(text), shapes, {k: v for k, v in inputs.items() if not v.is_floating_point()}
+            if len(self._blank) < MAX_PLACES:
+                self._blank[size] = known
+        return known
+
+
+def load_processor(cfg: LlmConfig, config: Any, dtype: torch.dtype) -> NativeProcessor:
+    """The processor beside a native model whose configuration is ``config``. Raises `UserError` without one."""
+    from transformers import AutoProcessor
+
+    check_no_adapter(cfg.name_or_path, "model.native.name_or_path")
+    wanted = "The folder must hold its processor (preprocessor_config.json, tokenizer files, chat_template.jinja)."
+    with loading(f"model.native.name_or_path {cfg.name_or_path!r}: its processor", wanted):
+        processor = AutoProcessor.from_pretrained(cfg.name_or_path, revision=cfg.revision, trust_remote_code=False)
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise UserError(
+            f"model.native.name_or_path {cfg.name_or_path!r} has a {type(processor).__name__} and no processor of "
+            f"images and text. {wanted}"
+        )
+    token = getattr(config, "image_token_id", None)
+    token = getattr(config, "image_token_index", None) if token is None else token
+    if not isinstance(token, int):
+        raise UserError(
+            f"model.native.name_or_path {cfg.name_or_path!r}: its config.json names no image token (image_token_id is "
+            f"{token!r}, expected a whole number), so where images stand in the text is not known; get it again"
+        )
+    return NativeProcessor(processor, token, dtype)
