@@ -45,6 +45,16 @@ def test_a_pass_rate_below_80_per_cent_stops_when_it_is_so_twice_in_a_row() -> N
     assert stop(PASS, 0.7, 0.79) is None, "the baseline is no evaluation of the run"
 
 
+def test_a_bound_that_the_start_does_not_keep_is_no_sign_of_harm_and_being_worse_than_the_start_is() -> None:
+    assert stop(PASS, 0.0, 0.0, 0.0, 0.0) is None, "it was never taught to say so"
+    assert stop(SANE, 0.5, 0.55, 0.5, enable=True) is None
+    found = stop(SANE, 0.5, 0.45, 0.4, enable=True)
+    assert found is not None and found.bound == 0.5
+    assert found.told == "below its baseline of 0.5, which is below 0.8, 2 evaluations in a row"
+    rule = {"mine": GuardrailConfig(measure=HALL, above=0.3, times=1)}
+    assert judge(course(HALL, 0.4, 0.4), rule) is None and judge(course(HALL, 0.4, 0.41), rule) is not None
+
+
 def test_a_share_of_a_baseline_below_0_is_below_it() -> None:
     """The held-out samples may be the easier ones: then the gap at the start is negative."""
     rule = {"mine": GuardrailConfig(measure=GAP, falls=0.2, best_falls=0.1)}
@@ -135,6 +145,6 @@ def test_the_best_checkpoint_keeps_what_the_guardrails_ask_of_it() -> None:
 
 def test_a_rule_of_ones_own_may_bound_from_above_and_after_one_evaluation() -> None:
     rule = GuardrailConfig(measure="ood.blind", above=0.5, times=1)
-    assert judge(course("ood.blind", 0.9, 0.5), {"mine": rule}) is None
-    found = judge(course("ood.blind", 0.9, 0.6), {"mine": rule})
+    assert judge(course("ood.blind", 0.4, 0.5), {"mine": rule}) is None
+    found = judge(course("ood.blind", 0.4, 0.6), {"mine": rule})
     assert found is not None and found.told == "above 0.5"

@@ -169,12 +169,12 @@ def test_a_stopped_run_does_not_go_on_unless_its_guardrail_is_changed(
     assert again.status == Status.STOPPED_BY_GUARDRAIL and rows(run) == before
     sets = {
         "guardrails.irrelevant_pass.enable": False, "guardrails.hallucination.enable": False,
-        "guardrails.mine": {"measure": "ood.blind", "above": 0.5, "times": 4},
+        "guardrails.mine": {"measure": "irrelevant.pass", "below": 0.5, "times": 4},
     }  # fmt: skip
     on = run_stage(world.config(tmp_path, "over", **sets), promote_anyway=True)
     e = load_evidence(run)
     assert on.status == Status.STOPPED_BY_GUARDRAIL and e.stopped is not None and e.stopped.name == "mine"
-    assert before[-1]["step"] < on.step < 60 and all(v["ood.blind"] > 0.5 for _, v in history(run)[-4:])
+    assert before[-1]["step"] < on.step < 60 and all(v["irrelevant.pass"] < 0.5 for _, v in history(run)[-4:])
     trained = [r for r in before if "loss" in r]
     assert [r for r in rows(run) if "loss" in r][: len(trained)] == trained, "it went on from where it had stopped"
 
@@ -377,6 +377,10 @@ def test_a_phrase_that_no_training_text_says_is_a_warning(
     assert any(warned in gap for gap in e.gaps)
     found = e.get("jitter.consistency")
     assert found is not None and found.n == 3
+
+    sets |= {"prompting.system": "If the image is of no use, say: 无关图片", "eval.jitter_samples": 0}
+    run_stage(world.config(tmp_path / "told", "over", **sets), promote_anyway=True)
+    assert "says “无关图片”" not in capsys.readouterr().out
 
 
 def test_without_data_a_monitor_is_a_named_gap(world: World) -> None:

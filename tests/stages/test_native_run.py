@@ -25,7 +25,7 @@ from beholder.evidence import Evidence, load_evidence
 from beholder.model import adapters
 from beholder.model.native import load_native
 from beholder.prepare.preview import preview_config
-from beholder.prepare.tiny import colour_source, tiny_native
+from beholder.prepare.tiny import NativeFamily, colour_source, tiny_native
 from beholder.probes.written import write
 from beholder.runs import RunDir, sha256_file
 from beholder.stages import run_stage
@@ -40,8 +40,8 @@ FILES = ("adapter_model.safetensors", "connector.safetensors", "optimizer.safete
 
 
 class Setting:
-    def __init__(self, folder: Path) -> None:
-        self.native = tiny_native(folder / "native")
+    def __init__(self, folder: Path, family: NativeFamily = "qwen3_vl") -> None:
+        self.native = tiny_native(folder / "native", family)
         source = colour_source(folder / "data", "jsonl", 48, dialogues=True)
         assert source.image_root is not None
         self.records, self.images = source.json_path, Path(source.image_root)
@@ -153,6 +153,20 @@ def test_its_checkpoint_is_peft_s_and_computes_the_same_there(setting: Setting, 
     with torch.no_grad():
         torch.testing.assert_close(vlm.model.text_logits(ids), merged(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
     assert (tmp_path / "merged" / "processor_config.json").exists()
+
+
+def test_a_class_that_does_not_keep_packed_samples_apart_is_padded_and_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gemma 3: in a packed row transformers' masks let the positions of an image of a later sample see others."""
+    cfg = Setting(tmp_path, "gemma3").config(tmp_path, "train.train_steps=1", "eval.jitter_samples=0")
+    assert cfg.train.packing
+
+    assert run_stage(cfg).status == Status.SUCCEEDED
+
+    assert "[packing] off, one sample a row" in capsys.readouterr().out
+    evidence = load_evidence(tmp_path / "run")
+    assert any(gap.startswith("Packing: off") for gap in evidence.gaps)
 
 
 def test_it_chats_in_pieces_as_in_one_about_images_of_any_size(setting: Setting, finished: Path) -> None:

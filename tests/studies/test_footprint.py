@@ -213,7 +213,7 @@ def own(sets: dict[str, Any]) -> dict[str, Any]:
     return {"select": ["x"], "points": {"x": {"set": sets}}}
 
 
-STEPS = 40
+STEPS = 300
 """Of a run that learns."""
 TINY = {"llm_layers": [0, 1, 2], "vision_blocks": [0, 1], "similarity_samples": 4}
 

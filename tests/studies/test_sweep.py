@@ -179,6 +179,10 @@ def test_two_sweeps_cannot_share_a_folder(write_sweep: WriteSweep, tmp_path: Pat
 # The runs: one sweep, killed, interrupted, finished, and asked again
 
 
+STEPS = 300
+"""Long enough that a signal meets runs in the middle of training, however busy the machine is."""
+
+
 @dataclass
 class Story:
     """What became of one 2 x 2 sweep."""
@@ -230,7 +234,7 @@ def swept(story: dict[str, Story], write_sweep: WriteSweep, tmp_path_factory: py
     if "it" in story:
         return story["it"]
     root = tmp_path_factory.mktemp("swept")
-    config = write_sweep(root, **{"train.train_steps": 40, "train.save_every": 4, "train.log_every": 1})
+    config = write_sweep(root, **{"train.train_steps": STEPS, "train.save_every": 4, "train.log_every": 1})
     folder = root / "sweep"
 
     def start() -> subprocess.Popen[bytes]:
@@ -287,8 +291,8 @@ def test_an_interrupted_sweep_goes_on_where_it_was(swept: Story) -> None:
     assert swept.finished.exit_code == 0
     assert [r.status for r in swept.finished.record.rows] == ["finished"] * 4
     for name, found in steps(swept.folder).items():
-        assert found == list(range(1, 41)), name
-    begun = [name for name, found in swept.steps_interrupted.items() if 4 < len(found) < 40]
+        assert found == list(range(1, STEPS + 1)), name
+    begun = [name for name, found in swept.steps_interrupted.items() if 4 < len(found) < STEPS]
     assert begun, "nothing was interrupted in training"
     for name in begun:
         assert "[resume]" in (swept.folder / "logs" / f"{name}.log").read_text()
@@ -325,7 +329,7 @@ def test_the_winner_follows_by_hand_from_the_csv(swept: Story) -> None:
         )
         assert (float(r["eval_loss_end"]), float(r["d_shuffle"]), float(r["d_zero"])) == (loss, shuffle, zero)
         assert float(r["score"]) == pytest.approx(loss - 0.1 * (shuffle + zero), abs=1e-12)
-        assert int(r["steps"]) == 40 and r["status"] == "finished" and len(r["config_hash"]) == 64
+        assert int(r["steps"]) == STEPS and r["status"] == "finished" and len(r["config_hash"]) == 64
         record = json.loads((swept.folder / r["name"] / "run.json").read_text())
         assert r["config_hash"] == record["config_hash"]
         collapsed = float(r["d_shuffle_low"]) <= 0 or shuffle < 0.1 * median

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +310,27 @@ def test_ctrl_c_keeps_what_was_said_and_a_second_one_leaves(vlm: Vlm, image: Pat
     whole = vlm.chat("What?", image, max_new_tokens=200)
     (_, answer) = conversation.turns
     assert 0 < len(answer["content"]) < len(whole) and whole.startswith(answer["content"])
+
+
+class Losing(io.StringIO):
+    """Output during which Ctrl-C comes while Python runs a callback, which drops what is raised there."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+def test_ctrl_c_stops_an_answer_even_where_its_exception_is_lost(vlm: Vlm, image: Path) -> None:
+    conversation, notes = Conversation(vlm, image, how=briefly(200)), io.StringIO()
+    before = signal.getsignal(signal.SIGINT)
+
+    talk(conversation, source=io.StringIO("What?\n"), out=Losing(), notes=notes)
+
+    assert "(stopped" in notes.getvalue() and signal.getsignal(signal.SIGINT) is before
+    assert conversation.cut and len(conversation.turns[1]["content"]) < len(
+        vlm.chat("What?", image, max_new_tokens=200)
+    )
 
 
 def test_a_run_without_conversations_is_refused_at_the_start(tiny_parts: TinyParts, tmp_path: Path) -> None:

@@ -92,10 +92,15 @@ def _judge(name: str, rule: GuardrailConfig, history: Sequence[Reading]) -> Guar
         return stop(bound, f"more than {rule.falls:.0%} below its baseline of {base:.4g} (less than {bound:.4g})")
     if rule.rises is not None and base is not None and value > (bound := base + rule.rises):
         return stop(bound, f"more than {rule.rises:g} above its baseline of {base:.4g} (more than {bound:.4g})")
-    if rule.below is not None and len(recent) == rule.times and all(v < rule.below for v in recent):
-        return stop(rule.below, f"below {rule.below:g}{row}")
-    if rule.above is not None and len(recent) == rule.times and all(v > rule.above for v in recent):
-        return stop(rule.above, f"above {rule.above:g}{row}")
+    # A bound that the start does not keep is no sign of harm; being worse than the start is.
+    if rule.below is not None and len(recent) == rule.times:
+        bound = rule.below if base is None else min(rule.below, base)
+        if all(v < bound for v in recent):
+            return stop(bound, _beyond("below", rule.below, bound) + row)
+    if rule.above is not None and len(recent) == rule.times:
+        bound = rule.above if base is None else max(rule.above, base)
+        if all(v > bound for v in recent):
+            return stop(bound, _beyond("above", rule.above, bound) + row)
     if rule.widens is not None:
         values = [v for _, v in series]
         bound = min(values) + rule.widens
@@ -126,6 +131,10 @@ def limits(history: Sequence[Reading], rules: Mapping[str, GuardrailConfig]) -> 
                 Limit(rule.measure, most=value + rule.best_rises, words=f"baseline {value:.4g} + {rule.best_rises:g}")
             )
     return found
+
+
+def _beyond(word: str, asked: float, bound: float) -> str:
+    return f"{word} {asked:g}" if bound == asked else f"{word} its baseline of {bound:.4g}, which is {word} {asked:g},"
 
 
 def _lower(base: float, share: float) -> float:

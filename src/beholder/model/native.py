@@ -46,8 +46,6 @@ class Family:
     """Modules below the core that images go through: tower, and connector where that is a module of its own."""
     grids: bool = False
     """Positions are three-dimensional (M-RoPE), by ``image_grid_thw``."""
-    not_packed: str | None = None
-    """Why samples cannot share a row; None: they can."""
     apart: bool = False
     """Images go through the tower one by one: their inputs differ in shape."""
     zero: float = 0.0
@@ -300,9 +298,7 @@ class NativeModel(Seeing):
         packed, swapped = self._logits([one, two]), self._logits([other, two])
         leak, drift = _distance(packed[1], swapped[1]), max(map(_distance, packed, ours))
         self.language.packing_error = None
-        if self.family.not_packed is not None:
-            self.language.packing_error = f"{self.language.name}: {self.family.not_packed}. Set train.packing: false."
-        elif not (leak <= 1e-3 and drift <= (1e-4 if exact else 5e-2)):
+        if not (leak <= 1e-3 and drift <= (1e-4 if exact else 5e-2)):
             self.language.packing_error = (
                 f"{self.language.name} with attention {self.language.attention}: packed samples are not independent "
                 f"(swapping the first changes the second by {leak:.1e}, packing by {drift:.1e} of its size). Set "

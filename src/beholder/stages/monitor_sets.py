@@ -109,7 +109,8 @@ class MonitorSets:
 
     def never_said(self) -> str | None:
         """A warning where no training text says what irrelevant images are to be called."""
-        if self.phrase is None or any(self.phrase.said_in(t.text) for e in self._training for t in e.turns):
+        told = (self._cfg.prompting.system or "", *(t.text for e in self._training for t in e.turns))
+        if self.phrase is None or any(map(self.phrase.said_in, told)):
             return None
         return (
             f"no turn of {len(self._training):,} training samples says {self.phrase.words} (eval.irrelevant), so a "

@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -254,11 +254,17 @@ def open_session(
     if n := data.counts.absent_images:
         reporter.line("data", f'WARNING: {n:,} records name an image that they do not have ("image 5" of three)')
     data = data.without_unusable(skip_bad_images=cfg.data.on_bad_image == "skip")
+    # A native model is taken as it is: where its class does not keep packed samples apart, they are padded.
+    padded = model.language.packing_error if cfg.model.native is not None and cfg.train.packing else None
+    if padded:
+        data = replace(data, layout=replace(data.layout, packing=False))
+        reporter.line("packing", f"off, one sample a row: {padded}")
     return Session(
         cfg, run, dist, model, tokenizer, data, reporter, frozen=frozen, started=started,
         gaps=[
             *(f"Split: {note}" for note in data.counts.split_notes),
             *(f"Prompt: {note}." for note in [data.encoder.prompt_note] if note),
+            *([f"Packing: off, one sample a row; {padded}"] if padded else []),
             *([f"Base: {BASE.format(merged)}."] if (merged := sum("merged" in name for name in base)) else []),
         ],
         phases_s={"load": loaded - started, "data": time.perf_counter() - loaded},

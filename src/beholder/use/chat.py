@@ -8,7 +8,10 @@ Answers go to standard output and everything else to standard error, so ``echo "
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -233,8 +236,10 @@ def _respond(conversation: Conversation, line: str, out: TextIO, note: Callable[
     before, num_turns = conversation.length, len(conversation.turns)
     pieces = conversation.ask(line)
     try:
-        for piece in pieces:
-            print(printable(piece), end="", file=out, flush=True)
+        with _ctrl_c() as check:
+            for piece in pieces:
+                print(printable(piece), end="", file=out, flush=True)
+                check()
     except ContextFullError as error:
         raise ContextFullError(f"{error}: /reset") from error
     finally:
@@ -248,6 +253,31 @@ def _respond(conversation: Conversation, line: str, out: TextIO, note: Callable[
         )
     if before <= trained < conversation.length:
         note(f"(the conversation is longer than the {trained:,} tokens the run was trained on: /reset starts over)")
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[Callable[[], None]]:
+    """Ctrl-C inside raises `KeyboardInterrupt`; again when ``check`` is called, for the first may be lost: Python drops
+    what is raised while it happens to run a finaliser or a library's callback."""
+    came = False
+
+    def interrupted(*_: object) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals nowhere else
+        yield check
+        return
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
 
 
 def _command(conversation: Conversation, line: str, note: Callable[[str], None]) -> None:
