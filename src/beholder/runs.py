@@ -257,6 +257,10 @@ class RunDir:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The whole lines of ``metrics.jsonl``. A torn last line (a crash) is left out; any other is an error."""
+        return [record for _, record in self.numbered_metrics()]
+
+    def numbered_metrics(self) -> list[tuple[int, dict[str, Any]]]:
+        """The same, each with its line's number from 1."""
         if not self.metrics_path.exists():
             return []
         lines = self.metrics_path.read_bytes().split(b"\n")
@@ -268,7 +272,7 @@ class RunDir:
                 record = json.loads(line)
                 if not isinstance(record, dict):
                     raise ValueError(f"{type(record).__name__} instead of an object")
-                records.append(record)
+                records.append((number, record))
             except (ValueError, RecursionError) as e:
                 if number == len(lines):
                     continue

@@ -829,3 +829,48 @@ data: {json_path: a.jsonl, eval_size: 10}
     assert named.guardrails == {"hallucination": GUARDRAILS["hallucination"]}
     small = smoke_config(cfg, tmp_path)
     assert small.guardrails == {} and small.eval.ood.path is None and "sees" not in small.gates
+
+
+WATCHED_RUN = MINIMAL + "stage: instruct\neval: {ood: {path: set}, irrelevant: {path: set}, gap_samples: 8}\n"
+ON = "model.lora.enable=true"
+
+
+@pytest.mark.parametrize(("rule", "said"), [
+    ("measure: ood.blind, above: 5", "above is 5, but ood.blind is a share"),
+    ("measure: ood.blind, above: 1", "above is 1, but ood.blind is a share"),
+    ("measure: sane.captions, below: -0.1", "below is -0.1, but sane.captions is a share"),
+    ("measure: ood.blind, rises: 1.5", "rises is 1.5, but ood.blind is a share"),
+    ("measure: sane.captions, falls: 1", "falls is 1, but sane.captions is a share"),
+    ("measure: gap.generalisation, above: 0.2, below: 0.5", "above is 0.2 and below 0.5"),
+])  # fmt: skip
+def test_a_guardrail_that_never_stops_a_run_or_always_does_is_refused(rule: str, said: str) -> None:
+    told = one(WATCHED_RUN + f"guardrails: {{mine: {{{rule}}}}}\n", ON)
+
+    assert "guardrails.mine" in told and said in told
+
+
+def test_a_guardrail_may_have_any_bound_on_what_is_no_share_and_a_band_on_a_share() -> None:
+    rules = "a: {measure: gap.generalisation, above: 5, rises: 2}, b: {measure: ood.blind, above: 0.5, below: 0.2}"
+    cfg = parse_config(WATCHED_RUN + f"guardrails: {{{rules}}}\n", overrides=[ON])
+
+    assert {"a", "b"} <= set(cfg.guards)
+
+
+@pytest.mark.parametrize(("value", "said"), [
+    ("eval.strengths=[0.5,0.5]", "strengths is [0.5, 0.5], which has 0.5 twice"),
+    ("model.lora.llm_layers=[1,1]", "llm_layers is [1, 1], which has 1 twice"),
+    ("model.lora.vit_layers=[0,2,0]", "vit_layers is [0, 2, 0], which has 0 twice"),
+    ("ablation.conditions=[zero,zero]", "conditions is ['zero', 'zero'], which has 'zero' twice"),
+    ("eval.irrelevant.phrase='  '", "phrase '  ' is blank"),
+    ("eval.irrelevant.phrase='\u3000'", "is blank"),
+    ("eval.irrelevant.pattern=''", "pattern '' matches the empty text"),
+    ("eval.irrelevant.pattern='(off)?'", "pattern '(off)?' matches the empty text"),
+    ("eval.irrelevant.pattern=.", "pattern '.' matches ' '"),
+    ("eval.ood.yes=''", "yes '' matches the empty text"),
+    ("eval.irrelevant.pattern='a{99999999999}'", "is not a regular expression"),
+    (f"eval.ood.yes='{'(' * 3000}{')' * 3000}'", "is not a regular expression: it is nested too deeply"),
+])  # fmt: skip
+def test_what_switches_a_monitor_off_in_effect_or_stands_twice_is_refused(value: str, said: str) -> None:
+    told = one(WATCHED_RUN, ON, value)
+
+    assert said in told and len(told) < 1000

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from beholder.config import STAGES, STRENGTH_LINE
+from beholder.config import RETAINED, SHARES, STAGES, STRENGTH_LINE, WATCHED
 from beholder.evidence import Measurement
 from beholder.evidence.catalogue import ALL_CONDITIONS, CATALOGUE, called, quantity, unit_of
 from beholder.probes.hallucination import load_objects, score_chair
@@ -19,6 +19,10 @@ from beholder.studies.frontier import KEPT
 from beholder.use.score import Kind, score_files
 
 SOURCES = Path(__file__).parents[2] / "src" / "beholder"
+
+
+def test_the_config_knows_which_monitors_are_shares() -> None:
+    assert {name for name in (*WATCHED, *RETAINED) if quantity(name)[0].unit == "share"} == SHARES
 
 
 def strangers(measured: Iterable[Measurement]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import zipfile
 from pathlib import Path
@@ -115,12 +116,15 @@ def test_the_monitors_read_what_was_made_by_folder_or_by_file(archives: list[zip
     [
         ("{", "line 1 is not JSON"),
         ("[]", "line 1 is list"),
-        ('{"id": "a"}', "record 0 names no image"),
+        ('{"id": "a"}', "line 1 names no image"),
         ('{"image": "gone.png"}', "gone.png"),
         ('{"image": "../secret.png"}', "secret.png"),
         ('{"image": "a.png", "shows": "cat"}', "shows is not a list of texts"),
         ('{"image": 3}', "image is int"),
         ("", "has no record"),
+        ('{"image": "a.png", "images": ["a.png"]}', "line 1 has both image and images"),
+        ('{"id": "x", "image": "a.png"}\n\n{"id": "x", "image": "a.png"}', "line 3 has the id 'x', which line 1 has"),
+        ('{"image": "a.png", "kind": "' + "x" * 1_000_000 + '"}', "line 1 has over 1,000,000 bytes"),
     ],
 )
 def test_a_record_that_is_none_is_named(tmp_path: Path, line: str, told: str) -> None:
@@ -134,9 +138,56 @@ def test_a_record_that_is_none_is_named(tmp_path: Path, line: str, told: str) ->
     assert told in str(error.value)
 
 
+def test_null_is_absent_a_byte_order_mark_harmless_and_images_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for name in ("1/a.png", "2/a.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    rows = [{"image": "1/a.png", "question": None, "id": None}, {"image": "2/a.png"}, {"image": "2/a.png"}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "ood.jsonl").write_text(text, encoding="utf-8-sig")
+
+    found = load_monitor_set("eval.ood.path", str(tmp_path)).examples
+    assert [e.id for e in found] == ["1/a.png", "2/a.png", "2/a.png#2"] and not found[0].turns
+    bare = load_monitor_set("eval.irrelevant.path", str(tmp_path)).examples
+    assert [e.id for e in bare] == ["1/a.png", "2/a.png"]
+
+
+def test_a_huge_record_file_is_not_held_in_memory(tmp_path: Path) -> None:
+    with (tmp_path / "ood.jsonl").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match="line 1 has over 1,000,000 bytes"):
+        load_monitor_set("eval.ood.path", str(tmp_path))
+    with (tmp_path / "ood.jsonl").open("wb") as file:
+        file.truncate(0)
+    with pytest.raises(UserError, match=r"ood\.jsonl: is empty"):
+        load_monitor_set("eval.ood.path", str(tmp_path))
+
+
+def test_a_folder_of_images_takes_every_kind_and_names_what_it_cannot_take(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "a.jfif", "JPEG")
+    Image.new("RGB", (4, 4)).save(folder / "b.ppm")
+    assert len(load_monitor_set("eval.irrelevant.path", str(folder), str(folder)).items) == 2
+    with pytest.raises(UserError, match=r"no irrelevant\.jsonl, so .*eval\.irrelevant\.image_root"):
+        load_monitor_set("eval.irrelevant.path", str(folder), str(tmp_path))
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "out.png")
+    (folder / "link.png").symlink_to(tmp_path / "out.png")
+    with pytest.raises(UserError, match=r"link\.png leads out of .*eval\.irrelevant\.image_root") as error:
+        load_monitor_set("eval.irrelevant.path", str(folder))
+    assert "more_image_roots" not in str(error.value) and "jsonl" not in str(error.value)
+
+    (folder / "link.png").rename(os.fsdecode(os.fsencode(folder) + b"/\xff.png"))
+    with pytest.raises(UserError, match=r"the file name b'\\xff\.png' is not UTF-8"):
+        load_monitor_set("eval.irrelevant.path", str(folder))
+
+
 def test_a_missing_file_an_empty_folder_and_a_file_that_is_no_font_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="beholder prepare ood makes both"):
         load_monitor_set("eval.ood.path", str(tmp_path / "gone.jsonl"))
+    with pytest.raises(UserError, match="cannot be read"):
+        load_monitor_set("eval.ood.path", "a\0b")
     with pytest.raises(UserError, match=r"has no ood\.jsonl and no image"):
         load_monitor_set("eval.ood.path", str(tmp_path))
     (tmp_path / "x.ttf").write_text("no font")

@@ -24,7 +24,7 @@ from beholder.evidence.catalogue import quantity
 from beholder.report import render
 from beholder.runs import sha256_file
 from beholder.stages import run_stage
-from beholder.stages.guard import differences
+from beholder.stages.guard import differences, first_reading
 from beholder.stages.remeasure import evaluate_run
 from beholder.types import Status, UserError
 
@@ -441,3 +441,27 @@ def test_a_guardrail_or_gate_on_what_is_not_measured_is_told_when_the_config_is_
     with pytest.raises(UserError) as error:
         make_config(tiny_parts, tmp_path, **(base | sets))
     assert told in str(error.value)
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ('{"step": 0, "monitors": {"ood.hallucination": NaN}, "monitor_data": {}}', "'ood.hallucination' is nan"),
+    ('{"step": 0, "monitors": {"ood.blind": "x"}}', "'ood.blind' is 'x'"),
+    ('{"step": 0, "monitors": {"ood.blind": true}}', "'ood.blind' is True"),
+    ('{"step": 0, "monitors": {"ood.blind": 1' + "0" * 400 + "}}", "expected a finite number"),
+    ('{"step": 0, "monitors": [1]}', "monitors is list"),
+    ('{"step": 0, "monitors": {}, "monitor_data": 3}', "monitor_data is int"),
+    ('{"step": 0, "monitors": {"\\ud800": 1}}', "cannot be written again"),
+])  # fmt: skip
+def test_a_damaged_log_of_another_run_is_named_with_its_line(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"loss": 1}}\n{line}\n', encoding="utf-8")
+
+    with pytest.raises(UserError, match=r"^eval\.baseline_run: \S+metrics\.jsonl:2: ") as error:
+        first_reading(str(tmp_path))
+    assert said in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_of_another_runs_log_its_reading_alone_is_taken(tmp_path: Path) -> None:
+    row = {"step": 0, "monitors": {"ood.blind": 0.5}, "candidate": {}, "loss": 3}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row), encoding="utf-8")
+
+    assert first_reading(str(tmp_path)) == {"step": 0, "monitors": {"ood.blind": 0.5}, "monitor_data": {}}

@@ -27,10 +27,12 @@ from beholder.config.monitors import (
     MONITORED,
     MONITORS,
     RETAINED,
+    SHARES,
     STRENGTH_LINE,
     WATCHED,
     Monitor,
     Watched,
+    folded,
     in_script,
 )
 from beholder.config.parts import (
@@ -57,7 +59,7 @@ from beholder.config.run import (
     TrainConfig,
     WeightDecays,
 )  # fmt: skip
-from beholder.config.section import Cadence, Decided, Fraction, Positive, Section, decided_by, settings
+from beholder.config.section import Cadence, Decided, Fraction, Positive, Section, decided_by, no_pattern, settings
 from beholder.config.stages import (
     GUARDRAILS,
     STAGES,
@@ -72,12 +74,12 @@ from beholder.config.studies import SCALES, FootprintConfig, PointSetting, Study
 from beholder.types import DatasetKind
 
 __all__ = [
-    "CAPTION_SPAM", "GREEDY", "GUARDRAILS", "MONITORED", "MONITORS", "RETAINED", "SCALES", "STAGES", "STRENGTH_LINE",
-    "WATCHED", "AblationConfig", "BestRule", "Cadence", "ConnectorConfig", "DataConfig", "DatasetKind", "Decided",
-    "EvalConfig", "FeaturesConfig", "FootprintConfig", "Fraction", "GateConfig", "GenerateConfig", "GuardrailConfig",
-    "HygieneConfig", "HygieneLimits", "IrrelevantConfig", "Layers", "LearningRates", "LlmConfig", "LoraConfig",
-    "ModelConfig", "Monitor", "OodConfig", "PointSetting", "Positive", "ProjectorConfig", "PromptingConfig",
-    "ResamplerConfig", "RunConfig", "Section", "SourceConfig", "Stage", "StageName", "StudyConfig", "SweepConfig",
-    "TrainConfig", "VisionConfig", "Watched", "WeightDecays", "decided_by", "in_script", "names_modules", "no_layers",
-    "settings", "usual_gate",
+    "CAPTION_SPAM", "GREEDY", "GUARDRAILS", "MONITORED", "MONITORS", "RETAINED", "SCALES", "SHARES", "STAGES",
+    "STRENGTH_LINE", "WATCHED", "AblationConfig", "BestRule", "Cadence", "ConnectorConfig", "DataConfig",
+    "DatasetKind", "Decided", "EvalConfig", "FeaturesConfig", "FootprintConfig", "Fraction", "GateConfig",
+    "GenerateConfig", "GuardrailConfig", "HygieneConfig", "HygieneLimits", "IrrelevantConfig", "Layers",
+    "LearningRates", "LlmConfig", "LoraConfig", "ModelConfig", "Monitor", "OodConfig", "PointSetting", "Positive",
+    "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig", "Section", "SourceConfig", "Stage",
+    "StageName", "StudyConfig", "SweepConfig", "TrainConfig", "VisionConfig", "Watched", "WeightDecays",
+    "decided_by", "folded", "in_script", "names_modules", "no_layers", "no_pattern", "settings", "usual_gate",
 ]  # fmt: skip

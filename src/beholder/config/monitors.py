@@ -26,6 +26,8 @@ class Watched:
     """A change of it that matters to the plan's hypotheses; None: they are not about it."""
     harm: str = ""
     """What they call it."""
+    share: bool = True
+    """Whether it lies in 0…1, as the catalogue has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +70,8 @@ MONITORS = (
         ("eval.jitter_samples", "eval.answer_tokens"), held_out=True,
     ),
     Monitor(
-        "gap", "Generalisation gap", "eval.gap_samples", ("gap.",), (Watched("gap.generalisation", "gap"),),
-        ("eval.gap_samples",), held_out=True,
+        "gap", "Generalisation gap", "eval.gap_samples", ("gap.",),
+        (Watched("gap.generalisation", "gap", share=False),), ("eval.gap_samples",), held_out=True,
     ),
 )  # fmt: skip
 
@@ -77,6 +79,7 @@ MONITORED = {begin: m.setting for m in MONITORS for begin in m.begins}
 """How names of measurements begin that are made where a setting says on what, and that setting."""
 WATCHED = {w.name: w for m in MONITORS for w in m.watched}
 """What is measured at every evaluation, where it is switched on."""
+SHARES = frozenset(name for name, w in WATCHED.items() if w.share)
 RETAINED = ("retention.loss_ratio", "retention.loss_ratio_styled", "retention.kl")
 """The same under ``eval.retention_every: eval``."""
 STRENGTH_LINE = {
@@ -84,6 +87,11 @@ STRENGTH_LINE = {
     **{name: w.strength for name, w in WATCHED.items() if w.strength},
 }  # fmt: skip
 """What is measured at other strengths of the adapters, and what it is called there."""
+
+
+def folded(text: str) -> str:
+    """A text without what does not count when a phrase is looked for: width of characters, case, spacing."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def in_script(letter: str, script: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from beholder.config.section import Inert, Positive, Section, Tiny, Written, decides
+from beholder.config.section import Inert, Positive, Section, Tiny, Written, decides, given_twice
 
 # ---------------------------------------------------------------------------------------------------------------
 # model
@@ -249,7 +249,7 @@ class LoraConfig(Section):
                 "enable is true, but llm_layers and vit_layers choose no layer, so there would be no adapters; choose "
                 "some, or set enable: false"
             ]
-        return []
+        return given_twice("llm_layers", self.llm_layers) + given_twice("vit_layers", self.vit_layers)
 
 
 class ModelConfig(Section):

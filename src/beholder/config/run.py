@@ -12,9 +12,21 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from beholder.config.data import DataConfig, FeaturesConfig, HygieneLimits, PromptingConfig, Template
-from beholder.config.monitors import MONITORED, RETAINED, WATCHED, is_script
+from beholder.config.monitors import MONITORED, RETAINED, SHARES, WATCHED, folded, is_script
 from beholder.config.parts import FROZEN_CONNECTOR, FROZEN_TOWER, NO_ADAPTERS, ModelConfig
-from beholder.config.section import Cadence, Fraction, Inert, Natural, Positive, Section, Tiny, Written, decides
+from beholder.config.section import (
+    Cadence,
+    Fraction,
+    Inert,
+    Natural,
+    Positive,
+    Section,
+    Tiny,
+    Written,
+    decides,
+    given_twice,
+    no_pattern,
+)  # fmt: skip
 from beholder.config.stages import (
     GUARDRAILS,
     GateConfig,
@@ -166,7 +178,10 @@ class IrrelevantConfig(Section):
     """What is asked about images whose record asks nothing; default the held-out samples' own questions, in turn."""
 
     def impossible(self) -> list[str]:
-        return _bad_patterns(self, "pattern")
+        wrong = [] if self.pattern is None else _bad_pattern("pattern", self.pattern)
+        if not folded(self.phrase):
+            wrong.append(f"phrase {self.phrase!r} is blank, so every answer would have it; give the words that count")
+        return wrong
 
 
 class OodConfig(Section):
@@ -189,7 +204,7 @@ class OodConfig(Section):
     hiragana, hangul, cyrillic, arabic, …; none: any."""
 
     def impossible(self) -> list[str]:
-        wrong = _bad_patterns(self, "yes")
+        wrong = _bad_pattern("yes", self.yes)
         if self.question is not None and "{object}" not in self.question:
             wrong.append(f"question {self.question!r} has no {{object}} for what is asked about")
         if self.script is not None and not is_script(self.script):
@@ -200,14 +215,17 @@ class OodConfig(Section):
         return wrong
 
 
-def _bad_patterns(section: Section, *names: str) -> list[str]:
-    wrong: list[str] = []
-    for name in names:
-        try:
-            re.compile(getattr(section, name) or "")
-        except re.error as e:
-            wrong.append(f"{name} {getattr(section, name)!r} is not a regular expression: {e}")
-    return wrong
+def _bad_pattern(name: str, pattern: str) -> list[str]:
+    """Also one that is found in a text that says nothing is of no use: it would be found in nearly every answer."""
+    if (why := no_pattern(pattern)) is not None:
+        return [f"{name} {pattern[:200]!r} is not a regular expression: {why}"]
+    empty = next((text for text in ("", " ", ".") if re.search(pattern, text)), None)
+    if empty is None:
+        return []
+    return [
+        f"{name} {pattern[:200]!r} matches {'the empty text' if not empty else repr(empty)}, so it would be found "
+        "where nothing is said; expected a regular expression that needs the words that count"
+    ]
 
 
 class EvalConfig(Section):
@@ -305,6 +323,9 @@ class EvalConfig(Section):
     """Held-out samples of several images and a short answer whose images are moved through every place, and as many
     two of which change places; 0: none."""
 
+    def impossible(self) -> list[str]:
+        return given_twice("strengths", self.strengths)
+
     def off(self, measure: str) -> str | None:
         """The setting that would have a monitor's measurement made; None where it is made, and for all others."""
         setting = next((s for begin, s in MONITORED.items() if measure.startswith(begin)), None)
@@ -332,6 +353,9 @@ class AblationConfig(Section):
     conditions: tuple[Literal["shuffled", "zero", "noise"], ...] = ("shuffled", "zero", "noise")
     """The wrong images: another sample's, one whose normalised pixels are 0, one whose normalised pixels are drawn
     from N(0, 1)."""
+
+    def impossible(self) -> list[str]:
+        return given_twice("conditions", self.conditions)
 
 
 class RunConfig(Section):
@@ -523,6 +547,8 @@ class RunConfig(Section):
                 )
             elif not rule.stops:
                 wrong.append(f"guardrails.{name} has no bound; give falls, rises, below, above or widens")
+            else:
+                wrong += [f"guardrails.{name}: {why}" for why in rule.useless(share=rule.measure in SHARES)]
         quick = self.train.quick_eval_size and self.train.quick_eval_steps
         ends = ("end", "never")
         if self.guards and not quick and self.train.full_eval_every in ends and self.ablation.run_every in ends:

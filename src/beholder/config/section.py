@@ -8,6 +8,7 @@ what compare shows, what is inert, what smoke shrinks.
 
 from __future__ import annotations
 
+import re
 import types as pytypes
 import typing
 from collections.abc import Callable, Iterator
@@ -100,6 +101,22 @@ class Section(BaseModel):
         if wrong := self.impossible():
             raise ValueError("\n".join(wrong))
         return self
+
+
+def no_pattern(pattern: str) -> str | None:
+    """Why a text is no regular expression; None where it is one."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as e:
+        return "it is nested too deeply" if isinstance(e, RecursionError) else str(e)
+    return None
+
+
+def given_twice(name: str, values: object) -> list[str]:
+    """What is wrong with a list in which each may stand once; of a setting in words, nothing."""
+    if not isinstance(values, tuple | list) or not (twice := [v for k, v in enumerate(values) if v in values[:k]]):
+        return []
+    return [f"{name} is {list(values)}, which has {twice[0]!r} twice; give each once"]
 
 
 # ---------------------------------------------------------------------------------------------------------------

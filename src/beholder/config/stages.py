@@ -177,6 +177,29 @@ class GuardrailConfig(Section):
         """Whether it has a bound."""
         return any(x is not None for x in (self.falls, self.rises, self.below, self.above, self.widens))
 
+    def useless(self, *, share: bool) -> list[str]:
+        """Bounds that never stop a run or always do. ``share``: what it judges lies in 0…1."""
+        wrong: list[str] = []
+        if self.above is not None and self.below is not None and self.below >= self.above:
+            wrong.append(
+                f"above is {self.above:g} and below {self.below:g}, but a run goes on with what lies "
+                "between below and above, and nothing does; give a smaller below or a larger above"
+            )
+        if not share:
+            return wrong
+        for name in ("falls", "best_falls", "rises", "best_rises", "widens"):
+            value: float | None = getattr(self, name)
+            if value is not None and value >= 1:
+                wrong.append(
+                    f"{name} is {value:g}, but {self.measure} is a share, from 0 to 1, which never moves by more than "
+                    "1; give less than 1"
+                )
+        if self.above is not None and not 0 <= self.above < 1:
+            wrong.append(f"above is {self.above:g}, but {self.measure} is a share; expected 0 or more, less than 1")
+        if self.below is not None and not 0 < self.below <= 1:
+            wrong.append(f"below is {self.below:g}, but {self.measure} is a share; expected more than 0, at most 1")
+        return wrong
+
 
 def _guardrail(measure: str, why: str, **bounds: Any) -> GuardrailConfig:
     return GuardrailConfig(measure=measure, why=why, **bounds)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from beholder.config import Layers, LoraConfig, names_modules, no_layers
+from beholder.config import Layers, LoraConfig, names_modules, no_layers, no_pattern
 from beholder.model.weights import listed
 from beholder.types import TrainedPart, UserError
 
@@ -379,13 +379,12 @@ def _named(part: Part, pattern: str, setting: str) -> Iterator[str]:
 def _expression(pattern: str, setting: str) -> re.Pattern[str]:
     """The pattern as a regular expression for the last parts of a name. How long it may search is the business of the
     person who wrote it."""
-    try:
-        re.compile(pattern)  # alone, so that a stray bracket is told as it was written
-        return re.compile(rf"(?:.*\.)?(?:{pattern.removeprefix('^')})")
-    except (re.error, OverflowError, RecursionError) as e:
+    whole = rf"(?:.*\.)?(?:{pattern.removeprefix('^')})"
+    if (why := no_pattern(pattern) or no_pattern(whole)) is not None:  # alone first: a stray bracket is told as written
         raise UserError(
-            f"{setting} {pattern!r} is neither the last part of a module's name nor a regular expression: {e}"
-        ) from e
+            f"{setting} {pattern[:200]!r} is neither the last part of a module's name nor a regular expression: {why}"
+        )
+    return re.compile(whole)
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int] | None:

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from beholder.config import in_script
+from beholder.config import folded, in_script
 from beholder.evidence import Measurement
 from beholder.probes import bootstrap, measurement, ratio_of_sums, share, strata
 from beholder.probes.caption_metrics import normalize, tokenize
@@ -72,7 +72,7 @@ class Phrase:
         """Whether the text says so; width of characters (NFKC), case and spacing do not count for a phrase."""
         if self.pattern is not None:
             return re.search(self.pattern, text) is not None
-        return _folded(self.phrase) in _folded(text)
+        return folded(self.phrase) in folded(text)
 
     @property
     def words(self) -> str:
@@ -123,7 +123,7 @@ def invents(text: str, shows: Sequence[str], known: Trained, objects: ObjectList
 def mentions(text: str, label: str) -> bool:
     """Whether the text has the label: as whole words, in the plural too; without spaces between them, as written."""
     if _WITHOUT_SPACES.search(label):
-        return _folded(label) in _folded(text)
+        return folded(label) in folded(text)
     words = tokenize(text)
     for form in (label, plural(label)):
         own = tokenize(form)
@@ -337,10 +337,6 @@ def crossed(
 def says(pattern: str, text: str) -> bool:
     """Whether the text begins so; width of characters and case do not count."""
     return re.match(pattern, unicodedata.normalize("NFKC", text), re.IGNORECASE) is not None
-
-
-def _folded(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _letters(text: str) -> str:

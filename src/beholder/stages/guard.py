@@ -5,6 +5,7 @@ The log is the only memory: whatever is decided follows from its lines, so that 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -49,21 +50,52 @@ def open_history(session: Session, *, fresh: bool) -> list[Measurement]:
     if not fresh:
         return []
     if (other := session.cfg.eval.baseline_run) is not None:
-        session.dist.on_main(lambda: session.run.log({**_first_reading(other), "baseline_run": other}))
+        session.dist.on_main(lambda: session.run.log({**first_reading(other), "baseline_run": other}))
         check_history(session)  # before anything is measured to be compared with it
     return read_monitors(session, 0)
 
 
-def _first_reading(folder: str) -> dict[str, Any]:
-    """The first reading of another run."""
-    rows = RunDir(folder).metrics()
-    first = [r for r in rows if "monitors" in r and r.get("step") == 0 and "baseline_run" not in r]
+def first_reading(folder: str) -> dict[str, Any]:
+    """The first reading of another run: what a reading consists of, and nothing else that its line may say."""
+    run = RunDir(folder)
+    rows = run.numbered_metrics()
+    first = [(n, r) for n, r in rows if "monitors" in r and r.get("step") == 0 and "baseline_run" not in r]
     if not first:
         raise UserError(
             f"eval.baseline_run {folder}: its log has no reading of step 0; expected the folder of a run whose "
             "monitors (eval.irrelevant, eval.ood, …) were on"
         )
-    return first[-1]
+    number, row = first[-1]
+    reading = {"step": 0, "monitors": row["monitors"], "monitor_data": row.get("monitor_data", {})}
+    if (wrong := _no_reading(reading)) is not None:
+        raise UserError(
+            f"eval.baseline_run: {run.metrics_path}:{number}: {wrong}. The log is damaged; name another run's folder, "
+            "or leave eval.baseline_run out to compare with this run's own step 0"
+        )
+    return reading
+
+
+def _no_reading(row: Mapping[str, Any]) -> str | None:
+    """Why a line of another run's log is no reading; None where it is one."""
+    values, known = row["monitors"], row["monitor_data"]
+    if not isinstance(values, dict) or not isinstance(known, dict):
+        name = "monitor_data" if isinstance(values, dict) else "monitors"
+        return f"{name} is {type(row[name]).__name__}; expected an object"
+    for name, value in values.items():
+        if not _is_finite(value):
+            return f"monitors: {name[:80]!r} is {repr(value)[:40]}; expected a finite number"
+    try:
+        to_json(row).encode()
+    except (ValueError, RecursionError) as e:  # half a surrogate pair; nested without end
+        return f"it cannot be written again ({str(e)[:200]})"
+    return None
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def measured_otherwise(session: Session) -> str | None:
