@@ -11,6 +11,7 @@ import pytest
 from tests.probes.test_answers import keyed, question
 
 from beholder.data.sources import guess_source, open_sources
+from beholder.evidence import Measurement
 from beholder.evidence.catalogue import CATALOGUE, quantity
 from beholder.probes import text_learner
 from beholder.types import Example, ImageRef, ImageSlot, Turn, UserError
@@ -136,3 +137,14 @@ def test_pictures_that_cannot_be_read_are_told_apart_by_their_places_and_that_is
 
     assert "240 images could not be read" in found.gaps[0] and found.measurements[0].n == 240
     assert text_learner.learn(fair(), content_key=lambda ref: ref.path).gaps == []
+
+
+def test_the_gain_over_the_words_has_an_interval_of_both() -> None:
+    def share(name: str, value: float, low: float, high: float) -> Measurement:
+        return Measurement(name=name, value=value, unit="share", better="higher", n=100, ci95=(low, high))
+
+    right, learner = share("answer.accuracy.correct", 0.9, 0.84, 0.95), share("learner.accuracy", 0.5, 0.42, 0.58)
+    gain = text_learner.gain_over(right, learner)
+
+    assert gain.value == pytest.approx(0.4) and gain.ci95 is not None and gain.n == 100
+    assert gain.ci95 == pytest.approx((0.4 - 0.1, 0.4 + (0.05**2 + 0.08**2) ** 0.5))

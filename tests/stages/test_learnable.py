@@ -10,7 +10,7 @@ from tests.conftest import MakeConfig, TinyParts
 
 from beholder.config import RunConfig
 from beholder.config.file import dump_config
-from beholder.stages import learnable
+from beholder.stages import learnable, run_stage
 from beholder.stages.learnable import audit_subject
 from beholder.stages.remeasure import Answer
 from beholder.types import UserError
@@ -54,6 +54,17 @@ def test_of_a_record_file_the_audit_says_which_words_give_it_away_and_loads_no_m
     told = "\n".join(found.findings)
     assert "Learnable without an image" in told and "“parrot” → green" in told and "“swan” → white" in told
     assert "1 bad records were left out" in told
+
+
+def test_a_run_on_answers_that_the_words_give_away_fails_the_gate_on_it_and_tells_the_words(config: RunConfig) -> None:
+    """However right its answers are: a learner of the words alone is as right."""
+    outcome = run_stage(config)
+
+    evidence = outcome.evidence
+    assert evidence is not None and not evidence.promotable
+    gate = next(g for g in evidence.gates if g.name == "better_than_words")
+    assert not gate.passed and gate.value is not None and gate.value <= 0
+    assert any("Learnable without an image" in f and "“parrot” → green" in f for f in evidence.findings)
 
 
 def test_a_config_has_both_the_language_model_as_it_is_and_the_learner(config: RunConfig, tmp_path: Path) -> None:

@@ -111,6 +111,10 @@ INSTRUCT_GATES: dict[str, GateConfig] = {name: gate for name, gate in GATES.item
         "pairs.right.correct", "the same question about two pictures gets two right answers, oftener than any guessing "
         "without looking could", above=0.25, end="low",
     ),
+    "better_than_words": _gate(
+        "learner.gain", "answers are right oftener than what a learner gets from the questions' words alone",
+        above=0, end="low",
+    ),
     "merges": _gate(
         "merge.tokens_changed_pct", "with its adapters merged into the weights it predicts the answers as before",
         at_most=2,

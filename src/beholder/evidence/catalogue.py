@@ -244,6 +244,8 @@ _MEASURED: tuple[Quantity, ...] = (
     # What a learner of the words alone makes of the data's questions.
     _Q("learner.accuracy", "right by a learner of the words alone", _SHARE, "lower", "blind", said=ALONE),
     _Q("learner.lm", "right by the language model trained without images", _SHARE, "lower"),
+    _Q("learner.gain", "right over what a learner of the words gets", _SHARE, "higher", "blind", read_in="points",
+       said=ALONE),
     _Q("learner.majority", "right by the usual answer to the question", _SHARE, "none", "blind"),
     _Q("collapse.empty", "empty outputs", _SHARE, "lower", "symptoms"),
     _Q("collapse.loop", "looping outputs", _SHARE, "lower", "symptoms"),

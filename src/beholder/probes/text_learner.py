@@ -8,6 +8,7 @@ words.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import Counter, defaultdict
@@ -291,6 +292,25 @@ def _measure(
             share = ratio_of_sums(np.bincount(place, weights=right[own]), asks, seed)
             out.append(measurement(f"learner.{what}", *share, n=len(own), by=by, stratum=name, caveat=caveat))
     return out
+
+
+def gain_over(right: Measurement, learner: Measurement) -> Measurement:
+    """How much oftener answers with their images are right (``answer.accuracy.correct``) than the learner's.
+
+    Held-out and training questions are different ones, so the ends of both intervals are added in quadrature (Newcombe
+    1998, Statistics in Medicine 17:873, method 10).
+    """
+    value, ends = right.value - learner.value, None
+    if right.ci95 is not None and learner.ci95 is not None:
+        (low, high), (least, most) = right.ci95, learner.ci95
+        ends = (
+            value - math.hypot(right.value - low, most - learner.value),
+            value + math.hypot(high - right.value, learner.value - least),
+        )
+    return Measurement(
+        name="learner.gain", value=value, unit="share", better="higher", n=right.n, ci95=ends,
+        caveat="answers to held-out questions with their images, over what was learned from training questions' words",
+    )  # fmt: skip
 
 
 def _findings(measured: Sequence[Measurement], words: Sequence[Telling]) -> list[str]:

@@ -535,20 +535,27 @@ def learnable(session: Session, m: Measured) -> None:
         m.leave_out("learner.", "Learner of words", why)
         return
 
-    def learned() -> tuple[list[dict[str, Any]], list[str], str]:
+    def learned() -> tuple[list[dict[str, Any]], list[str], list[str], str]:
         examples = session.data.train.first(text_learner.MAX_QUESTIONS)
         try:
             found = text_learner.learn(examples, seed=session.held_out.seed, content_key=session.held_out.content_key)
         except UserError as e:
-            return [], [], str(e)
-        return [x.model_dump(mode="json") for x in found.measurements], found.gaps, ""
+            return [], [], [], str(e)
+        return [x.model_dump(mode="json") for x in found.measurements], found.findings, found.gaps, ""
 
     with session.phase("learnable"):
-        found, gaps, why = session.dist.on_main(learned)
-    m.measurements += [Measurement.model_validate(x) for x in found]
+        found, findings, gaps, why = session.dist.on_main(learned)
+    m.findings += findings
     m.gaps += gaps
     if why:
         m.leave_out("learner.", "Learner of words", why)
+        return
+    right = next((x for x in m.measurements if x.key == "answer.accuracy.correct"), None)
+    m.measurements += (learner := [Measurement.model_validate(x) for x in found])
+    if right is not None:
+        m.measurements.append(text_learner.gain_over(right, next(x for x in learner if x.key == "learner.accuracy")))
+    elif (why := m.why_not("answer.accuracy.correct")) is not None:
+        m.inapplicable["learner.gain"] = why
 
 
 def short_answers(session: Session, m: Measured, about: str, what: str) -> list[int]:
