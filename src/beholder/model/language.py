@@ -65,7 +65,7 @@ class LanguageModel(nn.Module):
         self.part.try_out = self.try_out
         freeze(self)
         if gradient_checkpointing:
-            self._enable_checkpointing()
+            self._enable_checkpointing("model.native" if whole else "model.llm")
         table = self.model.get_input_embeddings()
         self.vocab, self.d_text = table.weight.shape
         self.limits = limits_of(self.decoder if whole else model)
@@ -107,11 +107,11 @@ class LanguageModel(nn.Module):
 
         return [m for m in self.modules() if isinstance(m, GradientCheckpointingLayer)]
 
-    def _enable_checkpointing(self) -> None:
+    def _enable_checkpointing(self, section: str) -> None:
         layers = self._checkpointed_layers()
         if not layers:
             raise UserError(
-                f"model.llm.gradient_checkpointing: {self.name} ({type(self.model).__name__}) does not support it"
+                f"{section}.gradient_checkpointing: {self.name} ({type(self.model).__name__}) does not support it"
             )
         how = {"use_reentrant": False}
         if hasattr(self.model, "activation_checkpointing_enable"):  # the name since transformers 5.2x
