@@ -325,8 +325,9 @@ class NativeModel(Seeing):
         if not math.isfinite(error):
             return UserError(
                 f"{FIELD} {self.language.name!r} ({type(self.whole).__name__}): {what} are NaN or infinite on a "
-                f"made-up image and text, in {str(self.language.dtype).removeprefix('torch.')}. Its weights or the "
-                "settings in its config.json are damaged; get them again, or set model.native.precision: fp32"
+                f"made-up image and text, in {str(self.language.dtype).removeprefix('torch.')}. Its weights or "
+                "the settings in its config.json are damaged; get them again, or give them more range "
+                "(model.native.precision: fp32)"
             )
         return UserError(
             f"{self.language.name} ({type(self.whole).__name__}): {what} of ours differ from its own by {error:.1e} of "

@@ -149,16 +149,16 @@ def _check_settings(name: str, images: Any, vision: Any) -> None:
     """Refuse settings of preprocessor_config.json that give pixels which are no numbers, and patches of another size
     than the tower takes."""
     wrong: list[str] = []
-    for key in ("image_mean", "image_std"):
+    for key in ("image_mean", "image_std", "rescale_factor"):
         value = getattr(images, key, None)
         values = value if isinstance(value, list | tuple) else [] if value is None else [value]
         if not all(isinstance(v, int | float) and math.isfinite(v) and (v or key == "image_mean") for v in values):
-            wrong.append(f"{key} is {value!r:.60}, expected finite numbers{', not 0' if key == 'image_std' else ''}")
+            wrong.append(f"{key} is {value!r:.60}, expected finite numbers{'' if key == 'image_mean' else ', not 0'}")
     for key in ("patch_size", "temporal_patch_size", "merge_size"):
         tower = "spatial_merge_size" if key == "merge_size" else key
         value, theirs = getattr(images, key, None), getattr(vision, tower, None)
         if isinstance(value, int) and (value < 1 or (isinstance(theirs, int) and value != theirs)):
-            more = f"as {tower} in config.json says: {theirs}" if isinstance(theirs, int) else "1 or more"
+            more = f"{theirs} ({tower} in config.json)" if isinstance(theirs, int) else "1 or more"
             wrong.append(f"{key} is {value}, expected {more}")
     if wrong:
         raise UserError(

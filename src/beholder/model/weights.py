@@ -148,8 +148,10 @@ def check_depth(name: str, revision: str | None, config: Any) -> None:
 def check_size(name: str, shapes: Mapping[str, tuple[int, ...]], model: nn.Module) -> None:
     """Refuse files that hold much less than ``model``, which is on the meta device, needs: its weights would be made up
     first, however large they are, and then found missing."""
+    table = model.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
     output: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    own = {key: p for key, p in model.named_parameters() if output is None or p is not output.weight}  # may be tied
+    untied = output is not None and output.weight is not table  # as yet; the files may have them once
+    own = {key: p for key, p in model.named_parameters() if not untied or p is not output.weight}
     need, there = sum(p.numel() for p in own.values()), sum(math.prod(shape) for shape in shapes.values())
     if not shapes or need <= 1.1 * there:
         return
