@@ -829,3 +829,9 @@ data: {json_path: a.jsonl, eval_size: 10}
     assert named.guardrails == {"hallucination": GUARDRAILS["hallucination"]}
     small = smoke_config(cfg, tmp_path)
     assert small.guardrails == {} and small.eval.ood.path is None and "sees" not in small.gates
+
+
+def test_an_empty_list_of_layers_is_no_layer() -> None:
+    on, empty = "model.lora.enable=true", "model.lora.llm_layers=[]"
+    assert "choose no layer" in one(MINIMAL, on, empty)
+    assert "choose no layer" in one(MINIMAL, on, empty, "model.lora.vit_layers=[]")
