@@ -310,7 +310,7 @@ def _within(value: object, setting: str) -> bool:
     """Whether it is a number that the setting of `LoraConfig` can be; alpha comes times a strength."""
     if isinstance(value, bool) or not isinstance(value, int if setting == "r" else int | float):
         return False
-    return 0 < value <= max(m.le for m in LoraConfig.model_fields[setting].metadata if hasattr(m, "le"))
+    return 0 < value <= min(m.le for m in LoraConfig.model_fields[setting].metadata if hasattr(m, "le"))
 
 
 def _fits(layer: nn.Module, pair: Sequence[Tensor | None], rank: int) -> bool:

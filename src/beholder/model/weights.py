@@ -125,7 +125,7 @@ _INDEX = ".safetensors.index.json"
 
 MOST_LAYERS = 512
 """As many layers are built whatever the files hold: `check_loading_info` names what they lack."""
-_DEPTHS = ("num_hidden_layers", "num_layers", "depth", "encoder_layers", "decoder_layers")
+_DEPTHS = ("depth", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_hidden_layers")
 
 
 def check_depth(name: str, revision: str | None, config: Any) -> None:
