@@ -25,8 +25,10 @@ from beholder.model.families import (
 from beholder.model.placement import decoder_of, given_to, input_of, language_part, state_below
 from beholder.model.weights import (
     DTYPES,
+    check_depth,
     check_finite,
     check_loading_info,
+    check_stated_depth,
     first_line,
     freeze,
     from_pretrained,
@@ -385,6 +387,7 @@ def source_of(cfg: LlmConfig | VisionConfig) -> tuple[str, dict[str, Any]]:
     """
     setting = f"model.{'llm' if isinstance(cfg, LlmConfig) else 'vision'}.name_or_path"
     check_no_adapter(cfg.name_or_path, setting)
+    check_stated_depth(cfg.name_or_path)
     path = Path(cfg.name_or_path)
     # "a/b" may be a hub name; a path of another form, or one below a folder that is here, is none.
     gguf = cfg.name_or_path.endswith(".gguf")
@@ -485,6 +488,8 @@ def empty_language(cfg: LlmConfig, config: Any = None) -> Any:
         if config is None:
             name, where = source_of(cfg)
             config = AutoConfig.from_pretrained(name, **where)
+            if "gguf_file" not in where and Path(name).is_dir():  # else a plan would download the weights
+                check_depth(name, cfg.revision, config)
         check_soft_cap(config, cfg)
         # Other kernels may not be installed where a run is planned.
         kernel = {"attn_implementation": "sdpa"} if cfg.attn_implementation == "sdpa" else {}

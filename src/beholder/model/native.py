@@ -31,6 +31,7 @@ from beholder.model.weights import (
     check_finite,
     check_loading_info,
     check_size,
+    check_stated_depth,
     freeze,
     from_pretrained,
     loading,
@@ -427,6 +428,7 @@ def _config_of(cfg: LlmConfig) -> tuple[Any, Family]:
     from transformers import AutoConfig
 
     check_no_adapter(cfg.name_or_path, FIELD)
+    check_stated_depth(cfg.name_or_path)
     with loading(f"{FIELD} {cfg.name_or_path!r}", WANTED):
         config = AutoConfig.from_pretrained(cfg.name_or_path, revision=cfg.revision, trust_remote_code=False)
     return config, known_family(config, cfg.name_or_path)

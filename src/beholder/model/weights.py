@@ -128,6 +128,26 @@ MOST_LAYERS = 512
 _DEPTHS = ("depth", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_hidden_layers")
 
 
+def check_stated_depth(name: str) -> None:
+    """Refuse a folder whose config.json states more layers than any model has, before transformers makes a list of
+    them. What is no JSON is told by who loads it."""
+    try:
+        parts = [json.loads((Path(name) / "config.json").read_bytes())]
+    except (OSError, ValueError, RecursionError):
+        return
+    while parts:
+        part = parts.pop()
+        if not isinstance(part, dict):
+            continue
+        parts += part.values()
+        for field in _DEPTHS:
+            if isinstance(value := part.get(field), int) and value > 8 * MOST_LAYERS:
+                raise UserError(
+                    f"{name}: config.json says {field} {value}; no model has more than {8 * MOST_LAYERS} layers, and "
+                    "its files of weights do not either. Download them again, or give the matching config."
+                )
+
+
 def check_depth(name: str, revision: str | None, config: Any) -> None:
     """Refuse a configuration with many more layers than the files have, before anything of that size is built: ten
     million layers would take hours. Nothing is said where there are no files."""
