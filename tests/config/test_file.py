@@ -874,3 +874,9 @@ def test_what_switches_a_monitor_off_in_effect_or_stands_twice_is_refused(value:
     told = one(WATCHED_RUN, ON, value)
 
     assert said in told and len(told) < 1000
+
+
+def test_an_empty_list_of_layers_is_no_layer() -> None:
+    on, empty = "model.lora.enable=true", "model.lora.llm_layers=[]"
+    assert "choose no layer" in one(MINIMAL, on, empty)
+    assert "choose no layer" in one(MINIMAL, on, empty, "model.lora.vit_layers=[]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from beholder.config import GenerateConfig, LlmConfig
 from beholder.model import attention
-from beholder.model.language import LanguageModel, load_language, load_tokenizer
+from beholder.model.language import LanguageModel, empty_language, load_language, load_tokenizer
 from beholder.prepare.tiny import tiny_tokenizer
 from beholder.types import UserError
 
@@ -285,3 +286,20 @@ def test_a_gguf_files_end_token_is_the_files_own(parts: Parts, tmp_path: Path) -
 
     assert (read.bos_token_id, read.eos_token_id) == (begin, tokenizer.eos_token_id)
     assert (read.bos_token, read.eos_token) == ("<|endoftext|>", "<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("layers", "told"), [(10_000_000, "no model has more than 4096"), (2000, "its files of weights")]
+)
+def test_far_more_layers_than_the_files_hold_are_told_before_they_are_built(
+    parts: Parts, tmp_path: Path, layers: int, told: str
+) -> None:
+    shutil.copytree(parts.llm("qwen3"), tmp_path / "deep")
+    path = tmp_path / "deep" / "config.json"
+    config = {k: v for k, v in json.loads(path.read_text()).items() if k != "layer_types"}
+    path.write_text(json.dumps(config | {"num_hidden_layers": layers}))
+
+    cfg = LlmConfig(name_or_path=str(path.parent), precision="fp32")
+    for build in (lambda: load_language(cfg, CPU), lambda: empty_language(cfg)):
+        with pytest.raises(UserError, match=rf"num_hidden_layers {layers}.*{told}"):
+            build()

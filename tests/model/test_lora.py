@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from beholder.config import STAGES, GenerateConfig, LoraConfig
 from beholder.model import adapted_linear, adapters, placement
 from beholder.model.language import LanguageModel
+from beholder.model.learned import learned_state
 from beholder.model.plan import TrainPlan, apply_train_plan, frozen_fingerprint, param_groups, plan_of
 from beholder.model.vlm import VisionLanguageModel
-from beholder.types import UserError
+from beholder.runs import to_json
+from beholder.types import TrainedPart, UserError
 
 from .conftest import Build, Built
 
@@ -642,3 +644,49 @@ def test_adapters_alone_learn_when_the_connector_is_frozen(adapted: Built) -> No
 
     assert len(grads) == 28 and all(".lora_" in n for n in grads)
     assert set(frozen_fingerprint(adapted.model)) == {"vision", "connector", "language"}
+
+
+def test_adapters_that_are_no_plain_lora_or_would_break_the_base_are_not_merged(build: Build) -> None:
+    built = build(lora=ON)
+    stirred(built.model.language)
+    learned = learned_state(built.model.language.part)["adapter"]
+    language = build().model.language
+    before = {k: t.clone() for k, t in placement.base_state(language.part).items()}
+    first, *_, last = (k for k in learned.tensors if ".lora_B." in k)
+    huge = {k: torch.full_like(learned.tensors[k], 1e38) for k in (last, last.replace("lora_B", "lora_A"))}
+
+    for facts, tensors, says in (
+        ({"lora_alpha": 10**400}, learned.tensors, "r is 4 and lora_alpha 1000"),
+        ({"lora_alpha": 1e9}, learned.tensors, "lora_alpha 1000000000.0"),
+        ({"lora_alpha": True}, learned.tensors, "lora_alpha True"),
+        ({"layer_replication": [[0, 2]]}, learned.tensors, r"layer_replication is \[\[0, 2\]\]; only plain LoRA"),
+        ({"use_qalora": True}, learned.tensors, "use_qalora is True; only plain LoRA"),
+        ({"use_something_new": True}, learned.tensors, "use_something_new is True; only plain LoRA"),
+        ({"fan_in_fan_out": True}, learned.tensors, "fan_in_fan_out is True, of these layers it is False"),
+        ({}, {}, "their file holds none"),
+        ({}, {**learned.tensors, first: torch.ones(())}, "do not fit it"),
+        ({}, {**learned.tensors, first: torch.ones(4)}, "do not fit it"),
+        ({}, {**learned.tensors, **huge}, "would be NaN or infinite in .*float32"),
+    ):
+        with pytest.raises(UserError, match=says):
+            adapters.merge_in(language.part, TrainedPart(tensors, {**learned.facts, **facts}))
+        after = placement.base_state(language.part)
+        assert all(torch.equal(before[k], after[k]) for k in before) and not language.part.merged
+    adapters.merge_in(language.part, learned)
+    assert not torch.equal(before[f"{site(last)}.weight"], placement.base_state(language.part)[f"{site(last)}.weight"])
+
+
+def site(key: str) -> str:
+    return key.removeprefix(adapters.KEY_PREFIX).partition(".lora_")[0]
+
+
+@pytest.mark.parametrize("llm", ["qwen3", "gpt2"])
+def test_adapters_as_they_are_written_merge_again(build: Build, llm: str) -> None:
+    built = build(llm, lora=LoraConfig(enable=True, r=4, alpha=8, target_modules=("all-linear",)))
+    stirred(built.model.language)
+    learned = learned_state(built.model.language.part)["adapter"]
+    language = build(llm).model.language
+    adapters.merge_in(language.part, TrainedPart(learned.tensors, json.loads(to_json(dict(learned.facts)))))
+
+    with torch.no_grad():
+        assert torch.allclose(language.model(IDS).logits, built.model.language.model(IDS).logits, atol=1e-4)

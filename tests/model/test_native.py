@@ -20,6 +20,7 @@ from beholder.data.chat import ChatEncoder, EncodeError
 from beholder.data.collate import Layout, SampleBuilder, collate
 from beholder.data.images import NativePipeline
 from beholder.data.same_ids import check_same_ids, messages
+from beholder.model.families import running
 from beholder.model.native import FAMILIES, NativeModel, load_native
 from beholder.model.placement import Selector, inside, resolve_targets
 from beholder.model.plan import TrainPlan, apply_train_plan, frozen_fingerprint
@@ -425,3 +426,48 @@ def test_a_config_that_names_no_image_token_is_refused(qwen: Native) -> None:
 
     with pytest.raises(UserError, match=r"its config\.json names no image token \(image_token_id is None"):
         load_processor(LlmConfig(name_or_path=str(qwen.folder)), PreTrainedConfig(), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("file", "setting", "value", "told"),
+    [
+        ("config", "text_config.num_hidden_layers", 10_000_000, "num_hidden_layers 10000000; no model has"),
+        ("config", "vision_config.depth", 10_000_000, "depth 10000000; no model has"),
+        ("config", "vision_config.depth", 3000, "depth 3000 .* have 4 layers at most"),
+        ("config", "vision_config.temporal_patch_size", 1_000_000,
+         r"describes 6,144,\d+,\d+ weights, .* none like .*patch_embed.proj.weight \[32, 3, 1000000, 8, 8\]"),
+        ("config", "text_config.vocab_size", 10**9, r"none like .*embed_tokens.weight \[1000000000, 64\]"),
+        ("config", "image_token_id", 5, r"images stand at token 5 \(image_token_id\), but its processor writes"),
+        ("preprocessor_config", "patch_size", 0, r"patch_size is 0, expected 8 \(patch_size in config.json\)"),
+        ("preprocessor_config", "merge_size", 0, r"merge_size is 0, expected 2 \(spatial_merge_size in config.json\)"),
+        ("preprocessor_config", "temporal_patch_size", 1_000_000, "temporal_patch_size is 1000000, expected 2"),
+        ("preprocessor_config", "image_mean", [float("nan")] * 3, "image_mean is .*nan.*, expected finite numbers"),
+        ("preprocessor_config", "image_std", [0, 1, 1], "image_std is .*, expected finite numbers, not 0"),
+        ("preprocessor_config", "size", {"shortest_edge": 0, "longest_edge": 0},
+         r"model\.native\.name_or_path .* its processor \(Qwen3VLProcessor\) fails on a made-up image: ValueError"),
+    ],
+)  # fmt: skip
+def test_settings_that_no_model_has_are_told_before_anything_of_that_size_is_built(
+    qwen: Native, tmp_path: Path, file: str, setting: str, value: Any, told: str
+) -> None:
+    shutil.copytree(qwen.folder, tmp_path / "native")
+    path = tmp_path / "native" / f"{file}.json"
+    content = json.loads(path.read_text())
+    *sections, last = setting.split(".")
+    inner = content
+    for section in sections:
+        inner = inner[section]
+    inner[last] = value
+    path.write_text(json.dumps(content))
+
+    with pytest.raises(UserError, match=told) as caught:
+        load_native(LlmConfig(name_or_path=str(path.parent), precision="fp32"), CPU)
+    assert "model.llm" not in str(caught.value)
+
+
+def test_what_fails_inside_a_native_model_names_its_setting() -> None:
+    with (
+        pytest.raises(UserError, match=r"model\.native\.name_or_path 'x': the model \(Linear\) fails .*ZeroDivision"),
+        running("x", torch.nn.Linear(1, 1), "the model"),
+    ):
+        1 // 0  # noqa: B018

@@ -18,7 +18,7 @@ from beholder.prepare.tiny import tiny_llm
 from beholder.runs import RunDir
 from beholder.train.checkpoint import MANIFEST, problem, save_checkpoint
 from beholder.train.optim import build_optimizer, optimizer_tensors
-from beholder.train.restore import adapters_in, load_adapters, load_connector, load_for_resume
+from beholder.train.restore import adapters_in, load_adapters, load_connector, load_for_resume, read_base, start_base
 from beholder.types import UserError
 
 LORA = {"r": 4, "alpha": 8, "dropout": 0.2}
@@ -214,3 +214,38 @@ def test_a_manifest_with_half_an_adapter_is_damaged(tiny: Tiny, tmp_path: Path) 
     (path / MANIFEST).write_text(json.dumps(manifest))
 
     assert problem(path) == "its manifest does not list adapter_config.json"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("merged_1", "merged_3"),
+        ("merged_01", "merged_1", "merged_٣"),
+        ("merged_99999",),
+        ("merged_1", "vision_merged_2"),
+    ],
+)
+def test_earlier_adapters_are_numbered_without_a_gap(tmp_path: Path, names: tuple[str, ...]) -> None:
+    (tmp_path / MANIFEST).write_text(json.dumps({"files": {f"{name}.safetensors": {} for name in names}}))
+
+    with pytest.raises(UserError, match=r"has the earlier adapters .*merged_.*, expected (vision_)?merged_1"):
+        read_base(tmp_path)
+
+
+def test_an_alpha_that_is_not_its_runs_is_refused_whether_the_adapters_continue_or_are_merged(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    model, path = trained(tiny, tmp_path, 1)
+    config = json.loads((path / "adapter_config.json").read_text())
+    trainer = json.loads((path / "trainer.json").read_text())
+    trainer["config"] = {"model": {"lora": {"r": 4, "alpha": 16, "strength": 0.5}}}
+    vouch_for(path, "trainer.json", json.dumps(trainer))
+    assert "merged_1" in start_base(path, "merge")  # 8 = 16 * 0.5
+
+    for odd in ({"lora_alpha": 1e9}, {"lora_alpha": 1e-300}, {"r": 2}):
+        vouch_for(path, "adapter_config.json", json.dumps(config | odd))
+        for start in (
+            lambda: start_base(path, "merge"), lambda: load_adapters(path, model.parts(), start=True),
+        ):  # fmt: skip
+            with pytest.raises(UserError, match=r"adapter_config.json says (lora_alpha|r) .* expected (8|4)"):
+                start()

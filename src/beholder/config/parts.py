@@ -53,7 +53,7 @@ def names_modules(pattern: str) -> bool:
 
 
 def no_layers(layers: Layers) -> bool:
-    return layers in ("none", "last-0", "first-0", ())
+    return not layers or layers in ("none", "last-0", "first-0")
 
 
 def _few(layers: Layers | None) -> Layers | None:

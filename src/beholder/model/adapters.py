@@ -7,6 +7,7 @@ by `merge_in`, before anything learns. What learns is `plan`'s business, files a
 takes seconds (peft brings transformers): others import it where they use it.
 """
 
+import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -232,19 +233,19 @@ def merge_in(part: Part, learned: TrainedPart) -> None:
     """Make adapters of an earlier run part of the base's weights for good, as `merged` does for a while: summed in
     fp32, rounded once, at the strength that their config says.
 
-    Raises `UserError` for anything but plain LoRA, for adapters that do not fit this part, and for weights
-    that are not finite; nothing is changed then.
+    Raises `UserError` for anything but plain LoRA, for adapters that do not fit this part, and for weights that are
+    not finite, or would not be once merged; nothing is changed then.
     """
     assert not part.adapters, "adapters are merged before new ones are attached"
     facts, tensors = learned.facts, learned.tensors
-    plain = {"peft_type": "LORA", "use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    odd = [f"{k} is {facts.get(k)!r}" for k, v in {**plain, "bias": "none"}.items() if facts.get(k) != v]
-    rank, alpha = facts.get("r"), facts.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf or rank < 1:
-        odd.append(f"r is {rank!r} and lora_alpha {alpha!r}")
+    odd, rank, alpha = _not_plain(facts), facts.get("r"), facts.get("lora_alpha")
+    if not _within(rank, "r") or not _within(alpha, "alpha"):
+        odd.append(f"r is {rank!r:.40} and lora_alpha {alpha!r:.40}")
     if odd:
         raise UserError(f"the adapters cannot be merged: {', '.join(odd)}; only plain LoRA can (model.lora.adapters)")
     assert isinstance(rank, int) and isinstance(alpha, int | float)
+    if not tensors:
+        raise UserError("the adapters cannot be merged: their file holds none (model.lora.adapters)")
     before = KEY_PREFIX + part.prefix
     names = sorted({key.removeprefix(before).partition(".lora_")[0] for key in tensors})
     layers = {
@@ -260,20 +261,65 @@ def merge_in(part: Part, learned: TrainedPart) -> None:
         )
     if bad := [k for k, t in tensors.items() if not bool(torch.isfinite(t).all())]:
         raise UserError(f"adapter weights are NaN or infinite: {listed(bad, 3)}. The run they come from had diverged.")
-    for name, layer in layers.items():
+    lying = all(isinstance(layer, Conv1D) for layer in layers.values())
+    if (said := facts.get("fan_in_fan_out", lying)) is not lying:
+        raise UserError(f"the adapters cannot be merged: fan_in_fan_out is {said!r:.40}, of these layers it is {lying}")
+
+    def summed(name: str) -> Tensor:
+        layer = layers[name]
         down, up = (t.to(layer.weight.device).flatten(1) for t in pairs[name] if t is not None)
         delta = up @ down
         delta = delta.T if isinstance(layer, Conv1D) else delta.view(layer.weight.shape)
-        layer.weight.data += delta * (alpha / rank)
-    check_finite(part.module, f"{part.source} with adapters merged")
+        return (layer.weight + delta * (alpha / rank)).to(layer.weight.dtype)
+
+    # Twice, as the product costs little and copies of all layers would not fit.
+    if bad := [name for name in layers if not bool(torch.isfinite(summed(name)).all())]:
+        raise UserError(
+            f"the adapters cannot be merged into {part.source}: its weights would be NaN or infinite in "
+            f"{listed(bad, 3)} (in {str(layers[bad[0]].weight.dtype).removeprefix('torch.')}). The run they come from "
+            "had diverged, or their files are damaged; start from another"
+        )
+    for name, layer in layers.items():
+        layer.weight.copy_(summed(name))
     part.merged.append(learned)
+
+
+_NO_MATTER = {
+    "r", "lora_alpha", "fan_in_fan_out", "task_type", "peft_type", "target_modules", "base_model_name_or_path",
+    "revision", "peft_version", "lora_dropout", "inference_mode", "qalora_group_size",
+}  # fmt: skip
+"""Entries of ``adapter_config.json`` that need not be PEFT's defaults for plain LoRA."""
+
+
+def _not_plain(facts: Mapping[str, Any]) -> list[str]:
+    """What makes adapters something else than LoRA on the layers that they name: whatever is not PEFT's default."""
+    needed = {"use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
+    plain = {**json.loads(json.dumps(PeftLoraConfig().to_dict(), default=str)), **needed, "peft_type": "LORA"}
+    missing = object()
+    odd = {k: facts.get(k) for k in ("peft_type", *needed) if facts.get(k) != plain[k]}
+    for key in facts.keys() - _NO_MATTER:
+        value, default = facts[key], plain.get(key, missing)
+        # An entry of another version of PEFT changes nothing while it is off; a number alone switches nothing on.
+        unknown = default is missing and (value is True or (bool(value) and isinstance(value, list | dict)))
+        if unknown or (default is not missing and (value or None) != (default or None)):
+            odd[key] = value
+    return [f"{key} is {value!r:.60}" for key, value in sorted(odd.items())]
+
+
+def _within(value: object, setting: str) -> bool:
+    """Whether it is a number that the setting of `LoraConfig` can be; alpha comes times a strength."""
+    if isinstance(value, bool) or not isinstance(value, int if setting == "r" else int | float):
+        return False
+    return 0 < value <= min(m.le for m in LoraConfig.model_fields[setting].metadata if hasattr(m, "le"))
 
 
 def _fits(layer: nn.Module, pair: Sequence[Tensor | None], rank: int) -> bool:
     down, up = pair
     shape = matrix_shape(layer)
+    if down is None or up is None or shape is None or min(down.ndim, up.ndim) < 2:
+        return False
     return (
-        down is not None and up is not None and shape is not None and down.dtype == up.dtype == torch.float32
+        down.dtype == up.dtype == torch.float32
         and tuple(down.flatten(1).shape) == (rank, shape[0]) and tuple(up.flatten(1).shape) == (shape[1], rank)
     )  # fmt: skip
 

@@ -16,16 +16,15 @@ from beholder.config import LlmConfig, RunConfig
 from beholder.model.weights import adapter_refusal, first_line
 from beholder.types import UserError
 
-KERNEL = "model.llm.attn_implementation"
-
 _RUNNING_FAULTS = (
     AttributeError, AssertionError, KeyError, IndexError, TypeError, ValueError, RuntimeError, NotImplementedError,
+    ArithmeticError,
 )  # fmt: skip
 """What another's model code comes to when it is used in a way it does not know."""
 
 
 @contextmanager
-def kernel_at_hand(cfg: LlmConfig) -> Iterator[None]:
+def kernel_at_hand(cfg: LlmConfig, section: str = "model.llm") -> Iterator[None]:
     """A family without the attention kernel asked for says so in transformers' words; here, what to set instead."""
     try:
         yield
@@ -34,19 +33,19 @@ def kernel_at_hand(cfg: LlmConfig) -> Iterator[None]:
         if cfg.attn_implementation == "eager" or "does not support" not in why or "ttention" not in why:
             raise
         raise UserError(
-            f"model.llm.name_or_path {cfg.name_or_path!r} with {KERNEL} {cfg.attn_implementation}: "
-            f"{why.partition(' yet')[0]}. Set {KERNEL}: eager"
+            f"{section}.name_or_path {cfg.name_or_path!r} with {section}.attn_implementation "
+            f"{cfg.attn_implementation}: {why.partition(' yet')[0]}. Set {section}.attn_implementation: eager"
         ) from e
 
 
-def check_soft_cap(config: Any, cfg: LlmConfig) -> None:
+def check_soft_cap(config: Any, cfg: LlmConfig, section: str = "model.llm") -> None:
     """Refuse a soft cap on attention scores under sdpa, which has none. Told from the config: transformers before 5.18
     lets it pass and leaves the cap out."""
     cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     if cap is not None and cfg.attn_implementation == "sdpa":
         raise UserError(
-            f"model.llm.name_or_path {cfg.name_or_path!r} caps its attention scores (attn_logit_softcapping {cap:g}), "
-            f"which {KERNEL} sdpa cannot. Set {KERNEL}: eager"
+            f"{section}.name_or_path {cfg.name_or_path!r} caps its attention scores (attn_logit_softcapping {cap:g}), "
+            f"which {section}.attn_implementation sdpa cannot. Set {section}.attn_implementation: eager"
         )
 
 
@@ -58,8 +57,9 @@ def check_no_adapter(name: str, what: str) -> None:
 
 
 @contextmanager
-def running(name: str, model: nn.Module) -> Iterator[None]:
-    """What another's model code raises over embeddings and positions, as one sentence that names the family."""
+def running(name: str, model: object, native: str | None = None) -> Iterator[None]:
+    """What another's model code raises over embeddings and positions, as one sentence that names the family.
+    ``native``: what of a native model is run, its processor or the model."""
     try:
         yield
     except UserError:
@@ -67,6 +67,12 @@ def running(name: str, model: nn.Module) -> Iterator[None]:
     except _RUNNING_FAULTS as e:
         if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
             raise
+        if native is not None:
+            raise UserError(
+                f"model.native.name_or_path {name!r}: {native} ({type(model).__name__}) fails on a made-up image: "
+                f"{type(e).__name__}: {first_line(e)}. Its settings, its weights and this version of transformers do "
+                "not go together; get its files again, or give another model"
+            ) from e
         raise UserError(
             f"{name} ({type(model).__name__}) cannot be run from embeddings and positions: {type(e).__name__}: "
             f"{first_line(e)}. This family cannot be used; give another language model (model.llm.name_or_path)"

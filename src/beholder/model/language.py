@@ -25,8 +25,10 @@ from beholder.model.families import (
 from beholder.model.placement import decoder_of, given_to, input_of, language_part, state_below
 from beholder.model.weights import (
     DTYPES,
+    check_depth,
     check_finite,
     check_loading_info,
+    check_stated_depth,
     first_line,
     freeze,
     from_pretrained,
@@ -65,7 +67,7 @@ class LanguageModel(nn.Module):
         self.part.try_out = self.try_out
         freeze(self)
         if gradient_checkpointing:
-            self._enable_checkpointing()
+            self._enable_checkpointing("model.native" if whole else "model.llm")
         table = self.model.get_input_embeddings()
         self.vocab, self.d_text = table.weight.shape
         self.limits = limits_of(self.decoder if whole else model)
@@ -107,11 +109,11 @@ class LanguageModel(nn.Module):
 
         return [m for m in self.modules() if isinstance(m, GradientCheckpointingLayer)]
 
-    def _enable_checkpointing(self) -> None:
+    def _enable_checkpointing(self, section: str) -> None:
         layers = self._checkpointed_layers()
         if not layers:
             raise UserError(
-                f"model.llm.gradient_checkpointing: {self.name} ({type(self.model).__name__}) does not support it"
+                f"{section}.gradient_checkpointing: {self.name} ({type(self.model).__name__}) does not support it"
             )
         how = {"use_reentrant": False}
         if hasattr(self.model, "activation_checkpointing_enable"):  # the name since transformers 5.2x
@@ -385,6 +387,7 @@ def source_of(cfg: LlmConfig | VisionConfig) -> tuple[str, dict[str, Any]]:
     """
     setting = f"model.{'llm' if isinstance(cfg, LlmConfig) else 'vision'}.name_or_path"
     check_no_adapter(cfg.name_or_path, setting)
+    check_stated_depth(cfg.name_or_path)
     path = Path(cfg.name_or_path)
     # "a/b" may be a hub name; a path of another form, or one below a folder that is here, is none.
     gguf = cfg.name_or_path.endswith(".gguf")
@@ -485,6 +488,8 @@ def empty_language(cfg: LlmConfig, config: Any = None) -> Any:
         if config is None:
             name, where = source_of(cfg)
             config = AutoConfig.from_pretrained(name, **where)
+            if "gguf_file" not in where and Path(name).is_dir():  # else a plan would download the weights
+                check_depth(name, cfg.revision, config)
         check_soft_cap(config, cfg)
         # Other kernels may not be installed where a run is planned.
         kernel = {"attn_implementation": "sdpa"} if cfg.attn_implementation == "sdpa" else {}

@@ -7,8 +7,10 @@ proven at load time: the same logits as the model's own forward, whether packed 
 is a row of `FAMILIES`; what is not there is refused by name.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,16 +23,20 @@ from beholder.model.families import check_no_adapter, check_soft_cap, kernel_at_
 from beholder.model.fusion import scatter_images
 from beholder.model.language import LanguageModel
 from beholder.model.placement import Part, language_part, tower_part
-from beholder.model.processor import NativeProcessor, load_processor
+from beholder.model.processor import PROBES, NativeProcessor, load_processor
 from beholder.model.vlm import Seeing
 from beholder.model.weights import (
     DTYPES,
+    check_depth,
     check_finite,
     check_loading_info,
+    check_size,
+    check_stated_depth,
     freeze,
     from_pretrained,
     loading,
     sketch_module,
+    weight_shapes,
 )
 from beholder.types import Batch, Encoded, ImageInput, TokenLosses, UserError
 
@@ -288,8 +294,8 @@ class NativeModel(Seeing):
     def check(self) -> None:
         """Refuse a model whose hidden states, or whose writing, are not what its own forward computes on the same
         images and text; find out whether samples may share a row (``language.packing_error``)."""
-        one, two = self._sample((40, 56), 5, seed=1), self._sample((64, 32), 9, seed=2)
-        other = self._sample((40, 56), 5, seed=3)
+        one, two = self._sample(PROBES[0], 5, seed=1), self._sample(PROBES[1], 9, seed=2)
+        other = self._sample(PROBES[0], 5, seed=3)
         exact = self.language.dtype == torch.float32
         theirs = [self._own_logits(x) for x in (one, two)]
         ours = [self._logits([x])[0] for x in (one, two)]
@@ -313,6 +319,13 @@ class NativeModel(Seeing):
                 raise self._misfit("its writing", float(best[0] - logits[-1][new[0]]))
 
     def _misfit(self, what: str, error: float) -> UserError:
+        if not math.isfinite(error):
+            return UserError(
+                f"{FIELD} {self.language.name!r} ({type(self.whole).__name__}): {what} are NaN or infinite on a "
+                f"made-up image and text, in {str(self.language.dtype).removeprefix('torch.')}. Its weights or "
+                "the settings in its config.json are damaged; get them again, or give them more range "
+                "(model.native.precision: fp32)"
+            )
         return UserError(
             f"{self.language.name} ({type(self.whole).__name__}): {what} of ours differ from its own by {error:.1e} of "
             f"their size; this version of transformers does something that is not supported. Known classes: "
@@ -411,6 +424,7 @@ def _config_of(cfg: LlmConfig) -> tuple[Any, Family]:
     from transformers import AutoConfig
 
     check_no_adapter(cfg.name_or_path, FIELD)
+    check_stated_depth(cfg.name_or_path)
     with loading(f"{FIELD} {cfg.name_or_path!r}", WANTED):
         config = AutoConfig.from_pretrained(cfg.name_or_path, revision=cfg.revision, trust_remote_code=False)
     return config, known_family(config, cfg.name_or_path)
@@ -426,8 +440,11 @@ def empty_native(cfg: LlmConfig) -> dict[str, Part]:
     from transformers import AutoModelForImageTextToText
 
     config, family = _config_of(cfg)
-    with torch.device("meta"):
-        whole: Any = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    with loading(f"{FIELD} {cfg.name_or_path!r}", WANTED):
+        if Path(cfg.name_or_path).is_dir():  # else a plan would download the weights
+            check_depth(cfg.name_or_path, cfg.revision, config)
+        with torch.device("meta"):
+            whole: Any = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     return {
         "vision": _tower_of(whole.model, family, cfg.name_or_path),
         "language": language_part(whole, cfg.name_or_path, whole=True),
@@ -445,19 +462,23 @@ def load_native(cfg: LlmConfig, device: torch.device) -> tuple[NativeModel, Any]
 
     name, dtype = cfg.name_or_path, DTYPES[cfg.precision]
     config, family = _config_of(cfg)
-    with kernel_at_hand(cfg), loading(f"{FIELD} {name!r}", WANTED):
+    with kernel_at_hand(cfg, "model.native"), loading(f"{FIELD} {name!r}", WANTED):
+        check_depth(name, cfg.revision, config)
+        with torch.device("meta"):
+            sketch: Any = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+        check_size(name, weight_shapes(name, cfg.revision, config), sketch)
         whole, info = from_pretrained(
             AutoModelForImageTextToText, name, config=config, revision=cfg.revision, trust_remote_code=False,
             dtype=dtype, attn_implementation=cfg.attn_implementation,
         )  # fmt: skip
-    check_soft_cap(whole.config, cfg)
+    check_soft_cap(whole.config, cfg, "model.native")
     check_loading_info(info, whole, name)
     check_finite(whole, name)
     whole = whole.to(device=device, dtype=dtype)
     whole.generation_config = GenerationConfig()  # the checkpoint's own would fill what a caller leaves unset
     freeze(whole)
     processor = load_processor(cfg, whole.config, dtype)
-    with running(name, whole):
+    with running(name, whole, "the model"):
         model = NativeModel(
             whole, family, LanguageModel(whole, name, cfg.gradient_checkpointing, whole=True), processor
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,12 +18,14 @@ from PIL import Image
 from torch import Tensor
 
 from beholder.config import LlmConfig
-from beholder.model.families import check_no_adapter
+from beholder.model.families import check_no_adapter, running
 from beholder.model.weights import loading
 from beholder.types import ImageInput, UserError
 
 TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 """What a processor makes of the text; the rest is the image's."""
+PROBES = [(40, 56), (64, 32)]
+"""Sizes (height, width) of the made-up images that a processor and a model are tried on."""
 MAX_PLACES = 4096
 """Sizes of images whose layout is remembered."""
 
@@ -127,4 +130,38 @@ def load_processor(cfg: LlmConfig, config: Any, dtype: torch.dtype) -> NativePro
             f"model.native.name_or_path {cfg.name_or_path!r}: its config.json names no image token (image_token_id is "
             f"{token!r}, expected a whole number), so where images stand in the text is not known; get it again"
         )
-    return NativeProcessor(processor, token, dtype)
+    _check_settings(cfg.name_or_path, processor.image_processor, getattr(config, "vision_config", None))
+    with running(cfg.name_or_path, processor, "its processor"):
+        native = NativeProcessor(processor, token, dtype)
+        for size in PROBES:
+            native.place(size)
+        ids, _ = native._call(Image.new("RGB", PROBES[0]))
+    if token not in ids:
+        raise UserError(
+            f"model.native.name_or_path {cfg.name_or_path!r}: config.json says that images stand at token {token} "
+            f"(image_token_id), but its processor writes {sorted(set(ids))[:8]} for one; the two files do not belong "
+            "together, get them again"
+        )
+    return native
+
+
+def _check_settings(name: str, images: Any, vision: Any) -> None:
+    """Refuse settings of preprocessor_config.json that give pixels which are no numbers, and patches of another size
+    than the tower takes."""
+    wrong: list[str] = []
+    for key in ("image_mean", "image_std", "rescale_factor"):
+        value = getattr(images, key, None)
+        values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        if not all(isinstance(v, int | float) and math.isfinite(v) and (v or key == "image_mean") for v in values):
+            wrong.append(f"{key} is {value!r:.60}, expected finite numbers{'' if key == 'image_mean' else ', not 0'}")
+    for key in ("patch_size", "temporal_patch_size", "merge_size"):
+        tower = "spatial_merge_size" if key == "merge_size" else key
+        value, theirs = getattr(images, key, None), getattr(vision, tower, None)
+        if isinstance(value, int) and (value < 1 or (isinstance(theirs, int) and value != theirs)):
+            more = f"{theirs} ({tower} in config.json)" if isinstance(theirs, int) else "1 or more"
+            wrong.append(f"{key} is {value}, expected {more}")
+    if wrong:
+        raise UserError(
+            f"model.native.name_or_path {name!r}: its processor (preprocessor_config.json, processor_config.json) "
+            f"cannot be used: {'; '.join(wrong)}. Get its files again"
+        )

@@ -6,6 +6,7 @@ reads no pickle; `loading` makes one sentence of what a library raises over file
 
 import hashlib
 import json
+import math
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from beholder.types import UserError
@@ -32,7 +33,7 @@ def first_line(error: Exception) -> str:
 
 _FAULTS = (
     OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError,
-    StrictDataclassError,
+    StrictDataclassError, ArithmeticError,
 )  # fmt: skip
 """What the libraries raise over files: the last one over a ``config.json`` with a value of another type."""
 
@@ -69,7 +70,7 @@ def from_pretrained(cls: Any, name: str, *, gguf_file: str | None = None, **how:
         kind = getattr(cls, "config_class", None) or AutoConfig
         code = how.get("trust_remote_code", False)
         how["config"] = kind.from_pretrained(name, revision=revision, trust_remote_code=code)
-    _check_weight_files(name, revision, how["config"])
+    check_depth(name, revision, how["config"])
     try:
         return cls.from_pretrained(name, use_safetensors=True, **how)
     except OSError as e:
@@ -122,9 +123,84 @@ def _found(name: str, file: str, revision: str | None) -> str | None:
 _INDEX = ".safetensors.index.json"
 
 
-def _check_weight_files(name: str, revision: str | None, config: Any) -> None:
-    """Only safetensors files of the checkpoint's own folder, whatever its configuration, index and links say:
-    transformers follows all three to any file, and unpickles what does not end in .safetensors.
+MOST_LAYERS = 512
+"""As many layers are built whatever the files hold: `check_loading_info` names what they lack."""
+_DEPTHS = ("depth", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_hidden_layers")
+
+
+def check_stated_depth(name: str) -> None:
+    """Refuse a folder whose config.json states more layers than any model has, before transformers makes a list of
+    them. What is no JSON is told by who loads it."""
+    try:
+        parts = [json.loads((Path(name) / "config.json").read_bytes())]
+    except (OSError, ValueError, RecursionError):
+        return
+    while parts:
+        part = parts.pop()
+        if not isinstance(part, dict):
+            continue
+        parts += part.values()
+        for field in _DEPTHS:
+            if isinstance(value := part.get(field), int) and value > 8 * MOST_LAYERS:
+                raise UserError(
+                    f"{name}: config.json says {field} {value}; no model has more than {8 * MOST_LAYERS} layers, and "
+                    "its files of weights do not either. Download them again, or give the matching config."
+                )
+
+
+def check_depth(name: str, revision: str | None, config: Any) -> None:
+    """Refuse a configuration with many more layers than the files have, before anything of that size is built: ten
+    million layers would take hours. Nothing is said where there are no files."""
+    shapes = weight_shapes(name, revision, config)
+    numbers = [int(part) for key in shapes for part in key.split(".") if part.isdecimal() and len(part) < 10]
+    allowed = max(MOST_LAYERS, 1 + max(numbers, default=0))
+    for part in _configs(config) if shapes else ():
+        for field in _DEPTHS:
+            value = getattr(part, field, None)
+            if isinstance(value, int) and value > allowed:
+                raise UserError(
+                    f"{name}: config.json says {field} {value} ({type(part).__name__}), but its files of weights have "
+                    f"{1 + max(numbers, default=-1)} layers at most. The files and config.json must belong together; "
+                    "download them again, or give the matching config."
+                )
+
+
+def check_size(name: str, shapes: Mapping[str, tuple[int, ...]], model: nn.Module) -> None:
+    """Refuse files that hold much less than ``model``, which is on the meta device, needs: its weights would be made up
+    first, however large they are, and then found missing."""
+    table = model.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
+    output: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    untied = output is not None and output.weight is not table  # as yet; the files may have them once
+    own = {key: p for key, p in model.named_parameters() if not untied or p is not output.weight}
+    need, there = sum(p.numel() for p in own.values()), sum(math.prod(shape) for shape in shapes.values())
+    if not shapes or need <= 1.1 * there:
+        return
+    known = set(shapes.values())
+    odd = sorted((k for k, p in own.items() if tuple(p.shape) not in known), key=lambda k: -own[k].numel())
+    raise UserError(
+        f"{name}: config.json describes {need:,} weights, but its files hold {there:,}"
+        + (f"; they have none like {', '.join(f'{k} {list(own[k].shape)}' for k in odd[:3])}" if odd else "")
+        + ". The files and config.json must belong together; download them again, or give the matching config."
+    )
+
+
+def weight_shapes(name: str, revision: str | None, config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights in a checkpoint's safetensors files, from their headers alone. Raises `UserError` as
+    `from_pretrained` does for files that it would not read."""
+    named = _check_weight_files(name, revision, config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(named or {"model.safetensors"}):
+        path = None if file.endswith(_INDEX) else _found(name, file, revision)
+        if path is not None:
+            with safe_open(path, framework="pt") as opened:
+                shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _check_weight_files(name: str, revision: str | None, config: Any) -> set[str]:
+    """The files that configuration and index name: only safetensors files of the checkpoint's own folder, whatever its
+    configuration, index and links say. transformers follows all three to any file, and unpickles what does not end in
+    .safetensors.
 
     ``config`` is the one the model is made with, so that what is checked is what is followed."""
     named = _named_weights(config)
@@ -143,21 +219,30 @@ def _check_weight_files(name: str, revision: str | None, config: Any) -> None:
             named.add(shard)
     if Path(name).is_dir():
         _check_links(Path(name), named)
+    return named
 
 
 def _named_weights(config: Any) -> set[str]:
     """The files of weights that a configuration, or one inside it, names."""
-    from transformers import PreTrainedConfig
-
-    named, parts = set[str](), [config, config.get_text_config()]
-    while parts:
-        part = parts.pop()
+    named = set[str]()
+    for part in _configs(config):
         file = getattr(part, "transformers_weights", None)
         if file is not None and not isinstance(file, str):
             raise ValueError(f"transformers_weights in config.json is {file!r:.60}; expected the name of a file.")
         named |= {file} if file is not None else set()
-        parts += [value for value in vars(part).values() if isinstance(value, PreTrainedConfig)]
     return named
+
+
+def _configs(config: Any) -> list[Any]:
+    """A configuration, and those inside it."""
+    from transformers import PreTrainedConfig
+
+    found, parts = list[Any](), [config, config.get_text_config()]
+    while parts:
+        part = parts.pop()
+        found.append(part)
+        parts += [value for value in vars(part).values() if isinstance(value, PreTrainedConfig)]
+    return found
 
 
 def _check_name(name: str, source: str, file: str, endings: tuple[str, ...]) -> None:

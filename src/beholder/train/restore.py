@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from beholder.config.file import flatten
 from beholder.model.learned import learned_base, load_changed
 from beholder.model.placement import Part
+from beholder.model.weights import listed
 from beholder.runs import to_json
 from beholder.train.checkpoint import (
     CONNECTOR,
@@ -156,8 +156,21 @@ def read_base(path: Path) -> dict[str, TrainedPart]:
     became so: adapters of earlier runs (``merged_1``, ``vision_merged_1``, …), then weights that learned themselves
     (``vision``), which are kept as they are after all that."""
     there = parts_in(_read_object(path / MANIFEST)["files"])
-    merged = sorted((p for p in there if re.fullmatch(r"(vision_)?merged_\d+", p)), key=lambda p: int(p.split("_")[-1]))
-    return {part: read_part(path, part) for part in [*merged, *(p for p in there if p == "vision")]}
+    names = [name for before in ("", "vision_") for name in _merged_in(path, there, f"{before}merged")]
+    return {part: read_part(path, part) for part in [*names, *(p for p in there if p == "vision")]}
+
+
+def _merged_in(path: Path, parts: Iterable[str], kind: str) -> list[str]:
+    """``merged_1`` … ``merged_n``, as they are numbered when they are written. Raises `UserError` for other numbers:
+    the order is what they were merged in, and a gap is a part of the base that is lost."""
+    found = {part for part in parts if part.startswith(kind)}
+    names = [f"{kind}_{k}" for k in range(1, 1 + len(found))]
+    if found != set(names):
+        raise UserError(
+            f"checkpoint {path} has the earlier adapters {listed(found)}, expected {listed(names)}: what its base was "
+            f"made of is not known. {ANOTHER}"
+        )
+    return names
 
 
 def start_base(path: str | Path, mode: Literal["continue", "merge", "fresh"]) -> dict[str, TrainedPart]:
@@ -177,6 +190,7 @@ def start_base(path: str | Path, mode: Literal["continue", "merge", "fresh"]) ->
         )
     for name in adapters:
         before = name.removesuffix("adapter")
+        _check_alpha(path, name, read_adapter_config(path, name))
         base[f"{before}merged_{1 + sum(p.startswith(f'{before}merged_') for p in base)}"] = read_part(path, name)
     return base
 
@@ -253,7 +267,9 @@ def _load_adapter(path: Path, name: str, part: Part | None, there: bool, start: 
 
     config, own = read_adapter_config(path, name), adapters.adapter_config(part)
     fields = _ADAPTER_FIELDS
-    if start:  # what both trained with; how much of it is used outside training is each run's own affair
+    if start:
+        _check_alpha(path, name, config)
+        # What both trained with; how much of it is used outside training is each run's own affair.
         fields = fields | {"lora_alpha": "model.lora.alpha"}
         config |= {"lora_alpha": _trained_alpha(path, config)}
         own |= {"lora_alpha": adapters.trained_alpha(part)}
@@ -279,6 +295,23 @@ def _trained_alpha(path: Path, config: Mapping[str, Any]) -> Any:
     """The alpha that a checkpoint's adapters learned with: its run's own. ``adapter_config.json`` has it times the
     strength that they are used at."""
     return flatten(read_trainer(path)["config"]).get("model.lora.alpha", config["lora_alpha"])
+
+
+def _check_alpha(path: Path, name: str, config: Mapping[str, Any]) -> None:
+    """Refuse adapters whose own rank and alpha are not what their run trained with, times the strength that it uses
+    them at: continued they would be other adapters than merged."""
+    run = flatten(read_trainer(path)["config"])
+    rank, alpha, strength = (run.get(f"model.lora.{key}") for key in ("r", "alpha", "strength"))
+    told = [f"r {shown(config['r'])}, expected {shown(rank)}"] if rank is not None and config["r"] != rank else []
+    if isinstance(alpha, int) and isinstance(strength, int | float):
+        used = alpha if strength == 1 else alpha * strength
+        if config["lora_alpha"] != used:
+            told.append(f"lora_alpha {shown(config['lora_alpha'])[:60]}, expected {used} (alpha * strength)")
+    if told:
+        raise UserError(
+            f"{path / part_files(name)[1]} says {', '.join(told)} by model.lora in {path / TRAINER}: one of the two "
+            f"files is not of this checkpoint. {ANOTHER}"
+        )
 
 
 def _check_base(path: Path, parts: Mapping[str, Part]) -> None:
@@ -316,8 +349,8 @@ _ADAPTER_FREE = {
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as e:
-        raise UserError(f"{path} is not a safetensors file: {e}") from e
+    except (safetensors.SafetensorError, OSError) as e:
+        raise UserError(f"{path} is not a safetensors file: {e}. {ANOTHER}") from e
 
 
 _FIELDS = {
