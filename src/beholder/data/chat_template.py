@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from beholder.data import template_bounds
 from beholder.data.tokens import any_of, spellings
 from beholder.types import ImageSlot, Part, Turn, UserError
 
@@ -52,7 +53,7 @@ class _Scaffold(NamedTuple):
     places: tuple[_Place, ...]
 
 
-_RENDERING_FAULTS = (
+RENDERING_FAULTS = (
     # raise_exception and what the sandbox forbids
     jinja2.TemplateError,
     # whatever else a template's own code can come to: it divides, calls itself, asks for more than there is
@@ -75,8 +76,8 @@ class ChatTemplate:
     channel), generation starts from the text before a finished answer instead, and `prompt_note` says so. Two
     differences stay: a blank that the model writes, and, with ``thinking``, the reasoning that was asked for.
 
-    A template is code of the person's choosing. It runs in Jinja's sandbox (no files, no private attributes), which
-    bounds neither its running time nor the size of what it writes: in these it is trusted.
+    A template is code that comes with a model. It runs in Jinja's sandbox (no files, no private attributes), and within
+    the bounds of `template_bounds`.
 
     ``placeholder``: for a template that places images itself, and takes messages in parts, what it writes where an
     image goes. What stands around images, and whether they come before the text, is then the template's to say.
@@ -362,13 +363,13 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict[str, Any]], *, prompt: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.text, tokenize=False, add_generation_prompt=prompt,
+            return template_bounds.render(
+                self.text, messages, **self.tokenizer.special_tokens_map, add_generation_prompt=prompt,
                 enable_thinking=self.thinking, date_string=TEMPLATE_DATE.strftime("%d %b %Y"),
             )  # fmt: skip
         except jinja2.TemplateSyntaxError as e:
             raise TemplateMisfit(f"the chat template is not valid Jinja (line {e.lineno}: {e.message})") from e
-        except _RENDERING_FAULTS as e:
+        except RENDERING_FAULTS as e:
             roles = ", ".join(m["role"] for m in messages)
             told = isinstance(e, jinja2.TemplateError) and str(e)
             why = told or f"{type(e).__name__} ({str(e) or 'no more is known'})"

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from beholder.data import template_bounds
+from beholder.data.chat_template import RENDERING_FAULTS
 from beholder.types import Example, ImageRef, ImageSlot, Turn, UserError, printable
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ def check_same_ids(encoder: ChatEncoder) -> None:
         longest, encoder.max_seq_len = encoder.max_seq_len, 10**9
         try:
             whole, asked = encoder.encode(example, SIZES[:slots]), encoder.encode_prompt(example, SIZES[:slots])
+            for said, asks in ((turns, False), (turns[:-1], True)):
+                _check_bounds(processor, messages(said), prompt=asks)
             theirs = processor.ids(messages(turns), pictures[:slots], prompt=False)
             prompt = processor.ids(messages(turns[:-1]), pictures[:slots], prompt=True)
         except UserError:
@@ -110,6 +114,17 @@ def _picture(size: tuple[int, int]) -> Image.Image:
     from PIL import Image
 
     return Image.new("RGB", (size[1], size[0]), (200, 40, 40))
+
+
+def _check_bounds(processor: Any, conversation: list[dict[str, Any]], *, prompt: bool) -> None:
+    """Refuse a template that would hang in the processor's own rendering, which bounds nothing."""
+    try:
+        template_bounds.render(
+            processor.chat_template, conversation, **processor.processor.tokenizer.special_tokens_map,
+            add_generation_prompt=prompt,
+        )  # fmt: skip
+    except RENDERING_FAULTS as e:
+        raise UserError(f"the processor's chat template refuses a conversation: {e}") from e
 
 
 def _compare(encoder: ChatEncoder, name: str, ours: Sequence[int], theirs: Sequence[int]) -> None:
