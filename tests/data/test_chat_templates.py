@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from beholder.data.chat import ChatEncoder, EncodeError, TooLongError
+from beholder.data.template_bounds import BoundError, render
 from beholder.prepare.tiny import tiny_tokenizer
 from beholder.types import Encoded, Example, ImageRef, ImageSlot, Turn, UserError
 
@@ -630,8 +632,8 @@ def test_a_tokenizer_without_a_chat_template_is_told_the_ways_out(tmp_path: Path
     (CHATML.replace("m.content", "m.content|upper ~ m.content"), "shows 2 times turn 0"),
     ("{{ raise_exception('tools only') }}", "refuses a conversation of .*: tools only"),
     ("{{ 1 // 0 }}", "refuses a conversation of .*: ZeroDivisionError"),
-    ("{{ 'x' * 10 ** 18 }}", "refuses a conversation of .*: MemoryError"),
-    ("{{ 'x' * 10 ** 30 }}", "refuses a conversation of .*: OverflowError"),
+    ("{{ 'x' * 10 ** 18 }}", "refuses a conversation of .*: it loops, or writes, more than"),
+    ("{{ 'x' * 10 ** 30 }}", "refuses a conversation of .*: it loops, or writes, more than"),
     ("{{ messages.pop }}{{ messages[0].x.y }}", "refuses a conversation of"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses a conversation of .*: RecursionError"),
     ("{% set f = '%Y' %}{{ strftime_now(f) }}" + CHATML, "cannot be frozen"),
@@ -642,6 +644,53 @@ def test_templates_that_are_of_no_use_are_refused_at_once(
     with pytest.raises(UserError, match=message) as caught:
         make(families["chatml"].tokenizer, chat_template=template)
     assert "prompting.chat_template" in str(caught.value)
+
+
+DOUBLED = "{% set ns = namespace(x=START) %}{% for i in range(60) %}{% set ns.x = STEP %}{% endfor %}"
+
+
+def doubled(start: str, step: str, end: str = "") -> str:
+    return DOUBLED.replace("START", start).replace("STEP", step) + end
+
+
+@pytest.mark.parametrize("template", [
+    "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% for x in [[1] * 1000] * 1000 recursive %}{{ loop(x) if x is not number }}{% endfor %}",
+    "{{ lipsum(n=100000) }}", "{% set x = 'a' * 900000000 %}", "{{ 'a'|center(900000000) }}",
+    "{{ 'a'.ljust(900000000) }}", "{{ '%900000000d' % 1 }}", "{{ '{:{}}'.format(1, 900000000) }}",
+    "{{ '%*d'|format(900000000, 1) }}", "{{ [1]|batch(900000000, 'x')|list }}", "{{ 10 ** (10 ** 9) }}",
+    "{{ (1).to_bytes(900000000, 'big') }}", "{{ ''.join((['a' * 1000000] * 90000)|select) }}",
+    doubled("'a'", "ns.x ~ ns.x"), doubled("'a'", "ns.x + ns.x"), doubled("'aa'", "ns.x.replace('a', ns.x)"),
+    doubled("'aa'", "ns.x|replace('a', ns.x)"), doubled("[1]", "[ns.x, ns.x]", "{{ ns.x }}"),
+    doubled("[1]", "[ns.x, ns.x]", "{{ ns.x|tojson }}"), doubled("(1,)", "(ns.x, ns.x)", "{{ {ns.x: 1} }}"),
+    "{% set b = 'a' * 1000000 %}{% for i in range(90000) %}{% if 'ab' in b %}{% endif %}{% endfor %}",
+    "{% set b = 'a' * 1000000 %}{% for i in range(90000) %}{% if b[::-1] %}{% endif %}{% endfor %}",
+    "{% for i in range(99999)|map('metered _rounds', -10**9) %}{% endfor %}{% for i in range(99999) %}BIG{% endfor %}"
+    .replace("BIG", "x" * 50_000),
+])  # fmt: skip
+def test_a_template_that_loops_or_writes_without_end_is_refused_in_seconds(template: str) -> None:
+    began = time.process_time()
+    with pytest.raises(
+        BoundError, match=r"more than a conversation needs|which no conversation|it formats|it asks|power"
+    ):
+        render(template, [{"role": "user", "content": "Hi"}])
+    assert time.process_time() - began < 30
+
+
+def test_within_bounds_a_template_writes_what_transformers_writes(families: dict[str, Family]) -> None:
+    template = (
+        "{%- for m in messages %}{% if loop.first and not loop.last %}{{ loop.length }}{% endif %}\n"
+        "{{ m.content[:4] ~ m['role'] ~ loop.index }}{{ '%s, %03d of 2024' % (m.role, loop.index0) }}"
+        "{{ '{{}} 12345 {:>6}'.format(m.role) }}{{ m|tojson(indent=2) }}{{ messages[::-1]|map(attribute='role')|join('+') }}"
+        "{% if m.role in ['user', 'system'] and m is mapping %}{% continue %}{% endif %}"
+        "{% generation %}{{ m.content|trim|replace('a', 'bc') }}{% endgeneration %}{% endfor %}"
+        "{% for x in nowhere %}never{% else %}{{ nowhere }}{{ bos_token }}{{ dict(a=1).items()|list }}{% endfor %}"
+    )
+    talk = [{"role": r, "content": f"{r} says a and ä"} for r in ("system", "user", "assistant")] * 300
+    for family in families.values():
+        theirs = family.tokenizer.apply_chat_template(talk, chat_template=template, tokenize=False)
+        assert render(template, talk, **family.tokenizer.special_tokens_map, add_generation_prompt=False) == theirs
 
 
 def test_thinking_without_a_template_that_knows_it_is_an_error(families: dict[str, Family]) -> None:
