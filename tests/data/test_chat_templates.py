@@ -656,7 +656,7 @@ def doubled(start: str, step: str, end: str = "") -> str:
 @pytest.mark.parametrize("template", [
     "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "{% for x in [[1] * 1000] * 1000 recursive %}{{ loop(x) if x is not number }}{% endfor %}",
+    "{% for x in [[1] * 1000] * 9000 recursive %}{{ loop(x) if x is not number }}{% endfor %}",
     "{{ lipsum(n=100000) }}", "{% set x = 'a' * 900000000 %}", "{{ 'a'|center(900000000) }}",
     "{{ 'a'.ljust(900000000) }}", "{{ '%900000000d' % 1 }}", "{{ '{:{}}'.format(1, 900000000) }}",
     "{{ '%*d'|format(900000000, 1) }}", "{{ [1]|batch(900000000, 'x')|list }}", "{{ 10 ** (10 ** 9) }}",
@@ -682,12 +682,13 @@ def test_within_bounds_a_template_writes_what_transformers_writes(families: dict
     template = (
         "{%- for m in messages %}{% if loop.first and not loop.last %}{{ loop.length }}{% endif %}\n"
         "{{ m.content[:4] ~ m['role'] ~ loop.index }}{{ '%s, %03d of 2024' % (m.role, loop.index0) }}"
-        "{{ '{{}} 12345 {:>6}'.format(m.role) }}{{ m|tojson(indent=2) }}{{ messages[::-1]|map(attribute='role')|join('+') }}"
+        "{{ '{{}} 12345 {:>6}'.format(m.role) }}{{ m|tojson(indent=2) }}"
+        "{{ messages[::-1]|map(attribute='role')|join('+') }}"
         "{% if m.role in ['user', 'system'] and m is mapping %}{% continue %}{% endif %}"
         "{% generation %}{{ m.content|trim|replace('a', 'bc') }}{% endgeneration %}{% endfor %}"
         "{% for x in nowhere %}never{% else %}{{ nowhere }}{{ bos_token }}{{ dict(a=1).items()|list }}{% endfor %}"
     )
-    talk = [{"role": r, "content": f"{r} says a and ä"} for r in ("system", "user", "assistant")] * 300
+    talk = [{"role": r, "content": f"{r} says a and ä"} for r in ("system", "user", "assistant")] * 100
     for family in families.values():
         theirs = family.tokenizer.apply_chat_template(talk, chat_template=template, tokenize=False)
         assert render(template, talk, **family.tokenizer.special_tokens_map, add_generation_prompt=False) == theirs

@@ -104,7 +104,7 @@ def test_the_answer_names_the_layers_those_that_cannot_be_told_from_it_and_the_l
 
 
 def test_only_points_with_a_result_are_compared() -> None:
-    whole = record(seeds=())
+    whole = record(seeds=(1,))
     alone = conclude(whole.model_copy(update={"rows": [r for r in whole.rows if r.point == "A0"]}))
     some = conclude(whole.model_copy(update={"rows": [r for r in whole.rows if r.point in ("A0", "A1")]}))
 

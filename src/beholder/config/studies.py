@@ -116,9 +116,7 @@ class FootprintConfig(StudyConfig):
                 wrong.append(f"{name} is {list(counts)}; give 0 first, then rising numbers, such as [0, 2, 4]")
         for name, modules in (("attention", self.attention), ("gate_up", self.gate_up)):
             if not modules:
-                wrong.append(
-                    f"{name} is empty; name the modules that get adapters, or leave it out (leave_out: [{name}])"
-                )
+                wrong.append(f"{name} is empty; name its modules, or leave the control out (leave_out: [{name}])")
         own = {**dict.fromkeys(self.points, "points"), **dict.fromkeys(self.groups, "groups")}
         made = {*self.matrix(), *CONTROLS, *GROUPS, "restart"}
         for name, section in own.items():

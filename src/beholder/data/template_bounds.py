@@ -22,8 +22,10 @@ MAX_SOURCE = 1_000_000
 """Characters of a template; those of model families have up to 30,000."""
 MAX_WORK = 100_000_000
 """Of one rendering, about a character or an item each; real ones need a few times the conversation's length."""
-STEP = 100
-"""What a loop round, a call or an operator costs beside what it reads and writes."""
+STEP = 30
+"""What a loop round or an operator costs beside what it reads and writes."""
+CALL = 120
+"""And a call or a filter."""
 ITEM = 10
 """What an item of a list costs where it is looked into."""
 MAX_BITS = 4096
@@ -192,7 +194,7 @@ def _check_call(name: str, given: list[Any], *, widens: bool, deep: bool) -> Non
     if name in _REPEATING and given:
         others = sum(_size(x, deep=True) for x in given[1:] if not isinstance(x, int))
         sizes += (_size(given[0], deep=False) + 1) * others
-    _charge(STEP + sizes)
+    _charge(CALL + sizes)
 
 
 def _refused(name: str) -> Callable[..., Any]:

@@ -314,7 +314,7 @@ def _in_words(wrong: ValidationError, given: Mapping[str, PointSetting]) -> Iter
     """As a config says what is wrong with a setting of it."""
     for error in wrong.errors(include_url=False, include_context=False):
         if error["type"] == "value_error":
-            yield error["msg"].removeprefix("Value error, ")
+            yield f"model.lora: {error['msg'].removeprefix('Value error, ')}"
         elif (annotation := annotation_at(("model", "lora", name := str(error["loc"][0])))) is None:
             yield f"model.lora.{name}: no such setting; {nearest(('model', 'lora', name))}"
         else:
