@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from beholder.data import template_bounds
 from beholder.data.chat import ChatEncoder, EncodeError, TooLongError
 from beholder.data.template_bounds import BoundError, render
 from beholder.prepare.tiny import tiny_tokenizer
@@ -661,6 +662,11 @@ def doubled(start: str, step: str, end: str = "") -> str:
     "{{ 'a'.ljust(900000000) }}", "{{ '%900000000d' % 1 }}", "{{ '{:{}}'.format(1, 900000000) }}",
     "{{ '%*d'|format(900000000, 1) }}", "{{ [1]|batch(900000000, 'x')|list }}", "{{ 10 ** (10 ** 9) }}",
     "{{ (1).to_bytes(900000000, 'big') }}", "{{ ''.join((['a' * 1000000] * 90000)|select) }}",
+    "{{ 'aé'.encode('latin-1') and '%900000000d'.encode() % 1 }}", "{{ ('é' * 1000000).encode('punycode') }}",
+    "{{ ('a' * 500000).rfind('b' + 'a' * 250000) }}", "{{ ('a' * 500000).strip('b' * 250000 + 'a') }}",
+    "{{ [1, 2, 3]|tojson(indent='a' * 99000000) }}",
+    "{% set b = range(99999)|list %}{% for i in range(99999) %}{{ b.count('x') }}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) if 'x' in range(9999)|list %}{% endfor %}{% endfor %}",
     doubled("'a'", "ns.x ~ ns.x"), doubled("'a'", "ns.x + ns.x"), doubled("'aa'", "ns.x.replace('a', ns.x)"),
     doubled("'aa'", "ns.x|replace('a', ns.x)"), doubled("[1]", "[ns.x, ns.x]", "{{ ns.x }}"),
     doubled("[1]", "[ns.x, ns.x]", "{{ ns.x|tojson }}"), doubled("(1,)", "(ns.x, ns.x)", "{{ {ns.x: 1} }}"),
@@ -669,13 +675,16 @@ def doubled(start: str, step: str, end: str = "") -> str:
     "{% for i in range(99999)|map('metered _rounds', -10**9) %}{% endfor %}{% for i in range(99999) %}BIG{% endfor %}"
     .replace("BIG", "x" * 50_000),
 ])  # fmt: skip
-def test_a_template_that_loops_or_writes_without_end_is_refused_in_seconds(template: str) -> None:
+def test_a_template_that_loops_or_writes_without_end_is_refused_in_seconds(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_bounds, "MAX_WORK", template_bounds.MAX_WORK // 10)  # a tenth of the seconds
     began = time.process_time()
     with pytest.raises(
         BoundError, match=r"more than a conversation needs|which no conversation|it formats|it asks|power"
     ):
         render(template, [{"role": "user", "content": "Hi"}])
-    assert time.process_time() - began < 30
+    assert time.process_time() - began < 5
 
 
 def test_within_bounds_a_template_writes_what_transformers_writes(families: dict[str, Family]) -> None:

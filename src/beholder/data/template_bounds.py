@@ -45,8 +45,11 @@ _COMPARING = {
 """Tests that read what they are given."""
 _WIDENING = {"center", "expandtabs", "ljust", "rjust", "to_bytes", "zfill"}
 """Methods that write as much as a number says."""
-_REPEATING = {"indent", "join", "replace", "translate"}
-"""Methods and filters that may write one text once for each character or item of another."""
+_REPEATING = {
+    "decode", "encode", "indent", "join", "lstrip", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip",
+    "strip", "tojson", "translate", "trim",
+}  # fmt: skip
+"""Methods and filters that may read or write one text once for each character or item of another."""
 _REFUSED = {"lipsum", "pprint", "striptags", "urlize", "wordwrap", "xmlattr"}
 """Made for web pages or for finding faults, and slow on some texts; no conversation needs them."""
 
@@ -193,7 +196,10 @@ def _check_call(name: str, given: list[Any], *, widens: bool, deep: bool) -> Non
         sizes = (sizes + 1) * (1 + number)
     if name in _REPEATING and given:
         others = sum(_size(x, deep=True) for x in given[1:] if not isinstance(x, int))
-        sizes += (_size(given[0], deep=False) + 1) * others
+        first = _size(given[0], deep=name == "tojson")
+        if name in ("decode", "encode") and others:  # some codecs take quadratic time
+            others = first
+        sizes += (first + 1) * others
     _charge(CALL + sizes)
 
 
@@ -245,8 +251,8 @@ class _Bounded(ImmutableSandboxedEnvironment):
             raise BoundError(f"it computes with a whole number of more than {MAX_BITS:,} bits")
         if operator == "**" and len(numbers) == 2 and left.bit_length() * abs(right) > MAX_BITS:
             raise BoundError(f"it computes a power of more than {MAX_BITS:,} bits")
-        if operator == "%" and isinstance(left, str):
-            _check_format(left, [right])
+        if operator == "%" and isinstance(left, str | bytes):
+            _check_format(left if isinstance(left, str) else left.decode("latin-1"), [right])
         work = _size(left, deep=False) + _size(right, deep=False)
         if operator == "*" and len(numbers) == 1:  # a text or a list, so many times
             work = (work + 1) * max(1, numbers[0])
@@ -264,7 +270,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         if isinstance(own, str) and name in ("format", "format_map"):
             _check_format(own, given)
         within = isinstance(__obj, jinja2.runtime.Macro) or __obj is __self.globals["namespace"]
-        called_on = own if isinstance(own, str | bytes | int) else None
+        called_on = own if isinstance(own, str | bytes | int | list | tuple | range) else None
         _check_call(
             name if called_on is not None else "", [called_on, *given], widens=name in _WIDENING, deep=not within
         )
