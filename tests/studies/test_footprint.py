@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from beholder.evidence import load_evidence
 from beholder.report.compare import compare_runs
 from beholder.runs import is_held
 from beholder.stages import run_stage
-from beholder.studies.footprint import measure_similarity, plan_footprint, run_footprint
+from beholder.studies.footprint import _check_runs, collect, measure_similarity, plan_footprint, run_footprint
 from beholder.studies.footprint_record import FootprintRecord, explanation
 from beholder.studies.frontier import KEPT
 from beholder.studies.matrix import ALPHA, LLM, RANK, START, TARGETS, VISION, every_point, groups, plan
@@ -270,15 +271,53 @@ def test_controls_get_the_rank_that_gives_them_as_many_parameters(write_study: W
             {"select": ["x"], "points": {"x": {"after": "A1"}}}, ["eval.baseline_run={study}/x"],
             "(A1 → x → A1|x → A1 → x) wait for each other",
         ),
+        ({"select": ["A0"], "leave_out": ["A0"]}, [], "no point is left to run"),
+        (own({START: None}), [], "points.x sets model.connector.load_checkpoint: null; every point goes on from a run"),
+        (own({"model.lora.enable": False}), [], "points.x sets model.lora.enable: false; where adapters go is what"),
+        ({"select": ["attention"], "attention": []}, [], "attention is empty; name its modules"),
+        (own({RANK: [1]}), [], r"x: model\.lora\.r: got .*; expected a whole number"),
+        (own({LLM: []}), [], r"x: model\.lora: enable is true, but llm_layers and vit_layers choose no layer"),
+        ({"select": ["attention"]}, ["model.lora.r=65536"], "as many .* as A1 .* need the rank [0-9]+,"),
+        ({"select": ["attention"], "attention": ["nope"]}, [], r"attention: footprint\.attention .*nope"),
         ({"select": ["A1"]}, ["model.connector.load_checkpoint={study}/A1/checkpoints/step_2"], "A1 → A1 wait for"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_told_before_anything_runs(
     write_study: WriteStudy, tmp_path: Path, footprint: dict[str, Any], sets: list[str], message: str
 ) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         plan_footprint(write_study(tmp_path, {**TINY, **footprint}), [s.format(study=tmp_path / "study") for s in sets])
-    assert not (tmp_path / "study").exists()
+    assert not (tmp_path / "study").exists() and "pydantic" not in str(caught.value)
+
+
+def test_a_point_that_is_none_by_its_other_settings_is_refused(write_study: WriteStudy, tmp_path: Path) -> None:
+    runs = plan_footprint(write_study(tmp_path, {**TINY, "select": ["A1"]})).points.runs
+    connector = runs[1].cfg.model.connector.model_copy(update={"load_checkpoint": None})
+    cfg = runs[1].cfg.model_copy(update={"model": runs[1].cfg.model.model_copy(update={"connector": connector})})
+
+    _check_runs(runs)
+    with pytest.raises(UserError, match="A1 starts from no run"):
+        _check_runs([replace(runs[1], cfg=cfg)])
+    with pytest.raises(UserError, match=r"A1 has no adapters \(stage: align"):
+        _check_runs([replace(runs[1], cfg=runs[1].cfg.model_copy(update={"stage": "align"}))])
+
+
+def test_leaving_out_the_baseline_is_told_before_anything_runs(write_study: WriteStudy, tmp_path: Path) -> None:
+    file = write_study(tmp_path, {**TINY, "select": ["A1"]})
+
+    assert not [n for n in plan_footprint(file).notes if "A0" in n]
+    assert [n for n in plan_footprint(file, ["footprint.leave_out=[A0]"]).notes if n.startswith("A0 is left out")]
+
+
+def test_where_the_connector_learns_the_record_says_so(write_study: WriteStudy, tmp_path: Path) -> None:
+    file = write_study(tmp_path, {**TINY, "select": ["A1"]})
+
+    def told(*sets: str) -> list[str]:
+        return [p.where for p in collect(plan_footprint(file, sets)).points]
+
+    assert told() == ["nothing", "the language model's last 1"]
+    learns = ["model.connector.trainable=true", "train.lr.connector=1e-3"]
+    assert told(*learns) == ["the connector", "the language model's last 1 and the connector"]
 
 
 def test_a_run_is_not_its_own_baseline_and_the_others_wait_for_it(write_study: WriteStudy, tmp_path: Path) -> None:

@@ -103,6 +103,19 @@ def test_the_answer_names_the_layers_those_that_cannot_be_told_from_it_and_the_l
     assert html.index(answer(study).replace("'", "&#39;")) < html.index("<svg") < html.index("<table")
 
 
+def test_only_points_with_a_result_are_compared() -> None:
+    whole = record(seeds=(1,))
+    alone = conclude(whole.model_copy(update={"rows": [r for r in whole.rows if r.point == "A0"]}))
+    some = conclude(whole.model_copy(update={"rows": [r for r in whole.rows if r.point in ("A0", "A1")]}))
+
+    assert answer(alone) == "Nothing is compared yet: A0 alone has a result"
+    assert "A0 has a held-out loss of 0.9 nats" in explanation(alone) and "not compared: A1, A2" in explanation(alone)
+    assert not re.search("lowest|told apart", explanation(alone))
+    assert answer(some).startswith("Train the language model's last 2")
+    assert "every other one that has a result. Without a result, and so not compared: A2" in explanation(some)
+    assert "not compared" not in explanation(whole)
+
+
 def test_the_record_survives_its_file_and_is_judged_the_same_again(tmp_path: Path) -> None:
     study = record()
     (tmp_path / "footprint.json").write_text(study.model_dump_json())

@@ -150,6 +150,19 @@ def test_one_image_more_stands_before_what_is_said_next_and_the_conversation_goe
     assert conversation.images == [] and "[image" not in shown(conversation, "None?")
 
 
+@pytest.mark.parametrize(
+    "line", ["/drop 0", "/drop -1", "/drop x", "/drop 99999999999999999999", "/reset all", "/images 2"]
+)
+def test_a_command_that_takes_nothing_refuses_what_follows_it_and_does_nothing(
+    several: Vlm, pictures: list[Path], line: str
+) -> None:
+    conversation = Conversation(several, pictures[:2])
+
+    with pytest.raises(UserError, match=r"/\w+ takes nothing, and got '.*'; type /\w+ alone"):
+        scripted(conversation, line)
+    assert conversation.images == pictures[:2]
+
+
 def test_what_is_shown_changes_the_answer_of_that_image_alone(several: Vlm, pictures: list[Path]) -> None:
     a, b, c = pictures[:3]
 

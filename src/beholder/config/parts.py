@@ -181,6 +181,9 @@ class ConnectorConfig(Section):
         return n if n or self.resampler.kind != "perceiver" else 64
 
 
+MAX_RANK = 65_536
+
+
 class LoraConfig(Section):
     enable: Annotated[
         bool,
@@ -202,7 +205,7 @@ class LoraConfig(Section):
     """What becomes of the adapters of the run that ``connector.load_checkpoint`` names. continue: they go on learning,
     so rank, alpha and sites must be theirs. merge: they become part of the base's weights, at the strength that they
     are used with, and new ones start. fresh: they are dropped, and new ones start."""
-    r: Annotated[Positive, Field(le=65_536), NO_ADAPTERS] = 16
+    r: Annotated[Positive, Field(le=MAX_RANK), NO_ADAPTERS] = 16
     """Rank of the two matrices of an adapter."""
     alpha: Annotated[Positive, Field(le=1_048_576), NO_ADAPTERS] = 32
     """The adapter's output is scaled by alpha / r."""

@@ -80,8 +80,8 @@ class FootprintConfig(StudyConfig):
     """Last blocks of the vision tower that do; 0 first, then rising."""
     select: tuple[str, ...] | None = None
     """Points and groups of points that are run, in the study's own order. Default ``priority`` (A0, A1, A2, B2, B3, C2,
-    C3), ``controls``, and ``restart`` where it is given; ``matrix``: all counts. A0 comes along: what language and
-    seeing have lost is told against it."""
+    C3), ``controls``, and ``restart`` where it is given; ``matrix``: all counts. A0 comes along, unless
+    ``leave_out`` names it: what language and seeing have lost is told against it."""
     leave_out: tuple[str, ...] = ()
     """Points and groups that are not."""
     points: dict[str, PointConfig] = Field(default_factory=dict)
@@ -114,6 +114,9 @@ class FootprintConfig(StudyConfig):
         for name, counts in (("llm_layers", self.llm_layers), ("vision_blocks", self.vision_blocks)):
             if not counts or counts[0] != 0 or any(a >= b for a, b in itertools.pairwise(counts)):
                 wrong.append(f"{name} is {list(counts)}; give 0 first, then rising numbers, such as [0, 2, 4]")
+        for name, modules in (("attention", self.attention), ("gate_up", self.gate_up)):
+            if not modules:
+                wrong.append(f"{name} is empty; name its modules, or leave the control out (leave_out: [{name}])")
         own = {**dict.fromkeys(self.points, "points"), **dict.fromkeys(self.groups, "groups")}
         made = {*self.matrix(), *CONTROLS, *GROUPS, "restart"}
         for name, section in own.items():

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from beholder.config import (
@@ -32,6 +33,9 @@ from beholder.config import (
     settings,
 )
 from beholder.config.file import load_config
+from beholder.config.parts import MAX_RANK
+from beholder.config.tree import show
+from beholder.config.wording import annotation_at, expected, nearest
 from beholder.evidence import Evidence, load_evidence
 from beholder.evidence.guardrails import readings
 from beholder.probes.similarity import most_changing
@@ -54,6 +58,7 @@ from beholder.studies.footprint_record import (
 from beholder.studies.matrix import ALPHA, BASELINE, LLM, RANK, START, TARGETS, VISION, Planned, every_point, plan
 from beholder.studies.points import (
     ALIKE,
+    Point,
     Points,
     alters_measuring,
     facts_of,
@@ -167,6 +172,11 @@ def plan_footprint(config: str | Path, overrides: Sequence[str] = ()) -> Study:
     _check_settings(own)
     connector = base.model.connector.trainable
     planned = {p.name: p for p in plan(own, connector_learns=connector)}
+    if not planned:
+        raise UserError(
+            "no point is left to run: footprint.leave_out takes out all that footprint.select names, A0 included; name "
+            "another point in select, or leave fewer out"
+        )
     layers = _known_layers(Path(base.run_dir), start, own)
     pending = max((p.similar for p in planned.values() if p.similar), default=0) if layers is None else 0
     sets = {p.name: dict(p.settings) for p in planned.values() if not (p.similar and layers is None)}
@@ -185,9 +195,10 @@ def plan_footprint(config: str | Path, overrides: Sequence[str] = ()) -> Study:
     once: frozenset[str] = frozenset(() if connector else (BASELINE,))
     runs = resolve(config, overrides, base, own, sets, after, once)
     order = {seed: k for k, seed in enumerate(own.seeds)}
+    _check_runs(runs)
     runs.sort(key=lambda r: order.get(r.cfg.seed, 0))  # a study that is cut short has every point once
     points = Points("footprint", Path(base.run_dir), base.run_name, own, base.device, runs)
-    return Study(points, planned, start, adapters, (*notes, *_unmonitored(base)), pending)
+    return Study(points, planned, start, adapters, (*notes, *_unmonitored(base, planned)), pending)
 
 
 def _check_settings(own: FootprintConfig) -> None:
@@ -195,8 +206,12 @@ def _check_settings(own: FootprintConfig) -> None:
     known = [s.path for s in settings(RunConfig)]
     wrong = []
     for name, point in own.points.items():
-        for key in point.set:
-            if key not in known and not key.startswith("guardrails."):
+        for key, value in point.set.items():
+            if (key, value) in UNDONE:
+                wrong.append(
+                    f"footprint.points.{name} sets {key}: {'null' if value is None else 'false'}; {UNDONE[key, value]}"
+                )
+            elif key not in known and not key.startswith("guardrails."):
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
                 wrong.append(f"footprint.points.{name}: no setting {key!r}{f'; nearest: {near[0]}' if near else ''}")
             elif key == "seed" or alters_measuring(key):
@@ -205,6 +220,26 @@ def _check_settings(own: FootprintConfig) -> None:
             wrong.append(f"footprint.points.{name} sets {START} and is after {point.after}; it starts from one run")
     if wrong:
         raise UserError("\n".join(wrong))
+
+
+UNDONE: dict[tuple[str, PointSetting], str] = {
+    (START, None): "every point goes on from a run: leave it out for the study's start, or name another run",
+    ("model.lora.enable", False): (
+        f"where adapters go is what a footprint study varies, and {BASELINE} is the point where nothing learns; leave "
+        "it out"
+    ),
+}
+"""What makes a point none of the study, and what to do instead."""
+
+
+def _check_runs(runs: Sequence[Point]) -> None:
+    """Refuse what is no point of the study, by whichever of its settings: as the base config is."""
+    for run in runs:
+        if run.cfg.model.connector.load_checkpoint is None:
+            raise UserError(f"{run.point} starts from no run ({START} is null); {UNDONE[START, None]}")
+        if not run.cfg.has_adapters:
+            told = f"stage: {run.cfg.stage}, model.lora.enable: {str(run.cfg.model.lora.enable).lower()}"
+            raise UserError(f"{run.point} has no adapters ({told}); {UNDONE['model.lora.enable', False]}")
 
 
 def _count(
@@ -241,13 +276,24 @@ def _count(
         try:
             if (like := planned[name].equal_to) is not None:
                 lora, wanted = lora_of(base, values), count(every[like].settings)
-                rank = max(1, round(wanted * lora.r / count(values)))
+                if not (own_number := count(values)):
+                    raise UserError("none of its modules gets an adapter; name at least one")
+                rank = max(1, round(wanted * lora.r / own_number))
                 if rank != lora.r:
+                    if rank > MAX_RANK:
+                        raise UserError(
+                            f"to have as many adapter parameters as {like} ({wanted:,}) it would need the rank "
+                            f"{rank:,}, and a rank is at most {MAX_RANK:,}; lower model.lora.r, or leave it out "
+                            f"(footprint.leave_out: [{name}])"
+                        )
                     values[RANK] = rank
                     values.setdefault(ALPHA, max(1, round(lora.alpha * rank / lora.r)))
             found[name] = count(values)
         except UserError as e:
-            wrong.setdefault(str(e), []).append(name)
+            why = str(e)
+            if planned[name].kind == "control" and TARGETS in values:
+                why = why.replace(TARGETS, f"footprint.{name}")  # where its modules were written
+            wrong.setdefault(why, []).append(name)
     if wrong:
         lines = [f"{', '.join(names)}: {why}" for why, names in wrong.items()]
         raise UserError("these points cannot be placed:\n  " + "\n  ".join(lines))
@@ -260,12 +306,28 @@ def lora_of(base: RunConfig, values: Mapping[str, PointSetting]) -> LoraConfig:
     changed = {k.removeprefix(before): v for k, v in values.items() if k.startswith(before)}
     try:
         return LoraConfig.model_validate({**base.model.lora.model_dump(), **changed})
-    except ValueError as e:
-        raise UserError(f"model.lora cannot be {changed}: {e}") from e
+    except ValidationError as e:
+        raise UserError("; ".join(dict.fromkeys(_in_words(e, changed)))) from None
 
 
-def _unmonitored(base: RunConfig) -> Iterator[str]:
+def _in_words(wrong: ValidationError, given: Mapping[str, PointSetting]) -> Iterator[str]:
+    """As a config says what is wrong with a setting of it."""
+    for error in wrong.errors(include_url=False, include_context=False):
+        if error["type"] == "value_error":
+            yield f"model.lora: {error['msg'].removeprefix('Value error, ')}"
+        elif (annotation := annotation_at(("model", "lora", name := str(error["loc"][0])))) is None:
+            yield f"model.lora.{name}: no such setting; {nearest(('model', 'lora', name))}"
+        else:
+            yield f"model.lora.{name}: got {show(given.get(name))}; expected {expected(annotation)}"
+
+
+def _unmonitored(base: RunConfig, planned: Mapping[str, Planned]) -> Iterator[str]:
     """What will not be known at the end, said before anything runs."""
+    if BASELINE not in planned:
+        yield (
+            f"{BASELINE} is left out (footprint.leave_out), so no point's loss on plain text, and nothing of what it "
+            "says of images, is compared with the start's: a point that has forgotten much may win"
+        )
     empty = {m: setting for m in WATCHED if (setting := base.eval.off(m)) is not None}
     if empty:
         by_setting: dict[str, list[str]] = {}
@@ -339,11 +401,12 @@ def collect(study: Study, failed: Mapping[str, str] | None = None, *, interrupte
             known |= _measured(evidence[run.name], run.cfg, run.folder)
         rows.append(FootprintRow(**known))
     by_point = {r.point: r.settings for r in runs}
+    connector = {r.point for r in runs if r.cfg.model.connector.trainable}
     points = [
         FootprintPoint(
-            name=name, kind=p.kind, where=where(by_point[name], p), llm=p.llm if p.kind == "matrix" else None,
-            vision=p.vision if p.kind == "matrix" else None, planned=study.adapters.get(name), equal_to=p.equal_to,
-            rate_of=_rate_of(name, by_point),
+            name=name, kind=p.kind, where=where(by_point[name], p, connector_learns=name in connector),
+            llm=p.llm if p.kind == "matrix" else None, vision=p.vision if p.kind == "matrix" else None,
+            planned=study.adapters.get(name), equal_to=p.equal_to, rate_of=_rate_of(name, by_point),
         )
         for name, p in study.planned.items() if name in by_point
     ]  # fmt: skip
@@ -377,13 +440,14 @@ def _measured(e: Evidence, cfg: RunConfig, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def where(values: Mapping[str, PointSetting], p: Planned) -> str:
+def where(values: Mapping[str, PointSetting], p: Planned, *, connector_learns: bool = False) -> str:
     """``language model last-2, vision tower last-4``, and what else the point sets."""
     told = []
     for key, words in ((LLM, "language model"), (VISION, "vision tower")):
         layers: Any = values.get(key)
         if layers is not None and p.name != BASELINE and not no_layers(layers):
             told.append(f"the {words}'s {_layers(layers)}")
+    told += ["the connector"] if connector_learns else []
     text = " and ".join(told) or ("nothing" if p.name == BASELINE else "as the config says")
     if TARGETS in values:
         names: Any = values[TARGETS]

@@ -272,6 +272,8 @@ def answer(record: FootprintRecord) -> str:
     choice = record.choice
     if choice.winner is None:
         return "No point may be taken" if choice.refused else "Nothing is measured yet"
+    if (missing := without_result(record)) and len(missing) == len(record.points) - 1:
+        return f"Nothing is compared yet: {choice.winner} alone has a result"
     told = f"Train {record.point(choice.winner).where} ({choice.winner})"
     least = choice.smallest
     if least in (None, choice.winner) or record.point(least).at[TASK.measure].error is None:
@@ -286,10 +288,13 @@ def explanation(record: FootprintRecord) -> str:
         return "; ".join(f"{name}: {why}" for name, why in choice.refused.items()) or "No run has a result."
     best = record.point(choice.winner)
     loss = best.at[TASK.measure]
+    missing = without_result(record)
+    compared = len(record.points) - len(missing)
     kept = _and([COLUMNS.get(limit.measure, limit.measure) for limit in record.limits])
+    it = f"{best.name} has a" if missing and compared == 1 else "It has the lowest"
     told = [
-        f"It has the lowest held-out loss, {loss.value:.4g} nats/token"
-        + (f", of the points that keep {kept} within bounds." if record.limits else ".")
+        f"{it} held-out loss{',' if compared > 1 or not missing else ' of'} {loss.value:.4g} nats/token"
+        + (f", of the points that keep {kept} within bounds." if record.limits and compared > 1 else ".")
     ]
     if KEPT.measure not in {limit.measure for limit in record.limits}:
         told.append("What points keep of language does not count: A0's loss on plain text was not measured.")
@@ -298,13 +303,20 @@ def explanation(record: FootprintRecord) -> str:
         if choice.smallest not in (None, choice.winner):
             least = record.point(choice.smallest)
             told.append(f"Of these {least.name} trains least: {least.where}, {least.learns:,} parameters.")
-    elif len(record.points) - len(choice.refused) > 1:
-        told.append("It is told apart from every other one.")
+    elif compared - len(choice.refused) > 1:
+        told.append(f"It is told apart from every other one{' that has a result' if missing else ''}.")
+    if missing:
+        told.append(f"Without a result, and so not compared: {_and(missing)}.")
     if loss.error is None:
         told.append("Without repeats (footprint.seeds) intervals over samples decide, which tell little apart.")
     if choice.refused:
         told.append(f"Not to be taken: {', '.join(choice.refused)}.")
     return " ".join(told)
+
+
+def without_result(record: FootprintRecord) -> list[str]:
+    """Points of which no run has finished: nothing is known of them."""
+    return [p.name for p in record.points if not p.runs]
 
 
 def _and(words: Sequence[str]) -> str:

@@ -289,6 +289,8 @@ def _command(conversation: Conversation, line: str, note: Callable[[str], None])
             goes_on = conversation.look_at(_path(rest))
             number = f"image {len(conversation.images)}: " if conversation.vlm.cfg.max_images > 1 else ""
             note(f"looking at {number}{rest}" + (" (the conversation starts over)" if had and not goes_on else ""))
+        case "/images" | "/drop" | "/reset" | "/help" | "/quit" if rest:
+            raise UserError(f"{name} takes nothing, and got {rest[:60]!r}; type {name} alone (/help says what it does)")
         case "/images":
             note(_listed(conversation.images) if conversation.images else "no image yet: /image FILE shows it one")
         case "/drop":
