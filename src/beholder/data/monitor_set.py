@@ -142,11 +142,11 @@ def _rows(setting: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     raw = index.without_mark(raw, path)
                 if raw.strip():
                     yield line, _record(path, line, raw)
+    except UserError as e:
+        raise UserError(f"{setting}: {e}; {_EXPECTED}") from e
     except (OSError, ValueError) as e:  # the latter for a name with a NUL
         why = e.strerror if isinstance(e, OSError) and e.strerror else e
         raise UserError(f"{setting}: {path} cannot be read ({why}); {_EXPECTED}") from e
-    except UserError as e:
-        raise UserError(f"{setting}: {e}; {_EXPECTED}") from e
 
 
 _EXPECTED = "give a file with a JSON record a line, or a folder of images. beholder prepare ood makes both"

@@ -170,8 +170,8 @@ def check_size(name: str, shapes: Mapping[str, tuple[int, ...]], model: nn.Modul
     first, however large they are, and then found missing."""
     table = model.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
     output: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    untied = output is not None and output.weight is not table  # as yet; the files may have them once
-    own = {key: p for key, p in model.named_parameters() if not untied or p is not output.weight}
+    untied = None if output is None or output.weight is table else output.weight  # as yet; files may have them once
+    own = {key: p for key, p in model.named_parameters() if p is not untied}
     need, there = sum(p.numel() for p in own.values()), sum(math.prod(shape) for shape in shapes.values())
     if not shapes or need <= 1.1 * there:
         return
