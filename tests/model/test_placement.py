@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from beholder.config import Layers, LoraConfig
+from beholder.config import Layers, LoraConfig, VisionConfig
 from beholder.model.placement import (
     Part,
     Selector,
@@ -21,6 +21,7 @@ from beholder.model.placement import (
     tower_blocks,
     tower_part,
 )
+from beholder.model.vision import empty_tower
 from beholder.types import UserError
 
 from .conftest import Build
@@ -191,10 +192,7 @@ TOWERS = {
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_the_blocks_of_timm_towers_are_found_through_their_stages(name: str) -> None:
-    import timm
-
-    with torch.device("meta"):
-        blocks = tower_blocks(timm.create_model(name, pretrained=False, num_classes=0))
+    blocks = tower_blocks(empty_tower(VisionConfig(name_or_path=f"timm/{name}")))
 
     assert (len(blocks), blocks[0], blocks[-1]) == TOWERS[name]
 

@@ -159,14 +159,17 @@ def test_a_class_that_does_not_keep_packed_samples_apart_is_padded_and_it_is_sai
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Gemma 3: in a packed row transformers' masks let the positions of an image of a later sample see others."""
-    cfg = Setting(tmp_path, "gemma3").config(tmp_path, "train.train_steps=1", "eval.jitter_samples=0")
-    assert cfg.train.packing
+    setting = Setting(tmp_path, "gemma3")
+    cfg = setting.config(tmp_path, "train.train_steps=1", "eval.jitter_samples=0")
+    assert cfg.train.packing and cfg.model.native is not None
+    model, _ = load_native(cfg.model.llm, torch.device("cpu"))
+    apart = model.language.packing_error is None  # so with transformers 5.15
 
     assert run_stage(cfg).status == Status.SUCCEEDED
 
-    assert "[packing] off, one sample a row" in capsys.readouterr().out
+    assert ("[packing] off, one sample a row" in capsys.readouterr().out) is not apart
     evidence = load_evidence(tmp_path / "run")
-    assert any(gap.startswith("Packing: off") for gap in evidence.gaps)
+    assert any(gap.startswith("Packing: off") for gap in evidence.gaps) is not apart
 
 
 def test_it_chats_in_pieces_as_in_one_about_images_of_any_size(setting: Setting, finished: Path) -> None:

@@ -223,8 +223,12 @@ def empty_tower(cfg: VisionConfig, config: Any = None) -> Any:
     if cfg.name_or_path.startswith("timm/"):
         import timm
 
-        with torch.device("meta"):
-            return timm.create_model(timm_name(cfg), pretrained=False, num_classes=0).eval()
+        name = timm_name(cfg)
+        try:
+            with torch.device("meta"):
+                return timm.create_model(name, pretrained=False, num_classes=0).eval()
+        except (NotImplementedError, RuntimeError):  # an older timm reads weights while it builds some towers
+            return timm.create_model(name, pretrained=False, num_classes=0).to("meta").eval()
     from transformers import AutoConfig
 
     if config is None:
