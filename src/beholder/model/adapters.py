@@ -88,9 +88,9 @@ def attach(part: Part, cfg: LoraConfig, seed: int, selector: Selector | None = N
             down.copy_(torch.empty(down.shape).uniform_(-bound, bound, generator=draw))
             up.zero_()
     for layer in placed.values():
-        layer.scalings = (_alpha_at_rest(cfg) / cfg.r, cfg.alpha / cfg.r)
+        layer.scalings = (alpha_at_rest(cfg.alpha, cfg.strength) / cfg.r, cfg.alpha / cfg.r)
     part.adapters, part.adapted = sites, list(placed.values())
-    config.lora_alpha = _alpha_at_rest(cfg)  # pyright: ignore[reportAttributeAccessIssue] (PEFT takes fractions)
+    config.lora_alpha = alpha_at_rest(cfg.alpha, cfg.strength)  # pyright: ignore[reportAttributeAccessIssue] (PEFT takes fractions)
     part.facts = _facts(part, config)
     part.learn(False)
     _check_reached(part, selector)
@@ -134,9 +134,9 @@ def _check_reached(part: Part, selector: Selector) -> None:
         )
 
 
-def _alpha_at_rest(cfg: LoraConfig) -> int | float:
-    """What others must know as alpha to compute what this model does outside training."""
-    return cfg.alpha if cfg.strength == 1 else cfg.alpha * cfg.strength
+def alpha_at_rest(alpha: int, strength: float) -> int | float:
+    """What others must know as alpha to compute what a model does outside training."""
+    return alpha if strength == 1 else alpha * strength
 
 
 def trained_alpha(part: Part) -> int:

@@ -190,7 +190,7 @@ def start_base(path: str | Path, mode: Literal["continue", "merge", "fresh"]) ->
         )
     for name in adapters:
         before = name.removesuffix("adapter")
-        _check_alpha(path, name, read_adapter_config(path, name))
+        _trained_alpha(path, name, read_adapter_config(path, name))
         base[f"{before}merged_{1 + sum(p.startswith(f'{before}merged_') for p in base)}"] = read_part(path, name)
     return base
 
@@ -268,10 +268,9 @@ def _load_adapter(path: Path, name: str, part: Part | None, there: bool, start: 
     config, own = read_adapter_config(path, name), adapters.adapter_config(part)
     fields = _ADAPTER_FIELDS
     if start:
-        _check_alpha(path, name, config)
         # What both trained with; how much of it is used outside training is each run's own affair.
         fields = fields | {"lora_alpha": "model.lora.alpha"}
-        config |= {"lora_alpha": _trained_alpha(path, config)}
+        config |= {"lora_alpha": _trained_alpha(path, name, config)}
         own |= {"lora_alpha": adapters.trained_alpha(part)}
     complaints = [
         f"{fields.get(key, key)}: checkpoint {shown(config[key])}, config {shown(own[key])}"
@@ -291,20 +290,17 @@ def _load_adapter(path: Path, name: str, part: Part | None, there: bool, start: 
         raise UserError(f"the adapters in {path} (on {base}; this config: {mine}) cannot be used: {e}") from e
 
 
-def _trained_alpha(path: Path, config: Mapping[str, Any]) -> Any:
+def _trained_alpha(path: Path, name: str, config: Mapping[str, Any]) -> Any:
     """The alpha that a checkpoint's adapters learned with: its run's own. ``adapter_config.json`` has it times the
-    strength that they are used at."""
-    return flatten(read_trainer(path)["config"]).get("model.lora.alpha", config["lora_alpha"])
+    strength that they are used at; adapters of which it says otherwise, or that have another rank than the run's, are
+    refused: continued they would be other adapters than merged."""
+    from beholder.model.adapters import alpha_at_rest
 
-
-def _check_alpha(path: Path, name: str, config: Mapping[str, Any]) -> None:
-    """Refuse adapters whose own rank and alpha are not what their run trained with, times the strength that it uses
-    them at: continued they would be other adapters than merged."""
     run = flatten(read_trainer(path)["config"])
     rank, alpha, strength = (run.get(f"model.lora.{key}") for key in ("r", "alpha", "strength"))
     told = [f"r {shown(config['r'])}, expected {shown(rank)}"] if rank is not None and config["r"] != rank else []
     if isinstance(alpha, int) and isinstance(strength, int | float):
-        used = alpha if strength == 1 else alpha * strength
+        used = alpha_at_rest(alpha, strength)
         if config["lora_alpha"] != used:
             told.append(f"lora_alpha {shown(config['lora_alpha'])[:60]}, expected {used} (alpha * strength)")
     if told:
@@ -312,6 +308,7 @@ def _check_alpha(path: Path, name: str, config: Mapping[str, Any]) -> None:
             f"{path / part_files(name)[1]} says {', '.join(told)} by model.lora in {path / TRAINER}: one of the two "
             f"files is not of this checkpoint. {ANOTHER}"
         )
+    return config["lora_alpha"] if alpha is None else alpha
 
 
 def _check_base(path: Path, parts: Mapping[str, Part]) -> None:
