@@ -11,6 +11,10 @@ import typer
 
 from beholder.cli.common import ConfigArg, Sets, app, example, exit_for, say, terminal
 
+StartAnyway = Annotated[
+    bool, typer.Option("--promote-anyway", help="Start from a checkpoint whose run failed its gates.")
+]
+
 
 @app.command(epilog=example("beholder quickstart"))
 def quickstart(
@@ -82,9 +86,7 @@ def run(
 def sweep(
     config: ConfigArg,
     sets: Sets = None,
-    promote_anyway: Annotated[
-        bool, typer.Option("--promote-anyway", help="Start from a checkpoint whose run failed its gates.")
-    ] = False,
+    promote_anyway: StartAnyway = False,
 ) -> None:
     """Short runs over a grid of settings, scored, with a table and a plot. Only what is missing is run.
 
@@ -101,9 +103,7 @@ def sweep(
 def footprint(
     config: ConfigArg,
     sets: Sets = None,
-    promote_anyway: Annotated[
-        bool, typer.Option("--promote-anyway", help="Start from a checkpoint whose run failed its gates.")
-    ] = False,
+    promote_anyway: StartAnyway = False,
 ) -> None:
     """How many layers should learn? Runs with more and more of them, the frontier, and a page that answers.
 

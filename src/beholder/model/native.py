@@ -24,7 +24,7 @@ from beholder.model.fusion import scatter_images
 from beholder.model.language import LanguageModel
 from beholder.model.placement import Part, language_part, tower_part
 from beholder.model.processor import PROBES, NativeProcessor, load_processor
-from beholder.model.vlm import Seeing
+from beholder.model.vlm import Seeing, check_places
 from beholder.model.weights import (
     DTYPES,
     check_depth,
@@ -260,12 +260,9 @@ class NativeModel(Seeing):
     ) -> list[list[int]]:
         """New token ids for each prompt with its images, as `VisionLanguageModel.generate`; written by the model's own
         ``generate``, from ids and the processor's inputs."""
-        assert len(prompts) == len(images)
         if not prompts:
             return []
-        for i, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
-            if len(prompt.image_spans) != len(own):
-                raise UserError(f"prompt {i + 1} has {len(prompt.image_spans)} image places but {len(own)} images")
+        check_places(prompts, images)
         inputs = self._inputs([x for own in images for x in own], [s for p in prompts for s in p.image_sizes])
         longest = max(len(p.ids) for p in prompts)
         ids = torch.full((len(prompts), longest), eos_ids[0], dtype=torch.int64)

@@ -40,6 +40,13 @@ def _sample_keys(batch: Batch) -> list[bytes]:
     return keys
 
 
+def check_places(prompts: Sequence[Encoded], images: Sequence[Sequence[ImageInput]]) -> None:
+    """Refuse a prompt with another number of image places than images."""
+    for i, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
+        if len(prompt.image_spans) != len(own):
+            raise UserError(f"prompt {i + 1} has {len(prompt.image_spans)} image places but {len(own)} images")
+
+
 class Seeing(nn.Module):
     """What every model that sees has, joined here from its parts or whole as it came (`model.native`): parts that can
     learn in pieces, what they have learned, and losses on supervised positions alone."""
@@ -297,12 +304,9 @@ class VisionLanguageModel(Seeing):
 
         One batch. Raises `UserError` when a prompt has another number of image places than images.
         """
-        assert len(prompts) == len(images)
         if not prompts:
             return []
-        for i, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
-            if len(prompt.image_spans) != len(own):
-                raise UserError(f"prompt {i + 1} has {len(prompt.image_spans)} image places but {len(own)} images")
+        check_places(prompts, images)
         tokens = self.visual_tokens([image for own in images for image in own])
         embeds, used = [], 0
         for i, (prompt, own) in enumerate(zip(prompts, images, strict=True)):

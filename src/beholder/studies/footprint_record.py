@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from beholder.config import STRENGTH_LINE, WATCHED, FootprintConfig
 from beholder.evidence import Measurement, Record
@@ -35,7 +35,7 @@ from beholder.studies.frontier import (
 )
 from beholder.studies.hypotheses import Seen, Verdict, judge
 from beholder.studies.matrix import BASELINE, Kind
-from beholder.types import UserError
+from beholder.studies.record import read_record
 
 RECORD, TABLE, PAGE, TWIN = "footprint.json", "footprint.csv", "footprint.html", "footprint.md"
 
@@ -150,15 +150,7 @@ class FootprintRecord(Record):
     @classmethod
     def load(cls, path: str | Path) -> FootprintRecord:
         """Read ``footprint.json``, given as the file or as the study's folder."""
-        file = Path(path) / RECORD if Path(path).is_dir() else Path(path)
-        try:
-            return cls.model_validate_json(file.read_bytes())
-        except FileNotFoundError:
-            raise UserError(f"{file}: no such file; beholder footprint CONFIG writes it") from None
-        except ValidationError as e:
-            first = e.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "(top)"
-            raise UserError(f"{file}: not the record of a footprint study: {where}: {first['msg']}") from e
+        return read_record(cls, Path(path), RECORD, "footprint", "a footprint study")
 
 
 def bounds(study: FootprintConfig) -> dict[str, float]:

@@ -14,13 +14,15 @@ import io
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
 from beholder.evidence import Measurement, Record
 from beholder.studies.score import Ranking
 from beholder.types import UserError
+
+R = TypeVar("R", bound=Record)
 
 MEASURED = {
     "eval_loss": "eval.loss", "d_shuffle": "ablation.delta.shuffled", "d_zero": "ablation.delta.zero",
@@ -98,15 +100,21 @@ class SweepRecord(Record):
     @classmethod
     def load(cls, path: str | Path) -> SweepRecord:
         """Read ``sweep.json``, given as the file or as the sweep's folder."""
-        file = Path(path) / RECORD if Path(path).is_dir() else Path(path)
-        try:
-            return cls.model_validate_json(file.read_bytes())
-        except FileNotFoundError:
-            raise UserError(f"{file}: no such file; beholder sweep CONFIG writes it") from None
-        except ValidationError as e:
-            first = e.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "(top)"
-            raise UserError(f"{file}: not the record of a sweep: {where}: {first['msg']}") from e
+        return read_record(cls, Path(path), RECORD, "sweep", "a sweep")
+
+
+def read_record(kind: type[R], path: Path, name: str, command: str, what: str) -> R:
+    """The record of a study, given as its file or as the study's folder, in which it is called ``name``. Raises
+    `UserError` where there is none, or another one."""
+    file = path / name if path.is_dir() else path
+    try:
+        return kind.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; beholder {command} CONFIG writes it") from None
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "(top)"
+        raise UserError(f"{file}: not the record of {what}: {where}: {first['msg']}") from e
 
 
 # ---------------------------------------------------------------------------------------------------------------
