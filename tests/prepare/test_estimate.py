@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from beholder.config import STAGES, ConnectorConfig, LlmConfig, LoraConfig, RunConfig, VisionConfig
 from beholder.config.file import dump_config
-from beholder.data import build_data
+from beholder.data import build_data, build_encoder, open_records
 from beholder.model.adapters import adapter_parameters, attach
 from beholder.model.build import build_vlm
 from beholder.model.connector import build_connector
@@ -36,7 +36,7 @@ from beholder.prepare.estimate import (
     matmul_rate,
     vision_shape,
 )
-from beholder.prepare.tiny import tiny_llm, tiny_tokenizer, tiny_vision
+from beholder.prepare.tiny import colour_set, tiny_llm, tiny_tokenizer, tiny_vision
 from beholder.runs import to_json
 from beholder.stages import run_stage
 from beholder.types import Status, UserError
@@ -367,6 +367,63 @@ def test_missing_records_are_a_gap_and_steps_stay_unknown(tmp_path, tiny_config)
     assert any("none.jsonl" in gap for gap in found.gaps)
     assert any("target length" in gap for gap in found.gaps)
     assert found.memory["total"] > room.RUNTIME_BYTES
+
+
+def several_images(tmp_path, tiny_config, images, **sets):
+    """A config of stage multi, for each of ``images`` a source of records with so many, mixed 3 to 1."""
+    data, image = colour_set(tmp_path / "pictures", 8)
+    name = json.loads(data.read_text(encoding="utf-8").splitlines()[0])["images"][0]
+    sources = []
+    for n, weight in zip(images, (3, 1), strict=False):
+        turns = [{"role": "user", "content": "<image>" * n + "alike?"}, {"role": "assistant", "content": "yes"}]
+        path = tmp_path / f"{n}.jsonl"
+        lines = [json.dumps({"id": f"{n}-{k}", "images": [name] * n, "messages": turns}) for k in range(40)]
+        path.write_text("\n".join(lines), encoding="utf-8")
+        sources.append({"json_path": str(path), "image_root": str(image), "weight": weight})
+    return tiny_config(tmp_path, **({
+        "stage": "multi", "model.lora.enable": True, "data.json_path": None, "data.image_root": None,
+        "data.sources": sources, "train.train_steps": 8,
+    } | sets))  # fmt: skip
+
+
+def test_samples_of_several_images_are_planned_in_the_mixtures_proportions(tmp_path, tiny_config):
+    cfg = several_images(tmp_path, tiny_config, (3, 1))
+    model, tokenizer = build_vlm(cfg.model, compute_precision="fp32", device=CPU, seed=0)
+    encoder = build_encoder(cfg, tokenizer, model.num_visual_tokens)
+    records = open_records(cfg, cfg.data.train_sources)
+    lengths = {len(e.images): len(encoder.encode(e).ids) for e in (records[0], records[40])}
+
+    found = estimate(cfg, measure=False)
+
+    assert found.images_per_sample == pytest.approx(2.5, abs=0.1) and found.data["images"] == 40 * 3 + 40
+    assert found.sequence["tokens_mean"] == pytest.approx(0.75 * lengths[3] + 0.25 * lengths[1], rel=0.06)
+    assert found.sequence["tokens_longest"] >= lengths[3]
+    one = estimate(several_images(tmp_path / "one", tiny_config, (1, 1)), measure=False)
+    assert found.memory["total"] > one.memory["total"]
+
+
+def test_a_stage_of_several_images_without_its_data_is_planned_for_the_most_it_may_show(tmp_path, tiny_config):
+    cfg = several_images(tmp_path, tiny_config, (3, 1))
+    for source in cfg.data.train_sources:
+        Path(source.json_path).unlink()
+
+    found = estimate(cfg, measure=False)
+
+    assert found.images_per_sample == 6 and any("images of a sample: 6 assumed" in gap for gap in found.gaps)
+
+
+def test_a_gate_on_what_no_run_measures_is_refused_by_plan_and_run(tmp_path, tiny_config):
+    gates = {
+        "gates.a.measure": "slots.spred", "gates.a.at_most": 0.1, "gates.b.measure": "learner.lm", "gates.b.at_most": 1
+    }  # fmt: skip
+    cfg = tiny_config(tmp_path, **gates)
+
+    for start in (lambda: estimate(cfg, measure=False), lambda: run_stage(cfg)):
+        with pytest.raises(UserError) as told:
+            start()
+        assert "gates.a: nothing is measured as slots.spred; nearest: slots.spread" in str(told.value)
+        assert "gates.b: only beholder audit --learner lm measures learner.lm" in str(told.value)
+    assert not Path(cfg.run_dir).exists()
 
 
 def test_an_instruction_tuning_is_planned_with_its_adapters(tmp_path, tiny_config):

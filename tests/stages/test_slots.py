@@ -176,7 +176,8 @@ def test_an_honest_model_passes_and_each_planted_liar_fails_its_gate(
     monkeypatch.setattr(VisionLanguageModel, "embed", planted(lambda own: own.mean(0, keepdim=True).expand_as(own)))
     teach(honest, 100)
     m, gates = measured(honest)
-    assert not gates["follows_the_swap"].passed and gates["every_slot_counts"].passed
+    assert not gates["follows_the_swap"].passed and not gates["minds_the_order"].passed
+    assert gates["every_slot_counts"].passed
     follows = next(x for x in m.measurements if x.name == "slots.follows")
     assert follows.value < 0.5
 
@@ -194,6 +195,7 @@ def test_a_run_of_several_images_has_the_evidence_by_place_and_ablate_tells_the_
     found = [m for m in evidence.measurements if m.name.startswith("slots.")]
 
     assert strangers(found) == []
+    assert any("Starts from no earlier run" in gap and "stage instruct" in gap for gap in evidence.gaps)
     assert {g.name for g in evidence.gates} >= SLOT_GATES.keys() and "every_slot_counts" in {
         g.name for g in evidence.failed_gates
     }
@@ -215,8 +217,8 @@ def test_what_is_too_little_to_judge_is_said(untrained: Path) -> None:
     told = " ".join(few.findings)
     assert "Places with too few samples to judge: image 1 of 2 (4)" in told
     # the data have enough of them, so a setting that takes fewer waives no gate
-    assert told.count("raise eval.moved_samples (6)") == 2 and "not judged, of" not in told
-    for gate in ("slot_spread", "no_last_image_bias", "follows_the_swap"):
+    assert told.count("raise eval.moved_samples (6)") == 3 and "not judged, of" not in told
+    for gate in ("slot_spread", "no_last_image_bias", "minds_the_order", "follows_the_swap"):
         assert f"gate {gate} FAILED: {gate} ({SLOT_GATES[gate].measure}: not measured)" in told
     assert "no group has 20 samples" in told  # the gate on every place does not pass for want of samples
     assert not none.measurements

@@ -138,6 +138,8 @@ def test_one_image_more_stands_before_what_is_said_next_and_the_conversation_goe
 
     assert conversation.images == pictures[:2] and len(conversation.turns) == 2
     assert f"looking at image 2: {pictures[1]}" in notes and "starts over" not in notes
+    assert "there is no image" not in notes
+    assert "(there is no image 5: it has been shown 2)" in scripted(conversation, "What is in image 5?")[1]
     assert f"image 1: {pictures[0]}\nimage 2: {pictures[1]}" in notes
     first, _, rest = shown(conversation, "And image <image> 2?").partition("What?")
     assert "Image 1: " in first and "[image 1 ×" in first and "[image 2 ×" not in first

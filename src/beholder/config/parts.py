@@ -268,6 +268,11 @@ class ModelConfig(Section):
     def _parts_of_native(cls, given: Any) -> Any:
         return _tuples(with_native_parts(given))
 
+    @property
+    def starts_from_nothing(self) -> bool:
+        """Its connector has learned nothing yet."""
+        return self.native is None and self.connector.load_checkpoint is None
+
 
 def with_native_parts(given: Any) -> Any:
     """A ``model`` section as it was written, with a native model's parts under their usual names, so that who asks for

@@ -134,6 +134,10 @@ SLOT_GATES: dict[str, GateConfig] = {
     "no_last_image_bias": _gate(
         "slots.last_bias", "it is not right more often when the image that decides stands last", at_most=0.1
     ),
+    "minds_the_order": _gate(
+        "slots.order", "when another image stands where the words point, the old answer becomes clearly less likely",
+        above=0.1, end="low",
+    ),
     "follows_the_swap": _gate(
         "slots.follows", "when two images change places and the words do not, the answer follows", at_least=0.9
     ),
@@ -248,6 +252,8 @@ class Stage:
     is_meant: Callable[[ModelConfig], bool] | None
     """Whether a config that names no stage means this one, by what it lets learn; None: it must be named."""
 
+    builds_on: str
+    """The stage whose runs it is meant to start from; a run that starts from none says so. Empty: from none."""
     adapters: bool
     """Adapters may learn (``model.lora``)."""
     connector_learns: bool
@@ -305,6 +311,7 @@ FOLLOWS = ("pairs", "cells", "blind", "learnable")
 ALIGN = Stage(
     name="align",
     is_meant=lambda model: model.lora.enable is not True,
+    builds_on="",
     adapters=False,
     connector_learns=True,
     objective="next_token",
@@ -328,6 +335,7 @@ ALIGN = Stage(
 INSTRUCT = Stage(
     name="instruct",
     is_meant=lambda model: model.lora.enable is True,
+    builds_on="align",
     adapters=True,
     connector_learns=False,
     objective="next_token",
@@ -363,6 +371,7 @@ MULTI = replace(
     INSTRUCT,
     name="multi",
     is_meant=None,
+    builds_on="instruct",
     max_images=6,
     most_images=None,
     image_label="Image {k}: ",

@@ -7,6 +7,7 @@ A new probe is its own file, its rows here and one in `stages.panel`. What has n
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -100,6 +101,8 @@ class Quantity:
     said: tuple[str, ...] = ()
     """Under which conditions the terminal says it when a run ends."""
     headline: Headline | None = None
+    asked_by: str = ""
+    """The command that measures it, where a run does not."""
 
     @property
     def stem(self) -> str:
@@ -162,6 +165,7 @@ _MEASURED: tuple[Quantity, ...] = (
     _Q("slots.last_bias", "deciding image last, over its other places", _SHARE, "none", "slots", read_in="points"),
     _Q("slots.swap_renamed", "two images swapped and renamed: answers right", _SHARE, "higher", "slots"),
     _Q("slots.follows", "two images swapped: answers follow", _SHARE, "higher", "slots", said=ALONE),
+    _Q("slots.order", "two images swapped: loss difference of the old answer", _NATS, "higher", "slots", said=ALONE),
     _Q("slots.consistent", "two images swapped: as by the renamed words", _SHARE, "none", "slots"),
     # What it writes, be it captions or answers.
     _Q("caption.exact_match.<image>", "exact match", _SHARE, "higher", "written",
@@ -243,7 +247,8 @@ _MEASURED: tuple[Quantity, ...] = (
     _Q("audit.trained.leak", "leak from earlier turns, trained model", _NATS, "lower", "symptoms"),
     # What a learner of the words alone makes of the data's questions.
     _Q("learner.accuracy", "right by a learner of the words alone", _SHARE, "lower", "blind", said=ALONE),
-    _Q("learner.lm", "right by the language model trained without images", _SHARE, "lower"),
+    _Q("learner.lm", "right by the language model trained without images", _SHARE, "lower",
+       asked_by="beholder audit --learner lm"),
     _Q("learner.gain", "right over what a learner of the words gets", _SHARE, "higher", "blind", read_in="points",
        said=ALONE),
     _Q("learner.majority", "right by the usual answer to the question", _SHARE, "none", "blind"),
@@ -300,6 +305,23 @@ def quantity(name: str) -> tuple[Quantity, str]:
     probe = name.partition(".")[0] + "."
     alike = next((row for row in CATALOGUE if row.pattern.startswith(probe)), None)
     return Quantity(name, name, "", "none", alike.section if alike else ""), ""
+
+
+def unmeasured(name: str) -> str | None:
+    """Why no run measures what is called so; None for what the catalogue has."""
+    row, condition = quantity(name)
+    if row.asked_by:
+        return f"only {row.asked_by} measures {name}, a run does not"
+    if row in CATALOGUE and (row.pattern == row.stem or condition in (*ALL_CONDITIONS, *_IMAGES, "chance")):
+        return None
+    names = {
+        row.stem if row.stem == row.pattern else f"{row.stem}.{c}"
+        for row in CATALOGUE
+        for c in (row.said or ("correct",))
+        if not row.asked_by
+    }
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or ["the names in evidence.json of any run"]
+    return f"nothing is measured as {name}; nearest: {', '.join(close)}"
 
 
 def called(name: str, written: Written = "caption") -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from beholder.config import GateConfig
+from beholder.evidence.catalogue import unmeasured
 from beholder.evidence.record import Evidence, GateResult, Measurement
 
 
@@ -20,6 +21,15 @@ def judge(gates: Mapping[str, GateConfig], measurements: Sequence[Measurement]) 
     What was not measured does not pass: a gate says that something has been shown, not that nothing was noticed.
     """
     return [_judge(name, gate, measurements) for name, gate in gates.items() if gate.enable]
+
+
+def unmeasurable(gates: Mapping[str, GateConfig]) -> list[str]:
+    """Gates that could never pass, for what they judge is no measurement of a run."""
+    return [
+        f"gates.{name}: {why}"
+        for name, gate in gates.items()
+        if gate.enable and gate.measure is not None and (why := unmeasured(gate.measure)) is not None
+    ]
 
 
 def _judge(name: str, gate: GateConfig, measurements: Sequence[Measurement]) -> GateResult:

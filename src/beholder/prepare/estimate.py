@@ -45,7 +45,9 @@ from beholder.config import ConnectorConfig, LlmConfig, LoraConfig, RunConfig, V
 from beholder.data import build_encoder, open_records
 from beholder.data.chat import EncodeError
 from beholder.data.collate import WINDOW
+from beholder.data.mixture import BLOCK, Mixture
 from beholder.data.sources import missing_files
+from beholder.evidence.gates import unmeasurable
 from beholder.model import vision as vision_door
 from beholder.model.connector import build_connector
 from beholder.model.families import NO_LIMITS, Limits, check_limits, check_no_adapter, limits_of
@@ -170,6 +172,8 @@ class Estimate:
     sequence: dict[str, float] = field(default_factory=dict)
     """Tokens of one sample: visual, prompt, target (mean and largest), total; and how rows are laid out."""
     data: dict[str, float] = field(default_factory=dict)
+    images_per_sample: float = 1.0
+    """Of training samples; under ``data.sources[].weight`` in the mixture's proportions."""
     memory: dict[str, float] = field(default_factory=dict)
     """Bytes by purpose at the peak of a training step; ``total`` is their sum."""
     store_bytes: float | None = None
@@ -245,6 +249,8 @@ def estimate(
             "a native model (model.native) is not planned yet: its images differ in their number of tokens; beholder "
             "run --scale smoke measures a short run"
         )
+    if wrong := unmeasurable(cfg.gates):
+        raise UserError("; ".join(wrong))
     for part, model in (("llm", cfg.model.llm), ("vision", cfg.model.vision)):
         check_no_adapter(model.name_or_path, f"model.{part}.name_or_path")
     gaps: list[str] = []
@@ -476,18 +482,28 @@ def _estimate_sequence(
     """Token budget of a sample, and how samples become rows."""
     gaps = result.gaps
     tokenizer = _try(gaps, lambda: load_tokenizer(cfg.model.llm, beside=llm_config))
-    targets = _target_lengths(cfg, examples, tokenizer, gaps)
+    targets, kept = _target_lengths(cfg, examples, tokenizer, gaps)
     assert result.language is not None
     table_rows = result.language.vocab
     prompt = _try(gaps, lambda: _prompt_tokens(cfg, tokenizer, num_visual, table_rows)) if tokenizer else None
+    whole: np.ndarray = np.array([])
+    more = num_visual
     if prompt is None:
         prompt = num_visual + 3 + round(len(cfg.prompting.instruction) / 4)
         gaps.append(f"prompt length: {prompt} tokens assumed (4 characters a token)")
-    prompt_mean = prompt + (result.data.get("images_per_sample", 1.0) - 1) * num_visual
+    else:
+        whole = _sample_lengths(cfg, kept, tokenizer, num_visual, gaps)
+        if cfg.max_images > 1:  # the words around an image, too
+            more = _prompt_tokens(cfg, tokenizer, num_visual, table_rows, images=2) - prompt
     limit = cfg.prompting.max_seq_len
-    mean = min(float(prompt_mean + targets.mean() + 1), limit)
     most = int(targets.max()) if cfg.hygiene.max_tokens is None else cfg.hygiene.max_tokens
-    longest = prompt + most + 1
+    images = cfg.max_images if result.images_per_sample > 1 else 1
+    longest = prompt + (images - 1) * more + most + 1
+    if not whole.size:
+        whole = prompt + (result.images_per_sample - 1) * more + targets + 1
+    elif cfg.stage_record.dialogues:  # their questions are their own, and so is how many images they are about
+        prompt, longest = round(float(whole.mean() - targets.mean()) - 1), int(whole.max())
+    mean = min(float(whole.mean()), limit)
     micro, samples = cfg.train.micro_batch_size, float(cfg.train.micro_batch_size)
     pack_len = cfg.train.pack_len or limit
     if cfg.train.packing:
@@ -498,8 +514,8 @@ def _estimate_sequence(
         row_length = min(float(pack_len), per_row * mean + 0.5 * mean)
         samples = min(rows * per_row, float(window))
     else:
-        draws = np.random.default_rng(0).choice(targets, size=(256, micro))
-        rows, row_length = float(micro), min(float(prompt_mean + draws.max(1).mean() + 1), limit)
+        draws = np.random.default_rng(0).choice(np.minimum(whole, limit), size=(256, micro))
+        rows, row_length = float(micro), float(draws.max(1).mean())
     result.sequence = {
         "visual_tokens_per_image": num_visual, "prompt_tokens": prompt, "target_tokens_mean": float(targets.mean()),
         "target_tokens_limit": most, "tokens_mean": mean, "tokens_longest": min(longest, limit),
@@ -508,8 +524,8 @@ def _estimate_sequence(
     }  # fmt: skip
     if longest > limit:
         gaps.append(
-            f"targets longer than {limit - prompt - 1} tokens do not fit (prompting.too_long: "
-            f"{cfg.prompting.too_long}): prompting.max_seq_len is {limit}, a sample may need {longest}"
+            f"samples that do not fit: prompting.max_seq_len is {limit}, a sample may need {longest} "
+            f"(prompting.too_long: {cfg.prompting.too_long})"
         )
 
 
@@ -518,6 +534,9 @@ def _sample_records(cfg: RunConfig, result: Estimate, num: int = 1000) -> list[E
     result.steps = cfg.train.train_steps
     if missing := missing_files(cfg.data.train_sources):
         result.gaps.append(f"number and length of the records, hence steps: {'; '.join(missing)}")
+        if cfg.stage_record.most_images is None and cfg.max_images > 1:
+            result.images_per_sample = float(cfg.max_images)
+            result.gaps.append(f"images of a sample: {cfg.max_images} assumed (prompting.max_images_per_sample)")
         return []
     records = _try(result.gaps, lambda: open_records(cfg, cfg.data.train_sources))
     if records is None or not len(records):
@@ -526,38 +545,69 @@ def _sample_records(cfg: RunConfig, result: Estimate, num: int = 1000) -> list[E
     used = min(total, d.max_samples or total)
     held_out = d.eval_size or round(used * (0.02 if d.eval_ratio is None else d.eval_ratio))
     train = used if d.split == "none" else max(0, used - held_out)
-    examples = [records[int(i)] for i in np.unique(np.linspace(0, total - 1, min(num, total)).astype(np.int64))]
-    images = sum(len(e.images) for e in examples) / len(examples)
+    spread = np.unique(np.linspace(0, total - 1, min(num, total)).astype(np.int64))
+    examples = [records[int(i)] for i in spread]
+    stored = used * _mean_images(examples)
+    if weights := [s.weight for s in d.train_sources if s.weight is not None]:
+        drawn = Mixture(records, np.arange(total), seed=cfg.seed, weights=weights)
+        examples = [drawn.example_at(p) for p in range(BLOCK)]  # its proportions hold in a whole block
+    result.images_per_sample = _mean_images(examples)
     result.data = {
         "records": total, "structural_rejects": len(records.rejects), "train_samples": train,
-        "held_out_samples": used - train, "images_per_sample": images, "images": used * images,
+        "held_out_samples": used - train, "images_per_sample": result.images_per_sample,
+        "images": stored,
     }  # fmt: skip
     if result.steps is None:
         result.steps = max(1, math.ceil(train * cfg.train.num_epochs / cfg.effective_batch))
     return examples
 
 
-def _target_lengths(cfg: RunConfig, examples: Sequence[Example], tokenizer: Any, gaps: list[str]) -> np.ndarray:
-    """Target tokens of the sampled records that hygiene would let pass."""
+def _mean_images(examples: Sequence[Example]) -> float:
+    return sum(len(e.images) for e in examples) / len(examples)
+
+
+def _target_lengths(
+    cfg: RunConfig, examples: Sequence[Example], tokenizer: Any, gaps: list[str]
+) -> tuple[np.ndarray, list[Example]]:
+    """Target tokens of the sampled records that hygiene would let pass, and these records."""
     if examples and tokenizer is not None:
         encoded = tokenizer([e.target_text for e in examples], add_special_tokens=False)["input_ids"]
         lengths = np.array([len(ids) for ids in encoded])
         h = cfg.hygiene
         most = lengths.max() if h.max_tokens is None else h.max_tokens
-        kept = lengths[(lengths >= h.min_tokens) & (lengths <= most)]
-        if len(kept):
-            return kept
+        passes = (lengths >= h.min_tokens) & (lengths <= most)
+        if passes.any():
+            return lengths[passes], [e for e, ok in zip(examples, passes, strict=True) if ok]
         gaps.append(f"of {len(lengths)} sampled captions none has {h.told_limits} target tokens")
     gaps.append(f"target length: {TYPICAL_TARGET_TOKENS:g} tokens assumed (LLaVA-Pretrain's mean)")
-    return np.array([TYPICAL_TARGET_TOKENS])
+    return np.array([TYPICAL_TARGET_TOKENS]), []
 
 
-def _prompt_tokens(cfg: RunConfig, tokenizer: Any, num_visual: int, rows: int) -> int:
-    """Positions before the target of a sample with one image, by the run's own encoder."""
+def _sample_lengths(
+    cfg: RunConfig, examples: Sequence[Example], tokenizer: Any, num_visual: int, gaps: list[str]
+) -> np.ndarray:
+    """Tokens of each of these records, by the run's own encoder, as if every length fitted."""
+    unlimited = cfg.prompting.model_copy(update={"max_seq_len": 2**31})
+    encoder = build_encoder(cfg.model_copy(update={"prompting": unlimited}), tokenizer, num_visual)
+    lengths: list[int] = []
+    refused: list[str] = []
+    for e in examples:
+        try:
+            lengths.append(len(encoder.encode(e).ids))
+        except EncodeError as wrong:
+            refused.append(str(wrong))
+    if refused:
+        gaps.append(f"{len(refused)} of {len(examples)} sampled records cannot be laid out as tokens: {refused[0]}")
+    return np.array(lengths)
+
+
+def _prompt_tokens(cfg: RunConfig, tokenizer: Any, num_visual: int, rows: int, images: int = 1) -> int:
+    """Positions before the target of a sample, by the run's own encoder."""
     encoder = build_encoder(cfg, tokenizer, num_visual)
     encoder.check_table(rows)
-    question = Turn("user", (ImageSlot(0), "\n", cfg.prompting.instruction))
-    example = Example("plan", (ImageRef(".", "-"),), (question, Turn("assistant", ("-",))))
+    shown = [part for k in range(images) for part in (ImageSlot(k), "\n")]
+    question = Turn("user", (*shown, cfg.prompting.instruction))
+    example = Example("plan", (ImageRef(".", "-"),) * images, (question, Turn("assistant", ("-",))))
     try:
         return len(encoder.encode_prompt(encoder.apply_template(example)).ids)
     except EncodeError as e:
@@ -573,7 +623,7 @@ def _plan_memory(
 ) -> None:
     s, seq = DTYPES[cfg.model.llm.precision].itemsize, result.sequence
     positions = seq["rows_of_a_micro_batch"] * seq["row_length"]
-    images = seq["samples_of_a_micro_batch"] * result.data.get("images_per_sample", 1.0)
+    images = seq["samples_of_a_micro_batch"] * result.images_per_sample
     logits = min(seq["samples_of_a_micro_batch"] * (seq["target_tokens_mean"] + 1) * language.vocab, MAX_LOGITS)
     autocast = 0 if cfg.train.precision == "fp32" else 2
     result.memory = {
@@ -608,7 +658,7 @@ def _plan_time(
     device: torch.device | None,
 ) -> None:  # fmt: skip
     seq, samples = result.sequence, cfg.effective_batch
-    images = samples * result.data.get("images_per_sample", 1.0)
+    images = samples * result.images_per_sample
     stored = 0.0
     if result.store_bytes is not None:
         stored = result.store_bytes / (result.data["images"] * vision.num_patches * vision.d_vision * 2)

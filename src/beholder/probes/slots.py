@@ -426,6 +426,9 @@ class Swap:
     words_renamed: Example
     """... the images as they are and the words renamed."""
     to: dict[int, int]
+    moves_the_named: bool
+    """Question or answer names one place, and another picture stands there now: whoever minds the order finds the
+    sample's own answer less likely."""
 
 
 def find_swap(example: Example, siblings: Siblings, content_key: Callable[[ImageRef], str]) -> Swap:
@@ -439,15 +442,20 @@ def find_swap(example: Example, siblings: Siblings, content_key: Callable[[Image
     n = len(example.images)
     found = places.named(example)
     start = zlib.crc32(example.id.encode())
+    said = {*found.answered, *found.asked}
     first = next(iter((*found.answered, *found.asked)), start % n + 1)
     others = [p for p in range(1, n + 1) if p != first]
     swaps = [
-        _swap(example, first, others[(start + k) % len(others)], siblings, content_key) for k in range(len(others))
+        _swap(example, first, others[(start + k) % len(others)], siblings, content_key, only=said == {first})
+        for k in range(len(others))
     ]
-    return max(swaps, key=lambda s: (s.follows, s.kept is not None))
+    return max(swaps, key=lambda s: (s.follows, s.kept is not None, s.moves_the_named))
 
 
-def _swap(example: Example, a: int, b: int, siblings: Siblings, content_key: Callable[[ImageRef], str]) -> Swap:
+def _swap(
+    example: Example, a: int, b: int, siblings: Siblings, content_key: Callable[[ImageRef], str], *, only: bool
+) -> Swap:
+    """``only``: a is the one place that the sample names."""
     to = {p: {a: b, b: a}.get(p, p) for p in range(1, len(example.images) + 1)}
     words = places.renamed(example, to)
     assert words is not None, f"{example.id}: its places cannot be renamed"
@@ -457,7 +465,8 @@ def _swap(example: Example, a: int, b: int, siblings: Siblings, content_key: Cal
     right = next(iter(answers.values())) if len(answers) == 1 and None not in told else None
     kept = None if right is None else _answered(swapped, right)
     follows = right is not None and normalize_answer(right) != normalize_answer(example.answer_text)
-    return Swap(replace(words, images=swapped.images), kept, follows, swapped, words, to)
+    differ = content_key(example.images[a - 1]) != content_key(example.images[b - 1])
+    return Swap(replace(words, images=swapped.images), kept, follows, swapped, words, to, only and differ)
 
 
 def _answered(example: Example, answer: str) -> Example:
@@ -502,6 +511,21 @@ def score_swaps(
         "swaps whose right answer no sample tells: images swapped, against the renamed words; not judged",
     )  # fmt: skip
     return out
+
+
+def score_order(
+    own: Sequence[SampleLoss], swapped: Sequence[SampleLoss], shown: Sequence[Pictures], seed: int = 0
+) -> list[Measurement]:
+    """``slots.order``, nats per token: what it costs the right answer that another image stands at the place that the
+    words name. 0 for whoever ignores the order, whatever else it sees; needs no sample that tells what is right then.
+    From `MIN_SAMPLES` on."""
+    if len(own) < MIN_SAMPLES:
+        return []
+    more = np.array([wrong.nll - right.nll for right, wrong in zip(own, swapped, strict=True)])
+    tokens = np.array([right.tokens for right in own], dtype=np.float64)
+    value, ci = ratio_of_sums(_together(more, shown), _together(tokens, shown), seed)
+    about = "the same samples with two images swapped under words that name one place"
+    return [measurement("slots.order", value, ci, n=len(own), caveat=about)]
 
 
 def too_few(measurements: Sequence[Measurement]) -> list[str]:
@@ -583,7 +607,8 @@ def move(
     telling = choose([i for i, s in swaps.items() if s.follows], (size + 1) // 2)
     rest = choose([i for i in swaps if i not in set(telling)], size - len(telling))
     wanted = sorted((*telling, *rest))
-    chosen = [s for i in wanted if fits((s := swaps[i]).renamed) and fits(s.kept or s.words_kept)]
+    taken = [i for i in wanted if fits((s := swaps[i]).renamed) and fits(s.kept or s.words_kept)]
+    chosen = [swaps[i] for i in taken]
     if long := long + len(wanted) - len(chosen):
         found.gaps.append(
             f"Images moved and swapped: {long} chosen samples are left out; with their images or words exchanged they "
@@ -606,6 +631,22 @@ def move(
         hits(chosen, (x.exact for x in renamed)), hits(known, (x.exact for x in kept)), hits(unknown, agree),
         seed=seed,
     )  # fmt: skip
+    moving = [(i, s) for i, s in zip(taken, chosen, strict=True) if s.moves_the_named]
+    found.measurements += score_order(
+        [own[i] for i, _ in moving], measure([s.words_kept for _, s in moving]),
+        [pictures(s.renamed, content_key) for _, s in moving], seed,
+    )  # fmt: skip
+    could = len(swaps) < len(movable) or sum(s.moves_the_named for s in swaps.values()) >= MIN_SAMPLES
+    if len(moving) < MIN_SAMPLES and could:
+        found.gaps.append(
+            f"Order of the images: only {len(moving)} swaps moved the one image that the words name, which are too few "
+            f"to judge; raise eval.moved_samples ({size})."
+        )
+    elif len(moving) < MIN_SAMPLES:
+        found.inapplicable["slots.order"] = (
+            f"the words of {len(moving)} held-out samples name one place whose image can be moved, and {MIN_SAMPLES} "
+            "are needed"
+        )
     enough = len(swaps) < len(movable) or sum(s.follows for s in swaps.values()) >= MIN_SAMPLES
     if len(known) < MIN_SAMPLES and enough:  # a setting waives no gate
         found.gaps.append(

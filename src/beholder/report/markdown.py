@@ -114,8 +114,12 @@ def _slots(e: Evidence) -> list[str]:
     lines += table(["over all places", "value", "95 %", "n"], told)
     kinds, costs = slots.replacements(e)
     names = condition_names(e)
-    head = ["nats/token more with", *(names[c] for c in kinds), "n"]
-    return lines + table(head, [[name, *map(with_ci, own), count(n)] for name, n, own in costs])
+    head = ["nats/token more, and answers still right, with", *(names[c] for c in kinds), "n"]
+    told = [
+        [name, *("; ".join(with_ci(m) for m in cell if m is not None) for cell in own), count(n)]
+        for name, n, own in costs
+    ]
+    return lines + table(head, told)
 
 
 def _answers(e: Evidence) -> list[str]:

@@ -94,12 +94,20 @@ def summary(e: Evidence) -> list[Measurement]:
     return [m for m in e.measurements if m.stratum is None and m.name.startswith("slots.") and m.name.count(".") == 1]
 
 
-def replacements(e: Evidence) -> tuple[list[str], list[tuple[str, int, list[Measurement | None]]]]:
-    """What each replacement costs in each place, nats per token: (their names, rows of (place, n, costs))."""
-    kinds = [m.name for m in e.measurements if m.name.startswith("slots.delta.") and m.stratum is None]
+Replaced = tuple[Measurement | None, Measurement | None]
+"""What a replacement costs, nats per token, and how many short answers are still exactly right with it."""
+
+
+def replacements(e: Evidence) -> tuple[list[str], list[tuple[str, int, list[Replaced]]]]:
+    """What each replacement does in each place: (their names, rows of (place, n, what it does))."""
+    kinds = [m.name.rpartition(".")[2] for m in e.measurements if m.name.startswith("slots.delta.") and not m.stratum]
     rows = [
-        (slot.name, 0 if slot.cost is None else slot.cost.n, [e.get(name, slot.name) for name in kinds])
+        (
+            slot.name,
+            0 if slot.cost is None else slot.cost.n,
+            [(e.get(f"slots.delta.{c}", slot.name), e.get(f"slots.right.{c}", slot.name)) for c in kinds],
+        )
         for row in grid(e.measurements, e.gates)
         for slot in row
     ]
-    return [name.rpartition(".")[2] for name in kinds], rows
+    return kinds, rows

@@ -6,7 +6,7 @@ must be those it was trained with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from beholder.config import RunConfig, decided_by
 from beholder.config.file import check_consent, diff_configs, load_config
@@ -132,20 +133,25 @@ class Answer:
     """Whether this process is the one that speaks."""
 
     def print(self, console: Console) -> None:
-        columns = {name: head for name, head in self.columns.items() if any(m.name == name for m in self.measurements)}
-        table = Table(title=f"{self.title} (95 % intervals below)", title_justify="left")
-        table.add_column("samples")
-        table.add_column("n", justify="right")
-        for heading in columns.values():
-            table.add_column(heading, justify="right")
+        """As many tables as it takes for the console's width; a row that has nothing to say in one is not in it."""
         found = {(m.by, m.stratum, m.name): m for m in self.measurements}
-        rows = dict.fromkeys((m.by, m.stratum) for m in self.measurements if m.name in columns)
-        for by, stratum in rows:
-            own = [found.get((by, stratum, name)) for name in columns]
-            n = next(m.n for m in own if m is not None)
-            label = "all" if stratum is None else f"{by}: {stratum}"
-            table.add_row(escape(label), str(n), *("" if m is None else _with_interval(m) for m in own))
-        console.print(table)
+        rows = dict.fromkeys((m.by, m.stratum) for m in self.measurements if m.name in self.columns)
+        labels = {row: "all" if row[1] is None else f"{row[0]}: {row[1]}" for row in rows}
+        given = [name for name in self.columns if any(m.name == name for m in self.measurements)]
+        texts = {name: {row: _with_interval(m) for row in rows if (m := found.get((*row, name)))} for name in given}
+        left = console.width - max(map(len, labels.values()), default=0) - 14  # borders, and how many samples
+        title = f"{self.title} (95 % intervals below)"
+        for names in _that_fit({name: _width(self.columns[name], texts[name].values()) for name in given}, left):
+            table = Table(title=title, title_justify="left")
+            table.add_column("samples", no_wrap=True)
+            table.add_column("n", justify="right", no_wrap=True)
+            for name in names:
+                table.add_column(self.columns[name], justify="right")
+            for row in rows:
+                if told := [found[*row, name] for name in names if row in texts[name]]:
+                    table.add_row(escape(labels[row]), str(told[0].n), *(texts[name].get(row, "") for name in names))
+            console.print(table)
+            title = None
         for finding in self.findings:
             console.print(finding, markup=False, soft_wrap=True)
         if self.file is not None:
@@ -153,6 +159,23 @@ class Answer:
 
     def to_json(self) -> dict[str, Any]:
         return {"measurements": [m.model_dump(mode="json") for m in self.measurements], "findings": self.findings}
+
+
+def _that_fit(widths: Mapping[str, int], most: int) -> list[list[str]]:
+    """The columns, in order, in groups whose widths together are at most ``most``, or of one that is wider."""
+    groups: list[list[str]] = []
+    for name, width in widths.items():
+        if groups and sum(widths[other] for other in groups[-1]) + width <= most:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def _width(heading: str, cells: Iterable[str]) -> int:
+    """Columns of the terminal, borders included; a heading breaks between words, a cell between its lines."""
+    lines = (Text.from_markup(cell).plain.splitlines() for cell in cells)
+    return 3 + max(len(word) for word in (*heading.split(), *(line for own in lines for line in own)))
 
 
 def _with_interval(m: Measurement) -> str:
@@ -232,6 +255,7 @@ def ablate_slots(folder: str, *, num_samples: int | None = None, overrides: Sequ
         columns = {"slots.accuracy": "right, deciding image there", "slots.gain.shuffled": "gain over another"}
         columns |= {f"slots.delta.{c}": names[c] for c in slots.REPLACEMENTS}
         columns |= {"slots.spread": "spread", "slots.follows": "follows a swap", "slots.last_bias": "last-image bias"}
+        columns |= {"slots.order": "order minded, nats/token"}
         title = f"{folder}, step {opened.step}: nats/token that replacing one image adds, and where images may stand"
         return Answer(title, m.measurements, columns, findings, is_main=session.dist.is_main)
 

@@ -17,6 +17,7 @@ from beholder.config import RunConfig, decided_by
 from beholder.config.file import diff_configs, load_config
 from beholder.data.sources import missing_files
 from beholder.evidence import Evidence, GateResult, load_evidence
+from beholder.evidence.gates import unmeasurable
 from beholder.model.placement import render_sites
 from beholder.model.plan import apply_train_plan, param_groups, plan_of
 from beholder.model.weights import listed
@@ -112,6 +113,8 @@ def run_stage(cfg: RunConfig, *, resume: str = "auto", promote_anyway: bool = Fa
             raise UserError(
                 f"this config holds a {study}; run it with: beholder {study} CONFIG (or remove its {study} section)"
             )
+    if wrong := unmeasurable(cfg.gates):
+        raise UserError("; ".join(wrong))
     run = RunDir(cfg.run_dir)
     with writing(run.path):  # a name that is too long, a folder that may not be entered
         started = run.checkpoints.is_dir()
@@ -141,6 +144,11 @@ def run_stage(cfg: RunConfig, *, resume: str = "auto", promote_anyway: bool = Fa
             with open_session(cfg, run, dist, base_of(cfg, source)) as session:  # what, on what
                 if promoted:
                     session.gap(promoted)
+                if (before := cfg.stage_record.builds_on) and cfg.model.starts_from_nothing:
+                    session.gap(
+                        f"Starts from no earlier run: stage {cfg.stage_name} is meant to go on from a run of stage "
+                        f"{before} whose gates passed (model.connector.load_checkpoint)."
+                    )
                 return train_and_measure(session, source)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from beholder.config import STAGES, GenerateConfig
+from beholder.data.places import absent
 from beholder.runs import atomic_write, to_json
 from beholder.types import ImageSlot, Turn, UserError, printable
 from beholder.use.vlm import ContextFullError, Request, Vlm
@@ -245,6 +246,9 @@ def _respond(conversation: Conversation, line: str, out: TextIO, note: Callable[
     finally:
         pieces.close()
     print(file=out, flush=True)
+    shown = len(conversation.images)
+    if missing := absent([Turn("user", (line,))], shown):
+        note(f"(there is no image {', '.join(map(str, missing))}: it has been shown {shown})")
     if len(conversation.turns) == num_turns:
         note("(the model ended without a word; your line is not part of the conversation)")
     elif conversation.cut:
