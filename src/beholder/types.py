@@ -263,6 +263,8 @@ class ImageProcessor(Protocol):
     placeholder: str
     """What the chat template writes where an image goes."""
     chat_template: str
+    most_images: int | None
+    """Of a sample; None: no bound."""
 
     def process(self, image: Image.Image, /) -> ImageInput:
         """The inputs of an RGB image."""

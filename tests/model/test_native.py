@@ -21,10 +21,10 @@ from beholder.data.collate import Layout, SampleBuilder, collate
 from beholder.data.images import NativePipeline
 from beholder.data.same_ids import check_same_ids, messages
 from beholder.model.families import running
-from beholder.model.native import FAMILIES, NativeModel, load_native
+from beholder.model.native import FAMILIES, NativeModel, known_family, load_native, processor_of
 from beholder.model.placement import Selector, inside, resolve_targets
 from beholder.model.plan import TrainPlan, apply_train_plan, frozen_fingerprint
-from beholder.model.processor import load_processor
+from beholder.model.processor import NativeProcessor, load_processor
 from beholder.model.sites import empty_parts
 from beholder.model.vision import check_reached
 from beholder.prepare.tiny import tiny_native
@@ -32,6 +32,9 @@ from beholder.train.nonfinite import only
 from beholder.types import Batch, Example, ImageInput, ImageRef, ImageSlot, TokenLosses, Turn, UserError
 
 CPU = torch.device("cpu")
+TEMPLATES = Path(__file__).parent / "native_templates"
+"""Of each class, what its checkpoints on the hub have as chat_template.jinja."""
+LLAVA_AS_TRAINED = Path(__file__).parents[2] / "configs" / "native" / "llava_1_5.jinja"
 PICTURES = [(40, 56), (96, 64), (33, 100)]
 TWO = [("user", ("First: ", ImageSlot(0), " then ", ImageSlot(1), "\nWhich?")), ("assistant", ("The first.",))]
 TALKS = [
@@ -165,6 +168,10 @@ def test_two_images_of_different_size_in_one_sample_are_seen_as_the_model_sees_t
     native: Native, first: int, second: int
 ) -> None:
     own, whole, shown = native.processor.processor, native.model.whole, [[picture(first), picture(second)]]
+    if native.processor.most_images == 1:
+        with pytest.raises(UserError, match="2 images, but this class of native model takes 1 a sample"):
+            native.two(first, second)
+        return
     text = own.apply_chat_template(messages(turns(TWO)), tokenize=False)
     inputs = own(text=[text], images=shown, return_tensors="pt", add_special_tokens=False)
     sample = native.two(first, second)
@@ -193,7 +200,8 @@ def test_two_images_of_different_size_in_one_sample_are_seen_as_the_model_sees_t
 
 
 def test_a_sample_taken_out_of_a_batch_keeps_its_images_and_their_sizes(native: Native) -> None:
-    batch = collate([native.sample(0), native.two(1, 2), native.sample(2)], Layout(False, 4096, 8))
+    middle = native.sample(1) if native.processor.most_images == 1 else native.two(1, 2)
+    batch = collate([native.sample(0), middle, native.sample(2)], Layout(False, 4096, 8))
 
     with torch.no_grad():
         together = native.model(batch)
@@ -349,6 +357,41 @@ def undo(native: Native) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------
 # What is refused
+
+
+@pytest.mark.parametrize("family", sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
+def test_the_templates_beside_the_real_checkpoints_give_the_processors_ids(family: Any, tmp_path: Path) -> None:
+    """Each class with the chat template that its checkpoints have on the hub."""
+    folder = tiny_native(tmp_path, family)
+    shutil.copy(TEMPLATES / f"{family}.jinja", folder / "chat_template.jinja")
+    processor = processor_of(LlmConfig(name_or_path=str(folder), precision="fp32"))
+    text = (TEMPLATES / f"{family}.jinja").read_text(encoding="utf-8")
+    assert processor.chat_template == text
+
+    if family == "llava":  # it writes no end token
+        with pytest.raises(UserError, match=r"nothing would teach the model to stop.*llava_1_5\.jinja is what"):
+            laid_out_by(processor, text)
+        encoder = laid_out_by(processor, LLAVA_AS_TRAINED.read_text(encoding="utf-8"))
+        encoded = encoder.encode(Example("0", (ImageRef("", "0"),), turns(TALKS[2])), [PICTURES[2]])
+        said = encoder.tokenizer.decode(encoded.ids[encoded.supervise])
+        assert said == "".join(f" {t.text}<|im_end|>" for t in turns(TALKS[2]) if t.role == "assistant")
+        assert encoder.tokenizer.decode(encoded.ids).startswith("USER: <image>")
+        return
+    check_same_ids(laid_out_by(processor, text))
+
+
+def laid_out_by(processor: NativeProcessor, template: str) -> ChatEncoder:
+    return ChatEncoder(
+        processor.processor.tokenizer, num_visual_tokens=None, max_seq_len=4096, template="chat", instruction="",
+        instruction_multi="", images=processor, chat_template=template,
+    )  # fmt: skip
+
+
+def test_a_class_that_cannot_be_is_refused_with_the_reason() -> None:
+    from types import SimpleNamespace
+
+    with pytest.raises(UserError, match=r"'paligemma', which is not known \(it has no conversations"):
+        known_family(SimpleNamespace(model_type="paligemma"), "x")
 
 
 def test_a_class_that_is_not_known_is_refused_with_those_that_are(tiny_parts: TinyParts) -> None:

@@ -303,3 +303,10 @@ def test_preview_needs_the_processor_alone(setting: Setting, tmp_path: Path) -> 
 def test_settings_that_do_not_go_with_it_are_refused(setting: Setting, tmp_path: Path, more: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         setting.config(tmp_path, more)
+
+
+def test_a_class_that_takes_one_image_a_sample_refuses_a_run_of_several(tmp_path: Path) -> None:
+    cfg = Setting(tmp_path, "llava_onevision").config(tmp_path, "stage=multi")
+
+    with pytest.raises(UserError, match="max_images_per_sample is 6, but this class of native model takes 1 image"):
+        run_stage(cfg)

@@ -218,6 +218,11 @@ def build_encoder(
     (``num_visual_tokens`` None) needs its ``pipeline``."""
     p = cfg.prompting
     native = pipeline if isinstance(pipeline, NativePipeline) else None
+    if native is not None and (most := native.processor.most_images) is not None and cfg.max_images > most:
+        raise UserError(
+            f"prompting.max_images_per_sample is {cfg.max_images}, but this class of native model takes {most} image a "
+            f"sample: it lays several out otherwise than one by one. Set it to {most}, or choose another model"
+        )
     template = _template_text(p.chat_template)
     if template is None and native is not None:
         template = native.processor.chat_template

@@ -270,6 +270,11 @@ class ChatEncoder:
                 f"{where}: {len(example.images)} images, but the text has {len(slots)} image places "
                 f"(for images {[s + 1 for s in slots]}); each image needs exactly one place"
             )
+        if self.images is not None and (most := self.images.most_images) is not None and len(slots) > most:
+            raise EncodeError(
+                f"{where}: {len(slots)} images, but this class of native model takes {most} a sample; give fewer, or "
+                "another model"
+            )
         for i, turn in enumerate(turns):
             if turn.role == "assistant" and any(isinstance(p, ImageSlot) for p in turn.parts):
                 raise EncodeError(f"{where}: an image inside an assistant turn; images belong to user turns")

@@ -326,7 +326,8 @@ class ChatTemplate:
             if end is None or text[: end.start()].strip():
                 raise TemplateMisfit(
                     f"the chat template ends an assistant turn with {text[:40]!r} instead of a control token of the "
-                    "tokenizer, so nothing would teach the model to stop"
+                    "tokenizer, so nothing would teach the model to stop (LLaVA 1.5's own does that; "
+                    "configs/native/llava_1_5.jinja is what it was trained with)"
                 )
             out += self.split(text[: end.end()], supervise=True)
             rest = text[end.end() :].lstrip() if end.group() in self._eats_right else text[end.end() :]

@@ -56,6 +56,8 @@ class Family:
     """Images go through the tower one by one: their inputs differ in shape."""
     zero: float = 0.0
     """What an empty image's normalised pixels are."""
+    most_images: int | None = None
+    """Of a sample; None: no bound. A class that lays several images out in another way than one by one takes one."""
     both_ways: bool = False
     """Positions of one image attend to each other forwards as well, by the class's own masks."""
 
@@ -64,6 +66,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": Family(("visual",), grids=True),
     "qwen2_5_vl": Family(("visual",), grids=True),
     "llava": Family(("vision_tower", "multi_modal_projector")),
+    # Of several images in a sample it sees one tile each, of one alone as many as its grid has.
+    "llava_onevision": Family(("vision_tower", "multi_modal_projector"), apart=True, most_images=1),
     "gemma3": Family(("vision_tower", "multi_modal_projector"), both_ways=True),
     "internvl": Family(("vision_tower", "multi_modal_projector")),
     # Tiles that are all zero are taken for padding and left out, so an empty one is a little more.
@@ -71,6 +75,13 @@ FAMILIES: dict[str, Family] = {
     "smolvlm": Family(("vision_model", "connector"), apart=True, zero=1e-4),
 }
 """Known classes by the ``model_type`` of their config.json."""
+
+
+UNKNOWN = {
+    "paligemma": "it has no conversations: its processor writes the images, one prompt and one answer, and the whole "
+    "prompt is attended to both ways",
+}
+"""Why a class is not among them."""
 
 
 class Eyes(nn.Module):
@@ -180,7 +191,9 @@ class NativeModel(Seeing):
         made: dict[str, Tensor] = {}
         for k in inputs[0] if inputs else ():
             values = [own[k] for own in inputs]
-            if self.family.apart:  # fewer tiles are filled up with empty ones, as the processor does
+            if (
+                self.family.apart and values[0].dim() > 2
+            ):  # fewer tiles are filled up with empty ones, as the processor does
                 most = max(v.shape[1] for v in values)
                 values = [torch.cat([v, v.new_zeros(1, most - v.shape[1], *v.shape[2:])], 1) for v in values]
             made[k] = torch.cat(values).to(self.device)
@@ -409,8 +422,9 @@ def known_family(config: Any, name: str) -> Family:
     """The row of the model's class. Raises `UserError` with those that are known."""
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
+        why = f" ({UNKNOWN[kind]})" if kind in UNKNOWN else ""
         raise UserError(
-            f"{FIELD} {name!r} is of the class {kind!r}, which is not known; known are {', '.join(FAMILIES)}. A "
+            f"{FIELD} {name!r} is of the class {kind!r}, which is not known{why}; known are {', '.join(FAMILIES)}. A "
             "language model and a tower of their own go into model.llm and model.vision"
         )
     return FAMILIES[kind]
@@ -429,7 +443,8 @@ def _config_of(cfg: LlmConfig) -> tuple[Any, Family]:
 
 def processor_of(cfg: LlmConfig) -> NativeProcessor:
     """The processor of a native model alone. Raises `UserError` as `load_native` does."""
-    return load_processor(cfg, _config_of(cfg)[0], DTYPES[cfg.precision])
+    config, family = _config_of(cfg)
+    return load_processor(cfg, config, DTYPES[cfg.precision], family.most_images)
 
 
 def empty_native(cfg: LlmConfig) -> dict[str, Part]:
@@ -474,7 +489,7 @@ def load_native(cfg: LlmConfig, device: torch.device) -> tuple[NativeModel, Any]
     whole = whole.to(device=device, dtype=dtype)
     whole.generation_config = GenerationConfig()  # the checkpoint's own would fill what a caller leaves unset
     freeze(whole)
-    processor = load_processor(cfg, whole.config, dtype)
+    processor = load_processor(cfg, whole.config, dtype, family.most_images)
     with running(name, whole, "the model"):
         model = NativeModel(
             whole, family, LanguageModel(whole, name, cfg.gradient_checkpointing, whole=True), processor

@@ -38,8 +38,8 @@ class NativeProcessor:
     the model would.
     """
 
-    def __init__(self, processor: Any, token_id: int, dtype: torch.dtype) -> None:
-        self.processor, self.token_id, self.dtype = processor, token_id, dtype
+    def __init__(self, processor: Any, token_id: int, dtype: torch.dtype, most_images: int | None = None) -> None:
+        self.processor, self.token_id, self.dtype, self.most_images = processor, token_id, dtype, most_images
         self.placeholder: str = processor.image_token
         self.chat_template: str = processor.chat_template or ""
         if not self.chat_template:
@@ -110,7 +110,7 @@ class NativeProcessor:
         return known
 
 
-def load_processor(cfg: LlmConfig, config: Any, dtype: torch.dtype) -> NativeProcessor:
+def load_processor(cfg: LlmConfig, config: Any, dtype: torch.dtype, most_images: int | None = None) -> NativeProcessor:
     """The processor beside a native model whose configuration is ``config``. Raises `UserError` without one."""
     from transformers import AutoProcessor
 
@@ -132,7 +132,7 @@ def load_processor(cfg: LlmConfig, config: Any, dtype: torch.dtype) -> NativePro
         )
     _check_settings(cfg.name_or_path, processor.image_processor, getattr(config, "vision_config", None))
     with running(cfg.name_or_path, processor, "its processor"):
-        native = NativeProcessor(processor, token, dtype)
+        native = NativeProcessor(processor, token, dtype, most_images)
         for size in PROBES:
             native.place(size)
         ids, _ = native._call(Image.new("RGB", PROBES[0]))

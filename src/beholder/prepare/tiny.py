@@ -25,7 +25,9 @@ from beholder.model.weights import quiet_transformers
 from beholder.train.distributed import init_distributed
 
 LlmFamily = Literal["qwen3", "llama", "smollm2"]
-NativeFamily = Literal["qwen3_vl", "qwen2_5_vl", "llava", "idefics3", "smolvlm", "internvl", "gemma3"]
+NativeFamily = Literal[
+    "qwen3_vl", "qwen2_5_vl", "llava", "llava_onevision", "idefics3", "smolvlm", "internvl", "gemma3"
+]
 VisionFamily = Literal["siglip", "clip", "dinov2", "repvit"]
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -212,7 +214,8 @@ processor classes differ with torchvision present or absent."""
 def tiny_native(folder: Path | str, family: NativeFamily = "qwen3_vl", *, seed: int = 0) -> Path:
     """A random whole vision-language model with its processor in ``folder``, as its class is on the hub: a language
     model of width 64 with 4 layers, a tower of 3 blocks. The Qwens take images of any size, as 2 x 2 to 8 x 8 visual
-    tokens; LLaVA and Gemma 3 32 x 32 pixels; Idefics3, SmolVLM and InternVL 32 x 32 in up to 2 x 2 tiles.
+    tokens; LLaVA and Gemma 3 32 x 32 pixels; Idefics3, SmolVLM, InternVL and LLaVA-OneVision 32 x 32 in up to 2 x 2
+    tiles.
     """
     import transformers
 
@@ -265,6 +268,15 @@ def _tiny_native(family: NativeFamily, tokenizer: Any) -> tuple[str, dict[str, A
                 "vision_config": eyes | {"image_size": 32, "projection_dim": 32}, "image_seq_length": 16,
                 "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
             }  # fmt: skip
+        case "llava_onevision":
+            eyes |= {"model_type": "siglip_vision_model", "num_hidden_layers": 3, "num_attention_heads": 2}
+            return "LlavaOnevision", {
+                "text_config": text | {"model_type": "qwen2"}, "image_token_index": at("<image>"),
+                "video_token_index": at("<video>"), "vision_feature_layer": -1,
+                "vision_config": eyes | {"image_size": 32, "vision_use_head": False},
+                "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9",
+                "image_grid_pinpoints": _PINPOINTS,
+            }  # fmt: skip
         case "gemma3":
             eyes |= {"num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32}
             return "Gemma3", {
@@ -293,6 +305,8 @@ def _tiny_processor(folder: Path, family: NativeFamily) -> Any:
     place = "'<|vision_start|><|image_pad|><|vision_end|>'" if qwen else "'<image>'"
     more = ["<|video_pad|>"] if qwen else ["<image>"]
     named: dict[str, str] = {}
+    if family == "llava_onevision":
+        more = ["<image>", "<video>"]
     if family == "internvl":
         more, place = [], "'<IMG_CONTEXT>\n'"
         named = {
@@ -327,6 +341,7 @@ _TILES: dict[str, Any] = _HALF | {
     "size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}, "do_image_splitting": True,
     "do_resize": True, "do_rescale": True, "do_normalize": True, "do_pad": True, "do_convert_rgb": True, "resample": 1,
 }  # fmt: skip
+_PINPOINTS = [[32, 32], [32, 64], [64, 32], [64, 64]]
 _NATIVE_PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "qwen3_vl": (
         _QWEN, {"processor_class": "Qwen3VLProcessor"},
@@ -343,6 +358,18 @@ _NATIVE_PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, An
             "num_additional_image_tokens": 1, "image_token": "<image>",
         },
         {},
+    ),
+    "llava_onevision": (
+        _HALF | {
+            "image_processor_type": "LlavaOnevisionImageProcessor", "do_resize": True, "do_rescale": True,
+            "do_normalize": True, "do_pad": True, "do_convert_rgb": True, "resample": 3,
+            "size": {"height": 32, "width": 32}, "image_grid_pinpoints": _PINPOINTS,
+        },
+        {
+            "processor_class": "LlavaOnevisionProcessor", "num_image_tokens": 16, "image_token": "<image>",
+            "video_token": "<video>", "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9",
+        },
+        {"video_processor_type": "LlavaOnevisionVideoProcessor", "size": {"height": 32, "width": 32}},
     ),
     "idefics3": (
         _TILES | {"image_processor_type": "Idefics3ImageProcessor"},
@@ -763,7 +790,7 @@ def _native_family(name: str) -> NativeFamily:
     low = name.lower().replace("-", "").replace("_", "").replace(".", "")
     marks: tuple[tuple[str, NativeFamily], ...] = (
         ("qwen25", "qwen2_5_vl"), ("idefics", "idefics3"), ("smolvlm", "smolvlm"), ("internvl", "internvl"),
-        ("gemma", "gemma3"), ("llava", "llava"),
+        ("gemma", "gemma3"), ("onevision", "llava_onevision"), ("llavaov", "llava_onevision"), ("llava", "llava"),
     )  # fmt: skip
     for mark, family in marks:
         if mark in low:
