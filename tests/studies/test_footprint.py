@@ -20,9 +20,10 @@ from rich.console import Console
 from tests.conftest import TinyParts, make_config
 
 from beholder.config import FootprintConfig
-from beholder.config.file import dump_config, load_config
+from beholder.config.file import dump_config, load_config, parse_config
 from beholder.config.studies import PointConfig
 from beholder.evidence import load_evidence
+from beholder.prepare.tiny import colour_source, tiny_native
 from beholder.report.compare import compare_runs
 from beholder.runs import is_held
 from beholder.stages import run_stage
@@ -533,3 +534,49 @@ def test_layers_are_chosen_on_the_very_checkpoint_that_is_started_from(write_stu
     after = plan_footprint(file, [f"model.connector.load_checkpoint={latest}"])
     assert after.pending == 0 and [r.name for r in after.points.runs] == ["A0", "similar"]
     assert plan_footprint(file).pending == 0  # the run folder means the same checkpoint
+
+
+@pytest.mark.slow
+def test_a_native_model_is_studied_as_a_joined_one_is(tmp_path: Path) -> None:
+    source = colour_source(tmp_path / "data", "jsonl", 48, dialogues=True)
+    start: dict[str, Any] = {
+        "run_name": "start", "stage": "instruct", "output_dir": str(tmp_path / "start"), "device": "cpu",
+        "model": {
+            "native": {"name_or_path": str(tiny_native(tmp_path / "native")), "precision": "fp32"},
+            "lora": {"enable": True, "r": 4},
+        },
+        "data": {"json_path": source.json_path, "image_root": source.image_root, "eval_size": 10},
+        "train": {
+            "train_steps": 4, "micro_batch_size": 4, "precision": "fp32", "num_threads": 1,
+            "lr": {"lora": 1e-2}, "full_eval_every": 2,
+        },
+        "eval": {"golden_size": 0, "caption_samples": 4, "answer_tokens": 4, "audit_turns": 0},
+        "ablation": {"num_samples": 6},
+    }  # fmt: skip
+    run_stage(parse_config(yaml.safe_dump(start), "start"))
+    study = {
+        **start, "run_name": "study", "output_dir": str(tmp_path / "study"),
+        "footprint": {"select": ["A0", "A1", "C1"], "vision_blocks": [0, 2]},
+        "model": {
+            "native": start["model"]["native"], "connector": {"load_checkpoint": str(tmp_path / "start")},
+            "lora": {
+                "enable": True, "adapters": "merge", "r": 4,
+                "vit_target_modules": ["all-linear"], "vit_layers": "last-2",
+            },
+        },
+        "train": {**start["train"], "lr": {"lora": 1e-2, "vision": 1e-2}},
+    }  # fmt: skip
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study), encoding="utf-8")
+
+    record = run_footprint(path, promote_anyway=True, console=quiet()).record
+
+    assert {r.name: r.status for r in record.rows} == dict.fromkeys(("A0", "A1", "C1"), "finished")
+    learned = {r.name: load_evidence(tmp_path / "study" / r.name) for r in record.rows}
+    assert not any(a.params for a in learned["A0"].adapters if a.name.startswith("model.visual."))
+    layers = {a.name.split(".")[3] for a in learned["A1"].adapters}
+    assert layers == {"2", "3"}  # of four
+    blocks = {a.name.split(".")[3] for a in learned["C1"].adapters if a.name.startswith("model.visual.")}
+    assert blocks == {"1", "2"}  # of three
+    for evidence in learned.values():
+        assert all(r.intact for r in evidence.trainable if r.part in ("vision", "language"))

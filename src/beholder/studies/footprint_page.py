@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -91,18 +92,26 @@ def render_markdown(record: FootprintRecord) -> str:
 def print_footprint(record: FootprintRecord, console: Console) -> None:
     """The table of the points, warnings, the answer, the verdicts."""
     columns = _columns(record)
-    shown = Table(title=f"Footprint {record.name}", title_justify="left")
+    narrow = console.width < 100  # the page has every column
+    columns = {m: words for m, words in columns.items() if not (narrow and m == "retention.loss_ratio_styled")}
+    shown = Table(title=f"Footprint {record.name}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("point", "parameters", *columns.values(), "time", ""):
-        shown.add_column(heading, justify="left" if heading in ("point", "") else "right", overflow="fold")
+        left = heading in ("point", "")
+        shown.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=left)
     cost, named = _cost_of(record), _role_of(record)
     for p in _in_order(record):
         kind = role(record, p)
         style = {"best": "bold green", "refused": "dim"}.get(kind, "")
         cells = (_shown(m, p.at.get(m), interval=False) for m in columns)
-        shown.add_row(Text(p.name + " ◦" * p.on_frontier, style=style), _params(p), *cells, cost(p), Text(named(p)))
+        short = {"best": "best", "near": "≈", "refused": "refused", "": "missing"}.get(kind, "")
+        shown.add_row(Text(p.name + " ◦" * p.on_frontier, style=style), _params(p), *cells, cost(p), short)
     console.print(shown)
     say = console.print
     say("◦ on the frontier: no other point is better in one thing and worse in none", style="dim", soft_wrap=True)
+    say("≈ cannot be told from the best", style="dim", soft_wrap=True)
+    for p in _in_order(record):
+        if (kind := role(record, p)) in ("refused", "") and (why := named(p)):
+            say(Text(printable(f"{p.name} {'refused' if kind else 'missing'}: {why}")), soft_wrap=True)
     for row in record.rows:
         if row.stopped:
             say(Text(printable(f"{row.name} was stopped by its guardrail {row.stopped}")), soft_wrap=True)
