@@ -8,6 +8,8 @@
 2. The smoke form of the align and the instruct recipe, end to end, the second from the first one's checkpoint.
 3. Qwen3-8B-Base and SigLIP so400m/384 (``configs/shapes/``, random weights made on the device): steps of the real loop
    at batch 4 and 16, beside the seed's 0.803 s.
+4. A whole model of Qwen3-VL-4B's shape with adapters on its language model's last 2 layers and its tower's last 4
+   blocks (C2 of the footprint plan), on samples of 512 tokens with one image.
 
 Each part is a row of ``gpu.md`` and ``gpu.json``, written after every part; what fails or finds no time is a row too.
 The exit code is 1 when something failed.
@@ -46,6 +48,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -59,8 +63,13 @@ from beholder.data.images import ImagePipeline
 from beholder.model import adapters
 from beholder.model.build import build_vlm
 from beholder.model.connector import build_connector
+from beholder.model.language import LanguageModel
+from beholder.model.native import FAMILIES, NativeModel
+from beholder.model.placement import selectors
 from beholder.model.plan import TrainPlan, apply_train_plan, param_groups, plan_of
+from beholder.model.processor import NativeProcessor
 from beholder.model.vlm import VisionLanguageModel
+from beholder.model.weights import freeze
 from beholder.prepare import tiny
 from beholder.prepare.doctor import matmul_rate
 from beholder.prepare.estimate import (
@@ -83,7 +92,10 @@ from beholder.train.restore import load_for_resume
 from beholder.types import Batch, Encoded, ImageInput
 
 ROOT = Path(__file__).resolve().parents[1]
-LLM, TOWER = (ROOT / "configs" / "shapes" / f for f in ("qwen3_8b_base.json", "siglip_so400m_patch14_384.json"))
+LLM, TOWER, NATIVE = (
+    ROOT / "configs" / "shapes" / f
+    for f in ("qwen3_8b_base.json", "siglip_so400m_patch14_384.json", "qwen3_vl_4b.json")
+)
 TINY_LLM = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "bos_token_id": 1, "eos_token_id": 1,
@@ -92,7 +104,36 @@ TINY_TOWER = {
     "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
     "patch_size": 8,
 }  # fmt: skip
-"""What ``--dry`` makes of the two shapes."""
+TINY_NATIVE = {
+    "text_config": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 512,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]},
+    },
+    "vision_config": {
+        "depth": 6,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [1, 2],
+    },
+    "image_token_id": 500,
+    "video_token_id": 501,
+    "vision_start_token_id": 502,
+    "vision_end_token_id": 503,
+}
+"""What ``--dry`` makes of the three shapes."""
 VISUAL_TOKENS = 64
 SUPERVISED = 0.5
 """Share of an instruction sample's tokens that are supervised; LLaVA-Instruct's, about (`instruct_step.py`)."""
@@ -468,6 +509,69 @@ class Pair:
         )  # fmt: skip
 
 
+class Native:
+    """A model of Qwen3-VL-4B's shape with random weights on the device, adapters as at point C2 of the footprint
+    plan."""
+
+    def __init__(self, folder: Path, device: torch.device, dry: bool) -> None:
+        from transformers import AutoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+        self.device, self.dry, self.side = device, dry, 64 if dry else 448
+        shape = TINY_NATIVE if dry else json.loads(NATIVE.read_text())
+        torch.manual_seed(0)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with device:
+                whole: Any = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**shape))
+        finally:
+            torch.set_default_dtype(before)
+        freeze(whole)
+        tiny.tiny_native(folder, "qwen3_vl")  # its processor; of the tokenizer nothing is asked but that it is there
+        settings = json.loads((folder / "preprocessor_config.json").read_text())
+        settings |= {"patch_size": 16, "size": {"shortest_edge": 32**2, "longest_edge": 1024**2}}
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+        processor = NativeProcessor(AutoProcessor.from_pretrained(str(folder)), shape["image_token_id"], torch.bfloat16)
+        self.language = LanguageModel(whole, "random Qwen3-VL", whole=True)
+        self.model = NativeModel(whole, FAMILIES["qwen3_vl"], self.language, processor)
+        lora = LoraConfig(
+            enable=True, target_modules=("all-linear",), vit_target_modules=("all-linear",), llm_layers="last-2",
+            vit_layers="last-4",
+        )  # fmt: skip
+        parts = self.model.parts()
+        for name, selector in selectors(lora, parts).items():
+            adapters.attach(parts[name], lora, 0, selector)
+        apply_train_plan(self.model, TrainPlan(vision="pieces", connector="frozen", language="lora"))
+
+    def samples(self, batch: int, tokens: int | None, pixels: bool) -> list[Sample]:
+        """Random ids around the image's places; the image's inputs come from its processor."""
+        assert tokens is not None and pixels
+        rng, out = np.random.default_rng(0), []
+        noise = Image.fromarray(rng.integers(0, 256, (self.side, self.side, 3), dtype=np.uint8))
+        shown = self.model.geometry.process(noise)
+        assert shown.size is not None
+        seen = (self.side // 32) ** 2
+        for i in range(batch):
+            ids = rng.integers(0, min(400, self.language.vocab), tokens, dtype=np.int64)
+            ids[1 : 1 + seen] = self.model.geometry.token_id
+            supervise = np.zeros(tokens, dtype=bool)
+            supervise[-int(SUPERVISED * (tokens - seen)) :] = True
+            out.append((f"sample {i}", Encoded(ids, supervise, ((1, 1 + seen),), False, (shown.size,)), [shown]))
+        return out
+
+    @torch.no_grad()
+    def flops(self, samples: Sequence[Sample], tower: bool) -> float:
+        """From one sample's forward pass, all being alike: that again for the gradients on their way down to the
+        tower's last 4 blocks, below which none go; what adapters and their gradients cost is left out."""
+        batch = collate(samples[:1], Layout(True, len(samples[0][1].ids), 8))
+        with FlopCounterMode(display=False) as whole:
+            self.model(batch)
+        with FlopCounterMode(display=False) as eyes:
+            self.model.patches(batch.images)
+        below = 1 - 4 / len(self.model.vision.part.blocks)
+        return len(samples) * (2.0 * whole.get_total_flops() - below * eyes.get_total_flops())
+
+
 @dataclass(frozen=True)
 class Same:
     """The same micro-batches at every step, as `fit` takes them."""
@@ -512,16 +616,24 @@ def cases(dry: bool) -> list[Case]:
     return [*align, *instruct, *(Case("instruct", 4, lengths[-1], attention=name) for name in others)]
 
 
+def native_cases(dry: bool) -> list[Case]:
+    """As many positions as the plan's samples have, on the point that it expects to be best."""
+    return [Case("Qwen3-VL-4B, C2", b, 128 if dry else 512, tower=True) for b in (4, 16)]
+
+
 def _is_there(attention: str) -> bool:
     package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(attention, "torch")
     return importlib.util.find_spec(package) is not None
 
 
-def time_case(pair: Pair, case: Case, folder: Path, rate: float, seconds: float) -> tuple[str, dict[str, float]]:
+def time_case(
+    pair: Pair | Native, case: Case, folder: Path, rate: float, seconds: float
+) -> tuple[str, dict[str, float]]:
     """Steps of the real loop; the batch in one piece, or, where that does not fit, in halves, quarters, …"""
-    if case.stage == "instruct":
-        pair.adapt()
-    pair.language.model.set_attn_implementation(case.attention)
+    if isinstance(pair, Pair):
+        if case.stage == "instruct":
+            pair.adapt()
+        pair.language.model.set_attn_implementation(case.attention)
     if case.attention != "sdpa":
         pair.language.packing_error = None
         pair.language.check_packing()
@@ -557,7 +669,7 @@ def time_case(pair: Pair, case: Case, folder: Path, rate: float, seconds: float)
     return said, numbers
 
 
-def _steps(pair: Pair, samples: list[Sample], micro: int, folder: Path, seconds: float) -> list[Record]:
+def _steps(pair: Pair | Native, samples: list[Sample], micro: int, folder: Path, seconds: float) -> list[Record]:
     """Records of timed steps, after one that warms up; as many as fit into the time, 2 to 10."""
     longest = max(len(e.ids) for _, e, _ in samples)
     batches = collate_window(samples, Layout(True, max(2048, longest), 8), micro)
@@ -684,12 +796,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs/gpu"), help="folder of gpu.md and gpu.json")
     parser.add_argument("--dry", action="store_true", help="tiny shapes, on a CPU")
     parser.add_argument("--minutes", type=float, default=8.0, help="what finds no time within them is told as such")
-    parser.add_argument("--only", choices=("checks", "stages", "speed"), action="append", help="a part; repeatable")
+    parser.add_argument(
+        "--only", choices=("checks", "stages", "native", "speed"), action="append", help="a part; repeatable"
+    )
     args = parser.parse_args(argv)
     if not args.dry and not torch.cuda.is_available():
         parser.error("torch sees no CUDA GPU here; --dry runs the same code on a CPU")
     device = torch.device("cpu" if args.dry else "cuda")
-    parts, sheet = args.only or ["checks", "stages", "speed"], Sheet(args.out, device, args.minutes)
+    parts, sheet = args.only or ["checks", "stages", "native", "speed"], Sheet(args.out, device, args.minutes)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for k, (what, check) in enumerate(CHECKS.items() if "checks" in parts else ()):
@@ -697,10 +811,37 @@ def main(argv: list[str] | None = None) -> int:
             sheet.row("equality", what, lambda check=check, bench=bench: check(bench), 60)
         for what, stage in smoke(folder, device) if "stages" in parts else ():
             sheet.row("both stages", what, stage, 60)
+        if "native" in parts:
+            native(sheet, folder, device, args.dry)
         if "speed" in parts:
             speed(sheet, folder, device, args.dry)
     print(f"\n{sheet.markdown()}\n{args.out / 'gpu.md'}, {args.out / 'gpu.json'}")
     return int(any(r.result == "FAILED" for r in sheet.rows))
+
+
+def native(sheet: Sheet, folder: Path, device: torch.device, dry: bool) -> None:
+    made: dict[str, Any] = {}
+
+    def load() -> str:
+        made["native"] = Native(folder / "native", device, dry)
+        return f"{sum(p.numel() for p in made['native'].model.parameters()) / 1e9:.2f} B weights on the device"
+
+    if not sheet.row("native", "the model", load, 60):
+        return
+    rate = matmul_rate(device, torch.bfloat16)
+    for case in native_cases(dry):
+        longest = 0.5 if dry else 8.0
+        sheet.row(
+            "native",
+            case.name,
+            lambda c=case, s=longest: time_case(made["native"], c, folder, rate, s),
+            8 * longest + 4,
+        )
+    made.clear()
+    gc.collect()
+    if device.type == "cuda":
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
 def speed(sheet: Sheet, folder: Path, device: torch.device, dry: bool) -> None:

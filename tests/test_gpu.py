@@ -55,12 +55,13 @@ def test_dry_it_runs_whole_without_what_a_gpu_machine_may_lack(tmp_path: Path) -
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     record = json.loads((tmp_path / "out" / "gpu.json").read_text())
     rows = {(r["part"], r["what"]): r for r in record["rows"]}
-    assert len(rows) == len(gpu.CHECKS) + 2 + 3 + len(gpu.cases(dry=True))
+    assert len(rows) == len(gpu.CHECKS) + 2 + 1 + len(gpu.native_cases(dry=True)) + 3 + len(gpu.cases(dry=True))
     not_here = [what for (_, what), r in rows.items() if r["result"] == "not here"]
     assert all("flash" in what or "flex" in what for what in not_here) and len(not_here) == 3
     assert {r["result"] for r in rows.values()} == {"ok", "not here"}
-    for case in gpu.cases(dry=True):
-        numbers = rows["speed", case.name]["numbers"]
+    timed = [("speed", c) for c in gpu.cases(dry=True)] + [("native", c) for c in gpu.native_cases(dry=True)]
+    for part, case in timed:
+        numbers = rows[part, case.name]["numbers"]
         assert numbers["samples_per_s"] == pytest.approx(case.batch / numbers["step_s"])
         assert 0 < numbers["matrix_share"] < 2 and numbers["supervised_tokens_per_s"] > 0 and numbers["peak_gb"] > 0
     table = (tmp_path / "out" / "gpu.md").read_text().splitlines()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from beholder.types import UserError
 
 from .conftest import Build
 
+SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
 SEED_LANGUAGE = (
     r"language_model.layers.({}).(self_attn.(q_proj|k_proj|v_proj|o_proj)|mlp.(gate_proj|up_proj|down_proj))"
 )
@@ -37,16 +40,9 @@ def qwen3_vl_4b() -> dict[str, Part]:
     """The parts of a model of Qwen3-VL-4B's shape, without memory."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    text = {
-        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": True,
-    }  # fmt: skip
-    vision = {
-        "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560,
-        "deepstack_visual_indexes": [5, 11, 17],
-    }  # fmt: skip
+    shape = json.loads((SHAPES / "qwen3_vl_4b.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
-        whole: Any = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision))
+        whole: Any = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**shape))
     lm, tower = whole.model.language_model, whole.model.visual
     layers = tuple(f"layers.{k}" for k in range(len(lm.layers)))
     return {
