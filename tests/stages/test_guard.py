@@ -19,6 +19,7 @@ from tests.stages.dying import dying_at
 from beholder.cli import app
 from beholder.config import MONITORS, WATCHED, RunConfig, settings
 from beholder.config.file import dump_config
+from beholder.config.stages import GUARDRAILS
 from beholder.evidence import load_evidence
 from beholder.evidence.catalogue import quantity
 from beholder.report import render
@@ -283,6 +284,7 @@ def test_dead_before_its_evidence_it_does_not_train_on(world: World, stopped: Pa
 def test_a_healthy_run_is_not_stopped_nor_after_it_died(world: World, tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     sets = {"train.train_steps": 15, "train.lr.lora": 1e-3, "train.lr.connector": 1e-4}
+    sets |= {f"guardrails.{name}.enable": True for name in GUARDRAILS}  # under all of them
     outcome = run_stage(world.config(straight, "off", **sets), promote_anyway=True)
     with dying_at(10):
         run_stage(world.config(killed, "off", **sets), promote_anyway=True)
@@ -292,6 +294,7 @@ def test_a_healthy_run_is_not_stopped_nor_after_it_died(world: World, tmp_path: 
     for found in (outcome, resumed):
         assert found.status == Status.SUCCEEDED and found.step == 15 and found.evidence is not None
         assert found.evidence.stopped is None
+    assert {name for _, v in history(straight / "run") for name in v} >= {g.measure for g in GUARDRAILS.values()}
     assert history(killed / "run") == history(straight / "run") and weights(killed / "run") == weights(straight / "run")
     assert [s for s, _ in history(straight / "run")] == [0, 5, 10, 15], "saves"
 
