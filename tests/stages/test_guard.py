@@ -137,7 +137,7 @@ def test_a_stopped_run_measures_its_constrained_best_and_says_so_on_top(stopped:
 
     last = e.candidates[-1]
     assert last.step == e.stopped.step and last.monitors["irrelevant.pass"] == e.stopped.value
-    assert last.refused.startswith("irrelevant.pass is 0, below 0.9 ") and not last.best
+    assert last.refused.startswith(f"irrelevant.pass is {e.stopped.value:g}, below 0.9 ") and not last.best
     kept = [c for c in e.candidates if c.monitors["irrelevant.pass"] >= 0.9]
     assert kept and not any(c.refused for c in kept), "it said so at an evaluation before"
     best = min(kept, key=lambda c: c.eval_loss)
