@@ -106,33 +106,17 @@ TINY_TOWER = {
 }  # fmt: skip
 TINY_NATIVE = {
     "text_config": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 512,
-        "tie_word_embeddings": True,
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]},
     },
     "vision_config": {
-        "depth": 6,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": 64,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "num_position_embeddings": 64,
+        "depth": 6, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "patch_size": 16,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 64,
         "deepstack_visual_indexes": [1, 2],
     },
-    "image_token_id": 500,
-    "video_token_id": 501,
-    "vision_start_token_id": 502,
-    "vision_end_token_id": 503,
-}
+    "image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502, "vision_end_token_id": 503,
+}  # fmt: skip
 """What ``--dry`` makes of the three shapes."""
 VISUAL_TOKENS = 64
 SUPERVISED = 0.5

@@ -518,9 +518,7 @@ def score_order(
 ) -> list[Measurement]:
     """``slots.order``, nats per token: what it costs the right answer that another image stands at the place that the
     words name. 0 for whoever ignores the order, whatever else it sees; needs no sample that tells what is right then.
-    From `MIN_SAMPLES` on."""
-    if len(own) < MIN_SAMPLES:
-        return []
+    """
     more = np.array([wrong.nll - right.nll for right, wrong in zip(own, swapped, strict=True)])
     tokens = np.array([right.tokens for right in own], dtype=np.float64)
     value, ci = ratio_of_sums(_together(more, shown), _together(tokens, shown), seed)
@@ -631,34 +629,33 @@ def move(
         hits(chosen, (x.exact for x in renamed)), hits(known, (x.exact for x in kept)), hits(unknown, agree),
         seed=seed,
     )  # fmt: skip
+
+    def wanting(name: str, have: int, tells: Callable[[Swap], bool], gap: str, why: str) -> bool:
+        """Said where the data have enough, a reason where they have not: a setting waives no gate."""
+        if have < MIN_SAMPLES and (len(swaps) < len(movable) or sum(map(tells, swaps.values())) >= MIN_SAMPLES):
+            found.gaps.append(f"{gap} too few to judge; raise eval.moved_samples ({size}).")
+        elif have < MIN_SAMPLES:
+            found.inapplicable[name] = why
+        return have < MIN_SAMPLES
+
     moving = [(i, s) for i, s in zip(taken, chosen, strict=True) if s.moves_the_named]
-    found.measurements += score_order(
-        [own[i] for i, _ in moving], measure([s.words_kept for _, s in moving]),
-        [pictures(s.renamed, content_key) for _, s in moving], seed,
+    if not wanting(
+        "slots.order", len(moving), lambda s: s.moves_the_named,
+        f"Order of the images: only {len(moving)} swaps moved the one image that the words name, which are",
+        f"the words of {len(moving)} held-out samples name one place whose image can be moved, and {MIN_SAMPLES} are "
+        "needed",
+    ):  # fmt: skip
+        found.measurements += score_order(
+            [own[i] for i, _ in moving], measure([s.words_kept for _, s in moving]),
+            [pictures(s.renamed, content_key) for _, s in moving], seed,
+        )  # fmt: skip
+    wanting(
+        "slots.follows", len(known), lambda s: s.follows,
+        f"Swapped images: only {len(known)} swaps with a known answer were made, which are",
+        f"of {len(known)} held-out samples it is known how swapping two images changes the right answer, and "
+        f"{MIN_SAMPLES} are needed: questions about one place of images whose other places are asked about too, or "
+        "whose answer is a place",
     )  # fmt: skip
-    could = len(swaps) < len(movable) or sum(s.moves_the_named for s in swaps.values()) >= MIN_SAMPLES
-    if len(moving) < MIN_SAMPLES and could:
-        found.gaps.append(
-            f"Order of the images: only {len(moving)} swaps moved the one image that the words name, which are too few "
-            f"to judge; raise eval.moved_samples ({size})."
-        )
-    elif len(moving) < MIN_SAMPLES:
-        found.inapplicable["slots.order"] = (
-            f"the words of {len(moving)} held-out samples name one place whose image can be moved, and {MIN_SAMPLES} "
-            "are needed"
-        )
-    enough = len(swaps) < len(movable) or sum(s.follows for s in swaps.values()) >= MIN_SAMPLES
-    if len(known) < MIN_SAMPLES and enough:  # a setting waives no gate
-        found.gaps.append(
-            f"Swapped images: only {len(known)} swaps with a known answer were made, which are too few to judge; raise "
-            f"eval.moved_samples ({size})."
-        )
-    elif len(known) < MIN_SAMPLES:
-        found.inapplicable["slots.follows"] = (
-            f"of {len(known)} held-out samples it is known how swapping two images changes the right answer, and "
-            f"{MIN_SAMPLES} are needed: questions about one place of images whose other places are asked about too, or "
-            "whose answer is a place"
-        )
     return found
 
 
