@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from beholder.config.data import DataConfig, FeaturesConfig, HygieneLimits, PromptingConfig, Template
+from beholder.config.distill import DistillConfig
 from beholder.config.monitors import MONITORED, RETAINED, SHARES, WATCHED, folded, is_script
 from beholder.config.parts import FROZEN_CONNECTOR, FROZEN_TOWER, NO_ADAPTERS, ModelConfig
 from beholder.config.section import (
@@ -377,6 +378,8 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     features: FeaturesConfig = FeaturesConfig()
+    distill: DistillConfig | None = None
+    """What is learned from teachers, in stage distill."""
     prompting: Annotated[PromptingConfig, Field(validate_default=True)] = PromptingConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -437,6 +440,12 @@ class RunConfig(Section):
         return self.stage_record.name
 
     @property
+    def learnt_from(self) -> DistillConfig:
+        """The teachers of a run that has some."""
+        assert self.distill is not None, "checked by `impossible`"
+        return self.distill
+
+    @property
     def has_adapters(self) -> bool:
         """Whether adapters learn."""
         return self.stage_record.adapters and self.model.lora.enable
@@ -490,6 +499,18 @@ class RunConfig(Section):
         if not (self.model.connector.trainable or self.has_adapters or self.tower_may_learn or stage.connector_learns):
             two = "model.lora.enable and model.connector.trainable are"
             wrong.append(f"nothing would be trained: {'model.lora.enable is' if self.model.native else two} false")
+        if (stage.objective == "distill") != (self.distill is not None):
+            wrong.append(
+                f"stage {stage.name} learns from no teacher, but distill names some; use stage distill, or leave "
+                "distill out"
+                if self.distill is not None
+                else f"stage {stage.name} learns from a teacher; name it in distill.teachers"
+            )
+        elif self.distill is not None and self.data.augment != "none" and not self.distill.online:
+            wrong.append(
+                f"data.augment is {self.data.augment}, but what is kept of a teacher is about the images as they are; "
+                "set it to none, or distill.online: true"
+            )
         if self.template not in stage.templates:
             wrong.append(
                 f"stage {stage.name} answers questions, and prompting.template {self.template} has none; use "

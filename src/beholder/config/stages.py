@@ -145,6 +145,16 @@ SLOT_GATES: dict[str, GateConfig] = {
 """What every stage of several images must show as well (S3-3)."""
 
 
+TAUGHT_GATES: dict[str, GateConfig] = {
+    name: gate for name, gate in INSTRUCT_GATES.items() if name not in ("text_unchanged", "retained", "merges")
+} | {
+    "close_to_teacher": _gate(
+        "teacher.kl", "its next tokens are distributed nearly as its teachers'", at_most=1.0
+    ),
+}  # fmt: skip
+"""The gates of every distillation (D-6, E-6). Its language model learns whole, so nothing is to be kept of a base."""
+
+
 class GuardrailConfig(Section):
     """When a run stops itself over what is measured at every evaluation; each bound that is given is one."""
 
@@ -380,7 +390,18 @@ MULTI = replace(
 )
 """Connector and adapters learn from conversations about several images (S3)."""
 
-STAGES: dict[str, Stage] = {stage.name: stage for stage in (ALIGN, INSTRUCT, MULTI)}
+DISTILL = replace(
+    INSTRUCT,
+    name="distill",
+    is_meant=None,
+    builds_on="align",
+    objective="distill",
+    measures=("taught", *INSTRUCT.measures),
+    gates=TAUGHT_GATES,
+)
+"""A small model learns from conversations and from what a big one says of each of their tokens (D-1, D-2)."""
+
+STAGES: dict[str, Stage] = {stage.name: stage for stage in (ALIGN, INSTRUCT, MULTI, DISTILL)}
 """Every stage by name. A config that names none is of the first that it may be meant as."""
 
 

@@ -135,6 +135,8 @@ _MEASURED: tuple[Quantity, ...] = (
     _Q("eval.token_accuracy", "token accuracy", _SHARE, "higher", "held-out", headline=_H(7, 7)),
     _Q("eval.tokens", "supervised tokens", "tokens", "none", "held-out", flat="eval_label_tokens_total"),
     _Q("eval.truncated_pct", "held-out targets cut to length", "%", "lower", "held-out", flat="eval_truncated_pct"),
+    # Of a student and its teachers.
+    _Q("teacher.kl", "distance from its teacher (KL)", _NATS, "lower", "held-out", said=ALONE),
     # Before minus after on the same samples; the language model without image minus after; how the training loss ended.
     _Q("learn.delta", "fall of the held-out loss", _NATS, "higher", "compared", said=ALONE),
     _Q("learn.delta_text", "held-out loss below the model's without image", _NATS, "higher", "compared",

@@ -24,6 +24,7 @@ is the objective's business.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,26 @@ class Full:
 
 
 Teacher = TopK | Sampled | Full
+
+
+def columns(teacher: Teacher) -> dict[str, Tensor]:
+    """A form's numbers, [n, …] each, as the row store keeps them and batches carry them (`teacher_of`)."""
+    match teacher:
+        case TopK(ids, log_p, tail, _):
+            return {"ids": ids, "log_p": log_p, "tail": tail}
+        case Sampled(ids, entropy, _):
+            return {"ids": ids, "entropy": entropy[:, None]}
+        case Full(log_p):
+            return {"log_p": log_p}
+
+
+def teacher_of(found: Mapping[str, Tensor], temperatures: tuple[float, ...]) -> Teacher:
+    """The form whose `columns` these are."""
+    if "tail" in found:
+        return TopK(found["ids"].long(), found["log_p"].float(), found["tail"], temperatures)
+    if "entropy" in found:
+        return Sampled(found["ids"].long(), found["entropy"][:, 0], temperatures[0])
+    return Full(found["log_p"].float())
 
 
 def top_k(log_p: Float[Tensor, "n v"], k: int, temperatures: tuple[float, ...]) -> TopK:
@@ -98,10 +119,16 @@ def divergence(logits: Float[Tensor, "n v"], teacher: Teacher, temperature: floa
             raised = log_p.float() / temperature
             rest = tail[:, temperatures.index(temperature)].float()
             total = torch.logaddexp(torch.logsumexp(raised, -1), rest)
+            said = total > -math.inf  # of a token the teacher may have nothing to say (vocabulary: shared)
+            raised, total = (
+                raised.where(said[:, None], torch.zeros_like(raised)),
+                total.where(said, torch.zeros_like(total)),
+            )
             kept, log_p_tail = raised - total[:, None], rest - total
             own = log_q.gather(-1, ids)
             out = (kept.exp() * (_finite(kept) - own)).sum(-1)
-            return out + log_p_tail.exp() * (_finite(log_p_tail) - _log_rest(log_q, ids))
+            out = out + log_p_tail.exp() * (_finite(log_p_tail) - _log_rest(log_q, ids))
+            return torch.where(said, out, torch.zeros_like(out))
 
 
 def _log_rest(log_q: Tensor, ids: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 MAX_LOGITS = 2**25
 """Logits held at once: 128 MiB in fp32."""
@@ -75,3 +76,72 @@ def head_nll(
         return _FrozenHeadNll.apply(hidden, targets, head, rows), None  # pyright: ignore[reportReturnType]
     parts = [token_nll(head(h), t) for h, t in zip(hidden.detach().split(rows), targets.split(rows), strict=True)]
     return torch.cat([nll for nll, _ in parts]), torch.cat([correct for _, correct in parts])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Losses of a chunk of logits, whatever they are
+
+
+ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, ...]]
+"""(logits [n, V] of these supervised tokens, which) -> numbers [n] of each, the first of which is minimised. A token's
+numbers depend on its own logits alone."""
+
+
+class _FrozenHead(torch.autograd.Function):
+    """As `_FrozenHeadNll`, for any `ChunkLoss`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Callable[[Tensor], Tensor], loss: ChunkLoss, rows: int
+    ) -> tuple[Tensor, ...]:
+        found, grads = [], []
+        for start in range(0, hidden.shape[0], rows):
+            chunk = hidden[start : start + rows].detach().requires_grad_()
+            with torch.enable_grad():
+                numbers = loss(head(chunk), slice(start, start + chunk.shape[0]))
+            grads.append(torch.autograd.grad(numbers[0], chunk, torch.ones_like(numbers[0]))[0])
+            found.append([n.detach() for n in numbers])
+        ctx.save_for_backward(torch.cat(grads))
+        out = tuple(map(torch.cat, zip(*found, strict=True)))
+        ctx.mark_non_differentiable(*out[1:])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (grad_hidden,) = ctx.saved_tensors
+        return (grad_outputs[0][:, None] * grad_hidden).to(grad_hidden.dtype), None, None, None
+
+
+def head_losses(
+    head: Callable[[Tensor], Tensor],
+    hidden: Float[Tensor, "k dh"],
+    loss: ChunkLoss,
+    vocab: int,
+    *,
+    head_learns: bool,
+    max_logits: int = MAX_LOGITS,
+) -> tuple[Tensor, ...]:
+    """The numbers of ``loss`` for all supervised tokens, never holding more than ``max_logits`` logits; the first
+    carries the graph. K = 0 gives empty tensors that still hang on the graph of ``hidden``.
+
+    A frozen head's chunks leave K x Dh numbers for the backward pass; those of one that learns are computed once more
+    there (gradient checkpointing), unless there is only one.
+    """
+    if hidden.shape[0] == 0:
+        numbers = loss(head(hidden), slice(0, 0))
+        return (numbers[0] + hidden.float().sum(-1), *numbers[1:])
+    rows = max(1, max_logits // vocab)
+    if hidden.device.type == "cpu":
+        rows = min(rows, CPU_ROWS) if not head_learns else rows
+    if torch.is_grad_enabled() and hidden.requires_grad and not head_learns:
+        return _FrozenHead.apply(hidden, head, loss, rows)  # pyright: ignore[reportReturnType]
+    again = torch.is_grad_enabled() and hidden.shape[0] > rows
+    found: list[tuple[Tensor, ...]] = []
+    for start in range(0, hidden.shape[0], rows):
+        chunk, which = hidden[start : start + rows], slice(start, min(start + rows, hidden.shape[0]))
+
+        def part(h: Tensor, which: slice = which) -> tuple[Tensor, ...]:
+            return loss(head(h), which)
+
+        found.append(checkpoint(part, chunk, use_reentrant=False) if again else part(chunk))  # pyright: ignore[reportArgumentType]
+    return tuple(map(torch.cat, zip(*found, strict=True)))

@@ -37,7 +37,7 @@ from beholder.probes import (
 )
 from beholder.probes.loss import SampleLoss
 from beholder.probes.written import Written
-from beholder.stages import monitors
+from beholder.stages import monitors, teachers
 from beholder.stages.measured import NOTHING_TO_KEEP, Measured
 from beholder.stages.session import Session
 from beholder.types import Condition, Example, UserError
@@ -708,6 +708,7 @@ PANEL: dict[str, Row] = {
     for row in (
         Row("losses", losses, every=_whole, candidate=True),
         Row("truncated", truncated),
+        Row("taught", teachers.closeness),
         Row("learned", learned),
         Row("golden", golden_set, every=lambda cfg: (cfg.eval.run_golden_every,)),
         Row("ablation", ablation, every=lambda cfg: (cfg.ablation.run_every,), candidate=True),
