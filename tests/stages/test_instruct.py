@@ -20,7 +20,6 @@ from beholder.config import RunConfig
 from beholder.config.file import dump_config
 from beholder.evidence import Evidence, load_evidence
 from beholder.model.build import build_vlm
-from beholder.prepare.tiny import COLOURS, SHAPES
 from beholder.runs import sha256_file
 from beholder.stages import run_stage
 from beholder.stages.remeasure import evaluate_run

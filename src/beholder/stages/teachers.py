@@ -25,9 +25,10 @@ from beholder.data.build import build_pipeline
 from beholder.data.chat import ChatEncoder, EncodeError
 from beholder.data.collate import AskedTeacher, Layout, SampleBuilder, eval_batches
 from beholder.data.images import ImageError, ImagePipeline, NativePipeline
+from beholder.data.shared_tokens import aligned, shared_ids, token_bytes
 from beholder.data.tokens import tokenizer_fingerprint
 from beholder.model.build import Vlm, build_vlm
-from beholder.model.divergence import Full, columns, sampled, top_k
+from beholder.model.divergence import Full, TopK, columns, sampled, top_k
 from beholder.probes import joined as joined_words
 from beholder.probes import loss, measurement, measuring, ratio_of_sums, wrong_images
 from beholder.probes.loss import SampleLoss
@@ -109,10 +110,64 @@ class Teacher:
         """As `model.vlm.Seeing.supervised`."""
         return self.model.supervised(batch)
 
+    translation: Translation | None = None
+    """Of a teacher with another tokenizer (``distill.vocabulary: shared``)."""
+
     @cached_property
     def asked(self) -> AskedTeacher:
         builder = SampleBuilder(self.encoder, self.pipeline, None, on_bad_image="error")
-        return AskedTeacher(builder, Layout(packing=False, pack_len=1, pad_to_multiple_of=8), self.name)
+        layout = Layout(packing=False, pack_len=1, pad_to_multiple_of=8)
+        return AskedTeacher(builder, layout, self.name, shared=self.translation is not None)
+
+
+@dataclass(frozen=True)
+class Translation:
+    """From a teacher's tokens to the student's (``distill.vocabulary: shared``).
+
+    What the teacher says of a token that begins where one of its own does holds for the student too: both are about the
+    text so far. Ids whose text both know are translated, the others' mass is in the rest. A token that begins elsewhere
+    has no teacher, and counts in the loss by its data alone.
+    """
+
+    ids: torch.Tensor
+    """int64 [teacher's V]: the student's id, or -1."""
+    own: dict[int, bytes]
+    theirs: dict[int, bytes]
+
+    def top_k(self, log_p: torch.Tensor, where: Sequence[int | None], k: int, temperatures: tuple[float, ...]) -> TopK:
+        """What the teacher says of the student's tokens; ``where``: at which of its own each begins. -inf throughout:
+        nothing."""
+        ids = self.ids.to(log_p.device)
+        shared = torch.where(ids >= 0, log_p, -torch.inf)
+        kept, at = shared.topk(min(k, int((ids >= 0).sum())), dim=-1)
+        if kept.shape[-1] < k:
+            raise UserError(
+                f"distill.k is {k}, but student and teacher share only {kept.shape[-1]} tokens; lower it, or use a "
+                "teacher of the same tokenizer"
+            )
+        rest = log_p.scatter(-1, at, -torch.inf)
+        tail = torch.stack([torch.logsumexp(rest / t, dim=-1) for t in temperatures], dim=-1)
+        rows = torch.tensor([-1 if w is None else w for w in where], device=log_p.device)
+        said = (rows >= 0)[:, None]
+        rows = rows.clamp_min(0)
+        return TopK(
+            torch.where(said, ids[at[rows]], torch.arange(k, device=log_p.device)),
+            torch.where(said, kept[rows], -torch.inf), torch.where(said, tail[rows], -torch.inf), temperatures,
+        )  # fmt: skip
+
+
+def translate(teacher: Teacher, session: Session) -> Teacher:
+    """The teacher, able to speak of the student's tokens. Raises `UserError` where they share none."""
+    tokenizer, encoder = session.tokenizer, session.data.encoder
+    ends = list(zip(teacher.encoder.eos_ids[:1], encoder.eos_ids[:1], strict=False))
+    ids = torch.from_numpy(shared_ids(teacher.tokenizer, tokenizer, ends, teacher.language.vocab))
+    shared, own = int((ids >= 0).sum()), session.model.language.vocab
+    if shared < 2:
+        raise UserError(f"the teacher {teacher.name} and the student share no tokens, so it can say nothing to it")
+    session.reporter.line(
+        "teacher", f"{teacher.name}: {shared:,} of its {len(ids):,} tokens are among the student's {own:,}"
+    )
+    return replace(teacher, translation=Translation(ids, token_bytes(tokenizer), token_bytes(teacher.tokenizer)))
 
 
 def open_teacher(teacher: TeacherConfig, student: RunConfig, device: torch.device) -> Teacher:
@@ -315,6 +370,8 @@ def keep(session: Session, which: TeacherConfig, key: TeacherKey) -> Kept:
             teacher = open_teacher(which, session.cfg, session.model.device)
             if cfg.vocabulary == "equal":
                 check_vocabulary(teacher, session.tokenizer)
+            else:
+                teacher = translate(teacher, session)
             started = time.perf_counter()
             _ask(session, teacher, cache, todo)
             seconds = time.perf_counter() - started
@@ -360,10 +417,19 @@ def say(
     """What the teacher says of each sample's supervised tokens, in the form that the config keeps."""
     batch = teacher.asked.batch(examples, targets)
     found = teacher.supervised(batch)
-    hidden = found.hidden[found.sample.argsort(stable=True)].split([len(own) for own in targets])
+    order = found.sample.argsort(stable=True)
+    counts = torch.bincount(found.sample, minlength=len(examples)).tolist()
     out: list[dict[str, torch.Tensor]] = []
-    for example, own, states in zip(examples, targets, hidden, strict=True):  # a sample's logits at a time
-        log_p = log_probabilities(teacher.language.head(states), vocab, [example.id])
+    for example, own, states, theirs in zip(
+        examples, targets, found.hidden[order].split(counts), found.targets[order].split(counts), strict=True
+    ):  # a sample's logits at a time
+        logits = teacher.language.head(states)
+        if (translation := teacher.translation) is not None:
+            where = aligned(own.tolist(), theirs.tolist(), translation.own, translation.theirs)
+            log_p = log_probabilities(logits, logits.shape[-1], [example.id])
+            out.append(columns(translation.top_k(log_p, where, cfg.k, cfg.kept_temperatures)))
+            continue
+        log_p = log_probabilities(logits, vocab, [example.id])
         match cfg.form:
             case "topk":
                 form = top_k(log_p, cfg.k, cfg.kept_temperatures)
