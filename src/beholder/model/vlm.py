@@ -95,6 +95,11 @@ class Seeing(nn.Module):
         """What a checkpoint of the connector must say about itself to be refused for the right reason."""
         return dict(self._info)
 
+    @property
+    def language_learns(self) -> bool:
+        """Whether its language model's own weights learn, so that there is no base beside it (`model.student`)."""
+        return bool(self.language.part.unfrozen)
+
     def trained_state(self) -> dict[str, TrainedPart]:
         """What was learned, by part, as a checkpoint keeps it: ``connector``, and of each part `learned_state`.
         `train.restore.load_trained` is the way back."""
@@ -113,7 +118,9 @@ class Seeing(nn.Module):
         targets, owner = batch.input_ids.reshape(-1)[where], batch.sample_index.reshape(-1)[where]
         states = hidden()
         picked = states.reshape(-1, states.shape[-1]).index_select(0, before.to(here, non_blocking=True))
-        nll, correct = head_nll(language.head, picked, targets.to(here, non_blocking=True), language.vocab)
+        nll, correct = head_nll(
+            language.head, picked, targets.to(here, non_blocking=True), language.vocab, trained=language.head_learns
+        )
         return TokenLosses(nll, owner.to(here, non_blocking=True), correct)
 
     @torch.no_grad()
@@ -128,8 +135,9 @@ class Seeing(nn.Module):
 class VisionLanguageModel(Seeing):
     """Tower, connector and language model. ``vision`` becomes None after `drop_vision`; features then come stored.
 
-    The connector keeps fp32 weights and is computed under autocast in ``compute_precision``; the frozen parts compute
-    in the precision they are stored in, so no weight of theirs is ever cast. Adapters have fp32 weights too.
+    The connector keeps fp32 weights and is computed under autocast in ``compute_precision``, as is a language model that
+    was made to learn whole; the frozen parts compute in the precision they are stored in, so no weight of theirs is
+    ever cast. Adapters have fp32 weights too.
     """
 
     def __init__(
@@ -146,14 +154,19 @@ class VisionLanguageModel(Seeing):
         self._info = {
             **connector.info(),
             "vision": {"name": vision.name, "fingerprint": sketch_module(vision.backbone)},
-            "language": {"name": language.name, "fingerprint": sketch_module(language.model)},
+            "language": {"name": language.name},
         }
+        language.part.initial = sketch_module(language.model)
         assert not self.adapters, "adapters are attached afterwards: the fingerprint is the base's"
         self.train(False)
 
     @property
     def num_visual_tokens(self) -> int:
         return self.connector.num_tokens
+
+    def connector_info(self) -> dict[str, Any]:
+        own = self._info["language"] | {"fingerprint": self.language.part.initial}
+        return {**super().connector_info(), "language": own}
 
     def train(self, mode: bool = True) -> "VisionLanguageModel":
         """Only parts that learn change mode; frozen ones stay in eval (they see to it themselves)."""
