@@ -39,7 +39,9 @@ _STUDENT = Inert(
     lambda cfg, _: cfg.model.student is not None,
     "a student's language model is stored in fp32 and computed in train.precision", "model.student",
 )  # fmt: skip
-_NOT_MADE = Inert(lambda _, own: own.like is None, "a language model that is cut has the sizes of the whole one", ".like")
+_NOT_MADE = Inert(
+    lambda _, own: own.like is None, "a language model that is cut has the sizes of the whole one", ".like"
+)
 _NOT_TIMM = Inert(
     lambda _, own: not own.name_or_path.startswith("timm/"),
     "it belongs to timm/<name> towers; a Hugging Face folder holds its own weights", ".name_or_path",
@@ -287,7 +289,7 @@ class StudentConfig(Section):
     """Rows of the table; default as many as the tokenizer has ids."""
     positions: Annotated[Positive, Field(le=16_777_216), _NOT_MADE] = 2048
     """The longest sequence it is made for. gpt2: rows of its table of positions, which have weights."""
-    learns: Annotated[Literal["all", "layers", "none"], Tiny(make=lambda which: which)] = "all"
+    learns: Literal["all", "layers", "none"] = "all"
     """all: its layers, its embeddings and its head. layers: not the embeddings and the head. none: nothing of it, as
     stage align and ``model.lora`` have it. It has no dropout."""
     max_params: Annotated[int | None, Field(gt=0), Tiny()] = None
@@ -313,8 +315,8 @@ class StudentConfig(Section):
             )
         elif self.like == "llama" and self.hidden // self.heads % 2:
             wrong.append(
-                f"heads of {self.hidden // self.heads} (hidden {self.hidden} / heads {self.heads}) cannot be rotated by "
-                "position, which takes pairs of numbers; choose hidden / heads even"
+                f"heads of {self.hidden // self.heads} (hidden {self.hidden} / heads {self.heads}) cannot be rotated "
+                "by position, which takes pairs of numbers; choose hidden / heads even"
             )
         if self.like == "gpt2" and self.kv_heads not in (None, self.heads):
             wrong.append(f"kv_heads is {self.kv_heads}, but gpt2 has keys and values for each head; leave it out")
@@ -329,7 +331,8 @@ class StudentConfig(Section):
 def _divisors_near(number: int, wanted: int) -> list[int]:
     """The nearest divisor below and the nearest above."""
     divisors = [d for d in range(1, number + 1) if number % d == 0] if number <= 1_048_576 else [number]
-    return sorted({max((d for d in divisors if d <= wanted), default=1), min((d for d in divisors if d >= wanted), default=number)})
+    below, above = [d for d in divisors if d <= wanted], [d for d in divisors if d >= wanted]
+    return sorted({*below[-1:], *above[:1]})
 
 
 class ModelConfig(Section):

@@ -44,9 +44,9 @@ def _pass_by(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 class LanguageModel(nn.Module):
-    """A causal LM used from embeddings: with frozen weights, with or without adapters (`model.adapters`), in its storage
-    precision, without autocast; or, where it was made to learn whole (`model.student`), with fp32 weights and under
-    autocast in ``compute_dtype``. It has no dropout either way.
+    """A causal LM used from embeddings: with frozen weights, with or without adapters (`model.adapters`), in its
+    storage precision, without autocast; or, where it was made for the run (`model.student`), with fp32 weights and
+    under autocast in ``compute_dtype``. It has no dropout either way.
 
     ``d_text`` is the width of its embeddings, ``vocab`` the rows of its table, ``embed_rms`` the RMS of the table.
     ``whole``: ``model`` is a whole vision-language model, of which only the decoder and the head are parts of this one.

@@ -16,10 +16,14 @@ from beholder.types import TrainedPart, UserError
 def learn_whole(part: Part, which: Literal["all", "layers", "none"]) -> None:
     """Let a language model that was made for the run learn: all of it, all but embeddings and head, or nothing. Its
     checkpoints hold all of it in any case: nothing else need be there, nor the seed be the same, to have it again."""
-    model: Any = part.module
-    apart = [model.get_input_embeddings(), model.get_output_embeddings()]
-    part.unfrozen = () if which == "none" else tuple(_besides(model, apart if which == "layers" else []))
-    _widen(part, tuple(_besides(model, [])))
+    part.unfrozen = learning_modules(part.module, which)
+    _widen(part, learning_modules(part.module, "all"))
+
+
+def learning_modules(model: Any, which: Literal["all", "layers", "none"]) -> tuple[str, ...]:
+    """Names of the modules of a causal language model that together are that much of it."""
+    apart = [model.get_input_embeddings(), model.get_output_embeddings()] if which == "layers" else []
+    return () if which == "none" else tuple(_besides(model, apart))
 
 
 def _besides(module: nn.Module, apart: Sequence[nn.Module], before: str = "") -> Iterator[str]:

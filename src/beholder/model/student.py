@@ -7,14 +7,15 @@ to the same checks as any other.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from beholder.config import LlmConfig, StudentConfig
+from beholder.config import LlmConfig, ModelConfig, StudentConfig
 from beholder.model.families import check_soft_cap, kernel_at_hand
-from beholder.model.language import read_config, read_language
+from beholder.model.language import empty_language, load_tokenizer, read_config, read_language
 from beholder.model.placement import Part, choose, decoder_layers
 from beholder.model.weights import listed, loading
 from beholder.types import UserError
@@ -43,9 +44,21 @@ def make_student(cfg: StudentConfig, llm: LlmConfig, tokenizer: Any, seed: int, 
     return model, _name(cfg, llm, chosen)
 
 
-def empty_student(cfg: StudentConfig, llm: LlmConfig, tokenizer: Any = None, config: Any = None) -> Any:
-    """The same on the meta device; ``config``: of the model that it is cut from. Without ``tokenizer`` its ``vocab`` is
-    needed."""
+def empty_of(cfg: ModelConfig) -> Any:
+    """The language model that ``cfg`` has, on the meta device: a student, or the one that is named."""
+    return empty_language(cfg.llm) if cfg.student is None else empty_student(cfg.student, cfg.llm)
+
+
+def empty_student(cfg: StudentConfig, llm: LlmConfig, *, config: Any = None, beside: Path | None = None) -> Any:
+    """`make_student` on the meta device. ``config``: of the model that it is cut from; ``beside``: as `load_tokenizer`
+    has it. The tokenizer need not be at hand where ``vocab`` is given. Raises `UserError` as `make_student` does."""
+    tokenizer = None
+    if cfg.like is not None:
+        try:
+            tokenizer = load_tokenizer(llm, beside=beside)
+        except UserError:
+            if cfg.vocab is None:
+                raise
     config, _ = _config(cfg, llm, tokenizer, config)
     kernel = {"attn_implementation": "sdpa"} if llm.attn_implementation == "sdpa" else {}
     with kernel_at_hand(llm), loading(_WHAT, "Give other sizes."), torch.device("meta"):
@@ -98,11 +111,7 @@ def _shaped(cfg: StudentConfig, llm: LlmConfig, tokenizer: Any) -> Any:
 
     ids = 1 + max(tokenizer.get_vocab().values()) if tokenizer is not None else None
     rows = cfg.vocab or ids
-    if rows is None:
-        raise UserError(
-            f"sizes of model.student: the tokenizer of model.llm {llm.name_or_path!r}, which says how many rows its "
-            "table has, is not at hand; give model.student.vocab"
-        )
+    assert rows is not None
     if ids is not None and rows < ids:
         raise UserError(
             f"model.student.vocab is {rows:,}, but the tokenizer of {llm.name_or_path} has ids up to {ids - 1:,}; give "

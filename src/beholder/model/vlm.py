@@ -135,8 +135,8 @@ class Seeing(nn.Module):
 class VisionLanguageModel(Seeing):
     """Tower, connector and language model. ``vision`` becomes None after `drop_vision`; features then come stored.
 
-    The connector keeps fp32 weights and is computed under autocast in ``compute_precision``, as is a language model that
-    was made to learn whole; the frozen parts compute in the precision they are stored in, so no weight of theirs is
+    The connector keeps fp32 weights and is computed under autocast in ``compute_precision``, as is a language model
+    that was made for the run; the other parts compute in the precision they are stored in, so no weight of theirs is
     ever cast. Adapters have fp32 weights too.
     """
 
