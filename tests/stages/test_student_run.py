@@ -37,7 +37,8 @@ def stage(tiny_parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> Ma
         "model.llm.name_or_path": str(folder / "words"), "model.llm.precision": "bf16", "model.student": SMALL,
         "model.vision.name_or_path": vision, "model.vision.weights": weights, "model.vision.unfreeze": ["last-1"],
         "data.json_path": source.json_path, "data.image_root": source.image_root, "data.eval_size": 8,
-        "train.lr.language": 3e-3, "train.lr.vision": 1e-3, "eval.answer_tokens": 4, "eval.caption_samples": 4,
+        "train.lr.language": 3e-3, "train.lr.vision": 1e-3,
+        "train.precision": "bf16", "eval.answer_tokens": 4, "eval.caption_samples": 4,
         "eval.golden_size": 0, "ablation.num_samples": 4, "eval.audit_turns": 0, "features.layers": False,
     })  # fmt: skip
 
@@ -143,6 +144,23 @@ def test_one_that_is_cut_learns_and_is_loaded_without_the_whole_ones_weights(
     assert all(torch.equal(t, there[k]) for k, t in language_of(tmp_path / "run", 4).items())
 
 
-def test_stage_align_takes_one_that_does_not_learn(stage: MakeStage, tmp_path: Path) -> None:
+def test_aligned_first_it_learns_from_that_run_with_another_seed(
+    tiny_parts: TinyParts, stage: MakeStage, tmp_path: Path
+) -> None:
+    """Stage align takes one that does not learn, and keeps it for the stage that lets it."""
     with pytest.raises(UserError, match=r"stage align trains the connector alone, but model.student.learns is all"):
         stage(tmp_path, stage="align")
+    captions = {"data.json_path": str(tiny_parts.records), "data.image_root": str(tiny_parts.images)}
+    first = {"model.student": SMALL | {"learns": "none"}, "train.lr.language": 2e-4, "model.vision.unfreeze": []}
+    run_stage(stage(tmp_path / "align", **captions, **first, **{"train.lr.vision": 5e-5}))
+    align = tmp_path / "align" / "run"
+    evidence = load_evidence(align)
+    assert evidence.stage == "align" and evidence.text_only is not None and evidence.text_only.equal
+    still = {"train.train_steps": 1, "train.save_every": 1, "train.lr.language": 0.0, "seed": 5}
+
+    run_stage(stage(tmp_path, **still, **{"model.connector.load_checkpoint": str(align)}), promote_anyway=True)
+
+    was, now = language_of(align, load(align).step), language_of(tmp_path / "run", 1)
+    assert was.keys() == now.keys() and all(torch.equal(t, now[k]) for k, t in was.items())
+    rows = {r.part: r for r in load_evidence(tmp_path / "run").trainable}
+    assert rows["language"].trainable == rows["language"].params

@@ -82,5 +82,6 @@ __all__ = [
     "LearningRates", "LlmConfig", "LoraConfig", "ModelConfig", "Monitor", "OodConfig", "PointSetting", "Positive",
     "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig", "Section", "SourceConfig", "Stage",
     "StageName", "StudentConfig", "StudyConfig", "SweepConfig", "TrainConfig", "VisionConfig", "Watched",
-    "WeightDecays", "decided_by", "folded", "in_script", "names_modules", "no_layers", "no_pattern", "settings", "usual_gate",
+    "WeightDecays", "decided_by", "folded", "in_script", "names_modules", "no_layers", "no_pattern", "settings",
+    "usual_gate",
 ]  # fmt: skip

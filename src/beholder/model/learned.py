@@ -16,8 +16,13 @@ from beholder.types import TrainedPart, UserError
 def learn_whole(part: Part, which: Literal["all", "layers", "none"]) -> None:
     """Let a language model that was made for the run learn: all of it, all but embeddings and head, or nothing. Its
     checkpoints hold all of it in any case: nothing else need be there, nor the seed be the same, to have it again."""
-    part.unfrozen = learning_modules(part.module, which)
-    _widen(part, learning_modules(part.module, "all"))
+    part.unfrozen, whole = learning_modules(part.module, which), learning_modules(part.module, "all")
+    if beside := [name for name, _ in part.module.named_parameters() if not inside(name, whole)]:
+        raise UserError(
+            f"model.student: {part.source} ({type(part.module).__name__}) has weights of its own that are in no module "
+            f"({listed(beside, 3)}), so it cannot learn whole; make a student of a family's shape (model.student.like)"
+        )
+    _widen(part, whole)
 
 
 def learning_modules(model: Any, which: Literal["all", "layers", "none"]) -> tuple[str, ...]:

@@ -266,6 +266,8 @@ def estimate(
     language = _try(gaps, lambda: language_shape(cfg.model.llm, llm_config, cfg.model.student))
     if language:
         check_limits(language.limits, cfg)
+    elif gaps and gaps[-1].startswith("model.student"):
+        raise UserError(gaps[-1])  # not a file that is elsewhere: a student that cannot be made
     vision = _try(gaps, lambda: vision_shape(cfg.model.vision, vision_config))
     lora = cfg.model.lora if cfg.has_adapters else None
     language, vision = learning(language, vision, lora, cfg.model.vision)
