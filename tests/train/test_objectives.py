@@ -27,8 +27,7 @@ class Student(torch.nn.Module):
         torch.manual_seed(1)
         self.states = torch.nn.Parameter(torch.randn(40, DH))
         self.out = torch.nn.Linear(DH, V, bias=False).requires_grad_(learns)
-        inner = SimpleNamespace(get_output_embeddings=lambda: self.out)
-        self.language = SimpleNamespace(head=self.out, vocab=V, model=inner)
+        self.language = SimpleNamespace(head=self.out, vocab=V, head_learns=learns)
 
     def supervised(self, batch: Batch) -> Supervised:
         where = batch.supervise.reshape(-1).nonzero().squeeze(1)

@@ -265,7 +265,7 @@ class Stage:
     builds_on: str
     """The stage whose runs it is meant to start from; a run that starts from none says so. Empty: from none."""
     adapters: bool
-    """Adapters may learn (``model.lora``)."""
+    """Adapters may learn (``model.lora``), or a language model that was made for it whole (``model.student``)."""
     connector_learns: bool
     """The connector has to learn; else it does as ``model.connector.trainable`` says."""
     objective: str
@@ -320,7 +320,7 @@ FOLLOWS = ("pairs", "cells", "blind", "learnable")
 
 ALIGN = Stage(
     name="align",
-    is_meant=lambda model: model.lora.enable is not True,
+    is_meant=lambda model: model.lora.enable is not True and not model.language_learns,
     builds_on="",
     adapters=False,
     connector_learns=True,
@@ -344,7 +344,7 @@ ALIGN = Stage(
 
 INSTRUCT = Stage(
     name="instruct",
-    is_meant=lambda model: model.lora.enable is True,
+    is_meant=lambda model: model.lora.enable is True or model.language_learns,
     builds_on="align",
     adapters=True,
     connector_learns=False,
@@ -375,7 +375,7 @@ INSTRUCT = Stage(
     gates=INSTRUCT_GATES,
     guardrails=GUARDRAILS,
 )  # fmt: skip
-"""Connector and adapters learn from conversations about one image (S2)."""
+"""Connector and adapters, or a student's whole language model, learn from conversations about one image (S2)."""
 
 MULTI = replace(
     INSTRUCT,
