@@ -60,7 +60,7 @@ def test_what_is_asked_for_and_not_installed_is_named_with_the_command(
     for module in ("wandb", "mlflow"):
         monkeypatch.delitem(__import__("sys").modules, module, raising=False)
 
-    with pytest.raises(UserError, match="wandb, mlflow are not installed. Install with: pip install wandb mlflow"):
+    with pytest.raises(UserError, match=r"wandb, mlflow are not installed\. Install with: pip install wandb mlflow"):
         check_installed(["wandb", "mlflow"])
     check_installed([])
 
