@@ -6,6 +6,8 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tests.conftest import MakeConfig
@@ -13,6 +15,8 @@ from tests.conftest import MakeConfig
 from beholder.evidence import load_evidence
 from beholder.runs import RunDir
 from beholder.stages import run_stage
+from beholder.stages.session import Session
+from beholder.train.distributed import Dist
 from beholder.train.tracking import TRACKERS, Opening, Tracker, Writer
 from beholder.types import Status, UserError
 
@@ -84,7 +88,7 @@ def test_a_tracker_that_fails_never_stops_a_run(
 def test_a_tracker_hears_every_line_of_the_log_and_the_final_measurements(
     plant: Callable[[str], list[Planted]], tiny_config: MakeConfig, tmp_path: Path
 ) -> None:
-    (opened,) = [plant("")]
+    opened = plant("")
     run_stage(tiny_config(tmp_path, tracking=["tensorboard"]))
 
     told = opened[0].told
@@ -93,7 +97,7 @@ def test_a_tracker_hears_every_line_of_the_log_and_the_final_measurements(
     lines = [r for r in RunDir(tmp_path / "run").metrics() if r["step"] <= 4]
     assert len(told) == len(lines) + 1, "every line, and the measurements at the end"
     evidence = load_evidence(tmp_path / "run")
-    last = told[-2][1] if "stage1/eval.loss" not in told[-1][1] else told[-1][1]
+    last = told[-1][1]
     assert last["stage1/eval.loss"] == evidence.metrics()["eval.loss"]
     assert last["stage1/ablation.delta.shuffled"] == evidence.metrics()["ablation.delta.shuffled"]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["tracked"] == {"tensorboard": "run-7"}
@@ -125,6 +129,17 @@ def _crash(*_: object, **__: object) -> None:
     raise RuntimeError("planted")
 
 
+def test_only_the_main_process_of_a_job_writes(
+    plant: Callable[[str], list[Planted]], tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    opened = plant("")
+    other: Any = SimpleNamespace(cfg=tiny_config(tmp_path, tracking=["tensorboard"]), dist=Dist(rank=1), run=None)
+
+    Session.track(other, 0)
+
+    assert not opened
+
+
 def test_a_resumed_run_is_one_curve_in_tensorboard(
     tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +161,4 @@ def test_a_resumed_run_is_one_curve_in_tensorboard(
     curve = [(e.step, e.value) for e in read.Scalars("stage1/total_loss")]
     assert [step for step, _ in curve] == [1, 2, 3, 4]
     assert [value for _, value in curve] == pytest.approx(losses_of(tmp_path), rel=1e-6)
-    assert load_evidence(tmp_path / "run").gaps == [] or not any(
-        "Tracking" in gap for gap in load_evidence(tmp_path / "run").gaps
-    )
+    assert not any("Tracking" in gap for gap in load_evidence(tmp_path / "run").gaps)
