@@ -133,14 +133,18 @@ def unify(
     found = _Written(list(records.rejects))
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        with writing(out), temporary.open("wb") as file:
+        with writing(out):
+            file = temporary.open("wb")
+        with file:
             for number in range(len(records)):
                 for line in _lines(number, records, places, split_turns, found):
-                    file.write(line + b"\n")
+                    with writing(out):
+                        file.write(line + b"\n")
                 if progress is not None:
                     progress("unified", number + 1, len(records))
-            file.flush()
-            os.fsync(file.fileno())
+            with writing(out):
+                file.flush()
+                os.fsync(file.fileno())
         reasons = dict(Counter(r.reason for r in found.rejects).most_common())
         if rejects is not None:
             with writing(rejects):
