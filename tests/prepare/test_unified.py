@@ -55,7 +55,7 @@ def test_every_layout_is_read_back_as_it_was_or_counted(layout: tuple[str, dict[
     name, settings = layout
     if settings.keys() - {"image_root", "annotations_path"}:
         pytest.skip("what is said of it in a config has no option here")
-    told = {k.removesuffix("_path"): str(FORMATS / v) for k, v in settings.items()}
+    told: dict[str, Any] = {k.removesuffix("_path"): str(FORMATS / v) for k, v in settings.items()}
     before = [e for e in opened(FORMATS / name, max_images=4, **told) if len(e.images) == 1]
 
     try:
