@@ -84,6 +84,6 @@ __all__ = [
     "LearningRates", "LlmConfig", "LoraConfig", "ModelConfig", "Monitor", "OodConfig", "PointSetting", "Positive",
     "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig", "Section", "SourceConfig", "Stage",
     "StageName", "StudentConfig", "StudyConfig", "SweepConfig", "TeacherConfig", "TrainConfig", "VisionConfig",
-    "Watched", "WeightDecays", "decided_by", "folded", "in_script", "names_modules", "no_layers", "no_pattern", "settings",
-    "usual_gate",
+    "Watched", "WeightDecays", "decided_by", "folded", "in_script", "names_modules", "no_layers", "no_pattern",
+    "settings", "usual_gate",
 ]  # fmt: skip

@@ -64,6 +64,9 @@ class WeightDecays(Section):
     """On the matrices of a language model that learns whole, its embeddings among them; norms and biases get 0."""
 
 
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+"""Rows of `train.tracking.TRACKERS`."""
+
 _SHOWN = decides("watching")
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -395,6 +398,9 @@ class RunConfig(Section):
         Tiny(value={}),
     ]  # fmt: skip
     """What stops the run early; the stage's own, where their monitor is switched on, unless changed by name."""
+    tracking: Annotated[tuple[TrackerName, ...], decides("watching")] = ()
+    """Where the run's numbers go beside ``metrics.jsonl``, such as [tensorboard]; each needs its own package
+    (docs/tracking.md)."""
     scales: Annotated[
         dict[str, dict[str, bool | int | float | str | None]], Field(default_factory=dict), decides("run")
     ]
@@ -499,7 +505,7 @@ class RunConfig(Section):
         return self.train.micro_batch_size * self.train.gradient_accum
 
     def impossible(self) -> list[str]:
-        wrong: list[str] = []
+        wrong = given_twice("tracking", self.tracking)
         stage = self.stage_record
         if self.model.native is not None:
             wrong += self._impossible_natively(stage)

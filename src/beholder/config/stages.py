@@ -264,6 +264,8 @@ class Stage:
 
     builds_on: str
     """The stage whose runs it is meant to start from; a run that starts from none says so. Empty: from none."""
+    tracked_as: str
+    """What stands before the names of its numbers in trackers (`train.tracking`)."""
     adapters: bool
     """Adapters may learn (``model.lora``), or a language model that was made for it whole (``model.student``)."""
     connector_learns: bool
@@ -322,6 +324,7 @@ ALIGN = Stage(
     name="align",
     is_meant=lambda model: model.lora.enable is not True and not model.language_learns,
     builds_on="",
+    tracked_as="stage1",
     adapters=False,
     connector_learns=True,
     objective="next_token",
@@ -346,6 +349,7 @@ INSTRUCT = Stage(
     name="instruct",
     is_meant=lambda model: model.lora.enable is True or model.language_learns,
     builds_on="align",
+    tracked_as="stage2",
     adapters=True,
     connector_learns=False,
     objective="next_token",
@@ -382,6 +386,7 @@ MULTI = replace(
     name="multi",
     is_meant=None,
     builds_on="instruct",
+    tracked_as="stage3",
     max_images=6,
     most_images=None,
     image_label="Image {k}: ",

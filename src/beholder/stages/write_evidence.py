@@ -42,7 +42,18 @@ from beholder.stages.session import Session
 from beholder.train.checkpoint import steps_on_disk
 from beholder.types import UserError
 
-CHANGES = ("status", "updated", "step", "best_step", "phases_s", "gates_failed", "error", "signal", "stopped")
+CHANGES = (
+    "status",
+    "updated",
+    "step",
+    "best_step",
+    "phases_s",
+    "gates_failed",
+    "error",
+    "signal",
+    "stopped",
+    "tracked",
+)
 """What ``run.json`` says of the moment, and not of where the run comes from."""
 
 Record = dict[str, Any]
@@ -86,6 +97,7 @@ def make_evidence(
         for r in table.rows
     ]
     measured = [*m.measurements, *_as_measurements(facts, rows, text, logged)]
+    session.trackers.finish(step, {x.key: x.value for x in measured})
     idle = {name: why for name, gate in cfg.gates.items() if (why := m.why_not(gate.measure)) is not None}
     evidence = Evidence(
         run_name=cfg.run_name,
