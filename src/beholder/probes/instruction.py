@@ -11,13 +11,13 @@ Words that are in every sentence (articles, pronouns, forms of "be"; English, Sp
 left out unless a reference has no others.
 
 **Weights.** A unit of the reference weighs 1, a number, a negation and an opening yes 2, and what the instruction has
-said already 0.2, unless it is what the instruction lets choose between ("red *or* green"). An instruction that the
+said already 0.1, unless it is what the instruction lets choose between ("red *or* green"). An instruction that the
 answer repeats word for word is not part of the answer.
 
 - **Relevance**: does it speak of what reference and instruction speak of? `TOUCHED` of the reference's weight is enough
   to be on the subject; then half of the relevance is the share of what it says that the reference says too. What the
   instruction said counts neither for nor against it.
-- **Completeness**: the share of the reference's weight that it says. 0 when it says the opposite (yes for no, "is" for
+- **Completeness**: the share that it says of the weight that the reference adds to the instruction. 0 when it says the opposite (yes for no, "is" for
   "is not"); half where a number of the reference is missing and another stands there; less where fewer things are
   listed than were asked for, where one word was asked for and a sentence came, and where it was cut off.
 - **Coherence**: 0 when it is empty or ends in a repetition (`collapse.loops`); less by what share of it repeats itself,
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 WEIGHTS = {"relevance": 0.4, "completeness": 0.3, "coherence": 0.3}
 TOUCHED = 0.5
 """Share of a reference's weight from which an answer is on its subject: the rest is completeness."""
-GIVEN, DECISIVE = 0.2, 2.0
+GIVEN, DECISIVE = 0.1, 2.0
 """Weights of what the instruction has said already, and of a number, a negation, a yes."""
 CUT = 0.75
 """What an answer keeps of completeness and of coherence when it was cut off."""
@@ -117,6 +117,7 @@ _LIST = re.compile(
     r"|(?:列出|说出|說出|写出|列举)(.)"
 )
 _ONE_WORD = re.compile(r"\b(?:single|one) word\b|\bin a word\b|\buna (?:sola )?palabra\b|\beinem wort\b|一个词")
+_ENUMERATED = re.compile(r"(?m)^\s*(?:\d{1,2}[.)]|[-*•])\s+")
 _HANGING = re.compile(r"[,，、:：(\[—–-]$")
 _HANGING_WORDS = frozenset("a an the and or of el la los las un una y le les des et der ein eine und".split())  # noqa: SIM905
 
@@ -179,6 +180,11 @@ def _unit(word: str) -> str:
     return _LAST_VOWEL.sub("", _DOUBLED.sub(r"\1", _ENDING.sub("", word)))
 
 
+def _words(text: str) -> list[str]:
+    """Units as they are written, without punctuation and without what numbers or marks the items of a list."""
+    return [u for u in units(_ENUMERATED.sub("", text)) if not all(unicodedata.category(c)[0] == "P" for c in u)]
+
+
 def _content_of(words: Sequence[str]) -> list[str]:
     return [_unit(w) for w in words if w not in _FUNCTION or w in _NUMBERS]
 
@@ -186,14 +192,14 @@ def _content_of(words: Sequence[str]) -> list[str]:
 @lru_cache(maxsize=1 << 14)
 def _said(text: str, without: tuple[str, ...] = ()) -> _Said:
     """``without``: words that are left out where they stand one after another."""
-    words = _cut_out(units(text), without)
+    words = _cut_out(_words(text), without)
     low = unicodedata.normalize("NFC", text).lower()
     yes, no = _OPENING_YES.match(low) is not None, _OPENING_NO.match(low) is not None
     content = set(_content_of(words))
     if yes:
         opening = _OPENING_YES.match(low)
         assert opening is not None
-        content -= {_unit(w) for w in units(opening[0])}
+        content -= {_unit(w) for w in _words(opening[0])}
         content.add(YES)
     elif no:
         content.add(NOT)
@@ -216,7 +222,7 @@ def _is_number(unit: str) -> bool:
 @lru_cache(maxsize=1 << 14)
 def _asked(instruction: str) -> tuple[frozenset[str], frozenset[str]]:
     """What the instruction has said already, and what it lets choose between."""
-    words = units(instruction)
+    words = _words(instruction)
     choices: set[str] = set()
     for k, word in enumerate(words):
         if word in _OR:
@@ -233,8 +239,8 @@ def _asked(instruction: str) -> tuple[frozenset[str], frozenset[str]]:
 def _content(instruction: str, reference: str, answer: str, cut: bool) -> tuple[float, float]:
     """(relevance, completeness) against one reference."""
     ref = _said(reference)
-    asked = tuple(units(instruction))
-    repeated = asked if len(asked) > 2 and _cut_out(units(reference), asked) == units(reference) else ()
+    asked = tuple(_words(instruction))
+    repeated = asked if len(asked) > 2 and _cut_out(_words(reference), asked) == _words(reference) else ()
     own = _said(answer, repeated)
     given, choices = _asked(instruction)
     wanted, said = ref.units, own.units
@@ -250,9 +256,11 @@ def _content(instruction: str, reference: str, answer: str, cut: bool) -> tuple[
 
     opposite, said = _opposite(ref, own, wanted, said, given | choices)
     hits = sum(weight(u) for u in wanted & said)
-    recall = hits / sum(map(weight, wanted))
+    touched = hits / sum(map(weight, wanted)) / TOUCHED
+    new = wanted - given or wanted
+    recall = sum(weight(u) for u in new & said) / sum(map(weight, new))
     strange = len(said - wanted - given - {YES})
-    relevance = min(1.0, recall / TOUCHED) * (0.5 + 0.5 * (hits / (hits + strange) if hits else 0.0))
+    relevance = min(1.0, touched) * (0.5 + 0.5 * (hits / (hits + strange) if hits else 0.0))
     if opposite:
         return relevance / 2, 0.0
     numbers, foreign = ({u for u in unit if _is_number(u)} for unit in (wanted, said - wanted - given))
@@ -275,7 +283,7 @@ def _opposite(
         if NOT in said:
             polarity = False
         elif new := rest - asked:
-            polarity = ref.polarity if new <= said and ref.polarity is not NOT else None
+            polarity = ref.polarity if new <= said else None
         if polarity is None and said & (wanted | asked) and said <= wanted | asked:
             polarity = True  # it says what was asked about, as it stands
         if polarity is not None:
@@ -288,7 +296,7 @@ def _format(instruction: str, reference: str, answer: str) -> float:
     low = unicodedata.normalize("NFC", instruction).lower()
     kept = 1.0
     if (found := _LIST.search(low)) and _is_number(number := _unit(found[1] or found[2])):
-        items = {frozenset(_content_of(units(piece))) for s in _sentences(answer) for piece in _ITEM_END.split(s)}
+        items = {frozenset(_content_of(_words(piece))) for s in _sentences(answer) for piece in _ITEM_END.split(s)}
         items = {frozenset(u for u in item if not _is_number(u)) for item in items} - {frozenset()}
         kept = min(1.0, len(items) / max(int(number), 1))
     if _ONE_WORD.search(low) and len(answer.split()) > max(SHORT_WORDS, len(reference.split())):
@@ -301,7 +309,7 @@ def _format(instruction: str, reference: str, answer: str) -> float:
 
 
 def _coherence(answer: str, references: Sequence[str], cut: bool) -> float:
-    words = units(answer)
+    words = _words(answer)
     if not any(c.isalnum() for c in answer):
         return 0.0
     if loops(answer) and not any(map(loops, references)):
@@ -321,13 +329,13 @@ def _sentences(text: str) -> list[str]:
 
 def _repeats(text: str) -> float:
     """Share of a text that it has said before: whole sentences, and runs of four words (eight characters)."""
-    said = [tuple(units(s)) for s in _sentences(text)]
+    said = [tuple(_words(s)) for s in _sentences(text)]
     said = [s for s in said if len(s) > 1]
     total, again, seen = sum(map(len, said)), 0, set[tuple[str, ...]]()
     for s in said:
         again += len(s) * (s in seen)
         seen.add(s)
-    words = units(text)
+    words = _words(text)
     runs = ngrams(words, 8 if sum(len(w) == 1 for w in words) * 2 > len(words) else 4)
     return max(again / total if total else 0.0, 1 - len(runs) / runs.total() if runs else 0.0)
 
@@ -348,7 +356,7 @@ def _contradicts_itself(text: str) -> bool:
 def _readable(text: str) -> float:
     """Share of the characters that are letters or digits of words that are not too long for one; white space apart."""
     characters = "".join(text.split())
-    words = [w for w in units(text) if len(w) <= LONGEST_WORD]
+    words = [w for w in _words(text) if len(w) <= LONGEST_WORD]
     good = sum(unicodedata.category(c)[0] in "LNM" for w in words for c in w)
     return good / len(characters) if characters else 0.0
 
@@ -356,7 +364,7 @@ def _readable(text: str) -> float:
 def _hangs(text: str) -> bool:
     """Whether it ends on a comma, a dash, an article, an "and": in the middle of a sentence."""
     text = text.strip()
-    words = units(text)
+    words = _words(text)
     return bool(_HANGING.search(text)) or (
         len(words) > 2 and words[-1] in _HANGING_WORDS and text[-1].isalpha()
     )
