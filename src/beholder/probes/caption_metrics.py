@@ -36,7 +36,7 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _DROPPED = frozenset("'`\"“”‘’().?!,:-–—…;[]{}")
-_WITHOUT_SPACES = re.compile(r"[\u0E00-\u0EFF\u1000-\u109F\u1780-\u17FF\u3040-\u30FF\u3400-\u9FFF\uF900-\uFAFF]")
+WITHOUT_SPACES = re.compile(r"[\u0E00-\u0EFF\u1000-\u109F\u1780-\u17FF\u3040-\u30FF\u3400-\u9FFF\uF900-\uFAFF]")
 """Thai, Lao, Burmese, Khmer, kana and ideographs: words are not set apart there, so their characters are `units`."""
 
 
@@ -57,7 +57,7 @@ def tokenize(text: str) -> list[str]:
 
 def units(text: str) -> list[str]:
     """Words; characters of those that are written without spaces between them."""
-    return [u for word in tokenize(text) for u in (list(word) if _WITHOUT_SPACES.search(word) else [word])]
+    return [u for word in tokenize(text) for u in (list(word) if WITHOUT_SPACES.search(word) else [word])]
 
 
 def normalize(text: str) -> str:

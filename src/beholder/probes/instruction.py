@@ -6,8 +6,8 @@ an order that says nothing, and gives 0.3 for fluent sentences about something e
 the image, and for answers of one word read the accuracy, which it then nearly is.
 
 **Units.** A text is a set of units: words in lower case without inflection, numbers as digits, characters in scripts
-without spaces, one unit for every word that negates ("not", "nicht", 没) and one for a yes that the text opens with.
-Words that are in every sentence (articles, pronouns, forms of "be"; English, Spanish, French, German, Chinese) are
+without spaces, one unit for every word that negates ("not", "nicht", 没, "0") and one for a yes that the text opens
+with. Words that are in every sentence (articles, pronouns, forms of "be"; English, Spanish, French, German, Chinese) are
 left out unless a reference has no others.
 
 **Weights.** A unit of the reference weighs 1, a number, a negation and an opening yes 2, and what the instruction has
@@ -17,9 +17,10 @@ answer repeats word for word is not part of the answer.
 - **Relevance**: does it speak of what reference and instruction speak of? `TOUCHED` of the reference's weight is enough
   to be on the subject; then half of the relevance is the share of what it says that the reference says too. What the
   instruction said counts neither for nor against it.
-- **Completeness**: the share that it says of the weight that the reference adds to the instruction. 0 when it says the opposite (yes for no, "is" for
-  "is not"); half where a number of the reference is missing and another stands there; less where fewer things are
-  listed than were asked for, where one word was asked for and a sentence came, and where it was cut off.
+- **Completeness**: the share that it says of the weight that the reference adds to the instruction. 0 when it says the
+  opposite (yes for no, "is" for "is not"); half where a number of the reference is missing and another stands there, or
+  where both are said of what was to be chosen between; less where fewer things are listed than were asked for, where
+  one word was asked for and a sentence came, and where it was cut off.
 - **Coherence**: 0 when it is empty or ends in a repetition (`collapse.loops`); less by what share of it repeats itself,
   where it contradicts itself, where it was cut off, and by what is no readable word. What the reference does as well
   (repeat, have symbols) is not held against it.
@@ -70,9 +71,7 @@ NOT, YES = "¬", "✓"
 _OPENING_YES = re.compile(
     r"\W*(?:(?:yes|yeah|yep|sí|si|sim|oui|ja|да|نعم)\b|(?:是的|是|对|對|有|会|會|能|はい|네|예)(?=$|\W))"
 )
-_OPENING_NO = re.compile(
-    r"\W*(?:(?:no|nope|non|não|nein|нет|لا)\b|(?:不是|不|没有|沒有|没|沒|否|いいえ|아니))"
-)
+_OPENING_NO = re.compile(r"\W*(?:(?:no|nope|non|não|nein|нет|لا)\b|(?:不是|不|没有|沒有|没|沒|否|いいえ|아니))")
 _NEGATIONS = frozenset(
     """
     no not n't never cannot without nobody nothing none neither nor nunca jamás tampoco ningún ninguna non pas jamais
@@ -105,6 +104,7 @@ _NUMBERS = {
     }.items()
     for word in words.split()
 }  # fmt: skip
+_NUMBER = re.compile(r"\d{1,15}(?:\.\d{1,15})?")
 _IRREGULAR = {"men": "man", "women": "woman", "children": "child", "people": "person", "feet": "foot", "mice": "mouse"}
 _ENDING = re.compile(r"(?<=\w{3})(?:ing|ed|es|s)$")
 _LAST_VOWEL = re.compile(r"(?<=\w{3})[aeiouy]$")
@@ -169,11 +169,9 @@ def _unit(word: str) -> str:
     """A word as it is compared: numbers as digits, without inflection where that is easily told."""
     if word in _NEGATIONS:
         return NOT
-    number = word.replace(",", "")
-    if number.isdecimal():
-        return str(int(number))
-    if word in _NUMBERS:
-        return _NUMBERS[word]
+    number = _NUMBERS.get(word, word.replace(",", ""))
+    if _is_number(number):
+        return f"{float(number):g}" if float(number) else NOT
     word = _IRREGULAR.get(word, word)
     if word in _FUNCTION or not word.isalpha() or len(word) < 4:
         return word
@@ -181,8 +179,10 @@ def _unit(word: str) -> str:
 
 
 def _words(text: str) -> list[str]:
-    """Units as they are written, without punctuation and without what numbers or marks the items of a list."""
-    return [u for u in units(_ENUMERATED.sub("", text)) if not all(unicodedata.category(c)[0] == "P" for c in u)]
+    """Words and characters as they are written, and emoji; without what numbers or marks the items of a list."""
+    return [
+        u for u in units(_ENUMERATED.sub("", text)) if any(c.isalnum() or unicodedata.category(c) == "So" for c in u)
+    ]
 
 
 def _content_of(words: Sequence[str]) -> list[str]:
@@ -216,7 +216,7 @@ def _cut_out(words: list[str], without: tuple[str, ...]) -> list[str]:
 
 
 def _is_number(unit: str) -> bool:
-    return unit.isdecimal()
+    return _NUMBER.fullmatch(unit) is not None
 
 
 @lru_cache(maxsize=1 << 14)
@@ -264,7 +264,8 @@ def _content(instruction: str, reference: str, answer: str, cut: bool) -> tuple[
     if opposite:
         return relevance / 2, 0.0
     numbers, foreign = ({u for u in unit if _is_number(u)} for unit in (wanted, said - wanted - given))
-    factor = 0.5 if foreign and not numbers <= said else 1.0
+    hedged = bool(said & choices - wanted) and NOT not in said  # "red or green"
+    factor = 0.5 if hedged or (foreign and not numbers <= said) else 1.0
     factor *= CUT if cut else 1.0
     return relevance, recall * factor * _format(instruction, reference, answer)
 
@@ -274,20 +275,22 @@ def _opposite(
 ) -> tuple[bool, frozenset[str]]:
     """Whether the answer says the opposite, and its units with the yes or no that it says without the word."""
     rest = wanted - {NOT, YES}
-    if ref.polarity is None:
-        # the same statement, with and without a negation
-        same = bool(rest) and rest <= said
-        return same and (NOT in wanted) != (NOT in said) and not said - wanted - asked - {NOT, YES}, said
-    polarity = own.polarity
-    if polarity is None:
-        if NOT in said:
+    if ref.polarity is None:  # the same statement, with and without a negation
+        unsaid = NOT in wanted and NOT not in said
+        added = NOT in said and NOT not in wanted and said <= wanted | asked | {NOT}
+        return bool(rest) and rest <= said and (unsaid or added), said
+    polarity, about = own.polarity, said & (wanted | asked) - {NOT}
+    if polarity is None and NOT in said:
+        if about or said == {NOT}:
             polarity = False
-        elif new := rest - asked:
-            polarity = ref.polarity if new <= said else None
-        if polarity is None and said & (wanted | asked) and said <= wanted | asked:
-            polarity = True  # it says what was asked about, as it stands
-        if polarity is not None:
-            said |= {YES if polarity else NOT}
+        else:  # "I do not know" is no no
+            said -= {NOT}
+    if polarity is None and (new := rest - asked) and new <= said:
+        polarity = ref.polarity  # it says all else
+    elif polarity is None and about and said <= wanted | asked:
+        polarity = True  # it says what was asked about, as it stands
+    if polarity is not None:
+        said |= {YES if polarity else NOT}
     return polarity is not None and polarity != ref.polarity, said
 
 
@@ -365,9 +368,7 @@ def _hangs(text: str) -> bool:
     """Whether it ends on a comma, a dash, an article, an "and": in the middle of a sentence."""
     text = text.strip()
     words = _words(text)
-    return bool(_HANGING.search(text)) or (
-        len(words) > 2 and words[-1] in _HANGING_WORDS and text[-1].isalpha()
-    )
+    return bool(_HANGING.search(text)) or (len(words) > 2 and words[-1] in _HANGING_WORDS and text[-1].isalpha())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -375,7 +376,9 @@ def _hangs(text: str) -> bool:
 
 
 def judge_all(
-    instructions: Sequence[str], references: Sequence[Sequence[str]], answers: Sequence[str],
+    instructions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    answers: Sequence[str],
     finished: Sequence[bool] | None = None,
 ) -> dict[str, np.ndarray]:
     """``score``, ``relevance``, ``completeness`` and ``coherence`` of every answer, fp64 [n] each."""  # fmt: skip
@@ -414,8 +417,7 @@ def score(
         assert [r.id for r in records] == [e.id for e in examples], f"{condition}: answers to other instructions"
     asked, references = [instruction_of(e) for e in examples], [references_of(e) for e in examples]
     judged = {
-        c: judge_all(asked, references, [r.prediction for r in own], [r.finished for r in own])
-        for c, own in by.items()
+        c: judge_all(asked, references, [r.prediction for r in own], [r.finished for r in own]) for c, own in by.items()
     }
     out: list[Measurement] = []
     for by_kind, stratum, k in _parts(len(examples), groups):

@@ -31,7 +31,7 @@ import numpy as np
 from beholder.config import folded, in_script
 from beholder.evidence import Measurement
 from beholder.probes import bootstrap, measurement, ratio_of_sums, share, strata
-from beholder.probes.caption_metrics import normalize, tokenize, units
+from beholder.probes.caption_metrics import WITHOUT_SPACES, normalize, tokenize, units
 from beholder.probes.collapse import loops, nearly
 from beholder.probes.hallucination import ObjectList, plural
 from beholder.probes.loss import SampleLoss
@@ -119,7 +119,7 @@ def invents(text: str, shows: Sequence[str], known: Trained, objects: ObjectList
 
 def mentions(text: str, label: str) -> bool:
     """Whether the text has the label: as whole words, in the plural too; without spaces between them, as written."""
-    if _WITHOUT_SPACES.search(label):
+    if WITHOUT_SPACES.search(label):
         return folded(label) in folded(text)
     words = tokenize(text)
     for form in (label, plural(label)):
