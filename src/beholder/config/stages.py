@@ -366,6 +366,7 @@ INSTRUCT = Stage(
     golden_by="category",
     measures=(
         *MEASURED_EVERYWHERE,
+        "followed",
         "kept",
         *FOLLOWS,
         "guessable",

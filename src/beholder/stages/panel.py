@@ -25,6 +25,7 @@ from beholder.probes import (
     collapse,
     golden,
     hallucination,
+    instruction,
     loss,
     pairs,
     qa,
@@ -383,6 +384,21 @@ def judge_answers(
     )  # fmt: skip
 
 
+def followed(session: Session, m: Measured) -> None:
+    """How well the written answers, long ones too, follow their instructions (D-6)."""
+    if not m.written:
+        return  # `written` says why
+    held, chosen = session.held_out, list(m.written)
+    by: dict[Condition, list[Written]]
+    by = {c: [m.written[i][k] for i in chosen] for k, c in enumerate(session.cfg.stage_record.conditions)}
+    groups = {
+        name: [turns[-1] if turns else None for turns in own]
+        for name, own in held.groups(chosen).items()
+        if name in answers.GROUPINGS
+    }
+    m.measurements += instruction.score(held.at(chosen), by, groups, seed=held.seed)
+
+
 def kept(session: Session, m: Measured) -> None:
     """Whether questions about one image are still answered as by the run that this one started from."""
     assert m.before is not None, "measured at the end"
@@ -719,6 +735,7 @@ PANEL: dict[str, Row] = {
         Row("words", words),
         Row("slots", every_slot),
         Row("written", written),
+        Row("followed", followed),
         Row("kept", kept),
         Row("questions", questions),
         Row("pairs", contrast_pairs),
