@@ -151,6 +151,10 @@ TAUGHT_GATES: dict[str, GateConfig] = {
     "close_to_teacher": _gate(
         "teacher.kl", "its next tokens are distributed nearly as its teachers'", at_most=1.0
     ),
+    "looking_transfers": _gate(
+        "transfer.share", "it leans on the image at least half as much as its teacher does, and has not only learned "
+        "its words", at_least=0.5, end="low",
+    ),
 }  # fmt: skip
 """The gates of every distillation (D-6, E-6). Its language model learns whole, so nothing is to be kept of a base."""
 
@@ -400,9 +404,10 @@ DISTILL = replace(
     INSTRUCT,
     name="distill",
     is_meant=None,
-    builds_on="align",
+    builds_on="",
+    tracked_as="stage2",
     objective="distill",
-    measures=("taught", *INSTRUCT.measures),
+    measures=(*MEASURED_EVERYWHERE, "taught", *(m for m in INSTRUCT.measures if m not in MEASURED_EVERYWHERE)),
     gates=TAUGHT_GATES,
 )
 """A small model learns from conversations and from what a big one says of each of their tokens (D-1, D-2)."""

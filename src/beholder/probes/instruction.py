@@ -7,8 +7,8 @@ the image, and for answers of one word read the accuracy, which it then nearly i
 
 **Units.** A text is a set of units: words in lower case without inflection, numbers as digits, characters in scripts
 without spaces, one unit for every word that negates ("not", "nicht", 没, "0") and one for a yes that the text opens
-with. Words that are in every sentence (articles, pronouns, forms of "be"; English, Spanish, French, German, Chinese) are
-left out unless a reference has no others.
+with. Words that are in every sentence (articles, pronouns, forms of "be"; English, Spanish, French, German, Chinese)
+are left out unless a reference has no others.
 
 **Weights.** A unit of the reference weighs 1, a number, a negation and an opening yes 2, and what the instruction has
 said already 0.1, unless it is what the instruction lets choose between ("red *or* green"). An instruction that the

@@ -30,7 +30,7 @@ from beholder.data.tokens import tokenizer_fingerprint
 from beholder.model.build import Vlm, build_vlm
 from beholder.model.divergence import Full, TopK, columns, sampled, top_k
 from beholder.probes import joined as joined_words
-from beholder.probes import loss, measurement, measuring, ratio_of_sums, wrong_images
+from beholder.probes import loss, measurement, measuring, ratio_of_sums, transfer, wrong_images
 from beholder.probes.loss import SampleLoss
 from beholder.runs import RunDir, atomic_write, sha256_file, stop_signals, to_json
 from beholder.stages.lifetime import sole_writer
@@ -483,17 +483,46 @@ def closeness(session: Session, m: Measured) -> None:
         except UserError as e:
             m.gaps.append(f"Distance from the teachers: not measured: {e}.")
             return
-        rows = session.dist.gather_objects(mine)
-        found = {id: (kl, n) for own in rows for id, kl, n in own}
+        found = {id: (kl, n) for own in session.dist.gather_objects(mine) for id, kl, n in own}
         kl, tokens = (np.array([found[e.id][k] for e in held.examples]) for k in (0, 1))
-        told = "Σ over the teachers, by their weights" if len(cfg.teachers) > 1 else ""
-        at = f"at temperature {t:g}"
-        m.measurements.append(
-            measurement(
-                "teacher.kl", *ratio_of_sums(kl, tokens.astype(np.float64), held.seed), n=len(kl),
-                caveat=joined_words(at, told),
+        told = "of all teachers, by their weights" if len(cfg.teachers) > 1 else None
+        about = joined_words(f"at temperature {t:g}", told)
+        value = ratio_of_sums(kl, tokens.astype(np.float64), held.seed)
+        m.measurements.append(measurement("teacher.kl", *value, n=len(kl), caveat=about))
+        looking_beside(session, m, readers, asked)
+
+
+def looking_beside(session: Session, m: Measured, readers: Readers, asked: Sequence[Teacher]) -> None:
+    """Image reliance beside that of the teacher with the largest weight, on the ablated samples (E-6)."""
+    what, held = "Whether looking transfers from the teacher", session.held_out
+    weights = [t.weight for t in session.cfg.learnt_from.teachers]
+    which = weights.index(max(weights))
+    if "shuffled" not in m.ablated:
+        m.gaps.append(f"{what}: not measured, ablation.conditions leaves shuffled out.")
+        return
+    reader = readers[which]
+    if isinstance(reader, TeacherCache):
+        file = held_out_file(session, reader)
+        if not file.is_file():
+            m.gaps.append(
+                f"{what}: not measured, nothing is kept of what the teacher loses on these held-out samples; run "
+                "beholder teacher-cache again."
             )
-        )  # fmt: skip
+            return
+        theirs = read_held_out(file)
+    else:
+        theirs = held_out_losses(session, asked[which])
+    indices = held.ablation_sample
+    student = _both(m.ablated["correct"], m.ablated["shuffled"])
+    teacher = _both([theirs["correct"][i] for i in indices], theirs["shuffled"])
+    found = transfer.looking(teacher, student, held.seed)
+    m.measurements += found.measurements
+    m.gaps += found.gaps
+
+
+def _both(own: Sequence[SampleLoss], wrong: Sequence[SampleLoss]) -> transfer.Losses:
+    nll = [np.array([x.nll for x in losses]) for losses in (own, wrong)]
+    return transfer.Losses(*nll, np.array([x.tokens for x in own]))
 
 
 @torch.no_grad()
