@@ -125,10 +125,10 @@ def gain_by_token(
 
     All are [T], a token each. ``teacher_cost``: nats that a wrong image costs the teacher there. ``before`` and
     ``after``: how far the student is from its teacher there, in nats (the divergence, or the loss), without and with
-    distillation, or at two steps. ``sample``: the sample it belongs to. A token needs the image where the teacher's cost
-    is above its median over all tokens. Gain is before minus after, nats per token; closed is the gain over before,
-    which makes up for tokens that need the image being farther off to begin with. Difference: gain in tokens that need
-    the image minus gain in the others.
+    distillation, or at two steps. ``sample``: the sample it belongs to. A token needs the image where the teacher's
+    cost is above its median over all tokens. Gain is before minus after, nats per token; closed is the gain over
+    before, which makes up for tokens that need the image being farther off to begin with. Difference: gain in tokens
+    that need the image minus gain in the others.
     """
     cost, far, near = (np.asarray(x, dtype=np.float64) for x in (teacher_cost, before, after))
     owner = np.asarray(sample)
