@@ -8,7 +8,7 @@ the image, and for answers of one word read the accuracy, which it then nearly i
 **Units.** A text is a set of units: words in lower case without inflection, numbers as digits, characters in scripts
 without spaces, one unit for every word that negates ("not", "nicht", 没, "0") and one for a yes that the text opens
 with. Words that are in every sentence (articles, pronouns, forms of "be"; English, Spanish, French, German, Chinese)
-are left out unless a reference has no others.
+are left out unless a reference has no others; of other languages every word counts.
 
 **Weights.** A unit of the reference weighs 1, a number, a negation and an opening yes 2, and what the instruction has
 said already 0.1, unless it is what the instruction lets choose between ("red *or* green"). An instruction that the
@@ -117,7 +117,7 @@ _LIST = re.compile(
     r"|(?:列出|说出|說出|写出|列举)(.)"
 )
 _ONE_WORD = re.compile(r"\b(?:single|one) word\b|\bin a word\b|\buna (?:sola )?palabra\b|\beinem wort\b|一个词")
-_ENUMERATED = re.compile(r"(?m)^\s*(?:\d{1,2}[.)]|[-*•])\s+")
+_ENUMERATED = re.compile(r"(?m)^[^\S\n]*(?:\d{1,2}[.)]|[-*•])\s+")
 _HANGING = re.compile(r"[,，、:：(\[—–-]$")
 _HANGING_WORDS = frozenset("a an the and or of el la los las un una y le les des et der ein eine und".split())  # noqa: SIM905
 
