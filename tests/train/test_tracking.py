@@ -38,7 +38,7 @@ def test_a_line_of_the_log_gives_its_finite_numbers_and_those_of_monitors_and_ca
     ({"vqa.accuracy": 0.6, "vqa.accuracy/yes/no": 0.7, "answer.accuracy.correct": 0.5},
      {"stage2/vqa_accuracy": 0.6, "stage2/vqa_accuracy/yes/no": 0.7, "stage2/answer.accuracy.correct": 0.5}),
     ({"answer.accuracy.correct": 0.5}, {"stage2/vqa_accuracy": 0.5}),
-    ({"instruct.score": 0.8}, {"stage2/instruct_score": 0.8}),
+    ({"instruct.score.correct": 0.8}, {"stage2/instruct_score": 0.8}),
     ({"ablation.delta.shuffled": 0.1}, {"stage2/ablation.delta.shuffled": 0.1}),
 ])  # fmt: skip
 def test_numbers_have_the_guides_names_where_it_has_one(own: dict[str, float], guide: dict[str, float]) -> None:

@@ -28,7 +28,7 @@ GUIDE: Final[dict[str, tuple[str, ...]]] = {
     "teacher_kl_div": ("teacher_kl", "teacher.kl"),
     "learning_rate": ("lr.language", "lr.lora", "lr.connector", "lr.vision"),
     "vqa_accuracy": ("vqa.accuracy", "answer.accuracy.correct"),
-    "instruct_score": ("instruct.score",),
+    "instruct_score": ("instruct.score.correct",),
 }
 """The distillation guide's names, each for the first of ours that is there; everything else keeps its own name."""
 
