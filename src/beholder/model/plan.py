@@ -101,9 +101,9 @@ def apply_train_plan(model: nn.Module, plan: TrainPlan) -> TrainableTable:
         for parameter in named.values():
             parameter.requires_grad_(learns.get(part, False))
     for child in (child for child, learning in own.items() if learning):
-        part = _part(model, child)
-        for name in part.unfrozen if part is not None else ():
-            part.module.get_submodule(name).requires_grad_(True)
+        if (part := _part(model, child)) is not None:
+            for name in part.unfrozen:
+                part.module.get_submodule(name).requires_grad_(True)
     model.train()
     return trainable_table(model)
 

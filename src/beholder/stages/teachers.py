@@ -521,8 +521,8 @@ def looking_beside(session: Session, m: Measured, readers: Readers, asked: Seque
 
 
 def _both(own: Sequence[SampleLoss], wrong: Sequence[SampleLoss]) -> transfer.Losses:
-    nll = [np.array([x.nll for x in losses]) for losses in (own, wrong)]
-    return transfer.Losses(*nll, np.array([x.tokens for x in own]))
+    right, other = (np.array([x.nll for x in losses]) for losses in (own, wrong))
+    return transfer.Losses(right, other, np.array([x.tokens for x in own]))
 
 
 @torch.no_grad()
