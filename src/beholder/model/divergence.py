@@ -21,8 +21,6 @@ logits is (q_T - p_T) / T; the factor T² of Hinton et al. (2015, arXiv:1503.025
 is the objective's business.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -144,7 +142,9 @@ def _finite(log_p: Tensor) -> Tensor:
     return log_p.masked_fill(log_p == -math.inf, 0.0)
 
 
-def tail_gap(logits: Float[Tensor, "n v"], log_p: Float[Tensor, "n v"], k: int, temperature: float) -> Float[Tensor, "n"]:
+def tail_gap(
+    logits: Float[Tensor, "n v"], log_p: Float[Tensor, "n v"], k: int, temperature: float
+) -> Float[Tensor, "n"]:
     """How much smaller the divergence of the top k is than the full one: p_tail · KL(p given the tail ‖ q given it)."""
     ids = log_p.topk(k, dim=-1).indices
     p, q = (torch.log_softmax(x.float() / temperature, dim=-1) for x in (log_p, logits))
