@@ -8,7 +8,7 @@ tokens per image, P patches per image, Dv tower width, Dh language-model width.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -310,6 +310,10 @@ class Batch:
     """Seconds of a worker's time spent on building this batch."""
     image_sizes: list[tuple[int, int]] = field(default_factory=list)
     """`Encoded.image_sizes` of the images, M or none."""
+    step: int = 0
+    """Optimizer steps that were done before it."""
+    taught: list[Taught] = field(default_factory=list)
+    """What each teacher says of the supervised tokens, those of sample 0 first."""
 
     @property
     def num_targets(self) -> int:
@@ -322,11 +326,12 @@ class Batch:
         return int((self.sample_index >= 0).sum())
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on ``device``; copies are asynchronous where the memory is pinned."""
+        """The batch on ``device``, without what teachers say of it, which no model reads; copies are asynchronous where
+        the memory is pinned."""
         if device.type == "cpu":
             return self
 
-        return self._each(lambda t: t.to(device, non_blocking=True))
+        return replace(self, taught=[])._each(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Called by ``DataLoader(pin_memory=True)``."""
@@ -346,7 +351,16 @@ class Batch:
             )
             for image in self.images
         ]
-        return replace(self, images=images, **{name: change(getattr(self, name)) for name in names})
+        taught = [
+            own._each(change) if isinstance(own, Batch) else {k: change(t) for k, t in own.items()}
+            for own in self.taught
+        ]
+        return replace(self, images=images, taught=taught, **{name: change(getattr(self, name)) for name in names})
+
+
+Taught = Mapping[str, "torch.Tensor"] | Batch
+"""What a teacher says of a batch's supervised tokens: its rows as they are stored, by column, [K, …]; or, of one that
+is asked while the student learns, the same samples in the same order as it takes them itself."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -373,6 +387,11 @@ class LossTerms:
     total: torch.Tensor
     """Scalar, fp32, nats summed over supervised tokens; carries the graph."""
     tokens: int
+    parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What it is made of, for the log, by name: sums over the same tokens, without the graph. The same names whatever
+    the batch."""
+    settings: Mapping[str, float] = field(default_factory=dict)
+    """Weights of the parts at this step, for the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,12 +406,36 @@ class TokenLosses:
     """bool [K]: the token was the arg-max. None while gradients are recorded: training has no use for it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Supervised:
+    """What a model makes of the supervised tokens of a batch, before its head: in the order in which they stand in it,
+    row after row."""
+
+    hidden: torch.Tensor
+    """[K, Dh]: final hidden states that predict them; carries the graph."""
+    targets: torch.Tensor
+    """int64 [K]: their ids."""
+    sample: torch.Tensor
+    """int64 [K]: index into ``Batch.ids``."""
+
+
 @runtime_checkable
 class LayerKeeper(Protocol):
     """Keeps what goes into a layer of the language model. Implemented by `store.layers.LayerStore`."""
 
     def read(self, key: bytes, length: int, /) -> torch.Tensor | None: ...
     def put(self, key: bytes, hidden: torch.Tensor, /) -> None: ...
+
+
+class TeacherReader(Protocol):
+    """Looks up what a teacher says of a sample. Implemented by `store.teachers.TeacherCache`; `data` only sees this."""
+
+    def taught(self, examples: Sequence[Example], targets: Sequence[np.ndarray]) -> Mapping[str, torch.Tensor]:
+        """The rows of all samples' supervised tokens (``targets``, their ids), one sample after another, by column.
+
+        Raises `UserError` for samples of which there are none, naming them.
+        """
+        ...
 
 
 class FeatureReader(Protocol):

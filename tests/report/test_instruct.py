@@ -14,7 +14,7 @@ from tests.report.test_render import HOSTILE, Page
 from beholder.evidence import AdapterRow, Candidate, Curve, Evidence, Measurement, Prediction
 from beholder.evidence.catalogue import called
 from beholder.report import render_html, render_markdown
-from beholder.report.answers import all_answers, answer_kinds, conditions_of, pope_table, shown_without_looking
+from beholder.report.answers import all_answers, answer_kinds, by_condition, conditions_of, shown_without_looking
 from beholder.report.compare import compare_runs
 from beholder.report.content import candidate_rows, footprint, key_numbers, retention_bars
 from beholder.report.content import warnings as told_warnings
@@ -178,7 +178,7 @@ def test_yes_no_scores_stand_in_one_order_and_a_score_that_does_not_exist_leaves
     never_yes = [m for m in pope("none", 0.5, 0.0) if m.name != "pope.precision.none"]
     e = other_answers(make_instruct_evidence(), *pope("correct", 0.9, 0.5), *never_yes)
 
-    table = pope_table(e)
+    table = by_condition(e, "yes/no")
 
     assert [c for c, _ in table] == ["correct", "none"]
     names = ["accuracy", "precision", "recall", "F1", "says yes"]

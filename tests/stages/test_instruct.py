@@ -20,7 +20,6 @@ from beholder.config import RunConfig
 from beholder.config.file import dump_config
 from beholder.evidence import Evidence, load_evidence
 from beholder.model.build import build_vlm
-from beholder.prepare.tiny import COLOURS, SHAPES
 from beholder.runs import sha256_file
 from beholder.stages import run_stage
 from beholder.stages.remeasure import evaluate_run
@@ -29,38 +28,6 @@ from beholder.types import Status, UserError
 from beholder.use.vlm import load
 
 FILES = ("adapter_model.safetensors", "connector.safetensors", "optimizer.safetensors")
-
-
-@pytest.fixture(scope="module")
-def questions(tiny_parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A question about each picture of the colour set: what shape, what colour, or a yes/no question."""
-    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
-    lines = []
-    for i, line in enumerate(tiny_parts.records.read_text(encoding="utf-8").splitlines()):
-        record = json.loads(line)
-        words = record["caption"].split()
-        colour = next(w for w in words if w in COLOURS)
-        shape = next(w for w in words if w in SHAPES or w in SHAPES.values())
-        asked, answer, kind = [
-            ("what shape is it?", shape, "shape"), ("what color is it?", colour, "color"),
-            ("is it red?", "yes" if colour == "red" else "no", "yes/no"),
-        ][i % 3]  # fmt: skip
-        turns = [{"role": "user", "content": f"<image>\n{asked}"}, {"role": "assistant", "content": answer}]
-        lines.append(json.dumps({
-            "id": record["id"], "images": record["images"], "messages": turns, "question_type": kind,
-        }))  # fmt: skip
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def aligned(tiny_parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of stage align. Four steps on random parts pass no gates."""
-    from tests.conftest import make_config
-
-    folder = tmp_path_factory.mktemp("aligned")
-    run_stage(make_config(tiny_parts, folder))
-    return folder / "run"
 
 
 def settings(questions: Path, aligned: Path) -> dict[str, object]:

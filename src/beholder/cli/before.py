@@ -234,3 +234,15 @@ def schema() -> None:
     from beholder.config.file import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command("teacher-cache", epilog=example("beholder teacher-cache configs/quickstart/distill.yaml"))
+def teacher_cache(config: ConfigArg, sets: Sets = None, json: Json = False) -> None:
+    """Ask the teachers of a distillation about every sample once, and keep what they say. Only what is missing is done.
+
+    Training then loads no teacher. Python: beholder.stages.teachers.cache_teachers.
+    """
+    from beholder.config.file import load_config
+    from beholder.stages.teachers import cache_teachers
+
+    tell(cache_teachers(load_config(config, sets or [])), json)

@@ -4,6 +4,7 @@
     parts             the model's settings
     data              the data's, the feature store's, and how a sample is laid out
     monitors          what a run is watched with: one record each
+    distill           what a student learns from a teacher
     run               training, evaluation, ablation, and `RunConfig`, which holds every section
     stages            here a stage is added: one record each, with its gates
     studies           several runs as one question
@@ -23,6 +24,7 @@ from beholder.config.data import (
     PromptingConfig,
     SourceConfig,
 )  # fmt: skip
+from beholder.config.distill import DistillConfig, TeacherConfig
 from beholder.config.monitors import (
     MONITORED,
     MONITORS,
@@ -43,6 +45,7 @@ from beholder.config.parts import (
     ModelConfig,
     ProjectorConfig,
     ResamplerConfig,
+    StudentConfig,
     VisionConfig,
     names_modules,
     no_layers,
@@ -76,10 +79,11 @@ from beholder.types import DatasetKind
 __all__ = [
     "CAPTION_SPAM", "GREEDY", "GUARDRAILS", "MONITORED", "MONITORS", "RETAINED", "SCALES", "SHARES", "STAGES",
     "STRENGTH_LINE", "WATCHED", "AblationConfig", "BestRule", "Cadence", "ConnectorConfig", "DataConfig",
-    "DatasetKind", "Decided", "EvalConfig", "FeaturesConfig", "FootprintConfig", "Fraction", "GateConfig",
-    "GenerateConfig", "GuardrailConfig", "HygieneConfig", "HygieneLimits", "IrrelevantConfig", "Layers",
+    "DatasetKind", "Decided", "DistillConfig", "EvalConfig", "FeaturesConfig", "FootprintConfig", "Fraction",
+    "GateConfig", "GenerateConfig", "GuardrailConfig", "HygieneConfig", "HygieneLimits", "IrrelevantConfig", "Layers",
     "LearningRates", "LlmConfig", "LoraConfig", "ModelConfig", "Monitor", "OodConfig", "PointSetting", "Positive",
     "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig", "Section", "SourceConfig", "Stage",
-    "StageName", "StudyConfig", "SweepConfig", "TrainConfig", "VisionConfig", "Watched", "WeightDecays",
-    "decided_by", "folded", "in_script", "names_modules", "no_layers", "no_pattern", "settings", "usual_gate",
+    "StageName", "StudentConfig", "StudyConfig", "SweepConfig", "TeacherConfig", "TrainConfig", "VisionConfig",
+    "Watched", "WeightDecays", "decided_by", "folded", "in_script", "names_modules", "no_layers", "no_pattern",
+    "settings", "usual_gate",
 ]  # fmt: skip

@@ -14,14 +14,23 @@ import numpy as np
 
 from beholder.config import HygieneLimits, RunConfig, SourceConfig
 from beholder.data.chat import ChatEncoder, EncodeError
-from beholder.data.collate import Layout, SampleBuilder, TrainStream, eval_batches
+from beholder.data.collate import AskedTeacher, Layout, SampleBuilder, TrainStream, eval_batches
 from beholder.data.hygiene import HygieneReport, apply_hygiene
 from beholder.data.images import ImageError, ImagePipeline, NativePipeline
 from beholder.data.mixture import Mixture
 from beholder.data.same_ids import check_same_ids
 from beholder.data.sources import Records, Reject, open_sources
 from beholder.data.splits import Split, balanced_sample, bucket_names, load_split, make_split, save_split, shared_images
-from beholder.types import Batch, Example, FeatureReader, ImageGeometry, ImageProcessor, ImageRef, UserError
+from beholder.types import (
+    Batch,
+    Example,
+    FeatureReader,
+    ImageGeometry,
+    ImageProcessor,
+    ImageRef,
+    TeacherReader,
+    UserError,
+)
 
 NUM_TRIED = 16
 """Training samples that are laid out before anything is trained: a template that fits none of them is told now."""
@@ -171,11 +180,14 @@ class Data:
             augment_seed=cfg.seed if augment else None,
         )
 
-    def stream(self, features: FeatureReader | None, cfg: RunConfig, *, rank: int, world_size: int) -> TrainStream:
+    def stream(
+        self, features: FeatureReader | None, cfg: RunConfig, *, rank: int, world_size: int,
+        teachers: tuple[TeacherReader | AskedTeacher, ...] = (),
+    ) -> TrainStream:  # fmt: skip
         """Micro-batches of every optimizer step for one rank."""
         return TrainStream(
             self.train,
-            self.builder(features, train=True, cfg=cfg),
+            replace(self.builder(features, train=True, cfg=cfg), teachers=teachers),
             self.layout,
             micro_batch_size=cfg.train.micro_batch_size,
             gradient_accum=cfg.train.gradient_accum,

@@ -26,7 +26,18 @@ from torch.utils.data import DataLoader, Dataset
 from beholder.data.chat import ChatEncoder, EncodeError
 from beholder.data.images import ImageError, as_input
 from beholder.data.mixture import Mixture
-from beholder.types import Batch, Encoded, Example, FeatureReader, ImageInput, ImageRef, ProcessError, UserError
+from beholder.types import (
+    Batch,
+    Encoded,
+    Example,
+    FeatureReader,
+    ImageInput,
+    ImageRef,
+    ProcessError,
+    Taught,
+    TeacherReader,
+    UserError,
+)
 
 Sample = tuple[str, Encoded, list[ImageInput]]
 """Sample id, tokens, one input per image."""
@@ -62,15 +73,18 @@ def collate_window(samples: Sequence[Sample], layout: Layout, micro_batch_size: 
     that many samples fill on average, one at least. So micro-batches of a single sample are packed as well, and a batch
     has no more positions than ``micro_batch_size`` average samples in whole rows, or than one row of ``pack_len``.
     """
+    return [batch for _, batch in _windows(samples, layout, micro_batch_size)]
+
+
+def _windows(samples: Sequence[Sample], layout: Layout, micro_batch_size: int) -> Iterator[tuple[list[int], Batch]]:
+    """The batches of `collate_window`, each with the numbers of its samples in order."""
     rows = _rows(samples, layout)
     step = max(1, len(rows) * micro_batch_size // max(1, len(samples)))
-    batches: list[Batch] = []
     for start in range(0, len(rows), step):
         chosen = rows[start : start + step]
         mine = sorted(i for row in chosen for i in row)
         number = {i: k for k, i in enumerate(mine)}
-        batches.append(_batch([samples[i] for i in mine], [[number[i] for i in row] for row in chosen], layout))
-    return batches
+        yield mine, _batch([samples[i] for i in mine], [[number[i] for i in row] for row in chosen], layout)
 
 
 def _rows(samples: Sequence[Sample], layout: Layout) -> list[list[int]]:
@@ -177,6 +191,8 @@ class SampleBuilder:
     _: KW_ONLY
     on_bad_image: Literal["error", "skip"]
     augment_seed: int | None = None
+    teachers: tuple[TeacherReader | AskedTeacher, ...] = ()
+    """Who says of a batch's supervised tokens what it would have said (`Batch.taught`)."""
 
     def __post_init__(self) -> None:
         assert self.features is None or self.augment_seed is None, "stored features know nothing of augmentation"
@@ -218,18 +234,76 @@ class SampleBuilder:
         began = time.perf_counter()
         epochs = [epoch] * len(examples) if isinstance(epoch, int) else list(epoch)
         samples: list[Sample] = []
+        of: list[Example] = []
         rejected: list[tuple[str, str]] = []
         for example, e in zip(examples, epochs, strict=True):
             try:
                 samples.append(self.build(example, e))
+                of.append(example)
             except EncodeError as error:
                 rejected.append((example.id, f"{error.reason}: {error}"))
             except ImageError as error:
                 if self.on_bad_image == "error":
                     raise
                 rejected.append((example.id, f"{error.reason}: {error}"))
-        first, *rest = collate_window(samples, layout, micro_batch_size)
+        batches = [
+            replace(batch, taught=self._taught([of[i] for i in chosen], [samples[i][1] for i in chosen]))
+            if self.teachers else batch
+            for chosen, batch in _windows(samples, layout, micro_batch_size)
+        ]  # fmt: skip
+        first, *rest = batches
         return [replace(first, rejected=rejected, load_s=time.perf_counter() - began), *rest]
+
+    def _taught(self, examples: Sequence[Example], encoded: Sequence[Encoded]) -> list[Taught]:
+        targets = [e.ids[e.supervise] for e in encoded]
+        return [
+            teacher.batch(examples, targets) if isinstance(teacher, AskedTeacher) else teacher.taught(examples, targets)
+            for teacher in self.teachers
+        ]
+
+
+@dataclass(frozen=True)
+class AskedTeacher:
+    """A teacher that is asked while the student learns: it is shown the same samples, laid out as it takes them."""
+
+    builder: SampleBuilder
+    layout: Layout
+    name: str
+    """For messages."""
+    shared: bool = False
+    """It may learn other tokens of a sample: it has another tokenizer."""
+
+    def batch(self, examples: Sequence[Example], targets: Sequence[np.ndarray]) -> Batch:
+        """The examples as the teacher takes them. Raises `UserError` for one whose supervised ids are not ``targets``,
+        or that it cannot be shown."""
+        samples: list[Sample] = []
+        for example, wanted in zip(examples, targets, strict=True):
+            try:
+                sample = self.builder.build(example)
+            except EncodeError as e:
+                raise UserError(f"{example.where}: the teacher {self.name} cannot be shown it: {e}") from e
+            samples.append((sample[0], self._cut(example, sample[1], wanted), sample[2]))
+        return collate(samples, self.layout)
+
+    def _cut(self, example: Example, encoded: Encoded, wanted: np.ndarray) -> Encoded:
+        """Supervised as far as the student's sample, which may be cut shorter."""
+        if self.shared:
+            return encoded
+        where = np.flatnonzero(encoded.supervise)
+        if len(where) < len(wanted) or not bool((encoded.ids[where[: len(wanted)]] == wanted).all()):
+            raise UserError(self._differ(example, encoded.ids[where], wanted))
+        supervise = encoded.supervise.copy()
+        supervise[where[len(wanted) :]] = False
+        return replace(encoded, supervise=supervise)
+
+    def _differ(self, example: Example, own: np.ndarray, wanted: np.ndarray) -> str:
+        k = next((k for k, (a, b) in enumerate(zip(own, wanted, strict=False)) if a != b), min(len(own), len(wanted)))
+        teacher, student = (f"{x[k]}" if k < len(x) else "no token" for x in (own, wanted))
+        return (
+            f"{example.where}: the teacher {self.name} and the student learn other tokens of it (token {k} of the "
+            f"answer: {teacher} for the teacher of {len(own)}, {student} for the student of {len(wanted)}). They need "
+            "the same tokenizer and the same text at the end of an answer: give both the same prompting.chat_template"
+        )
 
 
 def eval_batches(
@@ -308,7 +382,8 @@ class TrainStream:
         positions = self.positions(step, window).tolist()
         examples = [self.mixture.example_at(p) for p in positions]
         epochs = [self.mixture.epoch_of(p) for p in positions]
-        return self.builder.batches(examples, self.layout, self.micro_batch_size, epochs)
+        made = self.builder.batches(examples, self.layout, self.micro_batch_size, epochs)
+        return [replace(batch, step=step) for batch in made]
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """The micro-batches of steps ``start``, …, ``stop - 1``, a list per step.
@@ -425,11 +500,15 @@ class _Parcel:
     is_stored: list[bool]
     native: list[ImageInput]
     """Images of a native model, which differ in shape, as they are."""
+    beside: list[Any]
+    """What teachers say of it, or the same samples as they take them."""
 
     @classmethod
     def of(cls, batch: Batch) -> _Parcel:
+        beside = [cls.of(own) if isinstance(own, Batch) else own for own in batch.taught]
+        batch = replace(batch, taught=[])
         if any(i.inputs is not None for i in batch.images):
-            return cls(replace(batch, images=[]), None, None, [], batch.images)
+            return cls(replace(batch, images=[]), None, None, [], batch.images, beside)
         features = [i.features for i in batch.images if i.features is not None]
         pixels = [i.pixels for i in batch.images if i.pixels is not None]
         return cls(
@@ -438,15 +517,18 @@ class _Parcel:
             torch.stack(pixels) if pixels else None,
             [i.features is not None for i in batch.images],
             [],
+            beside,
         )
 
     def unpack(self) -> Batch:
+        beside = [own.unpack() if isinstance(own, _Parcel) else own for own in self.beside]
+        batch = replace(self.batch, taught=beside)
         if self.native:
-            return replace(self.batch, images=self.native)
+            return replace(batch, images=self.native)
         features = iter(self.features if self.features is not None else ())
         pixels = iter(self.pixels if self.pixels is not None else ())
         images = [ImageInput(features=next(features)) if s else ImageInput(pixels=next(pixels)) for s in self.is_stored]
-        return replace(self.batch, images=images)
+        return replace(batch, images=images)
 
     def pin_memory(self) -> _Parcel:
         """Called by ``DataLoader(pin_memory=True)``."""
@@ -455,9 +537,12 @@ class _Parcel:
             return None if t is None else t.pin_memory()
 
         whole = replace(self.batch, images=self.native).pin_memory()
+        beside = [
+            own.pin_memory() if isinstance(own, _Parcel) else {k: pin(t) for k, t in own.items()} for own in self.beside
+        ]
         return replace(
             self, batch=replace(whole, images=[]), features=pin(self.features), pixels=pin(self.pixels),
-            native=whole.images,
+            native=whole.images, beside=beside,
         )  # fmt: skip
 
 

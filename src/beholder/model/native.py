@@ -38,7 +38,7 @@ from beholder.model.weights import (
     sketch_module,
     weight_shapes,
 )
-from beholder.types import Batch, Encoded, ImageInput, TokenLosses, UserError
+from beholder.types import Batch, Encoded, ImageInput, UserError
 
 FIELD = "model.native.name_or_path"
 WANTED = "Give a whole Hugging Face vision-language model (hub name or folder)."
@@ -153,11 +153,9 @@ class NativeModel(Seeing):
 
     # -------------------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch) -> TokenLosses:
-        """Loss of every supervised token, as `VisionLanguageModel.forward`."""
+    def hidden_states(self, batch: Batch) -> Float[Tensor, "b t dh"]:
         inputs = self._inputs(batch.images, batch.image_sizes)
-        beside = self._positions(batch, inputs)
-        return self._losses(batch, lambda: self._hidden(batch, inputs, beside))
+        return self._hidden(batch, inputs, self._positions(batch, inputs))
 
     def _inputs(self, images: Sequence[ImageInput], sizes: Sequence[tuple[int, int]]) -> list[Mapping[str, Tensor]]:
         """The processor's inputs of each image; an empty one's are as large as its place was laid out for."""
@@ -376,8 +374,7 @@ class NativeModel(Seeing):
             image_sample=torch.arange(len(samples)), images=[image for _, image in samples],
             ids=[str(i) for i in range(len(samples))], image_sizes=[e.image_sizes[0] for e, _ in samples],
         )  # fmt: skip
-        inputs = self._inputs(batch.images, batch.image_sizes)
-        hidden = self._hidden(batch, inputs, self._positions(batch, inputs))
+        hidden = self.hidden_states(batch)
         return [part.float() for part in self.language.head(hidden[0]).split(lengths)]
 
     def _own_logits(self, sample: tuple[Encoded, ImageInput]) -> Tensor:

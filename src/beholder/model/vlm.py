@@ -5,7 +5,7 @@ no data file is known here.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -22,7 +22,16 @@ from beholder.model.losses import head_nll
 from beholder.model.placement import AdapterSite, Part
 from beholder.model.vision import VisionTower
 from beholder.model.weights import hash_tensors, sketch_module
-from beholder.types import Batch, Encoded, ImageInput, LayerKeeper, TokenLosses, TrainedPart, UserError
+from beholder.types import (
+    Batch,
+    Encoded,
+    ImageInput,
+    LayerKeeper,
+    Supervised,
+    TokenLosses,
+    TrainedPart,
+    UserError,
+)
 
 
 def _sample_keys(batch: Batch) -> list[bytes]:
@@ -95,6 +104,11 @@ class Seeing(nn.Module):
         """What a checkpoint of the connector must say about itself to be refused for the right reason."""
         return dict(self._info)
 
+    @property
+    def language_learns(self) -> bool:
+        """Whether its language model's own weights learn, so that there is no base beside it (`model.student`)."""
+        return bool(self.language.part.unfrozen)
+
     def trained_state(self) -> dict[str, TrainedPart]:
         """What was learned, by part, as a checkpoint keeps it: ``connector``, and of each part `learned_state`.
         `train.restore.load_trained` is the way back."""
@@ -103,18 +117,31 @@ class Seeing(nn.Module):
             state |= learned_state(part)
         return state
 
-    def _losses(self, batch: Batch, hidden: Callable[[], Tensor]) -> TokenLosses:
-        """Loss of every supervised token; ``hidden`` gives the final hidden states ``[B, T, Dh]`` of the batch."""
+    def hidden_states(self, batch: Batch) -> Float[Tensor, "b t dh"]:
+        """Final hidden states of a batch, wherever it lies."""
+        raise NotImplementedError
+
+    def supervised(self, batch: Batch) -> Supervised:
+        """What predicts the supervised tokens, before the head. The token at position t is predicted from t - 1 of the
+        same sample. Raises `UserError` for packed rows when the language model was found not to keep packed samples
+        apart."""
         language, here = self.language, self.device
         if language.packing_error and batch.input_ids.shape[0] < len(batch.ids):
             raise UserError(language.packing_error)
         # Found where the batch lies: on a GPU these index searches would wait for the device.
         where, before = supervised_positions(batch.supervise, batch.position_ids)
         targets, owner = batch.input_ids.reshape(-1)[where], batch.sample_index.reshape(-1)[where]
-        states = hidden()
+        states = self.hidden_states(batch)
         picked = states.reshape(-1, states.shape[-1]).index_select(0, before.to(here, non_blocking=True))
-        nll, correct = head_nll(language.head, picked, targets.to(here, non_blocking=True), language.vocab)
-        return TokenLosses(nll, owner.to(here, non_blocking=True), correct)
+        return Supervised(picked, targets.to(here, non_blocking=True), owner.to(here, non_blocking=True))
+
+    def forward(self, batch: Batch) -> TokenLosses:
+        """Loss of every supervised token; the language-model head runs on those positions alone (`supervised`)."""
+        found, language = self.supervised(batch), self.language
+        nll, correct = head_nll(
+            language.head, found.hidden, found.targets, language.vocab, trained=language.head_learns
+        )
+        return TokenLosses(nll, found.sample, correct)
 
     @torch.no_grad()
     def text_logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
@@ -128,8 +155,9 @@ class Seeing(nn.Module):
 class VisionLanguageModel(Seeing):
     """Tower, connector and language model. ``vision`` becomes None after `drop_vision`; features then come stored.
 
-    The connector keeps fp32 weights and is computed under autocast in ``compute_precision``; the frozen parts compute
-    in the precision they are stored in, so no weight of theirs is ever cast. Adapters have fp32 weights too.
+    The connector keeps fp32 weights and is computed under autocast in ``compute_precision``, as is a language model
+    that was made for the run; the other parts compute in the precision they are stored in, so no weight of theirs is
+    ever cast. Adapters have fp32 weights too.
     """
 
     def __init__(
@@ -146,14 +174,19 @@ class VisionLanguageModel(Seeing):
         self._info = {
             **connector.info(),
             "vision": {"name": vision.name, "fingerprint": sketch_module(vision.backbone)},
-            "language": {"name": language.name, "fingerprint": sketch_module(language.model)},
+            "language": {"name": language.name},
         }
+        language.part.initial = sketch_module(language.model)
         assert not self.adapters, "adapters are attached afterwards: the fingerprint is the base's"
         self.train(False)
 
     @property
     def num_visual_tokens(self) -> int:
         return self.connector.num_tokens
+
+    def connector_info(self) -> dict[str, Any]:
+        own = self._info["language"] | {"fingerprint": self.language.part.initial}
+        return {**super().connector_info(), "language": own}
 
     def train(self, mode: bool = True) -> "VisionLanguageModel":
         """Only parts that learn change mode; frozen ones stay in eval (they see to it themselves)."""
@@ -234,21 +267,11 @@ class VisionLanguageModel(Seeing):
         text = self.language.embed(batch.input_ids)
         return scatter_images(text, batch.image_positions, self.visual_tokens(batch.images).flatten(0, 1))
 
-    def forward(self, batch: Batch) -> TokenLosses:
-        """Loss of every supervised token. The token at position t is predicted from t - 1 of the same sample.
-
-        The language-model head runs on those positions alone. Raises `UserError` for packed rows when the language
-        model was found not to keep packed samples apart.
-        """
+    def hidden_states(self, batch: Batch) -> Float[Tensor, "b t dh"]:
         if self.layer_keeper is not None and self.training:
-            keeper = self.layer_keeper
-            return self._losses(batch, lambda: self._hidden_from_kept(batch, keeper))
-
-        def hidden() -> Tensor:
-            there = batch.to(self.device)
-            return self.language.hidden(self.embed(there), there.position_ids)
-
-        return self._losses(batch, hidden)
+            return self._hidden_from_kept(batch, self.layer_keeper)
+        there = batch.to(self.device)
+        return self.language.hidden(self.embed(there), there.position_ids)
 
     def check_layers_kept(self) -> str | None:
         """Why what goes into the language model's layers cannot be kept from one pass to the next, or None."""

@@ -32,7 +32,7 @@ from beholder.stages.session import Session, open_session
 from beholder.train import checkpoint, restore
 from beholder.train.distributed import joined
 from beholder.train.engine import fit
-from beholder.train.objectives import OBJECTIVES
+from beholder.train.objectives import next_token
 from beholder.train.optim import build_optimizer
 from beholder.types import Batch, Encoded, Example, UserError
 
@@ -219,7 +219,7 @@ def language_learner(
         steps = max(1, LM_EPOCHS * len(learns) // stream.samples_per_step)
         settings = cfg.train.model_copy(update={"save_every": steps + 1, "log_every": steps + 1})
         fit(
-            model, OBJECTIVES[cfg.stage_record.objective], stream, cfg=settings, total_steps=steps,
+            model, next_token, stream, cfg=settings, total_steps=steps,
             optimizer=build_optimizer(groups, cfg.train.betas), run=run, seed=cfg.seed + f, save=lambda step: None,
             dist=dist,
         )  # fmt: skip

@@ -29,6 +29,7 @@ from beholder.stages.lifetime import honest_status, is_finished, sole_writer
 from beholder.stages.measure import measure, measure_before
 from beholder.stages.measured import Trained
 from beholder.stages.session import Session, open_session
+from beholder.stages.teachers import learning_from
 from beholder.stages.watch import Watch
 from beholder.train.distributed import joined
 from beholder.train.engine import fit
@@ -184,11 +185,12 @@ def train_and_measure(session: Session, source: Path | None) -> Outcome:
     check_baseline(session)
     stop, done = standing_stop(session, total), start  # of a run that ended before its evidence was written
     if stop is None:
-        with session.phase("training"):
+        seen = (start * cfg.effective_batch, total * cfg.effective_batch)
+        with learning_from(session, *seen) as (readers, asked), session.phase("training"):
             result = fit(
                 model,
-                OBJECTIVES[stage.objective],
-                session.data.stream(session.store, cfg, rank=dist.rank, world_size=dist.world_size),
+                OBJECTIVES[stage.objective](cfg, total, asked),
+                session.data.stream(session.store, cfg, rank=dist.rank, world_size=dist.world_size, teachers=readers),
                 cfg=cfg.train,
                 total_steps=total,
                 optimizer=optimizer,

@@ -2,8 +2,7 @@
 computed once and kept on disk: keys, fingerprints and the filling.
 
 The rows themselves are `rows`' business. Not here: the tower (`model.vision` hands over a function), decoding
-(`data.images`), and the decision whether a run uses the store (`stages`). Beside the rows lies ``hashes.sqlite``:
-(image file, size, times, inode) -> sha256 of its bytes, shared by all towers.
+(`data.images`), and the decision whether a run uses the store (`stages`). Which image it is, `hashes` knows.
 """
 
 from __future__ import annotations
@@ -17,23 +16,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 
 from beholder.config import FeaturesConfig
-from beholder.data.images import ImageError, content_hash
+from beholder.data.images import ImageError
 from beholder.runs import cache_dir
-from beholder.store.rows import Database, RowStore, RowWriter
+from beholder.store.hashes import ImageHashes, stamp_of
+from beholder.store.rows import RowStore, RowWriter
 from beholder.types import ImageRef, UserError
 
 _VERSION = 1
-# A file changed this shortly before it was hashed may have changed again within the same clock tick.
-_RACY_NS = 2_000_000_000
-_HASHES_SCHEMA = """
-CREATE TABLE IF NOT EXISTS files (name TEXT PRIMARY KEY, stamp TEXT NOT NULL, hashed_ns INTEGER NOT NULL,
-                                  sha BLOB NOT NULL) WITHOUT ROWID;
-"""
 
 
 def store_dir(cfg: FeaturesConfig) -> Path:
@@ -111,14 +105,7 @@ class FeatureStore:
             remedy="Give a writable folder with room in features.dir (or BEHOLDER_CACHE), lower features.max_gb, or "
             "set features.enabled: false",
         )  # fmt: skip
-        self._hashes = Database(self.rows.root / "hashes.sqlite", _HASHES_SCHEMA, self.rows.complaint)
-        with self.rows.opening(), self._hashes.query():
-            pass  # made now: several processes may do so at the same moment
-        self._recent: dict[str, tuple[str, int, bytes]] = {}
-        """Hashes this process computed and has not saved."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_recent": {}}
+        self._hashes = ImageHashes(self.rows)
 
     def __enter__(self) -> Self:
         return self
@@ -149,41 +136,11 @@ class FeatureStore:
         cannot be read: its error belongs to whoever then decodes it.
         """
         try:
-            key = self._key(ref)
+            key = self._hashes.of(ref)
         except ImageError:
             return None
         features = torch.empty(self.shape, dtype=self.dtype)
         return features if self.rows.read_into(key, features.view(torch.uint8).numpy().data.cast("B")) else None
-
-    # -- from an image to its key
-
-    def _key(self, ref: ImageRef) -> bytes:
-        """sha256 of the image's bytes; a file that has not changed since it was hashed is not read again."""
-        name, stamp = _name(ref), _stamp(ref)
-        key = self._known_key(name, stamp)
-        if key is None:
-            now = time.time_ns()
-            key = bytes.fromhex(content_hash(ref))
-            self._recent[name] = (stamp.text, now, key)
-        return key
-
-    def _known_key(self, name: str, stamp: _Stamp) -> bytes | None:
-        """The remembered hash, unless the file has changed or was hashed so soon after a change that it may have."""
-        row = self._recent.get(name)
-        if row is None:
-            with self._hashes.query() as db:
-                row = db.execute("SELECT stamp, hashed_ns, sha FROM files WHERE name = ?", (name,)).fetchone()
-        if row is None or not stamp.text or row[0] != stamp.text or row[1] - stamp.changed_ns < _RACY_NS:
-            return None
-        return row[2]
-
-    def _save_hashes(self) -> None:
-        with self._hashes.transaction() as db:
-            rows = [(name, *value) for name, value in list(self._recent.items())]
-            db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows)
-        for name, *value in rows:
-            if self._recent.get(name) == tuple(value):  # a thread may have hashed it anew meanwhile
-                del self._recent[name]
 
     # -- filling
 
@@ -233,7 +190,7 @@ class FeatureStore:
                     if pending:
                         self._encode_and_store(list(pending.values()), encode, writer, report, full)
                     pending.clear()
-                    self._save_hashes()
+                    self._hashes.save()
                 if progress and (not pending or done % 1024 == 0):
                     progress(done, len(mine))
         report.seconds = time.perf_counter() - started
@@ -249,14 +206,14 @@ class FeatureStore:
         def load(ref: ImageRef) -> _Loaded:
             try:
                 while True:
-                    before = _stamp(ref)
-                    key = self._key(ref)
+                    before = stamp_of(ref)
+                    key = self._hashes.of(ref)
                     if key in self.rows:
                         return _Loaded(ref, key, stored=True)
                     if full.is_set():
                         return _Loaded(ref, key)
                     pixels = pipeline(ref)
-                    if _stamp(ref) == before:  # else the file changed between hashing and decoding: once more
+                    if stamp_of(ref) == before:  # else the file changed between hashing and decoding: once more
                         return _Loaded(ref, key, pixels=pixels)
             except ImageError as e:
                 return _Loaded(ref, b"", error=e)
@@ -267,7 +224,7 @@ class FeatureStore:
             try:
                 for ref in refs:
                     # The usual case of a second run, unchanged and stored, is cheaper than handing it to a thread.
-                    key = self._known_key(_name(ref), _stamp(ref))
+                    key = self._hashes.known(ref)
                     stored = key is not None and key in self.rows
                     ahead.append(_Loaded(ref, key or b"", stored=True) if stored else pool.submit(load, ref))
                     if len(ahead) > lookahead:
@@ -302,29 +259,6 @@ class FeatureStore:
         num_stored = writer.put([(image.key, memoryview(row)) for image, row in zip(images, rows, strict=True)])
         report.computed += num_stored
         report.over_cap += len(images) - num_stored
-
-
-@dataclass(frozen=True, slots=True)
-class _Stamp:
-    """What tells that a file has changed."""
-
-    text: str
-    changed_ns: int
-
-
-def _stamp(ref: ImageRef) -> _Stamp:
-    try:
-        s = os.stat(os.path.join(ref.root, ref.path) if ref.kind == "file" else ref.root)
-    except (OSError, ValueError):  # `content_hash` will say what is wrong with it
-        return _Stamp("", 0)
-    # The change time moves when someone sets an old modification time; the inode when a symlink is turned elsewhere.
-    text = f"{s.st_size}:{s.st_mtime_ns}:{s.st_ctime_ns}:{s.st_ino}"
-    return _Stamp(text, max(s.st_mtime_ns, s.st_ctime_ns))
-
-
-def _name(ref: ImageRef) -> str:
-    """Name in the hash cache: as the record spells it, so that a path that leaves its root is never known."""
-    return "\n".join((os.path.abspath(ref.root), ref.path, ref.kind, str(ref.offset), str(ref.item)))
 
 
 def _result(image: _Loaded | Future[_Loaded]) -> _Loaded:

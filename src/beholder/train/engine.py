@@ -170,13 +170,16 @@ def fit(
             model.train()
             tokens = int(counts["tokens"])
             loss: float | None = None
+            parts: dict[str, float] = {}
+            weights: Mapping[str, float] = {}
             grad_norm: float | None = None
             if tokens:
                 batches = [b for b in batches if b.num_targets]
                 while True:
                     scale = state.loss_scale if fp16 else 1.0
                     _seed(seed, step, dist.rank)
-                    loss = _accumulate(model, objective, batches, scale / tokens, dist) / tokens
+                    sums, weights = _accumulate(model, objective, batches, scale / tokens, dist)
+                    loss, parts = sums["loss"] / tokens, {k: v / tokens for k, v in sums.items()}
                     dist.sum_gradients(parameters)
                     gradients = [p.grad for p in parameters if p.grad is not None]
                     if scale != 1.0:
@@ -219,6 +222,8 @@ def fit(
                 "step": step,
                 "epoch": round(step / steps_per_epoch, 6),
                 "loss": loss,
+                **parts,
+                **weights,
                 **lrs,
                 "grad_norm": grad_norm,
                 **({"loss_scale": state.loss_scale} if fp16 else {}),
@@ -315,15 +320,21 @@ def _rejected(batches: Sequence[Batch], counts: dict[str, float], dist: Dist) ->
 
 def _accumulate(
     model: torch.nn.Module, objective: Objective, batches: Sequence[Batch], factor: float, dist: Dist
-) -> float:
-    """Add ``factor`` times the gradient of each batch's loss sum; gives the loss sum over all processes (fp64)."""
-    sums: list[torch.Tensor] = []
+) -> tuple[dict[str, float], Mapping[str, float]]:
+    """Add ``factor`` times the gradient of each batch's loss sum; gives the sums over all processes (fp64) of the loss
+    and of the parts it is made of, and the parts' weights."""
+    names = ("loss", *getattr(objective, "parts", ()))  # also on a process without a batch
+    sums: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    weights: Mapping[str, float] = {}
     for batch in batches:
-        terms = objective(model, batch)  # type: ignore[arg-type]
+        terms = objective(model, batch)
         assert terms.tokens == batch.num_targets, (terms.tokens, batch.num_targets)
         (terms.total * factor).backward()
-        sums.append(terms.total.detach())
-    return dist.all_reduce_sum([sum(float(s) for s in sums)])[0]
+        weights = terms.settings
+        for name, value in {"loss": terms.total.detach(), **terms.parts}.items():
+            sums[name].append(value)
+    everyone = dist.all_reduce_sum([sum(float(s) for s in own) for own in sums.values()])
+    return dict(zip(names, everyone, strict=True)), weights
 
 
 def _culprits(

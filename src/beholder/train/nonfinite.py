@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from beholder.train.objectives import TokenLossModel
-from beholder.types import Batch
+from beholder.types import Batch, Taught
 
 MAX_NAMED = 16
 """Sample ids spelled out in a message."""
@@ -91,4 +91,12 @@ def only(batch: Batch, index: int) -> Batch:
         image_sizes=[batch.image_sizes[i] for i in mine.tolist()] if batch.image_sizes else [],
         ids=[batch.ids[index]],
         rejected=[],
+        taught=[_taught(batch, own, index) for own in batch.taught],
     )
+
+
+def _taught(batch: Batch, own: Taught, index: int) -> Taught:
+    if isinstance(own, Batch):
+        return only(own, index)
+    owner = batch.sample_index[batch.supervise].sort(stable=True).values
+    return {name: t[owner == index] for name, t in own.items()}

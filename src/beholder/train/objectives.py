@@ -1,15 +1,22 @@
 """What a stage minimises: functions ``(model, batch) -> LossTerms``, sums and counts, never means.
 
 The division happens once, in `engine`, by the supervised tokens of the whole effective batch. Loss mathematics
-lives in `model.losses`.
+lives in `model.losses` and `model.divergence`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any, Protocol
 
-from beholder.types import Batch, LossTerms, TokenLosses
+import torch
+from torch import Tensor
+
+from beholder.config import DistillConfig, RunConfig
+from beholder.model.divergence import Full, Teacher, divergence, teacher_of
+from beholder.model.losses import head_losses, token_nll
+from beholder.types import Batch, LossTerms, Supervised, TokenLosses, UserError
 
 
 class TokenLossModel(Protocol):
@@ -18,7 +25,7 @@ class TokenLossModel(Protocol):
     def __call__(self, batch: Batch) -> TokenLosses: ...
 
 
-Objective = Callable[[TokenLossModel, Batch], LossTerms]
+Objective = Callable[[Any, Batch], LossTerms]
 
 
 def next_token(model: TokenLossModel, batch: Batch) -> LossTerms:
@@ -27,5 +34,105 @@ def next_token(model: TokenLossModel, batch: Batch) -> LossTerms:
     return LossTerms(total=losses.nll.float().sum(), tokens=losses.nll.numel())
 
 
-OBJECTIVES: dict[str, Objective] = {"next_token": next_token}
-"""By the name a stage has it under (`config.stages`)."""
+class Learner(Protocol):
+    """What a student is here: `model.vlm.Seeing`."""
+
+    language: Any
+
+    def supervised(self, batch: Batch) -> Supervised: ...
+
+
+class Distill:
+    """``(1 - α) · NLL + α · T² · Σ wᵢ KL(teacherᵢ ‖ student)``, each summed over the supervised tokens (Hinton et al.
+    2015, arXiv:1503.02531; the distillation guide's loss with its terms per token).
+
+    α and T are functions of the share of the ``total_steps`` that is done (`Batch.step`). T² makes the divergence's
+    gradient, which is (q_T - p_T) / T per logit, as large as at T = 1; the NLL is at temperature 1 always. Teachers are
+    those of `Batch.taught`, in the order of the config; one that is asked now is one of ``asked``, by its number.
+    """
+
+    def __init__(self, cfg: DistillConfig, total_steps: int, asked: Sequence[Learner] = ()) -> None:
+        self.cfg, self.total_steps, self.asked = cfg, max(total_steps, 1), asked
+
+    parts = ("sft_loss", "distill_loss", "teacher_kl")
+
+    def __call__(self, model: Learner, batch: Batch, /) -> LossTerms:
+        done = batch.step / self.total_steps
+        alpha, t = self.cfg.alpha_at(done), self.cfg.temperature_at(done)
+        found, nll, kl = taught_losses(model, batch, self.cfg, self.asked, alpha, t)
+        sft, divergences = nll.detach().sum(), kl.detach().sum()
+        return LossTerms(
+            total=found.float().sum(),
+            tokens=found.numel(),
+            parts=dict(zip(self.parts, (sft, t**2 * divergences, divergences), strict=True)),
+            settings={"alpha": alpha, "temperature": t},
+        )
+
+
+def taught_losses(
+    model: Learner, batch: Batch, cfg: DistillConfig, asked: Sequence[Learner], alpha: float, t: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(what is minimised, NLL, Σ wᵢ KLᵢ at temperature ``t``) of every supervised token, fp32 [K], in the order of
+    `Supervised`; the first carries the graph. No divergence where the batch brings no teachers."""
+    found, language = model.supervised(batch), model.language
+    teachers = _teachers(batch, cfg, found.sample, language.vocab, asked)
+    weights = [teacher.weight for teacher in cfg.teachers]
+
+    def loss(logits: Tensor, which: slice) -> tuple[Tensor, ...]:
+        nll, _ = token_nll(logits, found.targets[which])
+        kl = torch.zeros_like(nll)
+        for weight, teacher in zip(weights, teachers, strict=False):  # none, or all
+            kl = kl + weight * divergence(logits, _of(teacher, which), t)
+        return (1 - alpha) * nll + alpha * t**2 * kl, nll, kl
+
+    learns = language.head_learns
+    total, nll, kl = head_losses(language.head, found.hidden, loss, language.vocab, head_learns=learns)
+    return total, nll, kl
+
+
+def _teachers(batch: Batch, cfg: DistillConfig, owner: Tensor, vocab: int, asked: Sequence[Learner]) -> list[Teacher]:
+    assert len(batch.taught) in (0, len(cfg.teachers)), (len(batch.taught), len(cfg.teachers))
+    back = owner.argsort(stable=True).argsort()  # from sample by sample to the order of the batch
+    teachers: list[Teacher] = []
+    for number, own in enumerate(batch.taught):
+        if isinstance(own, Batch):
+            teachers.append(Full(_ask(asked[number], own, vocab).to(back.device)[back]))
+            continue
+        here = {name: column.to(back.device, non_blocking=True)[back] for name, column in own.items()}
+        teachers.append(teacher_of(here, cfg.kept_temperatures))
+    return teachers
+
+
+def _of(teacher: Teacher, which: slice) -> Teacher:
+    """What it says of some of the tokens."""
+    own = {f.name: getattr(teacher, f.name) for f in fields(teacher)}
+    return replace(teacher, **{name: t[which] for name, t in own.items() if isinstance(t, Tensor)})
+
+
+@torch.no_grad()
+def _ask(teacher: Learner, batch: Batch, vocab: int) -> Tensor:
+    """fp32 [K, V]: a teacher's log-probabilities over the student's vocabulary at its supervised tokens, those of
+    sample 0 first. Raises `UserError` where they are not finite."""
+    found = teacher.supervised(batch)
+    order = found.sample.argsort(stable=True)
+    return log_probabilities(teacher.language.head(found.hidden[order]), vocab, batch.ids)
+
+
+def log_probabilities(logits: Tensor, vocab: int, ids: Sequence[str] = ()) -> Tensor:
+    """fp32: of the first ``vocab`` ids, that which a table has beyond them left out. Raises `UserError` for logits that
+    are NaN or leave no id possible."""
+    log_p = torch.log_softmax(logits[:, :vocab].float(), dim=-1)
+    if not bool((~log_p.isnan()).all() & (log_p.amax(-1) > -torch.inf).all()):
+        raise UserError(
+            f"the teacher gives no finite log-probabilities (samples {', '.join(map(repr, ids[:4]))}); its weights may "
+            "be damaged, or its precision too narrow for it (try fp32)"
+        )
+    return log_p
+
+
+OBJECTIVES: dict[str, Callable[[RunConfig, int, Sequence[Learner]], Objective]] = {
+    "next_token": lambda cfg, total_steps, asked: next_token,
+    "distill": lambda cfg, total_steps, asked: Distill(cfg.learnt_from, total_steps, asked),
+}
+"""Made from a run's config, its steps and the teachers that are asked; by the name a stage has it under
+(`config.stages`)."""

@@ -25,7 +25,7 @@ GUIDE: Final[dict[str, tuple[str, ...]]] = {
     "total_loss": ("loss",),
     "sft_loss": ("sft_loss",),
     "distill_loss": ("distill_loss",),
-    "teacher_kl_div": ("teacher_kl", "distill.kl"),
+    "teacher_kl_div": ("teacher_kl", "teacher.kl"),
     "learning_rate": ("lr.language", "lr.lora", "lr.connector", "lr.vision"),
     "vqa_accuracy": ("vqa.accuracy", "answer.accuracy.correct"),
     "instruct_score": ("instruct.score.correct",),

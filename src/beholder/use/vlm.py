@@ -7,7 +7,7 @@ was measured. Nothing is measured or written. The terminal is `chat`, question f
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,13 @@ from typing import Any
 from PIL import Image
 from pydantic import ValidationError
 
-from beholder.config import GenerateConfig, RunConfig
-from beholder.config.file import check_consent, load_config
-from beholder.data import build_encoder
-from beholder.data.build import build_pipeline
-from beholder.data.chat import ChatEncoder
+from beholder.config import GenerateConfig
 from beholder.data.formats import marked
-from beholder.data.images import ImagePipeline, NativePipeline, as_input
+from beholder.data.images import as_input
 from beholder.model.build import Vlm as Model
-from beholder.model.build import build_vlm
 from beholder.model.native import NativeModel
-from beholder.train import checkpoint, restore
 from beholder.train.distributed import pick_device
+from beholder.train.trained import TrainedRun, open_trained
 from beholder.types import Encoded, Example, ImageInput, ImageRef, ImageSlot, Part, Turn, UserError
 from beholder.use.stream import AnswerStream
 
@@ -69,26 +64,18 @@ class _Prompt:
 
 
 @dataclass(frozen=True)
-class Vlm:
+class Vlm(TrainedRun):
     """A vision-language model as a run left it."""
 
-    cfg: RunConfig
-    model: Model
-    tokenizer: Any
-    encoder: ChatEncoder
-    pipeline: ImagePipeline | NativePipeline
-    step: int
-    checkpoint: Path
-
     def save_merged(self, folder: str | Path) -> None:
-        """Write the language model with its adapters merged in as a plain Hugging Face folder (without the eyes; a
-        native model whole, with its processor).
+        """Write the language model with its adapters merged in, or as it has learned itself, as a plain Hugging Face
+        folder (without the eyes; a native model whole, with its processor).
 
-        It loads without peft. Raises `UserError` when the run has no adapters or ``folder`` is not empty.
+        It loads without peft. Raises `UserError` when the run has neither or ``folder`` is not empty.
         """
         native = self.model if isinstance(self.model, NativeModel) else None
         written = [self.model.language.part] if native is None else native.parts().values()
-        if not any(part.adapters or part.merged for part in written):
+        if not any(part.adapters or part.merged or (part.name == "language" and part.changed) for part in written):
             raise UserError(
                 "this run has no adapters to merge; "
                 f"its {'language model' if native is None else 'model'} is the base, unchanged"
@@ -317,39 +304,5 @@ def load(run: str | Path, *, device: str = "auto", overrides: Sequence[str] = ()
     ``overrides``: settings such as ``model.vision.weights=FILE``, for parts that lie elsewhere now; connector and
     adapters still refuse parts that they were not trained on.
     """
-    where = checkpoint.resolve_checkpoint(run)
-    folder = where.resolve().parent.parent
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} has no config.yaml beside its checkpoints; give a folder that `beholder run` wrote")
-    cfg = load_config(folder / "config.yaml", overrides)
-    check_consent(cfg, overrides)
-    model, tokenizer = build_vlm(
-        cfg.model, compute_precision=cfg.train.precision, device=pick_device(device), seed=cfg.seed,
-        base=restore.read_base(where),
-    )  # fmt: skip
-    restore.load_trained(where, model)
-    trainer = restore.read_trainer(where)
-    trained_with = trainer.get("fingerprints", {}).get("encoder")
-    pipeline = build_pipeline(cfg, model.geometry)
-    encoder = build_encoder(cfg, tokenizer, model.num_visual_tokens, pipeline)
-    encoder.check_table(model.language.vocab)
-    own = encoder.fingerprint
-    if trained_with not in (None, own) and not any(o.startswith("prompting.") for o in overrides):
-        raise UserError(
-            f"{where}: the tokenizer or its chat template is not what the run was trained with, so its prompts are "
-            "others. Put the original files back (model.llm.name_or_path, prompting.chat_template), or say how to "
-            "prompt with --set prompting.…"
-        )
-    # How long a training sample may be does not bound a conversation; the language model's positions do (`_prompt`).
-    unbounded = cfg.prompting.model_copy(update={"max_seq_len": 10**9})
-    return Vlm(
-        cfg=cfg,
-        model=model,
-        tokenizer=tokenizer,
-        encoder=build_encoder(
-            cfg.model_copy(update={"prompting": unbounded}), tokenizer, model.num_visual_tokens, pipeline
-        ),
-        pipeline=pipeline,
-        step=int(trainer["step"]),
-        checkpoint=where,
-    )
+    found = open_trained(run, pick_device(device), overrides)
+    return Vlm(**{f.name: getattr(found, f.name) for f in fields(found)})

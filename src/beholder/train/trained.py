@@ -1,0 +1,77 @@
+"""A trained run opened for use: its model with what it has learned, and how it takes samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beholder.config import RunConfig
+from beholder.config.file import check_consent, load_config
+from beholder.data import build_encoder
+from beholder.data.build import build_pipeline
+from beholder.data.chat import ChatEncoder
+from beholder.data.images import ImagePipeline, NativePipeline
+from beholder.model.build import Vlm, build_vlm
+from beholder.train import checkpoint, restore
+from beholder.types import UserError
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A vision-language model as a run left it."""
+
+    cfg: RunConfig
+    model: Vlm
+    tokenizer: Any
+    encoder: ChatEncoder
+    """As in training, but for the length: how long a training sample may be does not bound a conversation."""
+    pipeline: ImagePipeline | NativePipeline
+    step: int
+    checkpoint: Path
+
+
+def open_trained(run: str | Path, device: torch.device, overrides: Sequence[str] = ()) -> TrainedRun:
+    """The model of a run folder (its best checkpoint, else its latest verified one) or of one of its
+    ``checkpoints/step_<n>`` folders.
+
+    ``overrides``: settings such as ``model.vision.weights=FILE``, for parts that lie elsewhere now; connector and
+    adapters still refuse parts that they were not trained on.
+    """
+    where = checkpoint.resolve_checkpoint(run)
+    folder = where.resolve().parent.parent
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} has no config.yaml beside its checkpoints; give a folder that `beholder run` wrote")
+    cfg = load_config(folder / "config.yaml", overrides)
+    check_consent(cfg, overrides)
+    model, tokenizer = build_vlm(
+        cfg.model, compute_precision=cfg.train.precision, device=device, seed=cfg.seed, base=restore.read_base(where)
+    )
+    restore.load_trained(where, model)
+    trainer = restore.read_trainer(where)
+    trained_with = trainer.get("fingerprints", {}).get("encoder")
+    pipeline = build_pipeline(cfg, model.geometry)
+    encoder = build_encoder(cfg, tokenizer, model.num_visual_tokens, pipeline)
+    encoder.check_table(model.language.vocab)
+    own = encoder.fingerprint
+    if trained_with not in (None, own) and not any(o.startswith("prompting.") for o in overrides):
+        raise UserError(
+            f"{where}: the tokenizer or its chat template is not what the run was trained with, so its prompts are "
+            "others. Put the original files back (model.llm.name_or_path, prompting.chat_template), or say how to "
+            "prompt with --set prompting.…"
+        )
+    unbounded = cfg.prompting.model_copy(update={"max_seq_len": 10**9})
+    return TrainedRun(
+        cfg=cfg,
+        model=model,
+        tokenizer=tokenizer,
+        encoder=build_encoder(
+            cfg.model_copy(update={"prompting": unbounded}), tokenizer, model.num_visual_tokens, pipeline
+        ),
+        pipeline=pipeline,
+        step=int(trainer["step"]),
+        checkpoint=where,
+    )

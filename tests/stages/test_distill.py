@@ -1,0 +1,147 @@
+"""Stage distill: what is kept of a teacher, learning from it, and asking it online, on tiny real parts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tests.conftest import TinyParts, make_config
+from tests.stages.test_instruct import losses_of, settings
+
+from beholder.config import RunConfig
+from beholder.evidence import load_evidence
+from beholder.runs import sha256_file
+from beholder.stages import run_stage
+from beholder.stages.teachers import cache_teachers
+from beholder.types import UserError
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_parts: TinyParts, questions: Path, aligned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of stage instruct."""
+    folder = tmp_path_factory.mktemp("teacher")
+    run_stage(make_config(tiny_parts, folder, **settings(questions, aligned)), promote_anyway=True)
+    return folder / "run"
+
+
+@pytest.fixture
+def student(tiny_parts: TinyParts, questions: Path, aligned: Path, teacher: Path, tmp_path: Path):
+    """``student("name", **settings)``: a run of stage distill from the alignment, taught by the instruct run."""
+
+    def make(name: str = "student", **sets: object) -> RunConfig:
+        own = settings(questions, aligned) | {
+            "stage": "distill", "distill.teachers": [{"run": str(teacher)}],
+            "model.lora.dropout": 0.0, "train.train_steps": 3,
+            "eval.caption_samples": 0, "eval.answer_tokens": 64, "eval.golden_size": 0, "eval.audit_turns": 0,
+        }  # fmt: skip
+        if not sets.get("distill.online"):
+            own["distill.dir"] = str(tmp_path / "cache")
+            own |= {"distill.k": 8} if sets.get("distill.form", "topk") == "topk" else {}
+        return make_config(tiny_parts, tmp_path / name, **(own | sets))
+
+    return make
+
+
+def parts_of(run: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    names = ("loss", "sft_loss", "distill_loss", "teacher_kl", "alpha", "temperature")
+    return [{n: r[n] for n in names} for r in rows if "sft_loss" in r]
+
+
+def test_the_loss_is_the_weighted_sum_and_every_part_is_in_the_log(student, tmp_path: Path) -> None:
+    cfg = student(**{"distill.alpha_end": 0.1, "distill.form": "full"})
+    cache_teachers(cfg)
+    outcome = run_stage(cfg, promote_anyway=True)
+    rows = parts_of(outcome.folder)
+    assert [round(r["alpha"], 6) for r in rows] == [0.3, 0.233333, 0.166667]
+    for r in rows:
+        assert r["loss"] == pytest.approx((1 - r["alpha"]) * r["sft_loss"] + r["alpha"] * r["distill_loss"], rel=1e-5)
+        assert r["distill_loss"] == pytest.approx(4 * r["teacher_kl"], rel=1e-6)
+        assert r["teacher_kl"] > 0
+    found = {m.name: m for m in load_evidence(outcome.folder).measurements if m.stratum is None}
+    assert found["teacher.kl"].value > 0 and found["teacher.kl"].n == 12
+
+
+def test_a_teacher_that_is_asked_gives_the_losses_of_one_that_is_kept(student) -> None:
+    online = run_stage(student("online", **{"distill.online": True}), promote_anyway=True)
+    kept = student("kept", **{"distill.form": "full"})
+    cache_teachers(kept)
+    cached = run_stage(kept, promote_anyway=True)
+    for a, b in zip(parts_of(online.folder), parts_of(cached.folder), strict=True):  # kept in 16 bits
+        assert a == pytest.approx(b, rel=2e-3, abs=2e-4)
+
+
+def test_without_a_say_of_the_teacher_it_learns_as_in_stage_instruct(
+    student, tiny_parts: TinyParts, questions: Path, aligned: Path, tmp_path: Path
+) -> None:
+    alone = run_stage(student("alone", **{"distill.alpha": 0.0}), promote_anyway=True)
+    own = settings(questions, aligned) | {
+        "model.lora.dropout": 0.0, "train.train_steps": 3, "eval.caption_samples": 0, "eval.answer_tokens": 64,
+    }  # fmt: skip
+    plain = run_stage(make_config(tiny_parts, tmp_path / "plain", **own), promote_anyway=True)
+    assert dict(losses_of(alone.folder)) == pytest.approx(dict(losses_of(plain.folder)), rel=1e-6)
+
+
+def test_what_is_kept_is_reused_and_what_is_missing_is_named(student, teacher: Path, tmp_path: Path) -> None:
+    cfg = student()
+    with pytest.raises(UserError, match=r"samples have no rows of the teacher .*Nothing is kept there yet"):
+        run_stage(cfg, promote_anyway=True)
+    first = cache_teachers(cfg).teachers[0]
+    again = cache_teachers(cfg).teachers[0]
+    assert first.reused == 0 and again.reused == again.samples == first.samples and again.tokens == 0
+    assert run_stage(cfg, promote_anyway=True).step == 3
+
+    with pytest.raises(UserError, match=r"differs in distill.k or distill.draws \(8 there, 4 here\)"):
+        run_stage(student("other", **{"distill.k": 4}), promote_anyway=True)
+    moved = tmp_path / "moved"
+    shutil.copytree(teacher, moved)
+    assert run_stage(student("moved", **{"distill.teachers": [{"run": str(moved)}]}), promote_anyway=True).step == 3
+    for step in (moved / "checkpoints").glob("step_*/MANIFEST.json"):
+        step.write_text(step.read_text() + " ")
+    with pytest.raises(UserError, match=r"differs in the teacher \(its weights\)"):
+        run_stage(student("else", **{"distill.teachers": [{"run": str(moved)}]}), promote_anyway=True)
+
+
+def test_resume_is_bit_identical(student) -> None:
+    cfg = student("whole", **{"train.train_steps": 4, "train.save_every": 2})
+    cache_teachers(cfg)
+    whole = run_stage(cfg, promote_anyway=True)
+    broken = student("broken", **{"train.train_steps": 4, "train.save_every": 2})
+    shutil.copytree(whole.folder, broken.run_dir)
+    for name in ("step_4", "best.json"):
+        target = Path(broken.run_dir) / "checkpoints" / name
+        shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+    for name in ("evidence.json", "report.html"):
+        (Path(broken.run_dir) / name).unlink()
+    run_stage(broken)
+    for name in ("adapter_model.safetensors", "connector.safetensors"):
+        one, two = (Path(x.run_dir) / "checkpoints/step_4" / name for x in (cfg, broken))
+        assert sha256_file(one) == sha256_file(two)
+
+
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        ({"distill.k": 60_000}, "distill.k is 60000, but the student's vocabulary has"),
+        ({"distill.teachers": [{"run": "nowhere"}]}, "nowhere"),
+        ({"data.augment": "random_crop"}, "what is kept of a teacher is about the images as they are"),
+    ],
+)
+def test_wrong_input_is_refused(student, sets: dict[str, object], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        cache_teachers(student(**sets))
+
+
+def test_packed_is_padded_and_parts_are_the_whole(student) -> None:
+    cache_teachers(student())
+    padded = run_stage(student("padded", **{"train.packing": False}), promote_anyway=True)
+    packed = run_stage(student("packed", **{"train.packing": True}), promote_anyway=True)
+    parts = run_stage(
+        student("parts", **{"train.micro_batch_size": 1, "train.gradient_accum": 4, "train.packing": False}),
+        promote_anyway=True,
+    )
+    for other in (packed, parts):
+        for a, b in zip(parts_of(padded.folder), parts_of(other.folder), strict=True):
+            assert a == pytest.approx(b, rel=1e-4)
