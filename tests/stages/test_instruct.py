@@ -135,8 +135,8 @@ def test_evidence_tells_answers_with_and_without_the_image_in_every_condition(ev
     for name in (
         "answer.accuracy.correct", "answer.accuracy.shuffled", "answer.accuracy.none", "answer.gain.none",
         "answer.gain.shuffled", "instruct.score.correct", "instruct.relevance.none", "instruct.completeness.shuffled",
-        "instruct.coherence.correct", "instruct.gain.none", "pope.yes_rate.correct", "retention.loss", "retention.loss_base",
-        "retention.loss_ratio", "retention.kl", "merge.max_logit_diff",
+        "instruct.coherence.correct", "instruct.gain.none", "pope.yes_rate.correct", "retention.loss",
+        "retention.loss_base", "retention.loss_ratio", "retention.kl", "merge.max_logit_diff",
         "merge.changed_pct", "merge.tokens_changed_pct", "ablation.delta.shuffled",
         "ablation.delta.zero", "ablation.delta.noise", "learn.delta", "audit.trained.leak",
     ):  # fmt: skip
