@@ -36,7 +36,7 @@ from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
 from beholder.train.tracking import Trackers
 from beholder.train.trained import identity
-from beholder.types import ImageGeometry, Status, TrainedPart
+from beholder.types import ImageGeometry, Status, TrainedPart, UserError
 
 BASE = (
     "the adapters of {} earlier run(s) are part of the base's weights (model.lora.adapters: merge); what is compared "
