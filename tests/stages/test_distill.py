@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,12 +11,16 @@ import pytest
 from tests.conftest import TinyParts, make_config
 from tests.stages.test_instruct import losses_of, settings
 
-from beholder.config import RunConfig
+from beholder.config import DistillConfig, RunConfig
+from beholder.config.file import load_config
 from beholder.evidence import load_evidence
+from beholder.prepare.tiny import smoke_config, tiny_native
 from beholder.runs import sha256_file
-from beholder.stages import run_stage
+from beholder.stages import run_stage, teachers
 from beholder.stages.teachers import cache_teachers
 from beholder.types import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +89,18 @@ def test_without_a_say_of_the_teacher_it_learns_as_in_stage_instruct(
     assert dict(losses_of(alone.folder)) == pytest.approx(dict(losses_of(plain.folder)), rel=1e-6)
 
 
-def test_what_is_kept_is_reused_and_what_is_missing_is_named(student, teacher: Path, tmp_path: Path) -> None:
+def test_what_is_kept_is_reused_and_what_is_missing_is_named(
+    student, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg = student()
     with pytest.raises(UserError, match=r"samples have no rows of the teacher .*Nothing is kept there yet"):
         run_stage(cfg, promote_anyway=True)
     first = cache_teachers(cfg).teachers[0]
+
+    def loaded(*_: object) -> None:
+        raise AssertionError("a teacher was loaded")
+
+    monkeypatch.setattr(teachers, "open_teacher", loaded)
     again = cache_teachers(cfg).teachers[0]
     assert first.reused == 0 and again.reused == again.samples == first.samples and again.tokens == 0
     assert run_stage(cfg, promote_anyway=True).step == 3
@@ -98,10 +110,73 @@ def test_what_is_kept_is_reused_and_what_is_missing_is_named(student, teacher: P
     moved = tmp_path / "moved"
     shutil.copytree(teacher, moved)
     assert run_stage(student("moved", **{"distill.teachers": [{"run": str(moved)}]}), promote_anyway=True).step == 3
-    for step in (moved / "checkpoints").glob("step_*/MANIFEST.json"):
-        step.write_text(step.read_text() + " ")
+    other = changed_copy(teacher, tmp_path / "another")
     with pytest.raises(UserError, match=r"differs in the teacher \(its weights\)"):
-        run_stage(student("else", **{"distill.teachers": [{"run": str(moved)}]}), promote_anyway=True)
+        run_stage(student("else", **{"distill.teachers": [{"run": str(other)}]}), promote_anyway=True)
+
+
+def changed_copy(run: Path, to: Path) -> Path:
+    """The same model, which counts as another: its manifest is written otherwise."""
+    shutil.copytree(run, to)
+    for manifest in (to / "checkpoints").glob("step_*/MANIFEST.json"):
+        manifest.write_text(manifest.read_text() + " ")
+    return to
+
+
+def test_two_teachers_that_say_the_same_are_one_whatever_their_weights(student, teacher: Path, tmp_path: Path) -> None:
+    other = changed_copy(teacher, tmp_path / "other")
+    both = [{"run": str(teacher), "weight": 0.6}, {"run": str(other), "weight": 0.4}]
+    found = []
+    for name, own in (("one", [{"run": str(teacher)}]), ("two", both)):
+        cfg = student(name, **{"distill.teachers": own})
+        assert len(cache_teachers(cfg).teachers) == len(own)
+        found.append(parts_of(run_stage(cfg, promote_anyway=True).folder))
+    for a, b in zip(*found, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.parametrize("vocabulary", ["equal", "shared"])
+def test_a_native_teacher_is_kept_and_asked_alike(vocabulary: str, tmp_path: Path) -> None:
+    """A made student, taught by a whole model of another class; shared: by one with another tokenizer."""
+    asked = smoke_config(load_config(ROOT / "configs" / "quickstart" / "distill.yaml"), tmp_path / "parts", steps=2)
+    own = asked.learnt_from.model_dump() | {"online": False, "dir": str(tmp_path / "cache"), "k": 200}
+    if vocabulary == "shared":
+        native = str(tiny_native(tmp_path / "qwen", "qwen3_vl"))
+        own |= {"vocabulary": "shared", "teachers": ({"native": native, "precision": "fp32"},)}
+    kept = asked.model_copy(update={
+        "distill": DistillConfig.model_validate(own), "output_dir": str(tmp_path / "kept"),
+    })  # fmt: skip
+    cache_teachers(kept)
+    rows = parts_of(run_stage(kept).folder)
+    assert all(math.isfinite(r["loss"]) and r["teacher_kl"] > 0 for r in rows) and len(rows) == 2
+    if vocabulary == "equal":
+        for a, b in zip(rows, parts_of(run_stage(asked).folder), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
+
+
+def test_other_tokenizers_are_refused_with_the_first_ids_that_differ(tmp_path: Path) -> None:
+    cfg = smoke_config(load_config(ROOT / "configs" / "quickstart" / "distill.yaml"), tmp_path / "parts", steps=2)
+    native = str(tiny_native(tmp_path / "qwen", "qwen3_vl"))
+    own = cfg.learnt_from.model_dump() | {"teachers": ({"native": native, "precision": "fp32"},)}
+    with pytest.raises(UserError, match=r"different tokenizers: \d+ ids differ \(\d+: '<.*distill.vocabulary: shared"):
+        run_stage(cfg.model_copy(update={"distill": DistillConfig.model_validate(own)}))
+
+
+def test_a_run_does_not_go_on_with_another_teacher(student, teacher: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(teacher, own)
+    cfg = student("run", **{
+        "train.train_steps": 4, "train.save_every": 2, "distill.teachers": [{"run": str(own)}],
+    })  # fmt: skip
+    cache_teachers(cfg)
+    run_stage(cfg, promote_anyway=True)
+    shutil.rmtree(Path(cfg.run_dir) / "checkpoints" / "step_4")
+    for name in ("evidence.json", "checkpoints/best.json"):
+        (Path(cfg.run_dir) / name).unlink(missing_ok=True)
+    shutil.rmtree(own)
+    changed_copy(teacher, own)
+    with pytest.raises(UserError, match="teacher 1"):
+        run_stage(cfg)
 
 
 def test_resume_is_bit_identical(student) -> None:
