@@ -35,7 +35,7 @@ from beholder.runs import RunDir, atomic_write, sha256_file, stop_signals, to_js
 from beholder.stages.lifetime import sole_writer
 from beholder.stages.measured import Measured
 from beholder.stages.session import Session, open_session
-from beholder.store.teachers import TOKENS, TeacherCache, TeacherKey, teachers_dir
+from beholder.store.teachers import KEPT_FOR, TOKENS, TeacherCache, TeacherKey, teachers_dir
 from beholder.train import checkpoint
 from beholder.train.distributed import joined
 from beholder.train.objectives import log_probabilities, taught_losses
@@ -46,8 +46,6 @@ _PEEK = 2**20
 """Bytes at each end of a large weight file that stand for it."""
 _INDEX = 20
 """Bytes of the row store's index for a token, about."""
-TEACHERS = "teachers.json"
-"""In the run folder: what `cache_teachers` did last."""
 HELD_OUT: tuple[Condition, ...] = ("correct", "shuffled")
 """Under which images a teacher's held-out losses are kept."""
 
@@ -291,7 +289,7 @@ def cache_teachers(cfg: RunConfig) -> Cached:
             cached = Cached(
                 tuple(keep(session, t, k) for t, k in zip(cfg.distill.teachers, keys(session), strict=True))
             )
-        atomic_write(run.path / TEACHERS, to_json(cached.to_json(), indent=1) + "\n")
+        atomic_write(run.path / KEPT_FOR, to_json(cached.to_json(), indent=1) + "\n")
         return cached
 
 

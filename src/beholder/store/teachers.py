@@ -31,7 +31,10 @@ from beholder.types import Example, ImageSlot, UserError
 
 TOKENS = 4
 """Of a row: a short answer with its end token leaves little of one empty."""
-COSTS = "costs.jsonl"
+KEPT_FOR = "teachers.json"
+"""In a run's folder: what is kept for it, as it was looked over last."""
+_COSTS = "costs.jsonl"
+"""In a teacher's: what rows have cost, a line for every call that made some."""
 _VERSION = 1
 _NAMED = 5
 """Samples spelled out in a message."""
@@ -215,10 +218,9 @@ class TeacherCache:
                 "lower distill.k, or use form sampled. What is stored stays"
             )
 
-
     def note_cost(self, tokens: int, seconds: float) -> None:
         """One line more of what rows have cost, for `seconds_a_token`."""
-        with open(self.rows.folder / COSTS, "ab") as file:
+        with open(self.rows.folder / _COSTS, "ab") as file:
             file.write(json.dumps({"tokens": tokens, "seconds": seconds}).encode() + b"\n")
 
 
@@ -227,7 +229,7 @@ def seconds_a_token(folder: Path) -> float | None:
     none is known. A call that was killed has left no line, so neither its tokens nor its seconds count."""
     tokens, seconds = 0, 0.0
     try:
-        lines = (folder / COSTS).read_bytes().splitlines()
+        lines = (folder / _COSTS).read_bytes().splitlines()
     except OSError:
         return None
     for line in lines:

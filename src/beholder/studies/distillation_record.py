@@ -290,8 +290,8 @@ def _differences(done: Mapping[str, Sequence[DistillationRow]]) -> list[Differen
     for arm, against, basis in pairs:
         other = {r.seed: r for r in done.get(against, ())}
         both = [(r, other[r.seed]) for r in done.get(arm, ()) if r.seed in other]
-        if basis == "equal steps" and any(a.steps != b.steps for a, b in both):
-            continue
+        if basis == "equal steps":  # an arm may set others, a guardrail may have stopped a run
+            both = [(a, b) for a, b in both if a.steps == b.steps]
         for measure, column in COLUMNS.items():
             values = {
                 a.seed: a.measured[measure].value - b.measured[measure].value
@@ -480,7 +480,7 @@ def compact(n: int) -> str:
 
 
 def _article(number: str) -> str:
-    return "an" if number.startswith("8") or number[:2] in ("11", "18") and len(number.rstrip("KMB.")) == 2 else "a"
+    return "an" if number.startswith(("8", "11K", "11M", "11B", "18K", "18M", "18B")) else "a"
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -92,12 +92,12 @@ def resolve(
     first = study.seeds[0] if study.seeds else None
     runs: list[Point] = []
     wrong: list[str] = []
-    for (point, settings), seed in itertools.product(points.items(), study.seeds or (None,)):
+    for (point, sets), seed in itertools.product(points.items(), study.seeds or (None,)):
         if point in once and seed != first:
             continue
         name = run_name(point, seed)
         given = {
-            **settings,
+            **sets,
             "seed": base.seed if seed is None else seed,
             "data.split_seed": base.measure_seed,
             "run_name": name,
@@ -118,7 +118,7 @@ def resolve(
             wrong.append(f"{name}: {e}")
             continue
         files = folder / "configs" / f"{name}.yaml", folder / "logs" / f"{name}.log"
-        runs.append(Point(name, point, dict(settings), cfg, folder / name, *files))
+        runs.append(Point(name, point, dict(sets), cfg, folder / name, *files))
     if wrong:
         raise UserError("these points cannot be run:\n" + "\n".join(wrong))
     _check_order(runs)

@@ -189,7 +189,7 @@ class Runner:
         if not (more := self.points.later()):
             return
         order = list(self.points.study.seeds)
-        self.points.runs += more
+        self.points.runs.extend(more)
         self.left = sorted(
             [*self.left, *(r for r in more if not is_finished(r))],
             key=lambda r: order.index(r.cfg.seed) if r.cfg.seed in order else 0,
