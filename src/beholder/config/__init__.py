@@ -77,11 +77,11 @@ from beholder.types import DatasetKind
 
 __all__ = [
     "CAPTION_SPAM", "GREEDY", "GUARDRAILS", "MONITORED", "MONITORS", "RETAINED", "SCALES", "SHARES", "STAGES",
-    "STRENGTH_LINE", "WATCHED", "AblationConfig", "BestRule", "Cadence", "ConnectorConfig", "DataConfig",
-    "DatasetKind", "Decided", "DistillConfig", "DistillationConfig", "EvalConfig", "FeaturesConfig", "FootprintConfig",
-    "Fraction", "GateConfig", "GenerateConfig", "GuardrailConfig", "HygieneConfig", "HygieneLimits", "IrrelevantConfig",
-    "Layers", "LearningRates", "LlmConfig", "LoraConfig", "ModelConfig", "Monitor", "OodConfig", "PointSetting",
-    "Positive", "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig", "Section", "SourceConfig", "Stage",
+    "STRENGTH_LINE", "WATCHED", "AblationConfig", "BestRule", "Cadence", "ConnectorConfig", "DataConfig", "DatasetKind",
+    "Decided", "DistillConfig", "DistillationConfig", "EvalConfig", "FeaturesConfig", "FootprintConfig", "Fraction",
+    "GateConfig", "GenerateConfig", "GuardrailConfig", "HygieneConfig", "HygieneLimits", "IrrelevantConfig", "Layers",
+    "LearningRates", "LlmConfig", "LoraConfig", "ModelConfig", "Monitor", "OodConfig", "PointSetting", "Positive",
+    "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig", "Section", "SourceConfig", "Stage",
     "StageName", "StudyConfig", "SweepConfig", "TeacherConfig", "TrainConfig", "VisionConfig", "Watched",
     "WeightDecays", "decided_by", "folded", "in_script", "names_modules", "no_layers", "no_pattern", "settings",
     "usual_gate",

@@ -198,8 +198,8 @@ def _longer_told(x: Longer) -> str:
 def _break_even_told(b: BreakEven) -> str:
     pays = "never pays" if b.epochs is None else f"has paid for itself after {b.epochs:.1f} epochs"
     return (
-        f"A step of {b.kept} is {b.faster:.2f} times as fast as one of {b.online}, which asks the teachers online; "
-        f"over the whole run, with what is kept counted, {b.faster_in_all:.2f} times. Keeping the teachers' words {pays}."
+        f"A step of {b.kept} is {b.faster:.2f} times as fast as one of {b.online}, where teachers are asked online; over "
+        f"the whole run, with what is kept counted, {b.faster_in_all:.2f} times. Keeping the teachers' words {pays}."
     )
 
 
