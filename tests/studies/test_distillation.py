@@ -20,8 +20,8 @@ import yaml
 from rich.console import Console
 from tests.conftest import TinyParts, make_config
 
-from beholder.config import DistillationConfig
-from beholder.config.file import dump_config
+from beholder.config import DistillationConfig, TeacherConfig
+from beholder.config.file import dump_config, load_config
 from beholder.evidence import Evidence, Measurement
 from beholder.evidence.record import Cost, DataFacts, TrainableRow
 from beholder.prepare.tiny import COLOURS, SHAPES
@@ -30,6 +30,7 @@ from beholder.store.teachers import seconds_a_token
 from beholder.studies.distillation import (
     arm_settings,
     cache_cost,
+    facts_of_run,
     plan_distillation,
     run_distillation,
     teacher_facts,
@@ -134,11 +135,9 @@ def test_a_verdict_is_helps_does_not_help_or_cannot_be_told_by_the_interval() ->
         (ACCURACY, "equal time"): "cannot be told", (LOSS, "equal time"): "does not help",
     }  # fmt: skip
     assert "+4.7 points" in told.verdict(ACCURACY, "equal steps").why
-    assert "none of the interval is below 0" in told.verdict(LOSS, "equal time").why
-    assert answer(told) == (
-        "The teacher, at equal steps: helps (answers right), cannot be told (held-out loss); at equal time: cannot be "
-        "told (answers right), does not help (held-out loss)"
-    )
+    assert "none of the interval is on the better side" in told.verdict(LOSS, "equal time").why
+    assert answer(told) == "At equal steps the teacher helps, at equal time it cannot be told (by answers right)"
+    assert {d.said for d in told.differences if d.measure == "teacher.kl"} == {None}
 
 
 def test_one_seed_tells_nothing_and_an_arm_that_is_missing_is_named() -> None:
@@ -347,8 +346,6 @@ def test_what_cannot_be_is_told_before_anything_runs(
 def test_a_run_of_a_config_that_holds_the_study_says_which_command_it_needs(
     write_study: WriteStudy, tmp_path: Path
 ) -> None:
-    from beholder.config.file import load_config
-
     with pytest.raises(UserError, match="holds a distillation; run it with: beholder distill CONFIG"):
         run_stage(load_config(write_study(tmp_path, {})))
 
@@ -394,12 +391,14 @@ def test_the_longer_arm_takes_the_time_of_the_steps_and_of_what_is_kept_and_a_re
     assert again.longer == study.longer
 
 
-def test_a_teachers_figures_stand_beside_and_other_samples_are_told(tiny_parts: TinyParts, tmp_path: Path) -> None:
-    from beholder.config import TeacherConfig
-
-    (tmp_path / "checkpoints" / "step_1").mkdir(parents=True)
-    known = teacher_facts(TeacherConfig(run=str(tmp_path)), None)
-    assert known.params is None and "cannot be read" in known.note
+def test_a_teachers_figures_stand_beside_and_other_samples_are_told(tmp_path: Path) -> None:
+    student = tmp_path, evidence(4, 0.5)
+    same = facts_of_run("t", tmp_path, evidence(9, 0.5), student)
+    assert same.params == 1000 and not same.note and same.measured[ACCURACY].value == 0.7
+    assert [m.stratum for m in same.by_kind] == ["shape"]
+    assert "other held-out samples" in facts_of_run("t", tmp_path, evidence(9, 0.5, "b" * 64), student).note
+    assert "is not known whether" in facts_of_run("t", tmp_path, evidence(9, 0.5, ""), student).note
+    assert "cannot be read" in teacher_facts(TeacherConfig(run=str(tmp_path / "none")), None).note
     assert "not a run of Beholder" in teacher_facts(TeacherConfig(native="a/b"), None).note
 
 

@@ -347,6 +347,10 @@ def teacher_facts(teacher: TeacherConfig, student: tuple[Path, Evidence] | None)
         e = load_evidence(folder)
     except UserError as problem:
         return TeacherFacts(name=teacher.name, note=f"its figures cannot be read: {problem}")
+    return facts_of_run(teacher.name, folder, e, student)
+
+
+def facts_of_run(name: str, folder: Path, e: Evidence, student: tuple[Path, Evidence] | None) -> TeacherFacts:
     note = ""
     if student is not None:
         theirs, ours = held_out_hashes([(folder, e), student])
@@ -354,7 +358,7 @@ def teacher_facts(teacher: TeacherConfig, student: tuple[Path, Evidence] | None)
             note = "it is not known whether its figures are of the same held-out samples"
         elif theirs != ours:
             note = "its figures are of other held-out samples than the students', so they do not compare"
-    return TeacherFacts(name=teacher.name, params=_params(e), note=note, **_figures(e))
+    return TeacherFacts(name=name, params=_params(e), note=note, **_figures(e))
 
 
 def _warnings(

@@ -73,7 +73,8 @@ def render_markdown(record: DistillationRecord) -> str:
     out += ["## Differences", ""]
     head = ["taught", "without", "at", "what", "difference", "says", "by seed"]
     out += table(head, [
-        [d.arm, d.against, d.basis, COLUMNS[d.measure].words, difference_text(d.measure, d.mean), d.said, _by_seed(d)]
+        [d.arm, d.against, d.basis, COLUMNS[d.measure].words, difference_text(d.measure, d.mean), d.said or "",
+         _by_seed(d)]
         for d in _whole(record)
     ])  # fmt: skip
     if kinds := _kinds(record):
@@ -127,7 +128,7 @@ def _arm_table(record: DistillationRecord, *, intervals: bool = True) -> tuple[l
         [a.name, *(_cells(m, a, intervals) for m in columns), _count(a.steps), _step(a.step_s), _seconds(a.total_s)]
         for a in record.arms
     ]
-    rows += [[f"teacher {Path(t.name).name}", *(_measured(m, t) for m in columns), "", "", ""] for t in record.teachers]
+    rows += [[f"teacher {t.name}", *(_measured(m, t) for m in columns), "", "", ""] for t in record.teachers]
     return ["arm", *(COLUMNS[m].words for m in columns), "steps", "s a step", "in all"], rows
 
 
@@ -174,7 +175,8 @@ def _whole(record: DistillationRecord) -> list[Difference]:
 
 
 def _by_seed(d: Difference) -> str:
-    return ", ".join(f"{seed}: {difference_text(d.measure, Mean(value=v))}" for seed, v in sorted(d.by_seed.items()))
+    told = {seed: difference_text(d.measure, Mean(value=v)) for seed, v in sorted(d.by_seed.items())}
+    return ", ".join(f"{seed}: {text.removesuffix(' points')}" for seed, text in told.items())
 
 
 def _lines(record: DistillationRecord) -> list[str]:
@@ -198,8 +200,8 @@ def _longer_told(x: Longer) -> str:
 def _break_even_told(b: BreakEven) -> str:
     pays = "never pays" if b.epochs is None else f"has paid for itself after {b.epochs:.1f} epochs"
     return (
-        f"A step of {b.kept} is {b.faster:.2f} times as fast as one of {b.online}, where teachers are asked online; over "
-        f"the whole run, with what is kept counted, {b.faster_in_all:.2f} times. Keeping the teachers' words {pays}."
+        f"A step of {b.kept} is {b.faster:.2f} times as fast as one of {b.online}, where teachers are asked "
+        f"online; over the whole run, with what is kept counted, {b.faster_in_all:.2f} times. Keeping the teachers' words {pays}."
     )
 
 
@@ -223,7 +225,7 @@ def _strips(record: DistillationRecord) -> Callable[[Difference], Markup]:
             return f"{_WIDE / 2 + value / scale * (_WIDE / 2 - 8):.1f}"
 
         mid = _HIGH / 2
-        out = [f'<svg class="strip {TONES[d.said]}" viewBox="0 0 {_WIDE} {_HIGH}" width="{_WIDE}" height="{_HIGH}" '
+        out = [f'<svg class="strip {TONES.get(d.said or "", "plain")}" viewBox="0 0 {_WIDE} {_HIGH}" width="{_WIDE}" height="{_HIGH}" '
                'role="img" aria-label="difference with its interval and seeds">',
                f'<line class="zero" x1="{x(0)}" x2="{x(0)}" y1="0" y2="{_HIGH}"/>']  # fmt: skip
         if d.mean.low is not None and d.mean.high is not None:

@@ -38,6 +38,8 @@ class Column(NamedTuple):
     unit: Unit
     higher: bool
     """Whether more is better."""
+    judged: bool = True
+    """Whether a teacher is there for it; being like the teacher is not the aim."""
 
 
 COLUMNS = {
@@ -45,7 +47,7 @@ COLUMNS = {
     "eval.loss": Column("held-out loss", "nats", False),
     "answer.gain.none": Column("gain over no image", "points", True),
     "pairs.right.correct": Column("contrast pairs right", "share", True),
-    "teacher.kl": Column("KL to its teacher", "nats", False),
+    "teacher.kl": Column("KL to its teacher", "nats", False, False),
     "transfer.share": Column("looking that came over", "share", True),
     "instruct.score": Column("instruction score", "share", True),
 }
@@ -168,7 +170,8 @@ class Difference(Record):
     """Kind of question; empty: all."""
     by_seed: dict[int, float]
     mean: Mean
-    said: Said
+    said: Said | None
+    """None: of a measurement that is not judged."""
 
 
 class Verdict(Record):
@@ -272,7 +275,13 @@ def _words(name: str, run: DistillationRow) -> str:
         LONGER: {"none": "without a teacher, for as long as the teacher costs"},
     }
     told = known.get(name, {}).get(run.teaching)
-    return told or ", ".join(f"{key.removeprefix('distill.')} {value}" for key, value in run.settings.items())
+    if told is not None:
+        return told
+    asked = {"distill.online", *(f"distill.{x}" for x in ONLY_KEPT)} if run.teaching == "online" else set()
+    own = {key.removeprefix("distill."): v for key, v in run.settings.items() if key not in asked and v is not None}
+    words = ["its teachers asked online"] if run.teaching == "online" else []
+    words += [f"{key} {str(v).lower() if isinstance(v, bool) else v}" for key, v in own.items()]
+    return ", ".join(words)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -317,7 +326,7 @@ def _difference(
     return [
         Difference(
             arm=arm, against=against, basis=basis, measure=measure, kind=kind, by_seed=dict(values), mean=mean,
-            said=judge(mean, higher=column.higher),
+            said=judge(mean, higher=column.higher) if column.judged else None,
         )
     ]  # fmt: skip
 
@@ -342,14 +351,14 @@ def _verdict(measure: str, basis: Basis, record: DistillationRecord, differences
         )  # fmt: skip
         return Verdict(measure=measure, basis=basis, said="cannot be told", why=why)
     words, mean = COLUMNS[measure].words, found.mean
+    assert found.said is not None
     if mean.low is None:
         why = f"{words} {difference_text(measure, mean)}, of one seed; {KD} minus {against} needs two for an interval"
     else:
-        held = "all" if found.said != "cannot be told" else "not all"
-        better = "above" if COLUMNS[measure].higher else "below"
-        side = f"{held} of the interval is {better} 0" if found.said != "does not help" else (
-            f"none of the interval is {better} 0"
-        )  # fmt: skip
+        side = {
+            "helps": "the whole interval is on the better side", "cannot be told": "0 is in the interval",
+            "does not help": "none of the interval is on the better side",
+        }[found.said]  # fmt: skip
         why = f"{words} {difference_text(measure, mean)} over {mean.n} seeds, {KD} minus {against}; {side}"
     return Verdict(measure=measure, basis=basis, said=found.said, why=why)
 
@@ -450,13 +459,14 @@ def difference_text(measure: str, mean: Mean) -> str:
 
 
 def answer(record: DistillationRecord) -> str:
-    """The verdicts in a line."""
-    told = []
-    for basis in ("equal steps", "equal time"):
-        right, loss = (record.verdict(m, basis).said for m in JUDGED)
-        words = right if right == loss else f"{right} (answers right), {loss} (held-out loss)"
-        told.append(f"at {basis}: {words}")
-    return "The teacher, " + "; ".join(told)
+    """The verdicts on answers in a line; on loss where no answers were scored."""
+    measure = ACCURACY if any(ACCURACY in a.at for a in record.arms) else LOSS
+    steps, later = (record.verdict(measure, basis).said for basis in ("equal steps", "equal time"))
+    words = {"helps": "the teacher helps", "does not help": "it does not help", "cannot be told": "it cannot be told"}
+    by = f"(by {COLUMNS[measure].words})"
+    if steps == later:
+        return f"At equal steps and at equal time {words[steps]} {by}"
+    return f"At equal steps {words[steps]}, at equal time {words[later]} {by}"
 
 
 def sizes(record: DistillationRecord) -> str:
