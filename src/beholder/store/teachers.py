@@ -158,7 +158,7 @@ class TeacherCache:
             tokens = np.zeros(-(-len(own) // TOKENS) * TOKENS, self.type)
             rows = tokens.view(np.uint8).reshape(-1, self.rows.row_bytes)
             keys = self._row_keys(self.sample_key(example, own), len(own))
-            if all(self.rows.read_into(key, memoryview(row)) for key, row in zip(keys, rows, strict=True)):
+            if all(self.rows.read_into(key, row.data) for key, row in zip(keys, rows, strict=True)):
                 found.append(tokens[: len(own)])
             else:
                 lost.append(example.id)
@@ -212,7 +212,7 @@ class TeacherCache:
             tokens[name][:n] = value.reshape(n, *self.type[name].shape)
         rows = tokens.view(np.uint8).reshape(-1, self.rows.row_bytes)
         keys = self._row_keys(self.sample_key(example, targets), n)
-        if writer.put([(key, memoryview(row)) for key, row in zip(keys, rows, strict=True)]) < len(keys):
+        if writer.put([(key, row.data) for key, row in zip(keys, rows, strict=True)]) < len(keys):
             raise UserError(
                 f"teacher cache {self.rows.root}: distill.max_gb = {self.rows.max_bytes / 1e9:g} GB is full; raise it, "
                 "lower distill.k, or use form sampled. What is stored stays"

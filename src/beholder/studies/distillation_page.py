@@ -201,7 +201,8 @@ def _break_even_told(b: BreakEven) -> str:
     pays = "never pays" if b.epochs is None else f"has paid for itself after {b.epochs:.1f} epochs"
     return (
         f"A step of {b.kept} is {b.faster:.2f} times as fast as one of {b.online}, where teachers are asked "
-        f"online; over the whole run, with what is kept counted, {b.faster_in_all:.2f} times. Keeping the teachers' words {pays}."
+        f"online; over the whole run, with what is kept counted, {b.faster_in_all:.2f} times. Keeping the "
+        f"teachers' words {pays}."
     )
 
 
@@ -225,7 +226,8 @@ def _strips(record: DistillationRecord) -> Callable[[Difference], Markup]:
             return f"{_WIDE / 2 + value / scale * (_WIDE / 2 - 8):.1f}"
 
         mid = _HIGH / 2
-        out = [f'<svg class="strip {TONES.get(d.said or "", "plain")}" viewBox="0 0 {_WIDE} {_HIGH}" width="{_WIDE}" height="{_HIGH}" '
+        tone = TONES.get(d.said or "", "plain")
+        out = [f'<svg class="strip {tone}" viewBox="0 0 {_WIDE} {_HIGH}" width="{_WIDE}" height="{_HIGH}" '
                'role="img" aria-label="difference with its interval and seeds">',
                f'<line class="zero" x1="{x(0)}" x2="{x(0)}" y1="0" y2="{_HIGH}"/>']  # fmt: skip
         if d.mean.low is not None and d.mean.high is not None:

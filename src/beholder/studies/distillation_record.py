@@ -28,7 +28,7 @@ from beholder.studies.record import read_record
 RECORD, TABLE, PAGE, TWIN = "distillation.json", "distillation.csv", "distillation.html", "distillation.md"
 
 KD, ALONE, LONGER = "kd", "alone", "longer"
-Unit = Literal["share", "points", "nats"]
+Unit = Literal["share", "points", "number"]
 Basis = Literal["equal steps", "equal time"]
 Said = Literal["helps", "does not help", "cannot be told"]
 
@@ -44,12 +44,12 @@ class Column(NamedTuple):
 
 COLUMNS = {
     "answer.accuracy.correct": Column("answers right", "share", True),
-    "eval.loss": Column("held-out loss", "nats", False),
+    "eval.loss": Column("held-out loss", "number", False),
     "answer.gain.none": Column("gain over no image", "points", True),
     "pairs.right.correct": Column("contrast pairs right", "share", True),
-    "teacher.kl": Column("KL to its teacher", "nats", False, False),
+    "teacher.kl": Column("KL to its teacher", "number", False, False),
     "transfer.share": Column("looking that came over", "share", True),
-    "instruct.score": Column("instruction score", "share", True),
+    "instruct.score.correct": Column("instruction score", "number", True),
 }
 """What is kept of a run, and of its teacher."""
 ACCURACY, LOSS = "answer.accuracy.correct", "eval.loss"
@@ -429,7 +429,7 @@ class _Scale:
 
 
 _SCALES: dict[Unit, _Scale] = {
-    "share": _Scale(100, " %", 1), "points": _Scale(100, " points", 1), "nats": _Scale(1, "", 4)
+    "share": _Scale(100, " %", 1), "points": _Scale(100, " points", 1), "number": _Scale(1, "", 4)
 }  # fmt: skip
 
 
