@@ -363,7 +363,8 @@ def evidence(steps: int, step_s: float, held_out: str = "a" * 64) -> Evidence:
 def test_the_longer_arm_takes_the_time_of_the_steps_and_of_what_is_kept_and_a_resume_decides_the_same(
     write_study: WriteStudy, tmp_path: Path
 ) -> None:
-    file = write_study(tmp_path, {"seeds": [1, 2]})
+    epochs = {"train.train_steps": None, "train.num_epochs": 5}
+    file = write_study(tmp_path, {"seeds": [1, 2]}, **epochs)
     runs = {r.name: r for r in plan_distillation(file).points.runs}
     assert cache_cost(tmp_path / "study", runs["kd_s1"]) is None
     for name, step_s in (("kd_s1", 0.5), ("alone_s1", 0.25)):
@@ -408,7 +409,7 @@ def test_a_teachers_figures_stand_beside_and_other_samples_are_told(tmp_path: Pa
 
 COMMAND = "import sys; from beholder.studies.distillation import run_distillation as run; "
 COMMAND += "sys.exit(run(sys.argv[1], promote_anyway=True).exit_code)"
-STEPS = 100
+STEPS = 40
 
 
 def steps(folder: Path) -> list[int]:

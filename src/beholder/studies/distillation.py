@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
-from beholder.config import DistillationConfig, DistillConfig, PointSetting, RunConfig, TeacherConfig
+from beholder.config import DistillationConfig, DistillConfig, PointSetting, RunConfig, TeacherConfig, TrainConfig
 from beholder.config.distill import PRESETS
 from beholder.config.file import load_config
 from beholder.evidence import Evidence, Measurement, held_out_hashes, load_evidence
@@ -173,7 +173,7 @@ def plan_distillation(config: str | Path, overrides: Sequence[str] = ()) -> Stud
     runs = resolve(config, overrides, base, own, sets)
     longer = longer_steps(folder, *(next(r for r in runs if r.point == name) for name in (KD, ALONE)))
     if own.longer and longer is not None:
-        last = {LONGER: {**NO_TEACHER, "train.train_steps": longer.steps}}
+        last = {LONGER: arm_settings({**NO_TEACHER, "train.train_steps": longer.steps})}
         runs += resolve(config, overrides, base, own, last)
     order = {seed: k for k, seed in enumerate(own.seeds)}
     runs.sort(key=lambda r: order.get(r.cfg.seed, 0))  # a study that is cut short has every arm once
@@ -183,14 +183,16 @@ def plan_distillation(config: str | Path, overrides: Sequence[str] = ()) -> Stud
 
 
 def arm_settings(given: Mapping[str, PointSetting]) -> dict[str, PointSetting]:
-    """What an arm of one's own sets, and what follows from it: the base config says what its own preset, form and way
-    of asking need, and that must not stand beside another one."""
+    """What an arm sets, and what follows from it: the base config says what its own preset, form, way of asking and
+    length need, and that must not stand beside another one."""
     under: dict[str, PointSetting] = {}
     if (preset := PRESETS.get(str(given.get("distill.preset")))) is not None:
         under |= {"distill.alpha_end": None, "distill.temperature_end": None}
         under |= {f"distill.{name}": value for name, value in preset.items()}
     cleared = ONLY_KEPT if given.get("distill.online") is True else ("k", "draws") if "distill.form" in given else ()
     under |= {f"distill.{name}": DistillConfig.model_fields[name].default for name in cleared}
+    if given.get("train.train_steps") is not None:
+        under["train.num_epochs"] = TrainConfig.model_fields["num_epochs"].default
     return {**under, **given}
 
 
