@@ -388,8 +388,9 @@ def test_the_longer_arm_takes_the_time_of_the_steps_and_of_what_is_kept_and_a_re
 
     (tmp_path / "study" / "longer.json").write_text(json.dumps(study.longer.model_dump(mode="json")))
     (kept / "costs.jsonl").write_text('{"tokens": 1, "seconds": 100.0}\n')  # asked again, of other samples
-    again = plan_distillation(file)
-    assert again.longer == study.longer
+    assert plan_distillation(file).longer == study.longer
+    more = plan_distillation(file, ["distillation.seeds=[0, 1, 2]"])  # and so do more seeds
+    assert more.longer == study.longer and "longer_s0" in {r.name for r in more.points.runs}
 
 
 def test_a_teachers_figures_stand_beside_and_other_samples_are_told(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def plan_distillation(config: str | Path, overrides: Sequence[str] = ()) -> Stud
     sets |= {name: arm_settings(given) for name, given in own.arms.items()}
     folder = Path(base.run_dir)
     runs = resolve(config, overrides, base, own, sets)
-    longer = longer_steps(folder, *(next(r for r in runs if r.point == name) for name in (KD, ALONE)))
+    longer = longer_steps(folder, runs)
     if own.longer and longer is not None:
         last = {LONGER: arm_settings({**NO_TEACHER, "train.train_steps": longer.steps})}
         runs += resolve(config, overrides, base, own, last)
@@ -229,12 +229,13 @@ def with_caches(folder: Path, runs: Sequence[Point]) -> list[Point]:
     return found
 
 
-def longer_steps(folder: Path, kd: Point, alone: Point) -> Longer | None:
-    """Steps without a teacher that take the time of the taught run and of what is kept for it: what was written down,
-    else from both runs' evidence; None before they have finished, and where a time is not known."""
+def longer_steps(folder: Path, runs: Sequence[Point]) -> Longer | None:
+    """Steps without a teacher that take the time of a taught run and of what is kept for it: what was written down of
+    one of these, else from the first seed's evidence; None before that is there, and where a time is not known."""
     known = known_longer(folder)
-    if known is not None and known.alike == kd.hash:
+    if known is not None and known.alike in {r.hash for r in runs if r.point == KD}:
         return known
+    kd, alone = (next(r for r in runs if r.point == name) for name in (KD, ALONE))
     if not (is_finished(kd) and is_finished(alone)):
         return None
     taught, plain = (load_evidence(r.folder).cost for r in (kd, alone))
