@@ -169,6 +169,14 @@ def test_the_cost_of_what_is_kept_counts() -> None:
     assert rows["kd_s0"].model_copy(update={"cache_s": None}).total_s is None
 
 
+def test_distances_from_the_teacher_that_are_told_otherwise_do_not_compare() -> None:
+    asked = [row("online", seed, *KD[seed], kl_of="all ids") for seed in range(3)]
+    told = record(rows=[*record().rows, *asked])
+
+    assert {d.arm for d in told.differences if d.measure == "teacher.kl"} == {"kd"}
+    assert "KL to its teacher does not compare" in render_markdown(told)
+
+
 def test_when_keeping_has_paid_for_itself() -> None:
     online = [row("online", seed, *KD[seed], step_s=0.9, settings={"distill.online": True}) for seed in range(3)]
     (found,) = record(rows=[*record().rows, *online]).break_even
@@ -267,7 +275,8 @@ def questions(parts: TinyParts, folder: Path) -> Path:
 
 FEW = {
     "stage": "instruct", "model.lora.enable": True, "model.lora.r": 4, "model.lora.dropout": 0.0, "train.lr.lora": 1e-2,
-    "prompting.max_images_per_sample": 1, "eval.golden_size": 0, "eval.caption_samples": 12, "eval.answer_tokens": 4,
+    "prompting.max_images_per_sample": 1, "eval.golden_size": 0, "eval.caption_samples": 40, "eval.answer_tokens": 4,
+    "data.eval_size": 40,
     "eval.audit_turns": 0, "ablation.num_samples": 4,
 }  # fmt: skip
 
@@ -389,6 +398,13 @@ def test_the_longer_arm_takes_the_time_of_the_steps_and_of_what_is_kept_and_a_re
     (tmp_path / "study" / "longer.json").write_text(json.dumps(study.longer.model_dump(mode="json")))
     (kept / "costs.jsonl").write_text('{"tokens": 1, "seconds": 100.0}\n')  # asked again, of other samples
     assert plan_distillation(file).longer == study.longer
+    (tmp_path / "study" / "longer.json").unlink()
+    (kept / "costs.jsonl").write_text('{"tokens": 1000, "seconds": 0.001}\n')
+    for name, step_s in (("kd_s1", 0.2), ("alone_s1", 0.3)):  # on a machine that was busy
+        (plan_distillation(file).points.folder / name / "evidence.json").write_text(evidence(4, step_s).to_json())
+    quick = plan_distillation(file).longer
+    assert quick is not None and quick.steps == 4
+    (tmp_path / "study" / "longer.json").write_text(json.dumps(study.longer.model_dump(mode="json")))
     more = plan_distillation(file, ["distillation.seeds=[0, 1, 2]"])  # and so do more seeds
     assert more.longer == study.longer and "longer_s0" in {r.name for r in more.points.runs}
 

@@ -202,6 +202,13 @@ def teaching(cfg: RunConfig) -> Any:
     return "none" if not own.taught else "online" if own.online else "kept"
 
 
+def kl_of(cfg: DistillConfig) -> str:
+    """Which divergence `teacher.kl` is: with the rest of the ids as one it is smaller than over all of them."""
+    if cfg.online or cfg.form == "full":
+        return "all ids"
+    return f"the {cfg.k} likeliest ids and the rest" if cfg.form == "topk" else f"{cfg.draws} ids drawn"
+
+
 def with_caches(folder: Path, runs: Sequence[Point]) -> list[Point]:
     """The runs, each behind what must be kept for it; what no run waits for any more is left out.
 
@@ -243,7 +250,8 @@ def longer_steps(folder: Path, runs: Sequence[Point]) -> Longer | None:
     if not taught.step_s or not plain.step_s or cache is None:
         return None
     kd_s = taught.steps * taught.step_s
-    steps = max(1, round((kd_s + cache) / plain.step_s))
+    # A step with a teacher costs no less than one without; what looks so is a machine that was busy.
+    steps = max(plain.steps, round((kd_s + cache) / plain.step_s))
     return Longer(steps=steps, alike=kd.hash, cache_s=cache, kd_s=kd_s, step_s=plain.step_s)
 
 
@@ -298,7 +306,7 @@ def collect(study: Study, failed: Mapping[str, str] | None = None, *, interrupte
     for run in runs:
         known = facts_of(run, failed, interrupted=interrupted)
         known["arm"] = known.pop("point")
-        known |= {"teaching": teaching(run.cfg)}
+        known |= {"teaching": teaching(run.cfg), "kl_of": kl_of(run.cfg.learnt_from)}
         if run.name in evidence:
             known |= _measured(evidence[run.name])
             known["cache_s"] = cache_cost(folder, run) if teaching(run.cfg) == "kept" else None

@@ -19,6 +19,7 @@ from beholder.runs import atomic_write
 from beholder.studies.distillation_record import (
     ACCURACY,
     COLUMNS,
+    DISTANCE,
     JUDGED,
     KD,
     PAGE,
@@ -185,6 +186,13 @@ def _lines(record: DistillationRecord) -> list[str]:
     if record.longer is not None:
         out.append(_longer_told(record.longer))
     out += [_break_even_told(b) for b in record.break_even]
+    ways: dict[str, list[str]] = {}
+    for row in record.rows:
+        if DISTANCE in row.measured and row.arm not in ways.setdefault(row.kl_of, []):
+            ways[row.kl_of].append(row.arm)
+    if len(ways) > 1:
+        told = "; ".join(f"over {way}: {', '.join(arms)}" for way, arms in ways.items())
+        out.append(f"KL to its teacher does not compare between arms in which it is told otherwise ({told}).")
     out += [f"Teacher {t.name}: {t.note}." for t in record.teachers if t.note]
     return [*out, *(f"Note: {note}." for note in record.notes)]
 

@@ -52,7 +52,7 @@ COLUMNS = {
     "instruct.score.correct": Column("instruction score", "number", True),
 }
 """What is kept of a run, and of its teacher."""
-ACCURACY, LOSS = "answer.accuracy.correct", "eval.loss"
+ACCURACY, LOSS, DISTANCE = "answer.accuracy.correct", "eval.loss", "teacher.kl"
 JUDGED = (ACCURACY, LOSS)
 """What verdicts are about."""
 
@@ -80,6 +80,8 @@ class DistillationRow(Record):
     """failed: what it said."""
     teaching: Literal["kept", "online", "none"]
     """How its teachers are asked."""
+    kl_of: str = ""
+    """What its distance from the teacher is told by; those of two ways do not compare."""
     measured: dict[str, Measurement] = Field(default_factory=dict)
     """Over all samples, by name."""
     by_kind: tuple[Measurement, ...] = ()
@@ -305,6 +307,7 @@ def _differences(done: Mapping[str, Sequence[DistillationRow]]) -> list[Differen
             values = {
                 a.seed: a.measured[measure].value - b.measured[measure].value
                 for a, b in both if measure in a.measured and measure in b.measured
+                and (measure != DISTANCE or a.kl_of == b.kl_of)
             }  # fmt: skip
             found += _difference(arm, against, basis, measure, "", values, column)
         kinds = [(a.seed, kinds_of(a.by_kind), kinds_of(b.by_kind)) for a, b in both]
