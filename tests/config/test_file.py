@@ -29,6 +29,7 @@ from beholder.config.file import (
     without_inert,
 )
 from beholder.config.inert import inert_settings
+from beholder.config.parts import StudentConfig
 from beholder.config.section import Inert, Section, items_of, section_of
 from beholder.config.wording import annotation_at, expected
 from beholder.types import ConfigNote, DatasetKind, UserError
@@ -558,7 +559,7 @@ def _switched() -> Iterator[tuple[str, dict[str, Any]]]:
         whole = parse_config(MINIMAL, overrides=stage).model_dump(mode="json")
         del whole["gates"]  # no setting of theirs has a rule
         for switch in switches:
-            if switch not in infos:  # of a source: below
+            if switch not in infos or switch.startswith("model.student."):  # of a source, of a student: below
                 continue
             options = section.options_of(infos[switch].annotation)
             values = free.get(switch) or [v for o in options if get_origin(o) is Literal for v in get_args(o)]
@@ -585,6 +586,9 @@ def _switched() -> Iterator[tuple[str, dict[str, Any]]]:
         data["prompting"] |= {"template": "chat", "max_images_per_sample": 1}
         del data["model"]["connector"]["trainable"]  # whose default is another there
         yield "model.native", data
+        data = copy.deepcopy(whole)
+        data["model"]["student"] = StudentConfig(cut=(0,), learns="none").model_dump(mode="json")
+        yield "model.student.cut", data
         data = copy.deepcopy(whole)
         data["train"] |= {"quick_eval_size": 0, "quick_eval_steps": 0}
         yield "no quick evaluation", data
@@ -780,7 +784,9 @@ def test_every_count_of_the_schema_has_a_bound() -> None:
     counts = {path: words for path, words in told.items() if "a whole number" in words}
     assert len(counts) > 40
     unbound = {path for path, words in counts.items() if "of at most" not in words}
-    assert unbound == {"scales", "sweep.grid", "distillation.arms"}, "what these hold is given to other settings, which have theirs"
+    assert unbound == {"scales", "sweep.grid", "distillation.arms"}, (
+        "what these hold is given to other settings, which have theirs"
+    )
     assert told["train.num_threads"] == "a whole number above 0 and of at most 1024 or null"
     assert told["train.keep_checkpoints"] == "a whole number of at least 2 and of at most 1000000000"
 

@@ -41,7 +41,7 @@ def strangers(measured: Iterable[Measurement]) -> list[str]:
         ("vqa", ["a dog", "two"], [["a dog"] * 10, ["three"] * 10]),
         ("pope", ["yes", "no"], ["yes", "yes"]),
         ("caption", ["a red dog", "two cats"], ["a red dog", "three cats"]),
-        ("instruct", ["a red dog", "two cats"], ["a red dog", "three cats"]),
+        ("instructions", ["a red dog", "two cats"], ["a red dog", "three cats"]),
     ],
 )
 def test_scores_of_answer_files_have_their_rows(kind: Kind, said: list[str], right: list[object], tmp_path: Path):

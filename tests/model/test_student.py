@@ -149,7 +149,9 @@ def test_a_table_with_fewer_rows_than_ids_is_refused(words: LlmConfig) -> None:
 
 
 def test_without_weights_it_is_the_same_size(words: LlmConfig, teacher: Callable[[str], LlmConfig]) -> None:
-    for llm, settings in ((words, SMALL), (words, GPT2), (teacher("qwen3"), {"cut": (1, 2)})):
+    cases: list[tuple[LlmConfig, dict[str, Any]]]
+    cases = [(words, SMALL), (words, GPT2), (teacher("qwen3"), {"cut": (1, 2)})]
+    for llm, settings in cases:
         empty = empty_student(StudentConfig(**settings), llm)
 
         shapes = {k: p.shape for k, p in made(llm, **settings).model.named_parameters()}

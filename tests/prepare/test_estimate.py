@@ -536,8 +536,11 @@ def test_a_students_bytes_and_flops_are_what_is_counted(tmp_path, precision, lik
     with FlopCounterMode(display=False) as head:
         language.head(torch.randn(targets, 128, requires_grad=True)).sum().backward()
 
-    estimated = shape.activation_bytes(rows * length, DTYPES[precision].itemsize, length)
-    assert measured == pytest.approx(estimated, rel=0.5)
+    size = DTYPES[precision].itemsize
+    estimated = shape.activation_bytes(rows * length, size, length)
+    estimated += 0 if precision == "fp32" else size * shape.layer_params  # their casts, counted with the weights
+    print("BYTES", like, precision, measured / estimated)
+    assert measured == pytest.approx(estimated, rel=0.4)
     assert body.get_total_flops() == pytest.approx(shape.flops(rows * length, length), rel=0.05)
     assert head.get_total_flops() == pytest.approx(shape.head_flops(targets), rel=0.01)
 

@@ -74,6 +74,9 @@ def test_there_are_examples_enough_and_a_third_was_held_back() -> None:
         ("Does he wear a hat?", "He is not wearing a hat.", "He wears a hat and a red scarf.", 0, 0.45),
         ("Is the bus red or green?", "red", "red or green", 0.4, 0.8),
         ("What is it?", "a cat", "\ufffd" * 8 + " cat " + "\ufffd" * 5, 0.3, 0.85),
+        ("List 3.5 things.", "a cat", "a cat", 1, 1),
+        ("List 3.5 things.", "a cat", "a cat, a dog", 0.3, 0.9),
+        ("What is the number?", "1234567", "1234568", 0, 0.3),
         ("Say it.", "bye bye bye bye bye bye", "bye bye bye bye bye bye", 1, 1),
     ],
 )  # fmt: skip

@@ -11,7 +11,8 @@ import pytest
 
 from beholder.config import STAGES
 from beholder.config.run import TrackerName
-from beholder.train.tracking import TRACKERS, Opening, Trackers, check_installed, named, numbers
+from beholder.evidence.catalogue import CATALOGUE, quantity
+from beholder.train.tracking import GUIDE, TRACKERS, Opening, Trackers, check_installed, named, numbers
 from beholder.types import UserError
 
 
@@ -38,6 +39,7 @@ def test_a_line_of_the_log_gives_its_finite_numbers_and_those_of_monitors_and_ca
     ({"vqa.accuracy": 0.6, "vqa.accuracy/yes/no": 0.7, "answer.accuracy.correct": 0.5},
      {"stage2/vqa_accuracy": 0.6, "stage2/vqa_accuracy/yes/no": 0.7, "stage2/answer.accuracy.correct": 0.5}),
     ({"answer.accuracy.correct": 0.5}, {"stage2/vqa_accuracy": 0.5}),
+    ({"teacher.kl": 0.5}, {"stage2/teacher_kl_div": 0.5}),
     ({"instruct.score.correct": 0.8}, {"stage2/instruct_score": 0.8}),
     ({"ablation.delta.shuffled": 0.1}, {"stage2/ablation.delta.shuffled": 0.1}),
 ])  # fmt: skip
@@ -45,9 +47,14 @@ def test_numbers_have_the_guides_names_where_it_has_one(own: dict[str, float], g
     assert named(own, "stage2") == guide
 
 
+def test_the_guides_names_are_of_measurements_that_there_are() -> None:
+    measured = [name for ours in GUIDE.values() for name in ours if "." in name and not name.startswith("lr.")]
+    assert len(measured) == 4 and not [name for name in measured if quantity(name)[0] not in CATALOGUE]
+
+
 def test_every_stage_has_a_prefix_of_its_own_kind() -> None:
-    assert {name: STAGES[name].tracked_as for name in ("align", "instruct", "multi")} == {
-        "align": "stage1", "instruct": "stage2", "multi": "stage3",
+    assert {stage.name: stage.tracked_as for stage in STAGES.values()} == {
+        "align": "stage1", "instruct": "stage2", "multi": "stage3", "distill": "stage2",
     }  # fmt: skip
 
 

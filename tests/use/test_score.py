@@ -277,11 +277,11 @@ def test_instructions_are_scored_with_what_was_asked(folder: Path):
         {"id": 2, "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": "It is red."}]},
     ]
 
-    score = score_files("instruct", write(folder / "a.jsonl", said), write(folder / "r.jsonl", right))
+    score = score_files("instructions", write(folder / "a.jsonl", said), write(folder / "r.jsonl", right))
 
     parts = {name: value(score, f"instruct.{name}") for name in ("relevance", "completeness", "coherence")}
     assert parts == {"relevance": pytest.approx(2 / 3), "completeness": pytest.approx(2 / 3), "coherence": 1}
     assert value(score, "instruct.score") == pytest.approx(2.3 / 3)  # the question repeated is a readable sentence
     assert value(score, "instruct.score", "color") == 1
     with pytest.raises(UserError, match=r"r\.jsonl.*expected what was asked under one of instruction, .*without it"):
-        score_files("instruct", folder / "a.jsonl", write(folder / "r.jsonl", [{"id": 0, "answer": "red"}]))
+        score_files("instructions", folder / "a.jsonl", write(folder / "r.jsonl", [{"id": 0, "answer": "red"}]))

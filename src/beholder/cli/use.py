@@ -97,10 +97,10 @@ def chat(
 @app.command(epilog=example("beholder score vqa --predictions answers.jsonl --references v2_val2014_annotations.json"))
 def score(
     kind: Annotated[
-        Literal["vqa", "pope", "caption", "instruct"],
+        Literal["vqa", "pope", "caption", "instructions"],
         typer.Argument(
             metavar="KIND",
-            help="vqa: official VQA accuracy. pope: yes and no. caption: BLEU, CIDEr, … instruct: relevance, "
+            help="vqa: official VQA accuracy. pope: yes and no. caption: BLEU, CIDEr, … instructions: relevance, "
             "completeness, coherence.",
         ),
     ],
@@ -114,7 +114,7 @@ def score(
 
     Predictions: {"question_id": 1, "answer": "yes"} a line or in a JSON array; caption: {"image_id": 1, "caption": "A
     dog."}. References: VQA's, COCO's or GQA's own files, or {"question_id": 1, "answers": ["yes", …]} a line;
-    instruct: with "instruction", or messages.
+    instructions: with "instruction", or messages.
 
     Python: beholder.use.score.score_files.
     """

@@ -19,7 +19,7 @@ NO_ADAPTERS = Inert(
 )  # fmt: skip
 FROZEN_LANGUAGE = Inert(
     lambda cfg, _: not cfg.language_learns, "the language model's own weights do not learn (model.student)",
-    "model.student model.student.learns",
+    "model.student",
 )  # fmt: skip
 FROZEN_CONNECTOR = Inert(
     lambda cfg, _: not cfg.model.connector.trainable, "model.connector.trainable is false", "model.connector.trainable"
@@ -292,7 +292,7 @@ class StudentConfig(Section):
     learns: Literal["all", "layers", "none"] = "all"
     """all: its layers, its embeddings and its head. layers: not the embeddings and the head. none: nothing of it, as
     stage align and ``model.lora`` have it. It has no dropout."""
-    max_params: Annotated[int | None, Field(gt=0), Tiny()] = None
+    max_params: Annotated[int | None, Field(gt=0, le=10**12), Tiny()] = None
     """Weights that tower, connector and language model may have together; more is an error. ``beholder plan`` counts
     them."""
 

@@ -145,9 +145,7 @@ SLOT_GATES: dict[str, GateConfig] = {
 """What every stage of several images must show as well (S3-3)."""
 
 
-TAUGHT_GATES: dict[str, GateConfig] = {
-    name: gate for name, gate in INSTRUCT_GATES.items() if name not in ("text_unchanged", "retained", "merges")
-} | {
+TAUGHT_GATES: dict[str, GateConfig] = INSTRUCT_GATES | {
     "close_to_teacher": _gate(
         "teacher.kl", "its next tokens are distributed nearly as its teachers'", at_most=1.0
     ),
@@ -156,7 +154,7 @@ TAUGHT_GATES: dict[str, GateConfig] = {
         "its words", at_least=0.5, end="low",
     ),
 }  # fmt: skip
-"""The gates of every distillation (D-6, E-6). Its language model learns whole, so nothing is to be kept of a base."""
+"""The gates of every distillation (D-6, E-6); those on a base that stays are not judged where it learns whole."""
 
 
 class GuardrailConfig(Section):

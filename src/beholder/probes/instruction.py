@@ -171,7 +171,7 @@ def _unit(word: str) -> str:
         return NOT
     number = _NUMBERS.get(word, word.replace(",", ""))
     if _is_number(number):
-        return f"{float(number):g}" if float(number) else NOT
+        return f"{float(number):.15g}" if float(number) else NOT
     word = _IRREGULAR.get(word, word)
     if word in _FUNCTION or not word.isalpha() or len(word) < 4:
         return word
@@ -189,22 +189,21 @@ def _content_of(words: Sequence[str]) -> list[str]:
     return [_unit(w) for w in words if w not in _FUNCTION or w in _NUMBERS]
 
 
-@lru_cache(maxsize=1 << 14)
+@lru_cache(maxsize=1 << 12)
 def _said(text: str, without: tuple[str, ...] = ()) -> _Said:
     """``without``: words that are left out where they stand one after another."""
     words = _cut_out(_words(text), without)
     low = unicodedata.normalize("NFC", text).lower()
-    yes, no = _OPENING_YES.match(low) is not None, _OPENING_NO.match(low) is not None
     content = set(_content_of(words))
-    if yes:
-        opening = _OPENING_YES.match(low)
-        assert opening is not None
+    polarity = None
+    if opening := _OPENING_YES.match(low):
         content -= {_unit(w) for w in _words(opening[0])}
         content.add(YES)
-    elif no:
+        polarity = True
+    elif _OPENING_NO.match(low):
         content.add(NOT)
-    light = frozenset(w for w in words if w in _FUNCTION)
-    return _Said(frozenset(content), light, True if yes else False if no else None)
+        polarity = False
+    return _Said(frozenset(content), frozenset(w for w in words if w in _FUNCTION), polarity)
 
 
 def _cut_out(words: list[str], without: tuple[str, ...]) -> list[str]:
@@ -301,7 +300,7 @@ def _format(instruction: str, reference: str, answer: str) -> float:
     if (found := _LIST.search(low)) and _is_number(number := _unit(found[1] or found[2])):
         items = {frozenset(_content_of(_words(piece))) for s in _sentences(answer) for piece in _ITEM_END.split(s)}
         items = {frozenset(u for u in item if not _is_number(u)) for item in items} - {frozenset()}
-        kept = min(1.0, len(items) / max(int(number), 1))
+        kept = min(1.0, len(items) / max(float(number), 1.0))
     if _ONE_WORD.search(low) and len(answer.split()) > max(SHORT_WORDS, len(reference.split())):
         kept *= UNASKED
     return kept

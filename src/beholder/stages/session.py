@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from types import MappingProxyType
 from typing import Any, Self
@@ -35,7 +35,8 @@ from beholder.terminal import Terminal
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
 from beholder.train.tracking import Trackers
-from beholder.types import ImageGeometry, Status, TrainedPart
+from beholder.train.trained import identity
+from beholder.types import ImageGeometry, Status, TrainedPart, UserError
 
 BASE = (
     "the adapters of {} earlier run(s) are part of the base's weights (model.lora.adapters: merge); what is compared "
@@ -93,7 +94,16 @@ class Session:
             else hashlib.sha256(to_json(asdict(g)).encode()).hexdigest(),
             "data": self.data.train.fingerprint,
             "encoder": self.data.encoder.fingerprint,
+            **self._teachers(),
         }
+
+    def _teachers(self) -> dict[str, str]:
+        """Of those that are there: a finished student is measured without them as well."""
+        found: dict[str, str] = {}
+        for number, teacher in enumerate(self.cfg.distill.teachers if self.cfg.distill else (), 1):
+            with suppress(UserError):
+                found[f"teacher {number}"] = identity(teacher)
+        return found
 
     def gap(self, what: str) -> None:
         """Something that a reader of the report must know was not had."""

@@ -27,24 +27,22 @@ from beholder.data.collate import AskedTeacher, Layout, SampleBuilder, eval_batc
 from beholder.data.images import ImageError, ImagePipeline, NativePipeline
 from beholder.data.shared_tokens import aligned, shared_ids, token_bytes
 from beholder.data.tokens import tokenizer_fingerprint
+from beholder.evidence import Measurement
 from beholder.model.build import Vlm, build_vlm
 from beholder.model.divergence import Full, TopK, columns, sampled, top_k
 from beholder.probes import joined as joined_words
 from beholder.probes import loss, measurement, measuring, ratio_of_sums, transfer, wrong_images
 from beholder.probes.loss import SampleLoss
-from beholder.runs import RunDir, atomic_write, sha256_file, stop_signals, to_json
+from beholder.runs import RunDir, atomic_write, stop_signals, to_json
 from beholder.stages.lifetime import sole_writer
 from beholder.stages.measured import Measured
 from beholder.stages.session import Session, open_session
 from beholder.store.teachers import KEPT_FOR, TOKENS, TeacherCache, TeacherKey, teachers_dir
-from beholder.train import checkpoint
 from beholder.train.distributed import joined
 from beholder.train.objectives import log_probabilities, taught_losses
-from beholder.train.trained import open_trained
+from beholder.train.trained import identity, open_trained
 from beholder.types import Batch, Condition, Example, Supervised, TeacherReader, UserError
 
-_PEEK = 2**20
-"""Bytes at each end of a large weight file that stand for it."""
 _INDEX = 20
 """Bytes of the row store's index for a token, about."""
 HELD_OUT: tuple[Condition, ...] = ("correct", "shuffled")
@@ -53,30 +51,6 @@ HELD_OUT: tuple[Condition, ...] = ("correct", "shuffled")
 
 # ---------------------------------------------------------------------------------------------------------------
 # Which teacher it is
-
-
-def identity(teacher: TeacherConfig) -> str:
-    """sha256 that stands for a teacher's weights and template, without loading them: of a run, its checkpoint's
-    manifest, which lists the hash of everything in it; of a native model in a folder, its files; of one from a hub, its
-    name and revision. Raises `UserError` for one that is not there."""
-    if teacher.run is not None:
-        return sha256_file(checkpoint.resolve_checkpoint(teacher.run) / checkpoint.MANIFEST)
-    assert teacher.native is not None
-    digest = hashlib.sha256(f"{teacher.precision}".encode())
-    if teacher.chat_template is not None:
-        digest.update(Path(teacher.chat_template).read_bytes())
-    folder = Path(teacher.native)
-    if not folder.is_dir():
-        return hashlib.sha256(f"{digest.hexdigest()} {teacher.native}@{teacher.revision}".encode()).hexdigest()
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_PEEK))
-            if size > _PEEK:
-                file.seek(max(_PEEK, size - _PEEK))
-                digest.update(file.read(_PEEK))
-    return digest.hexdigest()
 
 
 def keys(session: Session) -> list[TeacherKey]:
@@ -487,22 +461,25 @@ def held_out_losses(session: Session, teacher: Teacher) -> dict[Condition, list[
 
 def closeness(session: Session, m: Measured) -> None:
     """How far the student's next tokens are from its teachers', and whether it leans on the image as they do (E-6)."""
+    try:
+        with session.phase("teachers"), teachers_of(session) as (readers, asked):
+            m.measurements.append(distance(session, readers, asked))
+            looking_beside(session, m, readers, asked)
+    except UserError as e:  # a teacher that is gone, or of which nothing is kept about a sample
+        m.gaps.append(f"Distance from the teachers: not measured: {e}.")
+
+
+def distance(session: Session, readers: Readers, asked: Sequence[Teacher]) -> Measurement:
+    """``teacher.kl``: Σ wᵢ KL(teacherᵢ ‖ student) per supervised token of the held-out samples."""
     cfg, held = session.cfg.learnt_from, session.held_out
     t = 1.0 if 1.0 in cfg.kept_temperatures or cfg.online or cfg.form == "full" else cfg.temperature
-    with session.phase("teachers"), teachers_of(session) as (readers, asked):
-        builder = replace(session.data.builder(session.store, train=False, cfg=session.cfg), teachers=readers)
-        try:
-            mine = divergences(session, builder, asked, t)
-        except UserError as e:
-            m.gaps.append(f"Distance from the teachers: not measured: {e}.")
-            return
-        found = {id: (kl, n) for own in session.dist.gather_objects(mine) for id, kl, n in own}
-        kl, tokens = (np.array([found[e.id][k] for e in held.examples]) for k in (0, 1))
-        told = "of all teachers, by their weights" if len(cfg.teachers) > 1 else None
-        about = joined_words(f"at temperature {t:g}", told)
-        value = ratio_of_sums(kl, tokens.astype(np.float64), held.seed)
-        m.measurements.append(measurement("teacher.kl", *value, n=len(kl), caveat=about))
-        looking_beside(session, m, readers, asked)
+    builder = replace(session.data.builder(session.store, train=False, cfg=session.cfg), teachers=readers)
+    mine = divergences(session, builder, asked, t)
+    found = {id: (kl, n) for own in session.dist.gather_objects(mine) for id, kl, n in own}
+    kl, tokens = (np.array([found[e.id][k] for e in held.examples]) for k in (0, 1))
+    told = "of all teachers, by their weights" if len(cfg.teachers) > 1 else None
+    value = ratio_of_sums(kl, tokens.astype(np.float64), held.seed)
+    return measurement("teacher.kl", *value, n=len(kl), caveat=joined_words(f"at temperature {t:g}", told))
 
 
 def looking_beside(session: Session, m: Measured, readers: Readers, asked: Sequence[Teacher]) -> None:

@@ -58,7 +58,7 @@ class TeacherKey:
     name: str
     """For messages: the same teacher may lie elsewhere."""
     teacher: str
-    """sha256 that stands for its weights (`stages.teachers.identity`)."""
+    """sha256 that stands for its weights (`train.trained.identity`)."""
     template: str
     tokenizer: str
     """sha256 of the student's: ids are its own."""

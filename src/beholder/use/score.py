@@ -1,7 +1,7 @@
 """Scores of plain answer files against plain reference files, so that anyone can check the arithmetic of a report.
 
-No model and no run is needed: ``beholder score vqa|pope|caption|instruct`` reads two JSON or JSONL files and calls the
-functions that runs are scored with (`probes.vqa`, `probes.answers`, `probes.captions`, `probes.instruction`). Which
+No model and no run is needed: ``beholder score vqa|pope|caption|instructions`` reads two JSON or JSONL files and calls
+the functions that runs are scored with (`probes.vqa`, `probes.answers`, `probes.captions`, `probes.instruction`). Which
 fields a file may have stands at `read_predictions` and `read_references`.
 """
 
@@ -29,7 +29,7 @@ from beholder.probes.vqa import vqa_accuracy
 from beholder.terminal import Terminal
 from beholder.types import UserError, printable
 
-Kind = Literal["vqa", "pope", "caption", "instruct"]
+Kind = Literal["vqa", "pope", "caption", "instructions"]
 
 MAX_CHARACTERS = 20_000
 """Of a text that is scored."""
@@ -37,7 +37,7 @@ MAX_TOLD = 10
 """Ids that an error names."""
 _IDS = {
     "vqa": ("question_id", "id"), "pope": ("question_id", "id"), "caption": ("image_id", "id"),
-    "instruct": ("question_id", "id"),
+    "instructions": ("question_id", "id"),
 }  # fmt: skip
 _TEXTS = ("answer", "prediction", "text", "caption", "response")
 _INSTRUCTIONS = ("instruction", "question", "query", "prompt")
@@ -52,7 +52,7 @@ class Reference:
 
     texts: tuple[str, ...]
     instruction: str = ""
-    """What was asked; for ``instruct`` alone."""
+    """What was asked; for ``instructions`` alone."""
     question_type: str = ""
     answer_type: str = ""
 
@@ -99,7 +99,7 @@ def score_files(kind: Kind, predictions: str | Path, references: str | Path) -> 
 
     ``vqa``: official VQA accuracy, overall, by question type and by answer type, and the share that is the most
     frequent reference exactly. ``pope``: accuracy, precision, recall, F1 and yes-rate of yes/no answers. ``caption``:
-    exact match, BLEU-1…4, ROUGE-L and CIDEr-D against one or more captions. ``instruct``: instruction following as
+    exact match, BLEU-1…4, ROUGE-L and CIDEr-D against one or more captions. ``instructions``: instruction following as
     `probes.instruction` defines it, and its parts. Raises UserError for a file that cannot be
     read, a record without id or text, and ids that are missing, unknown or there twice, naming them.
     """
@@ -123,7 +123,7 @@ def score_files(kind: Kind, predictions: str | Path, references: str | Path) -> 
                 f"{file}: the text of id {_some([id[:80]])} has {len(text):,} characters, expected at most "
                 f"{MAX_CHARACTERS:,}: scoring takes time that grows with the square; cut it"
             )
-    scored = {"vqa": _vqa, "pope": _pope, "caption": _captions, "instruct": _instructions}[kind](texts, given)
+    scored = {"vqa": _vqa, "pope": _pope, "caption": _captions, "instructions": _instructions}[kind](texts, given)
     return Score(kind, str(predictions), str(references), len(texts), scored)
 
 
@@ -168,9 +168,9 @@ def read_references(path: Path, kind: Kind, id_field: str | None = None) -> dict
     - a GQA question file, an object of questions by id;
     - a JSON array or JSONL of objects with an id and ``answers`` (texts, or objects with ``answer``), ``answer``,
       ``label``, ``captions``, ``caption``, ``references``, ``reference`` or ``messages`` (the assistant's last turn),
-      and perhaps ``question_type`` and ``answer_type``. POPE's label files are of this shape. ``instruct`` also needs
-      what was asked, under ``instruction``, ``question``, ``query`` or ``prompt`` or in ``messages``, and takes
-      ``response`` and ``output``.
+      and perhaps ``question_type`` and ``answer_type``. POPE's label files are of this shape. ``instructions``
+      also needs what was asked, under ``instruction``, ``question``, ``query`` or ``prompt`` or in ``messages``, and
+      takes ``response`` and ``output``.
 
     ``id_field``: where the answers have their ids; it goes first where a record has several.
     """
@@ -202,7 +202,7 @@ def _reference(record: Mapping[str, Any], kind: Kind, where: str) -> Reference:
     own = {
         "vqa": ("answers", "answer", "label", "multiple_choice_answer"), "pope": ("label", "answer", "answers"),
         "caption": ("captions", "caption", "answers", "answer"),
-        "instruct": ("answers", "answer", "response", "output"),
+        "instructions": ("answers", "answer", "response", "output"),
     }[kind]  # fmt: skip
     order = (*own, *_REFERENCES)
     value = next((record[name] for name in order if name in record), None)
@@ -220,7 +220,7 @@ def _reference(record: Mapping[str, Any], kind: Kind, where: str) -> Reference:
     if kind == "pope" and says_yes(texts[0]) is None:
         raise UserError(f"{where}: the reference is {texts[0]!r}, expected yes or no; score other answers with vqa")
     kind_asked = gqa_kind(record["types"]) if isinstance(record.get("types"), dict) else record.get("question_type")
-    instruction = _instruction(record, turns, where) if kind == "instruct" else ""
+    instruction = _instruction(record, turns, where) if kind == "instructions" else ""
     return Reference(texts, instruction, _text_of(kind_asked), _text_of(record.get("answer_type")))
 
 
