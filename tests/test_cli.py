@@ -34,7 +34,7 @@ from beholder.types import Status, UserError
 
 COMMANDS = (
     "quickstart", "run", "prepare", "check", "preview", "plan", "generate", "chat", "score", "evaluate", "ablate",
-    "audit", "golden show", "golden diff", "sweep", "compare", "report", "doctor", "schema",
+    "audit", "golden show", "golden diff", "sweep", "distill", "compare", "report", "doctor", "schema",
 )  # fmt: skip
 
 

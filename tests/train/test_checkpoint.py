@@ -532,7 +532,7 @@ def test_settings_that_one_side_does_not_know_are_listed() -> None:
 def test_what_may_change_on_resume_is_derived_from_the_settings_and_moves_no_weight() -> None:
     paths = [s.path for s in settings(RunConfig) if section_of(s.info.annotation) is None]
     may = {p for p in paths if may_change(p, same_data=True)}
-    assert {p for p in may if not p.startswith(("eval.", "ablation.", "sweep.", "footprint."))} == {
+    assert {p for p in may if not p.startswith(("eval.", "ablation.", "sweep.", "footprint.", "distillation."))} == {
         "run_name", "output_dir", "device", "model.connector.load_checkpoint", "data.num_workers",
         "data.prefetch_factor", "data.pin_memory", "data.persistent_workers", "data.verify_images", "features.dir",
         "features.max_gb", "train.num_threads", "model.llm.gradient_checkpointing", "train.save_every",

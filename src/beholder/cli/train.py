@@ -115,3 +115,21 @@ def footprint(
     result = run_footprint(config, sets or [], console=terminal(), promote_anyway=promote_anyway)
     result.print(terminal())
     raise typer.Exit(result.exit_code)
+
+
+@app.command(epilog=example("beholder distill configs/quickstart/distill.yaml"))
+def distill(
+    config: ConfigArg,
+    sets: Sets = None,
+    promote_anyway: StartAnyway = False,
+) -> None:
+    """Does a teacher help? Its words kept, students with and without it over seeds, and a page that answers.
+
+    At equal steps, and at equal time with the cost of what is kept counted. Only what is missing is run. Python:
+    beholder.studies.distillation.run_distillation.
+    """
+    from beholder.studies.distillation import run_distillation
+
+    result = run_distillation(config, sets or [], console=terminal(), promote_anyway=promote_anyway)
+    result.print(terminal())
+    raise typer.Exit(result.exit_code)

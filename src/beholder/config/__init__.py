@@ -73,13 +73,13 @@ from beholder.config.stages import (
     StageName,
     usual_gate,
 )
-from beholder.config.studies import SCALES, FootprintConfig, PointSetting, StudyConfig, SweepConfig
+from beholder.config.studies import SCALES, DistillationConfig, FootprintConfig, PointSetting, StudyConfig, SweepConfig
 from beholder.types import DatasetKind
 
 __all__ = [
     "CAPTION_SPAM", "GREEDY", "GUARDRAILS", "MONITORED", "MONITORS", "RETAINED", "SCALES", "SHARES", "STAGES",
-    "STRENGTH_LINE", "WATCHED", "AblationConfig", "BestRule", "Cadence", "ConnectorConfig", "DataConfig",
-    "DatasetKind", "Decided", "DistillConfig", "EvalConfig", "FeaturesConfig", "FootprintConfig", "Fraction",
+    "STRENGTH_LINE", "WATCHED", "AblationConfig", "BestRule", "Cadence", "ConnectorConfig", "DataConfig", "DatasetKind",
+    "Decided", "DistillConfig", "DistillationConfig", "EvalConfig", "FeaturesConfig", "FootprintConfig", "Fraction",
     "GateConfig", "GenerateConfig", "GuardrailConfig", "HygieneConfig", "HygieneLimits", "IrrelevantConfig", "Layers",
     "LearningRates", "LlmConfig", "LoraConfig", "ModelConfig", "Monitor", "OodConfig", "PointSetting", "Positive",
     "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig", "Section", "SourceConfig", "Stage",

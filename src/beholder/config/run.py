@@ -38,7 +38,7 @@ from beholder.config.stages import (
     complete_guardrails,
     stage_of,
 )  # fmt: skip
-from beholder.config.studies import FootprintConfig, SweepConfig
+from beholder.config.studies import DistillationConfig, FootprintConfig, StudyConfig, SweepConfig
 
 # ---------------------------------------------------------------------------------------------------------------
 # train, eval
@@ -410,6 +410,8 @@ class RunConfig(Section):
     """Only for ``beholder sweep``."""
     footprint: Annotated[FootprintConfig | None, decides("run"), Tiny()] = None
     """Only for ``beholder footprint``."""
+    distillation: Annotated[DistillationConfig | None, decides("run"), Tiny()] = None
+    """Only for ``beholder distill``."""
 
     @field_validator("prompting")
     @classmethod
@@ -429,6 +431,12 @@ class RunConfig(Section):
         stage, own = stage_of(info.data.get("stage"), info.data.get("model")), info.data.get("eval")
         watched = own.watched if isinstance(own, EvalConfig) else ()
         return complete_guardrails(given, stage, watched.__contains__)
+
+    @property
+    def studies(self) -> dict[str, StudyConfig]:
+        """The sections that make it more than one run."""
+        held = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: study for name, study in held.items() if isinstance(study, StudyConfig)}
 
     @property
     def guards(self) -> dict[str, GuardrailConfig]:

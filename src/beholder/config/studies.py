@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -14,6 +14,9 @@ from beholder.config.section import Fraction, Natural, Positive, Section
 
 class StudyConfig(Section):
     """What every study has: repeats, and how many runs at a time."""
+
+    command: ClassVar[str]
+    """What of beholder runs it."""
 
     seeds: tuple[Annotated[int, Field(ge=0, le=2**32 - 1)], ...] = ()
     """Repeat every point with these seeds, to tell a difference from chance; none: the config's seed alone."""
@@ -30,6 +33,8 @@ class StudyConfig(Section):
 
 class SweepConfig(StudyConfig):
     """Short runs over a grid of settings, on one split and one golden set (``beholder sweep``)."""
+
+    command = "sweep"
 
     grid: dict[str, tuple[bool | int | float | str, ...]]
     """Dotted setting -> the values it takes; every combination is a run."""
@@ -71,6 +76,8 @@ class PointConfig(Section):
 class FootprintConfig(StudyConfig):
     """How many layers of each tower should learn? (``beholder footprint``, stage 4.) Every point is a run that goes on
     from ``model.connector.load_checkpoint``."""
+
+    command = "footprint"
 
     llm_layers: tuple[Natural, ...] = (0, 2, 4)
     """Last layers of the language model that get adapters; 0 first, then rising. With ``vision_blocks`` they make the
@@ -122,10 +129,7 @@ class FootprintConfig(StudyConfig):
         for name, section in own.items():
             if name in made or (name in self.points and name in self.groups):
                 wrong.append(f"{section} has {name!r}, which is a point or a group already; give it another name")
-            elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}", name):
-                wrong.append(
-                    f"{section} has {name!r}; a name is part of a path: letters, digits, and _ . + - after one"
-                )
+            wrong += _no_name(section, name)
         matrix = self.matrix()
         points = [*matrix, *self.controls(), *(["restart"] if self.restart else []), *self.points]
         named: list[tuple[str, tuple[str, ...], set[str]]] = [
@@ -189,6 +193,12 @@ class FootprintConfig(StudyConfig):
         return []
 
 
+def _no_name(section: str, name: str) -> list[str]:
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}", name):
+        return []
+    return [f"{section} has {name!r}; a name is part of a path: letters, digits, and _ . + - after one"]
+
+
 def _near(name: str, known: set[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     return f"nearest: {', '.join(close)}" if close else f"there are {', '.join(sorted(known))}"
@@ -197,6 +207,39 @@ def _near(name: str, known: set[str]) -> str:
 CONTROLS = ("first", "similar", "attention", "gate_up")
 """At equal numbers of adapter parameters (S4-6): the first layers in place of the last; the layers that change most
 what passes through them; attention alone; gate and up alone."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# distillation
+
+ARMS = ("kd", "alone", "longer")
+"""What every distillation study compares."""
+
+
+class DistillationConfig(StudyConfig):
+    """Does a teacher help? (``beholder distill``.) The student as the config says (``kd``); at the same steps without a
+    teacher (``alone``); and without one for as long as the teacher costs (``longer``), each with every seed."""
+
+    command = "distill"
+
+    seeds: tuple[Annotated[int, Field(ge=0, le=2**32 - 1)], ...] = (0, 1, 2)
+    """Repeat every arm with these seeds: intervals are over them."""
+    longer: bool = True
+    """Run the arm ``longer``: as ``alone``, for the time of the steps of ``kd`` and of what is kept of its teachers."""
+    arms: dict[str, dict[str, PointSetting]] = Field(default_factory=dict)
+    """Arms of one's own: name -> dotted setting -> value on top of the base config's, such as ``soft: {distill.preset:
+    soft}``. A preset there counts more than what the base config says of alpha and temperature."""
+
+    def impossible(self) -> list[str]:
+        wrong = super().impossible()
+        for name, given in self.arms.items():
+            if name in ARMS:
+                wrong.append(f"arms has {name!r}, which every study has; give it another name")
+            else:
+                wrong += _no_name("arms", name)
+            if not given:
+                wrong.append(f"arms {name} sets nothing, so it would be kd again; give its settings, or leave it out")
+        return wrong
 
 
 SCALES: dict[str, dict[str, bool | int | float | str | None]] = {

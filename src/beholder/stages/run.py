@@ -110,11 +110,10 @@ def run_stage(cfg: RunConfig, *, resume: str = "auto", promote_anyway: bool = Fa
     run whose gates failed. Raises `UserError` for wrong input and `NonFiniteError` when the loss or a gradient is not
     finite; ``run.json`` says how it ended in every case.
     """
-    for study in ("sweep", "footprint"):
-        if getattr(cfg, study) is not None:
-            raise UserError(
-                f"this config holds a {study}; run it with: beholder {study} CONFIG (or remove its {study} section)"
-            )
+    for name, study in cfg.studies.items():
+        raise UserError(
+            f"this config holds a {name}; run it with: beholder {study.command} CONFIG (or remove its {name} section)"
+        )
     if wrong := unmeasurable(cfg.gates):
         raise UserError("; ".join(wrong))
     run = RunDir(cfg.run_dir)

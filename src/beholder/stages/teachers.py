@@ -37,7 +37,7 @@ from beholder.runs import RunDir, atomic_write, stop_signals, to_json
 from beholder.stages.lifetime import sole_writer
 from beholder.stages.measured import Measured
 from beholder.stages.session import Session, open_session
-from beholder.store.teachers import TOKENS, TeacherCache, TeacherKey, teachers_dir
+from beholder.store.teachers import KEPT_FOR, TOKENS, TeacherCache, TeacherKey, teachers_dir
 from beholder.train.distributed import joined
 from beholder.train.objectives import log_probabilities, taught_losses
 from beholder.train.trained import identity, open_trained
@@ -262,6 +262,8 @@ class Kept:
     reused: int
     tokens: int
     """Supervised tokens of the samples that were made."""
+    train_tokens: int
+    """Supervised tokens of all training samples, made now or before."""
     bytes_per_token: int
     """Without the index."""
     seconds: float
@@ -313,7 +315,11 @@ def cache_teachers(cfg: RunConfig) -> Cached:
             raise UserError("beholder teacher-cache runs as one process; start it without torchrun")
         run.create()
         with open_session(cfg, run, dist) as session:
-            return Cached(tuple(keep(session, t, k) for t, k in zip(cfg.distill.teachers, keys(session), strict=True)))
+            cached = Cached(
+                tuple(keep(session, t, k) for t, k in zip(cfg.distill.teachers, keys(session), strict=True))
+            )
+        atomic_write(run.path / KEPT_FOR, to_json(cached.to_json(), indent=1) + "\n")
+        return cached
 
 
 def keep(session: Session, which: TeacherConfig, key: TeacherKey) -> Kept:
@@ -354,9 +360,11 @@ def keep(session: Session, which: TeacherConfig, key: TeacherKey) -> Kept:
                 atomic_write(file, to_json({c: [asdict(x) for x in own] for c, own in found.items()}) + "\n")
         cache.remember()
         reused = len(wanted) - len(todo) - len(rejects)
+        train_tokens = sum(len(targets) for _, targets in wanted[: len(wanted) - len(session.held_out.examples)])
         return Kept(
-            key.name, str(cache.rows.folder), len(wanted), reused, tokens, cache.type.itemsize, seconds, rejects
-        )
+            key.name, str(cache.rows.folder), len(wanted), reused, tokens, train_tokens, cache.type.itemsize, seconds,
+            rejects,
+        )  # fmt: skip
 
 
 def _wanted(session: Session) -> Iterator[tuple[Example, np.ndarray]]:
@@ -369,18 +377,23 @@ def _wanted(session: Session) -> Iterator[tuple[Example, np.ndarray]]:
 
 def _ask(session: Session, teacher: Teacher, cache: TeacherCache, todo: Sequence[tuple[Example, np.ndarray]]) -> None:
     cfg, size = session.cfg.learnt_from, session.cfg.eval.batch_size
-    began = time.perf_counter()
-    with cache.writer() as writer, session.reporter.progress(f"teacher {teacher.name}") as tick, torch.no_grad():
-        for start in range(0, len(todo), size):
-            examples, targets = zip(*todo[start : start + size], strict=True)
-            said = say(teacher, examples, targets, cfg, cache.key.vocab, cache.sample_key)
-            for example, own, rows in zip(examples, targets, said, strict=True):
-                cache.put(writer, example, own, rows)
-            if start == 0 and len(todo) > size:
-                took = (time.perf_counter() - began) * len(todo) / size
-                session.reporter.line("teacher", f"about {took / 60:,.1f} min for all of them")
-            tick(min(start + size, len(todo)), len(todo))
-            session.dist.alive()
+    began, tokens = time.perf_counter(), 0
+    try:
+        with cache.writer() as writer, session.reporter.progress(f"teacher {teacher.name}") as tick, torch.no_grad():
+            for start in range(0, len(todo), size):
+                examples, targets = zip(*todo[start : start + size], strict=True)
+                said = say(teacher, examples, targets, cfg, cache.key.vocab, cache.sample_key)
+                for example, own, rows in zip(examples, targets, said, strict=True):
+                    cache.put(writer, example, own, rows)
+                    tokens += len(own)
+                if start == 0 and len(todo) > size:
+                    took = (time.perf_counter() - began) * len(todo) / size
+                    session.reporter.line("teacher", f"about {took / 60:,.1f} min for all of them")
+                tick(min(start + size, len(todo)), len(todo))
+                session.dist.alive()
+    finally:
+        if tokens:
+            cache.note_cost(tokens, time.perf_counter() - began)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -30,6 +31,10 @@ from beholder.types import Example, ImageSlot, UserError
 
 TOKENS = 4
 """Of a row: a short answer with its end token leaves little of one empty."""
+KEPT_FOR = "teachers.json"
+"""In a run's folder: what is kept for it, as it was looked over last."""
+_COSTS = "costs.jsonl"
+"""In a teacher's: what rows have cost, a line for every call that made some."""
 _VERSION = 1
 _NAMED = 5
 """Samples spelled out in a message."""
@@ -212,6 +217,26 @@ class TeacherCache:
                 f"teacher cache {self.rows.root}: distill.max_gb = {self.rows.max_bytes / 1e9:g} GB is full; raise it, "
                 "lower distill.k, or use form sampled. What is stored stays"
             )
+
+    def note_cost(self, tokens: int, seconds: float) -> None:
+        """One line more of what rows have cost, for `seconds_a_token`."""
+        with open(self.rows.folder / _COSTS, "ab") as file:
+            file.write(json.dumps({"tokens": tokens, "seconds": seconds}).encode() + b"\n")
+
+
+def seconds_a_token(folder: Path) -> float | None:
+    """What a supervised token in a teacher's folder has cost on the average of all calls that made some; None where
+    none is known. A call that was killed has left no line, so neither its tokens nor its seconds count."""
+    tokens, seconds = 0, 0.0
+    try:
+        lines = (folder / _COSTS).read_bytes().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError, RecursionError):  # half a line, of a disk that was full
+            made = json.loads(line)
+            tokens, seconds = tokens + int(made["tokens"]), seconds + float(made["seconds"])
+    return seconds / tokens if tokens else None
 
 
 def _tensor(column: np.ndarray) -> torch.Tensor:

@@ -12,11 +12,16 @@ hypotheses        what a footprint study says of the plan's H1 to H4, without I/
 footprint_record  what is known of a footprint study, and what follows from it
 footprint_page    that as HTML, as Markdown and on a terminal
 footprint         the points, counted, run and put together
+distillation_record, distillation_page, distillation
+                  the same of a distillation study: what follows from its runs, pages, its arms run and put together
 
 Each imports only those above it.
 """
 
+from beholder.studies.distillation import DistillationResult, run_distillation
 from beholder.studies.footprint import FootprintResult, run_footprint
 from beholder.studies.sweep import SweepResult, run_sweep
 
-__all__ = ["FootprintResult", "SweepResult", "run_footprint", "run_sweep"]
+__all__ = [
+    "DistillationResult", "FootprintResult", "SweepResult", "run_distillation", "run_footprint", "run_sweep",
+]  # fmt: skip

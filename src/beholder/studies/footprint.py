@@ -11,7 +11,6 @@ The folder is the config's own run folder, laid out as a sweep's.
 
 from __future__ import annotations
 
-import difflib
 import json
 import subprocess
 import sys
@@ -30,7 +29,6 @@ from beholder.config import (
     PointSetting,
     RunConfig,
     no_layers,
-    settings,
 )
 from beholder.config.file import load_config
 from beholder.config.parts import MAX_RANK
@@ -57,16 +55,15 @@ from beholder.studies.footprint_record import (
 )
 from beholder.studies.matrix import ALPHA, BASELINE, LLM, RANK, START, TARGETS, VISION, Planned, every_point, plan
 from beholder.studies.points import (
-    ALIKE,
     Point,
     Points,
-    alters_measuring,
     facts_of,
     is_finished,
     lies_in,
     resolve,
     run_name,
     warnings_of,
+    wrong_settings,
 )
 from beholder.studies.runner import exit_code, run_points, tell, tell_end
 from beholder.terminal import Terminal
@@ -203,19 +200,13 @@ def plan_footprint(config: str | Path, overrides: Sequence[str] = ()) -> Study:
 
 def _check_settings(own: FootprintConfig) -> None:
     """Settings of the user's own points that there are not."""
-    known = [s.path for s in settings(RunConfig)]
-    wrong = []
+    wrong: list[str] = []
     for name, point in own.points.items():
-        for key, value in point.set.items():
-            if (key, value) in UNDONE:
-                wrong.append(
-                    f"footprint.points.{name} sets {key}: {'null' if value is None else 'false'}; {UNDONE[key, value]}"
-                )
-            elif key not in known and not key.startswith("guardrails."):
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-                wrong.append(f"footprint.points.{name}: no setting {key!r}{f'; nearest: {near[0]}' if near else ''}")
-            elif key == "seed" or alters_measuring(key):
-                wrong.append(f"footprint.points.{name} sets {key}; points {ALIKE}")
+        undone = {key: value for key, value in point.set.items() if (key, value) in UNDONE}
+        for key, value in undone.items():
+            told = "null" if value is None else "false"
+            wrong.append(f"footprint.points.{name} sets {key}: {told}; {UNDONE[key, value]}")
+        wrong += wrong_settings(f"footprint.points.{name}", [k for k in point.set if k not in undone], "points")
         if point.after is not None and START in point.set:
             wrong.append(f"footprint.points.{name} sets {START} and is after {point.after}; it starts from one run")
     if wrong:

@@ -5,16 +5,17 @@ Nothing is run here, and planning writes nothing.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from beholder.config import PointSetting, RunConfig, StudyConfig, SweepConfig, decided_by
+from beholder.config import PointSetting, RunConfig, StudyConfig, SweepConfig, decided_by, settings
 from beholder.config.file import ConfigError, config_hash, diff_configs, load_config
 from beholder.evidence import Evidence, held_out_hashes
 from beholder.runs import to_json
@@ -33,6 +34,11 @@ class Point:
     folder: Path
     config_file: Path
     log: Path
+    command: str = "run"
+    """What of beholder is done with its config; anything else is a preparation: it leaves no evidence, only one of them
+    is under way at a time, and it is done anew as long as a run waits for it."""
+    waits_for: tuple[str, ...] = ()
+    """Names of others of the study that must have ended well, beside those that its config names."""
 
     @property
     def hash(self) -> str:
@@ -43,12 +49,14 @@ class Point:
 class Points:
     """All runs of a study."""
 
-    kind: Literal["sweep", "footprint"]
+    kind: Literal["sweep", "footprint", "distillation"]
     folder: Path
     name: str
     study: StudyConfig
     device: str
     runs: list[Point]
+    later: Callable[[], list[Point]] = list
+    """Asked whenever a run has finished: runs that could not be planned before."""
 
 
 def points_of(config: str | Path, overrides: Sequence[str] = ()) -> Points:
@@ -84,12 +92,12 @@ def resolve(
     first = study.seeds[0] if study.seeds else None
     runs: list[Point] = []
     wrong: list[str] = []
-    for (point, settings), seed in itertools.product(points.items(), study.seeds or (None,)):
+    for (point, sets), seed in itertools.product(points.items(), study.seeds or (None,)):
         if point in once and seed != first:
             continue
         name = run_name(point, seed)
         given = {
-            **settings,
+            **sets,
             "seed": base.seed if seed is None else seed,
             "data.split_seed": base.measure_seed,
             "run_name": name,
@@ -104,12 +112,13 @@ def resolve(
             given["eval.golden_set_path"] = str(folder / "golden.jsonl")
         lines = [*overrides, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items())]
         try:
-            cfg = load_config(config, lines).model_copy(update={"sweep": None, "footprint": None})
+            cfg = load_config(config, lines)
+            cfg = cfg.model_copy(update=dict.fromkeys(cfg.studies))
         except ConfigError as e:
             wrong.append(f"{name}: {e}")
             continue
         files = folder / "configs" / f"{name}.yaml", folder / "logs" / f"{name}.log"
-        runs.append(Point(name, point, dict(settings), cfg, folder / name, *files))
+        runs.append(Point(name, point, dict(sets), cfg, folder / name, *files))
     if wrong:
         raise UserError("these points cannot be run:\n" + "\n".join(wrong))
     _check_order(runs)
@@ -121,9 +130,9 @@ def run_name(point: str, seed: int | None) -> str:
 
 
 def needs(run: Point, runs: Sequence[Point]) -> list[Point]:
-    """Runs of the study that it starts from, or whose first reading is its baseline."""
+    """What of the study it waits for: runs that it starts from, or whose first reading is its baseline."""
     named = [p for p in (run.cfg.model.connector.load_checkpoint, run.cfg.eval.baseline_run) if p is not None]
-    return [r for r in runs if any(lies_in(p, r.folder) for p in named)]
+    return [r for r in runs if r.name in run.waits_for or any(lies_in(p, r.folder) for p in named)]
 
 
 def lies_in(path: str | Path, folder: Path) -> bool:
@@ -153,6 +162,17 @@ def alters_measuring(key: str) -> bool:
     may set it."""
     decided = decided_by(RunConfig, key)
     return bool(decided & {"held_out", "measuring", "run"}) and "data" not in decided
+
+
+def wrong_settings(where: str, given: Iterable[str], whose: str) -> Iterator[str]:
+    """What of the settings of a point of one's own there is not, or may not be said there."""
+    known = [s.path for s in settings(RunConfig)]
+    for key in given:
+        if key not in known and not key.startswith("guardrails."):
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            yield f"{where}: no setting {key!r}{f'; nearest: {near[0]}' if near else ''}"
+        elif key == "seed" or alters_measuring(key):
+            yield f"{where} sets {key}; {whose} {ALIKE}"
 
 
 ALIKE = "must be measured on the same samples by the same rule"
@@ -218,7 +238,10 @@ def check_folders(points: Points) -> None:
 
 
 def is_finished(run: Point) -> bool:
-    """Whether the run ended with these settings, by itself or by a guardrail, and left its evidence."""
+    """Whether the run ended with these settings, by itself or by a guardrail, and left its evidence; no preparation
+    has."""
+    if run.command != "run":
+        return False
     record = read_json(run.folder / "run.json")
     return (
         record is not None

@@ -62,12 +62,17 @@ def run_points(
     except (FileExistsError, NotADirectoryError) as e:
         raise UserError(f"{folder} cannot be made: {e.filename} is a file. Set output_dir to something else.") from e
     with held(folder, kind):
-        check_folders(points)
-        for run in points.runs:
-            for file in (run.config_file, run.log):
-                file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(run.config_file, dump_config(run.cfg))
+        _lay_out(points)
         return write(*Runner(points, console, promote_anyway).run())
+
+
+def _lay_out(points: Points) -> None:
+    """The runs' configs as files. Raises `UserError` for run folders that hold runs of other settings."""
+    check_folders(points)
+    for run in points.runs:
+        for file in (run.config_file, run.log):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(run.config_file, dump_config(run.cfg))
 
 
 def tell(console: Console, kind: str, line: str) -> None:
@@ -98,7 +103,6 @@ class Runner:
         self.slots = _slots(points)
         self.done = [r for r in points.runs if is_finished(r)]
         self.left = [r for r in points.runs if not is_finished(r)]
-        self.needs = {run.name: needs(run, points.runs) for run in self.left}
         self.running: list[_Running] = []
         self.failed: dict[str, str] = {}
         self.seconds: list[tuple[Point, float]] = []
@@ -144,11 +148,13 @@ class Runner:
         for run in list(self.left):
             if not free:
                 return
-            if waits := [r.name for r in self.needs[run.name] if r not in self.done]:
+            if waits := [r.name for r in needs(run, self.points.runs) if r not in self.done]:
                 if lost := [name for name in waits if name in self.failed]:
                     self.left.remove(run)
                     self.failed[run.name] = f"it needs {lost[0]}, which failed"
                     self._say(f"{run.name} not run: {self.failed[run.name]}")
+                continue
+            if run.command != "run" and any(child.run.command != "run" for child in self.running):
                 continue
             since = self.busy_since.setdefault(run.name, time.monotonic())
             if is_held(run.folder) and time.monotonic() - since < BUSY_WAIT_S:
@@ -165,16 +171,31 @@ class Runner:
                 continue
             self.running.remove(child)
             run, seconds = child.run, time.monotonic() - child.started
-            if code in RESULTS and is_finished(run):
+            if (code in RESULTS and is_finished(run)) if run.command == "run" else code == 0:
                 self.done.append(run)
                 self.seconds.append((run, seconds))
+                self._plan_more()
+                told = f": {_figures(run)}" if run.command == "run" else ""
                 self._say(
-                    f"{len(self.done)}/{len(self.points.runs)} {run.name} finished in {duration(seconds)}: "
-                    f"{_figures(run)}{self._eta()}"
+                    f"{len(self.done)}/{len(self.points.runs)} {run.name} finished in {duration(seconds)}{told}"
+                    f"{self._eta()}"
                 )
             else:
                 self.failed[run.name] = f"exit code {code}: {_last_words(run.log)}"
                 self._say(f"{run.name} FAILED after {duration(seconds)}, {self.failed[run.name]} (log {run.log})")
+
+    def _plan_more(self) -> None:
+        """Take in what can be planned now, beside the runs of its seed: a study that is cut short has every point."""
+        if not (more := self.points.later()):
+            return
+        order = list(self.points.study.seeds)
+        self.points.runs.extend(more)
+        self.left = sorted(
+            [*self.left, *(r for r in more if not is_finished(r))],
+            key=lambda r: order.index(r.cfg.seed) if r.cfg.seed in order else 0,
+        )
+        _lay_out(self.points)
+        self._say(f"planned now: {', '.join(r.name for r in more)}")
 
     def _stop_children(self) -> None:
         """One SIGINT to each: it finishes its step, saves and ends. A second Ctrl-C ends them at once."""
@@ -219,6 +240,8 @@ class Runner:
 
 def _steps(run: Point) -> float:
     """By its config; by epochs it is more than any number."""
+    if run.command != "run":
+        return 0
     return run.cfg.train.train_steps or float("inf")
 
 
@@ -240,8 +263,8 @@ def _slots(points: Points) -> list[dict[str, str]]:
 
 
 def _spawn(run: Point, environment: Mapping[str, str], promote_anyway: bool) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "beholder", "run", str(run.config_file)]
-    command += ["--promote-anyway"] if promote_anyway else []
+    command = [sys.executable, "-m", "beholder", run.command, str(run.config_file)]
+    command += ["--promote-anyway"] if promote_anyway and run.command == "run" else []
     with open(run.log, "ab") as log:
         log.write(f"--- {now()} {' '.join(command[1:])}\n".encode())
         log.flush()
