@@ -138,7 +138,7 @@ def test_a_sound_distillation_holds(student, written: Written, form: str) -> Non
     assert not found.failed, found.checks
     assert "8 of 8 samples from the cache" in of(found, "KL of the teacher with itself").found
     (numbers,) = found.facts["teachers"]
-    k, v = 8, numbers["bytes_per_token"]["full"] // 2
+    k, v = 8 if form == "topk" else 64, numbers["bytes_per_token"]["full"] // 2
     assert numbers["bytes_per_token"]["topk"] == (4 * k + 8) and v > 100
     assert numbers["kl"]["full"] - numbers["kl"]["topk"] == pytest.approx(numbers["topk_bound"], abs=1e-5)
     assert found.shown[0].rows == (
@@ -199,7 +199,7 @@ def test_rows_that_are_not_the_teachers_are_noticed(student, written: Written, m
 
     def moved(teacher: Teacher) -> None:
         for parameter in teacher.language.model.parameters():
-            parameter.mul_(1.05)
+            parameter.add_(torch.full_like(parameter, 0.05).cumsum(0).sin() * 0.1)
 
     monkeypatch.setattr(diagnose_distill, "open_teacher", opened_with(moved))
     found = examine_distillation(written())
@@ -296,14 +296,15 @@ def test_the_exit_code_is_3_where_a_check_fails(student, written: Written) -> No
 
 
 def test_wrong_input_is_refused(tmp_path: Path, aligned: Path, teacher: Path, written: Written) -> None:
-    for call, told in (
+    calls: tuple[tuple[Callable[[], Any], str], ...] = (
         (lambda: examine_distillation(str(aligned)), "names no teachers"),
         (lambda: examine_batch(str(tmp_path)), "neither a config file nor a run folder"),
         (lambda: examine_teacher(written(**{"distill.teachers": [{"run": "nowhere"}]})), "nowhere"),
         (lambda: examine_inference(str(teacher), None, "what?", device="cpu"), "--image"),
         (lambda: examine_inference(str(teacher), tmp_path / "no.png", "what?", device="cpu"), "no.png"),
         (lambda: examine_inference(str(tmp_path)), "checkpoint"),
-    ):
+    )
+    for call, told in calls:
         with pytest.raises(UserError, match=told):
             call()
 

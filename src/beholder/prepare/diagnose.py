@@ -102,6 +102,10 @@ class Examined:
         }
 
 
+class NotFiniteError(UserError):
+    """A model gives log-probabilities that are not finite."""
+
+
 def judged(name: str, holds: bool, found: str, advice: str) -> Check:
     """ok, or a failure with what to do."""
     return Check(name, "ok", found) if holds else Check(name, "fail", found, advice)
@@ -174,17 +178,24 @@ class Look:
 
 @torch.no_grad()
 def first_word(teacher: Teacher, example: Example) -> torch.Tensor:
-    """fp64 [V]: log-probabilities of the first token of the example's answer. Raises `UserError` where they are not
-    finite."""
+    """fp64 [V]: log-probabilities of the first token of the example's answer. Raises `NotFiniteError`."""
     builder = teacher.asked.builder
     found = teacher.supervised(builder.batch([example], teacher.asked.layout))
     logits = teacher.language.head(found.hidden[:1])
-    return log_probabilities(logits, teacher.language.vocab, [example.id])[0].double().cpu()
+    return finite(logits, teacher.language.vocab, example)[0].double().cpu()
+
+
+def finite(logits: torch.Tensor, vocab: int, example: Example) -> torch.Tensor:
+    """`log_probabilities`; what it refuses is an error of its own kind here."""
+    try:
+        return log_probabilities(logits, vocab, [example.id])
+    except UserError as e:
+        raise NotFiniteError(str(e)) from None
 
 
 def look(teacher: Teacher, example: Example, others: Sequence[Example], max_new_tokens: int) -> Look:
-    """Ask about ``example``, and the same about the pictures of ``others``. Raises `UserError` for log-probabilities
-    that are not finite."""
+    """Ask about ``example``, and the same about the pictures of ``others``. Raises `NotFiniteError`, and
+    `UserError` for a picture that cannot be had."""
     how = GREEDY.model_copy(update={"max_new_tokens": max_new_tokens})
     builder, encoder = teacher.asked.builder, teacher.encoder
     swapped = [replace(example, images=other.images) for other in others]
@@ -206,7 +217,7 @@ def look(teacher: Teacher, example: Example, others: Sequence[Example], max_new_
     top = own.topk(min(LIKELIEST, len(own)))
     return Look(
         sample=example.id,
-        question=" ".join(t.text.strip() for t in example.turns if t.role == "user") or encoder.instruction,
+        question=_words(example) or encoder.instruction,
         reference=example.answer_text,
         answer=said.prediction,
         tokens=said.tokens_len + said.finished,
@@ -222,6 +233,12 @@ def look(teacher: Teacher, example: Example, others: Sequence[Example], max_new_
     )
 
 
+def _words(example: Example) -> str:
+    """What the user says, without the places of pictures."""
+    parts = [p for turn in example.turns if turn.role == "user" for p in turn.parts]
+    return " ".join(p.strip() for p in parts if isinstance(p, str) and p.strip())
+
+
 def token_text(tokenizer: Any, token: int) -> str:
     """A token as a person reads it: in quotes, what cannot be seen escaped."""
     return repr(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -232,7 +249,7 @@ def examine(teacher: Teacher, examples: Sequence[Example], max_new_tokens: int) 
     example, *rest = examples
     try:
         found = look(teacher, example, rest[:OTHERS], max_new_tokens)
-    except UserError as e:
+    except NotFiniteError as e:
         return None, [
             Check("log-probabilities", "fail", str(e),
                   "Load it at another precision (teachers[].precision: fp32, or model.llm.precision of its run); if "
@@ -353,7 +370,7 @@ def _native_config(subject: str, folder: Path, overrides: Sequence[str]) -> RunC
     """A config around a native model alone: questions about drawn pictures."""
     source = colour_source(folder, "jsonl", 24, dialogues=True)
     raw = {
-        "run_name": "teacher", "stage": "instruct", "model": {"native": {"name_or_path": subject}},
+        "run_name": "teacher", "stage": "instruct", "model": {"native": {"name_or_path": subject}, "lora": {"enable": True}},
         "data": {"json_path": source.json_path, "image_root": source.image_root, "eval_size": 12},
     }  # fmt: skip
     return parse_config(yaml.safe_dump(raw), "doctor", overrides)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,16 +21,15 @@ from beholder.config import DistillConfig
 from beholder.data.chat import EncodeError
 from beholder.data.images import ImageError
 from beholder.model import divergence as kl
-from beholder.prepare.diagnose import Examined, Shown, judged, student_of, token_text
+from beholder.prepare.diagnose import Examined, NotFiniteError, Shown, finite, judged, student_of, token_text
 from beholder.prepare.doctor import Check
 from beholder.probes import measuring
 from beholder.stages.session import Session
 from beholder.stages.teachers import Teacher, check_vocabulary, keys, needed, open_teacher, say
 from beholder.store.teachers import TeacherCache, TeacherKey, token_type
-from beholder.train.objectives import log_probabilities
 from beholder.types import Encoded, Example, UserError, printable
 
-ITSELF, ITSELF_16 = 1e-3, 1e-2
+ITSELF, ITSELF_16 = 1e-4, 1e-2
 """Nats a token that a teacher may be from itself: what is left of log-probabilities kept in 16 bits, and of a teacher
 that computes in 16 bits and is asked with other samples beside it. Both are of second order, far above what they were
 measured at."""
@@ -59,13 +58,18 @@ class Taken:
 
 
 def taken(session: Session, examples: Sequence[Example]) -> list[Taken]:
-    """Those of the examples that can be laid out."""
+    """Those of the examples that can be laid out. Raises `UserError` for a picture that cannot be had, unless the config
+    skips such samples."""
+    builder = replace(session.data.builder(None, train=False, cfg=session.cfg), on_bad_image="error")
     out: list[Taken] = []
     for example in examples:
         try:
-            out.append(Taken(example, session.data.encoder.encode(example)))
-        except (EncodeError, ImageError):
+            out.append(Taken(example, builder.build(example)[1]))
+        except EncodeError:
             continue
+        except ImageError:
+            if session.cfg.data.on_bad_image == "error":
+                raise
     return out
 
 
@@ -126,7 +130,7 @@ def _one_teacher(
             return checks, [], {}
         try:
             log_p = [_teacher_log_p(teacher, samples[k], key.vocab) for k in fit]
-        except UserError as e:
+        except NotFiniteError as e:
             checks.append(Check("log-probabilities", "fail", str(e), "See beholder doctor teacher."))
             return checks, [], {}
         some = [samples[k] for k in fit]
@@ -216,9 +220,9 @@ def _student_logits(session: Session, sample: Taken) -> Tensor:
 
 @torch.no_grad()
 def _teacher_log_p(teacher: Teacher, sample: Taken, vocab: int, most: int | None = MOST) -> Tensor:
-    """fp32 [K, V] of a sample's first ``most`` supervised tokens. Raises `UserError` where they are not finite."""
+    """fp32 [K, V] of a sample's first ``most`` supervised tokens. Raises `NotFiniteError`."""
     found = teacher.supervised(teacher.asked.batch([sample.example], [sample.targets]))
-    return log_probabilities(teacher.language.head(found.hidden[:most]), vocab, [sample.example.id])
+    return finite(teacher.language.head(found.hidden[:most]), vocab, sample.example)
 
 
 def _as_kept(columns: dict[str, Tensor], cfg: DistillConfig, vocab: int) -> dict[str, Tensor]:
@@ -360,8 +364,10 @@ def examine_batch(subject: str, overrides: Sequence[str] = (), *, num: int = 2) 
         cfg = session.cfg.learnt_from
         examples = [session.data.train.example_at(k) for k in range(num)]
         batch = session.data.builder(None, train=True, cfg=session.cfg).batch(examples, session.data.layout)
-        by_id = {e.id: e for e in examples}
-        samples = [Taken(by_id[i], session.data.encoder.encode(by_id[i])) for i in batch.ids]
+        samples: list[Taken] = []
+        for example in examples:  # in this order, without those that were rejected
+            if len(samples) < len(batch.ids) and batch.ids[len(samples)] == example.id:
+                samples.append(Taken(example, session.data.encoder.encode(example)))
         rejected = "; ".join(f"{i}: {why}" for i, why in batch.rejected)
         checks = [
             judged("samples", not batch.rejected, f"{len(samples)} of {num} laid out", f"Rejected: {rejected}."),
