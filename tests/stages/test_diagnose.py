@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -21,6 +20,7 @@ from typer.testing import CliRunner
 from beholder.cli import app
 from beholder.config import RunConfig
 from beholder.config.file import dump_config
+from beholder.data import collate
 from beholder.prepare import diagnose, diagnose_distill
 from beholder.prepare.diagnose import Examined, examine_inference, examine_teacher
 from beholder.prepare.diagnose_distill import examine_batch, examine_distillation
@@ -216,7 +216,8 @@ def test_a_batch_is_shown_with_what_its_teachers_say(student, written: Written) 
     cache_teachers(student())
     cached = examine_batch(path)
     assert not asked.failed and not cached.failed
-    assert "asked now" in of(asked, asked.checks[-1].name).found and "2 of 2" in cached.checks[-1].found
+    assert asked.checks[-1].found.startswith("asked now;")
+    assert cached.checks[-1].found.startswith("2 of 2 samples from the cache;")
     for one, two in zip(asked.facts["samples"], cached.facts["samples"], strict=True):
         assert one["supervised"] == two["supervised"] and 0 < sum(one["supervised"]) < one["tokens"]
         for name, rows in one["teachers"].items():
@@ -230,12 +231,13 @@ def test_a_batch_is_shown_with_what_its_teachers_say(student, written: Written) 
 
 
 def test_a_batch_with_another_mask_is_told(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = diagnose_distill._same_tokens  # pyright: ignore[reportPrivateUsage]
+    sound = collate._batch  # pyright: ignore[reportPrivateUsage]
 
-    def shifted(batch: list[np.ndarray], samples: Any) -> Any:
-        return sound([np.roll(own, 1) for own in batch], samples)
+    def shifted(*args: Any) -> Any:
+        batch = sound(*args)
+        return replace(batch, supervise=batch.supervise.roll(-1, -1))
 
-    monkeypatch.setattr(diagnose_distill, "_same_tokens", shifted)
+    monkeypatch.setattr(collate, "_batch", shifted)
     assert failures(examine_batch(written(**{"distill.online": True}))) == ["mask"]
 
 

@@ -58,8 +58,8 @@ class Taken:
 
 
 def taken(session: Session, examples: Sequence[Example]) -> list[Taken]:
-    """Those of the examples that can be laid out. Raises `UserError` for a picture that cannot be had, unless the config
-    skips such samples."""
+    """Those of the examples that can be laid out. Raises `ImageError` for a picture that cannot be had, unless the
+    config skips such samples."""
     builder = replace(session.data.builder(None, train=False, cfg=session.cfg), on_bad_image="error")
     out: list[Taken] = []
     for example in examples:
@@ -430,7 +430,8 @@ def _said(session: Session, name: str, key: TeacherKey, samples: Sequence[Taken]
     finally:
         if cache is not None:
             cache.close()
-    return rows, f"{kept} of {len(samples)} samples from the cache, the others asked" if kept else "asked now"
+    asked = "" if kept == len(samples) else ", the others asked now"
+    return rows, f"{kept} of {len(samples)} samples from the cache{asked}" if kept else "asked now"
 
 
 def _rows(form: kl.Teacher, targets: Tensor, tokenizer: Any) -> list[Row]:
@@ -471,7 +472,7 @@ def _likes(name: str, rows: Sequence[Sequence[Row]], vocab: int, where: str) -> 
 
 def _masked(session: Session, sample: Taken) -> Shown:
     names = {"prompt": "masked", "image": "masked", "target": "learned"}
-    rows = tuple((names[s.kind], s.text) for s in session.data.encoder.segments(sample.encoded))
+    rows = tuple((names[s.kind], s.text.rstrip("\n")) for s in session.data.encoder.segments(sample.encoded))
     n, total = len(sample.targets), len(sample.encoded.ids)
     return Shown(f"{sample.example.where}: {n} of {total} tokens are learned", ("", ""), rows)
 
