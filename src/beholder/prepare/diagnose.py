@@ -371,7 +371,7 @@ def _native_config(subject: str, folder: Path, overrides: Sequence[str]) -> RunC
     source = colour_source(folder, "jsonl", 24, dialogues=True)
     raw = {
         "run_name": "teacher", "stage": "instruct",
-        "model": {"native": {"name_or_path": subject}, "lora": {"enable": True}},  # a config is of something that learns
+        "model": {"native": {"name_or_path": subject}, "lora": {"enable": True}},  # a config must train
         "data": {"json_path": source.json_path, "image_root": source.image_root, "eval_size": 12},
     }  # fmt: skip
     return parse_config(yaml.safe_dump(raw), "doctor", overrides)

@@ -295,7 +295,7 @@ def _forms(
 ) -> tuple[list[Check], Shown, dict[str, Any]]:
     """Bytes of each form, and how far its divergence of the student as it is lies from the full one."""
     t, tokens, k = cfg.temperature, sum(map(len, log_p)), min(cfg.k, vocab)
-    sums = dict.fromkeys(("full", "topk", "bound", "drawn", "variance"), 0.0)
+    sums: dict[str, float] = dict.fromkeys(("full", "topk", "bound", "drawn", "variance"), 0.0)
     draw = torch.Generator(device=log_p[0].device).manual_seed(0)
     for q, p in zip(logits, log_p, strict=True):
         found = {
