@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 
 # One thread per process, in what the tests start as well: the workers of pytest-xdist share the cores already.
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network must fail here as it would elsewhere
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# A shell's background job ignores Ctrl-C and hands that on to what tests start and then interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from jaxtyping import install_import_hook
 

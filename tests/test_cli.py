@@ -83,7 +83,7 @@ def test_the_choices_of_the_command_line_are_those_of_the_functions_behind() -> 
     assert choices(cli.before.check, "shape") == typing.get_args(types.ShapeName)
     assert choices(cli.use.generate, "device") == choices(settings, "device")
     assert choices(cli.use.score, "kind") == typing.get_args(score.Kind)
-    assert choices(cli.before.prepare, "name") == choices(packages.prepare, "name")
+    assert choices(cli.before.prepare, "name") == (*choices(packages.prepare, "name"), "unified")
     for parameter in ("part", "learner"):
         assert choices(cli.before.audit, parameter) == choices(learnable.audit_subject, parameter)
 

@@ -194,6 +194,8 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.splits = self.path / "splits"
         self.qual = self.path / "qual"
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
+        """Told every record that `log` has written."""
         self._held: int | None = None
         """The folder's inode while `lock` holds it."""
 
@@ -248,6 +250,8 @@ class RunDir:
         """Append one line to ``metrics.jsonl``: one write, so that readers and crashes see whole lines."""
         self._check()
         _put(self.metrics_path, (to_json(dict(record)) + "\n").encode(), os.O_APPEND, sync=False)
+        for listener in self.listeners:
+            listener(record)
 
     def sync_metrics(self) -> None:
         """Flush ``metrics.jsonl`` to the device, so that no checkpoint outlives the lines that led to it."""

@@ -12,6 +12,7 @@ from tests.evidence.test_catalogue import strangers
 
 from beholder.config import RunConfig
 from beholder.config.file import dump_config, load_config, parse_config, scale_overrides
+from beholder.prepare.estimate import estimate
 from beholder.prepare.tiny import smoke_config
 from beholder.stages import run_stage
 from beholder.types import Status, UserError
@@ -154,8 +155,11 @@ def check_run(cfg: RunConfig, outcome: object, folder: Path) -> None:
     assert rows["connector"].trainable == (rows["connector"].params if learns else 0)
     if cfg.model.lora.enable:
         assert rows["lora"].trainable == rows["lora"].params > 0
-    for part in ("vision", "language"):
-        assert rows[part].trainable == 0 and rows[part].sha256_before == rows[part].sha256_after is not None
+    whole = cfg.model.language_learns
+    assert rows["language"].trainable == (rows["language"].params if whole else 0)
+    assert bool(rows["vision"].trainable) == bool(cfg.model.vision.unfreeze)
+    for part in ("vision",) if whole else ("vision", "language"):
+        assert rows[part].sha256_before == rows[part].sha256_after is not None
     assert strangers([*evidence.baseline, *evidence.measurements]) == []
     names = {m.name for m in evidence.measurements}
     assert {"eval.loss", "ablation.loss.correct", "ablation.loss.shuffled", "ablation.loss.zero"} <= names
@@ -177,6 +181,25 @@ def test_the_stage_2_config_is_the_seeds_block_with_every_number_in_effect() -> 
     assert cfg.data.len_buckets == (0, 64, 128, 999999) and cfg.prompting.max_seq_len == 2048
     assert cfg.eval.golden_generate.temperature == 0 and cfg.eval.golden_generate.max_new_tokens == 128
     assert (cfg.hygiene.min_tokens, cfg.hygiene.spam) == (1, ())  # an answer may be one word
+
+
+def test_the_distillation_config_holds_the_guides_numbers_and_its_student() -> None:
+    """About 37 million weights, about 23 million of which learn; the guide's warm-up is 1,000 steps."""
+    cfg = load_config(ROOT / "configs" / "distill.yaml")
+
+    assert (cfg.effective_batch, cfg.train.num_epochs, cfg.train.grad_clip) == (64, 5, 1)
+    assert cfg.prompting.max_seq_len == 512
+    assert cfg.train.lr.model_dump() == {"connector": 2e-4, "language": 2e-4, "vision": 1e-5, "lora": 5e-5}
+    assert [s.weight for s in cfg.data.sources] == [150, 100, 50]
+    samples = 150_000 + 100_000 + 9_009
+    assert cfg.train.warmup_ratio * cfg.train.num_epochs * samples / 64 == pytest.approx(1000, rel=0.02)
+
+    table = estimate(cfg, measure=False).trainable
+
+    rows = {row.part: row for row in table.rows}
+    assert table.params == pytest.approx(37e6, rel=0.05) and table.trainable == pytest.approx(23e6, rel=0.05)
+    assert rows["language"].trainable == rows["language"].params and rows["language"].dtype == "float32"
+    assert 0 < rows["vision"].trainable < 0.1 * rows["vision"].params, "frozen below the last block"
 
 
 @pytest.mark.parametrize(("scale", "expected"), [

@@ -29,6 +29,7 @@ from beholder.config.file import (
     without_inert,
 )
 from beholder.config.inert import inert_settings
+from beholder.config.parts import StudentConfig
 from beholder.config.section import Inert, Section, items_of, section_of
 from beholder.config.wording import annotation_at, expected
 from beholder.types import ConfigNote, DatasetKind, UserError
@@ -558,7 +559,7 @@ def _switched() -> Iterator[tuple[str, dict[str, Any]]]:
         whole = parse_config(MINIMAL, overrides=stage).model_dump(mode="json")
         del whole["gates"]  # no setting of theirs has a rule
         for switch in switches:
-            if switch not in infos:  # of a source: below
+            if switch not in infos or switch.startswith("model.student."):  # of a source, of a student: below
                 continue
             options = section.options_of(infos[switch].annotation)
             values = free.get(switch) or [v for o in options if get_origin(o) is Literal for v in get_args(o)]
@@ -585,6 +586,9 @@ def _switched() -> Iterator[tuple[str, dict[str, Any]]]:
         data["prompting"] |= {"template": "chat", "max_images_per_sample": 1}
         del data["model"]["connector"]["trainable"]  # whose default is another there
         yield "model.native", data
+        data = copy.deepcopy(whole)
+        data["model"]["student"] = StudentConfig(cut=(0,), learns="none").model_dump(mode="json")
+        yield "model.student.cut", data
         data = copy.deepcopy(whole)
         data["train"] |= {"quick_eval_size": 0, "quick_eval_steps": 0}
         yield "no quick evaluation", data

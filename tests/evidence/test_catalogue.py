@@ -41,12 +41,13 @@ def strangers(measured: Iterable[Measurement]) -> list[str]:
         ("vqa", ["a dog", "two"], [["a dog"] * 10, ["three"] * 10]),
         ("pope", ["yes", "no"], ["yes", "yes"]),
         ("caption", ["a red dog", "two cats"], ["a red dog", "three cats"]),
+        ("instructions", ["a red dog", "two cats"], ["a red dog", "three cats"]),
     ],
 )
 def test_scores_of_answer_files_have_their_rows(kind: Kind, said: list[str], right: list[object], tmp_path: Path):
     files = tmp_path / "said.json", tmp_path / "right.json"
     for file, field, values in zip(files, ("answer", "answers"), (said, right), strict=True):
-        file.write_text(json.dumps([{"id": k, field: v} for k, v in enumerate(values)]))
+        file.write_text(json.dumps([{"id": k, "instruction": "What is it?", field: v} for k, v in enumerate(values)]))
 
     measured = score_files(kind, *files).measurements
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from beholder.model.losses import head_nll, token_nll
+from beholder.model.losses import head_losses, head_nll, token_nll
 
 
 def case(k: int, vocab: int = 17, width: int = 6) -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor]:
@@ -118,3 +119,37 @@ def test_half_precision_gradients_follow_fp32(dtype: torch.dtype) -> None:
 
     # One rounding of probabilities and one of the result, 8 bits each: worst seen 0.8 % of the largest entry.
     assert float((got - exact).abs().max() / exact.abs().max()) < 0.04
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 7, 100])
+def test_any_loss_of_chunks_is_that_of_all_logits_at_once(rows: int, learns: bool) -> None:
+    torch.manual_seed(0)
+    k, width, vocab = 7, 5, 11
+    hidden, targets = torch.randn(k, width, requires_grad=True), torch.randint(0, vocab, (k,))
+    head = torch.nn.Linear(width, vocab, bias=False).requires_grad_(learns)
+    weights = torch.rand(k)
+
+    def loss(logits: Tensor, which: slice) -> tuple[Tensor, ...]:
+        nll, _ = token_nll(logits, targets[which])
+        return weights[which] * nll + logits.square().mean(-1), nll
+
+    total, nll = head_losses(head, hidden, loss, vocab, head_learns=learns, max_logits=rows * vocab)
+    (total * torch.arange(1, k + 1)).sum().backward()
+    found = hidden.grad, head.weight.grad
+    hidden.grad = head.weight.grad = None
+    expected, plain = loss(head(hidden), slice(0, k))
+    (expected * torch.arange(1, k + 1)).sum().backward()
+
+    torch.testing.assert_close(total.detach(), expected.detach())
+    torch.testing.assert_close(nll.detach(), plain.detach())
+    torch.testing.assert_close(found[0], hidden.grad)
+    if learns:
+        torch.testing.assert_close(found[1], head.weight.grad)
+
+
+def test_nothing_supervised_gives_empty_numbers_on_the_graph() -> None:
+    hidden = torch.zeros(0, 5, requires_grad=True)
+    total, nll = head_losses(torch.nn.Linear(5, 3), hidden, lambda x, _: (x.sum(-1), x.sum(-1)), 3, head_learns=True)
+    total.sum().backward()
+    assert nll.shape == (0,) and hidden.grad is not None

@@ -15,15 +15,17 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from beholder.config import STAGES, ConnectorConfig, LlmConfig, LoraConfig, RunConfig, VisionConfig
+from beholder.config import STAGES, ConnectorConfig, LlmConfig, LoraConfig, RunConfig, StudentConfig, VisionConfig
 from beholder.config.file import dump_config
 from beholder.data import build_data, build_encoder, open_records
 from beholder.model.adapters import adapter_parameters, attach
 from beholder.model.build import build_vlm
 from beholder.model.connector import build_connector
-from beholder.model.language import load_language
+from beholder.model.language import load_language, load_tokenizer
 from beholder.model.plan import TrainPlan, apply_train_plan, plan_of
+from beholder.model.student import make_student
 from beholder.model.vision import load_vision
+from beholder.model.weights import DTYPES
 from beholder.prepare import estimate as room
 from beholder.prepare.check import check
 from beholder.prepare.estimate import (
@@ -514,6 +516,35 @@ def test_adapters_keep_the_bytes_and_cost_the_flops_that_are_counted(tmp_path, p
         assert flops() - flops_before == pytest.approx(6 * shape.adapter_params * rows * length, rel=0.03)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("like", ["llama", "gpt2"])
+def test_a_students_bytes_and_flops_are_what_is_counted(tmp_path, precision, like):
+    tiny_tokenizer(tmp_path, "smollm2")
+    llm = LlmConfig(name_or_path=str(tmp_path))
+    student = StudentConfig(like=like, hidden=128, layers=3, heads=4, intermediate=384)
+    shape = language_shape(llm, None, student)
+    language = load_language(llm, CPU, make_student(student, llm, load_tokenizer(llm), 0, held=False))[0]
+    language.model.requires_grad_(True)
+    language.compute_dtype = DTYPES[precision]
+    rows, length, targets = 2, 96, 20
+    positions, embeds = torch.arange(length).expand(rows, -1), torch.randn(rows, length, 128).requires_grad_()
+    assert shape.params == shape.learning_params == sum(p.numel() for p in language.model.parameters())
+
+    measured, _ = saved_bytes(lambda: language.hidden(embeds, positions), storages(language))
+    with FlopCounterMode(display=False) as body:
+        language.hidden(embeds, positions).sum().backward()
+    with FlopCounterMode(display=False) as head:
+        language.head(torch.randn(targets, 128, requires_grad=True)).sum().backward()
+
+    size = DTYPES[precision].itemsize
+    estimated = shape.activation_bytes(rows * length, size, length)
+    estimated += 0 if precision == "fp32" else size * shape.layer_params  # their casts, counted with the weights
+    print("BYTES", like, precision, measured / estimated)
+    assert measured == pytest.approx(estimated, rel=0.4)
+    assert body.get_total_flops() == pytest.approx(shape.flops(rows * length, length), rel=0.05)
+    assert head.get_total_flops() == pytest.approx(shape.head_flops(targets), rel=0.01)
+
+
 def test_what_does_not_fit_is_said(tmp_path, tiny_config):
     found = estimate(tiny_config(tmp_path, **{"features.max_gb": 1e-5, "prompting.max_seq_len": 80}), measure=False)
 
@@ -573,3 +604,21 @@ def test_the_step_benchmark_runs_and_its_losses_agree(tmp_path):
 
 def test_the_measured_rate_is_a_plausible_number_of_flops():
     assert 1e8 < matmul_rate(CPU, torch.float32, seconds=0.05) < 1e14
+
+
+def test_a_student_is_planned_as_it_will_be_and_refused_where_it_cannot_be(tiny_config, tmp_path):
+    small = {"like": "llama", "hidden": 32, "layers": 2, "heads": 4, "intermediate": 64}
+    made = {"model.llm.precision": "bf16", "model.student": small, "stage": "instruct"}
+    cfg = tiny_config(tmp_path, **made)
+
+    planned = estimate(cfg, measure=False)
+
+    model, _ = build_vlm(cfg.model, compute_precision="fp32", device=CPU, seed=0)
+    table = apply_train_plan(model, plan_of(cfg.model, cfg.stage_record))
+    assert planned.trainable.rows == table.rows
+    learns = next(r.trainable for r in table.rows if r.part == "language")
+    assert planned.memory["language_model_weights"] == 4 * learns
+    assert planned.memory["language_model_gradients_and_AdamW"] == 12 * learns
+    for wrong, message in (({"cut": [7]}, "model.student.cut names 7"), (small | {"max_params": 9}, "max_params 9")):
+        with pytest.raises(UserError, match=message):
+            estimate(tiny_config(tmp_path, **made | {"model.student": wrong}), measure=False)

@@ -14,7 +14,7 @@ from tests.report.test_render import HOSTILE, Page
 from beholder.evidence import AdapterRow, Candidate, Curve, Evidence, Measurement, Prediction
 from beholder.evidence.catalogue import called
 from beholder.report import render_html, render_markdown
-from beholder.report.answers import all_answers, answer_kinds, conditions_of, pope_table, shown_without_looking
+from beholder.report.answers import all_answers, answer_kinds, by_condition, conditions_of, shown_without_looking
 from beholder.report.compare import compare_runs
 from beholder.report.content import candidate_rows, footprint, key_numbers, retention_bars
 from beholder.report.content import warnings as told_warnings
@@ -178,7 +178,7 @@ def test_yes_no_scores_stand_in_one_order_and_a_score_that_does_not_exist_leaves
     never_yes = [m for m in pope("none", 0.5, 0.0) if m.name != "pope.precision.none"]
     e = other_answers(make_instruct_evidence(), *pope("correct", 0.9, 0.5), *never_yes)
 
-    table = pope_table(e)
+    table = by_condition(e, "yes/no")
 
     assert [c for c, _ in table] == ["correct", "none"]
     names = ["accuracy", "precision", "recall", "F1", "says yes"]
@@ -186,6 +186,29 @@ def test_yes_no_scores_stand_in_one_order_and_a_score_that_does_not_exist_leaves
     assert [m is None for _, m in table[1][1]] == [False, True, False, False, False]
     assert "| no image | 50.0 % (48.5–51.5 %) |  | 51.0 %" in plain(render_markdown(e))
     assert "Questions answered with yes or no (POPE)" in text_of(page_of(e))
+
+
+def test_how_instructions_are_followed_stands_beside_what_is_said_without_the_image(
+    make_instruct_evidence: MakeEvidence,
+):
+    e = make_instruct_evidence()
+    scores = {"score": 0.81, "relevance": 0.7, "completeness": 0.77, "coherence": 1.0}
+    followed = [
+        measurement(f"instruct.{name}.{c}", v / k, "score 0-1", 0.01, n=1000, caveat="by words, not by meaning")
+        for k, c in ((1, "correct"), (2, "none")) for name, v in scores.items()
+    ]  # fmt: skip
+    gain = measurement("instruct.gain.none", 0.405, "score 0-1", 0.02, better="higher", n=1000)
+    e = e.model_copy(update={"measurements": [*e.measurements, *followed, gain]})
+
+    table = by_condition(e, "instructions")
+    page, markdown = text_of(page_of(e)), plain(render_markdown(e))
+
+    assert [c for c, _ in table] == ["correct", "none"]
+    assert [what for what, _ in table[0][1]] == [*scores, "gain"]
+    assert "Following the instruction: 0.4 relevance, 0.3 completeness, 0.3 coherence" in page
+    assert "by words, not by meaning" in page and "read the score beside the one without the image" in page
+    assert "| instruction following | score | relevance | completeness | coherence | gain |" in markdown
+    assert markdown.count("0.405") >= 2 and "0.810" in markdown
 
 
 def test_answers_without_any_gain_measured_are_shown_and_not_judged(make_instruct_evidence: MakeEvidence):

@@ -93,8 +93,9 @@ def test_both_parts_of_what_learns_really_moved(finished: Path) -> None:
 def test_evidence_tells_answers_with_and_without_the_image_in_every_condition(evidence: Evidence) -> None:
     for name in (
         "answer.accuracy.correct", "answer.accuracy.shuffled", "answer.accuracy.none", "answer.gain.none",
-        "answer.gain.shuffled", "pope.yes_rate.correct", "retention.loss", "retention.loss_base",
-        "retention.loss_ratio", "retention.kl", "merge.max_logit_diff",
+        "answer.gain.shuffled", "instruct.score.correct", "instruct.relevance.none", "instruct.completeness.shuffled",
+        "instruct.coherence.correct", "instruct.gain.none", "pope.yes_rate.correct", "retention.loss",
+        "retention.loss_base", "retention.loss_ratio", "retention.kl", "merge.max_logit_diff",
         "merge.changed_pct", "merge.tokens_changed_pct", "ablation.delta.shuffled",
         "ablation.delta.zero", "ablation.delta.noise", "learn.delta", "audit.trained.leak",
     ):  # fmt: skip
@@ -366,6 +367,7 @@ def test_long_answers_are_judged_by_their_loss_and_the_gates_on_answers_step_bac
     ).evidence
 
     assert evidence is not None and evidence.get("answer.accuracy.correct") is None
+    assert evidence.get("instruct.score.correct") is not None, "how they follow is told of sentences too"
     assert not {g.name for g in evidence.gates} & {"answers_look", "answers_look_closely"}
     assert any(gap.startswith("Gate answers_look: not judged") for gap in evidence.gaps)
     for what in ("Contrast pairs", "Two kinds of blindness"):

@@ -232,7 +232,10 @@ def test_repeated_references_are_an_error(folder: Path):
         ('{"id": 1, "answer": "a"}\nnonsense\n', r"a\.jsonl:2: malformed JSON at character 0"),
         ('[{"id": 1,', r"a\.jsonl: malformed JSON at character 10"),
         ("3", "holds a int; expected a JSON array"),
-        ('{"id": 1, "said": "a"}\n', "expected a string under one of answer, prediction, text, caption, got nothing"),
+        (
+            '{"id": 1, "said": "a"}\n',
+            "expected a string under one of answer, prediction, text, caption, response, got nothing",
+        ),
         ('{"id": 1, "answer": 4}\n', "got int"),
     ],
 )
@@ -263,3 +266,22 @@ def test_a_text_too_long_to_be_scored_is_named(folder: Path):
     for said, right, told in ((long, short, "p.jsonl"), (short, long, "r.jsonl")):
         with pytest.raises(UserError, match=f"{told}: the text of id 7 has 40,000 characters, expected at most 20,000"):
             score_files("caption", write(folder / "p.jsonl", said), write(folder / "r.jsonl", right))
+
+
+def test_instructions_are_scored_with_what_was_asked(folder: Path):
+    said = [{"id": k, "response": t} for k, t in enumerate(["The car is red.", "It is blue.", "Is the car red?"])]
+    asked = "<image>\nIs the car red?"
+    right = [
+        {"id": 0, "instruction": "What color is the car?", "response": "red", "question_type": "color"},
+        {"id": 1, "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "It is blue."}]},
+        {"id": 2, "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": "It is red."}]},
+    ]
+
+    score = score_files("instructions", write(folder / "a.jsonl", said), write(folder / "r.jsonl", right))
+
+    parts = {name: value(score, f"instruct.{name}") for name in ("relevance", "completeness", "coherence")}
+    assert parts == {"relevance": pytest.approx(2 / 3), "completeness": pytest.approx(2 / 3), "coherence": 1}
+    assert value(score, "instruct.score") == pytest.approx(2.3 / 3)  # the question repeated is a readable sentence
+    assert value(score, "instruct.score", "color") == 1
+    with pytest.raises(UserError, match=r"r\.jsonl.*expected what was asked under one of instruction, .*without it"):
+        score_files("instructions", folder / "a.jsonl", write(folder / "r.jsonl", [{"id": 0, "answer": "red"}]))

@@ -10,32 +10,86 @@ import typer
 from beholder.cli.common import ConfigArg, ImageRoots, Json, Sets, app, example, say, tell, terminal
 from beholder.types import DatasetKind, ShapeName, UserError
 
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column", metavar="FIELD=NAME", help="What a field is called here, as caption=description. Repeatable."
+    ),
+]
+
 
 @app.command(epilog=example("beholder prepare openmoji"))
 def prepare(
     name: Annotated[
-        Literal["quickstart", "openmoji", "ood"],
+        Literal["quickstart", "openmoji", "ood", "unified"],
         typer.Argument(
             metavar="NAME",
             help="quickstart: its parts and easy-VQA. openmoji: drawings and their names. ood: images to watch a model "
-            "with (eval.ood, eval.irrelevant).",
+            "with (eval.ood, eval.irrelevant). unified: FILES of any layout as JSON lines of {image, instruction, "
+            "response, metadata}.",
         ),
     ],
-    out: Annotated[Path | None, typer.Option(help="Folder to fill; default data/NAME.")] = None,
+    files: Annotated[
+        list[str] | None, typer.Argument(metavar="[FILES]", help="unified: record files, shards, folders or globs.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to fill; default data/NAME. unified: the file to write.")
+    ] = None,
     font: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="ood: a font for scripts that DejaVu lacks, such as Chinese. Repeatable."),
     ] = None,
+    image_root: ImageRoots = None,
+    annotations: Annotated[Path | None, typer.Option(help="unified: the answers of a VQA question file.")] = None,
+    shape: Annotated[ShapeName | None, typer.Option("--as", help="unified: what every record says.")] = None,
+    column: Columns = None,
+    split_turns: Annotated[
+        bool,
+        typer.Option(
+            "--split-turns",
+            help="unified: a line of every answer, with what was said before it as text in its instruction. Without it "
+            "a dialogue of several turns is a counted reject, as one with several images always is.",
+        ),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="unified: replace the file.")] = False,
+    rejects: Annotated[Path | None, typer.Option(help="unified: write every reject to this JSONL file.")] = None,
+    json: Json = False,
 ) -> None:
-    """Fetch pinned packages and turn them into the parts and data that the configs name. Nothing is installed.
+    """Fetch pinned packages and turn them into the parts and data that the configs name, or (unified) turn data into
+    one format. Nothing is installed.
 
-    Python: beholder.prepare.packages.prepare.
+    Python: beholder.prepare.packages.prepare; beholder.prepare.unified.unify.
     """
-    from beholder.prepare.packages import prepare as prepare_assets
-
     if (fonts := font or []) and name != "ood":
         raise UserError(f"--font is for prepare ood; {name} draws no text")
+    if name == "unified":
+        if out is None:
+            raise UserError("prepare unified writes a file; name it: --out FILE")
+        from beholder.prepare.unified import unify
+        from beholder.train.reporter import ticking
+
+        roots = image_root or []
+        with ticking(terminal(stderr=True)) as tick:
+            told = unify(
+                files or [], out, shape=shape, columns=_pairs(column), annotations=annotations,
+                image_root=next(iter(roots), None), more_image_roots=roots[1:], split_turns=split_turns, force=force,
+                rejects=rejects, progress=tick,
+            )  # fmt: skip
+        return tell(told, json)
+    if files or image_root or annotations or shape or column or split_turns or force or rejects or json:
+        raise UserError(f"FILES and what describes them are for prepare unified; prepare {name} has --out alone")
+    from beholder.prepare.packages import prepare as prepare_assets
+
     say(f"{name} is ready in {prepare_assets(name, out or Path('data') / name, say=say, fonts=fonts)}")
+
+
+def _pairs(column: list[str] | None) -> dict[str, str]:
+    columns = dict(pair.split("=", 1) for pair in column or [] if "=" in pair)
+    if len(columns) < len(column or []):
+        raise UserError(
+            f"--column {' '.join(column or [])}: expected FIELD=NAME, each field once, as caption=description"
+        )
+    return columns
 
 
 @app.command(epilog=example("beholder check data/captions.jsonl --image-root data/images --decode"))
@@ -47,10 +101,7 @@ def check(
     shape: Annotated[
         ShapeName | None, typer.Option("--as", help="What every record says; recognised by looking when not given.")
     ] = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FIELD=NAME", help="What a field is called here, as caption=description. Repeatable."),
-    ] = None,
+    column: Columns = None,
     annotations: Annotated[Path | None, typer.Option(help="vqa: the annotation file with the answers.")] = None,
     stage: Annotated[
         str | None,
@@ -70,11 +121,7 @@ def check(
     from beholder.prepare.check import check as check_files
     from beholder.train.reporter import ticking
 
-    columns = dict(pair.split("=", 1) for pair in column or [] if "=" in pair)
-    if len(columns) < len(column or []):
-        raise UserError(
-            f"--column {' '.join(column or [])}: expected FIELD=NAME, each field once, as caption=description"
-        )
+    columns = _pairs(column)
     roots = image_root or []
     with ticking(terminal(stderr=True)) as tick:
         report = check_files(

@@ -97,8 +97,12 @@ def chat(
 @app.command(epilog=example("beholder score vqa --predictions answers.jsonl --references v2_val2014_annotations.json"))
 def score(
     kind: Annotated[
-        Literal["vqa", "pope", "caption"],
-        typer.Argument(metavar="KIND", help="vqa: official VQA accuracy. pope: yes and no. caption: BLEU, CIDEr, …"),
+        Literal["vqa", "pope", "caption", "instructions"],
+        typer.Argument(
+            metavar="KIND",
+            help="vqa: official VQA accuracy. pope: yes and no. caption: BLEU, CIDEr, … instructions: relevance, "
+            "completeness, coherence.",
+        ),
     ],
     predictions: Annotated[
         Path, typer.Option(metavar="FILE", help="Answers, JSON or a line each, e.g. of beholder generate --from.")
@@ -109,7 +113,8 @@ def score(
     """Score a file of answers against references, with the arithmetic that runs are scored with. No model is loaded.
 
     Predictions: {"question_id": 1, "answer": "yes"} a line or in a JSON array; caption: {"image_id": 1, "caption": "A
-    dog."}. References: VQA's, COCO's or GQA's own files, or {"question_id": 1, "answers": ["yes", …]} a line.
+    dog."}. References: VQA's, COCO's or GQA's own files, or {"question_id": 1, "answers": ["yes", …]} a line;
+    instructions: with "instruction", or messages.
 
     Python: beholder.use.score.score_files.
     """

@@ -45,6 +45,7 @@ from beholder.config.parts import (
     ModelConfig,
     ProjectorConfig,
     ResamplerConfig,
+    StudentConfig,
     VisionConfig,
     names_modules,
     no_layers,
@@ -82,7 +83,7 @@ __all__ = [
     "GateConfig", "GenerateConfig", "GuardrailConfig", "HygieneConfig", "HygieneLimits", "IrrelevantConfig", "Layers",
     "LearningRates", "LlmConfig", "LoraConfig", "ModelConfig", "Monitor", "OodConfig", "PointSetting", "Positive",
     "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig", "Section", "SourceConfig", "Stage",
-    "StageName", "StudyConfig", "SweepConfig", "TeacherConfig", "TrainConfig", "VisionConfig", "Watched",
-    "WeightDecays", "decided_by", "folded", "in_script", "names_modules", "no_layers", "no_pattern", "settings",
-    "usual_gate",
+    "StageName", "StudentConfig", "StudyConfig", "SweepConfig", "TeacherConfig", "TrainConfig", "VisionConfig",
+    "Watched", "WeightDecays", "decided_by", "folded", "in_script", "names_modules", "no_layers", "no_pattern",
+    "settings", "usual_gate",
 ]  # fmt: skip

@@ -139,4 +139,6 @@ class DistillConfig(Section):
             wrong.append("form sampled is drawn at one temperature; leave temperature_end out, or use form topk")
         if self.online and self.vocabulary == "shared":
             wrong.append("vocabulary shared is for teachers that are kept (online: false)")
+        elif self.vocabulary == "shared" and self.form != "topk":
+            wrong.append(f"vocabulary shared is kept as topk, not as {self.form}; use form topk")
         return wrong

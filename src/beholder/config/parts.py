@@ -17,6 +17,10 @@ NO_ADAPTERS = Inert(
     lambda cfg, _: not cfg.has_adapters, "there are no adapters (stage align, or model.lora.enable: false)",
     "stage model.lora.enable",
 )  # fmt: skip
+FROZEN_LANGUAGE = Inert(
+    lambda cfg, _: not cfg.language_learns, "the language model's own weights do not learn (model.student)",
+    "model.student",
+)  # fmt: skip
 FROZEN_CONNECTOR = Inert(
     lambda cfg, _: not cfg.model.connector.trainable, "model.connector.trainable is false", "model.connector.trainable"
 )
@@ -31,6 +35,13 @@ _NATIVE = Inert(
     "model.native names a whole vision-language model, which has its own language model, tower and connector",
     "model.native model.native.name_or_path",
 )  # fmt: skip
+_STUDENT = Inert(
+    lambda cfg, _: cfg.model.student is not None,
+    "a student's language model is stored in fp32 and computed in train.precision", "model.student",
+)  # fmt: skip
+_NOT_MADE = Inert(
+    lambda _, own: own.like is None, "a language model that is cut has the sizes of the whole one", ".like"
+)
 _NOT_TIMM = Inert(
     lambda _, own: not own.name_or_path.startswith("timm/"),
     "it belongs to timm/<name> towers; a Hugging Face folder holds its own weights", ".name_or_path",
@@ -93,7 +104,7 @@ class LlmConfig(Section):
     """Hub commit or tag."""
     attn_implementation: Annotated[Attention, Tiny(value="sdpa")] = "sdpa"
     """Attention kernel. Packing is proven for sdpa and eager on CPU; each kernel is checked again at start-up."""
-    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    precision: Annotated[Literal["bf16", "fp32", "fp16"], _STUDENT] = "bf16"
     """Storage and compute type of the frozen weights."""
     gradient_checkpointing: Annotated[bool, decides("speed")] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -255,6 +266,75 @@ class LoraConfig(Section):
         return given_twice("llm_layers", self.llm_layers) + given_twice("vit_layers", self.vit_layers)
 
 
+class StudentConfig(Section):
+    """A language model that is made for the run, not read from files as it is, and may learn whole."""
+
+    like: Literal["llama", "gpt2"] | None = None
+    """Made with random weights, which ``seed`` draws, in this shape; of ``model.llm`` it has the tokenizer alone."""
+    cut: Annotated[Layers | None, Tiny(make=_few)] = None
+    """In place of ``like``: these layers of ``model.llm``, with its own embeddings, last norm and head; said like
+    ``model.lora.llm_layers``."""
+    hidden: Annotated[Positive | None, Field(le=1_048_576), _NOT_MADE, Tiny(make=lambda n: n and 64)] = None
+    """Width."""
+    layers: Annotated[Positive | None, Field(le=512), _NOT_MADE, Tiny(at_most=2)] = None
+    heads: Annotated[Positive | None, Field(le=65_536), _NOT_MADE, Tiny(make=lambda n: n and 4)] = None
+    """Attention heads, each ``hidden / heads`` wide."""
+    kv_heads: Annotated[Positive | None, Field(le=65_536), _NOT_MADE, Tiny(make=lambda n: n and 2)] = None
+    """llama: heads of keys and values, each shared by as many queries'; default as many as ``heads``."""
+    intermediate: Annotated[Positive | None, Field(le=1_048_576), _NOT_MADE, Tiny(make=lambda n: n and 128)] = None
+    """Width inside the MLP; default 4 times ``hidden``, for llama (whose MLP has three matrices) 8/3 of it."""
+    tie_embeddings: Annotated[bool, _NOT_MADE] = True
+    """The head is the table of embeddings."""
+    vocab: Annotated[Positive | None, Field(le=16_777_216), _NOT_MADE, Tiny()] = None
+    """Rows of the table; default as many as the tokenizer has ids."""
+    positions: Annotated[Positive, Field(le=16_777_216), _NOT_MADE] = 2048
+    """The longest sequence it is made for. gpt2: rows of its table of positions, which have weights."""
+    learns: Literal["all", "layers", "none"] = "all"
+    """all: its layers, its embeddings and its head. layers: not the embeddings and the head. none: nothing of it, as
+    stage align and ``model.lora`` have it. It has no dropout."""
+    max_params: Annotated[int | None, Field(gt=0, le=10**12), Tiny()] = None
+    """Weights that tower, connector and language model may have together; more is an error. ``beholder plan`` counts
+    them."""
+
+    def impossible(self) -> list[str]:
+        if (self.like is None) == (self.cut is None):
+            both = "both are given" if self.like else "neither is given"
+            return [f"a student is made like a family (like) or cut from model.llm (cut), and {both}; give one of them"]
+        if self.cut is not None:
+            if no_layers(self.cut):
+                return ["cut chooses no layer, so there would be no language model; name some, such as [0, 15, 29]"]
+            return given_twice("cut", self.cut)
+        missing = [name for name in ("hidden", "layers", "heads") if getattr(self, name) is None]
+        if missing or self.hidden is None or self.heads is None:
+            return [f"like {self.like} needs its sizes: {', '.join(missing)} {'are' if missing[1:] else 'is'} missing"]
+        wrong: list[str] = []
+        if self.hidden % self.heads:
+            wrong.append(
+                f"heads is {self.heads}, which does not divide hidden {self.hidden}: each head is hidden / heads wide; "
+                f"nearest: {' or '.join(map(str, _divisors_near(self.hidden, self.heads)))}"
+            )
+        elif self.like == "llama" and self.hidden // self.heads % 2:
+            wrong.append(
+                f"heads of {self.hidden // self.heads} (hidden {self.hidden} / heads {self.heads}) cannot be rotated "
+                "by position, which takes pairs of numbers; choose hidden / heads even"
+            )
+        if self.like == "gpt2" and self.kv_heads not in (None, self.heads):
+            wrong.append(f"kv_heads is {self.kv_heads}, but gpt2 has keys and values for each head; leave it out")
+        elif self.kv_heads is not None and self.heads % self.kv_heads:
+            wrong.append(
+                f"kv_heads is {self.kv_heads}, which does not divide heads {self.heads}; nearest: "
+                f"{' or '.join(map(str, _divisors_near(self.heads, self.kv_heads)))}"
+            )
+        return wrong
+
+
+def _divisors_near(number: int, wanted: int) -> list[int]:
+    """The nearest divisor below and the nearest above."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0] if number <= 1_048_576 else [number]
+    below, above = [d for d in divisors if d <= wanted], [d for d in divisors if d >= wanted]
+    return sorted({*below[-1:], *above[:1]})
+
+
 class ModelConfig(Section):
     llm: Annotated[LlmConfig, _NATIVE]
     vision: Annotated[VisionConfig, _NATIVE]
@@ -262,6 +342,28 @@ class ModelConfig(Section):
     lora: LoraConfig = LoraConfig()
     native: NativeConfig | None = None
     """A whole vision-language model in place of ``llm``, ``vision`` and ``connector``."""
+    student: StudentConfig | None = None
+    """A language model made for the run in place of ``llm`` as it is."""
+
+    def impossible(self) -> list[str]:
+        if self.student is None:
+            return []
+        if self.native is not None:
+            return [
+                "student is a language model to be joined with a tower, but native names a whole model; remove one of "
+                "the two"
+            ]
+        if self.lora.enable and self.student.learns != "none":
+            return [
+                f"lora.enable is true and student.learns is {self.student.learns}: adapters go on weights that stay as "
+                "they are. Set lora.enable: false, or student.learns: none"
+            ]
+        return []
+
+    @property
+    def language_learns(self) -> bool:
+        """Whether weights of the language model learn themselves, not adapters on them."""
+        return self.student is not None and self.student.learns != "none"
 
     @model_validator(mode="before")
     @classmethod

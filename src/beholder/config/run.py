@@ -14,7 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from beholder.config.data import DataConfig, FeaturesConfig, HygieneLimits, PromptingConfig, Template
 from beholder.config.distill import DistillConfig
 from beholder.config.monitors import MONITORED, RETAINED, SHARES, WATCHED, folded, is_script
-from beholder.config.parts import FROZEN_CONNECTOR, FROZEN_TOWER, NO_ADAPTERS, ModelConfig
+from beholder.config.parts import FROZEN_CONNECTOR, FROZEN_LANGUAGE, FROZEN_TOWER, NO_ADAPTERS, ModelConfig
 from beholder.config.section import (
     Cadence,
     Fraction,
@@ -51,6 +51,8 @@ class LearningRates(Section):
     """Peak learning rate of the adapters on the language model (from stage 2 on)."""
     vision: Annotated[float, Field(ge=0), FROZEN_TOWER] = 5e-5
     """Peak learning rate of what learns in the vision tower: its adapters, its unfrozen blocks."""
+    language: Annotated[float, Field(ge=0), FROZEN_LANGUAGE] = 2e-4
+    """Peak learning rate of a language model that learns whole (``model.student``)."""
 
 
 class WeightDecays(Section):
@@ -58,7 +60,12 @@ class WeightDecays(Section):
     """On the connector's matrices; norms, biases and latents always get 0."""
     lora: Annotated[float, Field(ge=0), NO_ADAPTERS] = 0.0
     vision: Annotated[float, Field(ge=0), FROZEN_TOWER] = 0.0
+    language: Annotated[float, Field(ge=0), FROZEN_LANGUAGE] = 0.01
+    """On the matrices of a language model that learns whole, its embeddings among them; norms and biases get 0."""
 
+
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+"""Rows of `train.tracking.TRACKERS`."""
 
 _SHOWN = decides("watching")
 _Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -370,7 +377,7 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """Decides order, split, initial weights and dropout."""
     stage: StageName | None = None
-    """Default: instruct when ``model.lora.enable`` is set, else align."""
+    """Default: instruct when ``model.lora.enable`` is set or a student learns whole (``model.student``), else align."""
     output_dir: Annotated[str | None, decides("run")] = None
     """Run folder; default ``outputs/<run_name>``."""
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], decides("speed"), Tiny(value="cpu")] = "auto"
@@ -391,6 +398,9 @@ class RunConfig(Section):
         Tiny(value={}),
     ]  # fmt: skip
     """What stops the run early; the stage's own, where their monitor is switched on, unless changed by name."""
+    tracking: Annotated[tuple[TrackerName, ...], decides("watching")] = ()
+    """Where the run's numbers go beside ``metrics.jsonl``, such as [tensorboard]; each needs its own package
+    (docs/tracking.md)."""
     scales: Annotated[
         dict[str, dict[str, bool | int | float | str | None]], Field(default_factory=dict), decides("run")
     ]
@@ -451,6 +461,11 @@ class RunConfig(Section):
         return self.stage_record.adapters and self.model.lora.enable
 
     @property
+    def language_learns(self) -> bool:
+        """Whether the language model's own weights learn."""
+        return self.stage_record.adapters and self.model.language_learns
+
+    @property
     def tower_may_learn(self) -> bool:
         """Whether something in the vision tower learns, or may."""
         return bool(self.model.vision.unfreeze) or (self.has_adapters and self.model.lora.may_reach_tower)
@@ -490,13 +505,19 @@ class RunConfig(Section):
         return self.train.micro_batch_size * self.train.gradient_accum
 
     def impossible(self) -> list[str]:
-        wrong: list[str] = []
+        wrong = given_twice("tracking", self.tracking)
         stage = self.stage_record
         if self.model.native is not None:
             wrong += self._impossible_natively(stage)
         elif not self.model.connector.trainable and stage.connector_learns:
             wrong.append(f"stage {stage.name} trains the connector, but model.connector.trainable is false")
-        if not (self.model.connector.trainable or self.has_adapters or self.tower_may_learn or stage.connector_learns):
+        if self.model.language_learns and not stage.adapters:
+            wrong.append(
+                f"stage {stage.name} trains the connector alone, but model.student.learns is "
+                f"{self.model.student and self.model.student.learns}; set it to none, or use stage instruct"
+            )
+        learns = self.model.connector.trainable or self.has_adapters or self.tower_may_learn or self.language_learns
+        if not (learns or stage.connector_learns):
             two = "model.lora.enable and model.connector.trainable are"
             wrong.append(f"nothing would be trained: {'model.lora.enable is' if self.model.native else two} false")
         if (stage.objective == "distill") != (self.distill is not None):

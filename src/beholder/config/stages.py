@@ -145,14 +145,16 @@ SLOT_GATES: dict[str, GateConfig] = {
 """What every stage of several images must show as well (S3-3)."""
 
 
-TAUGHT_GATES: dict[str, GateConfig] = {
-    name: gate for name, gate in INSTRUCT_GATES.items() if name not in ("text_unchanged", "retained", "merges")
-} | {
+TAUGHT_GATES: dict[str, GateConfig] = INSTRUCT_GATES | {
     "close_to_teacher": _gate(
         "teacher.kl", "its next tokens are distributed nearly as its teachers'", at_most=1.0
     ),
+    "looking_transfers": _gate(
+        "transfer.share", "it leans on the image at least half as much as its teacher does, and has not only learned "
+        "its words", at_least=0.5, end="low",
+    ),
 }  # fmt: skip
-"""The gates of every distillation (D-6, E-6). Its language model learns whole, so nothing is to be kept of a base."""
+"""The gates of every distillation (D-6, E-6); those on a base that stays are not judged where it learns whole."""
 
 
 class GuardrailConfig(Section):
@@ -264,8 +266,10 @@ class Stage:
 
     builds_on: str
     """The stage whose runs it is meant to start from; a run that starts from none says so. Empty: from none."""
+    tracked_as: str
+    """What stands before the names of its numbers in trackers (`train.tracking`)."""
     adapters: bool
-    """Adapters may learn (``model.lora``)."""
+    """Adapters may learn (``model.lora``), or a language model that was made for it whole (``model.student``)."""
     connector_learns: bool
     """The connector has to learn; else it does as ``model.connector.trainable`` says."""
     objective: str
@@ -320,8 +324,9 @@ FOLLOWS = ("pairs", "cells", "blind", "learnable")
 
 ALIGN = Stage(
     name="align",
-    is_meant=lambda model: model.lora.enable is not True,
+    is_meant=lambda model: model.lora.enable is not True and not model.language_learns,
     builds_on="",
+    tracked_as="stage1",
     adapters=False,
     connector_learns=True,
     objective="next_token",
@@ -344,8 +349,9 @@ ALIGN = Stage(
 
 INSTRUCT = Stage(
     name="instruct",
-    is_meant=lambda model: model.lora.enable is True,
+    is_meant=lambda model: model.lora.enable is True or model.language_learns,
     builds_on="align",
+    tracked_as="stage2",
     adapters=True,
     connector_learns=False,
     objective="next_token",
@@ -362,6 +368,7 @@ INSTRUCT = Stage(
     golden_by="category",
     measures=(
         *MEASURED_EVERYWHERE,
+        "followed",
         "kept",
         *FOLLOWS,
         "guessable",
@@ -375,13 +382,14 @@ INSTRUCT = Stage(
     gates=INSTRUCT_GATES,
     guardrails=GUARDRAILS,
 )  # fmt: skip
-"""Connector and adapters learn from conversations about one image (S2)."""
+"""Connector and adapters, or a student's whole language model, learn from conversations about one image (S2)."""
 
 MULTI = replace(
     INSTRUCT,
     name="multi",
     is_meant=None,
     builds_on="instruct",
+    tracked_as="stage3",
     max_images=6,
     most_images=None,
     image_label="Image {k}: ",
@@ -394,9 +402,10 @@ DISTILL = replace(
     INSTRUCT,
     name="distill",
     is_meant=None,
-    builds_on="align",
+    builds_on="",
+    tracked_as="stage2",
     objective="distill",
-    measures=("taught", *INSTRUCT.measures),
+    measures=(*MEASURED_EVERYWHERE, "taught", *(m for m in INSTRUCT.measures if m not in MEASURED_EVERYWHERE)),
     gates=TAUGHT_GATES,
 )
 """A small model learns from conversations and from what a big one says of each of their tokens (D-1, D-2)."""

@@ -80,7 +80,8 @@ def _bounds(extra: Any) -> Iterator[tuple[str, str]]:
 
 
 _OTHERS = {
-    "freeze_llm": "model.lora.llm_layers: none for true; all, last-K, … for false",
+    "freeze_llm": "model.lora.llm_layers: none for true; all, last-K, … for false; of a student model.student.learns",
+    "freeze_embeddings": "model.student.learns: layers for true, all for false",
     "freeze_vit": "model.lora.vit_layers (adapters) and model.vision.unfreeze (weights); none and [] for true",
     "freeze_aligner": "model.connector.trainable: false for true",
     "modules_to_save": "model.connector.trainable: true where the aligner is listed, else false",

@@ -270,6 +270,8 @@ class AskedTeacher:
     layout: Layout
     name: str
     """For messages."""
+    shared: bool = False
+    """It may learn other tokens of a sample: it has another tokenizer."""
 
     def batch(self, examples: Sequence[Example], targets: Sequence[np.ndarray]) -> Batch:
         """The examples as the teacher takes them. Raises `UserError` for one whose supervised ids are not ``targets``,
@@ -285,6 +287,8 @@ class AskedTeacher:
 
     def _cut(self, example: Example, encoded: Encoded, wanted: np.ndarray) -> Encoded:
         """Supervised as far as the student's sample, which may be cut shorter."""
+        if self.shared:
+            return encoded
         where = np.flatnonzero(encoded.supervise)
         if len(where) < len(wanted) or not bool((encoded.ids[where[: len(wanted)]] == wanted).all()):
             raise UserError(self._differ(example, encoded.ids[where], wanted))

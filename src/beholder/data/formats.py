@@ -185,7 +185,7 @@ class Rules:
     def _parse(self, record: Record, id: str | None, item: int, whole: Record) -> Parsed:
         name = self._shape(record)
         shape = SHAPES[name]
-        source = _text_field(record, "source")
+        source = _text_field(record, "source") or _metadata_source(record)
         said = shape.read(record)
         if name != "caption" and (system := _text_field(record, "system")):
             if said.messages[0][0] == "system":
@@ -402,6 +402,13 @@ def _answers(record: Record) -> tuple[str, ...]:
 
 def _text_field(record: Record, name: str) -> str:
     return _require(str | None, record.get(name), name, "a string") or ""
+
+
+def _metadata_source(record: Record) -> str:
+    """Where the distillation guide's format says its source."""
+    metadata = record.get("metadata")
+    source = metadata.get("source") if isinstance(metadata, dict) else None
+    return source if isinstance(source, str) else ""
 
 
 def image_values(record: Record) -> list[tuple[Any, str]]:

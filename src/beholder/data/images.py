@@ -490,6 +490,12 @@ def inspect(ref: ImageRef, max_megapixels: float) -> ImageFacts:
         return ImageFacts(ref, width, height, image.format or "?", hashlib.sha256(data).digest())
 
 
+def format_of(data: bytes, name: ImageRef | str, max_megapixels: float) -> str:
+    """One of `FORMATS`, by the header alone. Raises `ImageError`."""
+    with _quiet(), _open_checked(data, name, max_megapixels) as image:
+        return image.format or "?"
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Pillow's warnings (size above 89 megapixels, damaged EXIF) neither print nor decide, whatever the filters are.

@@ -32,7 +32,7 @@ from beholder.data.places import absent
 from beholder.runs import sha256_file
 from beholder.types import DatasetKind, Example, ImageRef, ShapeName, UserError
 
-_INDEX_VERSION = 6
+_INDEX_VERSION = 7
 """Raised when a cached index means something else."""
 _MOST_COPIED = 256 << 20
 """Bytes of records' JSON from which on it is compared with the file's."""
@@ -460,8 +460,14 @@ class Records:
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
+    def given(self, number: int) -> dict[str, Any]:
+        """The record's JSON as it stands in its file; of a table, the fields that are read."""
+        file, i = self._locate(number)
+        return index.loads(file.raw(i))
+
     def source_of(self, index: int) -> str:
-        """Source name of a record: the config's ``name``, else the record's ``source``, else the file's stem."""
+        """Source name of a record: the config's ``name``, else the record's ``source`` or that of its ``metadata``,
+        else the file's stem."""
         return self.source_names[int(self.source_ids[index])]
 
     def target_texts(self, indices: Sequence[int] | None = None) -> list[str]:

@@ -51,6 +51,7 @@ Section = Literal[
     "slots",
     "written",
     "answers",
+    "instructions",
     "yes/no",
     "pairs",
     "cells",
@@ -118,7 +119,8 @@ class Quantity:
         words = self.chat if self.chat and written == "answer" else self.words
         if not condition:
             return words.partition(" <image>")[0].rstrip(",")
-        names = IMAGE_NAMES["answer" if self.section in ("answers", "yes/no", "pairs", "cells") else written]
+        answered = self.section in ("answers", "instructions", "yes/no", "pairs", "cells")
+        names = IMAGE_NAMES["answer" if answered else written]
         return words.replace("<image>", names.get(condition, condition))
 
 
@@ -126,7 +128,7 @@ ALONE, OWN = ("",), ("correct",)
 """Without conditions; with the own image only."""
 
 _Q, _H = Quantity, Headline
-_SHARE, _NATS = "share", "nats/token"
+_SHARE, _NATS, _SCORE = "share", "nats/token", "score 0-1"
 
 _MEASURED: tuple[Quantity, ...] = (
     # Held-out samples. The same names in `Evidence.baseline` are the numbers before training.
@@ -195,6 +197,15 @@ _MEASURED: tuple[Quantity, ...] = (
     _Q("answer.exact.<image>", "answers exactly right, <image>", _SHARE, "higher", "answers"),
     _Q("answer.gain.<any>", "answers right, gain over <image>", _SHARE, "higher", "answers", read_in="points",
        said=("none",), headline=_H(answer=2, label="gain over no image", condition="none")),
+    # How well they follow the instruction, from the texts alone (`probes.instruction`).
+    _Q("instruct.score.<image>", "instruction following, <image>", _SCORE, "higher", "instructions", column="score",
+       said=OWN),
+    _Q("instruct.relevance.<image>", "relevance, <image>", _SCORE, "higher", "instructions", column="relevance"),
+    _Q("instruct.completeness.<image>", "completeness, <image>", _SCORE, "higher", "instructions",
+       column="completeness"),
+    _Q("instruct.coherence.<image>", "coherence, <image>", _SCORE, "higher", "instructions", column="coherence"),
+    _Q("instruct.gain.<any>", "instruction following, gain over <image>", _SCORE, "higher", "instructions",
+       column="gain"),
     *(_Q(f"pope.{x}.<image>", f"yes/no questions: {x}, <image>", _SHARE, "higher", "yes/no", column=x)
       for x in ("accuracy", "precision", "recall")),
     _Q("pope.f1.<image>", "yes/no questions: F1, <image>", _SHARE, "higher", "yes/no", column="F1", said=OWN,
@@ -270,6 +281,19 @@ _MEASURED: tuple[Quantity, ...] = (
     _Q("jitter.consistency", "same answer for slightly cropped images", _SHARE, "higher", "monitors", said=ALONE),
     _Q("gap.generalisation", "generalisation gap", _NATS, "lower", "monitors", said=ALONE),
     _Q("gap.training_loss", "loss on training samples", _NATS, "none", "monitors"),
+    # Whether looking transfers from a teacher to its student (`probes.transfer`).
+    _Q("transfer.teacher.delta", "teacher: loss difference, wrong image", _NATS, "none"),
+    _Q("transfer.teacher.ratio", "teacher: loss ratio, wrong image", "ratio", "none"),
+    _Q("transfer.student.delta", "student: loss difference, wrong image", _NATS, "higher"),
+    _Q("transfer.student.ratio", "student: loss ratio, wrong image", "ratio", "higher"),
+    _Q("transfer.share", "share of the teacher's image reliance", "ratio", "higher", "ablation", read_in="share",
+       said=ALONE),
+    _Q("transfer.agreement", "where to look: agreement with the teacher", "correlation", "higher"),
+    _Q("transfer.gain.image", "nearer to the teacher in tokens that need the image", _NATS, "higher"),
+    _Q("transfer.gain.words", "nearer to the teacher in the other tokens", _NATS, "higher"),
+    _Q("transfer.gain.difference", "nearer where the image is needed, over elsewhere", _NATS, "higher"),
+    _Q("transfer.closed.image", "distance to the teacher closed, tokens that need the image", _SHARE, "higher"),
+    _Q("transfer.closed.words", "distance to the teacher closed, other tokens", _SHARE, "higher"),
     # What gates alone judge.
     _Q("data.truncated_pct", "targets cut to length", "%", "lower"),
     _Q("data.label_zero_pct", "samples with nothing supervised", "%", "lower"),

@@ -21,8 +21,6 @@ logits is (q_T - p_T) / T; the factor T² of Hinton et al. (2015, arXiv:1503.025
 is the objective's business.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,7 +46,7 @@ class TopK:
 class Sampled:
     ids: Int[Tensor, "n m"]
     """Drawn from p_T; one that was drawn twice stands there twice."""
-    entropy: Float[Tensor, n]
+    entropy: Float[Tensor, "n"]
     """Of p_T, nats."""
     temperature: float
 
@@ -100,7 +98,7 @@ def sampled(log_p: Float[Tensor, "n v"], m: int, temperature: float, generator: 
     return Sampled(ids, -(torch.where(p > 0, tempered, 0.0) * p).sum(-1), temperature)
 
 
-def divergence(logits: Float[Tensor, "n v"], teacher: Teacher, temperature: float) -> Float[Tensor, n]:
+def divergence(logits: Float[Tensor, "n v"], teacher: Teacher, temperature: float) -> Float[Tensor, "n"]:
     """KL(p_T ‖ q_T) of each row in nats, fp32, differentiable in ``logits``. Raises `UserError` for a temperature that
     the teacher's form was not made for."""
     log_q = torch.log_softmax(logits.float() / temperature, dim=-1)
@@ -144,7 +142,9 @@ def _finite(log_p: Tensor) -> Tensor:
     return log_p.masked_fill(log_p == -math.inf, 0.0)
 
 
-def tail_gap(logits: Float[Tensor, "n v"], log_p: Float[Tensor, "n v"], k: int, temperature: float) -> Float[Tensor, n]:
+def tail_gap(
+    logits: Float[Tensor, "n v"], log_p: Float[Tensor, "n v"], k: int, temperature: float
+) -> Float[Tensor, "n"]:
     """How much smaller the divergence of the top k is than the full one: p_tail · KL(p given the tail ‖ q given it)."""
     ids = log_p.topk(k, dim=-1).indices
     p, q = (torch.log_softmax(x.float() / temperature, dim=-1) for x in (log_p, logits))

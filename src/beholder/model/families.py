@@ -122,6 +122,8 @@ def limits_of(causal_lm: nn.Module) -> Limits:
 def check_limits(limits: Limits, cfg: RunConfig) -> None:
     """Refuse samples and packed rows that are longer than the language model can take."""
     name, longest = cfg.model.llm.name_or_path, cfg.prompting.max_seq_len
+    if cfg.model.student is not None:
+        name = "the student (model.student)"
     if limits.positions is not None and longest > limits.positions:
         raise UserError(
             f"prompting.max_seq_len is {longest}, but {name} has a table of {limits.positions} positions and none "

@@ -5,6 +5,7 @@ time that the split computes what the model itself computes. Templates and token
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ def _pass_by(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 class LanguageModel(nn.Module):
-    """A causal LM with frozen weights, used from embeddings, with or without adapters (`model.adapters`). Runs in its
-    storage precision; autocast is never needed nor applied.
+    """A causal LM used from embeddings: with frozen weights, with or without adapters (`model.adapters`), in its
+    storage precision, without autocast; or, where it was made for the run (`model.student`), with fp32 weights and
+    under autocast in ``compute_dtype``. It has no dropout either way.
 
     ``d_text`` is the width of its embeddings, ``vocab`` the rows of its table, ``embed_rms`` the RMS of the table.
     ``whole``: ``model`` is a whole vision-language model, of which only the decoder and the head are parts of this one.
@@ -73,6 +75,8 @@ class LanguageModel(nn.Module):
         self.limits = limits_of(self.decoder if whole else model)
         self.embed_rms = self._embed_rms()
         self.packing_error: str | None = None
+        self.compute_dtype: torch.dtype | None = None
+        """What it is computed in where that is not its storage precision."""
         self.segmented = self.model.config._attn_implementation == attention.NAME
 
     # Held outside of the module tree so that the parts are not registered twice.
@@ -104,6 +108,10 @@ class LanguageModel(nn.Module):
                 layer.training = mode
         return self
 
+    def _computing(self) -> AbstractContextManager[Any]:
+        other = self.compute_dtype not in (None, self.dtype)
+        return torch.autocast(self.device.type, dtype=self.compute_dtype if other else None, enabled=other)
+
     def _checkpointed_layers(self) -> list[nn.Module]:
         from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -134,10 +142,16 @@ class LanguageModel(nn.Module):
             count += ids.numel() * self.d_text
         return float((total / count).sqrt())
 
-    @torch.no_grad()
     def embed(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t dh"]:
-        """Rows of the frozen table (scaled where the family scales them inside its embedding module)."""
-        return self.model.get_input_embeddings()(ids)
+        """Rows of the table (scaled where the family scales them inside its embedding module)."""
+        table = self.model.get_input_embeddings()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and table.weight.requires_grad):
+            return table(ids)
+
+    @property
+    def head_learns(self) -> bool:
+        """Whether weights of its head do, a table of embeddings that is the head among them."""
+        return any(p.requires_grad for p in self.model.get_output_embeddings().parameters())
 
     def hidden(
         self,
@@ -152,7 +166,7 @@ class LanguageModel(nn.Module):
         """
         extra = {"segments": attention.find_segments(position_ids)} if self.segmented else {}
         given = {"position_ids": position_ids, "attention_mask": None, **extra, **(beside or {})}
-        with torch.autocast(inputs_embeds.device.type, enabled=False):
+        with self._computing():
             out = self.decoder(inputs_embeds=inputs_embeds.to(self.dtype), use_cache=False, **given)
         return out.last_hidden_state
 
@@ -212,7 +226,7 @@ class LanguageModel(nn.Module):
 
     def head(self, hidden: Float[Tensor, "k dh"]) -> Float[Tensor, "k v"]:
         """Logits, with the scaling or soft cap that the family applies after its output matrix."""
-        with torch.autocast(hidden.device.type, enabled=False):
+        with self._computing():
             logits = self.model.get_output_embeddings()(hidden.to(self.dtype))
         if (divisor := getattr(self.config, "logits_scaling", None)) is not None:
             logits = logits / divisor
@@ -277,7 +291,7 @@ class LanguageModel(nn.Module):
         learning = self.part.learning
         self.train(False)  # no dropout; and a checkpointing layer in training mode drops the key/value cache
         try:
-            with torch.random.fork_rng(devices=devices), torch.autocast(self.device.type, enabled=False):
+            with torch.random.fork_rng(devices=devices), self._computing():
                 torch.manual_seed(seed)
                 new = self.model.generate(**given, generation_config=settings, streamer=streamer)[:, prompt:]
         finally:
@@ -435,17 +449,12 @@ def load_tokenizer(cfg: LlmConfig, *, beside: Path | None = None) -> Any:
     return tokenizer
 
 
-def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, Any]:
-    """The language model and its tokenizer: strictly loaded, frozen, in eval mode, on ``device``.
-
-    Raises `UserError` for files that do not fit, NaN weights, adapters instead of a model, attention the family does
-    not have, and families that cannot be run from embeddings, or not with what they compute themselves. Whether the
-    tokenizer's ids have rows is `data.chat`'s to say, which knows what can occur (`ChatEncoder.check_table`).
-    """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+def read_language(cfg: LlmConfig, dtype: torch.dtype) -> Any:
+    """The causal language model named by the settings, strictly loaded. Raises `UserError` for files that do not fit,
+    NaN weights, adapters instead of a model, and attention the family does not have."""
+    from transformers import AutoModelForCausalLM
 
     name, where = source_of(cfg)
-    dtype = DTYPES[cfg.precision]
     if "gguf_file" in where:
         where |= dequantize()
     wanted = "Give a Hugging Face causal language model (hub name or folder), or a .gguf file."
@@ -458,7 +467,23 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
     check_finite(model, cfg.name_or_path)
     if "gguf_file" in where:
         forget_quantizer(model)
-    model = model.to(device=device, dtype=dtype)
+    return model.to(dtype=dtype)
+
+
+def load_language(
+    cfg: LlmConfig, device: torch.device, made: tuple[Any, str] | None = None
+) -> tuple[LanguageModel, Any]:
+    """The language model and its tokenizer: strictly loaded, frozen, in eval mode, on ``device``. ``made``: a model in
+    place of the one that is named, and what it is called (`model.student`).
+
+    Raises `UserError` for files that do not fit, NaN weights, adapters instead of a model, attention the family does
+    not have, and families that cannot be run from embeddings, or not with what they compute themselves. Whether the
+    tokenizer's ids have rows is `data.chat`'s to say, which knows what can occur (`ChatEncoder.check_table`).
+    """
+    from transformers import GenerationConfig
+
+    model, name = made or (read_language(cfg, DTYPES[cfg.precision]), cfg.name_or_path)
+    model = model.to(device=device)
     # The checkpoint's own sampling defaults (top_k, temperature, …) would silently fill what a caller leaves unset.
     model.generation_config = GenerationConfig()
     if (
@@ -470,26 +495,40 @@ def load_language(cfg: LlmConfig, device: torch.device) -> tuple[LanguageModel, 
     ):
         attention.register()
         model.set_attn_implementation(attention.NAME)
-    with running(cfg.name_or_path, model):
-        language = LanguageModel(model, cfg.name_or_path, cfg.gradient_checkpointing)
+    with running(name, model):
+        language = LanguageModel(model, name, cfg.gradient_checkpointing)
         language.check_head()
         language.check_generation()
         language.check_packing()
     return language, load_tokenizer(cfg)
 
 
+_WANTED = "Its config.json must be that of a causal language model."
+
+
+def _sizes_of(cfg: LlmConfig) -> str:
+    return f"sizes of model.llm {cfg.name_or_path!r}"
+
+
+def read_config(cfg: LlmConfig) -> Any:
+    """The language model's configuration. Raises `UserError` where there is none."""
+    from transformers import AutoConfig
+
+    with loading(_sizes_of(cfg), _WANTED):
+        name, where = source_of(cfg)
+        config = AutoConfig.from_pretrained(name, **where)
+        if "gguf_file" not in where and Path(name).is_dir():  # else a plan would download the weights
+            check_depth(name, cfg.revision, config)
+    return config
+
+
 def empty_language(cfg: LlmConfig, config: Any = None) -> Any:
     """The language model on the meta device, from its configuration alone. Raises `UserError` for attention that the
     family does not have, and for a configuration that is not there or not that of a causal language model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    what = f"sizes of model.llm {cfg.name_or_path!r}"
-    with kernel_at_hand(cfg), loading(what, "Its config.json must be that of a causal language model."):
-        if config is None:
-            name, where = source_of(cfg)
-            config = AutoConfig.from_pretrained(name, **where)
-            if "gguf_file" not in where and Path(name).is_dir():  # else a plan would download the weights
-                check_depth(name, cfg.revision, config)
+    config = config or read_config(cfg)
+    with kernel_at_hand(cfg), loading(_sizes_of(cfg), _WANTED):
         check_soft_cap(config, cfg)
         # Other kernels may not be installed where a run is planned.
         kernel = {"attn_implementation": "sdpa"} if cfg.attn_implementation == "sdpa" else {}

@@ -1,8 +1,8 @@
 """What a part has learned, as a checkpoint keeps it and puts it back: adapters, adapters of earlier runs that were
 merged into it, and weights that learn, or have learned, themselves. And how weights come to learn themselves."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,35 @@ from torch.utils._pytree import tree_map
 from beholder.model.placement import Part, Widened, base_state, choose_modules, inside
 from beholder.model.weights import listed
 from beholder.types import TrainedPart, UserError
+
+
+def learn_whole(part: Part, which: Literal["all", "layers", "none"]) -> None:
+    """Let a language model that was made for the run learn: all of it, all but embeddings and head, or nothing. Its
+    checkpoints hold all of it in any case: nothing else need be there, nor the seed be the same, to have it again."""
+    part.unfrozen, whole = learning_modules(part.module, which), learning_modules(part.module, "all")
+    if beside := [name for name, _ in part.module.named_parameters() if not inside(name, whole)]:
+        raise UserError(
+            f"model.student: {part.source} ({type(part.module).__name__}) has weights of its own that are in no module "
+            f"({listed(beside, 3)}), so it cannot learn whole; make a student of a family's shape (model.student.like)"
+        )
+    _widen(part, whole)
+
+
+def learning_modules(model: Any, which: Literal["all", "layers", "none"]) -> tuple[str, ...]:
+    """Names of the modules of a causal language model that together are that much of it."""
+    apart = [model.get_input_embeddings(), model.get_output_embeddings()] if which == "layers" else []
+    return () if which == "none" else tuple(_besides(model, apart))
+
+
+def _besides(module: nn.Module, apart: Sequence[nn.Module], before: str = "") -> Iterator[str]:
+    """Names of modules that together have all weights but those of the modules ``apart``."""
+    for name, child in module.named_children():
+        if any(child is m for m in apart) or next(child.parameters(), None) is None:
+            continue
+        if any(inner is m for inner in child.modules() for m in apart):
+            yield from _besides(child, apart, f"{before}{name}.")
+        else:
+            yield before + name
 
 
 def unfreeze(part: Part, names: Sequence[str], setting: str = "model.vision.unfreeze") -> None:
@@ -51,7 +80,8 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 def learned_state(part: Part) -> dict[str, TrainedPart]:
     """By name of the part in a checkpoint: ``adapter`` and ``merged_1``, … of the language model, ``vision_adapter``
-    and ``vision_merged_1``, … of the tower, and ``vision``, the weights that are no longer as in its files."""
+    and ``vision_merged_1``, … of the tower, and ``vision`` and ``language``, the weights that are no longer as in their
+    files."""
     state = learned_base(part)
     if part.adapters:
         from beholder.model import adapters
@@ -69,13 +99,22 @@ def learned_base(part: Part) -> dict[str, TrainedPart]:
     """`learned_state` without its adapters: how the base differs from its files."""
     state = {f"{_before(part)}merged_{k}": merged for k, merged in enumerate(part.merged, 1)}
     if part.changed:
-        state[part.name] = TrainedPart(_changed(part), {"modules": list(part.changed), "of": part.source})
+        facts = {"modules": list(part.changed), "of": part.source}
+        facts |= {"initial": part.initial} if part.initial else {}
+        state[part.name] = TrainedPart(_changed(part), facts)
     return state
 
 
 def _changed(part: Part) -> dict[str, Tensor]:
-    """Weights (and statistics, which stay as they are) of the modules that are no longer as in their files."""
-    return {name: t for name, t in base_state(part).items() if inside(name, part.changed)}
+    """Weights (and statistics, which stay as they are) of the modules that are no longer as in their files; a head that
+    is the table of embeddings once."""
+    found: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, t in base_state(part).items():
+        if inside(name, part.changed) and (not t.numel() or (t.data_ptr(), t.shape) not in seen):
+            found[name] = t
+            seen.add((t.data_ptr(), t.shape))
+    return found
 
 
 def apply_base(parts: Mapping[str, Part], base: Mapping[str, TrainedPart]) -> None:
@@ -96,6 +135,8 @@ def apply_base(parts: Mapping[str, Part], base: Mapping[str, TrainedPart]) -> No
                 )
             _widen(part, [str(m) for m in modules])
             load_changed(part, learned)
+            if isinstance(initial := learned.facts.get("initial"), str):
+                part.initial = initial
 
 
 @torch.no_grad()
@@ -114,8 +155,9 @@ def load_changed(part: Part, learned: TrainedPart) -> None:
     ]
     if wrong:
         raise UserError(
-            f"the trained weights of the {part.called} do not fit this config (model.vision.unfreeze, or another "
-            f"{part.setting}): {listed(wrong, 4)}"
+            f"the trained weights of the {part.called} do not fit this config ("
+            f"{'model.student' if part.name == 'language' else 'model.vision.unfreeze'}, or another {part.setting}): "
+            f"{listed(wrong, 4)}"
         )
     if bad := [k for k, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]:
         raise UserError(f"trained weights are NaN or infinite: {listed(bad, 3)}. The run they come from had diverged.")

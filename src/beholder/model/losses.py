@@ -54,14 +54,32 @@ class _FrozenHeadNll(torch.autograd.Function):
         return (grad_outputs[0][:, None] * grad_hidden).to(grad_hidden.dtype), None, None, None
 
 
+def in_chunks(terms: Callable[..., Tensor], rows: int, *aligned: Tensor) -> Tensor:
+    """``terms`` of ``rows`` rows of each tensor at a time, one after the other. With gradients, in what ``terms`` calls
+    as well, keeping of more than one chunk what went in alone: what comes between (logits) is computed again in the
+    backward pass."""
+    count = aligned[0].shape[0]
+    if count <= rows or not torch.is_grad_enabled():
+        parts = zip(*(t.split(rows) for t in aligned), strict=True)
+        return torch.cat([terms(*part) for part in parts])
+    kept = [
+        checkpoint(terms, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(*(t.split(rows) for t in aligned), strict=True)
+    ]
+    return torch.cat(kept)
+
+
 def head_nll(
     head: Callable[[Tensor], Tensor],
     hidden: Float[Tensor, "k dh"],
     targets: Int[Tensor, "k"],
     vocab: int,
     max_logits: int = MAX_LOGITS,
+    *,
+    trained: bool = False,
 ) -> tuple[Float[Tensor, "k"], Bool[Tensor, "k"] | None]:
-    """`token_nll` of ``head(hidden)`` for a *frozen* head, never holding more than ``max_logits`` logits.
+    """`token_nll` of ``head(hidden)``, never holding more than ``max_logits`` logits. ``trained``: the head has weights
+    that learn; where its logits do not fit at once, those of a chunk are computed again for the backward pass.
 
     While gradients of ``hidden`` are recorded nobody asks for the arg-max, which costs as much as the softmax: None
     then. K = 0 gives an empty tensor that still hangs on the graph of ``hidden``.
@@ -72,6 +90,9 @@ def head_nll(
     rows = max(1, max_logits // vocab)
     if hidden.device.type == "cpu":
         rows = min(rows, CPU_ROWS)
+    if learning and trained:
+        rows = max(1, max_logits // vocab)  # nothing twice that fits at once
+        return in_chunks(lambda h, t: token_nll(head(h), t)[0], rows, hidden, targets), None
     if learning:
         return _FrozenHeadNll.apply(hidden, targets, head, rows), None  # pyright: ignore[reportReturnType]
     parts = [token_nll(head(h), t) for h, t in zip(hidden.detach().split(rows), targets.split(rows), strict=True)]
@@ -125,23 +146,18 @@ def head_losses(
     carries the graph. K = 0 gives empty tensors that still hang on the graph of ``hidden``.
 
     A frozen head's chunks leave K x Dh numbers for the backward pass; those of one that learns are computed once more
-    there (gradient checkpointing), unless there is only one.
+    there (`in_chunks`).
     """
     if hidden.shape[0] == 0:
         numbers = loss(head(hidden), slice(0, 0))
         return (numbers[0] + hidden.float().sum(-1), *numbers[1:])
     rows = max(1, max_logits // vocab)
-    if hidden.device.type == "cpu":
-        rows = min(rows, CPU_ROWS) if not head_learns else rows
+    if hidden.device.type == "cpu" and not head_learns:
+        rows = min(rows, CPU_ROWS)
     if torch.is_grad_enabled() and hidden.requires_grad and not head_learns:
         return _FrozenHead.apply(hidden, head, loss, rows)  # pyright: ignore[reportReturnType]
-    again = torch.is_grad_enabled() and hidden.shape[0] > rows
-    found: list[tuple[Tensor, ...]] = []
-    for start in range(0, hidden.shape[0], rows):
-        chunk, which = hidden[start : start + rows], slice(start, min(start + rows, hidden.shape[0]))
 
-        def part(h: Tensor, which: slice = which) -> tuple[Tensor, ...]:
-            return loss(head(h), which)
+    def terms(h: Tensor, which: Tensor) -> Tensor:
+        return torch.stack(loss(head(h), slice(int(which[0]), int(which[-1]) + 1)), dim=-1)
 
-        found.append(checkpoint(part, chunk, use_reentrant=False) if again else part(chunk))  # pyright: ignore[reportArgumentType]
-    return tuple(map(torch.cat, zip(*found, strict=True)))
+    return in_chunks(terms, rows, hidden, torch.arange(hidden.shape[0])).unbind(-1)

@@ -80,6 +80,9 @@ class Part:
     themselves."""
     unfrozen: tuple[str, ...] = ()
     """Those of them that learn in this run."""
+    initial: str = ""
+    """Of a joined model's language model: `model.weights.sketch_module` of what it was before it learned itself, by
+    which a connector knows it. Of one that was made it is in its checkpoints: another seed would make another."""
     learning: bool = False
     widened: dict[str, Widened] = field(default_factory=dict)
     """Modules that compute in another precision than what is around them (`model.learned`)."""

@@ -31,8 +31,8 @@ class TrainPlan:
     vision: Literal["pieces", "frozen"] = "frozen"
     """pieces: its adapters and its unfrozen modules learn, the rest of it does not."""
     connector: Literal["full", "frozen"] = "full"
-    language: Literal["lora", "frozen"] = "frozen"
-    """lora: its adapters learn, its own weights do not."""
+    language: Literal["lora", "full", "frozen"] = "frozen"
+    """lora: its adapters learn, its own weights do not. full: its own weights do (`model.learned.learn_whole`)."""
 
 
 def plan_of(cfg: ModelConfig, stage: Stage) -> TrainPlan:
@@ -42,11 +42,13 @@ def plan_of(cfg: ModelConfig, stage: Stage) -> TrainPlan:
             f"model.lora.enable is true, but stage {stage.name} trains the connector alone: set it to false, or "
             f"another stage: {', '.join(name for name, other in STAGES.items() if other.adapters)}"
         )
+    if cfg.language_learns and not stage.adapters:
+        raise UserError(f"stage {stage.name} trains the connector alone: set model.student.learns: none")
     adapters = cfg.lora.enable and cfg.lora.may_reach_tower
     return TrainPlan(
         vision="pieces" if cfg.vision.unfreeze or adapters else "frozen",
         connector="full" if cfg.connector.trainable or stage.connector_learns else "frozen",
-        language="lora" if cfg.lora.enable else "frozen",
+        language="full" if cfg.language_learns else "lora" if cfg.lora.enable else "frozen",
     )
 
 
@@ -90,18 +92,18 @@ def apply_train_plan(model: nn.Module, plan: TrainPlan) -> TrainableTable:
 
     ``model`` has the children ``vision`` (may be None), ``connector`` and ``language``. Trainable weights must be fp32.
     """
-    pieces = plan.vision == "pieces"
+    pieces, own = plan.vision == "pieces", {"vision": plan.vision == "pieces", "language": plan.language == "full"}
     learns = {"connector": plan.connector == "full", "lora": plan.language == "lora", "vision_lora": pieces}
-    parts, tower = _parameters(model), _part(model, "vision")
+    parts = _parameters(model)
     if learns["lora"] and not {"lora", "vision_lora"} & parts.keys():
         raise UserError("the plan trains adapters, but the model has none: set model.lora.enable: true")
     for part, named in parts.items():
         for parameter in named.values():
             parameter.requires_grad_(learns.get(part, False))
-    if pieces and tower is not None:
-        for name in tower.unfrozen:
-            own = tower.module.get_submodule(name)
-            own.requires_grad_(True)
+    for child in (child for child, learning in own.items() if learning):
+        if (part := _part(model, child)) is not None:
+            for name in part.unfrozen:
+                part.module.get_submodule(name).requires_grad_(True)
     model.train()
     return trainable_table(model)
 
@@ -184,7 +186,7 @@ def frozen_fingerprint(model: nn.Module) -> dict[str, str]:
     """sha256 of what does not learn of every part, to be compared before and after training.
 
     ``language`` and ``vision`` are the weights of the base under the names they have without adapters, so attaching
-    does not change it; of a tower, those that `Part.unfrozen` leaves alone. Adapters that are frozen too are a part of
+    does not change it; those that `Part.unfrozen` leaves alone. Adapters that are frozen too are a part of
     their own.
     """
     parts = _parameters(model)

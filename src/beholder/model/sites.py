@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 from beholder.config import LoraConfig, ModelConfig
-from beholder.model.language import empty_language
 from beholder.model.native import empty_native
 from beholder.model.placement import AdapterSite, Part, language_part, resolve_targets, selectors, tower_part
+from beholder.model.student import empty_of
 from beholder.model.vision import empty_tower
 
 
@@ -14,7 +14,7 @@ def empty_parts(cfg: ModelConfig) -> dict[str, Part]:
     found."""
     if cfg.native is not None:
         return empty_native(cfg.llm)
-    language = language_part(empty_language(cfg.llm), cfg.llm.name_or_path)
+    language = language_part(empty_of(cfg), cfg.llm.name_or_path)
     return {"vision": tower_part(empty_tower(cfg.vision), cfg.vision.name_or_path), "language": language}
 
 

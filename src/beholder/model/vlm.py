@@ -104,6 +104,11 @@ class Seeing(nn.Module):
         """What a checkpoint of the connector must say about itself to be refused for the right reason."""
         return dict(self._info)
 
+    @property
+    def language_learns(self) -> bool:
+        """Whether its language model's own weights learn, so that there is no base beside it (`model.student`)."""
+        return bool(self.language.part.unfrozen)
+
     def trained_state(self) -> dict[str, TrainedPart]:
         """What was learned, by part, as a checkpoint keeps it: ``connector``, and of each part `learned_state`.
         `train.restore.load_trained` is the way back."""
@@ -133,7 +138,9 @@ class Seeing(nn.Module):
     def forward(self, batch: Batch) -> TokenLosses:
         """Loss of every supervised token; the language-model head runs on those positions alone (`supervised`)."""
         found, language = self.supervised(batch), self.language
-        nll, correct = head_nll(language.head, found.hidden, found.targets, language.vocab)
+        nll, correct = head_nll(
+            language.head, found.hidden, found.targets, language.vocab, trained=language.head_learns
+        )
         return TokenLosses(nll, found.sample, correct)
 
     @torch.no_grad()
@@ -148,8 +155,9 @@ class Seeing(nn.Module):
 class VisionLanguageModel(Seeing):
     """Tower, connector and language model. ``vision`` becomes None after `drop_vision`; features then come stored.
 
-    The connector keeps fp32 weights and is computed under autocast in ``compute_precision``; the frozen parts compute
-    in the precision they are stored in, so no weight of theirs is ever cast. Adapters have fp32 weights too.
+    The connector keeps fp32 weights and is computed under autocast in ``compute_precision``, as is a language model
+    that was made for the run; the other parts compute in the precision they are stored in, so no weight of theirs is
+    ever cast. Adapters have fp32 weights too.
     """
 
     def __init__(
@@ -166,14 +174,19 @@ class VisionLanguageModel(Seeing):
         self._info = {
             **connector.info(),
             "vision": {"name": vision.name, "fingerprint": sketch_module(vision.backbone)},
-            "language": {"name": language.name, "fingerprint": sketch_module(language.model)},
+            "language": {"name": language.name},
         }
+        language.part.initial = sketch_module(language.model)
         assert not self.adapters, "adapters are attached afterwards: the fingerprint is the base's"
         self.train(False)
 
     @property
     def num_visual_tokens(self) -> int:
         return self.connector.num_tokens
+
+    def connector_info(self) -> dict[str, Any]:
+        own = self._info["language"] | {"fingerprint": self.language.part.initial}
+        return {**super().connector_info(), "language": own}
 
     def train(self, mode: bool = True) -> "VisionLanguageModel":
         """Only parts that learn change mode; frozen ones stay in eval (they see to it themselves)."""

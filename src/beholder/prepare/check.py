@@ -75,9 +75,9 @@ def check(
         cfg is not None and not tokenizer and cfg.model.native is None
     ):  # with a tokenizer of its own, the language model need not be at hand
         from beholder.model.families import check_limits, limits_of
-        from beholder.model.language import empty_language
+        from beholder.model.student import empty_of
 
-        check_limits(limits_of(empty_language(cfg.model.llm)), cfg)
+        check_limits(limits_of(empty_of(cfg.model)), cfg)
     report = check_data(sources, counter, verify_images="decode" if decode else "exists", progress=progress, **rules)
     if rejects is not None:
         report.write_rejects(rejects)

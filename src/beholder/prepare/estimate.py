@@ -13,6 +13,8 @@ width h, q query heads, k key/value heads of size d, MLP width m, vocabulary V, 
 - adapters with A weights: 6·A·T, forward, backward to their inputs and to their weights. 16 bytes a weight for weight,
   gradient and AdamW moments, and s bytes a position for every different input of an adapted layer, which the frozen
   layer alone would not keep.
+- a language model that learns itself (`model.student`): 2·B·T more for the weights' gradients and 2·h·V·K for those of
+  its head, 12 bytes a weight that learns for gradient and AdamW moments, and as for adapters the inputs of its layers.
 - head: 4·h·V·K, forward and backward, on the supervised positions only.
 - connector: counted by running it forward and backward on the meta device.
 - tower: counted the same way, forward; once per image with the feature store, at every step without. Where it learns,
@@ -41,7 +43,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from beholder.config import ConnectorConfig, LlmConfig, LoraConfig, RunConfig, VisionConfig
+from beholder.config import ConnectorConfig, LlmConfig, LoraConfig, RunConfig, StudentConfig, VisionConfig
 from beholder.data import build_encoder, open_records
 from beholder.data.chat import EncodeError
 from beholder.data.collate import WINDOW
@@ -52,6 +54,7 @@ from beholder.model import vision as vision_door
 from beholder.model.connector import build_connector
 from beholder.model.families import NO_LIMITS, Limits, check_limits, check_no_adapter, limits_of
 from beholder.model.language import empty_language, load_tokenizer, source_of
+from beholder.model.learned import learning_modules
 from beholder.model.losses import MAX_LOGITS
 from beholder.model.patch_layout import Declared, UnknownLayout, expected_layout
 from beholder.model.placement import (
@@ -66,6 +69,7 @@ from beholder.model.placement import (
     tower_part,
 )
 from beholder.model.plan import TrainableRow, TrainableTable
+from beholder.model.student import check_budget, empty_student
 from beholder.model.weights import DTYPES, loading
 from beholder.prepare.doctor import matmul_rate
 from beholder.train.distributed import pick_device
@@ -97,7 +101,9 @@ class LanguageShape:
     limits: Limits = NO_LIMITS
     adapter_params: int = 0
     adapter_inputs: int = 0
-    """Width of all different inputs of adapted layers, added up over the model."""
+    """Width of all different inputs of layers that are adapted, or learn themselves, added up over the model."""
+    learning_params: int = 0
+    """Weights that learn themselves."""
     part: Part | None = field(default=None, repr=False, compare=False)
     """The model itself, without weights."""
 
@@ -105,10 +111,12 @@ class LanguageShape:
         """Forward and backward to the inputs; ``attended`` is R of the module's formulae."""
         product = 2.0 * self.layer_params * tokens
         attention = 4.0 * self.layers * self.heads * self.head_dim * tokens * attended
-        return product * (3 if checkpointing else 2) + attention * (4 if checkpointing else 3)
+        times = 2 + bool(checkpointing) + bool(self.learning_params)
+        return product * times + attention * (4 if checkpointing else 3)
 
     def head_flops(self, targets: float) -> float:
-        return 4.0 * self.hidden * self.vocab * targets
+        learns = self.learning_params == self.params
+        return (6.0 if learns else 4.0) * self.hidden * self.vocab * targets
 
     def activation_bytes(
         self, tokens: float, bytes_per_number: int, attended: float | None, checkpointing: bool = False
@@ -255,15 +263,19 @@ def estimate(
         check_no_adapter(model.name_or_path, f"model.{part}.name_or_path")
     gaps: list[str] = []
     device = torch.device(pick_device("auto").type if cfg.device == "auto" else cfg.device)
-    language = _try(gaps, lambda: language_shape(cfg.model.llm, llm_config))
+    language = _try(gaps, lambda: language_shape(cfg.model.llm, llm_config, cfg.model.student))
     if language:
         check_limits(language.limits, cfg)
+    elif gaps and gaps[-1].startswith("model.student"):
+        raise UserError(gaps[-1])  # not a file that is elsewhere: a student that cannot be made
     vision = _try(gaps, lambda: vision_shape(cfg.model.vision, vision_config))
     lora = cfg.model.lora if cfg.has_adapters else None
     language, vision = learning(language, vision, lora, cfg.model.vision)
     connector = None
     if language and vision:
         connector = connector_shape(cfg.model.connector, vision, language.hidden)
+        parts = {"vision": vision, "connector": connector, "language": language}
+        check_budget(cfg.model.student and cfg.model.student.max_params, {k: s.params for k, s in parts.items()})
     table = _table(cfg, language, vision, connector)
     result = Estimate(cfg.run_name, cfg.stage_name, str(device), table, language, vision, connector, gaps=gaps)
     examples = _sample_records(cfg, result)
@@ -278,10 +290,16 @@ def estimate(
 # Shapes
 
 
-def language_shape(cfg: LlmConfig, config_file: Path | None = None) -> LanguageShape:
-    """Sizes of the language model, without weights. Raises `UserError` where no configuration is found, and for
-    attention that the family does not have."""
-    model = empty_language(cfg, _config("llm", cfg, config_file))
+def language_shape(
+    cfg: LlmConfig, config_file: Path | None = None, student: StudentConfig | None = None
+) -> LanguageShape:
+    """Sizes of the language model, or of a student made in its place, without weights. Raises `UserError` where no
+    configuration is found, and for attention that the family does not have."""
+    if student is None:
+        model = empty_language(cfg, _config("llm", cfg, config_file))
+    else:
+        whole = None if student.cut is None else _config("llm", cfg, config_file)
+        model = empty_student(student, cfg, config=whole, beside=config_file)
     text = model.config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     if heads is None:
@@ -291,6 +309,10 @@ def language_shape(cfg: LlmConfig, config_file: Path | None = None) -> LanguageS
         )
     part = language_part(model, cfg.name_or_path)
     blocks = choose(part, "all", "model.lora.llm_layers")
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    learns = sum(
+        p.numel() for name, p in model.named_parameters() if inside(name, learning_modules(model, student.learns))
+    ) if student else 0  # fmt: skip
     return LanguageShape(
         part=part,
         layers=text.num_hidden_layers,
@@ -298,12 +320,14 @@ def language_shape(cfg: LlmConfig, config_file: Path | None = None) -> LanguageS
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        intermediate=inner,
         vocab=model.get_input_embeddings().weight.shape[0],
         params=_weights(model),
         layer_params=sum(p.numel() for name, p in model.named_parameters() if inside(name, blocks)),
         qk_norm=any("q_norm" in name for name, _ in model.named_parameters()),
         limits=limits_of(model),
+        learning_params=learns,
+        adapter_inputs=text.num_hidden_layers * (3 * text.hidden_size + inner) if learns else 0,
     )
 
 
@@ -326,7 +350,8 @@ def learning(
     inputs = {(*_parent_and_role(s.name), s.d_in) for s in own}
     language = replace(
         language, part=None,
-        adapter_params=sum(s.params for s in own), adapter_inputs=sum(width for *_, width in inputs),
+        adapter_params=sum(s.params for s in own),
+        adapter_inputs=sum(width for *_, width in inputs) or language.adapter_inputs,
     )  # fmt: skip
     if vision is None or vision.part is None:
         return language, vision
@@ -460,12 +485,19 @@ def _table(
         learns = connector.params if cfg.model.connector.trainable else 0
         rows.append(TrainableRow("connector", connector.params, learns, "float32"))
     if language:
-        rows.append(TrainableRow("language", language.params, 0, _torch_name(cfg.model.llm.precision)))
+        stored, learns = _torch_name(_precisions(cfg)[0]), language.learning_params
+        rows.append(TrainableRow("language", language.params, learns, stored))
         if adapters := language.adapter_params:
             rows.append(TrainableRow("lora", adapters, adapters, "float32"))
     if vision and (adapters := vision.adapter_params):
         rows.append(TrainableRow("vision_lora", adapters, adapters, "float32"))
     return TrainableTable(tuple(rows))
+
+
+def _precisions(cfg: RunConfig) -> tuple[str, str]:
+    """What the language model is stored in, and computed in."""
+    own = cfg.model.llm.precision
+    return (own, own) if cfg.model.student is None else ("fp32", cfg.train.precision)
 
 
 def _torch_name(precision: str) -> str:
@@ -621,13 +653,16 @@ def _prompt_tokens(cfg: RunConfig, tokenizer: Any, num_visual: int, rows: int, i
 def _plan_memory(
     cfg: RunConfig, result: Estimate, language: LanguageShape, vision: VisionShape, connector: ConnectorShape
 ) -> None:
-    s, seq = DTYPES[cfg.model.llm.precision].itemsize, result.sequence
+    stored, s = (DTYPES[precision].itemsize for precision in _precisions(cfg))
+    seq = result.sequence
     positions = seq["rows_of_a_micro_batch"] * seq["row_length"]
     images = seq["samples_of_a_micro_batch"] * result.images_per_sample
     logits = min(seq["samples_of_a_micro_batch"] * (seq["target_tokens_mean"] + 1) * language.vocab, MAX_LOGITS)
     autocast = 0 if cfg.train.precision == "fp32" else 2
     result.memory = {
-        "language_model_weights": language.params * s,
+        # under autocast with a copy of what is multiplied
+        "language_model_weights": language.params * (stored if s == stored else stored + s),
+        **({"language_model_gradients_and_AdamW": 12 * n} if (n := language.learning_params) else {}),
         "vision_tower_weights": vision.params * DTYPES[cfg.model.vision.precision].itemsize,
         "connector_gradients_and_AdamW": connector.params * ((16 if cfg.model.connector.trainable else 4) + autocast),
         **({"adapters_gradients_and_AdamW": 16 * language.adapter_params} if language.adapter_params else {}),
@@ -677,7 +712,7 @@ def _plan_time(
     }
     if device is None:
         return
-    rate = matmul_rate(device, DTYPES[cfg.model.llm.precision])
+    rate = matmul_rate(device, DTYPES[_precisions(cfg)[1]])
     result.matmul_flops_per_s = rate
     usable = rate * EFFICIENCY[device.type]
     step = sum(result.flops_per_step.values()) / usable

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from beholder.config import MONITORED, DatasetKind, RunConfig, SourceConfig, settings
+from beholder.config import MONITORED, DatasetKind, DistillConfig, RunConfig, SourceConfig, settings
 from beholder.config.file import dump_config, parse_config, without_inert
 from beholder.config.tree import get_at
 from beholder.model.weights import quiet_transformers
@@ -704,6 +704,8 @@ def smoke_config(cfg: RunConfig, folder: Path | str, *, num_records: int = 64, s
         if setting.tiny is not None and own is not None:
             own[name] = setting.tiny.of(own[name])
     raw["model"] |= _smoke_parts(cfg, raw["model"], folder)
+    if cfg.distill is not None:
+        raw["distill"] |= _smoke_teachers(cfg.distill, Path(raw["model"]["llm"]["name_or_path"]), folder)
     half = max(1, steps // 2)
     raw["train"] |= {
         "train_steps": min(steps, cfg.train.train_steps or steps), "save_every": min(cfg.train.save_every, half),
@@ -728,7 +730,9 @@ def _smoke_parts(cfg: RunConfig, raw: dict[str, Any], folder: Path) -> dict[str,
     if cfg.model.native is not None:
         native = tiny_native(folder / "native", _native_family(cfg.model.native.name_or_path))
         return {"native": raw["native"] | {"name_or_path": str(native)}, "llm": None, "vision": None}
-    llm = tiny_llm(folder / "llm", _llm_family(cfg.model.llm.name_or_path))
+    # A teacher's tokenizer has a few tokens more (`_smoke_teachers`).
+    family = "smollm2" if cfg.distill else _llm_family(cfg.model.llm.name_or_path)
+    llm = tiny_llm(folder / "llm", family, **({"vocab_size": 320} if cfg.distill else {}))
     vision, weights = tiny_vision(folder / "vision", _vision_family(cfg.model.vision.name_or_path))
     tokens = cfg.model.connector.tokens_asked
     few = min(tokens, 8) if cfg.model.connector.resampler.kind == "perceiver" and tokens is not None else None
@@ -737,6 +741,19 @@ def _smoke_parts(cfg: RunConfig, raw: dict[str, Any], folder: Path) -> dict[str,
         "vision": raw["vision"] | {"name_or_path": vision, "weights": weights},
         "connector": raw["connector"] | {"num_visual_tokens": few},
     }
+
+
+def _smoke_teachers(cfg: DistillConfig, llm: Path, folder: Path) -> dict[str, Any]:
+    """Tiny native teachers, asked while the student learns: what is kept of teachers would have to be made first. The
+    student in ``llm`` gets their tokenizer."""
+    from transformers import AutoTokenizer
+
+    teachers = []
+    for k, teacher in enumerate(cfg.teachers):
+        native = tiny_native(folder / f"teacher{k}", "llava", seed=k)
+        teachers.append({"native": str(native), "precision": "fp32", "weight": teacher.weight})
+        AutoTokenizer.from_pretrained(str(native)).save_pretrained(str(llm))
+    return {"teachers": tuple(teachers), "online": True}
 
 
 def _sooner(every: str | int, steps: int) -> str | int:

@@ -36,6 +36,8 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _DROPPED = frozenset("'`\"“”‘’().?!,:-–—…;[]{}")
+WITHOUT_SPACES = re.compile(r"[\u0E00-\u0EFF\u1000-\u109F\u1780-\u17FF\u3040-\u30FF\u3400-\u9FFF\uF900-\uFAFF]")
+"""Thai, Lao, Burmese, Khmer, kana and ideographs: words are not set apart there, so their characters are `units`."""
 
 
 def tokenize(text: str) -> list[str]:
@@ -51,6 +53,11 @@ def tokenize(text: str) -> list[str]:
     text = unicodedata.normalize("NFC", text).lower().replace("\u2019", "'")
     apart = _CONTRACTION.sub(lambda m: " " + m[0], text)
     return [token for token in _TOKEN.findall(apart) if token not in _DROPPED]
+
+
+def units(text: str) -> list[str]:
+    """Words; characters of those that are written without spaces between them."""
+    return [u for word in tokenize(text) for u in (list(word) if WITHOUT_SPACES.search(word) else [word])]
 
 
 def normalize(text: str) -> str:

@@ -31,7 +31,7 @@ import numpy as np
 from beholder.config import folded, in_script
 from beholder.evidence import Measurement
 from beholder.probes import bootstrap, measurement, ratio_of_sums, share, strata
-from beholder.probes.caption_metrics import normalize, tokenize
+from beholder.probes.caption_metrics import WITHOUT_SPACES, normalize, tokenize, units
 from beholder.probes.collapse import loops, nearly
 from beholder.probes.hallucination import ObjectList, plural
 from beholder.probes.loss import SampleLoss
@@ -52,9 +52,6 @@ CROPS = ((0.0, 0.0), (1.0, 1.0), (0.5, 0.5))
 """Which corner is kept, as shares of what is cut off: left and top of each crop."""
 CROPPED_SIDE = 0.94
 """Of either side, what a crop keeps: 12 % of the area is cut off."""
-
-_WITHOUT_SPACES = re.compile(r"[\u0E00-\u0EFF\u1000-\u109F\u1780-\u17FF\u3040-\u30FF\u3400-\u9FFF\uF900-\uFAFF]")
-"""Thai, Lao, Burmese, Khmer, kana and ideographs: words are not set apart there, so characters stand for them."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -122,7 +119,7 @@ def invents(text: str, shows: Sequence[str], known: Trained, objects: ObjectList
 
 def mentions(text: str, label: str) -> bool:
     """Whether the text has the label: as whole words, in the plural too; without spaces between them, as written."""
-    if _WITHOUT_SPACES.search(label):
+    if WITHOUT_SPACES.search(label):
         return folded(label) in folded(text)
     words = tokenize(text)
     for form in (label, plural(label)):
@@ -272,7 +269,7 @@ def near_identical(a: str, b: str) -> bool:
     stand for words in scripts without spaces."""
     if normalize(a) == normalize(b):
         return True
-    one, two = Counter(_units(a)), Counter(_units(b))
+    one, two = Counter(units(a)), Counter(units(b))
     return bool(nearly(max(one.total(), two.total()), (one & two).total()))
 
 
@@ -342,11 +339,6 @@ def says(pattern: str, text: str) -> bool:
 def _letters(text: str) -> str:
     """Letters, ideographs and digits of any script."""
     return "".join(c for c in text if unicodedata.category(c)[0] in "LN")
-
-
-def _units(text: str) -> list[str]:
-    """Words; characters of those that are written without spaces between them."""
-    return [u for word in tokenize(text) for u in (list(word) if _WITHOUT_SPACES.search(word) else [word])]
 
 
 def _parts(kinds: Sequence[str]) -> list[tuple[str | None, list[int]]]:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from beholder.config import usual_gate
 from beholder.evidence import Condition, Evidence, Measurement
-from beholder.evidence.catalogue import ALL_CONDITIONS, CATALOGUE, IMAGE_NAMES, quantity
+from beholder.evidence.catalogue import ALL_CONDITIONS, CATALOGUE, IMAGE_NAMES, Section, quantity
 from beholder.report.words import count, fmt
 
 JUDGED_FROM = usual_gate("answers_look").min_n
@@ -138,9 +138,9 @@ def conditions_of(e: Evidence) -> tuple[list[Condition], list[Condition]]:
     )
 
 
-def pope_table(e: Evidence) -> list[tuple[Condition, list[tuple[str, Measurement | None]]]]:
-    """Scores of yes/no answers by what was shown, all with the same names in the same order; empty if not measured."""
-    rows = [row for row in CATALOGUE if row.section == "yes/no"]
+def by_condition(e: Evidence, section: Section) -> list[tuple[Condition, list[tuple[str, Measurement | None]]]]:
+    """A section's scores by what was shown, all with the same names in the same order; empty if not measured."""
+    rows = [row for row in CATALOGUE if row.section == section]
     found: dict[Condition, list[Measurement | None]] = {
         c: [e.get(f"{row.stem}.{c}") for row in rows] for c in ALL_CONDITIONS
     }

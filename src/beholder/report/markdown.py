@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from beholder.evidence import Evidence, Measurement
-from beholder.evidence.catalogue import grouping_name, shown
+from beholder.evidence.catalogue import Section, grouping_name, shown
 from beholder.report import answers, content, contrast, slots
 from beholder.report.verdicts import Verdict, gate_rows, verdicts
 from beholder.report.words import condition_names, count, flatten, fmt, fmt_ci, interval, metric_name, signed, with_ci
@@ -122,8 +122,14 @@ def _slots(e: Evidence) -> list[str]:
     return lines + table(head, told)
 
 
+_BY_CONDITION: tuple[tuple[str, Section], ...] = (
+    ("instruction following", "instructions"),
+    ("yes/no questions (POPE)", "yes/no"),
+)
+
+
 def _answers(e: Evidence) -> list[str]:
-    """Answers by kind of question, with and without the image, and those to yes/no questions."""
+    """Answers by kind of question, with and without the image, how well they follow, and those to yes/no questions."""
     names, (right_with, over) = condition_names(e), answers.conditions_of(e)
     marks = {"liar": "❌ right without looking", "blind": "❌ the image adds nothing", "few": "too few to judge"}
     marks |= {"looks": "✓ looks", "unknown": ""}
@@ -139,10 +145,10 @@ def _answers(e: Evidence) -> list[str]:
     ]  # fmt: skip
     head = ["answers right", "by", "", *(names[c] for c in right_with), *(f"gain over {names[c]}" for c in over), "n"]
     lines = table(head, cells)
-    pope = answers.pope_table(e)
-    if pope:
-        scored = [[names[c], *(with_ci(m) for _, m in values)] for c, values in pope]
-        lines += table(["yes/no questions (POPE)", *(what for what, _ in pope[0][1])], scored)
+    for title, section in _BY_CONDITION:
+        if found := answers.by_condition(e, section):
+            scored = [[names[c], *(with_ci(m) for _, m in values)] for c, values in found]
+            lines += table([title, *(what for what, _ in found[0][1])], scored)
     return lines
 
 

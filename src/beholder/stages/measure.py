@@ -11,7 +11,7 @@ from beholder.model.plan import TrainableTable, frozen_fingerprint
 from beholder.probes import clipscore, loss, textonly, wrong_images
 from beholder.probes.loss import SampleLoss
 from beholder.stages.guard import open_history
-from beholder.stages.measured import NO_START, START_CAPTIONS, Before, Measured, Trained
+from beholder.stages.measured import LEARNS_WHOLE, NO_START, START_CAPTIONS, Before, Measured, Trained
 from beholder.stages.panel import PANEL
 from beholder.stages.session import Session
 from beholder.stages.write_evidence import make_evidence
@@ -150,9 +150,15 @@ def measure(
             m.inapplicable |= dict([row.without])
         if name == "losses":
             tell_losses(session, m)
-    with session.model.adapters_off():
-        text = textonly.compare(before.text, textonly.text_logits(session.model, session.tokenizer))
+    text = None
+    if session.model.language_learns:
+        m.inapplicable |= {"text.": LEARNS_WHOLE, "retention.": LEARNS_WHOLE, "merge.": LEARNS_WHOLE}
+    else:
+        with session.model.adapters_off():
+            text = textonly.compare(before.text, textonly.text_logits(session.model, session.tokenizer))
     after = frozen_fingerprint(session.model)
+    if not before.frozen.keys() & after.keys():
+        m.inapplicable["frozen."] = "no part is frozen, or has a part that is"
     session.dist.barrier()
     return make_evidence(session, table, m, trained, after, text)
 

@@ -11,6 +11,8 @@ from beholder.probes.written import Written
 from beholder.types import Condition, Status
 
 NO_START, START_CAPTIONS = "the run starts from no other", "the run it starts from answers no questions"
+LEARNS_WHOLE = "the language model learns itself (model.student)"
+"""Why nothing says whether it is the language model it was."""
 NOTHING_TO_KEEP = (NO_START, START_CAPTIONS)
 """Why there is nothing that the start could do and the trained model might not."""
 

@@ -25,6 +25,7 @@ from beholder.probes import (
     collapse,
     golden,
     hallucination,
+    instruction,
     loss,
     pairs,
     qa,
@@ -38,7 +39,7 @@ from beholder.probes import (
 from beholder.probes.loss import SampleLoss
 from beholder.probes.written import Written
 from beholder.stages import monitors, teachers
-from beholder.stages.measured import NOTHING_TO_KEEP, Measured
+from beholder.stages.measured import LEARNS_WHOLE, NOTHING_TO_KEEP, Measured
 from beholder.stages.session import Session
 from beholder.types import Condition, Example, UserError
 
@@ -99,11 +100,13 @@ def learned(session: Session, m: Measured) -> None:
     assert m.before is not None, "measured at the end"
     seed = session.held_out.seed
     same = [e.id for e in session.held_out.examples]
+    if session.model.language_learns:
+        m.inapplicable["learn.delta_text"] = f"{LEARNS_WHOLE}, and what it could say without an image was before that"
     for name, band, earlier in (
         ("learn.delta", "band.untrained", m.before.untrained),
         ("learn.delta_text", "band.text_only", m.before.text_only),
     ):
-        if earlier is None:
+        if earlier is None or m.why_not(name) is not None:
             continue
         if [x.id for x in earlier] != same:
             m.gaps.append(f"{name}: the held-out samples are not those of the start, so nothing can be paired.")
@@ -381,6 +384,21 @@ def judge_answers(
     )  # fmt: skip
 
 
+def followed(session: Session, m: Measured) -> None:
+    """How well the written answers, long ones too, follow their instructions (D-6)."""
+    if not m.written:
+        return  # `written` says why
+    held, chosen = session.held_out, list(m.written)
+    by: dict[Condition, list[Written]]
+    by = {c: [m.written[i][k] for i in chosen] for k, c in enumerate(session.cfg.stage_record.conditions)}
+    groups = {
+        name: [turns[-1] if turns else None for turns in own]
+        for name, own in held.groups(chosen).items()
+        if name in answers.GROUPINGS
+    }
+    m.measurements += instruction.score(held.at(chosen), by, groups, seed=held.seed)
+
+
 def kept(session: Session, m: Measured) -> None:
     """Whether questions about one image are still answered as by the run that this one started from."""
     assert m.before is not None, "measured at the end"
@@ -522,6 +540,8 @@ def blind_two_ways(session: Session, m: Measured) -> None:
                 base = write(examples, label="the base's answers")
         else:
             why = f"{_NONE}, so without an image it is the base that answers"
+            if session.model.language_learns:
+                why = f"{LEARNS_WHOLE}, so there is no base beside it"
             m.leave_out("blind.base", "What the base answers blind", why)
             m.inapplicable["blind.leak"] = why
     seen = [m.written[i][conditions.index("correct")] for i in chosen]
@@ -715,6 +735,7 @@ PANEL: dict[str, Row] = {
         Row("words", words),
         Row("slots", every_slot),
         Row("written", written),
+        Row("followed", followed),
         Row("kept", kept),
         Row("questions", questions),
         Row("pairs", contrast_pairs),

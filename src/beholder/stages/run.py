@@ -36,6 +36,7 @@ from beholder.train.engine import fit
 from beholder.train.objectives import OBJECTIVES
 from beholder.train.optim import build_optimizer
 from beholder.train.promoted import check_promoted
+from beholder.train.tracking import check_installed
 from beholder.types import Status, UserError
 
 _APART = {"run", "place", "speed"}
@@ -134,6 +135,7 @@ def run_stage(cfg: RunConfig, *, resume: str = "auto", promote_anyway: bool = Fa
                 run.path, known.status, known.cost.steps, None, known, dist.is_main, again=True, unheard=unheard,
                 stopped="" if known.stopped is None else known.stopped.sentence,
             )  # fmt: skip
+        check_installed(cfg.tracking)
         if source is None:
             promoted = check_promoted(cfg, promote_anyway)
         else:  # asked when the run started
@@ -176,6 +178,7 @@ def train_and_measure(session: Session, source: Path | None) -> Outcome:
     total = session.data.total_steps(cfg)
     session.fill_features(start * cfg.effective_batch, total * cfg.effective_batch)
     session.keep_layers()
+    session.track(start)
     before = measure_before(session, fresh=start == 0)  # how good is it now
 
     check_history(session)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from types import MappingProxyType
 from typing import Any, Self
@@ -34,7 +34,9 @@ from beholder.store.layers import LayerStore
 from beholder.terminal import Terminal
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
-from beholder.types import ImageGeometry, TrainedPart
+from beholder.train.tracking import Trackers
+from beholder.train.trained import identity
+from beholder.types import ImageGeometry, Status, TrainedPart, UserError
 
 BASE = (
     "the adapters of {} earlier run(s) are part of the base's weights (model.lora.adapters: merge); what is compared "
@@ -66,6 +68,8 @@ class Session:
         """What could not be had or measured, in the order it was found; `gap` adds."""
         self.phases_s = phases_s
         """Seconds by phase; `phase` adds."""
+        self.trackers = Trackers(cfg.stage_record.tracked_as, self._track_failed)
+        """What `track` has opened."""
         self._frozen = frozen
         self._inner_s: list[float] = [0.0]
         """Seconds of the phases inside each open phase, outermost first."""
@@ -77,6 +81,7 @@ class Session:
         for store in (self.store, self.layers):
             if store is not None:
                 store.close()
+        self.trackers.close()  # of a run that did not come to its evidence
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -89,11 +94,36 @@ class Session:
             else hashlib.sha256(to_json(asdict(g)).encode()).hexdigest(),
             "data": self.data.train.fingerprint,
             "encoder": self.data.encoder.fingerprint,
+            **self._teachers(),
         }
+
+    def _teachers(self) -> dict[str, str]:
+        """Of those that are there: a finished student is measured without them as well."""
+        found: dict[str, str] = {}
+        for number, teacher in enumerate(self.cfg.distill.teachers if self.cfg.distill else (), 1):
+            with suppress(UserError):
+                found[f"teacher {number}"] = identity(teacher)
+        return found
 
     def gap(self, what: str) -> None:
         """Something that a reader of the report must know was not had."""
         self.gaps.append(what)
+
+    def track(self, step: int) -> None:
+        """Opens the trackers that the config asks for; from here on they are told every line of the log. ``step``:
+        steps done."""
+        cfg, run = self.cfg, self.run
+        if not (cfg.tracking and self.dist.is_main):
+            return
+        known = run.read_json("run.json").get("tracked")
+        known = known if isinstance(known, dict) else {}
+        ids = self.trackers.open(cfg.tracking, run.path, cfg.run_name, step, known)
+        run.set_status(Status.RUNNING, tracked=ids)
+        run.listeners.append(self.trackers.log)
+
+    def _track_failed(self, what: str) -> None:
+        self.reporter.line("tracking", f"WARNING: {what}")
+        self.gap(f"Tracking: {what}.")
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -25,25 +25,24 @@ from beholder.data.build import build_pipeline
 from beholder.data.chat import ChatEncoder, EncodeError
 from beholder.data.collate import AskedTeacher, Layout, SampleBuilder, eval_batches
 from beholder.data.images import ImageError, ImagePipeline, NativePipeline
+from beholder.data.shared_tokens import aligned, shared_ids, token_bytes
 from beholder.data.tokens import tokenizer_fingerprint
+from beholder.evidence import Measurement
 from beholder.model.build import Vlm, build_vlm
-from beholder.model.divergence import Full, columns, sampled, top_k
+from beholder.model.divergence import Full, TopK, columns, sampled, top_k
 from beholder.probes import joined as joined_words
-from beholder.probes import loss, measurement, measuring, ratio_of_sums, wrong_images
+from beholder.probes import loss, measurement, measuring, ratio_of_sums, transfer, wrong_images
 from beholder.probes.loss import SampleLoss
-from beholder.runs import RunDir, atomic_write, sha256_file, stop_signals, to_json
+from beholder.runs import RunDir, atomic_write, stop_signals, to_json
 from beholder.stages.lifetime import sole_writer
 from beholder.stages.measured import Measured
 from beholder.stages.session import Session, open_session
 from beholder.store.teachers import TOKENS, TeacherCache, TeacherKey, teachers_dir
-from beholder.train import checkpoint
 from beholder.train.distributed import joined
 from beholder.train.objectives import log_probabilities, taught_losses
-from beholder.train.trained import open_trained
+from beholder.train.trained import identity, open_trained
 from beholder.types import Batch, Condition, Example, Supervised, TeacherReader, UserError
 
-_PEEK = 2**20
-"""Bytes at each end of a large weight file that stand for it."""
 _INDEX = 20
 """Bytes of the row store's index for a token, about."""
 HELD_OUT: tuple[Condition, ...] = ("correct", "shuffled")
@@ -52,30 +51,6 @@ HELD_OUT: tuple[Condition, ...] = ("correct", "shuffled")
 
 # ---------------------------------------------------------------------------------------------------------------
 # Which teacher it is
-
-
-def identity(teacher: TeacherConfig) -> str:
-    """sha256 that stands for a teacher's weights and template, without loading them: of a run, its checkpoint's
-    manifest, which lists the hash of everything in it; of a native model in a folder, its files; of one from a hub, its
-    name and revision. Raises `UserError` for one that is not there."""
-    if teacher.run is not None:
-        return sha256_file(checkpoint.resolve_checkpoint(teacher.run) / checkpoint.MANIFEST)
-    assert teacher.native is not None
-    digest = hashlib.sha256(f"{teacher.precision}".encode())
-    if teacher.chat_template is not None:
-        digest.update(Path(teacher.chat_template).read_bytes())
-    folder = Path(teacher.native)
-    if not folder.is_dir():
-        return hashlib.sha256(f"{digest.hexdigest()} {teacher.native}@{teacher.revision}".encode()).hexdigest()
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_PEEK))
-            if size > _PEEK:
-                file.seek(max(_PEEK, size - _PEEK))
-                digest.update(file.read(_PEEK))
-    return digest.hexdigest()
 
 
 def keys(session: Session) -> list[TeacherKey]:
@@ -109,10 +84,64 @@ class Teacher:
         """As `model.vlm.Seeing.supervised`."""
         return self.model.supervised(batch)
 
+    translation: Translation | None = None
+    """Of a teacher with another tokenizer (``distill.vocabulary: shared``)."""
+
     @cached_property
     def asked(self) -> AskedTeacher:
         builder = SampleBuilder(self.encoder, self.pipeline, None, on_bad_image="error")
-        return AskedTeacher(builder, Layout(packing=False, pack_len=1, pad_to_multiple_of=8), self.name)
+        layout = Layout(packing=False, pack_len=1, pad_to_multiple_of=8)
+        return AskedTeacher(builder, layout, self.name, shared=self.translation is not None)
+
+
+@dataclass(frozen=True)
+class Translation:
+    """From a teacher's tokens to the student's (``distill.vocabulary: shared``).
+
+    What the teacher says of a token that begins where one of its own does holds for the student too: both are about the
+    text so far. Ids whose text both know are translated, the others' mass is in the rest. A token that begins elsewhere
+    has no teacher, and counts in the loss by its data alone.
+    """
+
+    ids: torch.Tensor
+    """int64 [teacher's V]: the student's id, or -1."""
+    own: dict[int, bytes]
+    theirs: dict[int, bytes]
+
+    def top_k(self, log_p: torch.Tensor, where: Sequence[int | None], k: int, temperatures: tuple[float, ...]) -> TopK:
+        """What the teacher says of the student's tokens; ``where``: at which of its own each begins. -inf throughout:
+        nothing."""
+        ids = self.ids.to(log_p.device)
+        shared = torch.where(ids >= 0, log_p, -torch.inf)
+        kept, at = shared.topk(min(k, int((ids >= 0).sum())), dim=-1)
+        if kept.shape[-1] < k:
+            raise UserError(
+                f"distill.k is {k}, but student and teacher share only {kept.shape[-1]} tokens; lower it, or use a "
+                "teacher of the same tokenizer"
+            )
+        rest = log_p.scatter(-1, at, -torch.inf)
+        tail = torch.stack([torch.logsumexp(rest / t, dim=-1) for t in temperatures], dim=-1)
+        rows = torch.tensor([-1 if w is None else w for w in where], device=log_p.device)
+        said = (rows >= 0)[:, None]
+        rows = rows.clamp_min(0)
+        return TopK(
+            torch.where(said, ids[at[rows]], torch.arange(k, device=log_p.device)),
+            torch.where(said, kept[rows], -torch.inf), torch.where(said, tail[rows], -torch.inf), temperatures,
+        )  # fmt: skip
+
+
+def translate(teacher: Teacher, session: Session) -> Teacher:
+    """The teacher, able to speak of the student's tokens. Raises `UserError` where they share none."""
+    tokenizer, encoder = session.tokenizer, session.data.encoder
+    ends = list(zip(teacher.encoder.eos_ids[:1], encoder.eos_ids[:1], strict=False))
+    ids = torch.from_numpy(shared_ids(teacher.tokenizer, tokenizer, ends, teacher.language.vocab))
+    shared, own = int((ids >= 0).sum()), session.model.language.vocab
+    if shared < 2:
+        raise UserError(f"the teacher {teacher.name} and the student share no tokens, so it can say nothing to it")
+    session.reporter.line(
+        "teacher", f"{teacher.name}: {shared:,} of its {len(ids):,} tokens are among the student's {own:,}"
+    )
+    return replace(teacher, translation=Translation(ids, token_bytes(tokenizer), token_bytes(teacher.tokenizer)))
 
 
 def open_teacher(teacher: TeacherConfig, student: RunConfig, device: torch.device) -> Teacher:
@@ -315,6 +344,8 @@ def keep(session: Session, which: TeacherConfig, key: TeacherKey) -> Kept:
             teacher = open_teacher(which, session.cfg, session.model.device)
             if cfg.vocabulary == "equal":
                 check_vocabulary(teacher, session.tokenizer)
+            else:
+                teacher = translate(teacher, session)
             started = time.perf_counter()
             _ask(session, teacher, cache, todo)
             seconds = time.perf_counter() - started
@@ -361,10 +392,19 @@ def say(
     """What the teacher says of each sample's supervised tokens, in the form that the config keeps."""
     batch = teacher.asked.batch(examples, targets)
     found = teacher.supervised(batch)
-    hidden = found.hidden[found.sample.argsort(stable=True)].split([len(own) for own in targets])
+    order = found.sample.argsort(stable=True)
+    counts = torch.bincount(found.sample, minlength=len(examples)).tolist()
     out: list[dict[str, torch.Tensor]] = []
-    for example, own, states in zip(examples, targets, hidden, strict=True):  # a sample's logits at a time
-        log_p = log_probabilities(teacher.language.head(states), vocab, [example.id])
+    for example, own, states, theirs in zip(
+        examples, targets, found.hidden[order].split(counts), found.targets[order].split(counts), strict=True
+    ):  # a sample's logits at a time
+        logits = teacher.language.head(states)
+        if (translation := teacher.translation) is not None:
+            where = aligned(own.tolist(), theirs.tolist(), translation.own, translation.theirs)
+            log_p = log_probabilities(logits, logits.shape[-1], [example.id])
+            out.append(columns(translation.top_k(log_p, where, cfg.k, cfg.kept_temperatures)))
+            continue
+        log_p = log_probabilities(logits, vocab, [example.id])
         match cfg.form:
             case "topk":
                 form = top_k(log_p, cfg.k, cfg.kept_temperatures)
@@ -409,26 +449,58 @@ def held_out_losses(session: Session, teacher: Teacher) -> dict[Condition, list[
 
 def closeness(session: Session, m: Measured) -> None:
     """How far the student's next tokens are from its teachers', and whether it leans on the image as they do (E-6)."""
+    try:
+        with session.phase("teachers"), teachers_of(session) as (readers, asked):
+            m.measurements.append(distance(session, readers, asked))
+            looking_beside(session, m, readers, asked)
+    except UserError as e:  # a teacher that is gone, or of which nothing is kept about a sample
+        m.gaps.append(f"Distance from the teachers: not measured: {e}.")
+
+
+def distance(session: Session, readers: Readers, asked: Sequence[Teacher]) -> Measurement:
+    """``teacher.kl``: Σ wᵢ KL(teacherᵢ ‖ student) per supervised token of the held-out samples."""
     cfg, held = session.cfg.learnt_from, session.held_out
     t = 1.0 if 1.0 in cfg.kept_temperatures or cfg.online or cfg.form == "full" else cfg.temperature
-    with session.phase("teachers"), teachers_of(session) as (readers, asked):
-        builder = replace(session.data.builder(session.store, train=False, cfg=session.cfg), teachers=readers)
-        try:
-            mine = divergences(session, builder, asked, t)
-        except UserError as e:
-            m.gaps.append(f"Distance from the teachers: not measured: {e}.")
-            return
-        rows = session.dist.gather_objects(mine)
-        found = {id: (kl, n) for own in rows for id, kl, n in own}
-        kl, tokens = (np.array([found[e.id][k] for e in held.examples]) for k in (0, 1))
-        told = "Σ over the teachers, by their weights" if len(cfg.teachers) > 1 else ""
-        at = f"at temperature {t:g}"
-        m.measurements.append(
-            measurement(
-                "teacher.kl", *ratio_of_sums(kl, tokens.astype(np.float64), held.seed), n=len(kl),
-                caveat=joined_words(at, told),
+    builder = replace(session.data.builder(session.store, train=False, cfg=session.cfg), teachers=readers)
+    mine = divergences(session, builder, asked, t)
+    found = {id: (kl, n) for own in session.dist.gather_objects(mine) for id, kl, n in own}
+    kl, tokens = (np.array([found[e.id][k] for e in held.examples]) for k in (0, 1))
+    told = "of all teachers, by their weights" if len(cfg.teachers) > 1 else None
+    value = ratio_of_sums(kl, tokens.astype(np.float64), held.seed)
+    return measurement("teacher.kl", *value, n=len(kl), caveat=joined_words(f"at temperature {t:g}", told))
+
+
+def looking_beside(session: Session, m: Measured, readers: Readers, asked: Sequence[Teacher]) -> None:
+    """Image reliance beside that of the teacher with the largest weight, on the ablated samples (E-6)."""
+    what, held = "Whether looking transfers from the teacher", session.held_out
+    weights = [t.weight for t in session.cfg.learnt_from.teachers]
+    which = weights.index(max(weights))
+    if "shuffled" not in m.ablated:
+        m.gaps.append(f"{what}: not measured, ablation.conditions leaves shuffled out.")
+        return
+    reader = readers[which]
+    if isinstance(reader, TeacherCache):
+        file = held_out_file(session, reader)
+        if not file.is_file():
+            m.gaps.append(
+                f"{what}: not measured, nothing is kept of what the teacher loses on these held-out samples; run "
+                "beholder teacher-cache again."
             )
-        )  # fmt: skip
+            return
+        theirs = read_held_out(file)
+    else:
+        theirs = held_out_losses(session, asked[which])
+    indices = held.ablation_sample
+    student = _both(m.ablated["correct"], m.ablated["shuffled"])
+    teacher = _both([theirs["correct"][i] for i in indices], theirs["shuffled"])
+    found = transfer.looking(teacher, student, held.seed)
+    m.measurements += found.measurements
+    m.gaps += found.gaps
+
+
+def _both(own: Sequence[SampleLoss], wrong: Sequence[SampleLoss]) -> transfer.Losses:
+    right, other = (np.array([x.nll for x in losses]) for losses in (own, wrong))
+    return transfer.Losses(right, other, np.array([x.tokens for x in own]))
 
 
 @torch.no_grad()

@@ -42,7 +42,18 @@ from beholder.stages.session import Session
 from beholder.train.checkpoint import steps_on_disk
 from beholder.types import UserError
 
-CHANGES = ("status", "updated", "step", "best_step", "phases_s", "gates_failed", "error", "signal", "stopped")
+CHANGES = (
+    "status",
+    "updated",
+    "step",
+    "best_step",
+    "phases_s",
+    "gates_failed",
+    "error",
+    "signal",
+    "stopped",
+    "tracked",
+)
 """What ``run.json`` says of the moment, and not of where the run comes from."""
 
 Record = dict[str, Any]
@@ -53,9 +64,11 @@ Record = dict[str, Any]
 
 
 def make_evidence(
-    session: Session, table: TrainableTable, m: Measured, trained: Trained, after: dict[str, str], text: TextOnly
-) -> Evidence:
-    """The measurements with everything that is needed to read them; the main process writes them down."""
+    session: Session, table: TrainableTable, m: Measured, trained: Trained, after: dict[str, str],
+    text: TextOnly | None,
+) -> Evidence:  # fmt: skip
+    """The measurements with everything that is needed to read them; the main process writes them down. ``text``: None
+    where the language model is not meant to be what it was."""
     assert m.before is not None, "measured at the end"
     before, step = m.before, trained.step
     cfg, run, c = session.cfg, session.run, session.data.counts
@@ -84,6 +97,7 @@ def make_evidence(
         for r in table.rows
     ]
     measured = [*m.measurements, *_as_measurements(facts, rows, text, logged)]
+    session.trackers.finish(step, {x.key: x.value for x in measured})
     idle = {name: why for name, gate in cfg.gates.items() if (why := m.why_not(gate.measure)) is not None}
     evidence = Evidence(
         run_name=cfg.run_name,
@@ -145,7 +159,7 @@ def make_evidence(
 
 
 def _as_measurements(
-    facts: DataFacts, rows: Sequence[TrainableRow], text: TextOnly, trained: Sequence[Record]
+    facts: DataFacts, rows: Sequence[TrainableRow], text: TextOnly | None, trained: Sequence[Record]
 ) -> list[Measurement]:
     """What else gates judge: shares of the training data, frozen parts and text logits that changed."""
     out: list[Measurement] = []
@@ -157,9 +171,10 @@ def _as_measurements(
     if hashed:
         changed = sum(not intact for intact in hashed)
         out.append(Measurement(name="frozen.changed", value=changed, unit="parts", better="lower", n=len(hashed)))
-    out.append(
-        Measurement(name="text.changed", value=len(text.changed), unit="prompts", better="lower", n=text.prompts)
-    )
+    if text is not None:
+        out.append(
+            Measurement(name="text.changed", value=len(text.changed), unit="prompts", better="lower", n=text.prompts)
+        )
     return out
 
 
@@ -182,8 +197,8 @@ def _say_figures(session: Session, e: Evidence) -> None:
     line = session.reporter.line
     for m in said(e):
         line("result", m.told)
-    same = e.text_only is not None and e.text_only.equal
-    line("result", f"text-only logits bit-equal before and after: {'yes' if same else 'NO'}")
+    if e.text_only is not None:
+        line("result", f"text-only logits bit-equal before and after: {'yes' if e.text_only.equal else 'NO'}")
     for finding in e.findings:
         line("finding", finding)
     for gate in e.failed_gates:

@@ -53,7 +53,7 @@ class TeacherKey:
     name: str
     """For messages: the same teacher may lie elsewhere."""
     teacher: str
-    """sha256 that stands for its weights (`stages.teachers.identity`)."""
+    """sha256 that stands for its weights (`train.trained.identity`)."""
     template: str
     tokenizer: str
     """sha256 of the student's: ids are its own."""
@@ -153,7 +153,7 @@ class TeacherCache:
             tokens = np.zeros(-(-len(own) // TOKENS) * TOKENS, self.type)
             rows = tokens.view(np.uint8).reshape(-1, self.rows.row_bytes)
             keys = self._row_keys(self.sample_key(example, own), len(own))
-            if all(self.rows.read_into(key, memoryview(row)) for key, row in zip(keys, rows, strict=True)):
+            if all(self.rows.read_into(key, row.data) for key, row in zip(keys, rows, strict=True)):
                 found.append(tokens[: len(own)])
             else:
                 lost.append(example.id)
@@ -207,7 +207,7 @@ class TeacherCache:
             tokens[name][:n] = value.reshape(n, *self.type[name].shape)
         rows = tokens.view(np.uint8).reshape(-1, self.rows.row_bytes)
         keys = self._row_keys(self.sample_key(example, targets), n)
-        if writer.put([(key, memoryview(row)) for key, row in zip(keys, rows, strict=True)]) < len(keys):
+        if writer.put([(key, row.data) for key, row in zip(keys, rows, strict=True)]) < len(keys):
             raise UserError(
                 f"teacher cache {self.rows.root}: distill.max_gb = {self.rows.max_bytes / 1e9:g} GB is full; raise it, "
                 "lower distill.k, or use form sampled. What is stored stays"

@@ -9,9 +9,9 @@ saved is decided elsewhere; so is which step is the best, which ``best.json`` be
 Where a stage's weights come from, in this order (`stages` follows it):
 1. resume this run: the latest checkpoint of the same run folder (``--resume auto``), or the one that is named;
 2. start from another run: ``model.connector.load_checkpoint``, its connector, its base (with what was merged into it,
-   and weights of the tower that learned themselves) and, where it has any, its adapters as ``model.lora.adapters``
-   says: they go on learning, are merged into the base, or are dropped (a run of stage align has none, so new ones
-   start); optimizer and step fresh;
+   and weights of tower and student that learned themselves) and, where it has any, its adapters as
+   ``model.lora.adapters`` says: they go on learning, are merged into the base, or are dropped (a run of stage align has
+   none, so new ones start); optimizer and step fresh;
 3. fresh: the connector's and the adapters' own initialisation from the seed. Frozen parts always come from their own
    files.
 To use a run (generate, chat, start the next stage from it), its best checkpoint is taken, where none is marked the

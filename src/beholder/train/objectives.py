@@ -85,7 +85,7 @@ def taught_losses(
             kl = kl + weight * divergence(logits, _of(teacher, which), t)
         return (1 - alpha) * nll + alpha * t**2 * kl, nll, kl
 
-    learns = any(p.requires_grad for p in language.model.get_output_embeddings().parameters())
+    learns = language.head_learns
     total, nll, kl = head_losses(language.head, found.hidden, loss, language.vocab, head_learns=learns)
     return total, nll, kl
 

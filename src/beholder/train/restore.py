@@ -53,8 +53,8 @@ class Learner(Protocol):
 
 
 def load_trained(path: str | Path, model: Learner) -> None:
-    """Put everything that was learned back into ``model``, bit for bit: connector, adapters, and weights of the tower
-    that learn themselves. The way back of `VisionLanguageModel.trained_state`.
+    """Put everything that was learned back into ``model``, bit for bit: connector, adapters, and weights of tower and
+    language model that learn themselves. The way back of `VisionLanguageModel.trained_state`.
 
     ``path`` is anything `resolve_checkpoint` takes; ``model`` was built on the checkpoint's base (`read_base`).
     Raises `UserError` as `load_connector` and `load_adapters` do.
@@ -154,10 +154,10 @@ def read_part(path: Path, part: str) -> TrainedPart:
 def read_base(path: Path) -> dict[str, TrainedPart]:
     """What of the base that a verified checkpoint was trained on is not as in its files, in the order in which it
     became so: adapters of earlier runs (``merged_1``, ``vision_merged_1``, …), then weights that learned themselves
-    (``vision``), which are kept as they are after all that."""
+    (``vision``, ``language``), which are kept as they are after all that."""
     there = parts_in(_read_object(path / MANIFEST)["files"])
     names = [name for before in ("", "vision_") for name in _merged_in(path, there, f"{before}merged")]
-    return {part: read_part(path, part) for part in [*names, *(p for p in there if p == "vision")]}
+    return {part: read_part(path, part) for part in [*names, *(p for p in there if p in ("language", "vision"))]}
 
 
 def _merged_in(path: Path, parts: Iterable[str], kind: str) -> list[str]:
@@ -318,14 +318,14 @@ def _check_base(path: Path, parts: Mapping[str, Part]) -> None:
     here = {name: learned for part in parts.values() for name, learned in learned_base(part).items()}
     same = there.keys() == here.keys() and all(
         a.tensors.keys() == here[name].tensors.keys()
-        and (name == "vision" or all(torch.equal(t, here[name].tensors[k]) for k, t in a.tensors.items()))
+        and (name in ("language", "vision") or all(torch.equal(t, here[name].tensors[k]) for k, t in a.tensors.items()))
         for name, a in there.items()
     )
     if not same:
         raise UserError(
             f"checkpoint {path} was trained on another base: what earlier runs merged into it or let learn is "
             f"{_listed(there)}, of this model {_listed(here)}, or with other weights. Open its run folder, which puts "
-            "them in place, or set model.vision.unfreeze as there"
+            "them in place, or set model.vision.unfreeze and model.student as there"
         )
 
 

@@ -1,7 +1,9 @@
-"""A trained run opened for use: its model with what it has learned, and how it takes samples."""
+"""A trained run opened for use: its model with what it has learned, and how it takes samples. And which model a
+teacher is, without loading it."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +11,43 @@ from typing import Any
 
 import torch
 
-from beholder.config import RunConfig
+from beholder.config import RunConfig, TeacherConfig
 from beholder.config.file import check_consent, load_config
 from beholder.data import build_encoder
 from beholder.data.build import build_pipeline
 from beholder.data.chat import ChatEncoder
 from beholder.data.images import ImagePipeline, NativePipeline
 from beholder.model.build import Vlm, build_vlm
+from beholder.runs import sha256_file
 from beholder.train import checkpoint, restore
 from beholder.types import UserError
+
+_PEEK = 2**20
+"""Bytes at each end of a large weight file that stand for it."""
+
+
+def identity(teacher: TeacherConfig) -> str:
+    """sha256 that stands for a teacher's weights and template, without loading them: of a run, its checkpoint's
+    manifest, which lists the hash of everything in it; of a native model in a folder, its files; of one from a hub, its
+    name and revision. Raises `UserError` for one that is not there."""
+    if teacher.run is not None:
+        return sha256_file(checkpoint.resolve_checkpoint(teacher.run) / checkpoint.MANIFEST)
+    assert teacher.native is not None
+    digest = hashlib.sha256(f"{teacher.precision}".encode())
+    if teacher.chat_template is not None:
+        digest.update(Path(teacher.chat_template).read_bytes())
+    folder = Path(teacher.native)
+    if not folder.is_dir():
+        return hashlib.sha256(f"{digest.hexdigest()} {teacher.native}@{teacher.revision}".encode()).hexdigest()
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_PEEK))
+            if size > _PEEK:
+                file.seek(max(_PEEK, size - _PEEK))
+                digest.update(file.read(_PEEK))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Scores of plain answer files against plain reference files, so that anyone can check the arithmetic of a report.
 
-No model and no run is needed: ``beholder score vqa|pope|caption`` reads two JSON or JSONL files and calls the functions
-that runs are scored with (`probes.vqa`, `probes.answers`, `probes.captions`). Which fields a file may have stands at
-`read_predictions` and `read_references`.
+No model and no run is needed: ``beholder score vqa|pope|caption|instructions`` reads two JSON or JSONL files and calls
+the functions that runs are scored with (`probes.vqa`, `probes.answers`, `probes.captions`, `probes.instruction`). Which
+fields a file may have stands at `read_predictions` and `read_references`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.text import Text
 from beholder.data.formats import BadRecord, turn_said
 from beholder.data.questions import gqa_kind, plain_records
 from beholder.evidence import Measurement
-from beholder.probes import measurement
+from beholder.probes import instruction, mean, measurement
 from beholder.probes.answers import accuracy_rule, mean_share, pope, says_yes
 from beholder.probes.caption_metrics import exact_match
 from beholder.probes.captions import match_scores
@@ -29,14 +29,19 @@ from beholder.probes.vqa import vqa_accuracy
 from beholder.terminal import Terminal
 from beholder.types import UserError, printable
 
-Kind = Literal["vqa", "pope", "caption"]
+Kind = Literal["vqa", "pope", "caption", "instructions"]
 
 MAX_CHARACTERS = 20_000
 """Of a text that is scored."""
 MAX_TOLD = 10
 """Ids that an error names."""
-_IDS = {"vqa": ("question_id", "id"), "pope": ("question_id", "id"), "caption": ("image_id", "id")}
-_TEXTS = ("answer", "prediction", "text", "caption")
+_IDS = {
+    "vqa": ("question_id", "id"), "pope": ("question_id", "id"), "caption": ("image_id", "id"),
+    "instructions": ("question_id", "id"),
+}  # fmt: skip
+_TEXTS = ("answer", "prediction", "text", "caption", "response")
+_INSTRUCTIONS = ("instruction", "question", "query", "prompt")
+"""Where a reference may say what was asked."""
 _REFERENCES = ("references", "reference")
 """As Hugging Face evaluate, sacrebleu and NLTK call what is right."""
 
@@ -46,6 +51,8 @@ class Reference:
     """What is right for one id."""
 
     texts: tuple[str, ...]
+    instruction: str = ""
+    """What was asked; for ``instructions`` alone."""
     question_type: str = ""
     answer_type: str = ""
 
@@ -92,7 +99,8 @@ def score_files(kind: Kind, predictions: str | Path, references: str | Path) -> 
 
     ``vqa``: official VQA accuracy, overall, by question type and by answer type, and the share that is the most
     frequent reference exactly. ``pope``: accuracy, precision, recall, F1 and yes-rate of yes/no answers. ``caption``:
-    exact match, BLEU-1…4, ROUGE-L and CIDEr-D against one or more captions. Raises UserError for a file that cannot be
+    exact match, BLEU-1…4, ROUGE-L and CIDEr-D against one or more captions. ``instructions``: instruction following as
+    `probes.instruction` defines it, and its parts. Raises UserError for a file that cannot be
     read, a record without id or text, and ids that are missing, unknown or there twice, naming them.
     """
     predictions, references = Path(predictions), Path(references)
@@ -115,7 +123,7 @@ def score_files(kind: Kind, predictions: str | Path, references: str | Path) -> 
                 f"{file}: the text of id {_some([id[:80]])} has {len(text):,} characters, expected at most "
                 f"{MAX_CHARACTERS:,}: scoring takes time that grows with the square; cut it"
             )
-    scored = {"vqa": _vqa, "pope": _pope, "caption": _captions}[kind](texts, given)
+    scored = {"vqa": _vqa, "pope": _pope, "caption": _captions, "instructions": _instructions}[kind](texts, given)
     return Score(kind, str(predictions), str(references), len(texts), scored)
 
 
@@ -127,7 +135,7 @@ def read_predictions(path: Path, kind: Kind) -> tuple[dict[str, str], str]:
     """Id -> answer, and the field the ids were in.
 
     A JSON array (the result format of VQA and COCO) or JSONL of objects with an id (``question_id`` or ``id``; captions
-    also ``image_id``) and a text under ``answer``, ``prediction``, ``text`` or ``caption``.
+    also ``image_id``) and a text under ``answer``, ``prediction``, ``text``, ``caption`` or ``response``.
     """
     records = list(_records(path))
     if not records:
@@ -160,7 +168,9 @@ def read_references(path: Path, kind: Kind, id_field: str | None = None) -> dict
     - a GQA question file, an object of questions by id;
     - a JSON array or JSONL of objects with an id and ``answers`` (texts, or objects with ``answer``), ``answer``,
       ``label``, ``captions``, ``caption``, ``references``, ``reference`` or ``messages`` (the assistant's last turn),
-      and perhaps ``question_type`` and ``answer_type``. POPE's label files are of this shape.
+      and perhaps ``question_type`` and ``answer_type``. POPE's label files are of this shape. ``instructions``
+      also needs what was asked, under ``instruction``, ``question``, ``query`` or ``prompt`` or in ``messages``, and
+      takes ``response`` and ``output``.
 
     ``id_field``: where the answers have their ids; it goes first where a record has several.
     """
@@ -174,7 +184,7 @@ def read_references(path: Path, kind: Kind, id_field: str | None = None) -> dict
         found = _reference(record, kind, where)
         if id in out and container:  # COCO: a picture has five
             several = True
-            found = Reference(out[id].texts + found.texts)
+            found = Reference(out[id].texts + found.texts, found.instruction)
         elif id in out:
             twice.append(id)
         out[id] = found
@@ -192,6 +202,7 @@ def _reference(record: Mapping[str, Any], kind: Kind, where: str) -> Reference:
     own = {
         "vqa": ("answers", "answer", "label", "multiple_choice_answer"), "pope": ("label", "answer", "answers"),
         "caption": ("captions", "caption", "answers", "answer"),
+        "instructions": ("answers", "answer", "response", "output"),
     }[kind]  # fmt: skip
     order = (*own, *_REFERENCES)
     value = next((record[name] for name in order if name in record), None)
@@ -209,15 +220,34 @@ def _reference(record: Mapping[str, Any], kind: Kind, where: str) -> Reference:
     if kind == "pope" and says_yes(texts[0]) is None:
         raise UserError(f"{where}: the reference is {texts[0]!r}, expected yes or no; score other answers with vqa")
     kind_asked = gqa_kind(record["types"]) if isinstance(record.get("types"), dict) else record.get("question_type")
-    return Reference(texts, _text_of(kind_asked), _text_of(record.get("answer_type")))
+    instruction = _instruction(record, turns, where) if kind == "instructions" else ""
+    return Reference(texts, instruction, _text_of(kind_asked), _text_of(record.get("answer_type")))
 
 
 def _last_answer(turns: Sequence[Any]) -> str | None:
-    try:
-        role, text = turn_said(turns[-1], "the last turn")
-    except (BadRecord, IndexError):
-        return None
+    role, text = _turn(turns, -1)
     return text if role == "assistant" else None
+
+
+def _instruction(record: Mapping[str, Any], turns: object, where: str) -> str:
+    value = next((record[name] for name in _INSTRUCTIONS if name in record), None)
+    if value is None and isinstance(turns, list):
+        role, text = _turn(turns, -2)
+        value = text if role == "user" else None
+    if not isinstance(value, str):
+        raise UserError(
+            f"{where}: expected what was asked under one of {', '.join(_INSTRUCTIONS)} or messages, got "
+            f"{_what(value)} in the fields {', '.join(record) or '(none)'}; how an instruction is followed cannot be "
+            "told without it"
+        )
+    return value.replace("<image>", " ").strip()
+
+
+def _turn(turns: Sequence[Any], k: int) -> tuple[str, str | None]:
+    try:
+        return turn_said(turns[k], "a turn")
+    except (BadRecord, IndexError):
+        return "", None
 
 
 def _text_of(value: object) -> str:
@@ -285,6 +315,18 @@ def _captions(texts: Sequence[str], given: Sequence[Reference]) -> list[Measurem
         measurement(f"caption.{name}", value, unit=unit, better="higher", n=len(texts), ci95=ci, caveat=caveat)
         for name, value, unit, ci, caveat in match_scores(texts, [r.texts for r in given])
     ]
+
+
+def _instructions(texts: Sequence[str], given: Sequence[Reference]) -> list[Measurement]:
+    references = [r.texts for r in given]
+    judged = instruction.judge_all([r.instruction for r in given], references, texts)
+    told = instruction.rule(references)
+    out = [measurement(f"instruct.{name}", *mean(values), n=len(texts), caveat=told) for name, values in judged.items()]
+    for by, kinds in (("question", [r.question_type for r in given]), ("answer", [r.answer_type for r in given])):
+        for kind in sorted({k for k in kinds if k}):
+            own = judged["score"][[k == kind for k in kinds]]
+            out.append(measurement("instruct.score", *mean(own), n=len(own), by=by, stratum=kind, caveat=told))
+    return out
 
 
 def _shown(value: float, unit: str) -> str:

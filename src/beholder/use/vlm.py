@@ -68,14 +68,14 @@ class Vlm(TrainedRun):
     """A vision-language model as a run left it."""
 
     def save_merged(self, folder: str | Path) -> None:
-        """Write the language model with its adapters merged in as a plain Hugging Face folder (without the eyes; a
-        native model whole, with its processor).
+        """Write the language model with its adapters merged in, or as it has learned itself, as a plain Hugging Face
+        folder (without the eyes; a native model whole, with its processor).
 
-        It loads without peft. Raises `UserError` when the run has no adapters or ``folder`` is not empty.
+        It loads without peft. Raises `UserError` when the run has neither or ``folder`` is not empty.
         """
         native = self.model if isinstance(self.model, NativeModel) else None
         written = [self.model.language.part] if native is None else native.parts().values()
-        if not any(part.adapters or part.merged for part in written):
+        if not any(part.adapters or part.merged or (part.name == "language" and part.changed) for part in written):
             raise UserError(
                 "this run has no adapters to merge; "
                 f"its {'language model' if native is None else 'model'} is the base, unchanged"
