@@ -34,7 +34,8 @@ from beholder.types import Status, UserError
 
 COMMANDS = (
     "quickstart", "run", "prepare", "check", "preview", "plan", "generate", "chat", "score", "evaluate", "ablate",
-    "audit", "golden show", "golden diff", "sweep", "distill", "compare", "report", "doctor", "schema",
+    "audit", "golden show", "golden diff", "sweep", "distill", "compare", "report", "doctor", "doctor teacher",
+    "doctor distillation", "doctor batch", "doctor inference", "schema",
 )  # fmt: skip
 
 
@@ -55,8 +56,10 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 def test_what_the_help_says_is_behind_a_command_is_there() -> None:
     for command in COMMANDS:
         *group, name = command.split()
-        commands = (cli.look.golden_app if group else app).registered_commands
-        callback = next(c.callback for c in commands if c.callback and (c.name or c.callback.__name__) == name)
+        groups = {g.name: g.typer_instance for g in app.registered_groups}
+        commands = (groups[group[0]] if group else app).registered_commands
+        own = [c.callback for c in commands if c.callback and (c.name or c.callback.__name__) == name]
+        callback = own[0] if own else groups[name].registered_callback.callback
         told = re.findall(r"(?:Python:|;)\s+(beholder(?:\.\w+)+)", inspect.getdoc(callback) or "")
 
         assert told, f"{command}: its help names no function"

@@ -207,7 +207,15 @@ def test_what_is_prepared_is_what_the_configs_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/footguns.md"]
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "docs/architecture.md",
+        "docs/distillation.md",
+        "docs/footguns.md",
+    ],
 )
 def test_links_and_named_files_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import TinyParts, make_config
-from tests.stages.test_instruct import losses_of, settings
+from tests.stages.conftest import settings
+from tests.stages.test_instruct import losses_of
 
-from beholder.config import DistillConfig, RunConfig
+from beholder.config import DistillConfig
 from beholder.config.file import load_config
 from beholder.evidence import load_evidence
 from beholder.prepare.tiny import smoke_config, tiny_native
@@ -21,32 +22,6 @@ from beholder.stages.teachers import cache_teachers
 from beholder.types import UserError
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny_parts: TinyParts, questions: Path, aligned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of stage instruct."""
-    folder = tmp_path_factory.mktemp("teacher")
-    run_stage(make_config(tiny_parts, folder, **settings(questions, aligned)), promote_anyway=True)
-    return folder / "run"
-
-
-@pytest.fixture
-def student(tiny_parts: TinyParts, questions: Path, aligned: Path, teacher: Path, tmp_path: Path):
-    """``student("name", **settings)``: a run of stage distill from the alignment, taught by the instruct run."""
-
-    def make(name: str = "student", **sets: object) -> RunConfig:
-        own = settings(questions, aligned) | {
-            "stage": "distill", "distill.teachers": [{"run": str(teacher)}],
-            "model.lora.dropout": 0.0, "train.train_steps": 3,
-            "eval.caption_samples": 0, "eval.answer_tokens": 64, "eval.golden_size": 0, "eval.audit_turns": 0,
-        }  # fmt: skip
-        if not sets.get("distill.online"):
-            own["distill.dir"] = str(tmp_path / "cache")
-            own |= {"distill.k": 8} if sets.get("distill.form", "topk") == "topk" else {}
-        return make_config(tiny_parts, tmp_path / name, **(own | sets))
-
-    return make
 
 
 def parts_of(run: Path) -> list[dict[str, float]]:

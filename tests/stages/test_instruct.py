@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tests.conftest import MakeConfig, TinyParts
 from tests.evidence.test_catalogue import strangers
+from tests.stages.conftest import settings
 from tests.stages.dying import dying_at
 
 from beholder.config import RunConfig
@@ -28,15 +29,6 @@ from beholder.types import Status, UserError
 from beholder.use.vlm import load
 
 FILES = ("adapter_model.safetensors", "connector.safetensors", "optimizer.safetensors")
-
-
-def settings(questions: Path, aligned: Path) -> dict[str, object]:
-    return {
-        "stage": "instruct", "model.lora.enable": True, "model.lora.r": 4, "model.lora.dropout": 0.1,
-        "model.connector.load_checkpoint": str(aligned), "data.json_path": str(questions),
-        "prompting.max_images_per_sample": 1, "train.lr.lora": 1e-2, "eval.answer_tokens": 6,
-        "eval.caption_samples": 12,
-    }  # fmt: skip
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """The command line: parse, call, print, exit code. Nothing here is worth calling from a notebook.
 
 Every command has a Python function behind it (named in its help) and stands in the file of its kind: `before` a run,
-`train`, `look` at what came out, `use` a trained model. Heavy imports happen inside the commands, so that
-``beholder --help`` answers at once.
+`train`, `look` at what came out, `use` a trained model, `doctor` when something is wrong. Heavy imports happen inside
+the commands, so that ``beholder --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 from rich.markup import escape
 
-from beholder.cli import before, look, train, use
+from beholder.cli import before, doctor, look, train, use
 from beholder.cli.common import EXIT_CRASH, EXIT_GUARDRAIL, EXIT_SIGINT, EXIT_USER, app, terminal
 from beholder.types import ConfigNote, ProcessError, UserError
 
-__all__ = ["app", "before", "look", "main", "train", "use"]
+__all__ = ["app", "before", "doctor", "look", "main", "train", "use"]
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from beholder.cli import common
 from beholder.cli.common import ConfigArg, ImageRoots, Json, Sets, app, example, say, tell, terminal
 from beholder.types import DatasetKind, ShapeName, UserError
 
@@ -214,16 +213,6 @@ def audit(
         subject, num_turns=num_turns, part=part, learner=learner, image_root=image_root, overrides=sets or []
     )
     tell(found, json)
-
-
-@app.command(epilog=example("beholder doctor"))
-def doctor(json: Json = False) -> None:
-    """Look over this machine: versions, device, speed, memory, caches. Python: beholder.prepare.doctor.diagnose."""
-    from beholder.prepare.doctor import diagnose
-
-    found = diagnose()
-    tell(found, json)
-    raise typer.Exit(common.EXIT_CRASH if found.failed else common.EXIT_OK)
 
 
 @app.command(epilog=example("beholder schema > beholder.schema.json"))

@@ -22,7 +22,7 @@ EXIT_CRASH = 1
 EXIT_USER = 2
 """The input was wrong; the message says what to do."""
 EXIT_GATES = 3
-"""The run finished, and its evidence does not meet its gates."""
+"""The run finished, and its evidence does not meet its gates; or a check of ``beholder doctor`` does not hold."""
 EXIT_GUARDRAIL = 4
 """The run stopped itself: a guardrail, or a loss or gradient that was not finite."""
 EXIT_SIGINT = 130
@@ -50,8 +50,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 done, 1 crash, 2 wrong input, 3 finished but gates failed, 4 stopped by a guardrail, "
-    "130/143 interrupted (in training: after the step was saved).",
+    epilog="Exit codes: 0 done, 1 crash, 2 wrong input, 3 finished but gates (doctor: checks) failed, 4 stopped by a "
+    "guardrail, 130/143 interrupted (in training: after the step was saved).",
 )
 
 

@@ -326,7 +326,7 @@ def keep(session: Session, which: TeacherConfig, key: TeacherKey) -> Kept:
     """Everything of one teacher that is not kept yet."""
     cfg, started = session.cfg.learnt_from, time.perf_counter()
     with TeacherCache(cfg, key) as cache:
-        wanted = list(_wanted(session))
+        wanted = list(needed(session))
         todo: list[tuple[Example, np.ndarray]] = []
         rejects: dict[str, str] = {}
         for example, targets in wanted:
@@ -367,7 +367,8 @@ def keep(session: Session, which: TeacherConfig, key: TeacherKey) -> Kept:
         )  # fmt: skip
 
 
-def _wanted(session: Session) -> Iterator[tuple[Example, np.ndarray]]:
+def needed(session: Session) -> Iterator[tuple[Example, np.ndarray]]:
+    """Every training and held-out sample that teachers are asked about, with its supervised ids."""
     stop = session.data.total_steps(session.cfg) * session.cfg.effective_batch
     yield from _targets(session, 0, stop)
     for example in session.held_out.examples:
