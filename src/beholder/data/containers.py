@@ -109,6 +109,13 @@ def expand(path: str, containers: Sequence[str]) -> list[str]:
         if len(kinds) > 1:
             told = f"{path}: holds {' and '.join(kinds)} files, expected one kind; name one file, or a glob such as"
             raise UserError(f"{told} {os.path.join(path, '*' + kinds[-1])}")
+    if len(splits := {match[1]: name for name in found if (match := _SPLIT.match(name))}) > 1:
+        told = (
+            f"{path}: holds the splits {', '.join(splits)}, of which one must not be learned with another; name a glob"
+        )
+        raise UserError(
+            f"{told}, such as {os.path.join(path, ('train' if 'train' in splits else next(iter(splits))) + '*')}"
+        )
     if not found:
         raise UserError(f"{path}: the folder has no file that ends in {' or '.join(dict.fromkeys(suffixes))}")
     return [os.path.join(path, name) for name in found]
@@ -116,6 +123,10 @@ def expand(path: str, containers: Sequence[str]) -> list[str]:
 
 _ABOUT = frozenset(("dataset_info.json", "dataset_infos.json"))
 """What `datasets` and the Hugging Face hub keep beside records."""
+
+
+_SPLIT = re.compile(r"(train|test|val|dev|eval)\w*-\d{5}-of-\d{5}")
+"""How `datasets` and the hub call the files of a split."""
 
 
 def _shown_names(folder: str) -> list[str]:
@@ -300,9 +311,8 @@ def _table_kind(path: str, fits: Callable[[dict[str, Any]], bool]) -> str | None
                 headers[kind] = header
     if found := [kind for kind, header in headers.items() if fits(dict.fromkeys(header, 0))]:
         return found[0]
-    named = Path(path).suffix.lower().removeprefix(".")
-    if named in ("csv", "tsv"):
-        return named if named in headers else next(iter(headers), None)
+    if path.lower().endswith((".csv", ".tsv")):
+        return next(iter(headers), None)
     plain = re.compile(r"[\w .-]{1,60}")
     return next((kind for kind, header in headers.items() if all(map(plain.fullmatch, header))), None)
 

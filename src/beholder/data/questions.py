@@ -38,14 +38,14 @@ def plain_records(path: Path, expected: str, lists: Sequence[str]) -> PlainFile:
 
     Raises `UserError`, which ends with what was ``expected``, for a file that cannot be read or holds something else.
     """
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r}: is no path, it holds a NUL; expected {expected}")
     try:
         if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
             raise UserError(f"{path}: is a FIFO, socket or device; expected {expected}")  # it could wait for ever
         raw = index.without_mark(path.read_bytes(), path)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e}); expected {expected}") from e
-    except ValueError as e:  # a NUL
-        raise UserError(f"{str(path)!r}: is no path ({e}); expected {expected}") from None
     try:
         whole: Any = orjson.loads(raw)
     except orjson.JSONDecodeError as e:
