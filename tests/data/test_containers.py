@@ -266,6 +266,20 @@ def test_other_encodings_are_told_by_name(tmp_path: Path, encoding: str) -> None
     assert f"is {encoding}, expected UTF-8; convert it" in told(tmp_path / "a.json")
 
 
+def test_a_picture_is_not_called_a_text(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"\0\0\0\x18ftypheic")
+
+    assert "so its kind cannot be told" in told(tmp_path / "a")
+
+
+def test_what_has_no_number_in_coco_captions_is_no_pair(tmp_path: Path) -> None:
+    image = {"id": None, "file_name": "a.png"}
+    captions = [{"id": k, "image_id": k, "caption": "red"} for k in (None, 7)]
+    images = [image, image | {"id": 7, "file_name": None}, image | {"id": 7}]
+
+    assert rejects(opened(lines(tmp_path / "a.json", {"images": images, "annotations": captions}))) == [(0, "no_image")]
+
+
 def test_white_space_before_records_may_be_long_and_alone_holds_none(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(" " * 5000 + json.dumps([RED]))
     (tmp_path / "b.json").write_text(" " * 5000)

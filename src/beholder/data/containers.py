@@ -193,11 +193,16 @@ def _remote_files(url: str) -> list[str]:
         if "*" in path:  # the other marks of a glob stand in the queries of URLs
             named = sorted(fs.glob(path))
         elif fs.isdir(path):
-            named = sorted(n for n in fs.ls(path, detail=False) if _packed_suffix(n)[1].endswith((".parquet", ".tar")))
+            named = sorted(n for n in fs.ls(path, detail=False) if _is_remote_record_file(n))
     if not named:
         raise UserError(f"{url}: no such file, folder or glob")
     # The one that was written keeps its spelling: unstripped, a URL may say more than its path.
     return [url] if named == [path] else [url[: _last_protocol(url)] + _bare(fs, name) for name in named]
+
+
+def _is_remote_record_file(path: str) -> bool:
+    name = os.path.basename(path)
+    return not name.startswith(".") and _packed_suffix(name)[1].endswith((".parquet", ".tar"))
 
 
 def _last_protocol(url: str) -> int:
@@ -497,9 +502,12 @@ def _coco_records(path: str, rules: Rules) -> Iterator[Found]:
         elif name == "images":
             try:
                 image = index.loads(found.raw)
-                id, file_name = str(image["id"]), image["file_name"]
+                id, file_name = image["id"], image["file_name"]
             except (orjson.JSONDecodeError, TypeError, KeyError):
                 continue  # an annotation that asks for it is rejected
+            if id is None or file_name is None:
+                continue
+            id = str(id)
             if names.setdefault(id, file_name) != file_name:
                 doubled.add(id)
     for where, raw in annotations:

@@ -89,9 +89,9 @@ def first_character(path: str) -> str:
 
 def without_mark(raw: bytes, path: object) -> bytes:
     """What a file begins with, without the byte-order mark that Windows puts there. Raises `RecordError` for UTF-16."""
-    zeros = tuple(byte == 0 for byte in raw[:4])
+    zeros = tuple(byte == 0 for byte in raw[:8])
     for mark, ascii_zeros, kind in _WIDE:
-        if raw.startswith(mark) if mark else zeros == ascii_zeros:
+        if raw.startswith(mark) if mark else zeros == ascii_zeros * 2:
             told = f"{path}: is {kind}, expected UTF-8; convert it, for example with iconv -f {kind} -t UTF-8"
             raise RecordError(told)
     return raw.removeprefix(BOM)
@@ -107,7 +107,7 @@ _WIDE: tuple[tuple[bytes, tuple[bool, ...], str], ...] = (
     (b"", (False, True, False, True), "UTF-16LE"),
     (b"", (True, False, True, False), "UTF-16BE"),
 )
-"""Encodings of more than a byte a character: their mark, or which of a text's first four bytes are zero."""
+"""Encodings of more than a byte a character: their mark, or which of four bytes are zero in a text of ASCII."""
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def plain_records(path: Path, expected: str, lists: Sequence[str]) -> PlainFile:
             beside, whole = {k: v for k, v in whole.items() if k != name}, whole[name]
         elif not whole.keys() & {"id", "question_id", "image_id"} and any(isinstance(v, dict) for v in whole.values()):
             return PlainFile(None, [
-                (f"{path}: record {key!r}", {"question_id": key, "id": key} | v if isinstance(v, dict) else v)
+                (f"{path}: record {key!r}", {"question_id": key, "id": key} | _given(v) if isinstance(v, dict) else v)
                 for key, v in whole.items()
             ])  # fmt: skip
         else:
@@ -67,6 +67,10 @@ def plain_records(path: Path, expected: str, lists: Sequence[str]) -> PlainFile:
     if not isinstance(whole, list):
         raise UserError(f"{path}: holds a {type(whole).__name__}; expected {expected}")
     return PlainFile(beside, [(f"{path}: record {k}", record) for k, record in enumerate(whole)])
+
+
+def _given(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if value is not None}
 
 
 def _plain_lines(path: Path, raw: bytes, expected: str) -> Iterator[tuple[str, Any]]:
