@@ -190,6 +190,16 @@ def test_a_null_list_of_image_bytes_is_absent(tmp_path: Path, suffix: str) -> No
     assert not records.rejects
 
 
+def test_null_lists_in_the_middle_of_many_rows_stay_null(tmp_path: Path) -> None:
+    cells = [None if k % 3 else [b"x"] * (k % 5) for k in range(5000)]
+    content = pa.table({"images": pa.array(cells, pa.list_(pa.binary())), "caption": ["red"] * 5000})
+
+    records = opened(table(tmp_path / "a.arrow", content))
+
+    assert [r.row for r in records.rejects] == [k for k, cell in enumerate(cells) if not cell]
+    assert {len(records[k].images) for k in range(4)} == {3, 1, 4, 2}
+
+
 @tables
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_text_that_is_not_utf_8_is_a_reject_of_its_row(tmp_path: Path, suffix: str, nested: bool) -> None:
@@ -380,6 +390,20 @@ def test_a_file_that_changes_is_told(
     with pytest.raises(RecordError, match=expected) as error:
         records[2]
     assert str(error.value).startswith(f"{path}: ")
+
+
+@tables
+def test_a_file_whose_images_change_is_told(tmp_path: Path, suffix: str) -> None:
+    def content(image: bytes) -> pa.Table:
+        return pa.table({"image": [image], "caption": ["red"]})
+
+    records = opened(path := table(tmp_path / f"a{suffix}", content(b"x")))
+    assert records[0].images[0].kind == suffix[1:]
+    table(path, content(b"y"))
+    os.utime(path, ns=(1, 1))
+
+    with pytest.raises(RecordError, match="changed since it was indexed"):
+        records[0]
 
 
 def test_fewer_captions_than_were_counted_are_told_even_where_no_clock_tells_it(tmp_path: Path) -> None:

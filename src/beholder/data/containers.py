@@ -621,8 +621,12 @@ def _arrow_records(path: str, rules: Rules) -> Iterator[Found]:
     try:
         table = arrow_table(path, tuple(_wanted(path, arrow_reader(path).schema.names, rules)))
         _require_plausible(path, table.num_rows)
-        for chunk in chain.from_iterable(column.chunks for column in table.columns):
-            _as_bytes(chunk).validate(full=True)  # offsets of an untrusted file could point anywhere
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            try:
+                for chunk in column.chunks:
+                    _as_bytes(chunk).validate(full=True)  # offsets of an untrusted file could point anywhere
+            except pa.ArrowInvalid as e:
+                raise ValueError(f"column {name!r}: {e}") from None
         yield from _rows(table.to_batches(max_chunksize=4096), frozenset(), {})
     except UserError:
         raise

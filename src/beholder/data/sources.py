@@ -93,6 +93,8 @@ class _File:
     """Records of each shape"""
     stat: tuple[int, int]
     """(bytes, modification time in ns) of ``text`` at indexing"""
+    local_stat: tuple[int, int]
+    """The same of ``local``"""
     _fd: int | None = field(default=None, repr=False)
     _last: tuple[int, Parsed] | None = field(default=None, repr=False)
     """The last record that stands for several, by its start: their captions are read once, not once for each."""
@@ -155,6 +157,10 @@ class _File:
         return tuple(self._ref(i, image) for image in parsed.images)
 
     def _ref(self, i: int, image: Image) -> ImageRef:
+        if isinstance(image, Cell):  # places in another file's bytes would give other images, or none
+            with suppress(FileNotFoundError):  # which is told where the image is read
+                if _stamp(os.stat(self.local)) != self.local_stat:
+                    raise RecordError(f"{self.path}: changed since it was indexed; start again")
         match image:
             case Cell([str() as name, int() as at, int() as size]):
                 return ImageRef(self.local, name, "tar", at, size)
@@ -270,7 +276,7 @@ def _index_file(path: str, local: str, source: SourceConfig, rules: Rules) -> _F
         ],
         digest=meta["digest"], num_images=meta["num_images"], inserted_markers=meta["inserted_markers"],
         absent_images=meta["absent_images"], shapes=meta["shapes"],
-        stat=_stamp(os.stat(text)) if form.copied else before,
+        stat=_stamp(os.stat(text)) if form.copied else before, local_stat=before,
     )  # fmt: skip
 
 
