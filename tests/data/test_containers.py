@@ -83,7 +83,8 @@ ANSWERS = {"annotations": [{"question_id": 1, "answers": [{"answer": "red"}]}]}
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("pipe", "is a FIFO, socket or device"), ("nope", "No such file"), ("", "is a folder"),
+        ("pipe", "is a FIFO, socket or device, expected the annotation file"), ("nope", "No such file"),
+        ("", "is a folder"),
         ("a\0b", "embedded null byte"),
     ],
 )  # fmt: skip

@@ -226,11 +226,11 @@ def _told(url: str) -> Iterator[None]:
         raise UserError(f"{url}: cannot be fetched ({type(e).__name__}: {e})") from e
 
 
-def local_file(path: str) -> str:
+def local_file(path: str, expected: str = "a record file") -> str:
     """``path``, or its copy in the cache where it has a URL or is gzip'd. Both are made once for each version."""
     if is_url(path):
         path = _fetched(path)
-    info = index.require_regular(path)
+    info = index.require_regular(path, expected)
     with open(path, "rb") as file:
         if file.read(2) != b"\x1f\x8b":
             return path

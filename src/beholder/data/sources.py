@@ -398,7 +398,9 @@ def _opened(source: SourceConfig, image_token: str, max_images: int, chat: bool)
             expected = " or a ".join(CONTAINERS[name].title for name in kind.containers)
             raise RecordError(f"{path}: is a {CONTAINERS[container].title}, dataset {source.dataset} is a {expected}")
         _require_fitting(source, path, container)
-        answers = local_file(source.annotations_path) if source.annotations_path is not None else None
+        answers = source.annotations_path
+        if answers is not None:
+            answers = local_file(answers, "the annotation file of the questions")
         yield path, local, replace(rules, container=container, annotations=answers)
 
 
