@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import tracemalloc
@@ -151,14 +152,22 @@ def test_the_files_of_the_table_are_those_that_are_made() -> None:
 def test_the_documents_table_has_an_example_of_every_layout_and_the_example_is_read(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     rows = [line.split("|") for line in text.splitlines() if line.startswith("| `{")]
-    shapes = set()
+    shapes, titles = set(), set()
     for k, row in enumerate(rows):
-        example = json.loads(row[1].strip().strip("`"))
-        records = opened(lines(tmp_path / f"{k}.jsonl", example))
-        assert not records.rejects, (example, records.rejects)
+        # VQA has its answers in a second file
+        files = [tmp_path / f"{k}.json", tmp_path / f"{k}_answers.json"]
+        found = [
+            lines(file, json.loads(text)) for file, text in zip(files, re.findall("`([^`]+)`", row[1]), strict=False)
+        ]
+        records = opened(found[0], **({"annotations_path": str(found[1])} if len(found) > 1 else {}))
+        assert not records.rejects, (row, records.rejects)
         (name,) = records.layouts
-        assert row[2].strip() == f"`{name.removeprefix('JSON lines of ')}`"
-        shapes.add(name.removeprefix("JSON lines of "))
+        title, _, shape = name.partition(" of ")
+        assert row[2].strip() == f"`{shape}`"
+        assert title == "JSON lines" or title in row[3]
+        shapes.add(shape)
+        titles.add(title)
+    assert titles == {"JSON lines", "COCO captions", "VQA question file", "GQA question file"}
     from beholder.data.formats import SHAPES
 
     assert shapes == set(SHAPES)
@@ -526,8 +535,8 @@ def test_columns_that_no_record_has_are_not_unpacked(tmp_path: Path) -> None:
     table = pa.table({"z": damaged, "image": ["a.png"], "caption": ["x"]})
 
     assert opened(table_file(tmp_path / "a.arrow", table)).target_texts() == ["x"]
-    with pytest.raises(RecordError, match="UTF8"):
-        opened(table_file(tmp_path / "b.arrow", table.rename_columns(["title", "image", "caption"])))
+    read = opened(table_file(tmp_path / "b.arrow", table.rename_columns(["title", "image", "caption"])))
+    assert [(r.reason, r.detail) for r in read.rejects] == [("bad_row", "row 0: title is not UTF-8")]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from decimal import Decimal
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -88,13 +90,18 @@ def expand(path: str, containers: Sequence[str]) -> list[str]:
         if os.path.lexists(path):
             return [path]
         if found := sorted(glob.glob(path)):
-            return found
+            return [file for name in found for file in (expand(name, containers) if os.path.isdir(name) else [name])]
         raise UserError(f"{path}: no such file, folder or glob")
-    names = sorted(os.listdir(path))
+    names = _shown_names(path)
     if "arrow" in containers and {"state.json", "dataset_dict.json"} & set(names):
         return _arrow_folder(path, names)
     suffixes = tuple(s for name in containers for s in CONTAINERS[name].suffixes)
     found = [name for name in names if _packed_suffix(name)[1].endswith(suffixes)]
+    if not found and (inner := [name for name in names if _holds_records(os.path.join(path, name), suffixes)]):
+        if len(inner) == 1:  # data/ of a snapshot of the Hugging Face hub
+            return expand(os.path.join(path, inner[0]), containers)
+        told = f"{path}: holds no record files itself, but its folders {', '.join(inner[:8])} do; name one of them"
+        raise UserError(f"{told}, such as {os.path.join(path, 'train' if 'train' in inner else inner[0])}")
     if len(containers) > 1:
         if metadata := [name for name in found if Path(name).stem == "metadata"]:
             found = metadata
@@ -102,9 +109,36 @@ def expand(path: str, containers: Sequence[str]) -> list[str]:
         if len(kinds) > 1:
             told = f"{path}: holds {' and '.join(kinds)} files, expected one kind; name one file, or a glob such as"
             raise UserError(f"{told} {os.path.join(path, '*' + kinds[-1])}")
+    if len(splits := {match[1]: name for name in found if (match := _SPLIT.match(name))}) > 1:
+        told = (
+            f"{path}: holds the splits {', '.join(splits)}, of which one must not be learned with another; name a glob"
+        )
+        raise UserError(
+            f"{told}, such as {os.path.join(path, ('train' if 'train' in splits else next(iter(splits))) + '*')}"
+        )
     if not found:
         raise UserError(f"{path}: the folder has no file that ends in {' or '.join(dict.fromkeys(suffixes))}")
     return [os.path.join(path, name) for name in found]
+
+
+_ABOUT = frozenset(("dataset_info.json", "dataset_infos.json"))
+"""What `datasets` and the Hugging Face hub keep beside records."""
+
+
+_SPLIT = re.compile(r"(train|test|val|dev|eval)\w*-\d{5}-of-\d{5}")
+"""How `datasets` and the hub call the files of a split."""
+
+
+def _shown_names(folder: str) -> list[str]:
+    """What lies in a folder but what is hidden, such as the ``._a.jsonl`` of macOS, and `_ABOUT`."""
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith(".") and name not in _ABOUT)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be listed ({e.strerror}); expected a folder of record files") from None
+
+
+def _holds_records(folder: str, suffixes: tuple[str, ...]) -> bool:
+    return os.path.isdir(folder) and any(_packed_suffix(n)[1].endswith(suffixes) for n in _shown_names(folder))
 
 
 def _packed_suffix(name: str) -> tuple[bool, str]:
@@ -159,11 +193,16 @@ def _remote_files(url: str) -> list[str]:
         if "*" in path:  # the other marks of a glob stand in the queries of URLs
             named = sorted(fs.glob(path))
         elif fs.isdir(path):
-            named = sorted(n for n in fs.ls(path, detail=False) if _packed_suffix(n)[1].endswith((".parquet", ".tar")))
+            named = sorted(n for n in fs.ls(path, detail=False) if _is_remote_record_file(n))
     if not named:
         raise UserError(f"{url}: no such file, folder or glob")
     # The one that was written keeps its spelling: unstripped, a URL may say more than its path.
     return [url] if named == [path] else [url[: _last_protocol(url)] + _bare(fs, name) for name in named]
+
+
+def _is_remote_record_file(path: str) -> bool:
+    name = os.path.basename(path)
+    return not name.startswith(".") and _packed_suffix(name)[1].endswith((".parquet", ".tar"))
 
 
 def _last_protocol(url: str) -> int:
@@ -187,16 +226,18 @@ def _told(url: str) -> Iterator[None]:
         raise UserError(f"{url}: cannot be fetched ({type(e).__name__}: {e})") from e
 
 
-def local_file(path: str) -> str:
+def local_file(path: str, expected: str = "a record file") -> str:
     """``path``, or its copy in the cache where it has a URL or is gzip'd. Both are made once for each version."""
     if is_url(path):
         path = _fetched(path)
-    info = index.require_regular(path)
+    info = index.require_regular(path, expected)
     with open(path, "rb") as file:
         if file.read(2) != b"\x1f\x8b":
             return path
     key = index.cache_key("unpacked", os.path.realpath(path), info.st_size, info.st_mtime_ns)
     name = _packed_suffix(os.path.basename(path))[1]
+    if not name.strip("."):  # of ".gz" nothing is left
+        name = "records"
 
     def unpack(out: BinaryIO) -> None:
         try:
@@ -256,16 +297,29 @@ def recognise(path: str, fits: Callable[[dict[str, Any]], bool]) -> str:
         case "{":
             return _object_kind(path, fits)
         case other:
-            for name, delimiter in (("tsv", "\t"), ("csv", ",")):
-                with suppress(RecordError, StopIteration):
-                    header, *_ = _table(path, delimiter)
-                    if len(header) > 1 and all(re.fullmatch(r"[\w .-]{1,60}", column) for column in header):
-                        return name
+            if kind := _table_kind(path, fits):
+                return kind
             raise UserError(
                 f"{path}: begins with {other!r}, so its kind cannot be told; expected a .tar, .parquet or .arrow file, "
                 "a JSON array ('['), a record a line ('{'), a question file, or a table whose first line names its "
                 "columns"
             )
+
+
+def _table_kind(path: str, fits: Callable[[dict[str, Any]], bool]) -> str | None:
+    """By what the first line names: fields of a shape, else whatever the file's own name promises, else plain names."""
+    headers: dict[str, list[str]] = {}
+    for kind, delimiter in (("tsv", "\t"), ("csv", ",")):
+        with suppress(RecordError, StopIteration):
+            header, *_ = _table(path, delimiter)
+            if len(header) > 1:
+                headers[kind] = header
+    if found := [kind for kind, header in headers.items() if fits(dict.fromkeys(header, 0))]:
+        return found[0]
+    if path.lower().endswith((".csv", ".tsv")):
+        return next(iter(headers), None)
+    plain = re.compile(r"[\w .-]{1,60}")
+    return next((kind for kind, header in headers.items() if all(map(plain.fullmatch, header))), None)
 
 
 def _object_kind(path: str, fits: Callable[[dict[str, Any]], bool]) -> str:
@@ -275,7 +329,7 @@ def _object_kind(path: str, fits: Callable[[dict[str, Any]], bool]) -> str:
         more = bool(file.read(4096).strip())
     with suppress(orjson.JSONDecodeError):
         record = orjson.loads(first)
-        if more or (isinstance(record, dict) and fits(record)):
+        if more or (isinstance(record, dict) and (path.lower().endswith((".jsonl", ".ndjson")) or fits(record))):
             return "lines"
     with suppress(RecordError):
         for name, found in index.json_members(path, ...):
@@ -322,10 +376,15 @@ def _table(path: str, delimiter: str) -> tuple[list[str], Any, _Room]:
     room = _Room()
     rows = csv.reader(_bounded(path, file, room), delimiter=delimiter, strict=True)
     try:
-        header = [name.strip() for name in next(rows)]
+        # What of a name is not UTF-8 stands as an escape, so that it can be said and be named in `columns`.
+        header = [_escaped(name.strip()) for name in next(rows)]
     except csv.Error as e:
         raise RecordError(f"{path}: line 1, which names the columns, cannot be read: {e}") from None
     return header, rows, room
+
+
+def _escaped(name: str) -> str:
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class _Room:
@@ -346,13 +405,16 @@ def _bounded(path: str, file: Any, room: _Room) -> Iterator[str]:
 
 
 def _table_records(delimiter: str) -> Callable[[str, Rules], Iterator[Found]]:
-    """A record a row, after a header; an empty cell is an absent field, and lists are written as JSON."""
+    """A record a row, after a header; an empty cell is an absent field, and lists are written as JSON.
+
+    A column without a name, such as the row numbers of pandas, is none.
+    """
 
     def find(path: str, rules: Rules) -> Iterator[Found]:
         index.first_character(path)  # UTF-16 is told by name
         header, rows, room = _table(path, delimiter)
-        if doubled := [name for name, n in Counter(header).items() if n > 1]:
-            raise RecordError(f"{path}: the columns {', '.join(map(repr, doubled))} are named twice in line 1")
+        if doubled := _doubled(filter(None, header)):
+            raise RecordError(f"{path}: the columns {doubled} are named twice in line 1")
         while True:
             start, room.left = rows.line_num + 1, MAX_RECORD_BYTES
             try:
@@ -371,12 +433,16 @@ def _table_records(delimiter: str) -> Callable[[str, Rules], Iterator[Found]]:
     return find
 
 
+def _doubled(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name, n in Counter(names).items() if n > 1)
+
+
 def _table_row(header: Sequence[str], row: Sequence[str]) -> bytes:
     if len(row) != len(header):
         return _unusable("bad_row", f"has {len(row)} cells, the header names {len(header)} columns")
     try:
         cells = zip(header, row, strict=True)
-        return orjson.dumps({name: _cell(text) for name, text in cells if text and name != "!"})
+        return orjson.dumps({name: _cell(text) for name, text in cells if text and name not in ("", "!")})
     except index.TooDeep as e:
         return _unusable("bad_row", f"has a cell that is {e.msg}")
     except TypeError:  # what was not UTF-8 became half a surrogate pair
@@ -405,14 +471,23 @@ def _unusable(reason: str, detail: str, id: str | None = None) -> bytes:
 def _object_records(path: str, rules: Rules) -> Iterator[Found]:
     """The array of objects under the one name of an object that has one, such as ``{"data": […]}``."""
     chosen = None
+    before: list[Found] = []  # of an array, what comes before its first object: rejects, if it is the one
+    last = None
     for name, found in index.json_members(path, ...):
         if name != chosen:
-            if not found.where or name in _BESIDE or not found.raw.startswith(b"{"):
+            if not found.where or name in _BESIDE:
+                continue
+            if not found.raw.startswith(b"{"):
+                if name != last:
+                    before, last = [], name
+                if chosen is None:
+                    before.append(found)
                 continue
             if chosen is not None:
                 told = f"{path}: has records under {chosen!r} and under {name!r}, expected one array of them"
                 raise RecordError(f"{told}; keep one, as an array or a record a line")
             chosen = name
+            yield from before if name == last else ()
         yield found
 
 
@@ -427,9 +502,12 @@ def _coco_records(path: str, rules: Rules) -> Iterator[Found]:
         elif name == "images":
             try:
                 image = index.loads(found.raw)
-                id, file_name = str(image["id"]), image["file_name"]
+                id, file_name = image["id"], image["file_name"]
             except (orjson.JSONDecodeError, TypeError, KeyError):
                 continue  # an annotation that asks for it is rejected
+            if id is None or file_name is None:
+                continue
+            id = str(id)
             if names.setdefault(id, file_name) != file_name:
                 doubled.add(id)
     for where, raw in annotations:
@@ -498,7 +576,7 @@ def _tar_record(file: BinaryIO, key: str, members: Sequence[index.Member], rules
             fields["caption"] = _read(file, texts[0]).decode("utf-8")
         except UnicodeDecodeError:
             return _unusable("bad_member", f"member {texts[0].name!r} is not UTF-8", key)
-    said = {name: value for name, value in fields.items() if name not in (*IMAGE_FIELDS, "!")}
+    said = {k: v for k, v in fields.items() if v is not None and k not in (*IMAGE_FIELDS, "!")}
     return orjson.dumps({"id": key, **said, "images": [{"!": list(m)} for m in images]})
 
 
@@ -543,7 +621,12 @@ def _arrow_records(path: str, rules: Rules) -> Iterator[Found]:
     try:
         table = arrow_table(path, tuple(_wanted(path, arrow_reader(path).schema.names, rules)))
         _require_plausible(path, table.num_rows)
-        table.validate(full=True)  # offsets of an untrusted file could point anywhere
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            try:
+                for chunk in column.chunks:
+                    _as_bytes(chunk).validate(full=True)  # offsets of an untrusted file could point anywhere
+            except pa.ArrowInvalid as e:
+                raise ValueError(f"column {name!r}: {e}") from None
         yield from _rows(table.to_batches(max_chunksize=4096), frozenset(), {})
     except UserError:
         raise
@@ -565,7 +648,10 @@ def _wanted(path: str, there: Sequence[str], rules: Rules) -> list[str]:
         None if rules.fits(dict.fromkeys(there, 0)) else rules.told_missing(there)
     ):
         raise UserError(f"{path}: {told}")
-    return [name for name in there if name in rules.fields]
+    wanted = [name for name in there if name in rules.fields]
+    if doubled := _doubled(wanted):
+        raise RecordError(f"{path}: has several columns of the name {doubled}, expected one each; rename or drop one")
+    return wanted
 
 
 def _without_bytes(file: Any, names: Sequence[str]) -> tuple[list[str], frozenset[str]]:
@@ -608,6 +694,28 @@ def _is_image(file: Any, name: str) -> bool:
     return pt.is_struct(kind) and {f.name for f in kind} == {"bytes", "path"} and _is_bytes(kind.field("bytes").type)
 
 
+def _as_bytes(array: pyarrow.Array) -> pyarrow.Array:
+    """The same memory with bytes for texts: what is not UTF-8 is a matter of its row, and told there."""
+    import pyarrow as pa
+    import pyarrow.types as pt
+
+    def plain(kind: pyarrow.DataType) -> pyarrow.DataType:
+        if pt.is_string(kind):
+            return pa.binary()
+        if pt.is_large_string(kind):
+            return pa.large_binary()
+        if pt.is_struct(kind):
+            return pa.struct([f.with_type(plain(f.type)) for f in kind])
+        if pt.is_list(kind):
+            return pa.list_(kind.value_field.with_type(plain(kind.value_type)))
+        if pt.is_large_list(kind):
+            return pa.large_list(kind.value_field.with_type(plain(kind.value_type)))
+        return kind
+
+    kind = plain(array.type)
+    return array if kind == array.type else array.view(kind)
+
+
 def _is_bytes(kind: pyarrow.DataType) -> bool:
     import pyarrow.types as pt
 
@@ -635,6 +743,10 @@ def _rows(
         }
         for k in range(batch.num_rows):
             record = {name: values[k] for name, values in columns.items()}
+            if bad := [name for name, value in record.items() if value is _NOT_UTF8]:
+                yield Found(0, _unusable("bad_row", f"{', '.join(bad)} is not UTF-8"), f"row {row}")
+                row += 1
+                continue
             record |= {name: _filled(record.get(name)) for name in bare}
             fragments = {
                 name: orjson.Fragment(orjson.dumps(value, default=_Places(name)))
@@ -693,23 +805,27 @@ def _plain(array: pyarrow.Array, kind: pyarrow.DataType | None) -> pyarrow.Array
 
 def _values(array: pyarrow.Array) -> list[Any]:
     """Its cells as Python has them; a time that Python has not, before the year 1 or of nanoseconds, as text."""
-    import pyarrow.types as pt
-
     try:
         return array.to_pylist()
     except (ValueError, OverflowError):
-        if not pt.is_temporal(array.type):
-            raise
-    return [_time(cell) for cell in array]
+        return [_value(cell) for cell in array]
 
 
-def _time(cell: pyarrow.Scalar) -> Any:
+def _value(cell: pyarrow.Scalar) -> Any:
     import pyarrow as pa
+    import pyarrow.types as pt
 
     try:
         return cell.as_py()
+    except UnicodeDecodeError:
+        return _NOT_UTF8
     except (ValueError, OverflowError):
+        if not pt.is_temporal(cell.type):
+            raise
         return str(cell.cast(pa.string()))
+
+
+_NOT_UTF8 = object()
 
 
 class _Places:
@@ -719,6 +835,10 @@ class _Places:
         self.column, self.count = column, 0
 
     def __call__(self, value: object) -> object:
+        if isinstance(value, Decimal):
+            return float(value)  # a number, as which shapes refuse it where they want a text
+        if isinstance(value, timedelta):
+            return value.total_seconds()
         if not isinstance(value, bytes):
             return str(value)
         self.count += 1
@@ -756,7 +876,8 @@ def _emptied(array: pyarrow.Array) -> pyarrow.Array:
         first, last = offsets[0].as_py(), offsets[-1].as_py()
         values = _emptied(array.values.slice(first, last - first))
         offsets = pc.subtract(offsets, first)  # pyright: ignore[reportAttributeAccessIssue]
-        return pa.LargeListArray.from_arrays(offsets, values)  # a null list is an empty one
+        nulls = array.is_null() if array.null_count else None
+        return pa.LargeListArray.from_arrays(offsets, values, mask=nulls)
     raise TypeError(f"image bytes lie in a column of type {kind}, expected bytes, structs or lists of them")
 
 

@@ -72,8 +72,8 @@ class Said(NamedTuple):
     markers: bool
     """Markers in user turns are image places; else all text is literal."""
     answers: tuple[str, ...] = ()
-    several: int = 1
-    """Records that this one stands for: captions of one image."""
+    captions: tuple[str, ...] = ()
+    """Of the image, where they are a list: a record each, of which ``messages`` has the first."""
     images: list[Any] | None = None
     """Instead of what the record's image fields name."""
 
@@ -96,7 +96,8 @@ class Parsed(NamedTuple):
     answers: tuple[str, ...] = ()
     question_type: str = ""
     answer_type: str = ""
-    several: int = 1
+    captions: tuple[str, ...] = ()
+    """Of the image, where they are several: a record each"""
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -106,6 +107,19 @@ class Parsed(NamedTuple):
     def target_text(self) -> str:
         """`Example.target_text`"""
         return "\n".join(t.text for t in self.turns if t.role == "assistant")
+
+    @property
+    def several(self) -> int:
+        """Records that this one stands for"""
+        return len(self.captions) or 1
+
+    def item(self, k: int) -> Parsed:
+        """Number ``k`` of the records that this one stands for. Raises `BadRecord` where there are fewer."""
+        if k >= self.several:
+            raise BadRecord("missing_field", f"has {self.several} captions, number {k} is asked for", self.id or "")
+        if not k:
+            return self
+        return self._replace(id=self.id and f"{self.id}#{k}", messages=[("assistant", (self.captions[k],))])
 
 
 @dataclass(frozen=True)
@@ -150,8 +164,8 @@ class Rules:
         """Whether a record has the fields of a shape."""
         return bool(_fitting(frozenset(self._renamed(record)), self.shapes))
 
-    def parse(self, raw: bytes, item: int = 0) -> Parsed:
-        """The record, or number ``item`` of those it stands for.
+    def parse(self, raw: bytes) -> Parsed:
+        """The record, the first of those it stands for.
 
         Raises `BadRecord` with a reason and a sentence naming the field, what was got and what was expected.
         """
@@ -170,7 +184,7 @@ class Rules:
         try:
             if "!" in record and self.format.copied:
                 raise BadRecord(*record["!"])
-            return self._parse(record, id, item, given)
+            return self._parse(record, id, given)
         except BadRecord as e:
             raise BadRecord(e.reason, e.detail, id or "") from None
 
@@ -182,7 +196,7 @@ class Rules:
         hidden = own.values()
         return {own.get(k, k): v for k, v in record.items() if v is not None and (k in own or k not in hidden)}
 
-    def _parse(self, record: Record, id: str | None, item: int, whole: Record) -> Parsed:
+    def _parse(self, record: Record, id: str | None, whole: Record) -> Parsed:
         name = self._shape(record)
         shape = SHAPES[name]
         source = _text_field(record, "source") or _metadata_source(record)
@@ -191,11 +205,6 @@ class Rules:
             if said.messages[0][0] == "system":
                 raise BadRecord("wrong_type", "has both system and a turn of the system, expected one of them")
             said.messages.insert(0, ("system", [system]))
-        if item:
-            said.messages[:] = [said.messages[item]]
-            id = id and f"{id}#{item}"
-        elif said.several > 1:
-            del said.messages[1:]
         asked = self.format.asked
         given = image_values(record) if said.images is None else said.images
         if self.chat and not asked:
@@ -204,8 +213,11 @@ class Rules:
         messages, places = self._placed(said)
         images = _taken(given, places)
         is_caption = said.messages[0][0] == "assistant" and len(said.messages) == 1 and name == "caption"
-        inserted = not (is_caption or places or not images) and (
-            shape.in_front == "all" or (self.chat and shape.in_front == "one" and len(images) == 1)
+        asks = any(role == "user" for role, _ in messages)
+        inserted = (
+            asks
+            and not (is_caption or places or not images)
+            and (shape.in_front == "all" or (self.chat and shape.in_front == "one" and len(images) == 1))
         )
         num_places = len(images) if is_caption else len(places)
         if num_places != len(images) and not inserted:
@@ -228,9 +240,9 @@ class Rules:
             text = ("\n" + parts[0], *parts[1:]) if parts and isinstance(parts[0], str) else ("\n", *parts)
             messages[first] = ("user", (*slots, *text))
         return Parsed(
-            id, source, name, [self._image(value, where, whole) for value, where in images], messages,
+            id, source, name, _inlined([(self._image(*image), image[1]) for image in images], whole), messages,
             inserted and not asked, said.answers or _answers(record), _text_field(record, "question_type"),
-            _text_field(record, "answer_type"), said.several,
+            _text_field(record, "answer_type"), said.captions,
         )  # fmt: skip
 
     def _shape(self, record: Record) -> ShapeName:
@@ -305,8 +317,8 @@ class Rules:
                 lowest = f"{min(map(float, ratings)):g}" if ratings else "an empty list"
                 raise BadRecord("low_rating", f"{field} is {lowest}, min_rating wants at least {least:g}")
 
-    def _image(self, value: Any, where: str, whole: Record) -> Image:
-        """Where an image is that a record gives as a path, a URI, or an object of one of them."""
+    def _image(self, value: Any, where: str) -> str | Cell:
+        """The path or URI of an image that a record gives as one, or as an object of one; or the cell it lies in."""
         if isinstance(value, dict):
             if "!" in value and self.format.images is not None:
                 return Cell(_cell_place(value["!"], where))
@@ -317,15 +329,31 @@ class Rules:
                 raise BadRecord(
                     "wrong_type", f"{where}.bytes is a string, expected bytes; JSON has none: use a data: URI"
                 )
-            return self._image(value[given[0]], f"{where}.{given[0]}", whole)
+            return self._image(value[given[0]], f"{where}.{given[0]}")
         if not isinstance(value, str) or not value:
             raise BadRecord("wrong_type", f"{where} is {_kind(value)}, expected a non-empty path")
-        if value.startswith("data:"):
-            return Inline(list(data_uris(whole)).index(value))
         if _URL.match(value):
             told = f"{where} is the URL {value[:60]!r}; nothing is fetched for a record"
             raise BadRecord("remote_image", f"{told}: fetch the images, and give their paths")
         return value
+
+
+def _inlined(images: Sequence[tuple[str | Cell, str]], whole: Record) -> list[Image]:
+    """``data:`` URIs as their numbers among those of the whole record, which are looked for once."""
+    numbers: dict[str, int] | None = None
+    found: list[Image] = []
+    for image, where in images:
+        if isinstance(image, str) and image.startswith("data:"):
+            if numbers is None:
+                numbers = {}
+                for number, uri in enumerate(data_uris(whole)):
+                    numbers.setdefault(uri, number)
+            if image not in numbers:  # put together of several fields
+                told = f"{where} gives the image {image[:40]!r}, expected the path of a file"
+                raise BadRecord("wrong_type", told)
+            image = Inline(numbers[image])
+        found.append(image)
+    return found
 
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -464,7 +492,7 @@ def _caption(record: Record) -> Said:
         texts = [_require(str, text, f"{name}[{k}]", "a string") for k, text in enumerate(value)]
         if not texts:
             raise BadRecord("wrong_type", f"{name} is an empty list, expected a string or a list of strings")
-        return Said([("assistant", [text]) for text in texts], False, several=len(texts))
+        return Said([("assistant", texts[:1])], False, captions=tuple(texts))
     return Said([("assistant", [_require(str, value, name, "a string")])], False)
 
 
@@ -605,7 +633,10 @@ def _question(record: Record) -> Said:
     elif answers:
         answer = Counter(answers).most_common(1)[0][0]
     else:
-        raise BadRecord("no_target", "answers is an empty list, so there is nothing to learn")
+        told = "answers is an empty list, so there is nothing to learn"
+        if "answers" not in record:
+            told = f"multiple_choice is {_kind(record['multiple_choice'])}, and neither answer nor answers is there"
+        raise BadRecord("no_target", told)
     if not answer.strip():
         raise BadRecord("empty_answer", "the answer is empty")
     return Said([("user", [question]), ("assistant", [answer])], False, tuple(answers) or (answer,))
@@ -618,7 +649,8 @@ def _statement(record: Record) -> Said:
         raise BadRecord("wrong_type", f"label is {_kind(record['label'])}, expected true or false")
     images = image_values(record)
     if not images and isinstance(record.get("identifier"), str):
-        folder = f"{record['directory']}/" if "directory" in record else ""
+        folder = _require(str | int | None, record.get("directory"), "directory", "the name of a folder, or its number")
+        folder = "" if folder is None else f"{folder}/"
         pair = folder + record["identifier"].rpartition("-")[0]
         images = [(f"{pair}-img{k}.png", "identifier") for k in (0, 1)]
     return Said([("user", [sentence]), ("assistant", [label])], False, (label,), images=images)

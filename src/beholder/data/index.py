@@ -59,15 +59,17 @@ class Found(NamedTuple):
 # Files
 
 
-def require_regular(path: str) -> os.stat_result:
+def require_regular(path: str, expected: str = "a record file") -> os.stat_result:
     """Raises `UserError` unless the path is a non-empty regular file: opening a FIFO would wait for ever."""
     try:
         info = os.stat(path)
     except OSError as e:
-        raise UserError(f"{path}: {e.strerror}; expected a record file") from None
+        raise UserError(f"{path}: {e.strerror}; expected {expected}") from None
+    except ValueError as e:  # a NUL
+        raise UserError(f"{path!r}: is no path ({e}); expected {expected}") from None
     if not stat.S_ISREG(info.st_mode):
         kind = "a folder" if stat.S_ISDIR(info.st_mode) else "a FIFO, socket or device"
-        raise UserError(f"{path}: is {kind}, expected a record file")
+        raise UserError(f"{path}: is {kind}, expected {expected}")
     if info.st_size == 0:
         raise UserError(f"{path}: is empty (0 bytes), expected records")
     return info
@@ -77,15 +79,35 @@ def first_character(path: str) -> str:
     """The first character that is not white space: ``[`` opens an array, ``{`` a line of JSONL."""
     require_regular(path)
     with open(path, "rb") as file:
-        head = file.read(4096)
-    return without_mark(head, path).lstrip()[:1].decode("latin-1")
+        head = without_mark(file.read(4096), path).lstrip()
+        while not head and (more := file.read(1 << 20)):
+            head = more.lstrip()
+    if not head:
+        raise RecordError(f"{path}: holds no records, only white space")
+    return head[:1].decode("latin-1")
 
 
 def without_mark(raw: bytes, path: object) -> bytes:
     """What a file begins with, without the byte-order mark that Windows puts there. Raises `RecordError` for UTF-16."""
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise RecordError(f"{path}: is UTF-16, expected UTF-8; convert it, for example with iconv -f UTF-16 -t UTF-8")
+    zeros = tuple(byte == 0 for byte in raw[:8])
+    for mark, ascii_zeros, kind in _WIDE:
+        if raw.startswith(mark) if mark else zeros == ascii_zeros * 2:
+            told = f"{path}: is {kind}, expected UTF-8; convert it, for example with iconv -f {kind} -t UTF-8"
+            raise RecordError(told)
     return raw.removeprefix(BOM)
+
+
+_WIDE: tuple[tuple[bytes, tuple[bool, ...], str], ...] = (
+    (b"\xff\xfe\0\0", (), "UTF-32"),
+    (b"\0\0\xfe\xff", (), "UTF-32"),
+    (b"\xff\xfe", (), "UTF-16"),
+    (b"\xfe\xff", (), "UTF-16"),
+    (b"", (False, True, True, True), "UTF-32LE"),
+    (b"", (True, True, True, False), "UTF-32BE"),
+    (b"", (False, True, False, True), "UTF-16LE"),
+    (b"", (True, False, True, False), "UTF-16BE"),
+)
+"""Encodings of more than a byte a character: their mark, or which of four bytes are zero in a text of ASCII."""
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -37,7 +38,11 @@ def plain_records(path: Path, expected: str, lists: Sequence[str]) -> PlainFile:
 
     Raises `UserError`, which ends with what was ``expected``, for a file that cannot be read or holds something else.
     """
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r}: is no path, it holds a NUL; expected {expected}")
     try:
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise UserError(f"{path}: is a FIFO, socket or device; expected {expected}")  # it could wait for ever
         raw = index.without_mark(path.read_bytes(), path)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e}); expected {expected}") from e
@@ -54,7 +59,7 @@ def plain_records(path: Path, expected: str, lists: Sequence[str]) -> PlainFile:
             beside, whole = {k: v for k, v in whole.items() if k != name}, whole[name]
         elif not whole.keys() & {"id", "question_id", "image_id"} and any(isinstance(v, dict) for v in whole.values()):
             return PlainFile(None, [
-                (f"{path}: record {key!r}", {"question_id": key, "id": key} | v if isinstance(v, dict) else v)
+                (f"{path}: record {key!r}", {"question_id": key, "id": key} | _given(v) if isinstance(v, dict) else v)
                 for key, v in whole.items()
             ])  # fmt: skip
         else:
@@ -62,6 +67,10 @@ def plain_records(path: Path, expected: str, lists: Sequence[str]) -> PlainFile:
     if not isinstance(whole, list):
         raise UserError(f"{path}: holds a {type(whole).__name__}; expected {expected}")
     return PlainFile(beside, [(f"{path}: record {k}", record) for k, record in enumerate(whole)])
+
+
+def _given(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if value is not None}
 
 
 def _plain_lines(path: Path, raw: bytes, expected: str) -> Iterator[tuple[str, Any]]:

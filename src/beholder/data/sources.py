@@ -16,7 +16,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 from typing import Any, Literal, get_args
@@ -93,7 +93,11 @@ class _File:
     """Records of each shape"""
     stat: tuple[int, int]
     """(bytes, modification time in ns) of ``text`` at indexing"""
+    local_stat: tuple[int, int]
+    """The same of ``local``"""
     _fd: int | None = field(default=None, repr=False)
+    _last: tuple[int, Parsed] | None = field(default=None, repr=False)
+    """The last record that stands for several, by its start: their captions are read once, not once for each."""
     _coco: _CocoNames | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
@@ -101,23 +105,33 @@ class _File:
 
     def raw(self, i: int) -> bytes:
         start, stop = int(self.starts[i]), int(self.stops[i])
+        fd = self._fd if self._fd is not None else self._open()
         # pread and not mmap: a file that is cut while in use then gives an error and not a bus error.
-        return os.pread(self._fd if self._fd is not None else self._open(), stop - start, start)
+        raw = os.pread(fd, stop - start, start)
+        if _stamp(os.fstat(fd)) != self.stat:  # after it was read, and of no weight beside parsing it
+            raise RecordError(f"{self.path}: changed since it was indexed; start again")
+        return raw
 
     def _open(self) -> int:
         with _OPENING:
             if self._fd is None:
-                fd = os.open(self.text, os.O_RDONLY | os.O_CLOEXEC)
-                info = os.fstat(fd)
-                if (info.st_size, info.st_mtime_ns) != self.stat:
-                    os.close(fd)
-                    raise RecordError(f"{self.path}: changed since it was indexed; start again")
+                try:
+                    fd = os.open(self.text, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as e:
+                    told = f"{self.path}: was indexed and cannot be opened any more ({e.strerror}: {self.text})"
+                    raise RecordError(f"{told}; put it back, or start again") from None
                 self._fd = fd
         return self._fd
 
     def parse(self, i: int) -> Parsed:
+        start, last = int(self.starts[i]), self._last
         try:
-            return self.rules.parse(self.raw(i), int(self.items[i]))
+            if last is not None and last[0] == start:
+                return last[1].item(int(self.items[i]))
+            parsed = self.rules.parse(self.raw(i))
+            if parsed.several > 1:
+                self._last = (start, parsed)
+            return parsed.item(int(self.items[i]))
         except BadRecord as e:
             raise RecordError(f"{self.path}: record {self.rows[i]} changed since it was indexed: {e.detail}") from None
 
@@ -143,6 +157,10 @@ class _File:
         return tuple(self._ref(i, image) for image in parsed.images)
 
     def _ref(self, i: int, image: Image) -> ImageRef:
+        if isinstance(image, Cell):  # places in another file's bytes would give other images, or none
+            with suppress(FileNotFoundError):  # which is told where the image is read
+                if _stamp(os.stat(self.local)) != self.local_stat:
+                    raise RecordError(f"{self.path}: changed since it was indexed; start again")
         match image:
             case Cell([str() as name, int() as at, int() as size]):
                 return ImageRef(self.local, name, "tar", at, size)
@@ -163,7 +181,7 @@ class _File:
         raise AssertionError(image)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fd": None, "_coco": None}
+        return {**self.__dict__, "_fd": None, "_last": None, "_coco": None}
 
     def __del__(self) -> None:
         if (fd := getattr(self, "_fd", None)) is not None:  # __init__ may have failed before
@@ -171,6 +189,10 @@ class _File:
 
 
 _OPENING = threading.Lock()
+
+
+def _stamp(info: os.stat_result) -> tuple[int, int]:
+    return info.st_size, info.st_mtime_ns
 
 
 class _CocoNames:
@@ -213,7 +235,7 @@ _COCO_NAME = re.compile(r"(?P<prefix>COCO_[a-z]+[0-9]{4}_)?(?P<number>[0-9]{12}\
 
 
 def _index_file(path: str, local: str, source: SourceConfig, rules: Rules) -> _File:
-    index.require_regular(local)
+    before = _stamp(index.require_regular(local))
     form = rules.format
     stem = os.path.basename(path).split(".")[0]
     if source.image_root is not None and form.images != "tar" and not os.path.isdir(source.image_root):
@@ -222,6 +244,7 @@ def _index_file(path: str, local: str, source: SourceConfig, rules: Rules) -> _F
         if not os.path.isdir(root):
             raise UserError(f"more_image_roots {root}: is not a folder; expected one that images of {path} may lie in")
     image_root = source.image_root or os.path.dirname(os.path.abspath(local if is_url(path) else path))
+    named = {local: path, rules.annotations: source.annotations_path}
     content = index.stat_facts(local) if form.large else sha256_file(local)
     answers = None if rules.annotations is None else sha256_file(rules.annotations)
     key = index.cache_key(
@@ -229,8 +252,10 @@ def _index_file(path: str, local: str, source: SourceConfig, rules: Rules) -> _F
     )
     cached = index.cache_load(key)
     if cached is None:
-        with index.CopiedTexts(key) as copies:
+        with _naming(named), index.CopiedTexts(key) as copies:
             arrays, meta = _scan(path, local, rules, copies)
+            if _stamp(os.stat(local)) != before:
+                raise RecordError(f"{path}: changed while it was indexed; start again")
             text = copies.keep() if form.copied else local
         meta["digest"] = content if isinstance(content, str) and not form.copied else sha256_file(text)
         index.cache_save(key, arrays, meta)
@@ -240,15 +265,18 @@ def _index_file(path: str, local: str, source: SourceConfig, rules: Rules) -> _F
         if text is None:
             index.cache_drop(key)
             return _index_file(path, local, source, rules)
-    info = os.stat(text)
     return _File(
         path=path, local=local, text=text, image_root=image_root, more_roots=source.more_image_roots, rules=rules,
         stem=stem, starts=arrays["starts"], stops=arrays["stops"], rows=arrays["rows"], items=arrays["items"],
         source_ids=arrays["source_ids"],
         source_names=[source.name or name or stem for name in meta["source_names"]],
-        rejects=[Reject(id or f"{stem}:{row}", row, path, why, detail) for id, row, why, detail in meta["rejects"]],
+        rejects=[
+            Reject(id or f"{stem}:{row}", row, path, why, _as_named(detail, named))
+            for id, row, why, detail in meta["rejects"]
+        ],
         digest=meta["digest"], num_images=meta["num_images"], inserted_markers=meta["inserted_markers"],
-        absent_images=meta["absent_images"], shapes=meta["shapes"], stat=(info.st_size, info.st_mtime_ns),
+        absent_images=meta["absent_images"], shapes=meta["shapes"],
+        stat=_stamp(os.stat(text)) if form.copied else before, local_stat=before,
     )  # fmt: skip
 
 
@@ -354,17 +382,46 @@ def _opened(source: SourceConfig, image_token: str, max_images: int, chat: bool)
     if source.image_pattern is not None:
         questions.image_names(source.image_pattern)
     rules = Rules(
-        source.dataset, image_token, max_images, chat, source.image_pattern, source.annotations_path,
+        source.dataset, image_token, max_images, chat, source.image_pattern,
         shape=source.shape, columns=tuple(source.columns.items()), min_rating=tuple(source.min_rating.items()),
     )  # fmt: skip
+    theirs = [name for _, name in rules.columns]
+    for name, column in rules.columns:
+        if theirs.count(column) > 1:
+            fields = " and ".join(f"columns.{name}" for name, other in rules.columns if other == column)
+            raise UserError(f"{fields} name the same column {column!r}; expected one each")
     for path in expand(source.json_path, kind.containers):
         local = local_file(path)
-        container = kind.containers[0] if len(kind.containers) == 1 else recognise(local, rules.fits)
+        with _naming({local: path}):
+            container = kind.containers[0] if len(kind.containers) == 1 else recognise(local, rules.fits)
         if container not in kind.containers:
             expected = " or a ".join(CONTAINERS[name].title for name in kind.containers)
             raise RecordError(f"{path}: is a {CONTAINERS[container].title}, dataset {source.dataset} is a {expected}")
         _require_fitting(source, path, container)
-        yield path, local, replace(rules, container=container)
+        answers = source.annotations_path
+        if answers is not None:
+            answers = local_file(answers, "the annotation file of the questions")
+        yield path, local, replace(rules, container=container, annotations=answers)
+
+
+@contextmanager
+def _naming(named: Mapping[str | None, str | None]) -> Iterator[None]:
+    """Errors that name a copy in the cache name what it was made of: ``named`` is as `_as_named` takes it."""
+    try:
+        yield
+    except UserError as e:
+        told = _as_named(str(e), named)
+        if told == str(e):
+            raise
+        raise type(e)(told) from None
+
+
+def _as_named(text: str, named: Mapping[str | None, str | None]) -> str:
+    """A message with files called as a person called them, instead of where they lie."""
+    for local, path in named.items():
+        if local and path and local != path:
+            text = text.replace(local, path)
+    return text
 
 
 def _require_fitting(source: SourceConfig, path: str, container: str) -> None:
@@ -389,12 +446,13 @@ def instructs(source: SourceConfig) -> bool:
     if source.dataset != "auto":
         return DATASETS[source.dataset].instructs
     most = 1_000_000
-    for _, local, rules in _opened(source, "<image>", most, False):
+    for path, local, rules in _opened(source, "<image>", most, False):
         if rules.format.asked:
             return True
-        for found in islice(rules.format.find(local, rules), 100):
-            with suppress(BadRecord):
-                return SHAPES[rules.parse(found.raw).shape].asks
+        with _naming({local: path}):
+            for found in islice(rules.format.find(local, rules), 100):
+                with suppress(BadRecord):
+                    return SHAPES[rules.parse(found.raw).shape].asks
     return False
 
 

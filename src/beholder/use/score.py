@@ -259,7 +259,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for where, record in plain_records(path, expected, ("annotations", "questions")).records:
         if not isinstance(record, dict):
             raise UserError(f"{where}: expected an object with an id and a text, got {_what(record)}")
-        yield where, record
+        yield where, {name: value for name, value in record.items() if value is not None}
 
 
 def _id(record: Mapping[str, Any], names: Sequence[str], where: str) -> str:
