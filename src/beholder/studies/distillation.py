@@ -175,11 +175,15 @@ def plan_distillation(config: str | Path, overrides: Sequence[str] = ()) -> Stud
     if own.longer and longer is not None:
         last = {LONGER: arm_settings({**NO_TEACHER, "train.train_steps": longer.steps})}
         runs += resolve(config, overrides, base, own, last)
-    order = {seed: k for k, seed in enumerate(own.seeds)}
-    runs.sort(key=lambda r: order.get(r.cfg.seed, 0))  # a study that is cut short has every arm once
-    runs = with_caches(folder, runs)
+    runs = with_caches(folder, by_seed(runs, own.seeds))  # a study that is cut short has every arm once
     points = Points("distillation", folder, base.run_name, own, base.device, runs)
     return Study(points, base, longer if own.longer else None, tuple(_notes(base, own)))
+
+
+def by_seed(runs: Sequence[Point], seeds: Sequence[int]) -> list[Point]:
+    """In the order of the seeds, and of the arms as they are given; also where some were planned later."""
+    order = {seed: k for k, seed in enumerate(seeds)}
+    return sorted(runs, key=lambda r: order.get(r.cfg.seed, 0))
 
 
 def arm_settings(given: Mapping[str, PointSetting]) -> dict[str, PointSetting]:
@@ -300,7 +304,7 @@ def _notes(base: RunConfig, own: DistillationConfig) -> Iterator[str]:
 def collect(study: Study, failed: Mapping[str, str] | None = None, *, interrupted: bool = False) -> DistillationRecord:
     """What the finished runs' evidence says, put together and judged."""
     failed, own, folder = failed or {}, study.points.study, study.points.folder
-    runs = [r for r in study.points.runs if r.command == "run"]
+    runs = by_seed([r for r in study.points.runs if r.command == "run"], own.seeds)
     evidence = {r.name: load_evidence(r.folder) for r in runs if is_finished(r)}
     rows = []
     for run in runs:

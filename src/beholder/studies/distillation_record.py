@@ -295,8 +295,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _differences(done: Mapping[str, Sequence[DistillationRow]]) -> list[Difference]:
     """Of every arm over the one without a teacher, where both make the same steps, and of `KD` over the one that has
     its time."""
-    pairs: list[tuple[str, str, Basis]] = [(arm, ALONE, "equal steps") for arm in done if arm not in (ALONE, LONGER)]
-    pairs += [(KD, LONGER, "equal time")]
+    pairs: list[tuple[str, str, Basis]] = [(KD, LONGER, "equal time")]
+    for arm in done:
+        if arm not in (ALONE, LONGER):
+            pairs.append((arm, ALONE, "equal steps"))
     found = []
     for arm, against, basis in pairs:
         other = {r.seed: r for r in done.get(against, ())}
