@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +25,7 @@ from beholder.data import collate
 from beholder.prepare import diagnose, diagnose_distill
 from beholder.prepare.diagnose import Examined, examine_inference, examine_teacher
 from beholder.prepare.diagnose_distill import examine_batch, examine_distillation
-from beholder.prepare.tiny import tiny_native
+from beholder.prepare.tiny import tiny_llm, tiny_native
 from beholder.stages import run_stage
 from beholder.stages.teachers import Teacher, cache_teachers, open_teacher
 from beholder.types import UserError
@@ -204,6 +205,20 @@ def test_rows_that_are_not_the_teachers_are_noticed(student, written: Written, m
     monkeypatch.setattr(diagnose_distill, "open_teacher", opened_with(moved))
     found = examine_distillation(written())
     assert failures(found) == ["KL of the teacher with itself"]
+
+
+def test_a_teacher_with_another_tokenizer_is_told_by_what_it_can_say(written: Written, tmp_path: Path) -> None:
+    """The student's tokenizer has one control token more, so ids differ and every byte is shared."""
+    other = tiny_llm(tmp_path / "other", "smollm2")
+    sets = {"model.llm.name_or_path": str(other), "model.connector.load_checkpoint": None}
+    path = written(**sets, **{"distill.vocabulary": "shared"})
+    check = of(examine_distillation(path), "vocabulary")
+    told = re.search(r"speaks of (\d+) of (\d+)", check.found)
+    assert check.level == "ok" and told is not None and 0 < int(told[1]) <= int(told[2])
+    found = examine_batch(path)
+    assert not found.failed and found.facts["samples"][0]["teachers"]
+    equal = examine_distillation(written("equal", **sets))
+    assert "vocabulary" in failures(equal) and "ids differ" in of(equal, "vocabulary").advice
 
 
 # ---------------------------------------------------------------------------------------------------------------

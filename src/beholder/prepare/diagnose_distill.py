@@ -25,7 +25,7 @@ from beholder.prepare.diagnose import Examined, NotFiniteError, Shown, finite, j
 from beholder.prepare.doctor import Check
 from beholder.probes import measuring
 from beholder.stages.session import Session
-from beholder.stages.teachers import Teacher, check_vocabulary, keys, needed, open_teacher, say
+from beholder.stages.teachers import Teacher, check_vocabulary, keys, needed, open_teacher, say, translate
 from beholder.store.teachers import TeacherCache, TeacherKey, token_type
 from beholder.types import Encoded, Example, UserError, printable
 
@@ -113,11 +113,11 @@ def _one_teacher(
             Check("cache", "ok", "none: teachers are asked while the student learns (distill.online)")
             if cache is None else _whole(session, cache)
         )  # fmt: skip
-        if cfg.vocabulary == "shared":
-            checks.append(Check("vocabulary", "ok", "shared: ids are translated by their text, not compared"))
-            return checks, [], {}
         which = next(t for t in cfg.teachers if t.name == name)
         teacher = open_teacher(which, session.cfg, session.model.device)
+        if cfg.vocabulary == "shared":
+            assert cache is not None, "checked by `DistillConfig.impossible`"
+            return [*checks, _translated(translate(teacher, session), cache, cfg, samples)], [], {}
         try:
             check_vocabulary(teacher, session.tokenizer)
         except UserError as e:
@@ -167,6 +167,20 @@ def _whole(session: Session, cache: TeacherCache) -> Check:
     some = ", ".join(map(repr, lost[:NAMED])) + (", …" if len(lost) > NAMED else "")
     told = f"{count - unread - len(lost):,} of {count:,} samples have rows; missing: {some}{bad}"
     return Check("cache", "fail", told, f"{cache.missing(lost)}.")
+
+
+def _translated(teacher: Teacher, cache: TeacherCache, cfg: DistillConfig, samples: Sequence[Taken]) -> Check:
+    """Of how many of the student's tokens a teacher with another tokenizer has something to say; masks and forms cannot
+    be compared id by id."""
+    said = total = 0
+    for s in samples:
+        columns = say(teacher, [s.example], [s.targets], cfg, cache.key.vocab, cache.sample_key)[0]
+        said += int((columns["log_p"].amax(-1) > -torch.inf).sum())
+        total += len(s.targets)
+    return judged(
+        "vocabulary", said > 0, f"shared: the teacher speaks of {said} of {total} learned tokens",
+        "None of its tokens begins where one of the student's does: take a teacher of the same tokenizer.",
+    )  # fmt: skip
 
 
 def _aligned(session: Session, teacher: Teacher, samples: Sequence[Taken]) -> tuple[Check, list[int]]:
@@ -425,7 +439,13 @@ def _said(session: Session, name: str, key: TeacherKey, samples: Sequence[Taken]
                     teacher = open_teacher(which, session.cfg, session.model.device)
                     if cfg.vocabulary == "equal":
                         check_vocabulary(teacher, session.tokenizer)
-                form = kl.Full(_teacher_log_p(teacher, s, key.vocab, None).cpu())
+                    else:
+                        teacher = translate(teacher, session)
+                if cache is not None and teacher.translation is not None:
+                    columns = say(teacher, [s.example], [s.targets], cfg, key.vocab, cache.sample_key)[0]
+                    form = kl.teacher_of({n: c.cpu() for n, c in columns.items()}, cfg.kept_temperatures)
+                else:
+                    form = kl.Full(_teacher_log_p(teacher, s, key.vocab, None).cpu())
             rows.append(_rows(form, torch.from_numpy(s.targets), session.tokenizer))
     finally:
         if cache is not None:
@@ -446,6 +466,7 @@ def _rows(form: kl.Teacher, targets: Tensor, tokenizer: Any) -> list[Row]:
             case kl.Full(log_p):
                 best = log_p[n].topk(min(TOP, log_p.shape[-1])).indices.tolist()
                 p = {i: float(log_p[n, i].exp()) for i in {*best, target}}
+        p = {i: own for i, own in p.items() if own > 0}  # vocabulary: shared has tokens of which nothing is said
         best = sorted(p, key=lambda i: -p[i])[:TOP]
         top = tuple((token_text(tokenizer, i), p[i]) for i in best)
         out.append(Row(token_text(tokenizer, target), p.get(target), top))
