@@ -26,8 +26,8 @@ TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 """What a processor makes of the text; the rest is the image's."""
 PROBES = [(40, 56), (64, 32)]
 """Sizes (height, width) of the made-up images that a processor and a model are tried on."""
-MOST_PIXELS = 2**26
-"""Of an image as a processor may scale it, by its side or its area; some give the one, some the other."""
+MAX_SIDE, MOST_PIXELS = 16_384, 2**26
+"""Of an image as a processor may scale it. ``shortest_edge`` is a side for some, and a number of pixels for others."""
 MAX_PLACES = 4096
 """Sizes of images whose layout is remembered."""
 
@@ -157,9 +157,11 @@ def _check_settings(name: str, images: Any, vision: Any) -> None:
         if not all(isinstance(v, int | float) and math.isfinite(v) and (v or key == "image_mean") for v in values):
             wrong.append(f"{key} is {value!r:.60}, expected finite numbers{'' if key == 'image_mean' else ', not 0'}")
     size = getattr(images, "size", None)
-    for key, value in dict(size).items() if isinstance(size, Mapping) else ():
-        if isinstance(value, int) and value > MOST_PIXELS:
-            wrong.append(f"{key} of size is {value}, expected {MOST_PIXELS} at most")
+    size = size if isinstance(size, Mapping) else vars(size) if hasattr(size, "__dict__") else {}  # SizeDict is no dict
+    for key, value in size.items():
+        most = MAX_SIDE if key in ("height", "width") else MOST_PIXELS
+        if isinstance(value, int) and value > most:
+            wrong.append(f"{key} of size is {value}, expected {most} at most")
     for key in ("patch_size", "temporal_patch_size", "merge_size"):
         tower = "spatial_merge_size" if key == "merge_size" else key
         value, theirs = getattr(images, key, None), getattr(vision, tower, None)
