@@ -88,7 +88,10 @@ def test_a_minimal_config_has_every_default() -> None:
     [("1e-4", 1e-4), ("1.0e-4", 1e-4), ("1E-4", 1e-4), ("+1e-04", 1e-4), (".5", 0.5), ("1", 1.0), ("0x10", 16.0)],
 )
 def test_numbers_are_read_as_yaml_1_2_writes_them(spelling: str, value: float) -> None:
-    assert parse_config(f"{MINIMAL}train: {{lr: {{connector: {spelling}}}}}").train.lr.connector == value
+    assert (
+        parse_config(f"{MINIMAL}train: {{weight_decay: {{connector: {spelling}}}}}").train.weight_decay.connector
+        == value
+    )
 
 
 @pytest.mark.parametrize("text", ["no", "off", "Yes", "12:30", "2024-01-01", "1_000", "y", "0o9", "1e", "<<"])
@@ -146,7 +149,7 @@ def test_every_mistake_of_a_file_is_told_at_once_with_its_place() -> None:
         "prompting.max_seq_len": "given twice; first in line",
         "train.train_stpes": "no such setting in train; nearest: train_steps",
         "train.precision": "got the text 'bf17'; expected bf16 or fp32 or fp16; nearest: bf16",
-        "train.grad_clip": "got the text 'abc'; expected a number above 0 or null",
+        "train.grad_clip": "got the text 'abc'; expected a number above 0 and of at most 1000000 or null",
         "train.lr": "got the number 0.0001; expected a section with connector, lora",
         "train.batch_size": "nearest: micro_batch_size; or batch_size exists as eval.batch_size",
         "train.full_eval_every": "expected epoch or end or never or a whole number above 0 and of at most "
@@ -789,6 +792,48 @@ def test_every_count_of_the_schema_has_a_bound() -> None:
     )
     assert told["train.num_threads"] == "a whole number above 0 and of at most 1024 or null"
     assert told["train.keep_checkpoints"] == "a whole number of at least 2 and of at most 1000000000"
+
+
+def _numbers(schema: dict[str, Any], node: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every number of a JSON schema, those in lists and below names of the user's own too."""
+    if "$ref" in node:
+        node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+    if node.get("type") in ("number", "integer"):
+        yield path, node
+    for name, inner in node.get("properties", {}).items():
+        yield from _numbers(schema, inner, f"{path}.{name}".lstrip("."))
+    inside = [*node.get("anyOf", ()), *node.get("prefixItems", ()), node.get("items"), node.get("additionalProperties")]
+    for inner in inside:
+        yield from _numbers(schema, inner, path) if isinstance(inner, dict) else ()
+
+
+def test_every_number_of_the_schema_has_both_bounds() -> None:
+    schema = RunConfig.model_json_schema()
+    numbers = list(_numbers(schema, schema))
+    ends = ({"minimum", "exclusiveMinimum"}, {"maximum", "exclusiveMaximum"})
+    unbound = {path for path, node in numbers if not all(end & set(node) for end in ends)}
+
+    assert len(numbers) > 80 and {"train.lr.lora", "gates.at_least", "data.sources.min_rating"} <= dict(numbers).keys()
+    assert unbound == {"scales", "sweep.grid", "footprint.points.set"}, "these are given to other settings"
+
+
+@pytest.mark.parametrize("setting", [
+    "train.lr.connector=1e9", "train.weight_decay.lora=1e9", "train.grad_clip=1e30",
+    "eval.golden_generate.temperature=1e6", "gates.learned.above=1e30", "model.connector.resampler.latent_std=1e9",
+])  # fmt: skip
+def test_a_number_that_no_training_has_is_refused(setting: str) -> None:
+    assert re.search(r"expected a number .*of at most [0-9]", one(MINIMAL, setting))
+
+
+@pytest.mark.parametrize("setting", [
+    "prompting.image_token=''", "prompting.image_token=' '", "model.llm.name_or_path=''", "model.vision.weights=' '",
+    "data.json_path=''", "eval.golden_set_path=''", "output_dir=''",
+])  # fmt: skip
+def test_a_blank_text_that_would_be_found_everywhere_or_opened_is_refused(setting: str) -> None:
+    path = setting.partition("=")[0]
+    assert any(
+        f"{path}: got" in line and "expected text that is not blank" in line for line in problems(MINIMAL, (setting,))
+    )
 
 
 def test_a_run_name_that_no_disk_takes_is_refused() -> None:

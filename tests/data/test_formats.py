@@ -791,11 +791,31 @@ def test_a_remote_file_that_changed_is_fetched_again_and_globs_and_folders_name_
         ("memory://bucket/gone.parquet", r"gone\.parquet: cannot be fetched \(FileNotFoundError"),
         ("memory://bucket/*.json", "no such file, folder or glob"),
         ("nosuch://bucket/a.parquet", "Protocol not known: nosuch"),
+        ("ftp://localhost:1/x.parquet", r"x\.parquet: cannot be fetched \(ConnectionRefusedError"),
+        ("zip://a.parquet::memory://bucket/captions.parquet", r"cannot be fetched \(BadZipFile"),
+        ("zip://a.parquet::memory://bucket/gone.zip", r"cannot be fetched \(FileNotFoundError"),
+        ("reference://x", r"cannot be fetched \(TypeError"),
+        ("generic://x", r"cannot be fetched \(TypeError"),
     ],
 )
 def test_what_cannot_be_fetched_is_an_error_that_names_it(bucket: Any, url: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         opened(url)
+
+
+def test_folders_within_a_remote_glob_are_no_files_and_a_source_that_fails_is_not_the_caches_fault(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.pipe("/bucket/more/captions.parquet", (FORMATS / "captions.parquet").read_bytes())
+    assert len({e.file for e in opened("memory://bucket/**")}) == 3
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise OSError("the line is down")
+
+    bucket.pipe("/bucket/late.parquet", b"PAR1")
+    monkeypatch.setattr(type(bucket), "open", fails)
+    with pytest.raises(UserError, match=r"late\.parquet: cannot be fetched \(OSError: the line is down\)"):
+        opened("memory://bucket/late.parquet")
 
 
 def test_a_protocol_without_its_driver_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from beholder.config.section import Fraction, Inert, Natural, Positive, Section, Tiny, decides
+from beholder.config.section import Bound, Filled, Fraction, Inert, Natural, Positive, Section, Tiny, decides
 from beholder.types import DatasetKind, ShapeName
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -28,20 +28,20 @@ _QUESTIONS = Inert(
 class SourceConfig(Section):
     dataset: DatasetKind = "auto"
     """auto: recognised by looking. The others hold the file to what they say."""
-    json_path: str
+    json_path: Filled
     """The record file, a folder or a glob of them, or their URL; for vqa and gqa the question file."""
     shape: Annotated[ShapeName | None, _QUESTIONS] = None
     """What every record says, where looking does not tell: ``beholder check --as``."""
-    columns: Annotated[dict[str, str], _QUESTIONS] = Field(default_factory=dict)
+    columns: Annotated[dict[str, Filled], _QUESTIONS] = Field(default_factory=dict)
     """Fields that are called something else here, as in ``{image: img_path, caption: alt_text}``."""
-    min_rating: Annotated[dict[str, float], _QUESTIONS] = Field(default_factory=dict)
+    min_rating: Annotated[dict[str, Bound], _QUESTIONS] = Field(default_factory=dict)
     """Records rated lower are rejected and counted, as in ``{relevance: 3}`` for ``relevance_ratings`` of FineVision;
     of several ratings the lowest counts."""
     annotations_path: Annotated[
-        str | None, Inert(lambda _, own: own.dataset not in ("vqa", "auto"), "only vqa files have it", ".dataset")
+        Filled | None, Inert(lambda _, own: own.dataset not in ("vqa", "auto"), "only vqa files have it", ".dataset")
     ] = None
     """vqa: the annotation file with the ten answers of each question."""
-    image_pattern: Annotated[str | None, _NO_QUESTIONS] = None
+    image_pattern: Annotated[Filled | None, _NO_QUESTIONS] = None
     """vqa, gqa: file name of an image below ``image_root``, with ``{image_id}``, as in
     ``COCO_val2014_{image_id:012d}.jpg``. Default for vqa COCO's own name for the question file's split, else
     ``{image_id:012d}.jpg``; for gqa ``{image_id}.jpg``."""
@@ -49,11 +49,11 @@ class SourceConfig(Section):
     """Folder that image paths are relative to and may not leave; default the record file's own."""
     more_image_roots: Annotated[tuple[str, ...], _CARRIED] = ()
     """Further folders that images may lie in: symlinks below ``image_root`` and absolute paths may lead there."""
-    name: str | None = None
+    name: Filled | None = None
     """Source name in counts and caps; default the record's own ``source``, else the file's stem."""
     cap: Positive | None = None
     """At most this many accepted samples from this source."""
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    weight: Annotated[float, Field(gt=0, le=10**12)] | None = None
     """Share of the training samples that come from this source, beside the other sources' weights: of every 1,000
     exactly so many, each source in epochs of its own. Give all sources a weight, or none: then every sample comes once
     an epoch."""
@@ -113,7 +113,7 @@ class DataConfig(Section):
         DatasetKind, Inert(lambda _, own: bool(own.sources), "each of data.sources has its own", ".sources")
     ] = "auto"
     """Kind of ``json_path``; see also ``sources`` for several, and for more settings."""
-    json_path: Annotated[str | None, decides("place")] = None
+    json_path: Annotated[Filled | None, decides("place")] = None
     """Training records. Give this or ``sources``."""
     image_root: Annotated[
         str | None, decides("place"),
@@ -233,7 +233,7 @@ class FeaturesConfig(Section):
 
     enabled: Annotated[bool, decides("weights", "speed")] = True
     """Compute frozen-tower features once and keep them on disk."""
-    dir: Annotated[str | None, decides("place"), _NOT_ENABLED] = None
+    dir: Annotated[Filled | None, decides("place"), _NOT_ENABLED] = None
     """Folder of the store, shared by all runs. Default ``$BEHOLDER_CACHE/features``, else
     ``~/.cache/beholder/features``."""
     max_gb: Annotated[float, Field(gt=0, le=1_000_000), _NOT_ENABLED, Tiny(value=0.1)] = 20.0
@@ -262,7 +262,7 @@ _ONE_IMAGE = Inert(lambda cfg, _: cfg.max_images == 1, "prompting.max_images_per
 class PromptingConfig(Section):
     all_decide = decides("data")
 
-    image_token: str = "<image>"
+    image_token: Filled = "<image>"
     """Marker of an image in the user turns of record files."""
     max_images_per_sample: Annotated[Positive, Field(le=65_536)] | None = None
     """Samples with more images are rejected. Default 2 in stage align, 1 in instruct, 6 in multi."""
@@ -279,7 +279,7 @@ class PromptingConfig(Section):
     """caption: templates A and B. conversation: the records' own user text, no chat template. chat: the tokenizer's
     chat template. Default caption in stage align, chat in stage instruct."""
     # The tiny tokenizers know ChatML's control tokens; in another template theirs would be ordinary text.
-    chat_template: Annotated[str | None, _NO_CHAT, Tiny()] = None
+    chat_template: Annotated[Filled | None, _NO_CHAT, Tiny()] = None
     """chat: a Jinja file to use instead of the tokenizer's own template."""
     system: Annotated[str | None, _NO_CHAT] = None
     """chat: system text put before conversations that have none. Default: whatever the template does by itself."""

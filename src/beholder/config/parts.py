@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from beholder.config.section import Inert, Positive, Section, Tiny, Written, decides, given_twice
+from beholder.config.section import Filled, Inert, Positive, Section, Tiny, Written, decides, given_twice
 
 # ---------------------------------------------------------------------------------------------------------------
 # model
@@ -85,9 +85,9 @@ Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "
 
 
 class NativeConfig(Section):
-    name_or_path: Annotated[str, decides("place", "weights", "held_out")]
+    name_or_path: Annotated[Filled, decides("place", "weights", "held_out")]
     """Hub name or local folder of a whole Hugging Face vision-language model, with its processor."""
-    revision: Annotated[str | None, Tiny()] = None
+    revision: Annotated[Filled | None, Tiny()] = None
     """Hub commit or tag."""
     attn_implementation: Annotated[Attention, Tiny(value="sdpa")] = "sdpa"
     """Attention kernel of its language model and its tower."""
@@ -98,9 +98,9 @@ class NativeConfig(Section):
 
 
 class LlmConfig(Section):
-    name_or_path: Annotated[str, decides("place", "weights", "held_out")]
+    name_or_path: Annotated[Filled, decides("place", "weights", "held_out")]
     """Hub name, local folder, or a ``.gguf`` file of a causal language model."""
-    revision: Annotated[str | None, Tiny()] = None
+    revision: Annotated[Filled | None, Tiny()] = None
     """Hub commit or tag."""
     attn_implementation: Annotated[Attention, Tiny(value="sdpa")] = "sdpa"
     """Attention kernel. Packing is proven for sdpa and eager on CPU; each kernel is checked again at start-up."""
@@ -115,15 +115,15 @@ class LlmConfig(Section):
 
 
 class VisionConfig(Section):
-    name_or_path: Annotated[str, decides("place", "weights")]
+    name_or_path: Annotated[Filled, decides("place", "weights")]
     """Hub name or local folder of a Hugging Face vision tower, or ``timm/<name>``."""
-    revision: Annotated[str | None, Tiny()] = None
+    revision: Annotated[Filled | None, Tiny()] = None
     """Hub commit or tag."""
-    weights: Annotated[str | None, decides("place", "weights"), _NOT_TIMM] = None
+    weights: Annotated[Filled | None, decides("place", "weights"), _NOT_TIMM] = None
     """``timm/…`` only: a local ``.safetensors`` file to load strictly, instead of timm's own download."""
     freeze: Literal[True] = True
     """What nobody lets learn (``unfreeze``, ``model.lora.vit_layers``) stays bit-identical."""
-    unfreeze: Annotated[tuple[str, ...], Tiny(make=lambda names: ("first-1",) if names else ())] = ()
+    unfreeze: Annotated[tuple[Filled, ...], Tiny(make=lambda names: ("first-1",) if names else ())] = ()
     """Blocks, stages or other modules of the tower whose weights learn themselves, in fp32: names (``stages.3``,
     ``blocks.11``), ``last-K`` or ``first-K`` blocks. Batch statistics stay as they are."""
     feature_layer: Annotated[int, Field(ge=-1024, le=1024)] = -1
@@ -146,7 +146,7 @@ class ResamplerConfig(Section):
     """perceiver: attention heads."""
     dim: Annotated[Positive | None, Field(le=1_048_576), _NOT_PERCEIVER, Tiny(value=64)] = None
     """perceiver: width Dr; default the tower's width."""
-    latent_std: Annotated[float, Field(gt=0), _NOT_PERCEIVER] = 1.0
+    latent_std: Annotated[float, Field(gt=0, le=1_000), _NOT_PERCEIVER] = 1.0
     """perceiver: standard deviation the latents are drawn with. See `model.connector.Perceiver` for why it is 1."""
 
 
@@ -160,7 +160,7 @@ class ProjectorConfig(Section):
 
 
 class ConnectorConfig(Section):
-    load_checkpoint: Annotated[str | None, decides("start"), Tiny()] = None
+    load_checkpoint: Annotated[Filled | None, decides("start"), Tiny()] = None
     """A run or checkpoint folder that this run starts from: its connector, and its adapters as ``model.lora.adapters``
     says."""
     trainable: Annotated[bool, _NATIVE] = True
@@ -227,7 +227,7 @@ class LoraConfig(Section):
     on the line from the language model's own weights (0) to the trained ones (1). Below 1 it keeps more of the language
     (WiSE-FT, Wortsman et al. 2022)."""
     bias: Annotated[Literal["none"], NO_ADAPTERS] = "none"
-    target_modules: Annotated[tuple[str, ...], NO_ADAPTERS, Tiny(make=_whole_layers)] = (
+    target_modules: Annotated[tuple[Filled, ...], NO_ADAPTERS, Tiny(make=_whole_layers)] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
     """Modules of the language model that get an adapter: ``all-linear``, the last part of a module's name (``q_proj``),
@@ -241,7 +241,7 @@ class LoraConfig(Section):
     """Blocks of the vision tower that get adapters as well, said like ``llm_layers``; default none, unless an
     expression in ``target_modules`` names modules of the tower. ``beholder plan`` counts them."""
     vit_target_modules: Annotated[
-        tuple[str, ...], NO_ADAPTERS, Tiny(value=("all-linear",)),
+        tuple[Filled, ...], NO_ADAPTERS, Tiny(value=("all-linear",)),
         Inert(
             lambda _, own: own.vit_layers is None or no_layers(own.vit_layers), "the tower gets no adapters",
             ".vit_layers",

@@ -17,6 +17,7 @@ from beholder.config.monitors import MONITORED, RETAINED, SHARES, WATCHED, folde
 from beholder.config.parts import FROZEN_CONNECTOR, FROZEN_LANGUAGE, FROZEN_TOWER, NO_ADAPTERS, ModelConfig
 from beholder.config.section import (
     Cadence,
+    Filled,
     Fraction,
     Inert,
     Natural,
@@ -44,23 +45,27 @@ from beholder.config.studies import DistillationConfig, FootprintConfig, StudyCo
 # train, eval
 
 
+_Rate = Annotated[float, Field(ge=0, le=10)]
+_Decay = Annotated[float, Field(ge=0, le=100)]
+
+
 class LearningRates(Section):
-    connector: Annotated[float, Field(ge=0), FROZEN_CONNECTOR] = 1e-4
+    connector: Annotated[_Rate, FROZEN_CONNECTOR] = 1e-4
     """Peak learning rate of the connector."""
-    lora: Annotated[float, Field(ge=0), NO_ADAPTERS] = 5e-5
+    lora: Annotated[_Rate, NO_ADAPTERS] = 5e-5
     """Peak learning rate of the adapters on the language model (from stage 2 on)."""
-    vision: Annotated[float, Field(ge=0), FROZEN_TOWER] = 5e-5
+    vision: Annotated[_Rate, FROZEN_TOWER] = 5e-5
     """Peak learning rate of what learns in the vision tower: its adapters, its unfrozen blocks."""
-    language: Annotated[float, Field(ge=0), FROZEN_LANGUAGE] = 2e-4
+    language: Annotated[_Rate, FROZEN_LANGUAGE] = 2e-4
     """Peak learning rate of a language model that learns whole (``model.student``)."""
 
 
 class WeightDecays(Section):
-    connector: Annotated[float, Field(ge=0), FROZEN_CONNECTOR] = 0.01
+    connector: Annotated[_Decay, FROZEN_CONNECTOR] = 0.01
     """On the connector's matrices; norms, biases and latents always get 0."""
-    lora: Annotated[float, Field(ge=0), NO_ADAPTERS] = 0.0
-    vision: Annotated[float, Field(ge=0), FROZEN_TOWER] = 0.0
-    language: Annotated[float, Field(ge=0), FROZEN_LANGUAGE] = 0.01
+    lora: Annotated[_Decay, NO_ADAPTERS] = 0.0
+    vision: Annotated[_Decay, FROZEN_TOWER] = 0.0
+    language: Annotated[_Decay, FROZEN_LANGUAGE] = 0.01
     """On the matrices of a language model that learns whole, its embeddings among them; norms and biases get 0."""
 
 
@@ -94,7 +99,7 @@ class TrainConfig(Section):
     """Longest packed row in tokens; default max_seq_len."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """Compute type; trainable weights and optimizer state are always fp32."""
-    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    grad_clip: Annotated[float, Field(gt=0, le=1_000_000)] | None = 1.0
     """Largest global gradient norm."""
     lr: LearningRates = LearningRates()
     weight_decay: WeightDecays = WeightDecays()
@@ -140,14 +145,14 @@ class TrainConfig(Section):
 
 
 class GenerateConfig(Section):
-    temperature: Annotated[float, Field(ge=0)] = 0.2
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.2
     """0: greedy."""
     top_p: Annotated[
         float, Field(gt=0, le=1),
         Inert(lambda _, own: own.temperature == 0, "temperature 0 is greedy", ".temperature"),
     ] = 0.9  # fmt: skip
     max_new_tokens: Annotated[Positive, Field(le=1_048_576), Tiny(value=6)] = 64
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
 
 
 GREEDY = GenerateConfig(temperature=0.0, top_p=1.0)
@@ -173,7 +178,7 @@ _UNASKED = Inert(lambda _, own: own.path is None, "there are no images for it (p
 class IrrelevantConfig(Section):
     """Images that have nothing to do with the task, of which the model must say so."""
 
-    path: Annotated[str | None, Tiny()] = None
+    path: Annotated[Filled | None, Tiny()] = None
     """A record file or a folder of images (docs/data.md, "Monitors"), as `beholder prepare ood` makes them; none: not
     measured."""
     image_root: Annotated[str | None, _UNASKED, Tiny()] = None
@@ -195,7 +200,7 @@ class IrrelevantConfig(Section):
 class OodConfig(Section):
     """Images unlike the training's, which the model describes in its own words."""
 
-    path: Annotated[str | None, Tiny()] = None
+    path: Annotated[Filled | None, Tiny()] = None
     """A record file or a folder of images (docs/data.md, "Monitors"), as `beholder prepare ood` makes them; none: not
     measured."""
     image_root: Annotated[str | None, _UNASKED, Tiny()] = None
@@ -241,7 +246,7 @@ class EvalConfig(Section):
 
     batch_size: Annotated[Positive, Field(le=65_536), decides("speed"), Tiny(at_most=8)] = 16
     """Samples a forward pass; the numbers do not depend on it."""
-    golden_set_path: Annotated[str | None, _NEVER_WRITTEN] = None
+    golden_set_path: Annotated[Filled | None, _NEVER_WRITTEN] = None
     """File of the fixed set; made on first use. Default inside the run folder."""
     golden_size: Annotated[
         Natural | None,
@@ -279,7 +284,7 @@ class EvalConfig(Section):
     ] = 200  # fmt: skip
     """align: questions made from the held-out captions ("What is in the image?", "What colour is the …?"); 0: none."""
     retention_path: Annotated[
-        str | None, Tiny(),
+        Filled | None, Tiny(),
         Inert(
             lambda cfg, _: not cfg.has_adapters, "a frozen language model is compared bit by bit",
             "stage model.lora.enable",
@@ -288,7 +293,7 @@ class EvalConfig(Section):
     """instruct: a text file, a passage a line, on which the language model with and without its adapters is compared.
     Default a fixed set of the package (English, other languages, code, arithmetic, dialogue)."""
     object_list: Annotated[
-        str | None, Tiny(),
+        Filled | None, Tiny(),
         Inert(
             lambda _, own: own.caption_samples == 0 and own.qa_samples == 0 and own.ood.path is None,
             "no captions are written and no questions asked", ".caption_samples .qa_samples",
@@ -296,7 +301,7 @@ class EvalConfig(Section):
     ] = None  # fmt: skip
     """Objects for CHAIR, the questions and ``eval.ood``: a text file, one ``name: synonym, synonym`` a line. Default
     COCO's 80."""
-    clip_model: Annotated[str | None, _NO_CAPTIONS, Tiny()] = None
+    clip_model: Annotated[Filled | None, _NO_CAPTIONS, Tiny()] = None
     """CLIP folder or hub name for CLIPScore; none: not measured."""
     audit_turns: Annotated[Natural, Tiny(at_most=8)] = 128
     """Held-out answers that the language model is scored on without any image, and the trained model with an empty one
@@ -321,7 +326,7 @@ class EvalConfig(Section):
     ] = ()  # fmt: skip
     """Shares of what the adapters learned at which held-out loss, text loss and monitors are measured at the end as
     well: the line from the base to the trained model, such as [0.25, 0.5, 0.75]. Nothing more is trained for it."""
-    baseline_run: Annotated[str | None, Tiny()] = None
+    baseline_run: Annotated[Filled | None, Tiny()] = None
     """Run folder whose step 0 is the baseline of the guardrails; default this run's own."""
 
     slot_samples: Annotated[Natural, Tiny(at_most=6), _ONE_IMAGE] = 200
@@ -378,7 +383,7 @@ class RunConfig(Section):
     """Decides order, split, initial weights and dropout."""
     stage: StageName | None = None
     """Default: instruct when ``model.lora.enable`` is set or a student learns whole (``model.student``), else align."""
-    output_dir: Annotated[str | None, decides("run")] = None
+    output_dir: Annotated[Filled | None, decides("run")] = None
     """Run folder; default ``outputs/<run_name>``."""
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], decides("speed"), Tiny(value="cpu")] = "auto"
     """Where the model runs."""

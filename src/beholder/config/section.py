@@ -24,6 +24,9 @@ Natural = Annotated[int, Field(ge=0, le=10**9)]
 """Counts end at a billion: more is a slip of the finger, and beyond 63 bits it would crash. Where less is nonsense
 already, the setting says ``Field(le=…)`` itself."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Bound = Annotated[float, Field(ge=-(10**9), le=10**9)]
+Rise = Annotated[float, Field(gt=0, le=10**9)]
+"""Of a measurement, in its own unit."""
 
 Decided = Literal["weights", "data", "held_out", "measuring", "watching", "speed", "place", "start", "run"]
 """What a setting decides.
@@ -83,6 +86,10 @@ class Written:
     """What a text may be, in words, where a pattern decides."""
 
     words: str
+
+
+Filled = Annotated[str, Field(pattern=r"\S"), Written("text that is not blank")]
+"""What is searched for, or opened: a blank one would be found everywhere, or stand for the working directory."""
 
 
 class Section(BaseModel):

@@ -11,7 +11,7 @@ from pydantic import Field
 from beholder.config.data import CAPTION_SPAM, HygieneLimits, Template
 from beholder.config.monitors import MONITORS
 from beholder.config.parts import ModelConfig
-from beholder.config.section import Positive, Section, decides
+from beholder.config.section import Bound, Positive, Rise, Section, decides
 from beholder.types import Condition
 
 
@@ -23,11 +23,11 @@ class GateConfig(Section):
     enable: bool = True
     measure: str | None = None
     """Name of the measurement it judges, such as ``ablation.delta.shuffled``. Required for a gate of your own."""
-    above: float | None = None
+    above: Bound | None = None
     """It must be larger than this."""
-    at_least: float | None = None
+    at_least: Bound | None = None
     """It must not be smaller than this."""
-    at_most: float | None = None
+    at_most: Bound | None = None
     """It must not be larger than this."""
     end: Literal["value", "low", "high"] = "value"
     """What is judged: the value, or the lower or upper end of its 95 % interval."""
@@ -169,20 +169,20 @@ class GuardrailConfig(Section):
     falls: Annotated[float, Field(gt=0, le=1)] | None = None
     """Stop when it is lower than the baseline by more than this share of the baseline's size (of 0.3 where it is
     -0.3)."""
-    rises: Annotated[float, Field(gt=0)] | None = None
+    rises: Rise | None = None
     """Stop when it is higher than the baseline by more than this, in its own unit: 0.15 of a share are 15 points."""
-    below: float | None = None
+    below: Bound | None = None
     """Stop when it is lower than this ``times`` evaluations in a row."""
-    above: float | None = None
+    above: Bound | None = None
     """Stop when it is higher than this ``times`` evaluations in a row."""
-    widens: Annotated[float, Field(gt=0)] | None = None
+    widens: Rise | None = None
     """Stop when it is higher than its lowest value so far by more than this and rose over the last ``times``
     evaluations, one after the other."""
     times: Annotated[Positive, Field(le=1000)] = 2
     """For below, above and widens."""
     best_falls: Annotated[float, Field(gt=0, le=1)] | None = None
     """The run's best checkpoint may not be lower than the baseline by more than this share of its size."""
-    best_rises: Annotated[float, Field(gt=0)] | None = None
+    best_rises: Rise | None = None
     """The run's best checkpoint may not be higher than the baseline by more than this."""
     why: str = ""
     """What it protects from, for the report."""

@@ -38,7 +38,7 @@ class SweepConfig(StudyConfig):
 
     grid: dict[str, tuple[bool | int | float | str, ...]]
     """Dotted setting -> the values it takes; every combination is a run."""
-    ablation_weight: Annotated[float, Field(ge=0)] = 0.1
+    ablation_weight: Annotated[float, Field(ge=0, le=1_000_000)] = 0.1
     """Score = held-out loss - this x (shuffled minus correct loss + zero minus correct loss); lower is better."""
     collapsed_below: Fraction = 0.1
     """Runs whose shuffled minus correct loss is below this share of the grid's median are marked "do not use"."""
@@ -108,7 +108,7 @@ class FootprintConfig(StudyConfig):
     """``model.lora.target_modules`` of the control ``gate_up``."""
     similarity_samples: Annotated[Positive, Field(ge=4, le=4096)] = 64
     """Held-out samples on which the control ``similar`` chooses its layers."""
-    max_text_ratio: Annotated[float, Field(gt=1)] = 1.05
+    max_text_ratio: Annotated[float, Field(gt=1, le=1_000_000)] = 1.05
     """A point whose loss on plain text is higher than so many times A0's has forgotten too much to win. A0 is the
     study's start, whatever a point's adapters were put on (a run's own guardrails compare with its own base)."""
     max_hallucination_rise: Annotated[float, Field(ge=0, le=1)] = 0.10

@@ -19,7 +19,7 @@ import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
@@ -172,18 +172,16 @@ def _arrow_folder(path: str, names: Sequence[str]) -> list[str]:
 
 
 def _remote(path: str) -> tuple[Any, str]:
-    """(file system, path in it) of a URL. Raises `UserError` where its protocol has no driver here."""
-    try:
-        import fsspec
+    """(file system, path in it) of a URL. Raises `UserError` where its protocol has no driver here, or its driver,
+    which may connect or open an archive already now, fails."""
+    with _told(path):
+        try:
+            import fsspec
 
-        return fsspec.core.url_to_fs(path)
-    except ImportError as e:
-        told = f"{path}: reading it needs a driver that is not installed ({e}); pip install 'beholder[remote]'"
-        raise UserError(f"{told}, or fetch the file and name its path") from None
-    except ValueError as e:
-        raise UserError(
-            f"{path}: {e}; expected a URL that fsspec knows, such as s3://, hf://, gs:// or https://"
-        ) from e
+            return fsspec.core.url_to_fs(path)
+        except ImportError as e:
+            told = f"{path}: reading it needs a driver that is not installed ({e}); pip install 'beholder[remote]'"
+            raise UserError(f"{told}, or fetch the file and name its path") from None
 
 
 def _remote_files(url: str) -> list[str]:
@@ -191,7 +189,7 @@ def _remote_files(url: str) -> list[str]:
     named = [path]
     with _told(url):
         if "*" in path:  # the other marks of a glob stand in the queries of URLs
-            named = sorted(fs.glob(path))
+            named = sorted(name for name, told in fs.glob(path, detail=True).items() if told["type"] != "directory")
         elif fs.isdir(path):
             named = sorted(n for n in fs.ls(path, detail=False) if _is_remote_record_file(n))
     if not named:
@@ -223,7 +221,10 @@ def _told(url: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as e:
-        raise UserError(f"{url}: cannot be fetched ({type(e).__name__}: {e})") from e
+        raise UserError(
+            f"{url}: cannot be fetched ({type(e).__name__}: {e}); expected the URL of a file that is there, which "
+            "fsspec knows, such as s3://, hf://, gs:// or https://"
+        ) from e
 
 
 def local_file(path: str, expected: str = "a record file") -> str:
@@ -259,14 +260,21 @@ def _fetched(url: str) -> str:
         key = index.cache_key("fetched", url, fs.ukey(path), version)
 
         def fetch(out: BinaryIO) -> None:
-            with fs.open(path, "rb") as file:
-                _copy(file, out, url)
+            with _told(url):
+                file = fs.open(path, "rb")
+            with file:
+                _copy(file, out, url, lambda: _told(url))
 
         return index.made_once(key, os.path.basename(path), fetch, url)
 
 
-def _copy(file: Any, out: BinaryIO, what: str) -> None:
-    while chunk := file.read(index.CHUNK_BYTES):
+def _copy(file: Any, out: BinaryIO, what: str, reading: Callable[[], Any] = nullcontext) -> None:
+    """``reading``: around what is asked of the source, whose errors are not the cache's."""
+    while True:
+        with reading():
+            chunk = file.read(index.CHUNK_BYTES)
+        if not chunk:
+            return
         if shutil.disk_usage(os.path.dirname(out.name)).free - len(chunk) < _MIN_FREE_BYTES:
             told = f"{what}: its copy in {os.path.dirname(out.name)} would leave less than 1 GB free"
             raise UserError(f"{told}; make room, or set BEHOLDER_CACHE to a folder on a larger disk")

@@ -32,7 +32,7 @@ from beholder.data.places import absent
 from beholder.runs import sha256_file
 from beholder.types import DatasetKind, Example, ImageRef, ShapeName, UserError
 
-_INDEX_VERSION = 7
+_INDEX_VERSION = 8
 """Raised when a cached index means something else."""
 _MOST_COPIED = 256 << 20
 """Bytes of records' JSON from which on it is compared with the file's."""

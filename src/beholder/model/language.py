@@ -29,7 +29,7 @@ from beholder.model.weights import (
     check_depth,
     check_finite,
     check_loading_info,
-    check_stated_depth,
+    check_no_pointer,
     first_line,
     freeze,
     from_pretrained,
@@ -401,7 +401,6 @@ def source_of(cfg: LlmConfig | VisionConfig) -> tuple[str, dict[str, Any]]:
     """
     setting = f"model.{'llm' if isinstance(cfg, LlmConfig) else 'vision'}.name_or_path"
     check_no_adapter(cfg.name_or_path, setting)
-    check_stated_depth(cfg.name_or_path)
     path = Path(cfg.name_or_path)
     # "a/b" may be a hub name; a path of another form, or one below a folder that is here, is none.
     gguf = cfg.name_or_path.endswith(".gguf")
@@ -413,6 +412,7 @@ def source_of(cfg: LlmConfig | VisionConfig) -> tuple[str, dict[str, Any]]:
         return cfg.name_or_path, where
     if not path.is_file():
         raise UserError(f"model.llm.name_or_path: no file {cfg.name_or_path!r}")
+    check_no_pointer(path)
     return str(path.parent), {**where, "gguf_file": path.name}
 
 
@@ -426,11 +426,16 @@ def load_tokenizer(cfg: LlmConfig, *, beside: Path | None = None) -> Any:
     if beside is not None and not Path(name).is_dir():
         name, where = str(beside.parent), {"trust_remote_code": cfg.trust_remote_code, "local_files_only": True}
     what = f"model.llm.name_or_path {cfg.name_or_path!r}: its tokenizer"
+    folder = None if "gguf_file" in where else name
+    wanted = (
+        "The folder must hold one, in tokenizer.json, tokenizer_config.json and special_tokens_map.json or what its "
+        "family has instead; get these files again."
+    )
     try:
-        with loading(what, "The folder must hold one."):
+        with loading(what, wanted, folder):
             tokenizer = AutoTokenizer.from_pretrained(name, **where)
-    except AttributeError as e:
-        if "gguf_file" not in where or "bos_token_id" not in str(e):
+    except UserError as e:
+        if "gguf_file" not in where or not isinstance(e.__cause__, AttributeError) or "bos_token_id" not in str(e):
             raise
         raise UserError(  # transformers before 5.18
             f"{what} cannot be read by this version of transformers, because the file names no beginning-of-text token "
@@ -457,8 +462,12 @@ def read_language(cfg: LlmConfig, dtype: torch.dtype) -> Any:
     name, where = source_of(cfg)
     if "gguf_file" in where:
         where |= dequantize()
-    wanted = "Give a Hugging Face causal language model (hub name or folder), or a .gguf file."
-    with kernel_at_hand(cfg), loading(f"model.llm.name_or_path {cfg.name_or_path!r}", wanted):
+    wanted = (
+        "Its config.json, or a file of weights, is damaged or of something else: get its files again. Give a Hugging "
+        "Face causal language model (hub name or folder), or a .gguf file."
+    )
+    folder = None if "gguf_file" in where else name
+    with kernel_at_hand(cfg), loading(f"model.llm.name_or_path {cfg.name_or_path!r}", wanted, folder):
         model, info = from_pretrained(
             AutoModelForCausalLM, name, dtype=dtype, attn_implementation=cfg.attn_implementation, **where
         )
@@ -514,7 +523,7 @@ def read_config(cfg: LlmConfig) -> Any:
     """The language model's configuration. Raises `UserError` where there is none."""
     from transformers import AutoConfig
 
-    with loading(_sizes_of(cfg), _WANTED):
+    with loading(_sizes_of(cfg), _WANTED, cfg.name_or_path):
         name, where = source_of(cfg)
         config = AutoConfig.from_pretrained(name, **where)
         if "gguf_file" not in where and Path(name).is_dir():  # else a plan would download the weights
@@ -527,8 +536,9 @@ def empty_language(cfg: LlmConfig, config: Any = None) -> Any:
     family does not have, and for a configuration that is not there or not that of a causal language model."""
     from transformers import AutoModelForCausalLM
 
+    folder = None if config else cfg.name_or_path
     config = config or read_config(cfg)
-    with kernel_at_hand(cfg), loading(_sizes_of(cfg), _WANTED):
+    with kernel_at_hand(cfg), loading(_sizes_of(cfg), _WANTED, folder):
         check_soft_cap(config, cfg)
         # Other kernels may not be installed where a run is planned.
         kernel = {"attn_implementation": "sdpa"} if cfg.attn_implementation == "sdpa" else {}

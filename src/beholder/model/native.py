@@ -31,7 +31,6 @@ from beholder.model.weights import (
     check_finite,
     check_loading_info,
     check_size,
-    check_stated_depth,
     freeze,
     from_pretrained,
     loading,
@@ -41,7 +40,10 @@ from beholder.model.weights import (
 from beholder.types import Batch, Encoded, ImageInput, UserError
 
 FIELD = "model.native.name_or_path"
-WANTED = "Give a whole Hugging Face vision-language model (hub name or folder)."
+WANTED = (
+    "Its config.json, or a file of weights, is damaged or of something else: get its files again. Give a whole Hugging "
+    "Face vision-language model (hub name or folder)."
+)
 
 
 @dataclass(frozen=True)
@@ -432,8 +434,7 @@ def _config_of(cfg: LlmConfig) -> tuple[Any, Family]:
     from transformers import AutoConfig
 
     check_no_adapter(cfg.name_or_path, FIELD)
-    check_stated_depth(cfg.name_or_path)
-    with loading(f"{FIELD} {cfg.name_or_path!r}", WANTED):
+    with loading(f"{FIELD} {cfg.name_or_path!r}", WANTED, cfg.name_or_path):
         config = AutoConfig.from_pretrained(cfg.name_or_path, revision=cfg.revision, trust_remote_code=False)
     return config, known_family(config, cfg.name_or_path)
 

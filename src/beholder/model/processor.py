@@ -26,6 +26,8 @@ TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 """What a processor makes of the text; the rest is the image's."""
 PROBES = [(40, 56), (64, 32)]
 """Sizes (height, width) of the made-up images that a processor and a model are tried on."""
+MAX_SIDE, MOST_PIXELS = 16_384, 2**26
+"""Of an image as a processor may scale it. ``shortest_edge`` is a side for some, and a number of pixels for others."""
 MAX_PLACES = 4096
 """Sizes of images whose layout is remembered."""
 
@@ -116,7 +118,7 @@ def load_processor(cfg: LlmConfig, config: Any, dtype: torch.dtype, most_images:
 
     check_no_adapter(cfg.name_or_path, "model.native.name_or_path")
     wanted = "The folder must hold its processor (preprocessor_config.json, tokenizer files, chat_template.jinja)."
-    with loading(f"model.native.name_or_path {cfg.name_or_path!r}: its processor", wanted):
+    with loading(f"model.native.name_or_path {cfg.name_or_path!r}: its processor", wanted, cfg.name_or_path):
         processor = AutoProcessor.from_pretrained(cfg.name_or_path, revision=cfg.revision, trust_remote_code=False)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise UserError(
@@ -154,6 +156,12 @@ def _check_settings(name: str, images: Any, vision: Any) -> None:
         values = value if isinstance(value, list | tuple) else [] if value is None else [value]
         if not all(isinstance(v, int | float) and math.isfinite(v) and (v or key == "image_mean") for v in values):
             wrong.append(f"{key} is {value!r:.60}, expected finite numbers{'' if key == 'image_mean' else ', not 0'}")
+    size = getattr(images, "size", None)
+    size = size if isinstance(size, Mapping) else vars(size) if hasattr(size, "__dict__") else {}  # SizeDict is no dict
+    for key, value in size.items():
+        most = MAX_SIDE if key in ("height", "width") else MOST_PIXELS
+        if isinstance(value, int) and value > most:
+            wrong.append(f"{key} of size is {value}, expected {most} at most")
     for key in ("patch_size", "temporal_patch_size", "merge_size"):
         tower = "spatial_merge_size" if key == "merge_size" else key
         value, theirs = getattr(images, key, None), getattr(vision, tower, None)

@@ -29,6 +29,7 @@ from beholder.model.weights import (
     DTYPES,
     check_finite,
     check_loading_info,
+    check_no_pointer,
     convert,
     first_line,
     freeze,
@@ -231,16 +232,17 @@ def empty_tower(cfg: VisionConfig, config: Any = None) -> Any:
             return timm.create_model(name, pretrained=False, num_classes=0).to("meta").eval()
     from transformers import AutoConfig
 
-    if config is None:
-        with loading(f"sizes of model.vision {cfg.name_or_path!r}", "Its config.json must be that of a vision tower."):
+    what, wanted = f"sizes of model.vision {cfg.name_or_path!r}", "Its config.json must be that of a vision tower."
+    with loading(what, wanted, cfg.name_or_path if config is None else None):
+        if config is None:
             name, where = source_of(cfg)
             config = AutoConfig.from_pretrained(name, **where)
-        config = getattr(config, "vision_config", None) or config
-    with torch.device("meta"):
-        kind = hf_class(config, cfg.name_or_path)
-        auto = hasattr(kind, "from_config")
-        model: Any = kind.from_config(config, trust_remote_code=cfg.trust_remote_code) if auto else kind(config)
-    _drop_pooling(model)
+            config = _vision_part(config, name) or config
+        with torch.device("meta"):
+            kind = hf_class(config, cfg.name_or_path)
+            auto = hasattr(kind, "from_config")
+            model: Any = kind.from_config(config, trust_remote_code=cfg.trust_remote_code) if auto else kind(config)
+        _drop_pooling(model)
     return model.eval()
 
 
@@ -256,10 +258,13 @@ def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
         raise UserError("model.vision.weights belongs to timm/<name> towers; put the weights into the folder instead")
     check_no_adapter(name, "model.vision.name_or_path")
     where: dict[str, Any] = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code}
-    wanted = "Give a Hugging Face vision model (hub name or folder with config.json and safetensors), or timm/<name>."
-    with loading(f"model.vision.name_or_path {name!r}", wanted):
+    wanted = (
+        "Its config.json, or a file of weights, is damaged or of something else: get its files again. Give a Hugging "
+        "Face vision model (hub name or folder with config.json and safetensors), or timm/<name>."
+    )
+    with loading(f"model.vision.name_or_path {name!r}", wanted, name):
         config = AutoConfig.from_pretrained(name, **where)
-        part = getattr(config, "vision_config", None)
+        part = _vision_part(config, name)
         if part is not None and (file := getattr(config, "transformers_weights", None)) is not None:
             part.transformers_weights = file  # the part's weights are among the whole model's
         model, info = from_pretrained(hf_class(part or config, name), name, config=part or config, dtype=dtype, **where)
@@ -314,6 +319,19 @@ def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
     settings = {k: v for k, v in part.to_dict().items() if k not in skip}
     identity = {"class": type(model).__name__, "config": settings, "feature_layer": cfg.feature_layer}
     return VisionTower(model, patches_of(outputs, layout), geometry, identity, dtype, cfg.name_or_path).to(device)
+
+
+def _vision_part(config: Any, name: str) -> Any:
+    """The vision part of a configuration, or None where it has none."""
+    from transformers import PreTrainedConfig
+
+    part = getattr(config, "vision_config", None)
+    if part is not None and not isinstance(part, PreTrainedConfig):
+        raise UserError(
+            f"{name}: config.json has a vision_config, but says model_type {config.model_type!r}, which has none; get "
+            "the file again"
+        )
+    return part
 
 
 def patches_of(
@@ -511,6 +529,7 @@ def _load_timm(cfg: VisionConfig, device: torch.device) -> VisionTower:
             raise UserError(f"model.vision.weights: {problem}; expected a .safetensors file of timm's {name}")
         if not cfg.weights.endswith(".safetensors"):
             raise UserError(f"model.vision.weights: {cfg.weights!r} is not .safetensors. {convert(cfg.weights)}")
+        check_no_pointer(Path(cfg.weights))
         with loading(
             f"model.vision.weights {cfg.weights!r}", "The file is damaged or no safetensors file; get it again."
         ):

@@ -4,11 +4,11 @@
 reads no pickle; `loading` makes one sentence of what a library raises over files that it cannot load.
 """
 
+import copy
 import hashlib
 import json
 import math
 import os
-import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from beholder.types import UserError
@@ -31,25 +31,67 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-_FAULTS = (
-    OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError,
-    StrictDataclassError, ArithmeticError,
-)  # fmt: skip
-"""What the libraries raise over files: the last one over a ``config.json`` with a value of another type."""
-
-
 @contextmanager
-def loading(what: str, wanted: str) -> Iterator[None]:
-    """Quietly; an error over the files becomes `UserError`: ``what``, the error's first line, what is ``wanted``."""
+def loading(what: str, wanted: str, folder: str | Path | None = None) -> Iterator[None]:
+    """Quietly; an error over the files becomes `UserError`: ``what``, the error's first line, what is ``wanted``.
+
+    ``folder``: where they lie, if it is one; its JSON files are looked at first (`check_files`). Whatever the libraries
+    raise then is about the files, whose values they use unseen: an AttributeError says as little as a KeyError.
+    """
     try:
         with quiet_transformers():
+            if folder is not None:
+                check_files(Path(folder))
             yield
     except UserError:
         raise
-    except _FAULTS as e:
-        # A strict dataclass names the field in its first line and says what is wrong with it in the next.
-        why = " ".join(str(e).split()) if isinstance(e, StrictDataclassError) else first_line(e)
-        raise UserError(f"{what} cannot be loaded: {why} {wanted}") from e
+    except Exception as e:
+        raise UserError(f"{what} cannot be loaded: {_why(e)} {wanted}") from e
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, StrictDataclassError):  # names the field in its first line, and in the next what is wrong
+        return " ".join(str(error).split())
+    bare = isinstance(error, AttributeError | AssertionError | LookupError | TypeError | ArithmeticError)
+    return f"{type(error).__name__}: {first_line(error)}." if bare else first_line(error)
+
+
+SETTINGS = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+"""Files of a model's folder that hold one JSON object."""
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a folder whose settings are no JSON objects, or absurd, and one that Git LFS has left a pointer in."""
+    for file in sorted(folder.glob("*")) if folder.is_dir() else ():
+        spare = file.suffix == ".model" and (folder / "tokenizer.json").is_file()
+        if file.suffix in (".json", ".jinja", ".txt", ".model") and not spare:
+            check_no_pointer(file)
+        if file.name not in SETTINGS:
+            continue
+        try:
+            content = json.loads(file.read_bytes())
+        except (OSError, ValueError, RecursionError) as e:
+            raise UserError(f"{file} cannot be loaded: it is no JSON ({first_line(e)}). Get the file again") from e
+        if not isinstance(content, dict):
+            raise UserError(f"{file} cannot be loaded: it holds {content!r:.40}, expected a JSON object. Get it again")
+        _check_stated(file, content)
+
+
+def check_no_pointer(file: Path) -> None:
+    """Refuse a file that Git LFS has not fetched: a few lines of text stand for it."""
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(40)
+    except OSError:  # told by who loads it
+        return
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{file} cannot be loaded: it is a pointer of Git LFS and not the file itself. Run git lfs pull in its "
+            "folder, or download it again"
+        )
 
 
 def from_pretrained(cls: Any, name: str, *, gguf_file: str | None = None, **how: Any) -> tuple[Any, dict[str, Any]]:
@@ -71,12 +113,28 @@ def from_pretrained(cls: Any, name: str, *, gguf_file: str | None = None, **how:
         code = how.get("trust_remote_code", False)
         how["config"] = kind.from_pretrained(name, revision=revision, trust_remote_code=code)
     check_depth(name, revision, how["config"])
+    sketch = _sketch(cls, how["config"]) if Path(name).is_dir() else None
+    if sketch is not None:
+        check_size(name, weight_shapes(name, revision, how["config"]), sketch, spare=100_000_000)
     try:
         return cls.from_pretrained(name, use_safetensors=True, **how)
     except OSError as e:
         if "safetensors" not in str(e):
             raise
         raise UserError(f"{name}: {_no_safetensors(Path(name))}") from e
+
+
+def _sketch(cls: Any, config: Any) -> nn.Module | None:
+    """The model on the meta device; None where its code is not transformers' own, or it cannot be made, which is then
+    told by who makes it."""
+    if not type(config).__module__.startswith("transformers."):
+        return None
+    try:
+        with torch.device("meta"):
+            config = copy.deepcopy(config)
+            return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+    except Exception:
+        return None
 
 
 def _no_safetensors(folder: Path) -> str:
@@ -128,23 +186,22 @@ MOST_LAYERS = 512
 _DEPTHS = ("depth", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_hidden_layers")
 
 
-def check_stated_depth(name: str) -> None:
-    """Refuse a folder whose config.json states more layers than any model has, before transformers makes a list of
-    them. What is no JSON is told by who loads it."""
-    try:
-        parts = [json.loads((Path(name) / "config.json").read_bytes())]
-    except (OSError, ValueError, RecursionError):
-        return
+_MOST = dict.fromkeys(_DEPTHS, 8 * MOST_LAYERS) | {"num_labels": 1_000_000}
+"""More than any model has, of what transformers makes a list of as soon as it reads the number."""
+
+
+def _check_stated(file: Path, content: dict[str, Any]) -> None:
+    parts: list[Any] = [content]
     while parts:
         part = parts.pop()
         if not isinstance(part, dict):
             continue
         parts += part.values()
-        for field in _DEPTHS:
-            if isinstance(value := part.get(field), int) and value > 8 * MOST_LAYERS:
+        for field, most in _MOST.items():
+            if isinstance(value := part.get(field), int) and value > most:
                 raise UserError(
-                    f"{name}: config.json says {field} {value}; no model has more than {8 * MOST_LAYERS} layers, and "
-                    "its files of weights do not either. Download them again, or give the matching config."
+                    f"{file.parent}: {file.name} says {field} {value}; no model has more than {most}, and its files of "
+                    "weights do not either. Download them again, or give the matching config."
                 )
 
 
@@ -165,15 +222,15 @@ def check_depth(name: str, revision: str | None, config: Any) -> None:
                 )
 
 
-def check_size(name: str, shapes: Mapping[str, tuple[int, ...]], model: nn.Module) -> None:
+def check_size(name: str, shapes: Mapping[str, tuple[int, ...]], model: nn.Module, spare: int = 0) -> None:
     """Refuse files that hold much less than ``model``, which is on the meta device, needs: its weights would be made up
-    first, however large they are, and then found missing."""
-    table = model.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
+    first, however large they are, and then found missing. ``spare``: as many more may be missing."""
     output: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    table = None if output is None else model.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
     untied = None if output is None or output.weight is table else output.weight  # as yet; files may have them once
     own = {key: p for key, p in model.named_parameters() if p is not untied}
     need, there = sum(p.numel() for p in own.values()), sum(math.prod(shape) for shape in shapes.values())
-    if not shapes or need <= 1.1 * there:
+    if not shapes or need <= 1.1 * there + spare:
         return
     known = set(shapes.values())
     odd = sorted((k for k, p in own.items() if tuple(p.shape) not in known), key=lambda k: -own[k].numel())
@@ -189,12 +246,27 @@ def weight_shapes(name: str, revision: str | None, config: Any) -> dict[str, tup
     `from_pretrained` does for files that it would not read."""
     named = _check_weight_files(name, revision, config)
     shapes: dict[str, tuple[int, ...]] = {}
+    whole = _found(name, "model.safetensors", revision) is not None  # and then no index is followed
     for file in sorted(named or {"model.safetensors"}):
         path = None if file.endswith(_INDEX) else _found(name, file, revision)
         if path is not None:
-            with safe_open(path, framework="pt") as opened:
-                shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+            shapes |= _shapes_in(Path(path))
+        elif named and Path(name).is_dir() and not whole and not file.endswith(_INDEX):
+            raise UserError(
+                f"{name}: its index or config.json names {file!r} as a file of weights, which is not there; get the "
+                "file, or get all of the model's files again"
+            )
     return shapes
+
+
+def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Raises ValueError with its name for a file that is damaged."""
+    check_no_pointer(path)
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    except Exception as e:
+        raise ValueError(f"{path.name} is damaged or cut off ({first_line(e)}); get it again.") from e
 
 
 def _check_weight_files(name: str, revision: str | None, config: Any) -> set[str]:

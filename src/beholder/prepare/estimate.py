@@ -469,7 +469,8 @@ def _config(what: str, cfg: LlmConfig | VisionConfig, file: Path | None) -> Any:
         with loading(f"--{what}-config {file}", "Give a model's config.json."):
             return AutoConfig.from_pretrained(file, trust_remote_code=cfg.trust_remote_code)
     name, where = source_of(cfg)
-    with loading(f"sizes of model.{what} {cfg.name_or_path!r}", f"Offline, give its config.json: --{what}-config FILE"):
+    wanted = f"Offline, give its config.json: --{what}-config FILE"
+    with loading(f"sizes of model.{what} {cfg.name_or_path!r}", wanted, None if "gguf_file" in where else name):
         return AutoConfig.from_pretrained(name, **where)
 
 

@@ -41,7 +41,7 @@ class ClipJudge:
         _check_folder(name)
         self.device = torch.device(device)
         self.pixels: Any = _preprocessing(name)
-        with loading(f"eval.clip_model {name!r}", _WANTED):
+        with loading(f"eval.clip_model {name!r}", _WANTED, name):
             model, info = from_pretrained(CLIPModel, name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         check_loading_info(info, model, name)
