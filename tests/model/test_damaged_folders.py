@@ -16,7 +16,6 @@ from beholder.model.language import empty_language, load_language
 from beholder.model.native import empty_native, load_native
 from beholder.model.vision import empty_tower, load_vision
 from beholder.prepare.tiny import tiny_native
-from beholder.probes.clipscore import ClipJudge
 from beholder.types import UserError
 
 from .conftest import CPU, Parts
@@ -71,7 +70,9 @@ def change(folder: Path, file: str, entry: str, value: Any) -> None:
         ("llm", "config.json", "", []),
         ("llm", "tokenizer_config.json", "", []),
         ("llm", "tokenizer_config.json", "tokenizer_class", 3),
+        ("llm", "tokenizer_config.json", "model_max_length", "x"),
         ("llm", "special_tokens_map.json", "", []),
+        ("llm", "special_tokens_map.json", "unk_token", {}),
         ("llm", "generation_config.json", "", 3),
         ("vision", "config.json", "dtype", "evil"),
         ("vision", "config.json", "quantization_config", 3),
@@ -193,15 +194,6 @@ def test_a_pointer_in_place_of_a_text_file_is_named(folder_of: Callable[[str], P
         LOAD["llm"](str(folder))
 
 
-def test_a_clip_judge_is_refused_the_same_way(parts: Parts, tmp_path: Path) -> None:
-    folder = tmp_path / "clip"
-    made = parts.vision("clip")[0]
-    shutil.copytree(made, folder)
-    change(folder, "config.json", "dtype", "evil")
-    with pytest.raises(UserError, match=r"eval\.clip_model.*evil"):
-        ClipJudge(folder)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Everything, slowly
 
@@ -218,6 +210,11 @@ FILES = {
     "processor_config.json": "image_processor processor_class",
 }
 """Files of a folder, and entries that are tried whether or not they are there."""
+READ = {
+    "llm": ["config.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"],
+    "vision": ["config.json", "preprocessor_config.json", "processor_config.json"],
+    "native": list(FILES),
+}
 VALUES: list[Any] = [3, "x", [], {}, None, -1, 10**9]
 
 
@@ -229,8 +226,7 @@ def _entries(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("part", ["llm", "vision", "native"])
+@pytest.mark.parametrize(("part", "file"), [(part, file) for part, files in READ.items() for file in files])
 def test_whatever_a_folder_holds_it_loads_or_is_told(
     folder_of: Callable[[str], Path], part: str, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,4 +254,4 @@ def test_whatever_a_folder_holds_it_loads_or_is_told(
                     crashed += 1
                     print(f"{file} {entry} = {value!r}: {type(e).__name__}: {e}")
     assert not crashed, capsys.readouterr().out
-    assert told and loaded + told > 50
+    assert told and loaded + told > 20

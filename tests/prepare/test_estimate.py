@@ -159,6 +159,14 @@ def test_a_file_the_user_names_must_be_a_models_config(tmp_path, tiny_config):
             estimate(tiny_config(tmp_path), llm_config=tmp_path / name, measure=False)
 
 
+def test_a_named_config_with_more_labels_or_layers_than_any_model_is_refused_before_it_is_read(tmp_path, tiny_config):
+    file = tmp_path / "big.json"
+    for entry in ("num_labels", "num_hidden_layers"):
+        file.write_text(json.dumps({"model_type": "qwen3", entry: 10**9}))
+        with pytest.raises(UserError, match=rf"big\.json says {entry} 1000000000; no model has more"):
+            estimate(tiny_config(tmp_path), llm_config=file, measure=False)
+
+
 def test_settings_that_can_never_work_raise(tmp_path, tiny_config):
     with pytest.raises(UserError, match="heads"):
         estimate(tiny_config(tmp_path, **{"model.connector.resampler.num_heads": 7}), measure=False)

@@ -167,6 +167,28 @@ def test_what_is_no_clip_folder_is_said_plainly(folder: Path, tmp_path: Path):
             clip_score(path, pictures(), TEXTS)
 
 
+@pytest.mark.parametrize(
+    ("file", "entry", "value"),
+    [
+        ("config.json", "dtype", "evil"), ("config.json", None, []), ("preprocessor_config.json", None, 3),
+        ("preprocessor_config.json", "image_mean", "x"), ("preprocessor_config.json", "resample", -1),
+        ("preprocessor_config.json", "crop_size", 10**9), ("preprocessor_config.json", "size", {"shortest_edge": None}),
+        ("preprocessor_config.json", "do_center_crop", None), ("tokenizer_config.json", "model_max_length", "x"),
+        ("tokenizer_config.json", "pad_token", None),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_followed_are_told_with_their_file(
+    folder: Path, tmp_path: Path, file: str, entry: str | None, value: object
+) -> None:
+    damaged = shutil.copytree(folder, tmp_path / "clip")
+    whole = json.loads((damaged / file).read_text())
+    (damaged / file).write_text(json.dumps(value if entry is None else whole | {entry: value}))
+
+    with pytest.raises(UserError) as told:
+        ClipJudge(damaged)
+    assert file in str(told.value) and str(damaged) in str(told.value), told.value
+
+
 def test_weights_that_do_not_fit_or_are_not_numbers_are_refused(folder: Path, tmp_path: Path):
     short, nan = (shutil.copytree(folder, tmp_path / name) for name in ("short", "nan"))
     weights = load_file(folder / "model.safetensors")

@@ -434,6 +434,8 @@ def load_tokenizer(cfg: LlmConfig, *, beside: Path | None = None) -> Any:
     try:
         with loading(what, wanted, folder):
             tokenizer = AutoTokenizer.from_pretrained(name, **where)
+            tokenizer.convert_ids_to_tokens(tokenizer("a b")["input_ids"])
+            _ = tokenizer.all_special_ids
     except UserError as e:
         if "gguf_file" not in where or not isinstance(e.__cause__, AttributeError) or "bos_token_id" not in str(e):
             raise

@@ -69,15 +69,19 @@ def check_files(folder: Path) -> None:
         spare = file.suffix == ".model" and (folder / "tokenizer.json").is_file()
         if file.suffix in (".json", ".jinja", ".txt", ".model") and not spare:
             check_no_pointer(file)
-        if file.name not in SETTINGS:
-            continue
-        try:
-            content = json.loads(file.read_bytes())
-        except (OSError, ValueError, RecursionError) as e:
-            raise UserError(f"{file} cannot be loaded: it is no JSON ({first_line(e)}). Get the file again") from e
-        if not isinstance(content, dict):
-            raise UserError(f"{file} cannot be loaded: it holds {content!r:.40}, expected a JSON object. Get it again")
-        _check_stated(file, content)
+        if file.name in SETTINGS:
+            check_settings(file)
+
+
+def check_settings(file: Path) -> None:
+    """Refuse what is no JSON object, or absurd."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{file} cannot be loaded: it is no JSON ({first_line(e)}). Get the file again") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{file} cannot be loaded: it holds {content!r:.40}, expected a JSON object. Get it again")
+    _check_stated(file, content)
 
 
 def check_no_pointer(file: Path) -> None:

@@ -70,7 +70,7 @@ from beholder.model.placement import (
 )
 from beholder.model.plan import TrainableRow, TrainableTable
 from beholder.model.student import check_budget, empty_student
-from beholder.model.weights import DTYPES, loading
+from beholder.model.weights import DTYPES, check_settings, loading
 from beholder.prepare.doctor import matmul_rate
 from beholder.train.distributed import pick_device
 from beholder.types import Example, ImageRef, ImageSlot, Turn, UserError
@@ -237,6 +237,7 @@ def _check_named_file(option: str, path: Path) -> None:
         raise UserError(f"{option} {path}: not a readable JSON file ({e}); give a model's config.json") from e
     if not isinstance(content, dict) or "model_type" not in content:
         raise UserError(f"{option} {path}: it has no model_type, so it is not a model's config.json")
+    check_settings(path)
 
 
 def estimate(

@@ -25,6 +25,9 @@ from beholder.types import UserError
 PREFIX = "A photo depicts "
 """Put before every caption and every reference, as the paper does."""
 
+MAX_SIDE = 4096
+"""Pixels; more would only fill the memory."""
+
 SCALE = 2.5
 """The paper's w, which spreads the scores over 0 to 1."""
 
@@ -38,10 +41,10 @@ class ClipJudge:
         from transformers import AutoTokenizer, CLIPModel
 
         name = str(name)
-        _check_folder(name)
         self.device = torch.device(device)
-        self.pixels: Any = _preprocessing(name)
         with loading(f"eval.clip_model {name!r}", _WANTED, name):
+            _check_folder(name)
+            self.pixels: Any = _preprocessing(name)
             model, info = from_pretrained(CLIPModel, name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         check_loading_info(info, model, name)
@@ -50,6 +53,9 @@ class ClipJudge:
         self.model: Any = model.to(self.device)
         self.tokenizer: Any = tokenizer
         self.max_tokens: int = model.config.text_config.max_position_embeddings
+        with loading(f"eval.clip_model {name!r}: a picture and a text that are tried", _TRIED):
+            self.see([Image.new("RGB", (50, 40))])
+            self.read(["a"])
 
     @torch.no_grad()
     def see(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -169,9 +175,20 @@ def _preprocessing(name: str) -> Any:
             f"eval.clip_model {name!r}: cannot tell the image size from preprocessor_config.json (size {size!r}, "
             f"crop_size {settings.get('crop_size')!r})"
         )
+    for key, value in (("size", size), ("crop_size", settings.get("crop_size") or {})):
+        sides = value.values() if isinstance(value, dict) else [value]
+        if not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in sides):
+            raise UserError(
+                f"eval.clip_model {name!r}: preprocessor_config.json has {key} {value!r:.80}, expected sides of 1 to "
+                f"{MAX_SIDE} pixels; get the file again"
+            )
     return CLIPImageProcessorPil(**settings)
 
 
+_TRIED = (
+    "Its preprocessor_config.json, tokenizer_config.json and config.json must be those of one CLIP model; get its "
+    "files again."
+)
 _WANTED = (
     "Give a folder (or hub name) with a CLIP model: config.json, model.safetensors, a tokenizer and "
     "preprocessor_config.json."
