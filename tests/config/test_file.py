@@ -16,7 +16,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beholder.config import STAGES, RunConfig, section
+from beholder.config import STAGES, DistillConfig, RunConfig, section
 from beholder.config.data import SourceConfig
 from beholder.config.file import (
     ConfigError,
@@ -562,7 +562,7 @@ def _switched() -> Iterator[tuple[str, dict[str, Any]]]:
         whole = parse_config(MINIMAL, overrides=stage).model_dump(mode="json")
         del whole["gates"]  # no setting of theirs has a rule
         for switch in switches:
-            if switch not in infos or switch.startswith("model.student."):  # of a source, of a student: below
+            if switch not in infos or switch.startswith(("model.student.", "distill.")):  # sections of their own: below
                 continue
             options = section.options_of(infos[switch].annotation)
             values = free.get(switch) or [v for o in options if get_origin(o) is Literal for v in get_args(o)]
@@ -592,6 +592,13 @@ def _switched() -> Iterator[tuple[str, dict[str, Any]]]:
         data = copy.deepcopy(whole)
         data["model"]["student"] = StudentConfig(cut=(0,), learns="none").model_dump(mode="json")
         yield "model.student.cut", data
+        for own in ({"online": True}, {"form": "sampled"}, {"form": "topk"}):
+            data = copy.deepcopy(whole)
+            made = DistillConfig.model_validate({"teachers": ({"run": "r"},), **own})
+            data["distill"], data["stage"] = made.model_dump(mode="json"), "distill"
+            data["model"]["lora"]["enable"], data["prompting"]["template"] = True, "chat"
+            data["prompting"]["max_images_per_sample"] = 1
+            yield f"distill {own}", data
         data = copy.deepcopy(whole)
         data["train"] |= {"quick_eval_size": 0, "quick_eval_steps": 0}
         yield "no quick evaluation", data
@@ -814,7 +821,9 @@ def test_every_number_of_the_schema_has_both_bounds() -> None:
     unbound = {path for path, node in numbers if not all(end & set(node) for end in ends)}
 
     assert len(numbers) > 80 and {"train.lr.lora", "gates.at_least", "data.sources.min_rating"} <= dict(numbers).keys()
-    assert unbound == {"scales", "sweep.grid", "footprint.points.set"}, "these are given to other settings"
+    assert unbound == {"scales", "sweep.grid", "footprint.points.set", "distillation.arms"}, (
+        "these are given to other settings"
+    )
 
 
 @pytest.mark.parametrize("setting", [

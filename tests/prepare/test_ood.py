@@ -186,7 +186,7 @@ def test_a_folder_of_images_takes_every_kind_and_names_what_it_cannot_take(tmp_p
 def test_a_missing_file_an_empty_folder_and_a_file_that_is_no_font_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="beholder prepare ood makes both"):
         load_monitor_set("eval.ood.path", str(tmp_path / "gone.jsonl"))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is no path"):
         load_monitor_set("eval.ood.path", "a\0b")
     with pytest.raises(UserError, match=r"has no ood\.jsonl and no image"):
         load_monitor_set("eval.ood.path", str(tmp_path))

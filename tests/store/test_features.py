@@ -33,7 +33,7 @@ from beholder.model.plan import TrainPlan, apply_train_plan
 from beholder.model.vision import load_vision
 from beholder.stages import run_stage
 from beholder.stages.remeasure import evaluate_run
-from beholder.store import features as features_module
+from beholder.store import hashes as hashes_module
 from beholder.store import rows
 from beholder.store.features import FeatureStore, FillReport, store_dir
 from beholder.train.objectives import next_token
@@ -185,9 +185,9 @@ def test_a_rewritten_file_misses_even_with_its_old_size_and_modification_time(tm
 
 def test_unchanged_files_are_not_read_again_once_their_hash_is_known(tmp_path, monkeypatch):
     refs = make_images(tmp_path / "images", 3)
-    monkeypatch.setattr(features_module, "_RACY_NS", 0)  # these files are younger than the caution allows
+    monkeypatch.setattr(hashes_module, "_RACY_NS", 0)  # these files are younger than the caution allows
     fill(open_store(tmp_path / "store"), refs)
-    monkeypatch.setattr(features_module, "content_hash", lambda ref: pytest.fail(f"{ref} was hashed again"))
+    monkeypatch.setattr(hashes_module, "content_hash", lambda ref: pytest.fail(f"{ref} was hashed again"))
 
     other_tower = open_store(tmp_path / "store", tower="other")
     assert fill(open_store(tmp_path / "store"), refs).reused == 3
@@ -199,8 +199,8 @@ def test_a_file_hashed_right_after_a_change_is_hashed_again(tmp_path, monkeypatc
     refs = make_images(tmp_path / "images", 1)
     fill(open_store(tmp_path / "store"), refs)
     hashed: list[ImageRef] = []
-    real = features_module.content_hash
-    monkeypatch.setattr(features_module, "content_hash", lambda ref: hashed.append(ref) or real(ref))
+    real = hashes_module.content_hash
+    monkeypatch.setattr(hashes_module, "content_hash", lambda ref: hashed.append(ref) or real(ref))
 
     assert open_store(tmp_path / "store").read(refs[0]) is not None
     assert hashed == refs

@@ -538,7 +538,8 @@ def test_what_may_change_on_resume_is_derived_from_the_settings_and_moves_no_wei
         "features.max_gb", "train.num_threads", "model.llm.gradient_checkpointing", "train.save_every",
         "train.keep_checkpoints", "train.log_every", "train.tqdm_disable", "train.progress_percent",
         "train.full_eval_every", "train.quick_eval_size", "train.quick_eval_steps", "train.timeout_s",
-        "gates", "guardrails", "scales", "model.native.gradient_checkpointing",
+        "gates", "guardrails", "scales", "model.native.gradient_checkpointing", "tracking", "distill.dir",
+        "distill.max_gb",
         # what lies there is compared by its fingerprint
         "data.json_path", "data.image_root", "data.more_image_roots", "data.sources", "data.eval_sources",
     }  # fmt: skip

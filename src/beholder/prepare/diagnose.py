@@ -370,7 +370,7 @@ def _native_config(subject: str, folder: Path, overrides: Sequence[str]) -> RunC
     """A config around a native model alone: questions about drawn pictures."""
     source = colour_source(folder, "jsonl", 24, dialogues=True)
     raw = {
-        "run_name": "teacher", "stage": "instruct",
+        "run_name": "teacher",
         "model": {"native": {"name_or_path": subject}, "lora": {"enable": True}},  # a config must train
         "data": {"json_path": source.json_path, "image_root": source.image_root, "eval_size": 12},
     }  # fmt: skip
