@@ -131,7 +131,7 @@ def test_what_ails_a_teacher_is_told(
 # distillation
 
 
-@pytest.mark.parametrize("form", ["topk", "sampled", "full"])
+@pytest.mark.parametrize("form", ["topk", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sampled", "full"))])
 def test_a_sound_distillation_holds(student, written: Written, form: str) -> None:
     sets = {"distill.form": form, "distill.alpha_end": 0.1}
     cache_teachers(student(**sets))
@@ -148,6 +148,7 @@ def test_a_sound_distillation_holds(student, written: Written, form: str) -> Non
     assert max(map(len, as_text(found).splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_teachers_that_are_asked_online_need_no_cache(written: Written) -> None:
     found = examine_distillation(written(**{"distill.online": True}))
     assert not found.failed and "online" in of(found, "cache").found
@@ -207,6 +208,7 @@ def test_rows_that_are_not_the_teachers_are_noticed(student, written: Written, m
     assert failures(found) == ["KL of the teacher with itself"]
 
 
+@pytest.mark.slow
 def test_a_teacher_with_another_tokenizer_is_told_by_what_it_can_say(written: Written, tmp_path: Path) -> None:
     """The student's tokenizer has one control token more, so ids differ and every byte is shared."""
     other = tiny_llm(tmp_path / "other", "smollm2")
@@ -326,6 +328,7 @@ def test_wrong_input_is_refused(tmp_path: Path, aligned: Path, teacher: Path, wr
             call()
 
 
+@pytest.mark.slow
 def test_a_finished_student_is_examined_as_it_is_now(student, written: Written) -> None:
     cfg: RunConfig = student()
     cache_teachers(cfg)

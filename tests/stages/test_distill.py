@@ -53,6 +53,7 @@ def test_a_teacher_that_is_asked_gives_the_losses_of_one_that_is_kept(student) -
         assert a == pytest.approx(b, rel=2e-3, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_without_a_say_of_the_teacher_it_learns_as_in_stage_instruct(
     student, tiny_parts: TinyParts, questions: Path, aligned: Path, tmp_path: Path
 ) -> None:
@@ -98,6 +99,7 @@ def changed_copy(run: Path, to: Path) -> Path:
     return to
 
 
+@pytest.mark.slow
 def test_two_teachers_that_say_the_same_are_one_whatever_their_weights(student, teacher: Path, tmp_path: Path) -> None:
     other = changed_copy(teacher, tmp_path / "other")
     both = [{"run": str(teacher), "weight": 0.6}, {"run": str(other), "weight": 0.4}]
@@ -110,7 +112,7 @@ def test_two_teachers_that_say_the_same_are_one_whatever_their_weights(student, 
         assert a == pytest.approx(b, rel=1e-4)
 
 
-@pytest.mark.parametrize("vocabulary", ["equal", "shared"])
+@pytest.mark.parametrize("vocabulary", ["equal", pytest.param("shared", marks=pytest.mark.slow)])
 def test_a_native_teacher_is_kept_and_asked_alike(vocabulary: str, tmp_path: Path) -> None:
     """A made student, taught by a whole model of another class; shared: by one with another tokenizer."""
     asked = smoke_config(load_config(ROOT / "configs" / "quickstart" / "distill.yaml"), tmp_path / "parts", steps=2)
@@ -137,6 +139,7 @@ def test_other_tokenizers_are_refused_with_the_first_ids_that_differ(tmp_path: P
         run_stage(cfg.model_copy(update={"distill": DistillConfig.model_validate(own)}))
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_another_teacher(student, teacher: Path, tmp_path: Path) -> None:
     own = tmp_path / "own"
     shutil.copytree(teacher, own)
@@ -184,6 +187,7 @@ def test_wrong_input_is_refused(student, sets: dict[str, object], told: str) -> 
         cache_teachers(student(**sets))
 
 
+@pytest.mark.slow
 def test_packed_is_padded_and_parts_are_the_whole(student) -> None:
     cache_teachers(student())
     padded = run_stage(student("padded", **{"train.packing": False}), promote_anyway=True)

@@ -109,6 +109,7 @@ def test_its_run_folder_is_enough_to_answer_and_to_be_measured_again(straight: P
     assert all(torch.equal(t, here[k]) for k, t in plain.items())
 
 
+@pytest.mark.slow
 def test_a_run_with_another_seed_goes_on_from_it(stage: MakeStage, straight: Path, tmp_path: Path) -> None:
     still = {
         "train.train_steps": 1, "train.save_every": 1, "train.lr.language": 0.0, "seed": 5,
@@ -144,6 +145,7 @@ def test_one_that_is_cut_learns_and_is_loaded_without_the_whole_ones_weights(
     assert all(torch.equal(t, there[k]) for k, t in language_of(tmp_path / "run", 4).items())
 
 
+@pytest.mark.slow
 def test_aligned_first_it_learns_from_that_run_with_another_seed(
     tiny_parts: TinyParts, stage: MakeStage, tmp_path: Path
 ) -> None:
