@@ -82,8 +82,7 @@ def main() -> None:
                     some = slice(start, start + cfg.eval.batch_size)
                     began = clock(device)
                     said = say(teacher, examples[some], targets[some], forms[form], cache.key.vocab, cache.sample_key)
-                    for example, mine, rows in zip(examples[some], targets[some], said, strict=True):
-                        cache.put(writer, example, mine, rows)
+                    cache.put(writer, list(zip(examples[some], targets[some], strict=True)), said)
                     asking[form] += clock(device) - began
 
         objective = {form: Distill(c, 10**9) for form, c in forms.items()}

@@ -60,3 +60,25 @@ def test_tokens_that_begin_together_are_found_and_others_have_no_teacher() -> No
     assert where == [0, None, 1, 2, None, 3]
     turns = aligned(own + own, theirs + theirs, token_bytes(student), token_bytes(teacher))
     assert turns == [0, None, 1, 2, None, 3, 4, None, 5, 6, None, 7]
+
+
+def test_a_letter_is_not_translated_to_the_piece_that_spells_its_byte(tmp_path: Path) -> None:
+    pieces = {"▁": 0, "A": 1, "<0x41>": 2, "<0xC3>": 3, "B": 4, "<end>": 5}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab=pieces, merges=[], byte_fallback=True)), eos_token="<end>"
+    )
+    assert token_bytes(tokenizer) == {0: b" ", 1: b"A", 2: b"A", 3: b"\xc3", 4: b"B"}
+    student = bpe("red")
+    found = shared_ids(tokenizer, student, [], 6)
+    assert found[1] == student.convert_tokens_to_ids("A") and found[2] == -1
+    assert shared_ids(student, tokenizer, [], len(student))[student.convert_tokens_to_ids("A")] == 1
+
+
+def test_a_space_that_one_of_them_puts_in_front_and_texts_that_differ() -> None:
+    text, ids = {0: b" x", 1: b"x", 2: b"y", 3: b" "}, 9
+    end = 8
+    assert aligned([1, 2, end], [0, 2, end], text, text) == [0, 1, 2]
+    assert aligned([1, 2, end], [3, 1, 2, end], text, text) == [0, 2, 3]
+    assert aligned([1, 2, end], [2, 1, end], text, text) == [0, None, None], "both are about the empty text"
+    assert aligned([1, end, 2, end], [1, ids, end, 2, end], text, text) == [0, 1, 3, 4]
+    assert aligned([1, end, 2, end], [1, end], text, text) == [None] * 4

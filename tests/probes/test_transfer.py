@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from beholder.evidence.catalogue import CATALOGUE, quantity
-from beholder.probes.transfer import Losses, Transfer, gain_by_token, looking
+from beholder.probes.transfer import Losses, Transfer, looking
 
 N = 400
 
@@ -100,19 +100,6 @@ def test_of_a_teacher_that_does_not_look_there_is_no_share() -> None:
     assert any("not shown to cost the teacher anything" in gap for gap in found.gaps)
 
 
-def test_right_answers_do_as_well_as_losses() -> None:
-    rng = np.random.default_rng(5)
-    seen, blind = (rng.random(N) < 0.9).astype(float), (rng.random(N) < 0.3).astype(float)
-    teacher, student = Losses.of_rights(seen, blind), Losses.of_rights((seen + blind) / 2, blind)
-
-    found = looking(teacher, student)
-
-    assert value(found, "teacher.delta") == pytest.approx(seen.mean() - blind.mean())
-    assert value(found, "share") == pytest.approx(0.5)
-    measured = found.get("teacher.delta")
-    assert measured is not None and measured.unit == "share"
-
-
 def test_what_cannot_be_told_is_named() -> None:
     assert looking(planted(), planted()).get("agreement") is not None
     teacher = planted()
@@ -122,64 +109,10 @@ def test_what_cannot_be_told_is_named() -> None:
         Losses(np.array([np.nan]), np.array([1.0]), np.array([1.0]))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Tokens
-
-
-def tokens(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(what a wrong image costs the teacher, how far the student is, its sample): half of the tokens need the image,
-    and the student is farther off there."""
-    rng = np.random.default_rng(seed)
-    sample = np.repeat(np.arange(100), 8)
-    needs = np.arange(800) % 2 == 0
-    cost = np.where(needs, rng.uniform(1, 3, 800), rng.uniform(-0.1, 0.1, 800))
-    return cost, np.where(needs, 2.0, 0.5) * rng.uniform(0.8, 1.2, 800), sample
-
-
-def test_distillation_of_words_alone_gains_nothing_where_the_image_is_needed() -> None:
-    cost, before, sample = tokens()
-    after = np.where(cost > 0.5, before, before / 2)
-
-    found = gain_by_token(cost, before, after, sample)
-
-    assert value(found, "gain.image") == 0 and value(found, "closed.words") == pytest.approx(0.5)
-    assert interval(found, "gain.difference")[1] < 0
-
-
-def test_distillation_of_looking_closes_as_much_of_the_distance_there() -> None:
-    cost, before, sample = tokens()
-
-    found = gain_by_token(cost, before, before / 2, sample)
-
-    assert value(found, "closed.image") == pytest.approx(0.5) == value(found, "closed.words")
-    assert value(found, "gain.image") == pytest.approx(4 * value(found, "gain.words"), rel=0.1)
-    assert interval(found, "gain.difference")[0] > 0
-
-
-def test_noise_gains_nothing_in_either_half() -> None:
-    cost, before, sample = tokens()
-    after = before + np.random.default_rng(6).normal(0, 0.3, len(before))
-
-    found = gain_by_token(cost, before, after, sample)
-
-    for name in ("gain.image", "gain.words", "gain.difference"):
-        low, high = interval(found, name)
-        assert low < 0 < high, name
-
-
-def test_tokens_that_all_lose_the_same_are_not_split() -> None:
-    _, before, sample = tokens()
-
-    found = gain_by_token(np.zeros(800), before, before / 2, sample)
-
-    assert not found.measurements and "all lose the same" in found.gaps[0]
-
-
 def test_they_have_their_rows_in_the_catalogue() -> None:
-    cost, before, sample = tokens()
-    made = [*looking(planted(), planted()).measurements, *gain_by_token(cost, before, before / 2, sample).measurements]
+    made = looking(planted(), planted()).measurements
 
-    assert len(made) == 11
+    assert len(made) == 6
     for m in made:
         row, condition = quantity(m.name)
         assert row in CATALOGUE and (m.unit, m.better) == (row.unit, row.direction(condition)), m.name

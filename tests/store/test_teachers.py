@@ -49,7 +49,7 @@ def fill(cache: TeacherCache, cfg: DistillConfig, numbers: range) -> None:
     with cache.writer() as writer:
         for number in numbers:
             if not cache.has(*sample(number)):
-                cache.put(writer, *sample(number), said(number, cfg, cache.key.vocab))
+                cache.put(writer, [sample(number)], [said(number, cfg, cache.key.vocab)])
 
 
 @pytest.mark.parametrize("form", ["topk", "sampled", "full"])

@@ -88,7 +88,7 @@ class DistillConfig(Section):
     """Folder of what is kept of teachers, shared by all runs. Default ``$BEHOLDER_CACHE/teachers``, else
     ``~/.cache/beholder/teachers``."""
     max_gb: Annotated[float, Field(gt=0, le=1_000_000), decides("speed"), _ONLINE] = 50.0
-    """Size cap in GB (1e9 bytes)."""
+    """Size cap of each teacher in GB (1e9 bytes)."""
 
     @model_validator(mode="before")
     @classmethod

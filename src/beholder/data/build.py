@@ -235,7 +235,7 @@ def build_encoder(
             f"prompting.max_images_per_sample is {cfg.max_images}, but this class of native model takes {most} image a "
             f"sample: it lays several out otherwise than one by one. Set it to {most}, or choose another model"
         )
-    template = _template_text(p.chat_template)
+    template = template_text(p.chat_template)
     if template is None and native is not None:
         template = native.processor.chat_template
     encoder = ChatEncoder(
@@ -260,7 +260,7 @@ def build_encoder(
     return encoder
 
 
-def _template_text(path: str | None) -> str | None:
+def template_text(path: str | None) -> str | None:
     """The text of ``prompting.chat_template``, a file of the person's choosing.
 
     A template is sandboxed (it reaches no files and no private attributes) but trusted for running time and size:

@@ -289,11 +289,6 @@ _MEASURED: tuple[Quantity, ...] = (
     _Q("transfer.share", "share of the teacher's image reliance", "ratio", "higher", "ablation", read_in="share",
        said=ALONE),
     _Q("transfer.agreement", "where to look: agreement with the teacher", "correlation", "higher"),
-    _Q("transfer.gain.image", "nearer to the teacher in tokens that need the image", _NATS, "higher"),
-    _Q("transfer.gain.words", "nearer to the teacher in the other tokens", _NATS, "higher"),
-    _Q("transfer.gain.difference", "nearer where the image is needed, over elsewhere", _NATS, "higher"),
-    _Q("transfer.closed.image", "distance to the teacher closed, tokens that need the image", _SHARE, "higher"),
-    _Q("transfer.closed.words", "distance to the teacher closed, other tokens", _SHARE, "higher"),
     # What gates alone judge.
     _Q("data.truncated_pct", "targets cut to length", "%", "lower"),
     _Q("data.label_zero_pct", "samples with nothing supervised", "%", "lower"),

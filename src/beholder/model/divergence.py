@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from beholder.types import UserError
@@ -78,6 +78,17 @@ def teacher_of(found: Mapping[str, Tensor], temperatures: tuple[float, ...]) -> 
     if "entropy" in found:
         return Sampled(found["ids"].long(), found["entropy"][:, 0], temperatures[0])
     return Full(found["log_p"].float())
+
+
+def says(teacher: Teacher) -> Bool[Tensor, "n"]:
+    """Whether it says something of each token; of one from another tokenizer, it may not."""
+    match teacher:
+        case TopK(_, log_p, tail, _):
+            return (log_p[:, 0] > -math.inf) | (tail[:, 0] > -math.inf)
+        case Sampled(ids, _, _):
+            return torch.ones_like(ids[:, 0], dtype=torch.bool)
+        case Full(log_p):
+            return torch.ones_like(log_p[:, 0], dtype=torch.bool)
 
 
 def top_k(log_p: Float[Tensor, "n v"], k: int, temperatures: tuple[float, ...]) -> TopK:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beholder.config import DistillConfig
+from beholder.config import DistillConfig, TeacherConfig
 from beholder.data.chat import EncodeError
 from beholder.data.images import ImageError
 from beholder.model import divergence as kl
@@ -95,7 +95,7 @@ def examine_distillation(subject: str, overrides: Sequence[str] = (), *, num: in
         facts: dict[str, Any] = {"teachers": []}
         for which, key in zip(cfg.teachers, keys(session), strict=True):
             told = f"{which.name}: " if len(cfg.teachers) > 1 else ""
-            own, tables, numbers = _one_teacher(session, which.name, key, samples, student)
+            own, tables, numbers = _one_teacher(session, which, key, samples, student)
             checks += [Check(told + c.name, c.level, c.found, c.advice) for c in own]
             shown += tables
             facts["teachers"].append({"name": which.name, **numbers})
@@ -103,7 +103,7 @@ def examine_distillation(subject: str, overrides: Sequence[str] = (), *, num: in
 
 
 def _one_teacher(
-    session: Session, name: str, key: TeacherKey, samples: Sequence[Taken], student: Sequence[Tensor]
+    session: Session, which: TeacherConfig, key: TeacherKey, samples: Sequence[Taken], student: Sequence[Tensor]
 ) -> tuple[list[Check], list[Shown], dict[str, Any]]:
     cfg = session.cfg.learnt_from
     checks: list[Check] = []
@@ -113,7 +113,6 @@ def _one_teacher(
             Check("cache", "ok", "none: teachers are asked while the student learns (distill.online)")
             if cache is None else _whole(session, cache)
         )  # fmt: skip
-        which = next(t for t in cfg.teachers if t.name == name)
         teacher = open_teacher(which, session.cfg, session.model.device)
         if cfg.vocabulary == "shared":
             assert cache is not None, "checked by `DistillConfig.impossible`"
@@ -391,7 +390,7 @@ def examine_batch(subject: str, overrides: Sequence[str] = (), *, num: int = 2) 
         said: list[tuple[str, list[list[Row]]]] = []
         for which, key in zip(cfg.teachers, keys(session), strict=True):
             try:
-                rows, where = _said(session, which.name, key, samples)
+                rows, where = _said(session, which, key, samples)
             except UserError as e:
                 checks.append(Check(f"teacher {which.name}", "fail", str(e), "See beholder doctor distillation."))
                 continue
@@ -422,10 +421,11 @@ def _same_tokens(batch: Sequence[np.ndarray], samples: Sequence[Taken]) -> Check
     return judged("mask", not wrong and not empty, told, "Nothing would be learned of it: see beholder preview.")
 
 
-def _said(session: Session, name: str, key: TeacherKey, samples: Sequence[Taken]) -> tuple[list[list[Row]], str]:
+def _said(
+    session: Session, which: TeacherConfig, key: TeacherKey, samples: Sequence[Taken]
+) -> tuple[list[list[Row]], str]:
     """What a teacher says of each sample's learned tokens, and where that is from."""
     cfg, teacher = session.cfg.learnt_from, None
-    which = next(t for t in cfg.teachers if t.name == name)
     cache = None if cfg.online else TeacherCache(cfg, key)
     rows: list[list[Row]] = []
     kept = 0

@@ -181,6 +181,8 @@ def _require_room(
         raise UserError(f"--out {out}: is one of the files that are read; give another")
     if out.exists() and not force:
         raise UserError(f"--out {out}: is there already; give another, or --force to replace it")
+    if rejects is not None and rejects.resolve() in {Path(p).resolve() for p in (*files, out)}:
+        raise UserError(f"--rejects {rejects}: is a file that is read or written; give another")
     if rejects is not None and (rejects.is_dir() or not rejects.parent.is_dir()):
         raise UserError(f"--rejects {rejects}: expected a file in an existing folder")
     with writing(out):

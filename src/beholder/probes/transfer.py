@@ -9,15 +9,12 @@ the student stands beside what it costs the teacher. Pure functions of arrays: w
   tokenizers may differ. 1: it looks as much as its teacher. 0: it learned the words. Absent where the teacher itself is
   not shown to look.
 - **Agreement**: correlation over samples of the two costs: whether it looks where its teacher does.
-- **Gain in tokens that need the image** against the others, told apart by what the wrong image costs the *teacher*
-  there, at the median: distillation that moves only the second half taught words.
 
 Intervals resample samples, the same ones for teacher and student.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,11 +41,6 @@ class Losses:
         assert len(shapes) == 1 and len(next(iter(shapes))) == 1, f"expected three arrays of [samples], got {shapes}"
         if not all(np.isfinite(x).all() for x in (self.own, self.wrong)):
             raise FloatingPointError("a loss that image reliance is told from is not a finite number")
-
-    @classmethod
-    def of_rights(cls, own: np.ndarray, wrong: np.ndarray) -> Losses:
-        """Of right (1) and wrong (0) answers, or accuracies: what is lost is the share that is not right."""
-        return cls(1.0 - own, 1.0 - wrong, np.ones(len(own)), "share")
 
     @property
     def cost(self) -> np.ndarray:
@@ -116,55 +108,3 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Pearson's, of every row: [R, n], [R, n] -> [R]."""
     a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
     return (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
-
-
-def gain_by_token(
-    teacher_cost: np.ndarray, before: np.ndarray, after: np.ndarray, sample: Sequence[int] | np.ndarray, seed: int = 0
-) -> Transfer:
-    """``transfer.<gain|closed>.<image|words>`` and ``transfer.gain.difference``.
-
-    All are [T], a token each. ``teacher_cost``: nats that a wrong image costs the teacher there. ``before`` and
-    ``after``: how far the student is from its teacher there, in nats (the divergence, or the loss), without and with
-    distillation, or at two steps. ``sample``: the sample it belongs to. A token needs the image where the teacher's
-    cost is above its median over all tokens. Gain is before minus after, nats per token; closed is the gain over
-    before, which makes up for tokens that need the image being farther off to begin with. Difference: gain in tokens
-    that need the image minus gain in the others.
-    """
-    cost, far, near = (np.asarray(x, dtype=np.float64) for x in (teacher_cost, before, after))
-    owner = np.asarray(sample)
-    assert cost.shape == far.shape == near.shape == owner.shape and cost.ndim == 1, "expected four arrays of [tokens]"
-    if not all(np.isfinite(x).all() for x in (cost, far, near)):
-        raise FloatingPointError("a number that the gain by token is told from is not finite")
-    out = Transfer()
-    needs = cost > np.median(cost) if len(cost) else np.zeros(0, dtype=bool)
-    if not needs.any():
-        out.gaps.append(
-            f"Gain in tokens that need the image: not measured, the teacher's {len(cost)} tokens all lose the same "
-            "with a wrong image."
-        )
-        return out
-    _, place = np.unique(owner, return_inverse=True)
-    n = int(place.max()) + 1
-
-    def sums(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return np.bincount(place[mask], weights=values[mask], minlength=n)
-
-    one = np.ones(len(cost))
-    gain, counts, whole = ([sums(v, mask) for mask in (needs, ~needs)] for v in (far - near, one, far))
-    told = f"split at the teacher's median cost of {np.median(cost):.3g} nats; "
-    for k, (name, mask) in enumerate((("image", needs), ("words", ~needs))):
-        about = f"{told}{int(mask.sum())} of {len(cost)} tokens"
-        out.measurements.append(
-            measurement(f"transfer.gain.{name}", *ratio_of_sums(gain[k], counts[k], seed), n=n, caveat=about)
-        )
-        if whole[k].sum() > 0:
-            out.measurements.append(
-                measurement(f"transfer.closed.{name}", *ratio_of_sums(gain[k], whole[k], seed), n=n, caveat=about)
-            )
-    value = float(gain[0].sum() / counts[0].sum() - gain[1].sum() / counts[1].sum())
-    interval = bootstrap(
-        lambda k: gain[0][k].sum(1) / counts[0][k].sum(1) - gain[1][k].sum(1) / counts[1][k].sum(1), n, seed
-    )
-    told = "gain where the image is needed minus gain elsewhere; the interval is over samples"
-    out.measurements.append(measurement("transfer.gain.difference", value, interval, n=n, caveat=told))
-    return out

@@ -6,6 +6,7 @@ What of a teacher is kept lies in `store.teachers`; what the student makes of it
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from rich.console import Console
 
 from beholder.config import DistillConfig, ModelConfig, RunConfig, TeacherConfig
 from beholder.data import build_encoder
-from beholder.data.build import build_pipeline
+from beholder.data.build import build_pipeline, template_text
 from beholder.data.chat import ChatEncoder, EncodeError
 from beholder.data.collate import AskedTeacher, Layout, SampleBuilder, eval_batches
 from beholder.data.images import ImageError, ImagePipeline, NativePipeline
@@ -37,9 +38,9 @@ from beholder.runs import RunDir, atomic_write, stop_signals, to_json
 from beholder.stages.lifetime import sole_writer
 from beholder.stages.measured import Measured
 from beholder.stages.session import Session, open_session
-from beholder.store.teachers import KEPT_FOR, TOKENS, TeacherCache, TeacherKey, teachers_dir
+from beholder.store.teachers import KEPT_FOR, TOKENS, TeacherCache, TeacherKey, seconds_a_token, teachers_dir
 from beholder.train.distributed import joined
-from beholder.train.objectives import log_probabilities, taught_losses
+from beholder.train.objectives import log_probabilities, spoken_of, taught_losses
 from beholder.train.trained import identity, open_trained
 from beholder.types import Batch, Condition, Example, Supervised, TeacherReader, UserError
 
@@ -55,11 +56,21 @@ HELD_OUT: tuple[Condition, ...] = ("correct", "shuffled")
 
 def keys(session: Session) -> list[TeacherKey]:
     """What the rows of each teacher are kept under."""
-    tokenizer = tokenizer_fingerprint(session.tokenizer)
+    tokenizer, vocab = tokenizer_fingerprint(session.tokenizer), session.model.language.vocab
     return [
-        TeacherKey(t.name, identity(t), t.chat_template or "", tokenizer, session.model.language.vocab)
+        TeacherKey(t.name, identity(t), _prompted(t, session.cfg), tokenizer, vocab)
         for t in session.cfg.learnt_from.teachers
     ]
+
+
+def _prompted(teacher: TeacherConfig, student: RunConfig) -> str:
+    """sha256 over how a native teacher is asked, which the student's config says; a run has its own way, which is in
+    its checkpoint."""
+    if teacher.native is None:
+        return ""
+    p = student.prompting
+    facts = [template_text(teacher.chat_template), p.system, p.thinking, p.image_token, student.image_label]
+    return hashlib.sha256(to_json(facts).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -80,12 +91,12 @@ class Teacher:
     def language(self) -> Any:
         return self.model.language
 
+    translation: Translation | None = None
+    """Of a teacher with another tokenizer (``distill.vocabulary: shared``)."""
+
     def supervised(self, batch: Batch) -> Supervised:
         """As `model.vlm.Seeing.supervised`."""
         return self.model.supervised(batch)
-
-    translation: Translation | None = None
-    """Of a teacher with another tokenizer (``distill.vocabulary: shared``)."""
 
     @cached_property
     def asked(self) -> AskedTeacher:
@@ -222,10 +233,20 @@ def teachers_of(session: Session) -> Iterator[tuple[Readers, Sequence[Teacher]]]
 
 
 def check_whole(session: Session, cache: TeacherCache, start: int, stop: int) -> None:
-    """`UserError` with the samples of training positions ``[start, stop)`` that the cache has nothing about."""
+    """`UserError` with the samples of training positions ``[start, stop)``, or held-out ones, that the cache has
+    nothing about; but for those whose image cannot be had, which training rejects."""
 
     def look() -> None:
-        lost = [e.id for e, targets in _targets(session, start, stop) if not cache.has(e, targets)]
+        lost: list[str] = []
+        for example, targets in itertools.chain(_targets(session, start, stop), _held_out(session)):
+            try:
+                if not cache.has(example, targets):
+                    for ref in example.images if session.cfg.data.on_bad_image == "skip" else ():
+                        session.data.pipeline(ref)
+                    lost.append(example.id)
+            except ImageError as e:
+                if session.cfg.data.on_bad_image == "error":
+                    raise e.needed_by(example.where) from e
         cache.remember()
         if lost:
             raise cache.missing(lost)
@@ -338,12 +359,19 @@ def keep(session: Session, which: TeacherConfig, key: TeacherKey) -> Kept:
                     raise e.needed_by(example.where) from e
                 rejects[example.id] = e.reason
         tokens = sum(len(targets) for _, targets in todo)
-        size = tokens * (cache.type.itemsize + _INDEX)
+        size, room = tokens * (cache.type.itemsize + _INDEX), cache.rows.max_bytes - cache.rows.bytes_used
+        known = seconds_a_token(cache.rows.folder)
+        told = "" if known is None else f", about {tokens * known / 60:,.1f} min as before"
         session.reporter.line(
             "teacher",
             f"{key.name}: {len(todo):,} of {len(wanted):,} samples to ask, {tokens:,} supervised tokens, "
-            f"{cache.type.itemsize} bytes each ({cfg.form}), about {size / 1e6:,.1f} MB in {teachers_dir(cfg)}",
+            f"{cache.type.itemsize} bytes each ({cfg.form}), about {size / 1e6:,.1f} MB in {teachers_dir(cfg)}{told}",
         )
+        if size > room:
+            raise UserError(
+                f"{size / 1e9:,.1f} GB do not fit into what is left of distill.max_gb {cfg.max_gb:g} for this teacher "
+                f"({room / 1e9:,.1f} GB); raise it, lower distill.k, use form sampled, or fewer samples"
+            )
         file = held_out_file(session, cache)
         seconds = 0.0
         if todo or not file.is_file():
@@ -353,7 +381,7 @@ def keep(session: Session, which: TeacherConfig, key: TeacherKey) -> Kept:
             else:
                 teacher = translate(teacher, session)
             started = time.perf_counter()
-            _ask(session, teacher, cache, todo)
+            rejects |= _ask(session, teacher, cache, todo)
             seconds = time.perf_counter() - started
             if not file.is_file():
                 found = held_out_losses(session, teacher)
@@ -371,22 +399,30 @@ def needed(session: Session) -> Iterator[tuple[Example, np.ndarray]]:
     """Every training and held-out sample that teachers are asked about, with its supervised ids."""
     stop = session.data.total_steps(session.cfg) * session.cfg.effective_batch
     yield from _targets(session, 0, stop)
+    yield from _held_out(session)
+
+
+def _held_out(session: Session) -> Iterator[tuple[Example, np.ndarray]]:
     for example in session.held_out.examples:
         encoded = session.data.encoder.encode(example)
         yield example, encoded.ids[encoded.supervise]
 
 
-def _ask(session: Session, teacher: Teacher, cache: TeacherCache, todo: Sequence[tuple[Example, np.ndarray]]) -> None:
+def _ask(
+    session: Session, teacher: Teacher, cache: TeacherCache, todo: Sequence[tuple[Example, np.ndarray]]
+) -> dict[str, str]:
+    """Gives the samples whose image could not be had, with the reason (``data.on_bad_image: skip``)."""
     cfg, size = session.cfg.learnt_from, session.cfg.eval.batch_size
     began, tokens = time.perf_counter(), 0
+    rejects: dict[str, str] = {}
     try:
         with cache.writer() as writer, session.reporter.progress(f"teacher {teacher.name}") as tick, torch.no_grad():
             for start in range(0, len(todo), size):
-                examples, targets = zip(*todo[start : start + size], strict=True)
-                said = say(teacher, examples, targets, cfg, cache.key.vocab, cache.sample_key)
-                for example, own, rows in zip(examples, targets, said, strict=True):
-                    cache.put(writer, example, own, rows)
-                    tokens += len(own)
+                some = _readable(session, todo[start : start + size], rejects)
+                if some:
+                    examples, targets = zip(*some, strict=True)
+                    cache.put(writer, some, say(teacher, examples, targets, cfg, cache.key.vocab, cache.sample_key))
+                    tokens += sum(map(len, targets))
                 if start == 0 and len(todo) > size:
                     took = (time.perf_counter() - began) * len(todo) / size
                     session.reporter.line("teacher", f"about {took / 60:,.1f} min for all of them")
@@ -395,6 +431,24 @@ def _ask(session: Session, teacher: Teacher, cache: TeacherCache, todo: Sequence
     finally:
         if tokens:
             cache.note_cost(tokens, time.perf_counter() - began)
+    return rejects
+
+
+def _readable(
+    session: Session, some: Sequence[tuple[Example, np.ndarray]], rejects: dict[str, str]
+) -> list[tuple[Example, np.ndarray]]:
+    """Those whose images can be had; under ``data.on_bad_image: skip`` the others are named in ``rejects``."""
+    if session.cfg.data.on_bad_image == "error":
+        return list(some)
+    out: list[tuple[Example, np.ndarray]] = []
+    for example, targets in some:
+        try:
+            for ref in example.images:
+                session.data.pipeline(ref)
+            out.append((example, targets))
+        except ImageError as e:
+            rejects[example.id] = e.reason
+    return out
 
 
 @torch.no_grad()
@@ -437,7 +491,8 @@ def say(
 
 def held_out_file(session: Session, cache: TeacherCache) -> Path:
     """Where the teacher's losses of this run's held-out samples are kept."""
-    facts = [session.held_out.sha256, session.held_out.seed, session.held_out.ablation_sample]
+    targets = [own.tolist() for _, own in _held_out(session)]
+    facts = [session.held_out.sha256, session.held_out.seed, session.held_out.ablation_sample, targets]
     return cache.rows.folder / f"held_out_{hashlib.sha256(to_json(facts).encode()).hexdigest()[:16]}.json"
 
 
@@ -475,10 +530,19 @@ def distance(session: Session, readers: Readers, asked: Sequence[Teacher]) -> Me
     cfg, held = session.cfg.learnt_from, session.held_out
     t = 1.0 if 1.0 in cfg.kept_temperatures or cfg.online or cfg.form == "full" else cfg.temperature
     builder = replace(session.data.builder(session.store, train=False, cfg=session.cfg), teachers=readers)
-    mine = divergences(session, builder, asked, t)
+    mine: list[tuple[str, float, int]] = []
+    error: UserError | None = None
+    try:
+        mine = divergences(session, builder, asked, t)
+    except UserError as e:
+        error = e
+    if session.dist.all_reduce_sum([float(error is not None)])[0]:  # another process may lack other rows
+        raise error or UserError("another process lacks what is kept of a teacher")
     found = {id: (kl, n) for own in session.dist.gather_objects(mine) for id, kl, n in own}
     kl, tokens = (np.array([found[e.id][k] for e in held.examples]) for k in (0, 1))
     told = "of all teachers, by their weights" if len(cfg.teachers) > 1 else None
+    if cfg.vocabulary == "shared":
+        told = joined_words(told, "of the tokens that a teacher speaks of")
     value = ratio_of_sums(kl, tokens.astype(np.float64), held.seed)
     return measurement("teacher.kl", *value, n=len(kl), caveat=joined_words(f"at temperature {t:g}", told))
 
@@ -529,7 +593,7 @@ def divergences(
             _, _, kl = taught_losses(session.model, batch, cfg, asked, 0.0, t)
             where = batch.sample_index[batch.supervise]
             sums = torch.zeros(len(batch.ids), dtype=torch.float64).index_add_(0, where, kl.cpu().double())
-            counts = torch.bincount(where, minlength=len(batch.ids))
+            counts = torch.bincount(where[spoken_of(batch, cfg)], minlength=len(batch.ids))
             out += zip(batch.ids, sums.tolist(), counts.tolist(), strict=True)
             tick(len(out), len(mine))
     return out

@@ -202,17 +202,21 @@ class TeacherCache:
         return self.rows.writer()
 
     def put(
-        self, writer: RowWriter, example: Example, targets: np.ndarray, columns: Mapping[str, torch.Tensor]
-    ) -> None:
-        """Keep what the teacher says of the sample's tokens. Raises `UserError` where the cap leaves no room."""
-        n = len(targets)
-        tokens = np.zeros(-(-n // TOKENS) * TOKENS, self.type)
-        for name in self.type.names or ():
-            value = columns[name].detach().cpu().numpy()
-            tokens[name][:n] = value.reshape(n, *self.type[name].shape)
-        rows = tokens.view(np.uint8).reshape(-1, self.rows.row_bytes)
-        keys = self._row_keys(self.sample_key(example, targets), n)
-        if writer.put([(key, row.data) for key, row in zip(keys, rows, strict=True)]) < len(keys):
+        self, writer: RowWriter, samples: Sequence[tuple[Example, np.ndarray]],
+        said: Sequence[Mapping[str, torch.Tensor]],
+    ) -> None:  # fmt: skip
+        """Keep what the teacher says of the samples' tokens. Raises `UserError` where the cap leaves no room."""
+        items: list[tuple[bytes, memoryview]] = []
+        for (example, targets), columns in zip(samples, said, strict=True):
+            n = len(targets)
+            tokens = np.zeros(-(-n // TOKENS) * TOKENS, self.type)
+            for name in self.type.names or ():
+                value = columns[name].detach().cpu().numpy()
+                tokens[name][:n] = value.reshape(n, *self.type[name].shape)
+            rows = tokens.view(np.uint8).reshape(-1, self.rows.row_bytes)
+            keys = self._row_keys(self.sample_key(example, targets), n)
+            items += [(key, row.data) for key, row in zip(keys, rows, strict=True)]
+        if writer.put(items) < len(items):
             raise UserError(
                 f"teacher cache {self.rows.root}: distill.max_gb = {self.rows.max_bytes / 1e9:g} GB is full; raise it, "
                 "lower distill.k, or use form sampled. What is stored stays"

@@ -128,7 +128,11 @@ def run_distillation(
         note_longer(study.longer, points.folder)
 
     def write(stopped: int | None, failed: Mapping[str, str]) -> DistillationResult:
-        known = replace(study, points=points, longer=study.longer or known_longer(points.folder))
+        known = replace(
+            study,
+            points=points,
+            longer=study.longer or (known_longer(points.folder) if has(points.runs, LONGER) else None),
+        )
         record = collect(known, failed, interrupted=stopped is not None)
         write_record(record, points.folder)
         return DistillationResult(points.folder, record, stopped)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from beholder.config import DistillConfig, RunConfig
-from beholder.model.divergence import Full, Teacher, divergence, teacher_of
-from beholder.model.losses import head_losses, token_nll
+from beholder.model.divergence import Full, Teacher, divergence, says, teacher_of
+from beholder.model.losses import head_losses
 from beholder.types import Batch, LossTerms, Supervised, TokenLosses, UserError
 
 
@@ -52,20 +54,19 @@ class Distill:
     """
 
     def __init__(self, cfg: DistillConfig, total_steps: int, asked: Sequence[Learner] = ()) -> None:
-        self.cfg, self.total_steps, self.asked = cfg, max(total_steps, 1), asked
-
-    parts = ("sft_loss", "distill_loss", "teacher_kl")
+        self.cfg, self.total_steps, self.asked = cfg, total_steps, asked
+        self.parts = ("sft_loss", "distill_loss", "teacher_kl") if cfg.taught else ("sft_loss",)
 
     def __call__(self, model: Learner, batch: Batch, /) -> LossTerms:
-        done = batch.step / self.total_steps
+        done = batch.step / max(self.total_steps - 1, 1)  # 1 in the last step
         alpha, t = self.cfg.alpha_at(done), self.cfg.temperature_at(done)
         found, nll, kl = taught_losses(model, batch, self.cfg, self.asked, alpha, t)
         sft, divergences = nll.detach().sum(), kl.detach().sum()
         return LossTerms(
             total=found.float().sum(),
             tokens=found.numel(),
-            parts=dict(zip(self.parts, (sft, t**2 * divergences, divergences), strict=True)),
-            settings={"alpha": alpha, "temperature": t},
+            parts=dict(zip(self.parts, (sft, t**2 * divergences, divergences), strict=False)),
+            settings={"alpha": alpha, "temperature": t} if self.cfg.taught else {},
         )
 
 
@@ -73,34 +74,49 @@ def taught_losses(
     model: Learner, batch: Batch, cfg: DistillConfig, asked: Sequence[Learner], alpha: float, t: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(what is minimised, NLL, Σ wᵢ KLᵢ at temperature ``t``) of every supervised token, fp32 [K], in the order of
-    `Supervised`; the first carries the graph. No divergence where the batch brings no teachers."""
+    `Supervised`; the first carries the graph. No divergence where the batch brings no teachers, and none of a token
+    that a teacher says nothing of (``vocabulary: shared``), whose weight is the data's then."""
     found, language = model.supervised(batch), model.language
     teachers = _teachers(batch, cfg, found.sample, language.vocab, asked)
     weights = [teacher.weight for teacher in cfg.teachers]
 
     def loss(logits: Tensor, which: slice) -> tuple[Tensor, ...]:
-        nll, _ = token_nll(logits, found.targets[which])
-        kl = torch.zeros_like(nll)
+        nll = F.cross_entropy(logits.float(), found.targets[which], reduction="none")
+        kl, silent = torch.zeros_like(nll), torch.zeros_like(nll)
         for weight, teacher in zip(weights, teachers, strict=False):  # none, or all
-            kl = kl + weight * divergence(logits, _of(teacher, which), t)
-        return (1 - alpha) * nll + alpha * t**2 * kl, nll, kl
+            own = teacher(which)
+            kl = kl + weight * divergence(logits, own, t)
+            silent = silent + weight * (~says(own)).float()
+        return (1 - alpha * (1 - silent)) * nll + alpha * t**2 * kl, nll, kl
 
     learns = language.head_learns
     total, nll, kl = head_losses(language.head, found.hidden, loss, language.vocab, head_learns=learns)
     return total, nll, kl
 
 
-def _teachers(batch: Batch, cfg: DistillConfig, owner: Tensor, vocab: int, asked: Sequence[Learner]) -> list[Teacher]:
+def _teachers(
+    batch: Batch, cfg: DistillConfig, owner: Tensor, vocab: int, asked: Sequence[Learner]
+) -> list[Callable[[slice], Teacher]]:
+    """What each teacher says of some of the tokens, in the order of `Supervised`."""
     assert len(batch.taught) in (0, len(cfg.teachers)), (len(batch.taught), len(cfg.teachers))
     back = owner.argsort(stable=True).argsort()  # from sample by sample to the order of the batch
-    teachers: list[Teacher] = []
+    teachers: list[Callable[[slice], Teacher]] = []
     for number, own in enumerate(batch.taught):
         if isinstance(own, Batch):
-            teachers.append(Full(_ask(asked[number], own, vocab).to(back.device)[back]))
+            teachers.append(_ask(asked[number], own, vocab, back))
             continue
         here = {name: column.to(back.device, non_blocking=True)[back] for name, column in own.items()}
-        teachers.append(teacher_of(here, cfg.kept_temperatures))
+        teachers.append(partial(_of, teacher_of(here, cfg.kept_temperatures)))
     return teachers
+
+
+def spoken_of(batch: Batch, cfg: DistillConfig) -> Tensor:
+    """bool [K], in the order of `Supervised`: whether some teacher says something of the token."""
+    owner = batch.sample_index[batch.supervise]
+    back, said = owner.argsort(stable=True).argsort(), torch.zeros_like(owner, dtype=torch.bool)
+    for own in batch.taught:
+        said |= torch.ones_like(said) if isinstance(own, Batch) else says(teacher_of(own, cfg.kept_temperatures))
+    return said[back]
 
 
 def _of(teacher: Teacher, which: slice) -> Teacher:
@@ -110,24 +126,28 @@ def _of(teacher: Teacher, which: slice) -> Teacher:
 
 
 @torch.no_grad()
-def _ask(teacher: Learner, batch: Batch, vocab: int) -> Tensor:
-    """fp32 [K, V]: a teacher's log-probabilities over the student's vocabulary at its supervised tokens, those of
-    sample 0 first. Raises `UserError` where they are not finite."""
+def _ask(teacher: Learner, batch: Batch, vocab: int, back: Tensor) -> Callable[[slice], Teacher]:
+    """A teacher's log-probabilities at its supervised tokens; its head, too, runs on a chunk of them at a time."""
     found = teacher.supervised(batch)
-    order = found.sample.argsort(stable=True)
-    return log_probabilities(teacher.language.head(found.hidden[order]), vocab, batch.ids)
+    hidden = found.hidden[found.sample.argsort(stable=True)][back.to(found.hidden.device)]
+
+    @torch.no_grad()
+    def say(which: slice) -> Teacher:
+        return Full(log_probabilities(teacher.language.head(hidden[which]), vocab, batch.ids).to(back.device))
+
+    return say
 
 
 def log_probabilities(logits: Tensor, vocab: int, ids: Sequence[str] = ()) -> Tensor:
-    """fp32: of the first ``vocab`` ids, that which a table has beyond them left out. Raises `UserError` for logits that
-    are NaN or leave no id possible."""
+    """fp32 [K, vocab]: of the ids that the student has; what a teacher's table has beyond them is left out, what it has
+    not is impossible. Raises `UserError` for logits that are NaN or leave no id possible."""
     log_p = torch.log_softmax(logits[:, :vocab].float(), dim=-1)
     if not bool((~log_p.isnan()).all() & (log_p.amax(-1) > -torch.inf).all()):
         raise UserError(
             f"the teacher gives no finite log-probabilities (samples {', '.join(map(repr, ids[:4]))}); its weights may "
             "be damaged, or its precision too narrow for it (try fp32)"
         )
-    return log_p
+    return F.pad(log_p, (0, vocab - log_p.shape[-1]), value=-torch.inf)
 
 
 OBJECTIVES: dict[str, Callable[[RunConfig, int, Sequence[Learner]], Objective]] = {

@@ -266,6 +266,7 @@ class Trackers:
             if (failed := self._open.pop(tracker, None)) is not None and what != "did not close":
                 with suppress(Exception):
                     failed.close(False)
-            why = f"{type(e).__name__}: {e}".strip(": ")[:300]
+            # An address may hold a password.
+            why = re.sub(r"//[^/\s@]+@", "//…@", f"{type(e).__name__}: {e}").strip(": ")[:300]
             self._tell(f"{tracker} {what} and is off for the rest of the run, which goes on ({why})")
         return None

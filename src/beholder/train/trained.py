@@ -4,8 +4,10 @@ teacher is, without loading it."""
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +20,47 @@ from beholder.data.build import build_pipeline
 from beholder.data.chat import ChatEncoder
 from beholder.data.images import ImagePipeline, NativePipeline
 from beholder.model.build import Vlm, build_vlm
+from beholder.model.weights import loading
 from beholder.runs import sha256_file
 from beholder.train import checkpoint, restore
 from beholder.types import UserError
 
-_PEEK = 2**20
-"""Bytes at each end of a large weight file that stand for it."""
-
 
 def identity(teacher: TeacherConfig) -> str:
-    """sha256 that stands for a teacher's weights and template, without loading them: of a run, its checkpoint's
-    manifest, which lists the hash of everything in it; of a native model in a folder, its files; of one from a hub, its
-    name and revision. Raises `UserError` for one that is not there."""
+    """sha256 that stands for a teacher's weights, without loading them: of a run, its checkpoint's manifest, which
+    lists the hash of everything in it; of a native model in a folder, its files; of one from a hub, its commit. Raises
+    `UserError` for one that is not there."""
     if teacher.run is not None:
         return sha256_file(checkpoint.resolve_checkpoint(teacher.run) / checkpoint.MANIFEST)
     assert teacher.native is not None
-    digest = hashlib.sha256(f"{teacher.precision}".encode())
-    if teacher.chat_template is not None:
-        digest.update(Path(teacher.chat_template).read_bytes())
     folder = Path(teacher.native)
-    if not folder.is_dir():
-        return hashlib.sha256(f"{digest.hexdigest()} {teacher.native}@{teacher.revision}".encode()).hexdigest()
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_PEEK))
-            if size > _PEEK:
-                file.seek(max(_PEEK, size - _PEEK))
-                digest.update(file.read(_PEEK))
-    return digest.hexdigest()
+    if folder.is_dir():
+        stamps = [(p, s.st_size, s.st_mtime_ns) for p in sorted(folder.iterdir()) if p.is_file() and (s := p.stat())]
+        found = _hashed(tuple(stamps))
+    else:
+        found = f"{teacher.native}@{_commit(teacher.native, teacher.revision)}"
+    return hashlib.sha256(f"{teacher.precision} {found}".encode()).hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _hashed(stamps: tuple[tuple[Path, int, int], ...]) -> str:
+    """Over whole files; asked for more than once in a run."""
+    return " ".join(f"{path.name} {sha256_file(path)}" for path, *_ in stamps)
+
+
+def _commit(name: str, revision: str | None) -> str:
+    """Of a hub's model, as its configuration tells; one that is given needs no hub."""
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    from transformers import PretrainedConfig
+
+    what = f"distill.teachers: native {name!r}"
+    with loading(what, "Give a folder, or in revision the 40 digits of its commit, which need no network."):
+        found, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+    commit = found.get("_commit_hash")
+    if not isinstance(commit, str):
+        raise UserError(f"{what}: its commit is not known; give the 40 digits of it in revision")
+    return commit
 
 
 @dataclass(frozen=True)
