@@ -103,7 +103,15 @@ def test_the_full_run_has_the_seeds_effective_batch_and_length() -> None:
     assert 150_000 <= cfg.train.num_epochs * 546_965 / 4 <= 250_000
 
 
-@pytest.mark.parametrize("path", CONFIGS + RECIPES, ids=lambda p: p.stem)
+LONG = {"configs/quickstart/footprint.yaml"}
+"""Smoke runs that take half a minute and go through what another one goes through."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[pytest.mark.slow] * (str(p.relative_to(ROOT)) in LONG)) for p in CONFIGS + RECIPES],
+    ids=lambda p: p.stem,
+)
 def test_a_shipped_config_runs_end_to_end_on_tiny_parts(path: Path, tmp_path: Path) -> None:
     cfg = smoke_config(load(path), tmp_path)
 

@@ -64,7 +64,7 @@ def losses_of(folder: Path) -> list[float]:
     return [r["loss"] for r in RunDir(folder / "run").metrics() if "loss" in r]
 
 
-@pytest.mark.parametrize("fails", ["", "open", "log", "close"])
+@pytest.mark.parametrize("fails", ["", "log", *(pytest.param(f, marks=pytest.mark.slow) for f in ("open", "close"))])
 def test_a_tracker_that_fails_never_stops_a_run(
     fails: str, plant: Callable[[str], list[Planted]], tiny_config: MakeConfig, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
