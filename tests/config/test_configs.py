@@ -103,7 +103,7 @@ def test_the_full_run_has_the_seeds_effective_batch_and_length() -> None:
     assert 150_000 <= cfg.train.num_epochs * 546_965 / 4 <= 250_000
 
 
-LONG = {"configs/quickstart/footprint.yaml"}
+LONG = {"configs/quickstart/footprint.yaml", "configs/native/qwen3_vl_footprint.yaml"}
 """Smoke runs that take half a minute and go through what another one goes through."""
 
 

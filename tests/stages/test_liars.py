@@ -176,6 +176,7 @@ def test_a_model_that_answers_from_the_questions_wording_is_right_about_no_pair_
     assert _value(evidence, "cells.delta.question") > 1 and abs(_value(evidence, "cells.delta.image")) < 1e-3
 
 
+@pytest.mark.slow
 def test_an_honest_model_is_right_about_the_pairs_of_every_question(asking: Recipe) -> None:
     evidence = run_stage(asking("honest_answers", **{"train.train_steps": 140})).evidence
 

@@ -398,6 +398,7 @@ def test_promote_anyway_is_handed_to_every_run(
 # A run that fails, and one that stands
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_named_and_the_others_go_on(write_sweep: WriteSweep, tmp_path: Path) -> None:
     config = write_sweep(tmp_path, grid={"model.vision.feature_layer": [-99, -1]})
     console = quiet()
