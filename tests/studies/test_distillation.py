@@ -19,6 +19,7 @@ import pytest
 import yaml
 from rich.console import Console
 from tests.conftest import TinyParts, make_config
+from tests.studies.test_footprint import steps
 
 from beholder.config import DistillationConfig, TeacherConfig
 from beholder.config.file import dump_config, load_config
@@ -427,12 +428,6 @@ def test_a_teachers_figures_stand_beside_and_other_samples_are_told(tmp_path: Pa
 COMMAND = "import sys; from beholder.studies.distillation import run_distillation as run; "
 COMMAND += "sys.exit(run(sys.argv[1], promote_anyway=True).exit_code)"
 STEPS = 40
-
-
-def steps(folder: Path) -> list[int]:
-    file = folder / "metrics.jsonl"
-    lines = [] if not file.is_file() else [x for x in file.read_bytes().split(b"\n")[:-1] if x]
-    return [r["step"] for r in map(json.loads, lines) if "loss" in r]
 
 
 @pytest.mark.timeout(7200)  # a dozen processes, each of which loads torch: minutes, and far more on a busy machine

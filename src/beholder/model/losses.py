@@ -69,6 +69,12 @@ def in_chunks(terms: Callable[..., Tensor], rows: int, *aligned: Tensor) -> Tens
     return torch.cat(kept)
 
 
+def _rows_at_once(hidden: Tensor, vocab: int, max_logits: int, *, twice: bool) -> int:
+    """Tokens of a chunk. ``twice``: what does not fit at once is computed again, so a cache decides nothing."""
+    rows = max(1, max_logits // vocab)
+    return rows if twice or hidden.device.type != "cpu" else min(rows, CPU_ROWS)
+
+
 def head_nll(
     head: Callable[[Tensor], Tensor],
     hidden: Float[Tensor, "k dh"],
@@ -87,11 +93,8 @@ def head_nll(
     learning = torch.is_grad_enabled() and hidden.requires_grad
     if hidden.shape[0] == 0:
         return hidden.float().sum(-1), None if learning else targets == targets
-    rows = max(1, max_logits // vocab)
-    if hidden.device.type == "cpu":
-        rows = min(rows, CPU_ROWS)
+    rows = _rows_at_once(hidden, vocab, max_logits, twice=learning and trained)
     if learning and trained:
-        rows = max(1, max_logits // vocab)  # nothing twice that fits at once
         return in_chunks(lambda h, t: token_nll(head(h), t)[0], rows, hidden, targets), None
     if learning:
         return _FrozenHeadNll.apply(hidden, targets, head, rows), None  # pyright: ignore[reportReturnType]
@@ -151,9 +154,7 @@ def head_losses(
     if hidden.shape[0] == 0:
         numbers = loss(head(hidden), slice(0, 0))
         return (numbers[0] + hidden.float().sum(-1), *numbers[1:])
-    rows = max(1, max_logits // vocab)
-    if hidden.device.type == "cpu" and not head_learns:
-        rows = min(rows, CPU_ROWS)
+    rows = _rows_at_once(hidden, vocab, max_logits, twice=head_learns)
     if torch.is_grad_enabled() and hidden.requires_grad and not head_learns:
         return _FrozenHead.apply(hidden, head, loss, rows)  # pyright: ignore[reportReturnType]
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -94,11 +95,13 @@ class Session:
             else hashlib.sha256(to_json(asdict(g)).encode()).hexdigest(),
             "data": self.data.train.fingerprint,
             "encoder": self.data.encoder.fingerprint,
-            **self._teachers(),
+            **self._teachers,
         }
 
+    @cached_property
     def _teachers(self) -> dict[str, str]:
-        """Of those that are there: a finished student is measured without them as well."""
+        """Of those that are there: a finished student is measured without them as well. Told once: files of theirs are
+        hashed for it, and every checkpoint holds it."""
         found: dict[str, str] = {}
         for number, teacher in enumerate(self.cfg.distill.teachers if self.cfg.distill else (), 1):
             with suppress(UserError):

@@ -99,7 +99,7 @@ def _teachers(
 ) -> list[Callable[[slice], Teacher]]:
     """What each teacher says of some of the tokens, in the order of `Supervised`."""
     assert len(batch.taught) in (0, len(cfg.teachers)), (len(batch.taught), len(cfg.teachers))
-    back = owner.argsort(stable=True).argsort()  # from sample by sample to the order of the batch
+    back = _back(owner)
     teachers: list[Callable[[slice], Teacher]] = []
     for number, own in enumerate(batch.taught):
         if isinstance(own, Batch):
@@ -113,10 +113,15 @@ def _teachers(
 def spoken_of(batch: Batch, cfg: DistillConfig) -> Tensor:
     """bool [K], in the order of `Supervised`: whether some teacher says something of the token."""
     owner = batch.sample_index[batch.supervise]
-    back, said = owner.argsort(stable=True).argsort(), torch.zeros_like(owner, dtype=torch.bool)
+    said = torch.zeros_like(owner, dtype=torch.bool)
     for own in batch.taught:
         said |= torch.ones_like(said) if isinstance(own, Batch) else says(teacher_of(own, cfg.kept_temperatures))
-    return said[back]
+    return said[_back(owner)]
+
+
+def _back(owner: Tensor) -> Tensor:
+    """int64 [K]: from sample by sample, as teachers speak, to the order of the batch."""
+    return owner.argsort(stable=True).argsort()
 
 
 def _of(teacher: Teacher, which: slice) -> Teacher:
