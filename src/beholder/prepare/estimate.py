@@ -70,6 +70,7 @@ from beholder.model.placement import (
 )
 from beholder.model.plan import TrainableRow, TrainableTable
 from beholder.model.student import check_budget, empty_student
+from beholder.model.standard import export_class
 from beholder.model.weights import DTYPES, check_settings, loading
 from beholder.prepare.doctor import matmul_rate
 from beholder.train.distributed import pick_device
@@ -191,6 +192,8 @@ class Estimate:
     """Measured on the device in the compute type."""
     seconds: dict[str, float] = field(default_factory=dict)
     """``step``, ``features`` (filling the store), ``training``, ``total``; evaluation not included."""
+    exports_as: str | None = None
+    """Class that `beholder export` makes of it, with the setting that stands in the way of one of transformers' own."""
     gaps: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -209,6 +212,8 @@ class Estimate:
                 console.print(f"[bold]{title}[/bold]")
                 for name, text in lines:
                     console.print(f"  {name:<42}{text}", highlight=False)
+        if self.exports_as:
+            console.print(f"exports as {self.exports_as}", highlight=False, markup=False)
         for gap in self.gaps:
             console.print(f"[yellow]not known:[/yellow] {gap}", highlight=False)
 
@@ -281,6 +286,11 @@ def estimate(
     result = Estimate(cfg.run_name, cfg.stage_name, str(device), table, language, vision, connector, gaps=gaps)
     examples = _sample_records(cfg, result)
     if language and vision and connector:
+        result.exports_as = str(
+            export_class(
+                cfg.model.connector, cfg.model.vision, vision.part.module, language.part.module, vision.num_patches
+            )
+        )
         _estimate_sequence(cfg, connector.num_tokens, examples, result, llm_config)
         _plan_memory(cfg, result, language, vision, connector)
         _plan_time(cfg, result, language, vision, connector, device if measure else None)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from beholder.model.weights import check_finite, quiet_transformers
 from beholder.train.trained import TrainedRun, open_trained
 from beholder.types import Example, ImageInput, ImageSlot, Turn, UserError
 
+Format = Literal["hf"]
 ADAPTER = "adapter"
 """Folder of the adapters, below that of the base."""
 IMAGE_TOKEN = "<image>"
@@ -101,8 +102,14 @@ class _Sample:
 
 
 def export(
-    run: str | Path, out: str | Path, *, adapter: bool | None = None, samples: int = NUM_SAMPLES,
-    max_shard_size: str = "5GB", overrides: Sequence[str] = (),
+    run: str | Path,
+    out: str | Path,
+    *,
+    to: Format = "hf",
+    adapter: bool = False,
+    samples: int = NUM_SAMPLES,
+    max_shard_size: str = "5GB",
+    overrides: Sequence[str] = (),
 ) -> Exported:  # fmt: skip
     """Write ``run`` (its best checkpoint, else its latest) to ``out`` as a Hugging Face folder, and prove it.
 
@@ -126,8 +133,8 @@ def export(
         with ExitStack() as stack, quiet_transformers():
             if not adapter:
                 stack.enter_context(opened.model.adapters_merged())
-            written = _write(opened, folder, beside=bool(adapter), max_shard_size=max_shard_size)
-            difference, answers = _prove(opened, folder, written, chosen, beside=bool(adapter))
+            written = _write(opened, folder, beside=adapter, max_shard_size=max_shard_size)
+            difference, answers = _prove(opened, folder, written, chosen, beside=adapter)
         files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         if out.is_dir():
             out.rmdir()
@@ -352,7 +359,7 @@ def _text_config(model: VisionLanguageModel) -> Any:
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     """A configuration without where it came from."""
-    gone = ("_name_or_path", "transformers_version", "architectures", "quantization_config", "auto_map")
+    gone = ("_name_or_path", "transformers_version", "architectures", "quantization_config", "auto_map", "dtype", "torch_dtype")
     return {k: v for k, v in settings.items() if k not in gone and not k.startswith("_attn")}
 
 
@@ -692,9 +699,19 @@ def _logits(run: TrainedRun, encoded: Any, inputs: list[ImageInput]) -> Tensor:
 
 
 def _in_fp32(model: VisionLanguageModel | NativeModel) -> None:
-    """All of it in fp32, for good. Buffers that were rounded with the weights are computed anew."""
+    """All of it in fp32, for good. What is no weight and was rounded with them (rotary frequencies) is computed anew,
+    as it is wherever the folder is loaded."""
     model.float()
+    language = model.language.model
     model.language.compute_dtype = None
+    for part in model.parts().values():
+        for widened in part.widened.values():  # these cast to what is around them
+            for hook in widened.hooks:
+                hook.remove()
+    for module in language.modules():
+        own = dict(module.named_buffers(recurse=False))
+        if own and not any(True for _ in module.parameters(recurse=False)) and not module.state_dict():
+            language._init_weights(module)
     if isinstance(model, NativeModel):
         model.geometry.dtype = torch.float32
     elif model.vision is not None:
