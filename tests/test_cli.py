@@ -34,8 +34,8 @@ from beholder.types import Status, UserError
 
 COMMANDS = (
     "quickstart", "run", "prepare", "check", "preview", "plan", "generate", "chat", "score", "evaluate", "ablate",
-    "export", "audit", "golden show", "golden diff", "sweep", "distill", "compare", "report", "doctor", "doctor teacher",
-    "doctor distillation", "doctor batch", "doctor inference", "schema",
+    "export", "audit", "golden show", "golden diff", "sweep", "distill", "compare", "report", "doctor",
+    "doctor teacher", "doctor distillation", "doctor batch", "doctor inference", "schema",
 )  # fmt: skip
 
 

@@ -69,8 +69,8 @@ from beholder.model.placement import (
     tower_part,
 )
 from beholder.model.plan import TrainableRow, TrainableTable
-from beholder.model.student import check_budget, empty_student
 from beholder.model.standard import export_class
+from beholder.model.student import check_budget, empty_student
 from beholder.model.weights import DTYPES, check_settings, loading
 from beholder.prepare.doctor import matmul_rate
 from beholder.train.distributed import pick_device

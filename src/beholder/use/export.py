@@ -9,6 +9,7 @@ Which class it becomes is `model.standard`'s to say. What lies in ``exported/`` 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from beholder.config import GREEDY
 from beholder.config.file import check_consent
 from beholder.data.build import open_records
 from beholder.data.chat import EncodeError
+from beholder.data.chat_template import TEMPLATE_DATE
 from beholder.data.collate import Layout, collate
 from beholder.data.images import as_input, read_bytes
 from beholder.data.splits import load_split
@@ -262,7 +264,9 @@ def _write_native(run: TrainedRun, model: NativeModel, folder: Path, generation:
     finally:
         whole.generation_config = blank
     assert whole.config._attn_implementation == implementation
-    model.geometry.processor.save_pretrained(folder)
+    processor = copy.deepcopy(model.geometry.processor)
+    processor.chat_template = native_template(run)
+    processor.save_pretrained(folder)
     _scrub(folder, {})
 
 
@@ -300,8 +304,6 @@ def _write_joined(
 
 def _with_image_token(run: TrainedRun) -> tuple[Any, int, str]:
     """The tokenizer with a token for images, its id and spelling; what it reads otherwise stays."""
-    import copy
-
     from transformers import AddedToken
 
     tokenizer = copy.deepcopy(run.tokenizer)
@@ -359,7 +361,15 @@ def _text_config(model: VisionLanguageModel) -> Any:
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     """A configuration without where it came from."""
-    gone = ("_name_or_path", "transformers_version", "architectures", "quantization_config", "auto_map", "dtype", "torch_dtype")
+    gone = (
+        "_name_or_path",
+        "transformers_version",
+        "architectures",
+        "quantization_config",
+        "auto_map",
+        "dtype",
+        "torch_dtype",
+    )
     return {k: v for k, v in settings.items() if k not in gone and not k.startswith("_attn")}
 
 
@@ -470,7 +480,7 @@ def _scrub(folder: Path, more: dict[str, dict[str, Any]]) -> None:
 
 def _placeless(value: Any) -> Any:
     if isinstance(value, dict):
-        gone = ("_name_or_path", "name_or_path", "tokenizer_file", "base_model_name_or_path")
+        gone = ("_name_or_path", "name_or_path", "tokenizer_file", "is_local", "local_files_only")
         return {k: _placeless(v) for k, v in value.items() if k not in gone}
     return [_placeless(v) for v in value] if isinstance(value, list) else value
 
@@ -540,7 +550,8 @@ def chat_template(run: TrainedRun, token: str) -> str:
     if token != IMAGE_TOKEN:
         head += (
             "{%- set seen.messages = [] -%}\n{%- for m in messages -%}\n"
-            f"{{%- set seen.messages = seen.messages + [dict(m, content=m.content.replace({say(IMAGE_TOKEN)}, IMAGE))] -%}}\n"
+            f"{{%- set text = m.content.replace({say(IMAGE_TOKEN)}, IMAGE) -%}}"
+            "{%- set seen.messages = seen.messages + [dict(m, content=text)] -%}\n"
             "{%- endfor -%}\n{%- set messages = seen.messages -%}\n"
         )
     if encoder.template != "chat":
@@ -551,19 +562,31 @@ def chat_template(run: TrainedRun, token: str) -> str:
         sets = "".join(f"{{%- set {k} = {say(v)} -%}}\n" for k, v in values.items())
         instructions = f"[{say(encoder.instruction)}, {say(encoder.instruction_multi)}]"
         return f"{head}{sets}{{%- set INSTRUCTIONS = {instructions} -%}}\n{_PLAIN}"
-    text, thinking = encoder.chat_text
-    if encoder.system is not None:
+    return (head + _settled(run, parts=False)).rstrip("\n") + encoder.chat_text[0]
+
+
+def native_template(run: TrainedRun) -> str:
+    """The chat template of a run with a native model, which places images itself."""
+    return _settled(run, parts=True).rstrip("\n") + run.encoder.chat_text[0]
+
+
+def _settled(run: TrainedRun, *, parts: bool) -> str:
+    """What the run gives its chat template besides the messages: where one asks for nothing else, as in training."""
+    text, thinking = run.encoder.chat_text
+    head, system = "", run.encoder.system
+    if system is not None:
+        content = json.dumps([{"type": "text", "text": system}] if parts else system, ensure_ascii=False)
         head += (
             "{%- if not messages or messages[0].role != 'system' -%}"
-            f"{{%- set messages = [{{'role': 'system', 'content': {say(encoder.system)}}}] + messages -%}}{{%- endif -%}}\n"
+            f"{{%- set messages = [{{'role': 'system', 'content': {content}}}] + messages -%}}{{%- endif -%}}\n"
         )
-    head += f"{{%- if enable_thinking is not defined -%}}{{%- set enable_thinking = {str(thinking).lower()} -%}}{{%- endif -%}}\n"
+    if "enable_thinking" in text:
+        value = str(thinking).lower()
+        head += f"{{%- if enable_thinking is not defined -%}}{{%- set enable_thinking = {value} -%}}{{%- endif -%}}\n"
     if "date_string" in text:
-        from beholder.data.chat_template import TEMPLATE_DATE
-
-        date = TEMPLATE_DATE.strftime("%d %b %Y")
-        head += f"{{%- if date_string is not defined -%}}{{%- set date_string = {say(date)} -%}}{{%- endif -%}}\n"
-    return head.rstrip("\n") + text
+        date = json.dumps(TEMPLATE_DATE.strftime("%d %b %Y"))
+        head += f"{{%- if date_string is not defined -%}}{{%- set date_string = {date} -%}}{{%- endif -%}}\n"
+    return head
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ This file is all that transformers needs beside itself (and timm, for a tower of
 ``AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)``.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ class BeholderConfig(PreTrainedConfig):
     ``timm``; ``layer`` taken; where its ``patches`` are. ``connector``: its kinds and sizes."""
 
     model_type = "beholder"
-    sub_configs = {"text_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __init__(
         self,
@@ -230,8 +230,8 @@ class BeholderForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["connector"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["connector"]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

@@ -2,14 +2,14 @@
 trained with."""
 
 import io
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 RESAMPLE = {
@@ -29,7 +29,8 @@ class BeholderImageProcessor(ImageProcessingMixin):
     An image is encoded bytes, a path, or an open Pillow image (as its file would be, if nothing was converted before).
     """
 
-    model_input_names = ["pixel_values"]
+    model_input_names: ClassVar[list[str]] = ["pixel_values"]
+    valid_kwargs = ImagesKwargs
 
     def __init__(
         self,
