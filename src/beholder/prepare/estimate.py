@@ -276,6 +276,10 @@ def estimate(
         raise UserError(gaps[-1])  # not a file that is elsewhere: a student that cannot be made
     vision = _try(gaps, lambda: vision_shape(cfg.model.vision, vision_config))
     lora = cfg.model.lora if cfg.has_adapters else None
+    exports_as = None
+    if language and vision and language.part and vision.part:
+        tower, lm = vision.part.module, language.part.module
+        exports_as = str(export_class(cfg.model.connector, cfg.model.vision, tower, lm, vision.num_patches))
     language, vision = learning(language, vision, lora, cfg.model.vision)
     connector = None
     if language and vision:
@@ -284,13 +288,9 @@ def estimate(
         check_budget(cfg.model.student and cfg.model.student.max_params, {k: s.params for k, s in parts.items()})
     table = _table(cfg, language, vision, connector)
     result = Estimate(cfg.run_name, cfg.stage_name, str(device), table, language, vision, connector, gaps=gaps)
+    result.exports_as = exports_as
     examples = _sample_records(cfg, result)
     if language and vision and connector:
-        result.exports_as = str(
-            export_class(
-                cfg.model.connector, cfg.model.vision, vision.part.module, language.part.module, vision.num_patches
-            )
-        )
         _estimate_sequence(cfg, connector.num_tokens, examples, result, llm_config)
         _plan_memory(cfg, result, language, vision, connector)
         _plan_time(cfg, result, language, vision, connector, device if measure else None)
