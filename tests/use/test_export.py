@@ -3,6 +3,7 @@ behind when it does not."""
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import subprocess
@@ -18,16 +19,20 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from tests.conftest import TinyParts, make_config
+from tests.data.test_chat_templates import sentencepiece
 from tests.use.talking import untrained_run
+from transformers import AddedToken
 from typer.testing import CliRunner
 
 from beholder.cli import app
 from beholder.config.file import dump_config, parse_config
+from beholder.data.chat import ChatEncoder
 from beholder.data.images import ImagePipeline, decode
 from beholder.model.adapters import adapter_tensors, load_adapter_tensors
 from beholder.model.build import build_vlm
 from beholder.prepare.estimate import estimate
 from beholder.prepare.tiny import (
+    CHATML,
     LlmFamily,
     VisionFamily,
     colour_source,
@@ -37,10 +42,10 @@ from beholder.prepare.tiny import (
     tiny_vision,
 )
 from beholder.train import checkpoint
-from beholder.types import ImageGeometry, UserError
+from beholder.types import Example, ImageGeometry, ImageRef, ImageSlot, Turn, UserError
 from beholder.use import export as exporting
 from beholder.use.export import Exported, export
-from beholder.use.exported.processing_beholder import BeholderImageProcessor
+from beholder.use.exported.processing_beholder import BeholderImageProcessor, BeholderProcessor
 from beholder.use.vlm import load
 
 MakeRun = Callable[..., Path]
@@ -341,6 +346,37 @@ def test_plan_says_as_what_a_run_exports(
 
     assert told is not None and expected in told
     assert told.startswith("Beholder") == ("model." in expected or "Dino" in expected), told
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Text
+
+
+@pytest.mark.parametrize("kind", ["mistral", "legacy", "gemma"])
+def test_text_after_an_image_goes_on_as_in_training(kind: str) -> None:
+    control = ["<|im_start|>", "<|im_end|>"]
+    tokenizer = sentencepiece(kind, control, "<s>", "</s>")
+    tokenizer.chat_template = CHATML
+    encoder = ChatEncoder(
+        tokenizer, num_visual_tokens=2, max_seq_len=256, template="chat", instruction="", instruction_multi=""
+    )
+    parts = ("see ", ImageSlot(0), "the word", ImageSlot(1), " and ")
+    asked = Example("a", tuple(ImageRef(root="", path=str(k)) for k in range(2)), (Turn("user", parts),))
+    marked = copy.deepcopy(tokenizer)
+    marked.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    processor = BeholderProcessor(
+        BeholderImageProcessor(), marked, num_visual_tokens=2, before=encoder.im_start_ids, after=encoder.im_end_ids,
+        goes_on=True,
+    )  # fmt: skip
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "see <image>the word<image> and "}], tokenize=False, add_generation_prompt=True
+    )
+
+    encoded = encoder.encode_prompt(asked)
+
+    ids = np.array(processor.encode(text))
+    ids[ids == processor.image_token_id] = encoder.reserved_id
+    assert ids.tolist() == encoded.ids.tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------

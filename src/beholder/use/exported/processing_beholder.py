@@ -2,11 +2,14 @@
 trained with."""
 
 import io
+import json
+import re
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from transformers import BatchFeature
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin
@@ -116,9 +119,40 @@ def flat(images: Any) -> list[Any]:
     return [i for one in images for i in flat(one)] if isinstance(images, list | tuple) else [images]
 
 
+def without_word_mark(tokenizer: Any) -> Any:
+    """The tokenizer's inside without the mark (``▁`` or a space) that it puts before a text of its own accord, for
+    text that goes on after an image; None where it puts none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    facts = json.loads(backend.to_str())
+
+    def unmarked(part: Any) -> Any:
+        match part:
+            case {"type": "Prepend"}:
+                return None
+            case {"type": "Metaspace"}:
+                return part | {"prepend_scheme": "never"}
+            case {"type": "ByteLevel"}:
+                return part | {"add_prefix_space": False}
+            case {"type": "Sequence"}:
+                return {k: [u for p in v if (u := unmarked(p))] if isinstance(v, list) else v for k, v in part.items()}
+            case _:
+                return part
+
+    before = [facts["normalizer"], facts["pre_tokenizer"]]
+    after = [unmarked(part) for part in before]
+    if after == before:
+        return None
+    facts["normalizer"], facts["pre_tokenizer"] = after
+    facts["truncation"] = facts["padding"] = None
+    return Tokenizer.from_str(json.dumps(facts))
+
+
 class BeholderProcessor(ProcessorMixin):
     """Text with ``image_token`` where each image goes, as the chat template writes it. ``before`` and ``after``: ids
-    around the ``num_visual_tokens`` places of an image. The text between images is tokenised on its own."""
+    around the ``num_visual_tokens`` places of an image. The text between images is tokenised on its own; ``goes_on``:
+    without a mark for a text's first word."""
 
     def __init__(
         self,
@@ -129,12 +163,21 @@ class BeholderProcessor(ProcessorMixin):
         num_visual_tokens: int = 0,
         before: Any = (),
         after: Any = (),
+        goes_on: bool = False,
         **kwargs: Any,
     ) -> None:
         self.image_token, self.num_visual_tokens = image_token, num_visual_tokens
         self.before, self.after = list(before), list(after)
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.goes_on = goes_on
+        self._unmarked = without_word_mark(tokenizer) if goes_on else None
+        spelled = sorted({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, spelled)))
+
+    def to_dict(self) -> dict[str, Any]:
+        told = super().to_dict()
+        return {k: v for k, v in told.items() if not k.startswith("_")}
 
     def __call__(
         self, images: Any = None, text: Any = None, return_tensors: Any = None, padding: Any = True, **kwargs: Any
@@ -159,13 +202,21 @@ class BeholderProcessor(ProcessorMixin):
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text as the chat template writes it."""
-        ids: list[int] = []
-        for k, piece in enumerate(text.split(self.image_token)):
-            if k:
-                ids += [*self.before, *[self.image_token_id] * self.num_visual_tokens, *self.after]
-            if piece:
-                ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        first, *others = text.split(self.image_token)
+        ids = self._ids(first)
+        for piece in others:
+            ids += [*self.before, *[self.image_token_id] * self.num_visual_tokens, *self.after]
+            if self._unmarked is None:
+                ids += self._ids(piece)
+                continue
+            control = self._control.search(piece)
+            cut = len(piece) if control is None else control.start()
+            ids += self._unmarked.encode(piece[:cut], add_special_tokens=False).ids if cut else []
+            ids += self._ids(piece[cut:])
         return ids
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     # What vLLM's transformers back end asks.
 
