@@ -299,6 +299,8 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(
         export(default, full)
     with pytest.raises(UserError, match="samples is 0"):
         export(default, tmp_path / "out", samples=0)
+    with pytest.raises(UserError, match="'huge', expected a size such as 500MB"):
+        export(default, tmp_path / "out", max_shard_size="huge")
     bare = make_run("llama", "siglip", **{
         "stage": "align", "model.lora": {"enable": False}, "prompting.template": "conversation",
     })  # fmt: skip

@@ -119,9 +119,7 @@ def export(
     """
     from beholder.use.export import export as write
 
-    told = write(
-        run_folder, out, to=to, adapter=adapter, samples=samples, max_shard_size=shard, overrides=sets or []
-    )
+    told = write(run_folder, out, to=to, adapter=adapter, samples=samples, max_shard_size=shard, overrides=sets or [])
     tell(told, json)
 
 

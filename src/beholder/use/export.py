@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from beholder.config import GREEDY
-from beholder.config.file import check_consent
 from beholder.data.build import open_records
 from beholder.data.chat import EncodeError
 from beholder.data.chat_template import TEMPLATE_DATE
@@ -41,6 +41,7 @@ from beholder.model.placement import Part, without_adapters
 from beholder.model.standard import ExportClass, export_class
 from beholder.model.vlm import VisionLanguageModel
 from beholder.model.weights import check_finite, quiet_transformers
+from beholder.runs import writing
 from beholder.train.trained import TrainedRun, open_trained
 from beholder.types import Example, ImageInput, ImageSlot, Turn, UserError
 
@@ -112,10 +113,10 @@ def export(
     samples: int = NUM_SAMPLES,
     max_shard_size: str = "5GB",
     overrides: Sequence[str] = (),
-) -> Exported:  # fmt: skip
+) -> Exported:
     """Write ``run`` (its best checkpoint, else its latest) to ``out`` as a Hugging Face folder, and prove it.
 
-    ``adapter``: leave the adapters beside their base as a PEFT folder instead of merging them. Raises `UserError` for
+    ``to``: the one format there is. ``adapter``: leave the adapters beside their base as a PEFT folder instead of merging them. Raises `UserError` for
     an ``out`` that holds something, a run without adapters where they are asked for, parts that bring code of their
     own, and where what was loaded does not compute what the run computes; nothing is left behind then.
     """
@@ -124,23 +125,30 @@ def export(
         raise UserError(f"{out} is not empty; name a new folder for the export")
     if samples < 1:
         raise UserError(f"samples is {samples}, expected 1 or more: an export that nothing was compared on is no proof")
+    if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]B", max_shard_size):
+        raise UserError(f"the largest file of weights is {max_shard_size!r:.40}, expected a size such as 500MB or 5GB")
+    assert to == "hf", to
     opened = open_trained(run, torch.device("cpu"), overrides)
     if adapter and not opened.model.adapters:
         raise UserError(f"{run} has no adapters, so there is nothing to put beside its base; leave --adapter out")
-    chosen = _samples(opened, samples, overrides)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    chosen = _samples(opened, samples)
+    with writing(out):
+        place = Path(os.path.abspath(out))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent))
     try:
         folder.chmod(0o777 & ~_umask())
         with ExitStack() as stack, quiet_transformers():
             if not adapter:
                 stack.enter_context(opened.model.adapters_merged())
-            written = _write(opened, folder, beside=adapter, max_shard_size=max_shard_size)
+            with writing(out):
+                written = _write(opened, folder, beside=adapter, max_shard_size=max_shard_size)
             difference, answers = _prove(opened, folder, written, chosen, beside=adapter)
         files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-        if out.is_dir():
-            out.rmdir()
-        os.replace(folder, out)
+        with writing(out):
+            if out.is_dir():
+                out.rmdir()
+            os.replace(folder, place)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -159,9 +167,8 @@ def _umask() -> int:
 # Which samples
 
 
-def _samples(run: TrainedRun, count: int, overrides: Sequence[str]) -> list[_Sample]:
+def _samples(run: TrainedRun, count: int) -> list[_Sample]:
     """Held-out samples with an image that can be asked, spread over all of them. Raises `UserError` for none."""
-    check_consent(run.cfg, overrides)
     found: list[_Sample] = []
     for example in _held_out(run):
         if not example.images:
@@ -195,7 +202,7 @@ def _held_out(run: TrainedRun) -> Iterator[Example]:
     """The run's held-out samples; of a run without a split file, its records."""
     data = run.cfg.data
     records = open_records(run.cfg, data.eval_sources or data.train_sources)
-    splits = sorted((Path(run.cfg.run_dir) / "splits").glob("split_*.json"))
+    splits = sorted((run.checkpoint.resolve().parent.parent / "splits").glob("split_*.json"))
     if data.eval_sources or not splits:
         indices = np.arange(len(records))
     else:
