@@ -116,9 +116,10 @@ def export(
 ) -> Exported:
     """Write ``run`` (its best checkpoint, else its latest) to ``out`` as a Hugging Face folder, and prove it.
 
-    ``to``: the one format there is. ``adapter``: leave the adapters beside their base as a PEFT folder instead of merging them. Raises `UserError` for
-    an ``out`` that holds something, a run without adapters where they are asked for, parts that bring code of their
-    own, and where what was loaded does not compute what the run computes; nothing is left behind then.
+    ``to``: the one format there is. ``adapter``: leave the adapters beside their base as a PEFT folder instead of
+    merging them. Raises `UserError` for an ``out`` that holds something, a run without adapters where they are asked
+    for, parts that bring code of their own, and where what was loaded does not compute what the run computes; nothing
+    is left behind then.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
