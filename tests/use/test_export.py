@@ -185,6 +185,9 @@ def test_a_student_in_16_bits_is_exported_with_what_it_is(
         ("smollm2", "clip", "VipLlava", LLAVA | {"model.connector.vision_ln": True}),
         ("llama", "clip", "Llava", LLAVA | BF16),
         ("llama", "clip", "Llava", LLAVA | {"model.vision.feature_layer": -1, "model.lora.vit_layers": "last-1"}),
+        ("llama", "clip", "Llava", LLAVA | BF16 | {
+            "model.vision.feature_layer": -1, "model.vision.unfreeze": ["last-1"], "train.lr.vision": 1e-4,
+        }),
         ("qwen3", "siglip", "Beholder", BF16),
         ("llama", "siglip", "Beholder", {"prompting.template": "conversation", "model.connector.vision_ln": True}),
         ("smollm2", "repvit", "Beholder", {"model.connector.resampler.kind": "grid"}),
