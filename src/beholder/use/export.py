@@ -52,9 +52,8 @@ IMAGE_TOKEN = "<image>"
 NUM_SAMPLES = 4
 NEW_TOKENS = 24
 """Of a golden answer."""
-ROUNDING = 1e-6
-"""Of the largest logit: the same sums may differ in their last bits where kernels look at how memory is aligned. What
-was seen is 0 throughout."""
+ROUNDING = 1e-5
+"""Of the largest logit: a library may add in another order in another process. What was seen is 0 throughout."""
 CODE = Path(__file__).parent / "exported"
 
 
@@ -733,6 +732,10 @@ def _in_fp32(model: VisionLanguageModel | NativeModel) -> None:
     """All of it in fp32, for good. What is no weight and was rounded with them (rotary frequencies) is computed anew,
     as it is wherever the folder is loaded."""
     model.float()
+    for (
+        parameter
+    ) in model.parameters():  # products of a single row look at how memory is aligned; files do not align it
+        parameter.data = parameter.data.clone()
     language = model.language.model
     model.language.compute_dtype = None
     for part in model.parts().values():

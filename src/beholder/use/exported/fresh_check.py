@@ -37,6 +37,8 @@ def main(job: Path) -> None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, f"{folder}/{asked['adapter']}").eval()
+    for parameter in model.parameters():  # as memory is aligned there; files do not align it
+        parameter.data = parameter.data.clone()
     answers: list[list[int]] = []
     logits: dict[str, torch.Tensor] = {}
     for k, sample in enumerate(asked["samples"]):
