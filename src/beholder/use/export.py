@@ -384,7 +384,8 @@ def _llava(run: TrainedRun, model: VisionLanguageModel, written: ExportClass, to
     import transformers
 
     assert model.vision is not None
-    cfg, backbone = run.cfg.model, model.vision.backbone
+    cfg = run.cfg.model
+    backbone: Any = model.vision.backbone
     text = _text_config(model)
     vision = type(backbone.config)(**_plain(backbone.config.to_dict()))
     if hasattr(backbone, "use_head"):
@@ -418,7 +419,8 @@ def _own(run: TrainedRun, model: VisionLanguageModel, written: ExportClass, toke
     from beholder.use.exported.modeling_beholder import BeholderConfig, BeholderForConditionalGeneration
 
     assert model.vision is not None
-    cfg, backbone, tower = run.cfg.model, model.vision.backbone, model.vision
+    cfg, tower = run.cfg.model, model.vision
+    backbone: Any = tower.backbone
     assert tower.layout is not None
     patches = {"axes": tower.layout.axes, "first": tower.layout.first, "count": tower.layout.num_patches}
     settings: dict[str, Any] = {"layer": cfg.vision.feature_layer, "patches": patches}
