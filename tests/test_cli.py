@@ -34,8 +34,8 @@ from beholder.types import Status, UserError
 
 COMMANDS = (
     "quickstart", "run", "prepare", "check", "preview", "plan", "generate", "chat", "score", "evaluate", "ablate",
-    "audit", "golden show", "golden diff", "sweep", "distill", "compare", "report", "doctor", "doctor teacher",
-    "doctor distillation", "doctor batch", "doctor inference", "schema",
+    "export", "audit", "golden show", "golden diff", "sweep", "distill", "compare", "report", "doctor",
+    "doctor teacher", "doctor distillation", "doctor batch", "doctor inference", "schema",
 )  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def test_the_choices_of_the_command_line_are_those_of_the_functions_behind() -> 
     from beholder import config
     from beholder.prepare import packages
     from beholder.stages import learnable
-    from beholder.use import score
+    from beholder.use import export, score
 
     def choices(function: Any, parameter: str) -> tuple[str, ...]:
         hint = typing.get_type_hints(function)[parameter]
@@ -82,6 +82,7 @@ def test_the_choices_of_the_command_line_are_those_of_the_functions_behind() -> 
     assert choices(cli.before.check, "dataset") == typing.get_args(config.DatasetKind)
     assert choices(cli.before.check, "shape") == typing.get_args(types.ShapeName)
     assert choices(cli.use.generate, "device") == choices(settings, "device")
+    assert choices(cli.use.export, "to") == choices(export.export, "to")
     assert choices(cli.use.score, "kind") == typing.get_args(score.Kind)
     assert choices(cli.before.prepare, "name") == (*choices(packages.prepare, "name"), "unified")
     for parameter in ("part", "learner"):

@@ -31,8 +31,8 @@ EXIT_SIGTERM = 143
 
 ORDER = (
     "quickstart", "run", "prepare", "check", "preview", "plan", "generate", "chat", "score", "evaluate", "ablate",
-    "audit", "layers", "sweep", "footprint", "teacher-cache", "distill", "compare", "report", "doctor", "schema",
-    "golden",
+    "export", "audit", "layers", "sweep", "footprint", "teacher-cache", "distill", "compare", "report", "doctor",
+    "schema", "golden",
 )  # fmt: skip
 """The commands as a person meets them, whatever file they stand in; one that is missing here comes last."""
 

@@ -94,6 +94,35 @@ def chat(
     talk(conversation, source=sys.stdin, out=sys.stdout, notes=sys.stderr)
 
 
+@app.command(epilog=example("beholder export outputs/quickstart/instruct --to hf --out exported"))
+def export(
+    run_folder: RunArg,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="New, or empty.")],
+    to: Annotated[Literal["hf"], typer.Option(help="hf: a Hugging Face folder.")] = "hf",
+    adapter: Annotated[
+        bool,
+        typer.Option(
+            "--adapter/--merged", help="Leave the adapters beside their base as a PEFT folder, or merge them into it."
+        ),
+    ] = False,
+    samples: Annotated[int, typer.Option(min=1, help="Held-out samples that it is compared on.")] = 4,
+    shard: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights.")] = "5GB",
+    json: Json = False,
+    sets: PartSets = None,
+) -> None:
+    """Write a trained run as a folder that transformers opens without Beholder, and prove it in a process of its own.
+
+    Where it computes what a class of transformers' own computes (LLaVA, VipLLaVA), it becomes that class; else a class
+    in a file of the folder. Logits and answers are compared with the run's; where they differ nothing is left behind.
+
+    Python: beholder.use.export.export.
+    """
+    from beholder.use.export import export as write
+
+    told = write(run_folder, out, to=to, adapter=adapter, samples=samples, max_shard_size=shard, overrides=sets or [])
+    tell(told, json)
+
+
 @app.command(epilog=example("beholder score vqa --predictions answers.jsonl --references v2_val2014_annotations.json"))
 def score(
     kind: Annotated[

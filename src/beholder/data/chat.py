@@ -172,6 +172,12 @@ class ChatEncoder:
         """sha256 over everything that decides which ids an example gives."""
 
     @property
+    def chat_text(self) -> tuple[str, bool]:
+        """(the chat template as it is used, thinking), under template chat."""
+        assert self._chat is not None
+        return self._chat.text, self._chat.thinking
+
+    @property
     def prompt_note(self) -> str | None:
         """What a person should know about where generation starts (`ChatTemplate.prompt_note`); mostly nothing."""
         return self._chat.prompt_note if self._chat is not None else None

@@ -79,6 +79,10 @@ class VisionTower(nn.Module):
         self.register_buffer("scale", (1 / (255 * std)).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1), persistent=False)
         self._fingerprint: str | None = None
+        self.layout: PatchLayout | None = None
+        """Where in the backbone's output the patches are."""
+        self.interpolates = False
+        """Whether it is asked to fit its positions to the size of its pictures."""
         self.part = tower_part(backbone, name)
         self.part.try_out = self.try_out
         freeze(self)
@@ -318,7 +322,9 @@ def _load_hf(cfg: VisionConfig, device: torch.device) -> VisionTower:
     skip = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
     settings = {k: v for k, v in part.to_dict().items() if k not in skip}
     identity = {"class": type(model).__name__, "config": settings, "feature_layer": cfg.feature_layer}
-    return VisionTower(model, patches_of(outputs, layout), geometry, identity, dtype, cfg.name_or_path).to(device)
+    tower = VisionTower(model, patches_of(outputs, layout), geometry, identity, dtype, cfg.name_or_path).to(device)
+    tower.layout, tower.interpolates = layout, interpolate
+    return tower
 
 
 def _vision_part(config: Any, name: str) -> Any:
@@ -554,7 +560,9 @@ def _load_timm(cfg: VisionConfig, device: torch.device) -> VisionTower:
         resize="stretch", resample=data["interpolation"] if data["interpolation"] in RESAMPLE.values() else "bicubic",
     )  # fmt: skip
     identity = {"timm": name.split(".")[0], "class": type(model).__name__, "feature_layer": cfg.feature_layer}
-    return VisionTower(model, patches_of(outputs, layout), geometry, identity, dtype, cfg.name_or_path).to(device)
+    tower = VisionTower(model, patches_of(outputs, layout), geometry, identity, dtype, cfg.name_or_path).to(device)
+    tower.layout = layout
+    return tower
 
 
 def timm_name(cfg: VisionConfig) -> str:

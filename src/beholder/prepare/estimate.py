@@ -69,6 +69,7 @@ from beholder.model.placement import (
     tower_part,
 )
 from beholder.model.plan import TrainableRow, TrainableTable
+from beholder.model.standard import export_class
 from beholder.model.student import check_budget, empty_student
 from beholder.model.weights import DTYPES, check_settings, loading
 from beholder.prepare.doctor import matmul_rate
@@ -191,6 +192,8 @@ class Estimate:
     """Measured on the device in the compute type."""
     seconds: dict[str, float] = field(default_factory=dict)
     """``step``, ``features`` (filling the store), ``training``, ``total``; evaluation not included."""
+    exports_as: str | None = None
+    """Class that `beholder export` makes of it, with the setting that stands in the way of one of transformers' own."""
     gaps: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -209,6 +212,8 @@ class Estimate:
                 console.print(f"[bold]{title}[/bold]")
                 for name, text in lines:
                     console.print(f"  {name:<42}{text}", highlight=False)
+        if self.exports_as:
+            console.print(f"exports as {self.exports_as}", highlight=False, markup=False)
         for gap in self.gaps:
             console.print(f"[yellow]not known:[/yellow] {gap}", highlight=False)
 
@@ -271,6 +276,10 @@ def estimate(
         raise UserError(gaps[-1])  # not a file that is elsewhere: a student that cannot be made
     vision = _try(gaps, lambda: vision_shape(cfg.model.vision, vision_config))
     lora = cfg.model.lora if cfg.has_adapters else None
+    exports_as = None
+    if language and vision and language.part and vision.part:
+        tower, lm = vision.part.module, language.part.module
+        exports_as = str(export_class(cfg.model.connector, cfg.model.vision, tower, lm, vision.num_patches))
     language, vision = learning(language, vision, lora, cfg.model.vision)
     connector = None
     if language and vision:
@@ -279,6 +288,7 @@ def estimate(
         check_budget(cfg.model.student and cfg.model.student.max_params, {k: s.params for k, s in parts.items()})
     table = _table(cfg, language, vision, connector)
     result = Estimate(cfg.run_name, cfg.stage_name, str(device), table, language, vision, connector, gaps=gaps)
+    result.exports_as = exports_as
     examples = _sample_records(cfg, result)
     if language and vision and connector:
         _estimate_sequence(cfg, connector.num_tokens, examples, result, llm_config)

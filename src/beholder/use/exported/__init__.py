@@ -1,0 +1,2 @@
+"""Files that `use.export` puts into an exported folder, as they stand: they import torch, Pillow and transformers, and
+nothing of this package."""

@@ -1,0 +1,434 @@
+"""A run as a Hugging Face folder: which class it becomes, that it computes the same without Beholder, and what is left
+behind when it does not."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from tests.conftest import TinyParts, make_config
+from tests.data.test_chat_templates import sentencepiece
+from tests.use.talking import untrained_run
+from transformers import AddedToken
+from typer.testing import CliRunner
+
+from beholder.cli import app
+from beholder.config.file import dump_config, parse_config
+from beholder.data.chat import ChatEncoder
+from beholder.data.images import ImagePipeline, decode
+from beholder.model.adapters import adapter_tensors, load_adapter_tensors
+from beholder.model.build import build_vlm
+from beholder.prepare.estimate import estimate
+from beholder.prepare.tiny import (
+    CHATML,
+    LlmFamily,
+    VisionFamily,
+    colour_source,
+    tiny_llm,
+    tiny_native,
+    tiny_tokenizer,
+    tiny_vision,
+)
+from beholder.train import checkpoint
+from beholder.types import Example, ImageGeometry, ImageRef, ImageSlot, Turn, UserError
+from beholder.use import export as exporting
+from beholder.use.export import Exported, export
+from beholder.use.exported.processing_beholder import BeholderImageProcessor, BeholderProcessor
+from beholder.use.vlm import load
+
+MakeRun = Callable[..., Path]
+LLAVA = {
+    "model.connector.resampler.kind": "none", "model.connector.output_norm": "none",
+    "model.connector.num_visual_tokens": None, "model.vision.feature_layer": -2,
+}  # fmt: skip
+BF16 = {"model.llm.precision": "bf16", "model.vision.precision": "bf16", "train.precision": "bf16"}
+STUDENT = {"like": "llama", "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 64}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[LlmFamily, VisionFamily], tuple[TinyParts, Any]]:
+    folder = tmp_path_factory.mktemp("parts")
+    source = colour_source(folder / "data", "jsonl", 24, dialogues=True)
+    assert source.image_root is not None
+    records, images = Path(source.json_path), Path(source.image_root)
+    made: dict[str, Any] = {}
+
+    def make(llm: LlmFamily, vision: VisionFamily) -> tuple[TinyParts, Any]:
+        if llm not in made:
+            made[llm] = tiny_llm(folder / llm, llm)
+        if vision not in made:
+            made[vision] = tiny_vision(folder / vision, vision)
+        name, weights = made[vision]
+        return TinyParts(made[llm], name, records, images), weights
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def make_run(parts: Any, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
+    def make(llm: LlmFamily, vision: VisionFamily, **sets: Any) -> Path:
+        tiny, weights = parts(llm, vision)
+        more = {} if weights is None else {"model.vision.weights": weights}
+        return untrained_run(tiny, tmp_path_factory.mktemp("run"), **(more | sets))
+
+    return make
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def same(told: Exported, name: str) -> None:
+    assert told.exported_class == name and told.samples == 4
+    assert told.max_logit_difference == 0, "the same sums in the same order"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Each class
+
+
+@pytest.mark.parametrize(("llm", "vision", "adapter"), [("llama", "clip", False), ("qwen3", "siglip", True)])
+def test_a_plain_mlp_on_clip_or_siglip_is_llava_without_code_of_ours(
+    make_run: MakeRun, tmp_path: Path, llm: LlmFamily, vision: VisionFamily, adapter: bool
+) -> None:
+    told = export(make_run(llm, vision, **LLAVA), tmp_path / "out", adapter=adapter)
+
+    same(told, "LlavaForConditionalGeneration")
+    assert told.prevents == "" and "modeling_beholder.py" not in told.files
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert settings["vision_feature_layer"] == -2 and "auto_map" not in settings
+    assert settings["vision_feature_select_strategy"] == ("default" if vision == "clip" else "full")
+    if adapter:
+        kept = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+        assert kept and all(k.startswith("base_model.model.model.language_model.layers.") for k in kept)
+
+
+@pytest.fixture(scope="module")
+def default(make_run: MakeRun) -> Path:
+    return make_run("qwen3", "siglip")
+
+
+@pytest.fixture(scope="module")
+def exported(default: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Exported]:
+    out = tmp_path_factory.mktemp("exported") / "out"
+    return out, export(default, out, max_shard_size="200KB")
+
+
+def test_the_default_connector_brings_one_modelling_file(exported: tuple[Path, Exported], parts: Any) -> None:
+    out, told = exported
+
+    same(told, "BeholderForConditionalGeneration")
+    assert told.prevents.startswith("model.connector.resampler.kind is perceiver")
+    assert "modeling_beholder.py" in told.files
+    assert {Path(f).suffix for f in told.files} == {".json", ".jinja", ".py", ".safetensors"}, "nothing is a pickle"
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    tiny, _ = parts("qwen3", "siglip")
+    for path in out.iterdir():
+        data = path.read_bytes()
+        assert str(tiny.llm.parent).encode() not in data and str(Path.home()).encode() + b"/" not in data, path
+        assert b"import beholder" not in data and b"from beholder" not in data, path
+
+
+def test_a_pipeline_without_beholder_answers_as_the_run_chats(
+    default: Path, exported: tuple[Path, Exported], parts: Any
+) -> None:
+    tiny, _ = parts("qwen3", "siglip")
+    image = sorted(tiny.images.glob("*.png"))[3]
+    code = f"""
+import json, sys
+sys.modules["beholder"] = None
+from PIL import Image
+from transformers import pipeline
+pipe = pipeline("image-text-to-text", model={str(exported[0])!r}, trust_remote_code=True)
+parts = [{{"type": "image", "image": Image.open({str(image)!r})}}, {{"type": "text", "text": "What colour?"}}]
+out = pipe(text=[{{"role": "user", "content": parts}}], max_new_tokens=8, return_full_text=False)
+print(json.dumps(out[0]["generated_text"]))
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr[-2000:]
+    own = load(default, device="cpu").chat("What colour?", image, max_new_tokens=8)
+    assert json.loads(done.stdout.splitlines()[-1]).strip() == own
+
+
+def test_a_student_in_16_bits_is_exported_with_what_it_is(
+    make_run: MakeRun, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    words = tmp_path_factory.mktemp("words")
+    tiny_tokenizer(words, "smollm2")
+    run = make_run("qwen3", "siglip", **BF16, **{
+        "model.llm.name_or_path": str(words), "model.student": STUDENT, "model.lora": {"enable": False},
+        "train.lr.language": 1e-3,
+    })  # fmt: skip
+
+    same(export(run, tmp_path / "out"), "BeholderForConditionalGeneration")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize(
+    ("llm", "vision", "name", "sets"),
+    [
+        ("smollm2", "clip", "VipLlava", LLAVA | {"model.connector.vision_ln": True}),
+        ("llama", "clip", "Llava", LLAVA | BF16),
+        ("llama", "clip", "Llava", LLAVA | {"model.vision.feature_layer": -1, "model.lora.vit_layers": "last-1"}),
+        ("llama", "clip", "Llava", LLAVA | BF16 | {
+            "model.vision.feature_layer": -1, "model.vision.unfreeze": ["last-1"], "train.lr.vision": 1e-4,
+        }),
+        ("qwen3", "siglip", "Beholder", BF16),
+        ("llama", "siglip", "Beholder", {"prompting.template": "conversation", "model.connector.vision_ln": True}),
+        ("smollm2", "repvit", "Beholder", {"model.connector.resampler.kind": "grid"}),
+        ("llama", "dinov2", "Beholder", {
+            "model.connector.resampler.kind": "pixel_shuffle", "model.connector.num_visual_tokens": None,
+            "model.connector.projector.kind": "linear",
+        }),
+        ("llama", "dinov2", "Beholder", {
+            "model.connector.resampler.kind": "mean_pool", "model.connector.num_visual_tokens": None,
+        }),
+    ],
+)  # fmt: skip
+def test_every_connector_and_tower_computes_the_same(
+    make_run: MakeRun, tmp_path: Path, llm: LlmFamily, vision: VisionFamily, name: str, sets: Any, adapter: bool
+) -> None:
+    told = export(make_run(llm, vision, **sets), tmp_path / "out", adapter=adapter)
+
+    same(told, f"{name}ForConditionalGeneration")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sets", [{}, {"prompting.template": "conversation"}])
+def test_a_captioning_run_describes_without_being_asked(make_run: MakeRun, tmp_path: Path, sets: Any) -> None:
+    source = colour_source(tmp_path / "captions", "jsonl", 12)
+    run = make_run("llama", "siglip", **sets, **{
+        "stage": "align", "model.lora": {"enable": False}, "data.json_path": source.json_path,
+        "data.image_root": source.image_root, "data.eval_size": 4,
+    })  # fmt: skip
+
+    same(export(run, tmp_path / "out"), "BeholderForConditionalGeneration")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_vl", "idefics3", "gemma3"])
+def test_a_native_run_stays_of_its_class(parts: Any, tmp_path: Path, family: Any, adapter: bool) -> None:
+    tiny, _ = parts("llama", "clip")
+    raw = {
+        "run_name": "native", "output_dir": str(tmp_path / "run"), "device": "cpu", "stage": "instruct",
+        "model": {
+            "native": {"name_or_path": str(tiny_native(tmp_path / "native", family)), "precision": "fp32"},
+            "lora": {"enable": True, "r": 4},
+        },
+        "data": {"json_path": str(tiny.records), "image_root": str(tiny.images), "eval_size": 8},
+        "train": {"train_steps": 4, "micro_batch_size": 4, "precision": "fp32"},
+    }  # fmt: skip
+    cfg = parse_config(yaml.safe_dump(raw), "native", [])
+    run = Path(cfg.run_dir)
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(dump_config(cfg))
+    model, _ = build_vlm(cfg.model, compute_precision="fp32", device=torch.device("cpu"), seed=0)
+    draw = torch.Generator().manual_seed(1)
+    for part in (p for p in model.parts().values() if p.adapters):
+        noise = {k: 0.1 * torch.randn(t.shape, generator=draw) for k, t in adapter_tensors(part).items()}
+        load_adapter_tensors(part, noise)
+    checkpoint.save_checkpoint(
+        run / "checkpoints", 1, model.trained_state(), optimizer_state={},
+        trainer={"config": cfg.model_dump(mode="json")}, keep=3,
+    )  # fmt: skip
+
+    told = export(run, tmp_path / "out", adapter=adapter)
+
+    assert told.max_logit_difference == 0 and told.exported_class.endswith("ForConditionalGeneration")
+    assert told.exported_class != "BeholderForConditionalGeneration"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def test_a_planted_difference_leaves_nothing_behind(
+    default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = exporting._connector_state
+
+    def planted(model: Any) -> dict[str, torch.Tensor]:
+        state = true(model)
+        return state | {"projector.fc2.bias": state["projector.fc2.bias"] + 1e-3}
+
+    monkeypatch.setattr(exporting, "_connector_state", planted)
+    with pytest.raises(UserError, match=r"the logits of what was exported differ from the run's by .*nothing was kept"):
+        export(default, tmp_path / "out", samples=1)
+
+    assert listing(tmp_path) == []
+
+
+def test_a_folder_that_needs_beholder_leaves_nothing_behind(
+    default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    for file in exporting.CODE.glob("*.py"):
+        (code / file.name).write_text(file.read_text())
+    with (code / "modeling_beholder.py").open("a") as file:
+        file.write("\nimport beholder.types\n")
+    monkeypatch.setattr(exporting, "CODE", code)
+
+    with pytest.raises(UserError, match="cannot be loaded in a process of its own") as e:
+        export(default, tmp_path / "out", samples=1)
+
+    assert "beholder" in str(e.value)
+    assert listing(tmp_path) == ["code"]
+
+
+def test_what_cannot_be_exported_is_said_before_anything_is_written(
+    make_run: MakeRun, default: Path, tmp_path: Path
+) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="full is not empty; name a new folder"):
+        export(default, full)
+    with pytest.raises(UserError, match="samples is 0"):
+        export(default, tmp_path / "out", samples=0)
+    with pytest.raises(UserError, match="'huge', expected a size such as 500MB"):
+        export(default, tmp_path / "out", max_shard_size="huge")
+    bare = make_run("llama", "siglip", **{
+        "stage": "align", "model.lora": {"enable": False}, "prompting.template": "conversation",
+    })  # fmt: skip
+    with pytest.raises(UserError, match="has no adapters"):
+        export(bare, tmp_path / "out", adapter=True)
+
+    assert listing(tmp_path) == ["full"] and listing(full) == ["mine.txt"]
+
+
+def test_the_command_writes_and_tells(default: Path, tmp_path: Path) -> None:
+    told = CliRunner().invoke(
+        app, ["export", str(default), "--to", "hf", "--samples", "1", "--out", str(tmp_path / "out"), "--json"]
+    )
+
+    assert told.exit_code == 0, told.output
+    facts = json.loads(told.output)
+    assert facts["max_logit_difference"] == 0 and facts["samples"] == 1 and len(facts["answers"]) == 1
+    assert sorted(facts["files"]) == sorted(p.name for p in (tmp_path / "out").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Said beforehand
+
+
+@pytest.mark.parametrize(
+    ("vision", "sets", "expected"),
+    [
+        ("clip", LLAVA, "LlavaForConditionalGeneration"),
+        ("clip", LLAVA | {"model.vision.feature_layer": -1}, "LlavaForConditionalGeneration"),
+        ("clip", LLAVA | {"model.connector.vision_ln": True}, "VipLlavaForConditionalGeneration"),
+        ("clip", {}, "model.connector.resampler.kind is perceiver"),
+        ("clip", LLAVA | {"model.connector.output_norm": "rms"}, "model.connector.output_norm is rms"),
+        ("clip", LLAVA | {"model.connector.projector.kind": "linear"}, "model.connector.projector.kind is linear"),
+        ("clip", LLAVA | {"model.connector.projector.hidden": 32}, "model.connector.projector.hidden is 32"),
+        ("siglip", LLAVA | {"model.vision.feature_layer": -1}, "model.vision.feature_layer is -1"),
+        ("siglip", LLAVA | {"model.connector.vision_ln": True}, "model.connector.vision_ln is true"),
+        ("dinov2", LLAVA, "is a Dinov2Model"),
+    ],
+)  # fmt: skip
+def test_plan_says_as_what_a_run_exports(
+    parts: Any, tmp_path: Path, vision: VisionFamily, sets: Any, expected: str
+) -> None:
+    tiny, _ = parts("llama", vision)
+    told = estimate(make_config(tiny, tmp_path, **sets), measure=False).exports_as
+
+    assert told is not None and expected in told
+    assert told.startswith("Beholder") == ("model." in expected or "Dino" in expected), told
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Text
+
+
+@pytest.mark.parametrize("kind", ["mistral", "legacy", "gemma"])
+def test_text_after_an_image_goes_on_as_in_training(kind: str) -> None:
+    control = ["<|im_start|>", "<|im_end|>"]
+    tokenizer = sentencepiece(kind, control, "<s>", "</s>")
+    tokenizer.chat_template = CHATML
+    encoder = ChatEncoder(
+        tokenizer, num_visual_tokens=2, max_seq_len=256, template="chat", instruction="", instruction_multi=""
+    )
+    parts = ("see ", ImageSlot(0), "the word", ImageSlot(1), " and ")
+    asked = Example("a", tuple(ImageRef(root="", path=str(k)) for k in range(2)), (Turn("user", parts),))
+    marked = copy.deepcopy(tokenizer)
+    marked.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    processor = BeholderProcessor(
+        BeholderImageProcessor(), marked, num_visual_tokens=2, before=encoder.im_start_ids, after=encoder.im_end_ids,
+        goes_on=True,
+    )  # fmt: skip
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "see <image>the word<image> and "}], tokenize=False, add_generation_prompt=True
+    )
+
+    encoded = encoder.encode_prompt(asked)
+
+    ids = np.array(processor.encode(text))
+    ids[ids == processor.image_token_id] = encoder.reserved_id
+    assert ids.tolist() == encoded.ids.tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def odd_pictures() -> dict[str, bytes]:
+    draw = np.random.default_rng(0)
+    rgb = Image.fromarray(draw.integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    grey = draw.integers(0, 65536, (40, 30), dtype=np.uint16)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    made: dict[str, tuple[Image.Image, str, dict[str, Any]]] = {
+        "plain": (rgb, "PNG", {}), "turned": (rgb, "JPEG", {"exif": turned}), "grey": (rgb.convert("L"), "PNG", {}),
+        "alpha": (rgb.convert("RGBA"), "PNG", {}), "palette": (rgb.convert("P"), "PNG", {"transparency": 3}),
+        "16 bits": (Image.fromarray(grey), "PNG", {}), "cmyk": (rgb.convert("CMYK"), "JPEG", {}),
+        "bits": (rgb.convert("1"), "TIFF", {}), "gif": (rgb.quantize(8), "GIF", {}),
+    }  # fmt: skip
+    made["alpha"][0].putalpha(Image.fromarray(draw.integers(0, 256, (50, 70), dtype=np.uint8)))
+    out = {}
+    for name, (image, kind, how) in made.items():
+        file = io.BytesIO()
+        image.save(file, kind, **how)
+        out[name] = file.getvalue()
+    return out
+
+
+@pytest.mark.parametrize("name", sorted(odd_pictures()))
+@pytest.mark.parametrize(("resize", "resize_to"), [("stretch", 0), ("shortest_edge", 36)])
+def test_the_exported_processor_sees_the_same_pixels(name: str, resize: Any, resize_to: int) -> None:
+    data = odd_pictures()[name]
+    geometry = ImageGeometry(
+        28, 32, 1, 1, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), resize=resize, resize_to=resize_to
+    )
+    theirs = BeholderImageProcessor(
+        28, 32, resize, resize_to, image_mean=geometry.mean, image_std=geometry.std, max_megapixels=1
+    )
+
+    pixels = ImagePipeline(geometry, 1.0).from_pil(decode(data, name, 1.0))
+
+    assert torch.equal(theirs.pixels(data), pixels)
+    assert torch.equal(theirs.pixels(Image.open(io.BytesIO(data))), pixels)
+
+
+def test_the_exported_processor_refuses_bombs_and_arrays() -> None:
+    small = BeholderImageProcessor(max_megapixels=0.001)
+    with pytest.raises(ValueError, match=r"the limit is 0\.001 megapixels"):
+        small.pixels(odd_pictures()["plain"])
+    with pytest.raises(ValueError, match="give encoded bytes, a path or a Pillow image"):
+        small.pixels(np.zeros((3, 4, 4)))
