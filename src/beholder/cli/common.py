@@ -30,7 +30,7 @@ EXIT_SIGTERM = 143
 """Ctrl-C or SIGTERM during training: the step was finished and a checkpoint written."""
 
 ORDER = (
-    "quickstart", "run", "prepare", "check", "preview", "plan", "generate", "chat", "score", "evaluate", "ablate",
+    "quickstart", "run", "prepare", "check", "preview", "plan", "generate", "chat", "serve", "score", "evaluate", "ablate",
     "audit", "layers", "sweep", "footprint", "teacher-cache", "distill", "compare", "report", "doctor", "schema",
     "golden",
 )  # fmt: skip
