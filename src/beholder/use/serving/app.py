@@ -255,6 +255,13 @@ async def read_body(request: Request, limits: Limits) -> bytes:
         ) from None  # fmt: skip
 
 
+_REF = "#/components/schemas/{model}"
+_CHAT_SCHEMA = ChatRequest.model_json_schema(ref_template=_REF)
+_CHAT_SCHEMAS = {**_CHAT_SCHEMA.pop("$defs"), "ChatRequest": _CHAT_SCHEMA}
+# The body is read by hand, within limits, so that FastAPI does not see its type.
+_CHAT_BODY = {"content": {"application/json": {"schema": {"$ref": _REF.format(model="ChatRequest")}}}, "required": True}
+
+
 def build_app(service: Service, key: str | None) -> FastAPI:
     """The application. ``service`` is closed with it."""
 
@@ -283,10 +290,7 @@ def build_app(service: Service, key: str | None) -> FastAPI:
         _check_model(service, name)
         return JSONResponse(schema.model(service.name, service.created))
 
-    body = {"content": {"application/json": {"schema": ChatRequest.model_json_schema(
-        ref_template="#/components/schemas/{model}")}}, "required": True}  # fmt: skip
-
-    @app.post(CHAT, openapi_extra={"requestBody": body})
+    @app.post(CHAT, openapi_extra={"requestBody": _CHAT_BODY})
     async def chat(request: Request) -> Response:
         service.take_place()
         asking: Asking | None = None
@@ -337,6 +341,14 @@ def build_app(service: Service, key: str | None) -> FastAPI:
     async def broken(request: Request, error: Exception) -> Response:
         return error_response(ApiError(500, "The server failed; its log has the reason.", code="failed"))
 
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        told = describe()
+        told.setdefault("components", {}).setdefault("schemas", {}).update(_CHAT_SCHEMAS)
+        return told
+
+    app.openapi = openapi
     routes = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))
     app.add_middleware(Guard, key=key, metrics=service.metrics, routes=routes)
     return app
