@@ -97,7 +97,9 @@ def chat(
 @app.command(epilog=example("beholder serve outputs/quickstart/instruct"))
 def serve(
     run_folder: RunArg,
-    host: Annotated[str, typer.Option(help="Where to listen; other than this machine alone needs a key.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Where to listen; other than this machine alone needs a key.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     api_key_env: Annotated[
         str | None, typer.Option(metavar="NAME", help="The environment variable that holds the key clients must send.")
@@ -112,7 +114,9 @@ def serve(
     max_body_mb: Annotated[float, typer.Option(min=0.001, max=1024, help="Megabytes of a request.")] = 32.0,
     allow_image_host: Annotated[
         list[str] | None,
-        typer.Option(metavar="HOST", help="Fetch https images of this host. Repeatable; default none: data: URIs only."),
+        typer.Option(
+            metavar="HOST", help="Fetch https images of this host. Repeatable; default none: data: URIs only."
+        ),
     ] = None,
     grace: Annotated[float, typer.Option(min=1, max=3600, help="Seconds that answers may take when stopped.")] = 30.0,
     device: Device = "auto",
@@ -130,7 +134,9 @@ def serve(
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "starlette", "uvicorn", "h11", "prometheus_client"):
             raise
-        raise UserError(f'{error.name} is not installed; install what serving needs: pip install "beholder[serve]"') from None
+        raise UserError(
+            f'{error.name} is not installed; install what serving needs: pip install "beholder[serve]"'
+        ) from None
 
     limits = Limits(
         max_batch=max_batch, max_waiting=max_waiting, max_tokens=max_tokens, max_images=max_images,

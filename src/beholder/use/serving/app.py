@@ -315,9 +315,7 @@ def build_app(service: Service, key: str | None) -> FastAPI:
                     text += event
             if done is None:
                 return Response(status_code=499)
-            return JSONResponse(
-                schema.completion(_answer_id(), service.name, text, done.reason, asking.usage(done))
-            )
+            return JSONResponse(schema.completion(_answer_id(), service.name, text, done.reason, asking.usage(done)))
         finally:
             if not streams:
                 if asking is None:

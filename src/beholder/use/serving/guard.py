@@ -29,8 +29,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         made: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("beholder_requests_total", "Requests by route and status.", ["route", "code"], **made)
-        self.seconds = Histogram("beholder_request_seconds", "From request to the end of the answer.", ["route"], **made)
-        self.first = Histogram("beholder_first_token_seconds", "From request to the first piece of an answer.", **made)
+        self.seconds = Histogram("beholder_request_seconds", "Until the end of the answer.", ["route"], **made)
+        self.first = Histogram("beholder_first_token_seconds", "Until the first piece of an answer.", **made)
         self.tokens = Counter("beholder_tokens_total", "Tokens read and written.", ["kind"], **made)
         self.rows = Histogram(
             "beholder_batch_rows", "Answers written together.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), **made
