@@ -702,7 +702,7 @@ def test_schemathesis_finds_no_server_error(tiny: Running) -> None:
         operation = found.ok()
 
         @given(case=operation.as_strategy())
-        @settings(max_examples=500)
+        @settings(max_examples=1_000)
         def ask(case: Any) -> None:
             statuses.append(case.call(timeout=60).status_code)
 
