@@ -64,13 +64,20 @@ class Service:
     def leave_place(self) -> None:
         self.places += 1
 
+    def _pool(self, url: str) -> ThreadPoolExecutor:
+        """Whoever sends a picture along does not wait for those that are fetched."""
+        return self._fetch if url[:4].lower() == "http" else self._ready
+
     async def prepare(self, asked: ChatRequest) -> Prompt:
         """Raises `ApiError` for what cannot be asked."""
         pictures = pictures_of(self.vlm, asked, self.limits)
         loop = asyncio.get_running_loop()
         read = self.pictures.read
         data = await asyncio.gather(
-            *(loop.run_in_executor(self._fetch, _naming, picture.param, read, picture.url) for picture in pictures)
+            *(
+                loop.run_in_executor(self._pool(picture.url), _naming, picture.param, read, picture.url)
+                for picture in pictures
+            )
         )
 
         def ready() -> Prompt:
@@ -301,9 +308,10 @@ def build_app(service: Service, key: str | None) -> FastAPI:
             decoding_of(asked, service.limits)
             asking = Asking(service, request)
             asking.submit(await service.prepare(asked), asked)
+            in_pieces, options = asked.stream, asked.stream_options or schema.StreamOptions()
+            del asked  # and the pictures with it, as the model has what it wants of them
             events = asking.events()
-            if asked.stream:
-                options = asked.stream_options or schema.StreamOptions()
+            if in_pieces:
                 first = await anext(events, None)
                 streams = True
                 return EventStream(asking, events, first, with_usage=options.include_usage)
