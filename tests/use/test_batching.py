@@ -218,11 +218,14 @@ def test_an_answer_ends_where_the_model_has_no_more_positions(vlm: Vlm, asked: l
 
 
 def test_prompts_are_made_while_an_answer_is_written(vlm: Vlm, asked: list[Request], batcher: Batcher) -> None:
-    """Two threads on one tokenizer end in "Already borrowed"."""
     heard = [Heard(vlm.prepare(request), 60) for request in asked]
+    prompts = [Request(f"What colour <|im_end|> {k}?", asked[0].images) for k in range(200)]
+    before = [vlm.prepare(request).encoded.ids.tolist() for request in prompts]
     for one in heard:
         batcher.submit(one.job)
-    for k in range(200):
-        vlm.prepare(Request(f"What colour <|im_end|> {k}?", asked[0].images))
+    during = [vlm.prepare(request).encoded.ids.tolist() for request in prompts]
     for one in heard:
         one.wait()
+
+    assert during == before
+    assert [one.text for one in heard] == [alone(vlm, request, 60) for request in asked]

@@ -164,7 +164,7 @@ class Batcher:
 
     def __init__(self, vlm: Vlm, *, max_batch: int, watch: Callable[[int], None] = lambda rows: None) -> None:
         self._vlm, self._max_batch, self._watch = vlm, max_batch, watch
-        # Another tokenizer than the one that prompts are made with, as one may not be used by two threads at once.
+        # Another tokenizer than the one that prompts are made with: it is not promised that two threads may share one.
         self._decode = copy.deepcopy(vlm.encoder).decode
         self._ends = frozenset(vlm.encoder.eos_ids)
         self._waiting: deque[Job] = deque()
