@@ -102,7 +102,7 @@ def test_reset_keeps_image_and_system_text(vlm: Vlm, image: Path) -> None:
 def shown(conversation: Conversation, text: str) -> str:
     """The prompt for what is said next, images as ``[image k ×4]``."""
     messages = conversation._placed([*conversation.turns, {"role": "user", "content": text}])
-    prompt = conversation.vlm._prompt(Request(messages, conversation.images))
+    prompt = conversation.vlm.prepare(Request(messages, conversation.images))
     return "".join(s.text.replace("⏎", "") for s in conversation.vlm.encoder.segments(prompt.encoded))
 
 
@@ -118,7 +118,7 @@ def test_images_are_numbered_as_in_training_wherever_they_come_from(
     source = SourceConfig(json_path=str(file), image_root=str(pictures[0].parent))
     (example,) = open_sources([source], image_token="<image>", max_images=3, on_reject="error", chat=True)
     trained = several.encoder.encode(example)
-    asked = several._prompt(Request(question, pictures[:2])).encoded
+    asked = several.prepare(Request(question, pictures[:2])).encoded
     chat = Conversation(several, pictures[:2], how=briefly(4))
 
     assert trained.ids[: len(asked.ids)].tolist() == asked.ids.tolist()
@@ -169,7 +169,7 @@ def test_what_is_shown_changes_the_answer_of_that_image_alone(several: Vlm, pict
     a, b, c = pictures[:3]
 
     def seen(*images: Path) -> list[Any]:
-        prompt = several._prompt(Request("What?", images))
+        prompt = several.prepare(Request("What?", images))
         return [i.pixels for i in prompt.images]
 
     assert all(torch.equal(x, y) for x, y in zip(seen(a, b, c), [*seen(a), *seen(b), *seen(c)], strict=True))

@@ -215,7 +215,7 @@ def test_an_answer_does_not_outgrow_its_own_room_in_a_batch(vlm: Vlm, images: li
 
 
 def prompt_text(vlm: Vlm, messages: Any, images: Any = None) -> str:
-    prompt = vlm._prompt(Request(messages, images))
+    prompt = vlm.prepare(Request(messages, images))
     return "".join(s.text.replace("⏎", "") for s in vlm.encoder.segments(prompt.encoded))
 
 

@@ -30,9 +30,9 @@ EXIT_SIGTERM = 143
 """Ctrl-C or SIGTERM during training: the step was finished and a checkpoint written."""
 
 ORDER = (
-    "quickstart", "run", "prepare", "check", "preview", "plan", "generate", "chat", "score", "evaluate", "ablate",
-    "export", "audit", "layers", "sweep", "footprint", "teacher-cache", "distill", "compare", "report", "doctor",
-    "schema", "golden",
+    "quickstart", "run", "prepare", "check", "preview", "plan", "generate", "chat", "serve", "score", "evaluate",
+    "ablate", "export", "audit", "layers", "sweep", "footprint", "teacher-cache", "distill", "compare", "report",
+    "doctor", "schema", "golden",
 )  # fmt: skip
 """The commands as a person meets them, whatever file they stand in; one that is missing here comes last."""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from beholder.cli.common import Device, ImageRoots, Json, PartSets, RunArg, app, example, tell, terminal
+from beholder.cli.common import Device, ImageRoots, Json, PartSets, RunArg, app, example, say, tell, terminal
 
 
 @app.command(
@@ -121,6 +121,61 @@ def export(
 
     told = write(run_folder, out, to=to, adapter=adapter, samples=samples, max_shard_size=shard, overrides=sets or [])
     tell(told, json)
+
+
+@app.command(epilog=example("beholder serve outputs/quickstart/instruct"))
+def serve(
+    run_folder: RunArg,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; other than this machine alone needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The environment variable that holds the key clients must send.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What the model is called; default the run's name.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, max=1024, help="Answers written together.")] = 8,
+    max_waiting: Annotated[int, typer.Option(min=0, max=65536, help="Requests beyond those; more get a 429.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, max=1_048_576, help="Longest answer.")] = 1024,
+    max_images: Annotated[int, typer.Option(min=0, max=1000, help="Images of a request.")] = 16,
+    max_image_mb: Annotated[float, typer.Option(min=0.001, max=256, help="Megabytes of an image.")] = 10.0,
+    max_megapixels: Annotated[float, typer.Option(min=0.001, max=1000, help="Megapixels of an image.")] = 20.0,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, max=1024, help="Megabytes of a request.")] = 32.0,
+    allow_image_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST", help="Fetch https images of this host. Repeatable; default none: data: URIs only."
+        ),
+    ] = None,
+    grace: Annotated[float, typer.Option(min=1, max=3600, help="Seconds that answers may take when stopped.")] = 30.0,
+    device: Device = "auto",
+    sets: PartSets = None,
+) -> None:
+    """Answer requests as OpenAI's API does (/v1/chat/completions, with images), until SIGTERM or Ctrl-C. docs/serve.md.
+
+    Needs the extra "serve" (fastapi, uvicorn, prometheus-client). Python: beholder.use.serving.server.serve.
+    """
+    from beholder.types import UserError
+
+    try:
+        from beholder.use.serving.conversation import Limits
+        from beholder.use.serving.server import serve_named
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "starlette", "uvicorn", "h11", "prometheus_client"):
+            raise
+        raise UserError(
+            f'{error.name} is not installed; install what serving needs: pip install "beholder[serve]"'
+        ) from None
+
+    limits = Limits(
+        max_batch=max_batch, max_waiting=max_waiting, max_tokens=max_tokens, max_images=max_images,
+        max_image_bytes=round(max_image_mb * 1e6), max_megapixels=max_megapixels,
+        max_body_bytes=round(max_body_mb * 1e6), grace_s=grace,
+    )  # fmt: skip
+    serve_named(
+        run_folder, api_key_env, host=host, port=port, name=name, limits=limits, image_hosts=allow_image_host or [],
+        device=device, overrides=sets or [], ready=lambda url, model: say(f"{model} answers at {url}"),
+    )  # fmt: skip
 
 
 @app.command(epilog=example("beholder score vqa --predictions answers.jsonl --references v2_val2014_annotations.json"))

@@ -63,13 +63,20 @@ class AnswerStream(Iterator[str]):
 
         The whole answer is decoded at every token, which costs less than a hundredth of writing it.
         """
-        text = self._decode(self._ids)
-        if not self._over:
-            text = text.rstrip("\N{REPLACEMENT CHARACTER}").rstrip()
-            if not text.startswith(self.text):
-                return ""
-        assert text.startswith(self.text), "the tokenizer decodes a longer answer to another beginning"
-        return text[len(self.text) :]
+        return beyond(self.text, settled(self._decode(self._ids), over=self._over), over=self._over)
+
+
+def settled(text: str, *, over: bool) -> str:
+    """What of a decoded answer stays as it is whatever comes after: all of it once it is ``over``."""
+    return text if over else text.rstrip("\N{REPLACEMENT CHARACTER}").rstrip()
+
+
+def beyond(said: str, text: str, *, over: bool) -> str:
+    """What of ``text`` comes after what was ``said`` of it; nothing while it is shorter."""
+    if not over and not text.startswith(said):
+        return ""
+    assert text.startswith(said), "the tokenizer decodes a longer answer to another beginning"
+    return text[len(said) :]
 
 
 class _Stopped(Exception):

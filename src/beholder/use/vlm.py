@@ -25,8 +25,9 @@ from beholder.train.trained import TrainedRun, open_trained
 from beholder.types import Encoded, Example, ImageInput, ImageRef, ImageSlot, Part, Turn, UserError
 from beholder.use.stream import AnswerStream
 
-ImageLike = str | Path | Image.Image | ImageRef
-"""A file the caller names, an open image, or an image of a data set (which may not lie outside its folder)."""
+ImageLike = str | Path | Image.Image | ImageRef | ImageInput
+"""A file the caller names, an open image, an image of a data set (which may not lie outside its folder), or what
+`Vlm.see` made of one."""
 Images = ImageLike | Sequence[ImageLike] | None
 Messages = str | Sequence[Mapping[str, str] | Turn]
 """What the user says, or a whole conversation as ``{"role": "system" | "user" | "assistant", "content": text}``; a
@@ -54,7 +55,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class _Prompt:
+class Prompt:
     """A request as the model takes it."""
 
     encoded: Encoded
@@ -138,7 +139,7 @@ class Vlm(TrainedRun):
 
     def answers(self, requests: Sequence[Request], how: GenerateConfig, seed: int = 0) -> list[str]:
         """The answers to requests that are written together."""
-        prompts = [self._prompt(request) for request in requests]
+        prompts = [self.prepare(request) for request in requests]
         rooms = [min(how.max_new_tokens, p.room) for p in prompts]
         ids = self.model.generate(
             [p.encoded for p in prompts], [p.images for p in prompts],
@@ -149,7 +150,7 @@ class Vlm(TrainedRun):
     def answer_in_pieces(self, request: Request, how: GenerateConfig, seed: int = 0) -> AnswerStream:
         """The answer to one, in pieces; for a run that chats."""
         self.check_chats()
-        prompt = self._prompt(request)
+        prompt = self.prepare(request)
         how = how.model_copy(update={"max_new_tokens": min(how.max_new_tokens, prompt.room)})
 
         def write(streamer: Any) -> None:
@@ -178,7 +179,12 @@ class Vlm(TrainedRun):
                 "conversations first (stage instruct, model.connector.load_checkpoint naming this run)"
             )
 
-    def _prompt(self, request: Request) -> _Prompt:
+    def see(self, image: Image.Image) -> ImageInput:
+        """An open image as `ImageLike`, in the few bytes that the model wants of it."""
+        return as_input(self.pipeline.from_pil(image))
+
+    def prepare(self, request: Request) -> Prompt:
+        """What `answers` asks the model. Raises `UserError` for what cannot be asked."""
         try:
             example, images = self._example(request)
             inputs = [self._input(image) for image in images]
@@ -189,7 +195,7 @@ class Vlm(TrainedRun):
                     f"the conversation takes {len(encoded.ids):,} tokens and the language model has {self.context:,} "
                     "positions, so there is no room for an answer; start over with less text"
                 )
-            return _Prompt(encoded, inputs, room)
+            return Prompt(encoded, inputs, room)
         except UserError as error:
             if not request.where:
                 raise
@@ -197,8 +203,10 @@ class Vlm(TrainedRun):
 
     def _input(self, image: ImageLike) -> ImageInput:
         match image:
+            case ImageInput():
+                return image
             case Image.Image():
-                return as_input(self.pipeline.from_pil(image))
+                return self.see(image)
             case ImageRef():
                 return as_input(self.pipeline(image))
             case _:

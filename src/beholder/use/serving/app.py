@@ -1,0 +1,368 @@
+"""The routes: chat completions, models, health, metrics. Text and images are made ready by one thread, answers written
+by another; requests that neither has room for are refused at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import generate_latest
+from starlette.exceptions import HTTPException
+
+from beholder.types import UserError
+from beholder.use.serving import schema
+from beholder.use.serving.batching import Batcher, Done, Event, Job
+from beholder.use.serving.conversation import Limits, decoding_of, pictures_of, request_of
+from beholder.use.serving.guard import Guard, Metrics, error_response
+from beholder.use.serving.pictures import PictureError, Pictures
+from beholder.use.serving.schema import ApiError, ChatRequest
+from beholder.use.vlm import ContextFullError, Prompt, Vlm
+
+RETRY_AFTER_S = 1
+CHAT = "/v1/chat/completions"
+log = logging.getLogger("beholder.serve")
+
+
+class Service:
+    """A model with what it takes to ask it from an event loop."""
+
+    def __init__(self, vlm: Vlm, name: str, limits: Limits, pictures: Pictures) -> None:
+        self.vlm, self.name, self.limits, self.pictures = vlm, name, limits, pictures
+        self.metrics = Metrics(lambda: self.batcher.num_waiting, lambda: self.batcher.num_running)
+        self.batcher = Batcher(vlm, max_batch=limits.max_batch, watch=self.metrics.rows.observe)
+        self.created = int(time.time())
+        self.places = limits.max_batch + limits.max_waiting
+        # One thread: a tokenizer may not be used by two, and one open picture at a time bounds memory.
+        self._ready = ThreadPoolExecutor(1, "prepare")
+        self._fetch = ThreadPoolExecutor(4, "fetch")
+
+    def close(self) -> None:
+        self.batcher.close()
+        for pool in (self._ready, self._fetch):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def take_place(self) -> None:
+        """Raises `ApiError` when all are taken; `leave_place` gives it back."""
+        if not self.batcher.alive:
+            raise ApiError(503, "The server is stopping.", code="unavailable")
+        if self.places == 0:
+            raise ApiError(
+                429, "The queue is full; try again later.", code="rate_limit_exceeded",
+                headers={"Retry-After": str(RETRY_AFTER_S)},
+            )  # fmt: skip
+        self.places -= 1
+
+    def leave_place(self) -> None:
+        self.places += 1
+
+    def _pool(self, url: str) -> ThreadPoolExecutor:
+        """Whoever sends a picture along does not wait for those that are fetched."""
+        return self._fetch if url[:4].lower() == "http" else self._ready
+
+    async def prepare(self, asked: ChatRequest) -> Prompt:
+        """Raises `ApiError` for what cannot be asked."""
+        pictures = pictures_of(self.vlm, asked, self.limits)
+        loop = asyncio.get_running_loop()
+        read = self.pictures.read
+        data = await asyncio.gather(
+            *(
+                loop.run_in_executor(self._pool(picture.url), _naming, picture.param, read, picture.url)
+                for picture in pictures
+            )
+        )
+
+        def ready() -> Prompt:
+            images = [
+                _naming(picture.param, lambda raw: self.vlm.see(self.pictures.decode(raw)), raw)
+                for picture, raw in zip(pictures, data, strict=True)
+            ]
+            return self.vlm.prepare(request_of(self.vlm, asked, images))
+
+        try:
+            return await loop.run_in_executor(self._ready, ready)
+        except UserError as error:
+            full = isinstance(error, ContextFullError)
+            raise ApiError(
+                400, str(error), param="messages", code="context_length_exceeded" if full else "invalid_value"
+            ) from None
+
+
+def _naming(param: str, function: Any, *given: Any) -> Any:
+    """``function`` with its errors about an image naming the field."""
+    try:
+        return function(*given)
+    except (PictureError, UserError) as error:
+        text = str(error)
+        raise ApiError(400, f"{text[:1].upper()}{text[1:]}.", param=param, code="invalid_image") from None
+
+
+class Asking:
+    """One request while it is answered: events of the model's thread as they come, and whether anybody listens."""
+
+    def __init__(self, service: Service, request: Request) -> None:
+        self.service, self.begun = service, time.monotonic()
+        self.gone = False
+        self.job: Job | None = None
+        self._events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._watch = asyncio.create_task(self._until_gone(request))
+
+    def submit(self, prompt: Prompt, asked: ChatRequest) -> None:
+        seed = None if asked.seed is None else asked.seed % 2**63
+        how = decoding_of(asked, self.service.limits)
+        self.job = Job(prompt, how, self._tell, seed=seed, stop=asked.stops)
+        self.job.cancelled = self.gone
+        self.service.batcher.submit(self.job)
+
+    async def events(self) -> AsyncIterator[str | Done]:
+        """Pieces and the end; nothing more once nobody listens. Raises `ApiError` when writing fails."""
+        first = True
+        while not self.gone:
+            match await self._events.get():
+                case None:
+                    return
+                case BaseException() as error:
+                    raise _failed(error)
+                case event:
+                    if first:
+                        self.service.metrics.first.observe(time.monotonic() - self.begun)
+                        first = False
+                    if isinstance(event, Done):
+                        assert self.job is not None
+                        self.service.metrics.tokens.labels("prompt").inc(len(self.job.prompt.encoded.ids))
+                        self.service.metrics.tokens.labels("completion").inc(event.num_tokens)
+                    yield event
+                    if isinstance(event, Done):
+                        return
+
+    def usage(self, done: Done) -> dict[str, int]:
+        assert self.job is not None
+        return schema.usage(len(self.job.prompt.encoded.ids), done.num_tokens)
+
+    def leave(self) -> None:
+        """Nobody needs it any more."""
+        self._watch.cancel()
+        if self.job is not None:
+            self.job.cancelled = True
+        self.service.leave_place()
+
+    async def _until_gone(self, request: Request) -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self.gone = True
+        if self.job is not None:
+            self.job.cancelled = True
+        self._events.put_nowait(None)
+
+    def _tell(self, event: Event) -> None:
+        with suppress(RuntimeError):  # the loop is closed: the server is gone
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+
+def _failed(error: BaseException) -> ApiError:
+    if isinstance(error, UserError):
+        return ApiError(400, str(error), param="messages", code="invalid_value")
+    log.error("an answer failed", exc_info=error)
+    return ApiError(500, "The model failed to write this answer; the server's log has the reason.", code="failed")
+
+
+class EventStream(Response):
+    """An answer in pieces, as server-sent events. ``first`` was taken from ``events`` before: what goes wrong until
+    then has a status."""
+
+    def __init__(
+        self, asking: Asking, events: AsyncIterator[str | Done], first: str | Done | None, *, with_usage: bool
+    ) -> None:
+        super().__init__(media_type="text/event-stream")
+        self._asking, self._events, self._first, self._with_usage = asking, events, first, with_usage
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            async for line in self._lines():
+                await send({"type": "http.response.body", "body": line, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._asking.leave()
+
+    async def _lines(self) -> AsyncIterator[bytes]:
+        name, created, model = _answer_id(), int(time.time()), self._asking.service.name
+        more: dict[str, Any] = {"usage": None} if self._with_usage else {}
+
+        def chunk(delta: Mapping[str, Any], reason: str | None = None) -> bytes:
+            return _line(schema.chunk(name, created, model, delta, reason) | more)
+
+        yield chunk({"role": "assistant", "content": ""})
+        try:
+            async for event in self._all():
+                if isinstance(event, str):
+                    yield chunk({"content": event})
+                    continue
+                yield chunk({}, event.reason)
+                if self._with_usage:
+                    last = schema.chunk(name, created, model, {})
+                    yield _line(last | {"choices": [], "usage": self._asking.usage(event)})
+        except ApiError as error:
+            yield _line(error.body())
+        yield b"data: [DONE]\n\n"
+
+    async def _all(self) -> AsyncIterator[str | Done]:
+        if self._first is not None:
+            yield self._first
+        async for event in self._events:
+            yield event
+
+
+def _answer_id() -> str:
+    return f"chatcmpl-{uuid.uuid4().hex}"
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(record) + b"\n\n"
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """Raises `ApiError` for a body that is too large, no JSON by its header, or does not arrive."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # also what a page of another site may not send unasked
+        raise ApiError(415, "The content type must be application/json.", code="unsupported_media_type")
+    too_large = ApiError(
+        413, f"The body has more than {limits.max_body_bytes:,} bytes.", code="request_too_large",
+        headers={"Connection": "close"},
+    )  # fmt: skip
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdecimal() or int(declared) > limits.max_body_bytes:
+        raise too_large
+    data = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_timeout_s):
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ApiError(400, "The body ended early.", code="invalid_json")
+                data += message.get("body", b"")
+                if len(data) > limits.max_body_bytes:
+                    raise too_large
+                if not message.get("more_body", False):
+                    return bytes(data)
+    except TimeoutError:
+        raise ApiError(
+            408, f"The body did not arrive within {limits.body_timeout_s:g} s.", code="timeout",
+            headers={"Connection": "close"},
+        ) from None  # fmt: skip
+
+
+_REF = "#/components/schemas/{model}"
+_CHAT_SCHEMA = ChatRequest.model_json_schema(ref_template=_REF)
+_CHAT_SCHEMAS = {**_CHAT_SCHEMA.pop("$defs"), "ChatRequest": _CHAT_SCHEMA}
+# The body is read by hand, within limits, so that FastAPI does not see its type.
+_CHAT_BODY = {"content": {"application/json": {"schema": {"$ref": _REF.format(model="ChatRequest")}}}, "required": True}
+
+
+def build_app(service: Service, key: str | None) -> FastAPI:
+    """The application. ``service`` is closed with it."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close)
+
+    app = FastAPI(title="Beholder", docs_url=None, redoc_url=None, lifespan=lifespan)
+
+    @app.get("/health")
+    async def health() -> Response:
+        alive = service.batcher.alive
+        return JSONResponse({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(service.metrics.registry), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse(schema.models(service.name, service.created))
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> Response:
+        _check_model(service, name)
+        return JSONResponse(schema.model(service.name, service.created))
+
+    @app.post(CHAT, openapi_extra={"requestBody": _CHAT_BODY})
+    async def chat(request: Request) -> Response:
+        service.take_place()
+        asking: Asking | None = None
+        streams = False
+        try:
+            asked = schema.read_request(await read_body(request, service.limits))
+            _check_model(service, asked.model)
+            decoding_of(asked, service.limits)
+            asking = Asking(service, request)
+            asking.submit(await service.prepare(asked), asked)
+            in_pieces, options = asked.stream, asked.stream_options or schema.StreamOptions()
+            del asked  # and the pictures with it, as the model has what it wants of them
+            events = asking.events()
+            if in_pieces:
+                first = await anext(events, None)
+                streams = True
+                return EventStream(asking, events, first, with_usage=options.include_usage)
+            text, done = "", None
+            async for event in events:
+                if isinstance(event, Done):
+                    done = event
+                else:
+                    text += event
+            if done is None:
+                return Response(status_code=499)
+            return JSONResponse(schema.completion(_answer_id(), service.name, text, done.reason, asking.usage(done)))
+        finally:
+            if not streams:
+                if asking is None:
+                    service.leave_place()
+                else:
+                    asking.leave()
+
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        told = ApiError(
+            error.status_code, f"{request.method} {request.url.path}: {error.detail}.", code="unknown_url",
+            headers=error.headers,
+        )  # fmt: skip
+        return error_response(told)
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        return error_response(ApiError(500, "The server failed; its log has the reason.", code="failed"))
+
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        told = describe()
+        told.setdefault("components", {}).setdefault("schemas", {}).update(_CHAT_SCHEMAS)
+        return told
+
+    app.openapi = openapi
+    routes = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))
+    app.add_middleware(Guard, key=key, metrics=service.metrics, routes=routes)
+    return app
+
+
+def _check_model(service: Service, name: str) -> None:
+    if name != service.name:
+        raise ApiError(
+            404, f"The model '{name[:80]}' does not exist; this server has '{service.name}'.", param="model",
+            code="model_not_found",
+        )  # fmt: skip

@@ -1,0 +1,224 @@
+"""What OpenAI's chat completions ask and answer: requests as typed records, answers and errors as plain JSON.
+
+A parameter that OpenAI does not know is refused, as there; one that it knows and that changes nothing here is taken;
+one that would change the answer and is not done is refused by name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+
+MAX_STOPS = 4
+_Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+
+
+class ApiError(Exception):
+    """A request is refused or failed: its HTTP status, and what OpenAI's error object says."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+
+    def body(self) -> dict[str, Any]:
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Requests
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ImageUrl(_Asked):
+    url: str
+    detail: Literal["auto", "low", "high", "original"] | None = None
+    """Taken and without effect: the model sees every image in one size."""
+
+
+class ImagePart(_Asked):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class TextPart(_Asked):
+    type: Literal["text"]
+    text: str
+
+
+_BRANCHES = ("~text", "~image", "~string", "~parts")
+"""What pydantic puts into the place of an error beside the fields."""
+
+
+def _part_kind(part: Any) -> str | None:
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return {"text": "~text", "image_url": "~image"}.get(kind) if isinstance(kind, str) else None
+
+
+def _content_kind(content: Any) -> str:
+    return "~parts" if isinstance(content, list) else "~string"
+
+
+ContentPart = Annotated[
+    Annotated[TextPart, Tag("~text")] | Annotated[ImagePart, Tag("~image")],
+    Discriminator(
+        _part_kind, custom_error_type="invalid_part",
+        custom_error_message='Expected an object whose type is "text" or "image_url"',
+    ),
+]  # fmt: skip
+Content = Annotated[
+    Annotated[str, Tag("~string")] | Annotated[list[ContentPart], Tag("~parts")], Discriminator(_content_kind)
+]
+
+
+class Message(_Asked):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: list[Any] | None = None
+
+    @property
+    def parts(self) -> Sequence[TextPart | ImagePart]:
+        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+
+
+class StreamOptions(_Asked):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class ResponseFormat(_Asked):
+    type: Literal["text"]
+
+
+class ChatRequest(_Asked):
+    """The body of ``POST /v1/chat/completions``."""
+
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """Default 0, greedy: what the run was measured with."""
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: _Seed | None = None
+    stop: (
+        Annotated[str, Field(min_length=1, max_length=1000)]
+        | Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=MAX_STOPS)
+        ]
+        | None
+    ) = None  # fmt: skip
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    # Only as they change nothing.
+    n: Literal[1] | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    response_format: ResponseFormat | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+
+    # What says who asks and how it is kept.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def token_limit(self) -> tuple[str, int | None]:
+        """(the field that was given, its value)"""
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", self.max_tokens
+
+
+def read_request(body: bytes) -> ChatRequest:
+    """Raises `ApiError` with the field that is wrong."""
+    try:
+        given = orjson.loads(body)  # neither NaN nor nesting without end
+    except orjson.JSONDecodeError as error:
+        raise ApiError(400, f"The body is not JSON: {error}", code="invalid_json") from None
+    if not isinstance(given, dict):
+        raise ApiError(400, "The body is not a JSON object", code="invalid_json")
+    try:
+        return ChatRequest.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise _refused(first["type"], first["loc"], first["msg"]) from None
+
+
+def _refused(kind: str, loc: Sequence[str | int], says: str) -> ApiError:
+    param = ""
+    for step in loc:
+        if isinstance(step, int):
+            param += f"[{step}]"
+        elif step not in _BRANCHES:
+            param += f".{step[:80]}" if param else step[:80]
+    param = "stop" if loc[:1] == ("stop",) else param
+    match kind:
+        case "missing":
+            return ApiError(400, f"Missing required parameter: '{param}'.", param=param,
+                            code="missing_required_parameter")  # fmt: skip
+        case "extra_forbidden":
+            return ApiError(400, f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
+    code = "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
+    return ApiError(400, f"Invalid value for '{param}': {says}.", param=param, code=code)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+def usage(prompt: int, completion: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def completion(name: str, model: str, text: str, reason: str, used: Mapping[str, int]) -> dict[str, Any]:
+    message = {"role": "assistant", "content": text, "refusal": None}
+    return {
+        "id": name, "object": "chat.completion", "created": int(time.time()), "model": model,
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reason}], "usage": used,
+    }  # fmt: skip
+
+
+def chunk(name: str, created: int, model: str, delta: Mapping[str, Any], reason: str | None = None) -> dict[str, Any]:
+    return {
+        "id": name, "object": "chat.completion.chunk", "created": created, "model": model,
+        "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}],
+    }  # fmt: skip
+
+
+def models(name: str, created: int) -> dict[str, Any]:
+    return {"object": "list", "data": [model(name, created)]}
+
+
+def model(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "beholder"}
