@@ -11,8 +11,10 @@ import yaml
 from tests.evidence.test_catalogue import strangers
 
 from beholder.config import RunConfig
-from beholder.config.file import dump_config, load_config, parse_config, scale_overrides
+from beholder.config.file import diff_configs, dump_config, load_config, parse_config, scale_overrides
 from beholder.prepare.estimate import estimate
+from beholder.prepare.packages import PARTS, assets_in
+from beholder.prepare.quickstart import recipe
 from beholder.prepare.tiny import smoke_config
 from beholder.stages import run_stage
 from beholder.types import Status, UserError
@@ -109,7 +111,11 @@ LONG = {"configs/quickstart/footprint.yaml", "configs/native/qwen3_vl_footprint.
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(p, marks=[pytest.mark.slow] * (str(p.relative_to(ROOT)) in LONG)) for p in CONFIGS + RECIPES],
+    [
+        pytest.param(p, marks=[pytest.mark.slow] * (str(p.relative_to(ROOT)) in LONG))
+        for p in CONFIGS + RECIPES
+        if p.name != "quickstart_multi.yaml"  # configs/quickstart/multi.yaml is the same run
+    ],
     ids=lambda p: p.stem,
 )
 def test_a_shipped_config_runs_end_to_end_on_tiny_parts(path: Path, tmp_path: Path) -> None:
@@ -233,3 +239,12 @@ def test_every_scale_of_a_shipped_config_loads(path: Path) -> None:
 
     for scale in cfg.scales:
         load(path, scale_overrides(cfg, scale))
+
+
+def test_the_quickstarts_third_part_stands_among_the_configs_as_it_is_run() -> None:
+    home = Path("data/quickstart")
+    run = recipe(assets_in({part.name: home / part.name for part in PARTS}), Path("outputs/quickstart"), part="multi")
+
+    shipped = load_config(ROOT / "configs/quickstart/multi.yaml", [f"eval.object_list={run.eval.object_list}"])
+
+    assert diff_configs(run, shipped) == []

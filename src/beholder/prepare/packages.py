@@ -23,7 +23,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -142,7 +142,11 @@ def prepare_quickstart(folder: Path | None = None, say: Say = print) -> Assets:
     folder = (folder or cache_dir() / "quickstart").expanduser().resolve()
     given = _given(PARTS)
     with _locked(folder / ".lock", say):
-        places = {part.name: _provide(part, folder, given, say) for part in PARTS}
+        return assets_in({part.name: _provide(part, folder, given, say) for part in PARTS})
+
+
+def assets_in(places: Mapping[str, Path]) -> Assets:
+    """What stands where in the folders of `PARTS`."""
     data = places["data"]
     return Assets(
         llm=places["llm"] / LLM_NAME,
