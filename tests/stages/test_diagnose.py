@@ -19,7 +19,7 @@ from tests.conftest import TinyParts
 from typer.testing import CliRunner
 
 from beholder.cli import app
-from beholder.config import RunConfig
+from beholder.config import DistillConfig, RunConfig
 from beholder.config.file import dump_config
 from beholder.data import collate
 from beholder.prepare import diagnose, diagnose_distill
@@ -149,6 +149,14 @@ def test_a_sound_distillation_holds(student, written: Written, form: str) -> Non
 
 
 @pytest.mark.slow
+def test_the_schedule_that_is_shown_is_the_one_that_is_trained() -> None:
+    cfg = DistillConfig.model_validate({
+        "teachers": [{"run": "t"}], "preset": "progressive", "temperature": 3.0, "temperature_end": 1.0,
+    })  # fmt: skip
+    shown = diagnose_distill._schedule(cfg, 5)
+    assert shown.rows == (("first (1)", "0.5", "3"), ("middle (3)", "0.35", "2"), ("last (5)", "0.2", "1"))
+
+
 def test_teachers_that_are_asked_online_need_no_cache(written: Written) -> None:
     found = examine_distillation(written(**{"distill.online": True}))
     assert not found.failed and "online" in of(found, "cache").found

@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from tests.conftest import TinyParts, make_config
 from tests.stages.conftest import settings
 from tests.stages.test_instruct import losses_of
+from torch.utils.flop_counter import FlopCounterMode
 
-from beholder.config import DistillConfig
+from beholder.config import DistillConfig, RunConfig
 from beholder.config.file import load_config
 from beholder.evidence import load_evidence
+from beholder.prepare.estimate import estimate
 from beholder.prepare.tiny import smoke_config, tiny_native
-from beholder.runs import sha256_file
+from beholder.runs import RunDir, sha256_file
 from beholder.stages import run_stage, teachers
+from beholder.stages.session import Session, open_session
 from beholder.stages.teachers import cache_teachers
+from beholder.store.teachers import INDEX, TeacherCache
+from beholder.train.distributed import joined
 from beholder.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +78,7 @@ def test_what_is_kept_is_reused_and_what_is_missing_is_named(
     cfg = student()
     with pytest.raises(UserError, match=r"samples have no rows of the teacher .*Nothing is kept there yet"):
         run_stage(cfg, promote_anyway=True)
+    assert not any((tmp_path / "student").glob("features/**/shard-*")), "told before the tower has seen a picture"
     first = cache_teachers(cfg).teachers[0]
 
     def loaded(*_: object) -> None:
@@ -178,7 +186,7 @@ def test_resume_is_bit_identical(student) -> None:
     ("sets", "told"),
     [
         ({"distill.k": 60_000}, "distill.k is 60000, but the student's vocabulary has"),
-        ({"distill.teachers": [{"run": "nowhere"}]}, "nowhere"),
+        ({"distill.teachers": [{"run": "nowhere"}]}, "distill.teachers: the run nowhere: there is no checkpoint at"),
         ({"data.augment": "random_crop"}, "what is kept of a teacher is about the images as they are"),
     ],
 )
@@ -199,3 +207,59 @@ def test_packed_is_padded_and_parts_are_the_whole(student) -> None:
     for other in (packed, parts):
         for a, b in zip(parts_of(padded.folder), parts_of(other.folder), strict=True):
             assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_what_cannot_be_read_of_a_teachers_losses_is_made_anew_and_breaks_no_run(student, tmp_path: Path) -> None:
+    cfg = student()
+    (file,) = Path(cache_teachers(cfg).teachers[0].folder).glob("held_out_*.json")
+    whole = file.read_text(encoding="utf-8")
+    for broken in ("[]", whole[:-9], json.dumps({c: own[:2] for c, own in json.loads(whole).items()})):
+        file.write_text(broken, encoding="utf-8")
+        outcome = run_stage(student(f"run{len(broken)}"), promote_anyway=True)
+        assert "the teacher's held-out losses cannot be read" in " ".join(load_evidence(outcome.folder).gaps)
+        cache_teachers(cfg)
+        assert file.read_text(encoding="utf-8") == whole
+
+
+def test_what_is_answered_stands_alone_on_standard_output(student, capsys: pytest.CaptureFixture[str]) -> None:
+    cache_teachers(student())
+    told = capsys.readouterr()
+    assert not told.out and "[teacher]" in told.err
+
+
+def flops_of_asking(cfg: RunConfig) -> float:
+    """Of a teacher, a sample, as they are counted."""
+    with student_at(cfg) as session:
+        teacher = teachers.open_teacher(cfg.learnt_from.teachers[0], cfg, session.model.device)
+        some = list(teachers.needed(session))
+        examples, targets = zip(*some, strict=True)
+        with FlopCounterMode(display=False) as counter:
+            teachers.say(teacher, examples, targets, cfg.learnt_from, session.model.language.vocab, lambda *_: b"")
+    return counter.get_total_flops() / len(some)
+
+
+@contextmanager
+def student_at(cfg: RunConfig) -> Iterator[Session]:
+    with joined(cfg.device, cfg.train.timeout_s) as dist, open_session(cfg, RunDir(cfg.run_dir), dist) as session:
+        yield session
+
+
+def test_a_plan_says_what_asking_the_teachers_costs(student, teacher: Path) -> None:
+    cfg = student()
+    planned = estimate(cfg)
+    kept = cache_teachers(cfg).teachers[0]
+    with student_at(cfg) as session, TeacherCache(cfg.learnt_from, teachers.keys(session)[0]) as cache:
+        real = len(cache.rows) * (cache.rows.row_bytes + INDEX)
+    assert planned.teacher_bytes == pytest.approx(real, rel=0.2) and kept.samples == 24
+    assert planned.seconds["teachers"] > 0 and "teachers" not in planned.flops_per_step
+    assert planned.seconds["total"] == pytest.approx(
+        sum(planned.seconds[x] for x in ("features", "teachers", "training"))
+    )
+    asked = estimate(student("online", **{"distill.online": True}))
+    assert asked.teacher_bytes is None and "teachers" not in asked.seconds
+    assert asked.memory[f"teacher {teacher}"] > 1e5
+    assert asked.flops_per_step["teachers"] == pytest.approx(4 * flops_of_asking(cfg), rel=0.15)
+    gone = estimate(student("gone", **{"distill.teachers": [{"run": "nowhere"}]}))
+    assert gone.teacher_bytes and "teachers" not in gone.seconds
+    assert "time and memory of the teacher nowhere: there is no checkpoint" in " ".join(gone.gaps)
+    assert "teacher-cache will refuse it" in " ".join(estimate(student("small", **{"distill.max_gb": 1e-6})).gaps)

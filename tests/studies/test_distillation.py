@@ -118,6 +118,27 @@ def test_intervals_over_seeds_are_students() -> None:
     assert mean_of([1.0]).low is None
 
 
+def test_intervals_of_shares_stay_within_0_and_1_and_hold_the_mean() -> None:
+    wide = mean_of([0.99, 0.999, 0.96], within=True)
+    plain = mean_of([0.99, 0.999, 0.96])
+    assert plain.high is not None and plain.high > 1
+    assert wide.low is not None and wide.high is not None and 0 < wide.low < wide.value == plain.value < wide.high < 1
+    other = mean_of([0.01, 0.001, 0.04], within=True)
+    assert (other.low, other.high) == pytest.approx((1 - wide.high, 1 - wide.low))
+    narrow, same = mean_of([0.50, 0.51, 0.49], within=True), mean_of([0.50, 0.51, 0.49])
+    assert (narrow.low, narrow.high) == pytest.approx((same.low, same.high), abs=1e-3)  # far from the ends: as before
+    assert mean_of([1.0, 1.0], within=True).high == 1.0 and mean_of([0.0, 0.0], within=True).low == 0.0
+    hard = mean_of([0.0, 1.0], within=True)
+    assert hard.low is not None and hard.high is not None and 0 <= hard.low < 0.5 < hard.high <= 1
+
+
+def test_no_share_of_a_page_leaves_0_to_100_percent() -> None:
+    rows = [row("kd", seed, right, 0.4) for seed, right in enumerate((0.94, 0.949, 0.91))]
+    for arm in record(rows=rows).arms:  # yes/no questions: 99, 99.9 and 96 %
+        for mean in [arm.at[ACCURACY], *arm.by_kind.values()]:
+            assert mean.low is not None and mean.high is not None and 0 <= mean.low <= mean.high <= 1
+
+
 def test_arms_are_compared_seed_by_seed_at_equal_steps_and_at_equal_time() -> None:
     found = {(d.basis, d.measure): d for d in record().differences if d.arm == "kd" and not d.kind}
     steps = found["equal steps", ACCURACY]

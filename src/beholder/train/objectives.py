@@ -58,8 +58,7 @@ class Distill:
         self.parts = ("sft_loss", "distill_loss", "teacher_kl") if cfg.taught else ("sft_loss",)
 
     def __call__(self, model: Learner, batch: Batch, /) -> LossTerms:
-        done = batch.step / max(self.total_steps - 1, 1)  # 1 in the last step
-        alpha, t = self.cfg.alpha_at(done), self.cfg.temperature_at(done)
+        alpha, t = self.cfg.at(batch.step, self.total_steps)
         found, nll, kl = taught_losses(model, batch, self.cfg, self.asked, alpha, t)
         sft, divergences = nll.detach().sum(), kl.detach().sum()
         return LossTerms(
