@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +19,7 @@ from tests.stages.test_instruct import losses_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from beholder.config import DistillConfig, RunConfig
-from beholder.config.file import load_config
+from beholder.config.file import dump_config, load_config
 from beholder.evidence import load_evidence
 from beholder.prepare.estimate import estimate
 from beholder.prepare.tiny import smoke_config, tiny_native
@@ -209,6 +212,17 @@ def test_packed_is_padded_and_parts_are_the_whole(student) -> None:
             assert a == pytest.approx(b, rel=1e-4)
 
 
+def test_a_teacher_is_asked_in_its_own_way_about_training_and_held_out_samples_alike(student) -> None:
+    cfg = student(**{"prompting.system": "Answer in one word."})
+    with student_at(cfg) as session:
+        teacher = teachers.open_teacher(cfg.learnt_from.teachers[0], cfg, session.model.device)
+        (example, targets), *_ = teachers.needed(session)
+        held_out = session.data.encoder.apply_template(example)  # as all held-out samples are
+        assert held_out.turns[0].role == "system" and example.turns[0].role == "user"
+        own, other = (teacher.asked.batch([e], [targets]).input_ids for e in (example, held_out))
+    assert own.tolist() == other.tolist()
+
+
 def test_what_cannot_be_read_of_a_teachers_losses_is_made_anew_and_breaks_no_run(student, tmp_path: Path) -> None:
     cfg = student()
     (file,) = Path(cache_teachers(cfg).teachers[0].folder).glob("held_out_*.json")
@@ -263,3 +277,31 @@ def test_a_plan_says_what_asking_the_teachers_costs(student, teacher: Path) -> N
     assert gone.teacher_bytes and "teachers" not in gone.seconds
     assert "time and memory of the teacher nowhere: there is no checkpoint" in " ".join(gone.gaps)
     assert "teacher-cache will refuse it" in " ".join(estimate(student("small", **{"distill.max_gb": 1e-6})).gaps)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("online", [False, True])
+def test_two_processes_learn_from_a_teacher_as_one_does(student, online: bool, tmp_path: Path) -> None:
+    sets = {"distill.online": online, "distill.alpha_end": 0.9}
+    one, two = student("one", **sets), student("two", **sets)
+    if not online:
+        cache_teachers(one)
+    config = tmp_path / "two.yaml"
+    config.write_text(dump_config(two), encoding="utf-8")
+    run_stage(one, promote_anyway=True)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "beholder", "run",
+         str(config), "--promote-anyway"],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=800, check=False,
+    )  # fmt: skip
+
+    assert "exitcode  : 3" in done.stderr, done.stdout + done.stderr  # three steps on random parts pass no gates
+    for a, b in zip(parts_of(Path(one.run_dir)), parts_of(Path(two.run_dir)), strict=True):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-6)
+    alone, shared = (load_evidence(Path(cfg.run_dir)) for cfg in (one, two))
+    for name in ("eval.loss", "teacher.kl", "transfer.student.delta"):
+        x, y = alone.get(name), shared.get(name)
+        assert x is not None and y is not None and y.n == x.n and y.value == pytest.approx(x.value, rel=1e-3, abs=1e-4)

@@ -101,6 +101,8 @@ class Teacher:
 
     translation: Translation | None = None
     """Of a teacher with another tokenizer (``distill.vocabulary: shared``)."""
+    system: str | None = None
+    """As `AskedTeacher` has it."""
 
     def supervised(self, batch: Batch) -> Supervised:
         """As `model.vlm.Seeing.supervised`."""
@@ -110,7 +112,7 @@ class Teacher:
     def asked(self) -> AskedTeacher:
         builder = SampleBuilder(self.encoder, self.pipeline, None, on_bad_image="error")
         layout = Layout(packing=False, pack_len=1, pad_to_multiple_of=8)
-        return AskedTeacher(builder, layout, self.name, shared=self.translation is not None)
+        return AskedTeacher(builder, layout, self.name, self.translation is not None, self.system)
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ def open_teacher(teacher: TeacherConfig, student: RunConfig, device: torch.devic
     if teacher.run is not None:
         found = open_trained(teacher.run, device)
         found.model.train(False)
-        return Teacher(teacher.name, found.model, found.tokenizer, found.encoder, found.pipeline)
+        own = teacher.name, found.model, found.tokenizer, found.encoder, found.pipeline
+        return Teacher(*own, system=student.prompting.system)
     native = {k: v for k, v in teacher.model_dump().items() if k in ("revision", "precision")}
     model_cfg = ModelConfig.model_validate({"native": {"name_or_path": teacher.native, **native}})
     model, tokenizer = build_vlm(model_cfg, compute_precision=teacher.precision, device=device, seed=0)
@@ -180,7 +183,7 @@ def open_teacher(teacher: TeacherConfig, student: RunConfig, device: torch.devic
     encoder = build_encoder(cfg, tokenizer, model.num_visual_tokens, pipeline)
     encoder.check_table(model.language.vocab)
     model.train(False)
-    return Teacher(teacher.name, model, tokenizer, encoder, pipeline)
+    return Teacher(teacher.name, model, tokenizer, encoder, pipeline, system=student.prompting.system)
 
 
 def check_vocabulary(teacher: Teacher, student: Any) -> None:
