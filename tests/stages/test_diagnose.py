@@ -143,7 +143,7 @@ def test_a_sound_distillation_holds(student, written: Written, form: str) -> Non
     assert numbers["bytes_per_token"]["topk"] == (4 * k + 8) and v > 100
     assert numbers["kl"]["full"] - numbers["kl"]["topk"] == pytest.approx(numbers["topk_bound"], abs=1e-5)
     assert found.shown[0].rows == (
-        ("first (1)", "0.3", "2"), ("middle (2)", "0.2333", "2"), ("last (3)", "0.1667", "2")
+        ("first (1)", "0.3", "2"), ("middle (2)", "0.2", "2"), ("last (3)", "0.1", "2")
     )  # fmt: skip
     assert max(map(len, as_text(found).splitlines())) <= 80
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from tests.conftest import TinyParts, make_config
 from tests.stages.conftest import settings
 from tests.stages.test_instruct import losses_of
@@ -247,7 +248,7 @@ def flops_of_asking(cfg: RunConfig) -> float:
         teacher = teachers.open_teacher(cfg.learnt_from.teachers[0], cfg, session.model.device)
         some = list(teachers.needed(session))
         examples, targets = zip(*some, strict=True)
-        with FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
             teachers.say(teacher, examples, targets, cfg.learnt_from, session.model.language.vocab, lambda *_: b"")
     return counter.get_total_flops() / len(some)
 
@@ -272,7 +273,7 @@ def test_a_plan_says_what_asking_the_teachers_costs(student, teacher: Path) -> N
     asked = estimate(student("online", **{"distill.online": True}))
     assert asked.teacher_bytes is None and "teachers" not in asked.seconds
     assert asked.memory[f"teacher {teacher}"] > 1e5
-    assert asked.flops_per_step["teachers"] == pytest.approx(4 * flops_of_asking(cfg), rel=0.15)
+    assert asked.flops_per_step["teachers"] == pytest.approx(4 * flops_of_asking(cfg), rel=0.25)
     gone = estimate(student("gone", **{"distill.teachers": [{"run": "nowhere"}]}))
     assert gone.teacher_bytes and "teachers" not in gone.seconds
     assert "time and memory of the teacher nowhere: there is no checkpoint" in " ".join(gone.gaps)

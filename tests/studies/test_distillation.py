@@ -260,6 +260,7 @@ def test_the_table_has_every_run_in_full_precision() -> None:
     [
         ({"arms": {"kd": {"seed": 1}}}, "arms has 'kd', which every study has"),
         ({"arms": {"a/b": {"distill.alpha": 0.5}}}, "a name is part of a path"),
+        ({"arms": {"caches": {"distill.alpha": 0.5}}}, "arms has 'caches', which is a folder that every study has"),
         ({"arms": {"x": {}}}, "arms x sets nothing"),
         ({"seeds": (1, 1)}, "seeds has a number twice"),
     ],
@@ -371,6 +372,12 @@ def test_what_cannot_be_is_told_before_anything_runs(
 ) -> None:
     with pytest.raises(UserError, match=message):
         plan_distillation(write_study(tmp_path, distillation), sets)
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_teacher_that_is_not_there_is_told_before_anything_runs(write_study: WriteStudy, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"distill.teachers: the run .*teacher/run: there is no checkpoint at"):
+        run_distillation(write_study(tmp_path, {}), promote_anyway=True)
     assert not (tmp_path / "study").exists()
 
 

@@ -289,8 +289,7 @@ class AskedTeacher:
 
     def as_recorded(self, example: Example) -> Example:
         """Without what the student's own way of asking has put before it."""
-        first = example.turns[0]
-        given = self.system is not None and first.role == "system" and first.text == self.system
+        given = [t for t in example.turns[:1] if t.role == "system" and t.text == self.system]
         return replace(example, turns=example.turns[1:]) if given else example
 
     def _cut(self, example: Example, encoded: Encoded, wanted: np.ndarray) -> Encoded:

@@ -735,8 +735,9 @@ def _plan_teachers(cfg: RunConfig, result: Estimate, language: LanguageShape, ta
         return None
     found = {t.name: _try(result.gaps, partial(_teacher, t, result)) for t in own.teachers}
     if own.online:
-        result.memory |= {f"teacher {name}": known[1] for name, known in found.items() if known}
-        result.memory["total"] = sum(size for name, size in result.memory.items() if name != "total")
+        total = result.memory.pop("total")
+        weights = {f"teacher {name}": known[1] for name, known in found.items() if known}
+        result.memory |= {**weights, "total": total + sum(weights.values())}
     elif (samples := _asked(cfg, result)) is not None:
         rows = samples * float(np.ceil((targets + 1) / TOKENS).mean())
         each = bytes_of(math.ceil(rows), own, language.vocab)
