@@ -248,6 +248,7 @@ def flops_of_asking(cfg: RunConfig) -> float:
         teacher = teachers.open_teacher(cfg.learnt_from.teachers[0], cfg, session.model.device)
         some = list(teachers.needed(session))
         examples, targets = zip(*some, strict=True)
+        teacher.model.requires_grad_(False)  # or the counter hooks into gradients that there are not
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             teachers.say(teacher, examples, targets, cfg.learnt_from, session.model.language.vocab, lambda *_: b"")
     return counter.get_total_flops() / len(some)
