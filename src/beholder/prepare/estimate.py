@@ -774,7 +774,7 @@ def _teacher(teacher: TeacherConfig, result: Estimate) -> tuple[float, float]:
     tokens = seq["tokens_mean"] + images * (connector.num_tokens - seq["visual_tokens_per_image"])
     flops = language.forward_flops(tokens, seq["target_tokens_mean"] + 1)
     flops += images * (vision.flops_per_image + connector.flops_per_image / 3)
-    stored = language.params * DTYPES[model.llm.precision].itemsize
+    stored = language.params * DTYPES[model.llm.precision if model.student is None else "fp32"].itemsize
     return flops, stored + vision.params * DTYPES[model.vision.precision].itemsize + 4.0 * connector.params
 
 
