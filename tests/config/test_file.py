@@ -36,6 +36,8 @@ from beholder.types import ConfigNote, DatasetKind, UserError
 
 SEED_STAGE2 = Path(__file__).parents[2] / "configs" / "stage2_sft_single.yaml"
 """The YAML block of the stage-2 seed document, section 8, as it stands there."""
+WHOLE = (SEED_STAGE2, *(SEED_STAGE2.parent / "quickstart" / f"{n}.yaml" for n in ("distill", "sweep", "footprint")))
+"""Configs with sections that others have not."""
 
 MINIMAL = """\
 run_name: r
@@ -45,6 +47,8 @@ model:
 data:
   json_path: x.jsonl
 """
+
+TAUGHT = f"{MINIMAL}stage: distill\ndistill: {{teachers: [{{run: t}}]}}\n"
 
 
 def problems(text: str, overrides: tuple[str, ...] = ()) -> list[str]:
@@ -294,11 +298,11 @@ _yaml = st.recursive(
 
 
 @settings(max_examples=150, deadline=None)
-@given(replacement=_yaml, seed=st.integers(0, 10_000), twice=st.booleans())
+@given(replacement=_yaml, seed=st.integers(0, 10_000), twice=st.booleans(), base=st.sampled_from(WHOLE))
 def test_whatever_stands_anywhere_the_answer_is_a_config_or_a_complaint(
-    replacement: Any, seed: int, twice: bool
+    replacement: Any, seed: int, twice: bool, base: Path
 ) -> None:
-    data = yaml.safe_load(SEED_STAGE2.read_text())
+    data = yaml.safe_load(base.read_text())
     pick = random.Random(seed)
     for _ in range(1 + twice):
         here: Any = data
@@ -421,10 +425,23 @@ def test_kept_layers_need_that_nothing_before_them_learns() -> None:
         ("run_name=1e5", """of at most 200 characters; write '"1e5"' in quotes"""),
         ("data.eval_sources=[{}]", "--set data.eval_sources: data.eval_sources.0.json_path: missing"),
         ("data.len_buckets=[0, x]", "--set data.len_buckets: data.len_buckets.1: got the text 'x'"),
+        ("sweep={grid: 3}", "--set sweep: sweep.grid: got 3; expected a section with names of your own"),
+        ("distill.teachers=null", "--set distill.teachers: got null; expected a list, each a section with run, native"),
+        ("distill.teachers=[]", "--set distill.teachers: got a list of 0; expected a list"),
+        ("distill.teachers=[3]", "distill.teachers.0: got 3; expected a section with run, native"),
+        ("distill.teachers=[{}]", "distill.teachers.0: give run, a run folder, or native"),
+        ("distill.teachers=[{run: a, native: b}]", "distill.teachers.0: give run, a run folder, or native"),
+        ("distill.teachers=[{run: a, weight: 0}]", "distill.teachers.0.weight: got 0; expected a number above 0"),
+        ("distill.teachers=[{run: a, nativ: b}]", "distill.teachers.0.nativ: no such setting in distill.teachers.0"),
+        ("distill.teachers=[{run: a, revision: b}]", "teachers.0: revision and chat_template are for native teachers"),
+        (
+            "distill.teachers=[{run: a, weight: 0.5}]",
+            "the weights of the teachers are 0.5 = 0.5; they must",
+        ),
     ],
 )
 def test_an_override_is_checked_like_the_file_and_named(override: str, said: str) -> None:
-    assert said in one(MINIMAL, override)
+    assert said in one(TAUGHT if override.startswith("distill.") else MINIMAL, override)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tests.conftest import TinyParts
 from typer.testing import CliRunner
 
 from beholder.cli import app
-from beholder.config import RunConfig
+from beholder.config import DistillConfig, RunConfig
 from beholder.config.file import dump_config
 from beholder.data import collate
 from beholder.prepare import diagnose, diagnose_distill
@@ -143,12 +143,20 @@ def test_a_sound_distillation_holds(student, written: Written, form: str) -> Non
     assert numbers["bytes_per_token"]["topk"] == (4 * k + 8) and v > 100
     assert numbers["kl"]["full"] - numbers["kl"]["topk"] == pytest.approx(numbers["topk_bound"], abs=1e-5)
     assert found.shown[0].rows == (
-        ("first (1)", "0.3", "2"), ("middle (2)", "0.2333", "2"), ("last (3)", "0.1667", "2")
+        ("first (1)", "0.3", "2"), ("middle (2)", "0.2", "2"), ("last (3)", "0.1", "2")
     )  # fmt: skip
     assert max(map(len, as_text(found).splitlines())) <= 80
 
 
 @pytest.mark.slow
+def test_the_schedule_that_is_shown_is_the_one_that_is_trained() -> None:
+    cfg = DistillConfig.model_validate({
+        "teachers": [{"run": "t"}], "preset": "progressive", "temperature": 3.0, "temperature_end": 1.0,
+    })  # fmt: skip
+    shown = diagnose_distill._schedule(cfg, 5)
+    assert shown.rows == (("first (1)", "0.5", "3"), ("middle (3)", "0.35", "2"), ("last (5)", "0.2", "1"))
+
+
 def test_teachers_that_are_asked_online_need_no_cache(written: Written) -> None:
     found = examine_distillation(written(**{"distill.online": True}))
     assert not found.failed and "online" in of(found, "cache").found

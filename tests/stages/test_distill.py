@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,13 +17,17 @@ from tests.conftest import TinyParts, make_config
 from tests.stages.conftest import settings
 from tests.stages.test_instruct import losses_of
 
-from beholder.config import DistillConfig
-from beholder.config.file import load_config
+from beholder.config import DistillConfig, RunConfig
+from beholder.config.file import dump_config, load_config
 from beholder.evidence import load_evidence
+from beholder.prepare.estimate import estimate
 from beholder.prepare.tiny import smoke_config, tiny_native
-from beholder.runs import sha256_file
+from beholder.runs import RunDir, sha256_file
 from beholder.stages import run_stage, teachers
+from beholder.stages.session import Session, open_session
 from beholder.stages.teachers import cache_teachers
+from beholder.store.teachers import INDEX, TeacherCache
+from beholder.train.distributed import joined
 from beholder.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +80,7 @@ def test_what_is_kept_is_reused_and_what_is_missing_is_named(
     cfg = student()
     with pytest.raises(UserError, match=r"samples have no rows of the teacher .*Nothing is kept there yet"):
         run_stage(cfg, promote_anyway=True)
+    assert not any((tmp_path / "student").glob("features/**/shard-*")), "told before the tower has seen a picture"
     first = cache_teachers(cfg).teachers[0]
 
     def loaded(*_: object) -> None:
@@ -178,7 +188,7 @@ def test_resume_is_bit_identical(student) -> None:
     ("sets", "told"),
     [
         ({"distill.k": 60_000}, "distill.k is 60000, but the student's vocabulary has"),
-        ({"distill.teachers": [{"run": "nowhere"}]}, "nowhere"),
+        ({"distill.teachers": [{"run": "nowhere"}]}, "distill.teachers: the run nowhere: there is no checkpoint at"),
         ({"data.augment": "random_crop"}, "what is kept of a teacher is about the images as they are"),
     ],
 )
@@ -199,3 +209,87 @@ def test_packed_is_padded_and_parts_are_the_whole(student) -> None:
     for other in (packed, parts):
         for a, b in zip(parts_of(padded.folder), parts_of(other.folder), strict=True):
             assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_a_teacher_is_asked_in_its_own_way_about_training_and_held_out_samples_alike(student) -> None:
+    cfg = student(**{"prompting.system": "Answer in one word."})
+    with student_at(cfg) as session:
+        teacher = teachers.open_teacher(cfg.learnt_from.teachers[0], cfg, session.model.device)
+        (example, targets), *_ = teachers.needed(session)
+        held_out = session.data.encoder.apply_template(example)  # as all held-out samples are
+        assert held_out.turns[0].role == "system" and example.turns[0].role == "user"
+        own, other = (teacher.asked.batch([e], [targets]).input_ids for e in (example, held_out))
+    assert own.tolist() == other.tolist()
+
+
+def test_what_cannot_be_read_of_a_teachers_losses_is_made_anew_and_breaks_no_run(student, tmp_path: Path) -> None:
+    cfg = student()
+    (file,) = Path(cache_teachers(cfg).teachers[0].folder).glob("held_out_*.json")
+    whole = file.read_text(encoding="utf-8")
+    for broken in ("[]", whole[:-9], json.dumps({c: own[:2] for c, own in json.loads(whole).items()})):
+        file.write_text(broken, encoding="utf-8")
+        outcome = run_stage(student(f"run{len(broken)}"), promote_anyway=True)
+        assert "the teacher's held-out losses cannot be read" in " ".join(load_evidence(outcome.folder).gaps)
+        cache_teachers(cfg)
+        assert file.read_text(encoding="utf-8") == whole
+
+
+def test_what_is_answered_stands_alone_on_standard_output(student, capsys: pytest.CaptureFixture[str]) -> None:
+    cache_teachers(student())
+    told = capsys.readouterr()
+    assert not told.out and "[teacher]" in told.err
+
+
+@contextmanager
+def student_at(cfg: RunConfig) -> Iterator[Session]:
+    with joined(cfg.device, cfg.train.timeout_s) as dist, open_session(cfg, RunDir(cfg.run_dir), dist) as session:
+        yield session
+
+
+def test_a_plan_says_what_asking_the_teachers_costs(student, teacher: Path) -> None:
+    cfg = student()
+    planned = estimate(cfg)
+    kept = cache_teachers(cfg).teachers[0]
+    with student_at(cfg) as session, TeacherCache(cfg.learnt_from, teachers.keys(session)[0]) as cache:
+        real = len(cache.rows) * (cache.rows.row_bytes + INDEX)
+    assert planned.teacher_bytes == pytest.approx(real, rel=0.2) and kept.samples == 24
+    assert planned.seconds["teachers"] > 0 and "teachers" not in planned.flops_per_step
+    assert planned.seconds["total"] == pytest.approx(
+        sum(planned.seconds[x] for x in ("features", "teachers", "training"))
+    )
+    asked = estimate(student("online", **{"distill.online": True}))
+    assert asked.teacher_bytes is None and "teachers" not in asked.seconds
+    assert asked.memory[f"teacher {teacher}"] > 1e5
+    assert asked.flops_per_step["teachers"] > 0
+    gone = estimate(student("gone", **{"distill.teachers": [{"run": "nowhere"}]}))
+    assert gone.teacher_bytes and "teachers" not in gone.seconds
+    assert "time and memory of the teacher nowhere: there is no checkpoint" in " ".join(gone.gaps)
+    assert "teacher-cache will refuse it" in " ".join(estimate(student("small", **{"distill.max_gb": 1e-6})).gaps)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("online", [False, True])
+def test_two_processes_learn_from_a_teacher_as_one_does(student, online: bool, tmp_path: Path) -> None:
+    sets = {"distill.online": online, "distill.alpha_end": 0.9}
+    one, two = student("one", **sets), student("two", **sets)
+    if not online:
+        cache_teachers(one)
+    config = tmp_path / "two.yaml"
+    config.write_text(dump_config(two), encoding="utf-8")
+    run_stage(one, promote_anyway=True)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "beholder", "run",
+         str(config), "--promote-anyway"],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=800, check=False,
+    )  # fmt: skip
+
+    assert "exitcode  : 3" in done.stderr, done.stdout + done.stderr  # three steps on random parts pass no gates
+    for a, b in zip(parts_of(Path(one.run_dir)), parts_of(Path(two.run_dir)), strict=True):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-6)
+    alone, shared = (load_evidence(Path(cfg.run_dir)) for cfg in (one, two))
+    for name in ("eval.loss", "teacher.kl", "transfer.student.delta"):
+        x, y = alone.get(name), shared.get(name)
+        assert x is not None and y is not None and y.n == x.n and y.value == pytest.approx(x.value, rel=1e-3, abs=1e-4)

@@ -17,7 +17,7 @@ import torch
 
 from beholder.config import DistillConfig
 from beholder.model.divergence import Full, columns, sampled, top_k
-from beholder.store.teachers import TOKENS, TeacherCache, TeacherKey
+from beholder.store.teachers import TOKENS, TeacherCache, TeacherKey, seconds_a_token
 from beholder.types import Example, Turn, UserError
 
 V = 50
@@ -102,6 +102,56 @@ def test_a_k_larger_than_the_vocabulary_and_a_full_disk_cap_are_refused(tmp_path
     cfg = config(tmp_path, max_gb=1e-6)
     with TeacherCache(cfg, KEY) as cache, pytest.raises(UserError, match=r"distill.max_gb = 1e-06 GB is full"):
         fill(cache, cfg, range(30))
+
+
+def test_damaged_rows_are_forgotten_all_at_once_and_told_and_made_anew(tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    with TeacherCache(cfg, KEY) as cache:
+        fill(cache, cfg, range(30))
+        (shard,) = cache.rows.folder.glob("shard-*.bin")
+    shard.write_bytes(bytes(255 - b for b in shard.read_bytes()))
+    with TeacherCache(cfg, KEY) as cache:
+        assert not any(cache.has(*sample(k)) for k in range(30))
+        with pytest.raises(UserError, match=r"rows were damaged on the disk, and are forgotten\. Make them with"):
+            cache.taught(*zip(*map(sample, range(30)), strict=True))
+        fill(cache, cfg, range(30))
+        found = cache.taught(*zip(*map(sample, range(30)), strict=True))
+        assert torch.equal(found["ids"].long(), torch.cat([said(k, cfg)["ids"] for k in range(30)]))
+
+
+def test_a_full_disk_is_no_damage(tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    with TeacherCache(cfg, KEY) as cache:
+        fill(cache, cfg, range(3))
+        with cache.rows.index.query() as db:
+            db.execute("PRAGMA max_page_count = 1")  # no less than there are
+        with pytest.raises(UserError, match=r"no room on the disk for its index .*What is stored already stays"):
+            fill(cache, cfg, range(2000))
+        with cache.rows.index.query() as db:
+            db.execute("PRAGMA max_page_count = 1000000")
+        assert all(cache.has(*sample(k)) for k in range(3))
+        (cache.rows.folder / "costs.jsonl").mkdir()
+        with pytest.raises(UserError, match=r"cannot write .*costs.jsonl"):
+            cache.note_cost(1, 1.0)
+
+
+def test_two_writers_at_once_leave_every_row_once(tmp_path: Path) -> None:
+    """Each other sample is asked by both: what the first one has put counts."""
+    cfg = config(tmp_path)
+    with TeacherCache(cfg, KEY) as one, TeacherCache(cfg, KEY) as two, one.writer() as first, two.writer() as second:
+        for k in range(60):
+            for cache, writer in ((one, first), (two, second)):
+                cache.put(writer, [sample(k)], [said(k, cfg)])
+        assert len(one.rows) == sum(-(-len(sample(k)[1]) // TOKENS) for k in range(60))
+        found = two.taught(*zip(*map(sample, range(60)), strict=True))
+        assert torch.equal(found["ids"].long(), torch.cat([said(k, cfg)["ids"] for k in range(60)]))
+
+
+def test_lines_of_what_rows_have_cost_that_say_nothing_are_left_out(tmp_path: Path) -> None:
+    lines = ['{"tokens": 4, "seconds": 2}', '{"tokens": 1e400, "seconds": 1}', '{"tokens": -3, "seconds": 1}',
+             '{"tokens": 5, "seconds": NaN}', '{"tokens": 5, "seconds": "x"}', "[]", '{"tokens": 4']  # fmt: skip
+    (tmp_path / "costs.jsonl").write_text("\n".join(lines))
+    assert seconds_a_token(tmp_path) == 0.5
 
 
 FILLER = """

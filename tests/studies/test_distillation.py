@@ -118,6 +118,27 @@ def test_intervals_over_seeds_are_students() -> None:
     assert mean_of([1.0]).low is None
 
 
+def test_intervals_of_shares_stay_within_0_and_1_and_hold_the_mean() -> None:
+    wide = mean_of([0.99, 0.999, 0.96], within=True)
+    plain = mean_of([0.99, 0.999, 0.96])
+    assert plain.high is not None and plain.high > 1
+    assert wide.low is not None and wide.high is not None and 0 < wide.low < wide.value == plain.value < wide.high < 1
+    other = mean_of([0.01, 0.001, 0.04], within=True)
+    assert (other.low, other.high) == pytest.approx((1 - wide.high, 1 - wide.low))
+    narrow, same = mean_of([0.50, 0.51, 0.49], within=True), mean_of([0.50, 0.51, 0.49])
+    assert (narrow.low, narrow.high) == pytest.approx((same.low, same.high), abs=1e-3)  # far from the ends: as before
+    assert mean_of([1.0, 1.0], within=True).high == 1.0 and mean_of([0.0, 0.0], within=True).low == 0.0
+    hard = mean_of([0.0, 1.0], within=True)
+    assert hard.low is not None and hard.high is not None and 0 <= hard.low < 0.5 < hard.high <= 1
+
+
+def test_no_share_of_a_page_leaves_0_to_100_percent() -> None:
+    rows = [row("kd", seed, right, 0.4) for seed, right in enumerate((0.94, 0.949, 0.91))]
+    for arm in record(rows=rows).arms:  # yes/no questions: 99, 99.9 and 96 %
+        for mean in [arm.at[ACCURACY], *arm.by_kind.values()]:
+            assert mean.low is not None and mean.high is not None and 0 <= mean.low <= mean.high <= 1
+
+
 def test_arms_are_compared_seed_by_seed_at_equal_steps_and_at_equal_time() -> None:
     found = {(d.basis, d.measure): d for d in record().differences if d.arm == "kd" and not d.kind}
     steps = found["equal steps", ACCURACY]
@@ -239,6 +260,7 @@ def test_the_table_has_every_run_in_full_precision() -> None:
     [
         ({"arms": {"kd": {"seed": 1}}}, "arms has 'kd', which every study has"),
         ({"arms": {"a/b": {"distill.alpha": 0.5}}}, "a name is part of a path"),
+        ({"arms": {"caches": {"distill.alpha": 0.5}}}, "arms has 'caches', which is a folder that every study has"),
         ({"arms": {"x": {}}}, "arms x sets nothing"),
         ({"seeds": (1, 1)}, "seeds has a number twice"),
     ],
@@ -350,6 +372,12 @@ def test_what_cannot_be_is_told_before_anything_runs(
 ) -> None:
     with pytest.raises(UserError, match=message):
         plan_distillation(write_study(tmp_path, distillation), sets)
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_teacher_that_is_not_there_is_told_before_anything_runs(write_study: WriteStudy, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"distill.teachers: the run .*teacher/run: there is no checkpoint at"):
+        run_distillation(write_study(tmp_path, {}), promote_anyway=True)
     assert not (tmp_path / "study").exists()
 
 

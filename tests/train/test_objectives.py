@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from beholder.config import DistillConfig
+from beholder.model import losses
 from beholder.model.divergence import Full, columns, top_k
+from beholder.train import objectives
 from beholder.train.objectives import Distill, log_probabilities
 from beholder.types import Batch, Supervised, UserError
 
 V, DH = 23, 6
+require = objectives._require
 
 
 class Student(torch.nn.Module):
@@ -142,6 +145,31 @@ def test_alpha_and_temperature_are_functions_of_the_step() -> None:
 def test_presets_are_the_guides_and_what_is_given_comes_first(given: dict[str, Any], told: tuple[Any, ...]) -> None:
     cfg = config(**given)
     assert (cfg.alpha, cfg.alpha_end, cfg.temperature) == told
+
+
+@pytest.mark.parametrize("bad", [None, 1, 7])
+def test_whether_a_teacher_that_is_asked_is_finite_is_asked_once_whatever_the_chunks(
+    bad: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, cfg = Said(), DistillConfig.model_validate({"teachers": [{"run": "a"}], "online": True})
+    teacher = Student(False)
+    batch = said.batch((0, 1, 2), Full)
+    batch.taught = [said.batch((0, 1, 2), Full)]
+    with torch.no_grad():
+        teacher.out.weight *= 3  # it says something else than the student
+    whole = Distill(cfg, 10, [teacher])(Student(False), batch)
+    monkeypatch.setattr(losses, "CPU_ROWS", 2)  # five chunks
+    asked: list[bool] = []
+    monkeypatch.setattr(objectives, "_require", lambda sound, ids: (asked.append(bool(sound)), require(sound, ids)))
+    if bad is None:
+        terms = Distill(cfg, 10, [teacher])(Student(False), batch)
+        torch.testing.assert_close(terms.total, whole.total)
+    else:
+        with torch.no_grad():
+            teacher.states[bad] = float("nan")
+        with pytest.raises(UserError, match="no finite log-probabilities"):
+            Distill(cfg, 10, [teacher])(Student(False), batch)
+    assert asked == [bad is None]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -91,7 +91,7 @@ def batch(
     _leave(examine_batch(subject, sets or [], num=num), json)
 
 
-@doctor_app.command(epilog=example("beholder doctor inference outputs/quickstart/distill"))
+@doctor_app.command(epilog=example("beholder doctor inference outputs/quickstart/instruct"))
 def inference(
     run_folder: RunArg,
     image: Annotated[Path | None, typer.Option(help="A picture; default one of the held-out samples.")] = None,

@@ -104,14 +104,13 @@ class DistillConfig(Section):
         """Whether a teacher has a say."""
         return self.alpha > 0 or bool(self.alpha_end)
 
-    def alpha_at(self, done: float) -> float:
-        """Weight of the divergence when this share of the steps is done."""
-        return self.alpha if self.alpha_end is None else self.alpha + (self.alpha_end - self.alpha) * done
-
-    def temperature_at(self, done: float) -> float:
-        """One of `temperatures`."""
+    def at(self, step: int, total_steps: int) -> tuple[float, float]:
+        """alpha, and T, which is one of `temperatures`, in the step of this number, from 0: the last of several is at
+        the end of both schedules."""
+        done = step / max(total_steps - 1, 1)
+        alpha = self.alpha if self.alpha_end is None else self.alpha + (self.alpha_end - self.alpha) * done
         every = self.temperatures
-        return every[min(int(done * len(every)), len(every) - 1)]
+        return alpha, every[min(int(done * len(every)), len(every) - 1)]
 
     @property
     def temperatures(self) -> tuple[float, ...]:

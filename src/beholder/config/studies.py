@@ -194,6 +194,8 @@ class FootprintConfig(StudyConfig):
 
 
 def _no_name(section: str, name: str) -> list[str]:
+    if name in ("caches", "configs", "logs"):
+        return [f"{section} has {name!r}, which is a folder that every study has; give it another name"]
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}", name):
         return []
     return [f"{section} has {name!r}; a name is part of a path: letters, digits, and _ . + - after one"]

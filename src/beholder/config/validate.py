@@ -58,7 +58,15 @@ def _try(data: Any) -> tuple[RunConfig | None, list[Any]]:
         # Strict, and as JSON: "32" is no number and 1 no boolean, but a list may become a tuple.
         return RunConfig.model_validate_json(json.dumps(data), strict=True), []
     except ValidationError as e:
-        return None, e.errors(include_url=False, include_context=False)
+        errors = e.errors(include_url=False, include_context=False)
+        return None, [error for error in errors if not _follows(error, errors)]
+
+
+def _follows(error: Any, errors: list[Any]) -> bool:
+    """Whether a list is too short only because what is in it is wrong."""
+    where = error["loc"]
+    inside = any(len(e["loc"]) > len(where) and e["loc"][: len(where)] == where for e in errors)
+    return error["type"] == "too_short" and inside
 
 
 def _written(loc: tuple[str | int, ...], data: Any) -> SettingPath:
@@ -112,8 +120,11 @@ def _complain_combinations(tree: Tree, section: Section, removed: set[str], path
         tree.complain(path, line, at=places[0] if places else path)
     for name in type(section).model_fields:
         inner = getattr(section, name)
-        if isinstance(inner, Section):
-            _complain_combinations(tree, inner, removed, (*path, name))
+        entries = inner.items() if isinstance(inner, dict) else enumerate(inner) if isinstance(inner, tuple) else ()
+        entries = () if name in removed else entries  # stand-ins
+        for below, each in (((), inner), *(((key,), each) for key, each in entries)):
+            if isinstance(each, Section):
+                _complain_combinations(tree, each, removed, (*path, name, *below))
 
 
 _OFF = (False, 0, "never")
@@ -142,7 +153,6 @@ def _repair(data: Any, path: SettingPath) -> None:
     """Take the wrong value out; put a stand-in where a required one is missing."""
     parent = get_at(data, path[:-1])
     annotation = annotation_at(path)
-    section = section_of(annotation)
     required = False
     owner = section_of(annotation_at(path[:-1]))
     if owner is not None and isinstance(path[-1], str) and path[-1] in owner.model_fields:
@@ -152,7 +162,13 @@ def _repair(data: Any, path: SettingPath) -> None:
     elif isinstance(parent, dict):
         parent.pop(path[-1], None)
         if required:
-            parent[path[-1]] = {} if section is not None else "x" if str in options_of(annotation) else 1
+            items = items_of(annotation)
+            parent[path[-1]] = _stand_in(annotation) if items is None else [_stand_in(items)]
+
+
+def _stand_in(annotation: Any) -> Any:
+    named = section_of(annotation) is not None or values_of(annotation) is not None
+    return {} if named else "x" if str in options_of(annotation) else 1
 
 
 def _construct(model: type[BaseModel], data: Any) -> Any:

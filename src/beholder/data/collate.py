@@ -272,6 +272,8 @@ class AskedTeacher:
     """For messages."""
     shared: bool = False
     """It may learn other tokens of a sample: it has another tokenizer."""
+    system: str | None = None
+    """The student's system turn, which held-out samples begin with already: a teacher puts its own there."""
 
     def batch(self, examples: Sequence[Example], targets: Sequence[np.ndarray]) -> Batch:
         """The examples as the teacher takes them. Raises `UserError` for one whose supervised ids are not ``targets``,
@@ -279,11 +281,16 @@ class AskedTeacher:
         samples: list[Sample] = []
         for example, wanted in zip(examples, targets, strict=True):
             try:
-                sample = self.builder.build(example)
+                sample = self.builder.build(self.as_recorded(example))
             except EncodeError as e:
                 raise UserError(f"{example.where}: the teacher {self.name} cannot be shown it: {e}") from e
             samples.append((sample[0], self._cut(example, sample[1], wanted), sample[2]))
         return collate(samples, self.layout)
+
+    def as_recorded(self, example: Example) -> Example:
+        """Without what the student's own way of asking has put before it."""
+        given = [t for t in example.turns[:1] if t.role == "system" and t.text == self.system]
+        return replace(example, turns=example.turns[1:]) if given else example
 
     def _cut(self, example: Example, encoded: Encoded, wanted: np.ndarray) -> Encoded:
         """Supervised as far as the student's sample, which may be cut shorter."""

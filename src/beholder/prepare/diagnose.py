@@ -246,7 +246,7 @@ def token_text(tokenizer: Any, token: int) -> str:
 
 def examine(teacher: Teacher, examples: Sequence[Example], max_new_tokens: int) -> tuple[Look | None, list[Check]]:
     """Let it answer the first of ``examples``, with the pictures of the others for comparison."""
-    example, *rest = examples
+    example, *rest = map(teacher.asked.as_recorded, examples)
     try:
         found = look(teacher, example, rest[:OTHERS], max_new_tokens)
     except NotFiniteError as e:

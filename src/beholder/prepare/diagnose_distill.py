@@ -144,7 +144,7 @@ def _one_teacher(
 def _schedule(cfg: DistillConfig, total: int) -> Shown:
     """alpha and T at the first, the middle and the last step, as the objective takes them."""
     rows = [
-        (f"{name} ({step + 1:,})", f"{cfg.alpha_at(step / total):.4g}", f"{cfg.temperature_at(step / total):.4g}")
+        (f"{name} ({step + 1:,})", *(f"{value:.4g}" for value in cfg.at(step, total)))
         for name, step in (("first", 0), ("middle", total // 2), ("last", total - 1))
     ]
     return Shown("Schedule", ("step", "alpha", "temperature"), tuple(rows))

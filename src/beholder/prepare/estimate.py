@@ -23,6 +23,8 @@ width h, q query heads, k key/value heads of size d, MLP width m, vocabulary V, 
   three MLP tensors (3·s·m), and of attention either queries, keys, values and the softmax over R positions in fp32 and
   in s bytes (s·(q+2k)·d + q·R·(4+s), CPU) or what a fused kernel keeps with repeated heads (4·s·q·d). Families that
   normalise queries and keys keep them in fp32 too (4·(q+k)·d). With checkpointing: one layer's, plus s·h a layer.
+- teachers: forward alone, 2·B·T + 4·L·q·d·T² + 2·h·V·K and their towers'; once a sample where what they say is kept,
+  at every step where they are asked online. Kept: rows of `store.teachers.TOKENS` supervised tokens and their index.
 - logits: at most `model.losses.MAX_LOGITS` at once, as computed, in fp32, and as gradient.
 - connector, gradients and AdamW moments: 16 bytes a weight (4 when it stays as it is), plus a copy in the compute type
   under autocast.
@@ -32,8 +34,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +47,16 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from beholder.config import ConnectorConfig, LlmConfig, LoraConfig, RunConfig, StudentConfig, VisionConfig
+from beholder.config import (
+    ConnectorConfig,
+    LlmConfig,
+    LoraConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    VisionConfig,
+)
+from beholder.config.file import load_config
 from beholder.data import build_encoder, open_records
 from beholder.data.chat import EncodeError
 from beholder.data.collate import WINDOW
@@ -73,6 +86,8 @@ from beholder.model.standard import export_class
 from beholder.model.student import check_budget, empty_student
 from beholder.model.weights import DTYPES, check_settings, loading
 from beholder.prepare.doctor import matmul_rate
+from beholder.store.teachers import TOKENS, bytes_of
+from beholder.train import checkpoint
 from beholder.train.distributed import pick_device
 from beholder.types import Example, ImageRef, ImageSlot, Turn, UserError
 
@@ -114,6 +129,11 @@ class LanguageShape:
         attention = 4.0 * self.layers * self.heads * self.head_dim * tokens * attended
         times = 2 + bool(checkpointing) + bool(self.learning_params)
         return product * times + attention * (4 if checkpointing else 3)
+
+    def forward_flops(self, tokens: float, targets: float) -> float:
+        """Of a model that is only asked about a sample, its head at the supervised positions."""
+        attention = 4.0 * self.layers * self.heads * self.head_dim * tokens * tokens
+        return 2.0 * self.layer_params * tokens + attention + 2.0 * self.hidden * self.vocab * targets
 
     def head_flops(self, targets: float) -> float:
         learns = self.learning_params == self.params
@@ -186,12 +206,15 @@ class Estimate:
     memory: dict[str, float] = field(default_factory=dict)
     """Bytes by purpose at the peak of a training step; ``total`` is their sum."""
     store_bytes: float | None = None
+    teacher_bytes: float | None = None
+    """What `beholder teacher-cache` will keep of all teachers, with its index."""
     steps: int | None = None
     flops_per_step: dict[str, float] = field(default_factory=dict)
     matmul_flops_per_s: float | None = None
     """Measured on the device in the compute type."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """``step``, ``features`` (filling the store), ``training``, ``total``; evaluation not included."""
+    """``step``, ``features`` (filling the store), ``teachers`` (asking them once), ``training``, ``total``; evaluation
+    not included."""
     exports_as: str | None = None
     """Class that `beholder export` makes of it, with the setting that stands in the way of one of transformers' own."""
     gaps: list[str] = field(default_factory=list)
@@ -224,6 +247,8 @@ class Estimate:
             data.append(("optimizer steps", f"{self.steps:,}"))
         if self.store_bytes is not None:
             data.append(("feature store", _size(self.store_bytes)))
+        if self.teacher_bytes is not None:
+            data.append(("kept of the teachers", _size(self.teacher_bytes)))
         memory = [(k.replace("_", " "), _size(v)) for k, v in self.memory.items()]
         times = [(k, _duration(v)) for k, v in self.seconds.items()]
         if self.matmul_flops_per_s:
@@ -291,9 +316,10 @@ def estimate(
     result.exports_as = exports_as
     examples = _sample_records(cfg, result)
     if language and vision and connector:
-        _estimate_sequence(cfg, connector.num_tokens, examples, result, llm_config)
+        targets = _estimate_sequence(cfg, connector.num_tokens, examples, result, llm_config)
         _plan_memory(cfg, result, language, vision, connector)
-        _plan_time(cfg, result, language, vision, connector, device if measure else None)
+        teachers = _plan_teachers(cfg, result, language, targets)
+        _plan_time(cfg, result, language, vision, connector, teachers, device if measure else None)
     return result
 
 
@@ -522,8 +548,8 @@ def _torch_name(precision: str) -> str:
 
 def _estimate_sequence(
     cfg: RunConfig, num_visual: int, examples: Sequence[Example], result: Estimate, llm_config: Path | None
-) -> None:
-    """Token budget of a sample, and how samples become rows."""
+) -> np.ndarray:
+    """Token budget of a sample, and how samples become rows. Gives the target lengths of samples."""
     gaps = result.gaps
     tokenizer = _try(gaps, lambda: load_tokenizer(cfg.model.llm, beside=llm_config))
     targets, kept = _target_lengths(cfg, examples, tokenizer, gaps)
@@ -571,6 +597,7 @@ def _estimate_sequence(
             f"samples that do not fit: prompting.max_seq_len is {limit}, a sample may need {longest} "
             f"(prompting.too_long: {cfg.prompting.too_long})"
         )
+    return targets
 
 
 def _sample_records(cfg: RunConfig, result: Estimate, num: int = 1000) -> list[Example]:
@@ -700,9 +727,69 @@ def _plan_memory(
                 )
 
 
+def _plan_teachers(cfg: RunConfig, result: Estimate, language: LanguageShape, targets: np.ndarray) -> float | None:
+    """What is kept of the teachers, or what they take in memory while they are asked online. Gives the FLOPs of asking
+    all of them about one sample; None where that is not known, or nobody is asked."""
+    own = cfg.distill
+    if own is None or not own.taught:
+        return None
+    found = {t.name: _try(result.gaps, partial(_teacher, t, result)) for t in own.teachers}
+    if own.online:
+        total = result.memory.pop("total")
+        weights = {f"teacher {name}": known[1] for name, known in found.items() if known}
+        result.memory |= {**weights, "total": total + sum(weights.values())}
+    elif (samples := _asked(cfg, result)) is not None:
+        rows = samples * float(np.ceil((targets + 1) / TOKENS).mean())
+        each = bytes_of(math.ceil(rows), own, language.vocab)
+        result.teacher_bytes = float(each * len(own.teachers))
+        if each > own.max_gb * 1e9:
+            result.gaps.append(
+                f"what is kept of a teacher takes {_size(each)}, distill.max_gb allows {own.max_gb:g} GB: beholder "
+                "teacher-cache will refuse it; raise it, lower distill.k, or use form sampled"
+            )
+    return None if None in found.values() else sum(flops for flops, _ in found.values())
+
+
+def _asked(cfg: RunConfig, result: Estimate) -> float | None:
+    """Samples that teachers are asked about once; None where the records are not known."""
+    if not result.data or result.steps is None:
+        return None
+    return min(result.data["train_samples"], result.steps * cfg.effective_batch) + result.data["held_out_samples"]
+
+
+def _teacher(teacher: TeacherConfig, result: Estimate) -> tuple[float, float]:
+    """FLOPs of asking a teacher about one sample, and bytes of its weights. Raises `UserError` for one that is not
+    there, or that is no run of Beholder."""
+    what = f"time and memory of the teacher {teacher.name}"
+    if teacher.run is None:
+        raise UserError(f"{what}: it is a native model, and these are not planned yet")
+    with _asked_for(what):
+        folder = checkpoint.run_of(checkpoint.resolve_checkpoint(teacher.run))
+        model = load_config(folder / "config.yaml").model
+        if model.native is not None:
+            raise UserError("it is of a native model, and these are not planned yet")
+        language, vision = language_shape(model.llm, None, model.student), vision_shape(model.vision)
+        connector = connector_shape(model.connector, vision, language.hidden)
+    seq, images = result.sequence, result.images_per_sample
+    tokens = seq["tokens_mean"] + images * (connector.num_tokens - seq["visual_tokens_per_image"])
+    flops = language.forward_flops(tokens, seq["target_tokens_mean"] + 1)
+    flops += images * (vision.flops_per_image + connector.flops_per_image / 3)
+    stored = language.params * DTYPES[model.llm.precision if model.student is None else "fp32"].itemsize
+    return flops, stored + vision.params * DTYPES[model.vision.precision].itemsize + 4.0 * connector.params
+
+
+@contextmanager
+def _asked_for(what: str) -> Iterator[None]:
+    """Says of what a `UserError` is."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{what}: {e}") from e
+
+
 def _plan_time(
     cfg: RunConfig, result: Estimate, language: LanguageShape, vision: VisionShape, connector: ConnectorShape,
-    device: torch.device | None,
+    teachers: float | None, device: torch.device | None,
 ) -> None:  # fmt: skip
     seq, samples = result.sequence, cfg.effective_batch
     images = samples * result.images_per_sample
@@ -721,6 +808,7 @@ def _plan_time(
         "head": language.head_flops(samples * (seq["target_tokens_mean"] + 1)),
         "connector": images * connector.flops_per_image,
         "vision_tower": images * vision.flops_per_image * (1 - stored + 2 * vision.share_above),
+        **({"teachers": samples * teachers} if teachers and cfg.learnt_from.online else {}),
     }
     if device is None:
         return
@@ -731,9 +819,11 @@ def _plan_time(
     result.seconds = {"step": step}
     if stored:
         result.seconds["features"] = result.data["images"] * stored * vision.flops_per_image / usable
+    if teachers and not cfg.learnt_from.online and (asked := _asked(cfg, result)) is not None:
+        result.seconds["teachers"] = asked * teachers / usable
     if result.steps is not None:
         result.seconds["training"] = result.steps * step
-        result.seconds["total"] = result.seconds["training"] + result.seconds.get("features", 0.0)
+        result.seconds["total"] = sum(result.seconds.get(x, 0.0) for x in ("training", "features", "teachers"))
 
 
 def _try(gaps: list[str], find: Any) -> Any:

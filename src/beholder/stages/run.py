@@ -29,7 +29,7 @@ from beholder.stages.lifetime import honest_status, is_finished, sole_writer
 from beholder.stages.measure import measure, measure_before
 from beholder.stages.measured import Trained
 from beholder.stages.session import Session, open_session
-from beholder.stages.teachers import learning_from
+from beholder.stages.teachers import check_teachers, learning_from
 from beholder.stages.watch import Watch
 from beholder.train.distributed import joined
 from beholder.train.engine import fit
@@ -175,7 +175,9 @@ def train_and_measure(session: Session, source: Path | None) -> Outcome:
     if source is not None and source.parent.resolve() != run.checkpoints.resolve():
         dist.on_main(lambda: save(start))  # a checkpoint of another folder: this one must have its weights too
     total = session.data.total_steps(cfg)
-    session.fill_features(start * cfg.effective_batch, total * cfg.effective_batch)
+    seen = start * cfg.effective_batch, total * cfg.effective_batch
+    check_teachers(session, *seen)
+    session.fill_features(*seen)
     session.keep_layers()
     session.track(start)
     before = measure_before(session, fresh=start == 0)  # how good is it now
@@ -184,8 +186,7 @@ def train_and_measure(session: Session, source: Path | None) -> Outcome:
     check_baseline(session)
     stop, done = standing_stop(session, total), start  # of a run that ended before its evidence was written
     if stop is None:
-        seen = (start * cfg.effective_batch, total * cfg.effective_batch)
-        with learning_from(session, *seen) as (readers, asked), session.phase("training"):
+        with learning_from(session) as (readers, asked), session.phase("training"):
             result = fit(
                 model,
                 OBJECTIVES[stage.objective](cfg, total, asked),

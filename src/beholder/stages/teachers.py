@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,14 +39,21 @@ from beholder.runs import RunDir, atomic_write, stop_signals, to_json
 from beholder.stages.lifetime import sole_writer
 from beholder.stages.measured import Measured
 from beholder.stages.session import Session, open_session
-from beholder.store.teachers import KEPT_FOR, TOKENS, TeacherCache, TeacherKey, seconds_a_token, teachers_dir
+from beholder.store.teachers import (
+    KEPT_FOR,
+    TOKENS,
+    TeacherCache,
+    TeacherKey,
+    bytes_of,
+    rows_of,
+    seconds_a_token,
+    teachers_dir,
+)
 from beholder.train.distributed import joined
 from beholder.train.objectives import log_probabilities, spoken_of, taught_losses
 from beholder.train.trained import identity, open_trained
 from beholder.types import Batch, Condition, Example, Supervised, TeacherReader, UserError
 
-_INDEX = 20
-"""Bytes of the row store's index for a token, about."""
 HELD_OUT: tuple[Condition, ...] = ("correct", "shuffled")
 """Under which images a teacher's held-out losses are kept."""
 
@@ -93,6 +101,8 @@ class Teacher:
 
     translation: Translation | None = None
     """Of a teacher with another tokenizer (``distill.vocabulary: shared``)."""
+    system: str | None = None
+    """As `AskedTeacher` has it."""
 
     def supervised(self, batch: Batch) -> Supervised:
         """As `model.vlm.Seeing.supervised`."""
@@ -102,7 +112,7 @@ class Teacher:
     def asked(self) -> AskedTeacher:
         builder = SampleBuilder(self.encoder, self.pipeline, None, on_bad_image="error")
         layout = Layout(packing=False, pack_len=1, pad_to_multiple_of=8)
-        return AskedTeacher(builder, layout, self.name, shared=self.translation is not None)
+        return AskedTeacher(builder, layout, self.name, self.translation is not None, self.system)
 
 
 @dataclass(frozen=True)
@@ -160,7 +170,8 @@ def open_teacher(teacher: TeacherConfig, student: RunConfig, device: torch.devic
     if teacher.run is not None:
         found = open_trained(teacher.run, device)
         found.model.train(False)
-        return Teacher(teacher.name, found.model, found.tokenizer, found.encoder, found.pipeline)
+        own = teacher.name, found.model, found.tokenizer, found.encoder, found.pipeline
+        return Teacher(*own, system=student.prompting.system)
     native = {k: v for k, v in teacher.model_dump().items() if k in ("revision", "precision")}
     model_cfg = ModelConfig.model_validate({"native": {"name_or_path": teacher.native, **native}})
     model, tokenizer = build_vlm(model_cfg, compute_precision=teacher.precision, device=device, seed=0)
@@ -172,7 +183,7 @@ def open_teacher(teacher: TeacherConfig, student: RunConfig, device: torch.devic
     encoder = build_encoder(cfg, tokenizer, model.num_visual_tokens, pipeline)
     encoder.check_table(model.language.vocab)
     model.train(False)
-    return Teacher(teacher.name, model, tokenizer, encoder, pipeline)
+    return Teacher(teacher.name, model, tokenizer, encoder, pipeline, system=student.prompting.system)
 
 
 def check_vocabulary(teacher: Teacher, student: Any) -> None:
@@ -197,12 +208,22 @@ def check_vocabulary(teacher: Teacher, student: Any) -> None:
 Readers = tuple[TeacherReader | AskedTeacher, ...]
 
 
-@contextmanager
-def learning_from(session: Session, start: int, stop: int) -> Iterator[tuple[Readers, Sequence[Teacher]]]:
-    """`teachers_of`, for training positions ``[start, stop)``. Nothing where the config gives teachers no say.
+def check_teachers(session: Session, start: int, stop: int) -> None:
+    """`UserError` for teachers that are not there, and for samples of training positions ``[start, stop)`` of which
+    nothing is kept, before hours are spent. Nothing where the config gives teachers no say."""
+    cfg = session.cfg.distill
+    if cfg is None or not cfg.taught or start >= stop:
+        return
+    with session.phase("teachers"):
+        for key in keys(session):
+            if not cfg.online:
+                with TeacherCache(cfg, key) as cache:
+                    check_whole(session, cache, start, stop)
 
-    Raises `UserError` for samples of which nothing is kept, before anything is learned.
-    """
+
+@contextmanager
+def learning_from(session: Session) -> Iterator[tuple[Readers, Sequence[Teacher]]]:
+    """`teachers_of`; nothing where the config gives teachers no say."""
     cfg = session.cfg.distill
     if cfg is None or not cfg.taught:
         yield (), ()
@@ -210,10 +231,6 @@ def learning_from(session: Session, start: int, stop: int) -> Iterator[tuple[Rea
     with teachers_of(session) as (readers, asked):
         if asked:
             session.reporter.line("teachers", f"asked while it learns: {', '.join(t.name for t in asked)}")
-        with session.phase("teachers"):
-            for cache in readers:
-                if isinstance(cache, TeacherCache):
-                    check_whole(session, cache, start, stop)
         yield readers, asked
 
 
@@ -335,7 +352,7 @@ def cache_teachers(cfg: RunConfig) -> Cached:
         if dist.world_size > 1:
             raise UserError("beholder teacher-cache runs as one process; start it without torchrun")
         run.create()
-        with open_session(cfg, run, dist) as session:
+        with open_session(cfg, run, dist, aside=True) as session:
             cached = Cached(
                 tuple(keep(session, t, k) for t, k in zip(cfg.distill.teachers, keys(session), strict=True))
             )
@@ -359,7 +376,8 @@ def keep(session: Session, which: TeacherConfig, key: TeacherKey) -> Kept:
                     raise e.needed_by(example.where) from e
                 rejects[example.id] = e.reason
         tokens = sum(len(targets) for _, targets in todo)
-        size, room = tokens * (cache.type.itemsize + _INDEX), cache.rows.max_bytes - cache.rows.bytes_used
+        rows = rows_of(len(targets) for _, targets in todo)
+        size, room = bytes_of(rows, cfg, key.vocab), cache.rows.max_bytes - cache.rows.bytes_used
         known = seconds_a_token(cache.rows.folder)
         told = "" if known is None else f", about {tokens * known / 60:,.1f} min as before"
         session.reporter.line(
@@ -367,14 +385,18 @@ def keep(session: Session, which: TeacherConfig, key: TeacherKey) -> Kept:
             f"{key.name}: {len(todo):,} of {len(wanted):,} samples to ask, {tokens:,} supervised tokens, "
             f"{cache.type.itemsize} bytes each ({cfg.form}), about {size / 1e6:,.1f} MB in {teachers_dir(cfg)}{told}",
         )
-        if size > room:
+        if rows * cache.rows.row_bytes > room:
             raise UserError(
                 f"{size / 1e9:,.1f} GB do not fit into what is left of distill.max_gb {cfg.max_gb:g} for this teacher "
                 f"({room / 1e9:,.1f} GB); raise it, lower distill.k, use form sampled, or fewer samples"
             )
         file = held_out_file(session, cache)
+        try:
+            known_losses = read_held_out(file, session)
+        except UserError:
+            known_losses = None
         seconds = 0.0
-        if todo or not file.is_file():
+        if todo or known_losses is None:
             teacher = open_teacher(which, session.cfg, session.model.device)
             if cfg.vocabulary == "equal":
                 check_vocabulary(teacher, session.tokenizer)
@@ -383,7 +405,7 @@ def keep(session: Session, which: TeacherConfig, key: TeacherKey) -> Kept:
             started = time.perf_counter()
             rejects |= _ask(session, teacher, cache, todo)
             seconds = time.perf_counter() - started
-            if not file.is_file():
+            if known_losses is None:
                 found = held_out_losses(session, teacher)
                 atomic_write(file, to_json({c: [asdict(x) for x in own] for c, own in found.items()}) + "\n")
         cache.remember()
@@ -564,7 +586,7 @@ def looking_beside(session: Session, m: Measured, readers: Readers, asked: Seque
                 "beholder teacher-cache again."
             )
             return
-        theirs = read_held_out(file)
+        theirs = read_held_out(file, session)
     else:
         theirs = held_out_losses(session, asked[which])
     indices = held.ablation_sample
@@ -599,13 +621,21 @@ def divergences(
     return out
 
 
-def read_held_out(file: Path) -> dict[Condition, list[SampleLoss]]:
-    """What `held_out_losses` gave. Raises `UserError` for a file that is not that."""
+def read_held_out(file: Path, session: Session) -> dict[Condition, list[SampleLoss]]:
+    """What `held_out_losses` gave. Raises `UserError` for a file that is not that of this run's held-out samples."""
+    held = session.held_out
+    wanted = {"correct": held.examples, "shuffled": held.at(held.ablation_sample)}
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
-        return {c: [SampleLoss(**row) for row in rows[c]] for c in HELD_OUT}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        found: dict[Condition, list[SampleLoss]] = {c: [SampleLoss(**row) for row in rows[c]] for c in HELD_OUT}
+        for condition, own in found.items():
+            if [x.id for x in own] != [e.id for e in wanted[condition]] or not all(
+                math.isfinite(x.nll) and x.tokens > 0 for x in own
+            ):
+                raise ValueError("other samples")
+        return found
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise UserError(
-            f"{file}: the teacher's held-out losses cannot be read ({type(e).__name__}); delete the file and run "
-            "beholder teacher-cache again"
+            f"{file}: the teacher's held-out losses cannot be read ({type(e).__name__}); run beholder teacher-cache "
+            "again, which makes them anew"
         ) from e

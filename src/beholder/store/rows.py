@@ -149,6 +149,11 @@ class Database:
 
 
 def _complaint(name: str, root: Path, e: sqlite3.DatabaseError) -> UserError:
+    if getattr(e, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        return UserError(
+            f"{name} {root}: no room on the disk for its index ({e}). Free some space and start again. What is stored "
+            "already stays"
+        )
     return UserError(
         f"{name} {root}: its index cannot be used ({e}). It is a cache: delete that folder and it is computed again"
     )

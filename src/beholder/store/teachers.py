@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,15 @@ import numpy as np
 import torch
 
 from beholder.config import DistillConfig
-from beholder.runs import atomic_write, cache_dir, to_json
+from beholder.runs import atomic_write, cache_dir, to_json, writing
 from beholder.store.hashes import ImageHashes
 from beholder.store.rows import RowStore, RowWriter
 from beholder.types import Example, ImageSlot, UserError
 
 TOKENS = 4
 """Of a row: a short answer with its end token leaves little of one empty."""
+INDEX = 80
+"""Bytes of the row store's index for a row, about."""
 KEPT_FOR = "teachers.json"
 """In a run's folder: what is kept for it, as it was looked over last."""
 _COSTS = "costs.jsonl"
@@ -93,6 +96,16 @@ def token_type(cfg: DistillConfig, vocab: int) -> np.dtype[Any]:
             return np.dtype([("log_p", "<f2", vocab)])
 
 
+def rows_of(lengths: Iterable[int]) -> int:
+    """Rows of samples with so many supervised tokens each: the last one of a sample may be partly empty."""
+    return sum(-(-n // TOKENS) for n in lengths)
+
+
+def bytes_of(rows: int, cfg: DistillConfig, vocab: int) -> int:
+    """That so many rows of one teacher take on the disk, their index with them, about."""
+    return rows * (TOKENS * token_type(cfg, vocab).itemsize + INDEX)
+
+
 class TeacherCache:
     """Rows of one teacher; a `types.TeacherReader`. May be forked and pickled into loader workers. ``with``: closed at
     the end.
@@ -142,8 +155,18 @@ class TeacherCache:
         return [hashlib.sha256(sample + k.to_bytes(4, "little")).digest() for k in range(-(-num_tokens // TOKENS))]
 
     def has(self, example: Example, targets: np.ndarray) -> bool:
-        """Whether all rows of the sample are there."""
-        return all(key in self.rows for key in self._row_keys(self.sample_key(example, targets), len(targets)))
+        """Whether all rows of the sample are there, as they were written: a row that is damaged is forgotten, so that
+        it is made anew, and not found while a student learns."""
+        return self._read(example, targets) is not None
+
+    def _read(self, example: Example, targets: np.ndarray) -> np.ndarray | None:
+        """What is kept of the sample's tokens; None where a row of them is not there, or damaged."""
+        tokens = np.zeros(-(-len(targets) // TOKENS) * TOKENS, self.type)
+        rows = tokens.view(np.uint8).reshape(-1, self.rows.row_bytes)
+        keys = self._row_keys(self.sample_key(example, targets), len(targets))
+        # Every row, not up to the first that is missing: a damaged one stays in the way of its successor.
+        there = [self.rows.read_into(key, row.data) for key, row in zip(keys, rows, strict=True)]
+        return tokens[: len(targets)] if all(there) else None
 
     def remember(self) -> None:
         """Keep the images' hashes for the next time."""
@@ -155,13 +178,11 @@ class TeacherCache:
         found: list[np.ndarray] = [np.zeros(0, self.type)]
         lost: list[str] = []
         for example, own in zip(examples, targets, strict=True):
-            tokens = np.zeros(-(-len(own) // TOKENS) * TOKENS, self.type)
-            rows = tokens.view(np.uint8).reshape(-1, self.rows.row_bytes)
-            keys = self._row_keys(self.sample_key(example, own), len(own))
-            if all(self.rows.read_into(key, row.data) for key, row in zip(keys, rows, strict=True)):
-                found.append(tokens[: len(own)])
-            else:
+            tokens = self._read(example, own)
+            if tokens is None:
                 lost.append(example.id)
+            else:
+                found.append(tokens)
         if lost:
             raise self.missing(lost)
         tokens = np.concatenate(found)
@@ -176,7 +197,10 @@ class TeacherCache:
         )
 
     def _others(self) -> str:
-        """In what the nearest other sub-folder differs from this one, where this one has nothing."""
+        """Why rows are missing: damaged; or in what the nearest other sub-folder differs from this one, where this one
+        has nothing."""
+        if damaged := self.rows.corrupt_rows:
+            return f"{damaged:,} rows were damaged on the disk, and are forgotten. "
         if len(self.rows):
             return "Others have: the data, or how it is laid out, has changed since. "
         told: list[tuple[int, str]] = []
@@ -224,7 +248,8 @@ class TeacherCache:
 
     def note_cost(self, tokens: int, seconds: float) -> None:
         """One line more of what rows have cost, for `seconds_a_token`."""
-        with open(self.rows.folder / _COSTS, "ab") as file:
+        path = self.rows.folder / _COSTS
+        with writing(path), open(path, "ab") as file:
             file.write(json.dumps({"tokens": tokens, "seconds": seconds}).encode() + b"\n")
 
 
@@ -237,9 +262,11 @@ def seconds_a_token(folder: Path) -> float | None:
     except OSError:
         return None
     for line in lines:
-        with suppress(ValueError, KeyError, TypeError, RecursionError):  # half a line, of a disk that was full
+        with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):  # half a line: a full disk
             made = json.loads(line)
-            tokens, seconds = tokens + int(made["tokens"]), seconds + float(made["seconds"])
+            each, took = int(made["tokens"]), float(made["seconds"])
+            if each > 0 and 0 <= took < math.inf:
+                tokens, seconds = tokens + each, seconds + took
     return seconds / tokens if tokens else None
 
 

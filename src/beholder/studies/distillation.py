@@ -59,6 +59,7 @@ from beholder.studies.runner import exit_code, run_points, tell, tell_end
 from beholder.terminal import Terminal
 from beholder.train import checkpoint
 from beholder.train.promoted import check_promoted
+from beholder.train.trained import identity
 from beholder.types import UserError
 
 STEPS = "longer.json"
@@ -111,6 +112,9 @@ def run_distillation(
     for cfg in {r.cfg.model.connector.load_checkpoint: r.cfg for r in study.points.runs}.values():
         if (told := check_promoted(cfg, promote_anyway)) is not None:
             tell(console, study.points.kind, f"WARNING: {told}")
+    waiting = [r.cfg.learnt_from for r in study.points.runs if not is_finished(r)]
+    for teacher in {t.run: t for own in waiting if own.taught for t in own.teachers if t.run is not None}.values():
+        identity(teacher)
     for note in study.notes:
         tell(console, study.points.kind, f"note: {note}")
 

@@ -15,7 +15,6 @@ from beholder.evidence import Measurement
 from beholder.report.markdown import escaped, table
 from beholder.report.page import page
 from beholder.report.words import duration
-from beholder.runs import atomic_write
 from beholder.studies.distillation_record import (
     ACCURACY,
     COLUMNS,
@@ -37,18 +36,17 @@ from beholder.studies.distillation_record import (
     mean_text,
     sizes,
 )
+from beholder.studies.record import write_pages
 from beholder.types import printable
 
+INTERVALS = "Student's, 95 %, over seeds; of an arm's shares and scores on the scale of their log-odds"
 TONES = {"helps": "good", "does not help": "bad", "cannot be told": "weak"}
 
 
-def render_distillation(record: DistillationRecord | str | Path, folder: str | Path) -> tuple[Path, Path]:
+def render_distillation(record: DistillationRecord | str | Path, folder: str | Path) -> tuple[Path, ...]:
     """Write ``distillation.html`` and ``distillation.md``; ``record``: content or place of a ``distillation.json``."""
     known = record if isinstance(record, DistillationRecord) else DistillationRecord.load(record)
-    paths = Path(folder) / PAGE, Path(folder) / TWIN
-    for path, text in zip(paths, (render_html(known), render_markdown(known)), strict=True):
-        atomic_write(path, text)
-    return paths
+    return write_pages(folder, {PAGE: render_html(known), TWIN: render_markdown(known)})
 
 
 def render_html(record: DistillationRecord) -> str:
@@ -59,7 +57,7 @@ def render_html(record: DistillationRecord) -> str:
         tone=tone, tones=TONES, columns=_columns(record), kinds=_kinds(record), arm_cell=_cells, teacher_cell=_measured,
         kind_cell=_kind_cell, teacher_kind=_teacher_kind, seconds=_seconds, step=_step, number=_count,
         words={m: c.words for m, c in COLUMNS.items()}, differences=_whole(record), strip=_strips(record),
-        told=difference_text, seed_told=_by_seed, duration=duration, lines=_lines(record),
+        told=difference_text, intervals=INTERVALS, seed_told=_by_seed, duration=duration, lines=_lines(record),
         by_kind=[d for d in record.differences if d.kind and d.arm == KD],
     )  # fmt: skip
 
@@ -88,7 +86,7 @@ def render_markdown(record: DistillationRecord) -> str:
             for r in record.rows]  # fmt: skip
     out += table(["run", "status", "steps", "s a step", "kept words", "in all"], rows)
     out += [f"{escaped(line)}\n" for line in _lines(record)]
-    out += [f"Intervals: Student's, 95 %, over seeds. Written {record.created}."]
+    out += [f"Intervals: {INTERVALS}. Written {record.created}."]
     return "\n".join(out) + "\n"
 
 

@@ -40,16 +40,18 @@ class Column(NamedTuple):
     """Whether more is better."""
     judged: bool = True
     """Whether a teacher is there for it; being like the teacher is not the aim."""
+    within: bool = False
+    """Whether it cannot leave 0 to 1."""
 
 
 COLUMNS = {
-    "answer.accuracy.correct": Column("answers right", "share", True),
+    "answer.accuracy.correct": Column("answers right", "share", True, within=True),
     "eval.loss": Column("held-out loss", "number", False),
     "answer.gain.none": Column("gain over no image", "points", True),
-    "pairs.right.correct": Column("contrast pairs right", "share", True),
+    "pairs.right.correct": Column("contrast pairs right", "share", True, within=True),
     "teacher.kl": Column("KL to its teacher", "number", False, False),
     "transfer.share": Column("looking that came over", "share", True),
-    "instruct.score.correct": Column("instruction score", "number", True),
+    "instruct.score.correct": Column("instruction score", "number", True, within=True),
 }
 """What is kept of a run, and of its teacher."""
 ACCURACY, LOSS, DISTANCE = "answer.accuracy.correct", "eval.loss", "teacher.kl"
@@ -258,8 +260,8 @@ def _arm(name: str, any_run: DistillationRow, rows: Sequence[DistillationRow]) -
             kinds.setdefault(kind, []).append(m.value)
     return Arm(
         name=name, what=_words(name, any_run), runs=tuple(r.name for r in rows),
-        at={m: mean_of(values) for m, values in found.items() if values},
-        by_kind={kind: mean_of(values) for kind, values in kinds.items()},
+        at={m: mean_of(values, within=COLUMNS[m].within) for m, values in found.items() if values},
+        by_kind={kind: mean_of(values, within=True) for kind, values in kinds.items()},
         steps=_mean([r.steps for r in rows]), step_s=_mean([r.step_s for r in rows]),
         cache_s=_mean([r.cache_s for r in rows]), total_s=_mean([r.total_s for r in rows]),
     )  # fmt: skip
@@ -413,13 +415,18 @@ def t975(freedom: int) -> float:
     return z + (z**3 + z) / (4 * f) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * f**2)
 
 
-def mean_of(values: Sequence[float]) -> Mean:
-    """With Student's 95 % interval where there are two or more."""
+def mean_of(values: Sequence[float], *, within: bool = False) -> Mean:
+    """With Student's 95 % interval where there are two or more. ``within``: of values from 0 to 1, on the scale of the
+    mean's log-odds (delta method, as survey statistics has it for proportions), so that it cannot leave 0 to 1."""
     mean, n = statistics.fmean(values), len(values)
     if n < 2:
         return Mean(value=mean)
     half = t975(n - 1) * statistics.stdev(values) / math.sqrt(n)
-    return Mean(value=mean, low=mean - half, high=mean + half, n=n)
+    if not within or not 0 < mean < 1 or not half:  # a mean of 0 or 1 has values that are all the same
+        return Mean(value=mean, low=mean - half, high=mean + half, n=n)
+    middle, reach = math.log(mean / (1 - mean)), half / (mean * (1 - mean))
+    low, high = (0.5 + 0.5 * math.tanh((middle + side) / 2) for side in (-reach, reach))
+    return Mean(value=mean, low=low, high=high, n=n)
 
 
 # ---------------------------------------------------------------------------------------------------------------

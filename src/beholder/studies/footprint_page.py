@@ -17,7 +17,6 @@ from beholder.evidence.catalogue import quantity
 from beholder.report.markdown import escaped, table
 from beholder.report.page import page
 from beholder.report.words import duration, number
-from beholder.runs import atomic_write
 from beholder.studies.footprint_record import (
     COLUMNS,
     PAGE,
@@ -33,6 +32,7 @@ from beholder.studies.footprint_record import (
 )
 from beholder.studies.frontier import AXES, KEPT, SEEN, TASK, Axis, Estimate
 from beholder.studies.matrix import BASELINE
+from beholder.studies.record import write_pages
 from beholder.studies.scatter import Dot, Span, scatter
 from beholder.types import printable
 
@@ -41,13 +41,10 @@ KINDS = {"best": "best", "near": "near", "refused": "flagged", "usable": "usable
 """Class of a point in the drawings, by its role."""
 
 
-def render_footprint(record: FootprintRecord | str | Path, folder: str | Path) -> tuple[Path, Path]:
+def render_footprint(record: FootprintRecord | str | Path, folder: str | Path) -> tuple[Path, ...]:
     """Write ``footprint.html`` and ``footprint.md``; ``record``: content or place of a ``footprint.json``."""
     known = record if isinstance(record, FootprintRecord) else FootprintRecord.load(record)
-    paths = Path(folder) / PAGE, Path(folder) / TWIN
-    for path, text in zip(paths, (render_html(known), render_markdown(known)), strict=True):
-        atomic_write(path, text)
-    return paths
+    return write_pages(folder, {PAGE: render_html(known), TWIN: render_markdown(known)})
 
 
 def render_html(record: FootprintRecord) -> str:

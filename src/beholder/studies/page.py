@@ -16,8 +16,7 @@ from beholder.report.markdown import escaped, table
 from beholder.report.page import page
 from beholder.report.plots import round_steps_around
 from beholder.report.words import duration
-from beholder.runs import atomic_write
-from beholder.studies.record import DELTAS, Row, SweepRecord, titles, value_of, word
+from beholder.studies.record import DELTAS, Row, SweepRecord, titles, value_of, word, write_pages
 from beholder.studies.scatter import Dot, Span, scatter
 from beholder.types import printable
 
@@ -47,13 +46,10 @@ class Bar:
     text: str
 
 
-def render_sweep(record: SweepRecord | str | Path, folder: str | Path) -> tuple[Path, Path]:
+def render_sweep(record: SweepRecord | str | Path, folder: str | Path) -> tuple[Path, ...]:
     """Write ``sweep.html`` and ``sweep.md`` into ``folder``; ``record``: content or place of a ``sweep.json``."""
     known = record if isinstance(record, SweepRecord) else SweepRecord.load(record)
-    paths = Path(folder) / "sweep.html", Path(folder) / "sweep.md"
-    for path, text in zip(paths, (render_html(known), render_markdown(known)), strict=True):
-        atomic_write(path, text)
-    return paths
+    return write_pages(folder, {"sweep.html": render_html(known), "sweep.md": render_markdown(known)})
 
 
 def render_html(record: SweepRecord) -> str:

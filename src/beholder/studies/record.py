@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -19,6 +19,7 @@ from typing import Literal, TypeVar
 from pydantic import ValidationError
 
 from beholder.evidence import Measurement, Record
+from beholder.runs import atomic_write
 from beholder.studies.score import Ranking
 from beholder.types import UserError
 
@@ -115,6 +116,14 @@ def read_record(kind: type[R], path: Path, name: str, command: str, what: str) -
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"])) or "(top)"
         raise UserError(f"{file}: not the record of {what}: {where}: {first['msg']}") from e
+
+
+def write_pages(folder: str | Path, pages: Mapping[str, str]) -> tuple[Path, ...]:
+    """A study's pages by the names of their files, each whole or not at all; gives their paths."""
+    paths = tuple(Path(folder) / name for name in pages)
+    for path, text in zip(paths, pages.values(), strict=True):
+        atomic_write(path, text)
+    return paths
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ lives in `model.losses` and `model.divergence`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -58,8 +58,7 @@ class Distill:
         self.parts = ("sft_loss", "distill_loss", "teacher_kl") if cfg.taught else ("sft_loss",)
 
     def __call__(self, model: Learner, batch: Batch, /) -> LossTerms:
-        done = batch.step / max(self.total_steps - 1, 1)  # 1 in the last step
-        alpha, t = self.cfg.alpha_at(done), self.cfg.temperature_at(done)
+        alpha, t = self.cfg.at(batch.step, self.total_steps)
         found, nll, kl = taught_losses(model, batch, self.cfg, self.asked, alpha, t)
         sft, divergences = nll.detach().sum(), kl.detach().sum()
         return LossTerms(
@@ -91,6 +90,9 @@ def taught_losses(
 
     learns = language.head_learns
     total, nll, kl = head_losses(language.head, found.hidden, loss, language.vocab, head_learns=learns)
+    for teacher in teachers:
+        if isinstance(teacher, _Asked):
+            teacher.check()
     return total, nll, kl
 
 
@@ -131,28 +133,58 @@ def _of(teacher: Teacher, which: slice) -> Teacher:
 
 
 @torch.no_grad()
-def _ask(teacher: Learner, batch: Batch, vocab: int, back: Tensor) -> Callable[[slice], Teacher]:
+def _ask(teacher: Learner, batch: Batch, vocab: int, back: Tensor) -> _Asked:
     """A teacher's log-probabilities at its supervised tokens; its head, too, runs on a chunk of them at a time."""
     found = teacher.supervised(batch)
     hidden = found.hidden[found.sample.argsort(stable=True)][back.to(found.hidden.device)]
+    return _Asked(teacher.language.head, hidden, vocab, batch.ids, back.device)
+
+
+@dataclass(eq=False, slots=True)
+class _Asked:
+    """Says of a chunk of tokens what a teacher's head makes of them. Whether all of it is finite is asked once, by
+    `check`: each time, a GPU's host waits for it."""
+
+    head: Callable[[Tensor], Tensor]
+    hidden: Tensor
+    vocab: int
+    ids: Sequence[str]
+    device: torch.device
+    """The student's."""
+    sound: Tensor | None = None
 
     @torch.no_grad()
-    def say(which: slice) -> Teacher:
-        return Full(log_probabilities(teacher.language.head(hidden[which]), vocab, batch.ids).to(back.device))
+    def __call__(self, which: slice) -> Teacher:
+        log_p, sound = _log_p(self.head(self.hidden[which]), self.vocab)
+        self.sound = sound if self.sound is None else self.sound & sound
+        return Full(log_p.to(self.device))
 
-    return say
+    def check(self) -> None:
+        if self.sound is not None:
+            _require(self.sound, self.ids)
 
 
 def log_probabilities(logits: Tensor, vocab: int, ids: Sequence[str] = ()) -> Tensor:
     """fp32 [K, vocab]: of the ids that the student has; what a teacher's table has beyond them is left out, what it has
     not is impossible. Raises `UserError` for logits that are NaN or leave no id possible."""
+    log_p, sound = _log_p(logits, vocab)
+    _require(sound, ids)
+    return log_p
+
+
+def _log_p(logits: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """`log_probabilities`, and bool []: whether they are."""
     log_p = torch.log_softmax(logits[:, :vocab].float(), dim=-1)
-    if not bool((~log_p.isnan()).all() & (log_p.amax(-1) > -torch.inf).all()):
+    sound = (~log_p.isnan()).all() & (log_p.amax(-1) > -torch.inf).all()
+    return F.pad(log_p, (0, vocab - log_p.shape[-1]), value=-torch.inf), sound
+
+
+def _require(sound: Tensor, ids: Sequence[str]) -> None:
+    if not bool(sound):
         raise UserError(
             f"the teacher gives no finite log-probabilities (samples {', '.join(map(repr, ids[:4]))}); its weights may "
             "be damaged, or its precision too narrow for it (try fp32)"
         )
-    return F.pad(log_p, (0, vocab - log_p.shape[-1]), value=-torch.inf)
 
 
 OBJECTIVES: dict[str, Callable[[RunConfig, int, Sequence[Learner]], Objective]] = {

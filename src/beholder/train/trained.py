@@ -31,7 +31,10 @@ def identity(teacher: TeacherConfig) -> str:
     lists the hash of everything in it; of a native model in a folder, its files; of one from a hub, its commit. Raises
     `UserError` for one that is not there."""
     if teacher.run is not None:
-        return sha256_file(checkpoint.resolve_checkpoint(teacher.run) / checkpoint.MANIFEST)
+        try:
+            return sha256_file(checkpoint.resolve_checkpoint(teacher.run) / checkpoint.MANIFEST)
+        except UserError as e:
+            raise UserError(f"distill.teachers: the run {teacher.run}: {e}") from e
     assert teacher.native is not None
     folder = Path(teacher.native)
     if folder.is_dir():
