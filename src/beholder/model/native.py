@@ -484,7 +484,7 @@ def load_native(cfg: LlmConfig, device: torch.device) -> tuple[NativeModel, Any]
     check_soft_cap(whole.config, cfg, "model.native")
     check_loading_info(info, whole, name)
     check_finite(whole, name)
-    whole = whole.to(device=device, dtype=dtype)
+    whole = whole.to(device=device)  # not dtype, which would round rotary frequencies
     whole.generation_config = GenerationConfig()  # the checkpoint's own would fill what a caller leaves unset
     freeze(whole)
     processor = load_processor(cfg, whole.config, dtype, family.most_images)

@@ -434,6 +434,13 @@ def check_finite(model: nn.Module, source: str) -> None:
         )
 
 
+def computed_in(module: nn.Module) -> str:
+    """Types of the buffers that a model computes itself and no file holds (rotary frequencies); empty: it has none."""
+    kept = module.state_dict().keys()
+    found = {str(b.dtype) for name, b in module.named_buffers() if name not in kept and b.is_floating_point()}
+    return " ".join(sorted(name.removeprefix("torch.") for name in found))
+
+
 def freeze(module: nn.Module) -> None:
     """No gradients, eval mode."""
     module.requires_grad_(False)
