@@ -327,3 +327,11 @@ def test_positions_are_those_of_the_model_as_transformers_loads_it(parts: Parts,
     assert {p.dtype for p in language.parameters()} == {torch.bfloat16} and language.computed_in == "float32"
     rounded = theirs.model.rotary_emb.to(torch.bfloat16)(hidden, positions)
     assert (ours[0] - rounded[0]).abs().max() > 0.5, "what it would be otherwise"
+
+
+def test_far_too_many_layers_under_a_hub_name_are_told_without_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = transformers.LlamaConfig(num_hidden_layers=1_000_000)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: deep)
+
+    with pytest.raises(UserError, match=r"somebody/deep: config.json says num_hidden_layers 1000000 .*more than 4096"):
+        empty_language(LlmConfig(name_or_path="somebody/deep"))

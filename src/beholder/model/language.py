@@ -30,6 +30,7 @@ from beholder.model.weights import (
     check_finite,
     check_loading_info,
     check_no_pointer,
+    check_stated,
     computed_in,
     first_line,
     freeze,
@@ -536,6 +537,7 @@ def read_config(cfg: LlmConfig) -> Any:
     with loading(_sizes_of(cfg), _WANTED, cfg.name_or_path):
         name, where = source_of(cfg)
         config = AutoConfig.from_pretrained(name, **where)
+        check_stated(name, config)
         if "gguf_file" not in where and Path(name).is_dir():  # else a plan would download the weights
             check_depth(name, cfg.revision, config)
     return config

@@ -107,8 +107,8 @@ class Session:
         if not now or same_run.COMPUTED in saved or now == weights:
             return None
         return (
-            f"it was trained by an earlier version of Beholder, which rounded the language model's rotary frequencies to "
-            f"{weights} and so took positions for others"
+            "it was trained by an earlier version of Beholder, which rounded the language model's rotary frequencies "
+            f"to {weights} and so took positions for others"
         )
 
     @cached_property
