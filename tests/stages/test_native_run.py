@@ -326,7 +326,7 @@ def test_every_class_is_trained_watched_measured_resumed_and_talked_to(tmp_path:
     sets = (
         f"eval.ood.path={watched}", f"eval.irrelevant.path={watched}", "eval.gap_samples=4", "eval.strengths=[0.5]",
         "eval.retention_every=eval", "eval.caption_samples=2", "model.lora.vit_layers=first-1", "train.lr.vision=1e-2",
-        "train.full_eval_every=2", "guardrails.caption_sanity.enable=false",
+        "train.full_eval_every=2", "guardrails.caption_sanity.enable=false", "guardrails.hallucination.enable=false",
     )  # fmt: skip
     straight = setting.config(tmp_path / "straight", *sets)
     assert run_stage(straight).status == Status.SUCCEEDED
