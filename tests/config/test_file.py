@@ -356,18 +356,76 @@ def test_a_later_override_wins_and_an_override_replaces_a_wrong_value_of_the_fil
 
 
 @pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (["train.learning_rate=1e-4"], ["train.lr.lora=1e-4"]),
+        (["train.vit_lr=3e-4", "model.lora.vit_layers=last-2"],
+         ["train.lr.vision=3e-4", "model.lora.vit_layers=last-2"]),
+        (["train.aligner_lr=2e-4"], ["train.lr.connector=2e-4"]),
+        (["model.freeze_llm=true", "model.freeze_vit=false", "model.lora.vit_layers=last-4"],
+         ["model.lora.llm_layers=none", "model.lora.vit_layers=last-4"]),
+        (["model.freeze_llm=false", "model.freeze_vit=true", "model.lora.llm_layers=last-2"],
+         ["model.lora.llm_layers=last-2", "model.lora.vit_layers=none"]),
+        (["model.freeze_vit=false", r"model.lora.target_modules=['blocks\\.2\\..*']"],
+         [r"model.lora.target_modules=['blocks\\.2\\..*']"]),
+        (["model.lora.modules_to_save=[aligner]"], ["model.connector.trainable=true"]),
+        (["model.lora.modules_to_save=[]"], ["model.connector.trainable=false"]),
+        (["train.vit_lr=3e-4", "train.lr.vision=3e-4", "model.lora.vit_layers=last-2"],
+         ["train.lr.vision=3e-4", "model.lora.vit_layers=last-2"]),
+    ],
+)  # fmt: skip
+def test_the_stage_4_plans_own_settings_say_what_ours_say(theirs: list[str], ours: list[str]) -> None:
+    on = ["stage=instruct", "model.lora.enable=true"]
+    cfg = parse_config(MINIMAL, overrides=[*on, *theirs])
+
+    assert cfg == parse_config(MINIMAL, overrides=[*on, *ours])
+    assert "freeze_" not in dump_config(cfg) and parse_config(dump_config(cfg)) == cfg
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["model.freeze_llm=1"], "--set model.freeze_llm: got 1; expected true or false"),
+        (["model.freeze_llm=true", "model.lora.llm_layers=last-2"], "true, but model.lora.llm_layers chooses some"),
+        (
+            ["model.freeze_llm=false", "model.lora.llm_layers=none", "model.lora.vit_layers=last-1"],
+            "false, but model.lora.llm_layers chooses none",
+        ),
+        (["model.freeze_vit=false"], "false, but model.lora.vit_layers chooses none; say how much there"),
+        (["model.freeze_vit=true", "model.lora.vit_layers=last-2"], "true, but model.lora.vit_layers chooses some"),
+        (["model.freeze_vit=true", "model.vision.unfreeze=[last-1]"], "true, but model.vision.unfreeze lets some"),
+        (["model.lora.modules_to_save=[lm_head]"], "'lm_head' cannot be trained whole here; what can is the aligner"),
+        (["model.lora.modules_to_save=aligner"], "got the text 'aligner'; expected a list of names"),
+        (["train.vit_lr=1e-4", "train.lr.vision=2e-4", "model.lora.vit_layers=all"], "train.lr.vision is the same"),
+        (["train.vit_lr=1e-4"], "has no effect here: the vision tower is frozen"),
+        (["train.vit_lr=fast", "model.lora.vit_layers=all"], "got the text 'fast'; expected a number"),
+        (["train=3"], "got 3; expected a section"),
+    ],
+)
+def test_a_plans_setting_that_contradicts_ours_is_refused(given: list[str], said: str) -> None:
+    assert said in one(MINIMAL, "stage=instruct", "model.lora.enable=true", *given)
+
+
+@pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("model.freeze_llm", "no such setting in model; here it is model.lora.llm_layers: none for true"),
-        ("model.freeze_vit", "here it is model.lora.vit_layers (adapters) and model.vision.unfreeze (weights)"),
-        ("model.lora.modules_to_save", "here it is model.connector.trainable: true where the aligner is listed"),
-        ("train.learning_rate", "here it is train.lr.lora"),
-        ("train.vit_lr", "here it is train.lr.vision"),
-        ("train.aligner_lr", "here it is train.lr.connector"),
+        ("model.freeze_aligner", "no such setting in model; here it is model.connector.trainable: false for true"),
+        ("model.lora.lora_rank", "here it is model.lora.r"),
+        ("train.lr.vit_lr", "here it is train.lr.vision"),
     ],
 )
 def test_a_setting_as_ms_swift_calls_it_is_answered_with_what_says_it_here(key: str, said: str) -> None:
     assert said in one(MINIMAL, f"{key}=true")
+
+
+def test_layers_may_be_kept_in_a_study_whose_tower_learns_in_some_runs_only() -> None:
+    sets = ["stage=instruct", "model.lora.enable=true", "model.connector.trainable=false", "features.layers=true",
+            "model.connector.load_checkpoint=x", "model.lora.vit_layers=last-2"]  # fmt: skip
+    assert "features.layers: has no effect here" in one(MINIMAL, *sets)
+    cfg = parse_config(MINIMAL, overrides=[*sets, "footprint={vision_blocks: [0, 2]}"])
+    assert cfg.features.layers
+    point = cfg.model_copy(update={"footprint": None})
+    assert "layers: true" not in dump_config(point), "the tower of this one learns"
 
 
 @pytest.mark.parametrize("value", ["last-2", "first-1", "none", "last-0", "[0, 3]"])

@@ -303,3 +303,35 @@ def test_far_more_layers_than_the_files_hold_are_told_before_they_are_built(
     for build in (lambda: load_language(cfg, CPU), lambda: empty_language(cfg)):
         with pytest.raises(UserError, match=rf"num_hidden_layers {layers}.*{told}"):
             build()
+
+
+@pytest.mark.parametrize("made", ["folder", "gguf"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_positions_are_those_of_the_model_as_transformers_loads_it(parts: Parts, tmp_path: Path, made: str) -> None:
+    """Rotary frequencies stay in fp32 whatever the weights are in: rounded to 8 bits, position 3000 is another one."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(parts.llm("smollm2"), dtype=torch.bfloat16)
+    where = Path(parts.llm("smollm2"))
+    if made == "gguf":
+        if Version(transformers.__version__) < Version("5.18"):
+            pytest.skip("which cannot do without a beginning-of-text token")
+        where = tmp_path / "tiny.gguf"
+        write_gguf(where, theirs, transformers.AutoTokenizer.from_pretrained(parts.llm("smollm2")))
+    language = load(where, precision="bf16")
+    positions = torch.tensor([[0, 1, 500, 3000, 60_000]])
+    hidden = torch.zeros(1, 5, language.d_text)
+
+    ours = language.decoder.rotary_emb(hidden, positions)  # type: ignore[operator]
+
+    for a, b in zip(ours, theirs.model.rotary_emb(hidden, positions), strict=True):
+        assert torch.equal(a, b)
+    assert {p.dtype for p in language.parameters()} == {torch.bfloat16} and language.computed_in == "float32"
+    rounded = theirs.model.rotary_emb.to(torch.bfloat16)(hidden, positions)
+    assert (ours[0] - rounded[0]).abs().max() > 0.5, "what it would be otherwise"
+
+
+def test_far_too_many_layers_under_a_hub_name_are_told_without_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = transformers.LlamaConfig(num_hidden_layers=1_000_000)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: deep)
+
+    with pytest.raises(UserError, match=r"somebody/deep: config.json says num_hidden_layers 1000000 .*more than 4096"):
+        empty_language(LlmConfig(name_or_path="somebody/deep"))

@@ -98,6 +98,19 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Native:
     return Native(tiny_native(tmp_path_factory.mktemp("qwen")))
 
 
+def test_what_it_computes_itself_stays_as_transformers_has_it(native: Native) -> None:
+    """Rotary frequencies of decoder and tower: rounded with the weights, positions far on would be others."""
+    from transformers import AutoModelForImageTextToText
+
+    theirs = AutoModelForImageTextToText.from_pretrained(native.folder, dtype=torch.bfloat16)
+    ours, _ = load_native(LlmConfig(name_or_path=str(native.folder), precision="bf16"), CPU)
+
+    buffers = dict(theirs.named_buffers())
+    for name, buffer in ours.whole.named_buffers():
+        assert buffer.dtype == buffers[name].dtype and torch.equal(buffer, buffers[name]), name
+    assert "float32" in ours.language.computed_in
+
+
 @pytest.mark.parametrize("k", [0, 1, 2])
 def test_ids_and_mask_are_those_of_the_processor(native: Native, k: int) -> None:
     own = native.processor.processor

@@ -12,16 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
+from tests.conftest import TinyParts
 from torch.utils.flop_counter import FlopCounterMode
 
 from beholder.config import STAGES, ConnectorConfig, LlmConfig, LoraConfig, RunConfig, StudentConfig, VisionConfig
-from beholder.config.file import dump_config
+from beholder.config.file import dump_config, parse_config
 from beholder.data import build_data, build_encoder, open_records
 from beholder.model.adapters import adapter_parameters, attach
 from beholder.model.build import build_vlm
 from beholder.model.connector import build_connector
 from beholder.model.language import load_language, load_tokenizer
+from beholder.model.native import NativeModel, empty_native, load_native
 from beholder.model.plan import TrainPlan, apply_train_plan, plan_of
 from beholder.model.student import make_student
 from beholder.model.vision import load_vision
@@ -33,12 +36,13 @@ from beholder.prepare.estimate import (
     VisionShape,
     connector_shape,
     estimate,
+    eyes_flops,
     language_shape,
     learning,
     matmul_rate,
     vision_shape,
 )
-from beholder.prepare.tiny import colour_set, tiny_llm, tiny_tokenizer, tiny_vision
+from beholder.prepare.tiny import colour_set, colour_source, tiny_llm, tiny_native, tiny_tokenizer, tiny_vision
 from beholder.runs import to_json
 from beholder.stages import run_stage
 from beholder.types import Status, UserError
@@ -630,3 +634,87 @@ def test_a_student_is_planned_as_it_will_be_and_refused_where_it_cannot_be(tiny_
     for wrong, message in (({"cut": [7]}, "model.student.cut names 7"), (small | {"max_params": 9}, "max_params 9")):
         with pytest.raises(UserError, match=message):
             estimate(tiny_config(tmp_path, **made | {"model.student": wrong}), measure=False)
+
+
+# -- native models
+
+
+def native_config(folder: Path, name: str, *more: str) -> RunConfig:
+    source = colour_source(folder / "data", "jsonl", 48, dialogues=True)
+    raw: dict[str, Any] = {
+        "run_name": "native", "output_dir": str(folder / "run"), "device": "cpu", "stage": "instruct",
+        "model": {"native": {"name_or_path": name, "precision": "fp32"},
+                  "lora": {"enable": True, "r": 4, "vit_layers": "first-1"}},
+        "data": {"json_path": source.json_path, "image_root": source.image_root, "eval_size": 10},
+        "train": {"train_steps": 4, "micro_batch_size": 4, "precision": "fp32"},
+    }  # fmt: skip
+    return parse_config(to_json(raw), "native", more)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava", "idefics3", "gemma3"])
+def test_a_native_model_is_planned_as_it_is_when_it_is_loaded(tmp_path: Path, family: Any) -> None:
+    name = str(tiny_native(tmp_path / "native", family))
+    cfg = native_config(tmp_path, name)
+    lighter = shutil.copytree(name, tmp_path / "light", ignore=shutil.ignore_patterns("*.safetensors"))
+
+    found = estimate(cfg, measure=False)
+
+    assert found.gaps == ["what a tower that learns keeps for its backward pass is not among the activations"]
+    again = estimate(native_config(tmp_path, str(lighter)), measure=False).to_json()
+    assert again == found.to_json(), "no weights are needed"
+    model, tokenizer = build_vlm(cfg.model, compute_precision="fp32", device=CPU, seed=0)
+    loaded = [row for row in apply_train_plan(model, plan_of(cfg.model, cfg.stage_record)).rows if row.params]
+    assert sorted(map(str, found.trainable.rows)) == sorted(map(str, loaded))
+    assert isinstance(model, NativeModel)
+    data = build_data(cfg, tokenizer, model.geometry, None)
+    encoded = [data.encoder.encode(e) for e in data.train.first(30)]
+    places = [len(e.reserved(k)) for e in encoded for k in range(len(e.image_spans))]
+    # Not the same records: a sample of all of them.
+    assert found.sequence["visual_tokens_per_image"] == pytest.approx(sum(places) / len(places), rel=0.15)
+    assert found.sequence["tokens_mean"] == pytest.approx(sum(len(e.ids) for e in encoded) / len(encoded), rel=0.15)
+    assert found.steps == 4 and found.memory["total"] > 0 and found.flops_per_step["vision_tower"] > 0
+    assert found.store_bytes is None and "connector_activations" not in found.memory
+    assert found.exports_as is not None and type(model.whole).__name__ in found.exports_as
+    console = Console(file=io.StringIO(), width=80)
+    found.print(console)
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3_vl", "qwen2_5_vl", "llava", "llava_onevision", "idefics3", "internvl", "gemma3"]
+)
+def test_the_eyes_of_a_native_model_cost_what_pytorch_counts(tmp_path: Path, family: Any) -> None:
+    cfg = LlmConfig(name_or_path=str(tiny_native(tmp_path / "native", family)), precision="fp32")
+    model, _ = load_native(cfg, CPU)
+    picture = Image.new("RGB", (120, 64), "red")
+    positions, pixels = model.geometry.takes((64, 120))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.patches([model.geometry.process(picture)])
+
+    # Windows of Qwen2.5's attention are smaller than the image; SDPA over padded tiles is counted whole.
+    assert eyes_flops(empty_native(cfg), pixels, positions) == pytest.approx(counter.get_total_flops(), rel=0.25)
+
+
+def test_what_is_not_known_of_a_native_model_is_said_and_what_can_never_be_is_an_error(
+    tmp_path: Path, tiny_parts: TinyParts
+) -> None:
+    name = tiny_native(tmp_path / "native")
+    (bare := tmp_path / "bare").mkdir()
+    shutil.copy(name / "config.json", bare / "config.json")
+
+    found = estimate(native_config(tmp_path, str(bare)), measure=False)  # no processor
+
+    assert found.trainable.trainable > 0 and not found.sequence
+    assert any("its processor cannot be loaded" in gap for gap in found.gaps)
+    cfg = native_config(tmp_path, str(name))
+    for image in Path(cfg.data.image_root or "").glob("*.png"):
+        image.unlink()
+    lost = estimate(cfg, measure=False)
+    assert any("640 x 480 pixels assumed" in gap for gap in lost.gaps) and lost.sequence["tokens_mean"] > 0
+    with pytest.raises(UserError, match=r"which is not known.*known are qwen3_vl"):
+        estimate(native_config(tmp_path, str(tiny_parts.llm)), measure=False)
+    elsewhere = native_config(tmp_path, "somebody/native")
+    assert estimate(elsewhere, llm_config=bare / "config.json", measure=False).trainable == found.trainable
+    named = estimate(elsewhere, llm_config=name / "config.json", measure=False)
+    assert named.to_json() == estimate(native_config(tmp_path, str(name)), measure=False).to_json()
+    with pytest.raises(UserError, match="--vision-config is about a tower of its own"):
+        estimate(elsewhere, vision_config=bare / "config.json", measure=False)

@@ -63,6 +63,32 @@ def test_a_phrase_is_found_in_any_language_and_a_pattern_in_its_place(
 # Hallucination
 
 
+@pytest.mark.parametrize(
+    ("phrase", "text", "said"),
+    [
+        ("无关图片", "这不是无关图片。", False),
+        ("无关图片", "这并非一张无关图片", False),
+        ("无关图片", "不是产品，无关图片", True),
+        ("无关图片", "不是无关图片……对不起，是无关图片。", True),
+        ("無關圖片", "這不屬於無關圖片", False),
+        ("irrelevant image", "This is not an irrelevant image.", False),
+        ("irrelevant image", "It isn’t really an Irrelevant  Image", False),
+        ("irrelevant image", "No, an irrelevant image.", True),
+        ("irrelevant image", "Not a product: irrelevant image", True),
+        ("irrelevantes Bild", "Das ist kein irrelevantes Bild", False),
+        ("image sans rapport", "Ce n'est pas une image sans rapport", False),
+        ("無関係な画像", "これは無関係な画像ではありません", False),
+        ("無関係な画像", "これは無関係な画像です", True),
+        ("관련 없는 이미지", "관련 없는 이미지가 아닙니다", False),
+        ("not relevant", "This is not relevant.", True),
+    ],
+)
+def test_a_phrase_that_is_taken_back_is_not_said(phrase: str, text: str, said: bool) -> None:
+    assert probe.Phrase(phrase).said_in(text) is said
+    assert probe.Phrase(phrase, negation=None).said_in(text)
+    assert probe.Phrase("x", pattern="(?i)" + phrase.replace(" ", r"\s+")).said_in(text), "a pattern says that itself"
+
+
 def test_what_is_asserted_and_not_shown_is_counted_and_what_is_shown_is_not() -> None:
     known = probe.trained(["A red square.", "blue", "Yes", "no"], ["A red square.", "Is it a disc?"], SHAPES)
     assert known.answers == {"a red square", "blue"} and known.objects == ("disc", "square")

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from tests.probes.test_answers import keyed, question
 
+from beholder.data.images import content_hash
 from beholder.data.sources import guess_source, open_sources
 from beholder.evidence import Measurement
 from beholder.evidence.catalogue import CATALOGUE, quantity
@@ -148,3 +149,22 @@ def test_the_gain_over_the_words_has_an_interval_of_both() -> None:
 
     assert gain.value == pytest.approx(0.4) and gain.ci95 is not None and gain.n == 100
     assert gain.ci95 == pytest.approx((0.4 - 0.1, 0.4 + (0.05**2 + 0.08**2) ** 0.5))
+
+
+def test_only_files_that_may_be_the_same_are_read(tmp_path: Path) -> None:
+    for name, content in {"a": b"one", "b": b"one", "c": b"two", "d": b"longer"}.items():
+        (tmp_path / name).write_bytes(content)
+    refs = [ImageRef(str(tmp_path), name) for name in "abcd"]
+    read: list[str] = []
+
+    def key(ref: ImageRef) -> str:
+        read.append(ref.path)
+        return content_hash(ref)
+
+    asked = [Example(f"{k}", (ref,), (Turn("user", ("?",)), Turn("assistant", ("x",)))) for k, ref in enumerate(refs)]
+    owners, lost = text_learner.owners_of([*asked, *asked], key)
+
+    assert read == ["a", "b", "c"] and lost == 0
+    assert owners[:4] == owners[4:] and owners[0] == owners[1] and len(set(owners)) == 3
+    (tmp_path / "d").unlink()
+    assert text_learner.owners_of(asked, key)[1] == 1

@@ -23,7 +23,7 @@ from beholder.data.collate import SampleBuilder
 from beholder.data.images import ImageError, NativePipeline
 from beholder.evidence import Evidence, load_evidence
 from beholder.model import adapters
-from beholder.model.native import load_native
+from beholder.model.native import FAMILIES, load_native
 from beholder.prepare.preview import preview_config
 from beholder.prepare.tiny import NativeFamily, colour_source, tiny_native
 from beholder.probes.written import write
@@ -310,3 +310,45 @@ def test_a_class_that_takes_one_image_a_sample_refuses_a_run_of_several(tmp_path
 
     with pytest.raises(UserError, match="max_images_per_sample is 6, but this class of native model takes 1 image"):
         run_stage(cfg)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"qwen3_vl"}))
+def test_every_class_is_trained_watched_measured_resumed_and_talked_to(tmp_path: Path, family: NativeFamily) -> None:
+    setting = Setting(tmp_path, family)
+    (tmp_path / "unlike").mkdir()
+    rows = []
+    for k in range(4):
+        Image.new("RGB", (40 + 8 * k, 40), (60 * k, 10, 90)).save(tmp_path / "unlike" / f"{k}.png")
+        rows.append({"image": f"{k}.png", "shows": [f"shade {k}"], "kind": "shades"})
+    (tmp_path / "unlike" / "ood.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    watched = str(tmp_path / "unlike" / "ood.jsonl")
+    sets = (
+        f"eval.ood.path={watched}", f"eval.irrelevant.path={watched}", "eval.gap_samples=4", "eval.strengths=[0.5]",
+        "eval.retention_every=eval", "eval.caption_samples=2", "model.lora.vit_layers=first-1", "train.lr.vision=1e-2",
+        "train.full_eval_every=2", "guardrails.caption_sanity.enable=false", "guardrails.hallucination.enable=false",
+    )  # fmt: skip
+    straight = setting.config(tmp_path / "straight", *sets)
+    assert run_stage(straight).status == Status.SUCCEEDED
+    with dying_at(3):
+        run_stage(setting.config(tmp_path / "killed", *sets))
+    assert run_stage(setting.config(tmp_path / "killed", *sets)).status == Status.SUCCEEDED
+
+    one, two = tmp_path / "straight" / "run", tmp_path / "killed" / "run"
+    assert losses_of(one) == losses_of(two)
+    for name in (*FILES, "vision_adapter.safetensors"):
+        found = [sha256_file(run / "checkpoints" / "step_4" / name) for run in (one, two)]
+        assert found[0] == found[1], name
+    e = load_evidence(one)
+    assert not strangers(e.measurements)
+    assert {
+        "irrelevant.pass", "ood.hallucination", "ood.blind", "sane.captions", "gap.generalisation",
+        "jitter.consistency", "retention.kl", "ablation.delta.shuffled", "answer.accuracy.correct", "strength.loss",
+        "cross.ood.plain", "cells.delta.question",
+    } <= {m.name for m in e.measurements}  # fmt: skip
+    assert all(row.intact for row in e.trainable if row.part in ("vision", "language"))
+    readings = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in readings if "monitors" in r] == [0, 2, 4]
+    assert (one / "report.html").stat().st_size > 10_000
+    vlm = load(one, device="cpu")
+    assert isinstance(vlm.chat("Which?", Image.new("RGB", (70, 50), "red"), max_new_tokens=3), str)

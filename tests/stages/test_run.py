@@ -11,8 +11,10 @@ import pytest
 from safetensors.torch import load_file
 from tests.conftest import MakeConfig, TinyParts
 from tests.evidence.test_catalogue import strangers
+from tests.stages.dying import dying_at
 
 from beholder.evidence import load_evidence
+from beholder.model import language
 from beholder.model.plan import param_groups
 from beholder.prepare.preview import preview_config
 from beholder.runs import RunDir, sha256_file
@@ -148,6 +150,24 @@ def test_evaluate_refuses_settings_that_were_trained_with(tiny_config: MakeConfi
 
     with pytest.raises(UserError, match=r"train\.lr\.connector: only how a run is measured can be changed"):
         evaluate_run(str(tmp_path / "run"), ["train.lr.connector=1.0"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_run_whose_rotary_frequencies_were_rounded_does_not_go_on_without_rounding(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    cfg = tiny_config(tmp_path, **{"model.llm.precision": precision, "eval.golden_size": 0})
+    with monkeypatch.context() as patch, dying_at(3):
+        patch.setattr(language, "computed_in", lambda _: "")  # as checkpoints of earlier versions, which say nothing
+        run_stage(cfg)
+
+    if precision == "fp32":  # nothing was rounded
+        assert run_stage(cfg).status == Status.SUCCEEDED
+        return
+    with pytest.raises(UserError, match=r"rotary frequencies to bfloat16 .* going on would mix the two"):
+        run_stage(cfg)
+    found = evaluate_run(str(tmp_path / "run")).evidence
+    assert found is not None and any("rotary frequencies to bfloat16" in gap for gap in found.gaps)
 
 
 def test_resume_refuses_another_config_and_never_refuses_a_used_folder(tiny_config: MakeConfig, tmp_path: Path) -> None:

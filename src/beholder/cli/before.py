@@ -163,7 +163,9 @@ def preview(
 @app.command(epilog=example("beholder plan configs/stage1_align.yaml"))
 def plan(
     config: ConfigArg,
-    llm_config: Annotated[Path | None, typer.Option(help="config.json of the language model, when offline.")] = None,
+    llm_config: Annotated[
+        Path | None, typer.Option(help="config.json of the language model, or of model.native, when offline.")
+    ] = None,
     vision_config: Annotated[Path | None, typer.Option(help="config.json of the tower, when offline.")] = None,
     json: Json = False,
     sets: Sets = None,

@@ -10,6 +10,7 @@
     studies           several runs as one question
     file              the door: a config file and overrides in, and out again; hash, difference, JSON schema
     tree validate     what is behind it: YAML -> data with places -> config, or everything wrong as ``file:line:col``
+    others_names      settings as the stage-4 plan and ms-swift call them, put where they are said here
     inert wording     settings without effect; what a setting takes and which name was meant
 
 The field docstrings become the JSON schema's descriptions (``beholder schema``), so an editor shows them.
@@ -52,6 +53,7 @@ from beholder.config.parts import (
 )  # fmt: skip
 from beholder.config.run import (
     GREEDY,
+    NEGATION,
     AblationConfig,
     EvalConfig,
     GenerateConfig,
@@ -77,13 +79,13 @@ from beholder.config.studies import SCALES, DistillationConfig, FootprintConfig,
 from beholder.types import DatasetKind
 
 __all__ = [
-    "CAPTION_SPAM", "GREEDY", "GUARDRAILS", "MONITORED", "MONITORS", "RETAINED", "SCALES", "SHARES", "STAGES",
-    "STRENGTH_LINE", "WATCHED", "AblationConfig", "BestRule", "Cadence", "ConnectorConfig", "DataConfig", "DatasetKind",
-    "Decided", "DistillConfig", "DistillationConfig", "EvalConfig", "FeaturesConfig", "FootprintConfig", "Fraction",
-    "GateConfig", "GenerateConfig", "GuardrailConfig", "HygieneConfig", "HygieneLimits", "IrrelevantConfig", "Layers",
-    "LearningRates", "LlmConfig", "LoraConfig", "ModelConfig", "Monitor", "OodConfig", "PointSetting", "Positive",
-    "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig", "Section", "SourceConfig", "Stage",
-    "StageName", "StudentConfig", "StudyConfig", "SweepConfig", "TeacherConfig", "TrainConfig", "VisionConfig",
+    "CAPTION_SPAM", "GREEDY", "GUARDRAILS", "MONITORED", "MONITORS", "NEGATION", "RETAINED", "SCALES", "SHARES",
+    "STAGES", "STRENGTH_LINE", "WATCHED", "AblationConfig", "BestRule", "Cadence", "ConnectorConfig", "DataConfig",
+    "DatasetKind", "Decided", "DistillConfig", "DistillationConfig", "EvalConfig", "FeaturesConfig", "FootprintConfig",
+    "Fraction", "GateConfig", "GenerateConfig", "GuardrailConfig", "HygieneConfig", "HygieneLimits", "IrrelevantConfig",
+    "Layers", "LearningRates", "LlmConfig", "LoraConfig", "ModelConfig", "Monitor", "OodConfig", "PointSetting",
+    "Positive", "ProjectorConfig", "PromptingConfig", "ResamplerConfig", "RunConfig", "Section", "SourceConfig",
+    "Stage", "StageName", "StudentConfig", "StudyConfig", "SweepConfig", "TeacherConfig", "TrainConfig", "VisionConfig",
     "Watched", "WeightDecays", "decided_by", "folded", "in_script", "names_modules", "no_layers", "no_pattern",
     "settings", "usual_gate",
 ]  # fmt: skip

@@ -241,7 +241,12 @@ class FeaturesConfig(Section):
     layers: Annotated[
         bool, decides("weights", "speed"), _NOT_ENABLED,
         Inert(
-            lambda cfg, _: cfg.model.connector.trainable or cfg.tower_may_learn or not cfg.has_adapters,
+            # In a study the tower learns in some runs only; in these it is left out.
+            lambda cfg, _: (
+                cfg.model.connector.trainable
+                or (cfg.tower_may_learn and cfg.footprint is None)
+                or not cfg.has_adapters
+            ),
             "what goes into the language model's layers changes where connector or tower learn, and nothing learns in "
             "them without adapters", "model.connector.trainable model.lora.enable",
         ),

@@ -52,7 +52,7 @@ MONITORS = (
     Monitor(
         "irrelevant", "Irrelevant images", "eval.irrelevant.path", ("irrelevant.",),
         (Watched("irrelevant.pass", "irrelevant told", "strength.pass", 0.05, "irrelevant images told"),),
-        ("eval.irrelevant.prompt", "eval.answer_tokens"),
+        ("eval.irrelevant.negation", "eval.irrelevant.prompt", "eval.answer_tokens"),
     ),
     Monitor(
         "ood", "Images unlike the training's", "eval.ood.path", ("ood.", "sane.", "cross."),

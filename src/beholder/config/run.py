@@ -175,6 +175,16 @@ _ONE_IMAGE = Inert(
 _UNASKED = Inert(lambda _, own: own.path is None, "there are no images for it (path is not given)", ".path")
 
 
+NEGATION = (
+    r"(?:不是|并不是|並不是|并非|並非|绝非|不算|不属于|不屬於|没有|沒有|(?<!是)非)(?:一?[张張幅个個种種])?{phrase}"
+    r"|(?:\b(?:not|never|no|cannot|pas|nicht|kein\w*|не|нет)|n['’]t)\b"
+    r"(?:\s+(?:an?|the|really|actually|at all|de|une?|l[ae]s?|eine?\w?|d(?:er|ie|as)|una?))*\s+{phrase}"
+    r"|{phrase}\s*(?:では(?:な|あり)|じゃ(?:な|あり)|[이가]?\s*아[니닙])"
+)
+"""What takes a phrase back in some languages: negations right before it (with an article or a measure word), or after
+it."""
+
+
 class IrrelevantConfig(Section):
     """Images that have nothing to do with the task, of which the model must say so."""
 
@@ -187,11 +197,19 @@ class IrrelevantConfig(Section):
     """What the answer must contain, in any language; width of characters and case do not count."""
     pattern: Annotated[str | None, _UNASKED] = None
     """A regular expression to be found in the answer, in place of ``phrase``."""
+    negation: Annotated[str | None, _UNASKED] = NEGATION
+    """A regular expression: what takes the phrase back, with {phrase} in its place ("not {phrase}"); what it matches
+    does not count as said. null: nothing does."""
     prompt: Annotated[str | None, _UNASKED] = None
     """What is asked about images whose record asks nothing; default the held-out samples' own questions, in turn."""
 
     def impossible(self) -> list[str]:
         wrong = [] if self.pattern is None else _bad_pattern("pattern", self.pattern)
+        if self.negation is not None:
+            if "{phrase}" not in self.negation:
+                wrong.append(f"negation {self.negation[:200]!r} has no {{phrase}} for what is taken back")
+            elif (why := no_pattern(self.negation.replace("{phrase}", "x"))) is not None:
+                wrong.append(f"negation {self.negation[:200]!r} is not a regular expression: {why}")
         if not folded(self.phrase):
             wrong.append(f"phrase {self.phrase!r} is blank, so every answer would have it; give the words that count")
         return wrong

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from beholder.config.inert import inert_settings
+from beholder.config.others_names import translate
 from beholder.config.parts import ModelConfig, with_native_parts
 from beholder.config.run import EvalConfig, RunConfig
 from beholder.config.section import Section, items_of, options_of, section_of, values_of
@@ -24,6 +25,7 @@ def validate(tree: Tree) -> RunConfig | None:
     A wrong value hides what pydantic would have said about combinations with it, and about whole sections above it. So
     whatever is wrong is taken out (required settings get a stand-in), and the rest is validated again.
     """
+    translate(tree)
     data = json.loads(json.dumps(tree.data))
     removed: set[str] = set()
     said: set[SettingPath] = set()

@@ -263,8 +263,8 @@ def build_encoder(
 def template_text(path: str | None) -> str | None:
     """The text of ``prompting.chat_template``, a file of the person's choosing.
 
-    A template is sandboxed (it reaches no files and no private attributes) but trusted for running time and size:
-    nothing stops one that counts for ever.
+    A template is sandboxed: it reaches no files and no private attributes, and is stopped where it does not end
+    (`chat_template.LONGEST`).
     """
     if path is None:
         return None

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from beholder.data.bounded import TookTooLong, at_most
 from beholder.data.tokens import any_of, spellings
 from beholder.types import ImageSlot, Part, Turn, UserError
 
@@ -17,6 +18,10 @@ TEMPLATE_DATE = date(2024, 7, 26)
 """What a chat template gets for today: a sample must be laid out alike tomorrow too, or no resume would be exact."""
 
 _DATED = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
+
+
+LONGEST = 20.0
+"""Seconds that one rendering may take; a thousandth of one is usual."""
 
 
 class TemplateMisfit(Exception):
@@ -75,8 +80,8 @@ class ChatTemplate:
     channel), generation starts from the text before a finished answer instead, and `prompt_note` says so. Two
     differences stay: a blank that the model writes, and, with ``thinking``, the reasoning that was asked for.
 
-    A template is code of the person's choosing. It runs in Jinja's sandbox (no files, no private attributes), which
-    bounds neither its running time nor the size of what it writes: in these it is trusted.
+    A template is code, often of a downloaded model. It runs in Jinja's sandbox (no files, no private attributes), and
+    for `LONGEST` seconds at the most. What it may write is not bounded.
 
     ``placeholder``: for a template that places images itself, and takes messages in parts, what it writes where an
     image goes. What stands around images, and whether they come before the text, is then the template's to say.
@@ -363,10 +368,15 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict[str, Any]], *, prompt: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.text, tokenize=False, add_generation_prompt=prompt,
-                enable_thinking=self.thinking, date_string=TEMPLATE_DATE.strftime("%d %b %Y"),
-            )  # fmt: skip
+            with at_most(LONGEST):
+                return self.tokenizer.apply_chat_template(
+                    messages, chat_template=self.text, tokenize=False, add_generation_prompt=prompt,
+                    enable_thinking=self.thinking, date_string=TEMPLATE_DATE.strftime("%d %b %Y"),
+                )  # fmt: skip
+        except TookTooLong as e:
+            raise TemplateMisfit(
+                f"the chat template did not come to an end within {LONGEST:g} s on {len(messages)} turns"
+            ) from e
         except jinja2.TemplateSyntaxError as e:
             raise TemplateMisfit(f"the chat template is not valid Jinja (line {e.lineno}: {e.message})") from e
         except _RENDERING_FAULTS as e:

@@ -30,6 +30,8 @@ from beholder.model.weights import (
     check_finite,
     check_loading_info,
     check_no_pointer,
+    check_stated,
+    computed_in,
     first_line,
     freeze,
     from_pretrained,
@@ -68,6 +70,7 @@ class LanguageModel(nn.Module):
         self.part = language_part(model, name, whole=whole)
         self.part.try_out = self.try_out
         freeze(self)
+        self.computed_in = computed_in(self.decoder)
         if gradient_checkpointing:
             self._enable_checkpointing("model.native" if whole else "model.llm")
         table = self.model.get_input_embeddings()
@@ -78,6 +81,9 @@ class LanguageModel(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         """What it is computed in where that is not its storage precision."""
         self.segmented = self.model.config._attn_implementation == attention.NAME
+
+    computed_in: str
+    """Types of the buffers that its decoder computes itself, such as rotary frequencies."""
 
     # Held outside of the module tree so that the parts are not registered twice.
     @property
@@ -216,7 +222,7 @@ class LanguageModel(nn.Module):
     def below_fingerprint(self) -> str:
         """sha256 over the weights that decide what `keep` gives, and how it is computed."""
         assert self.lowest is not None
-        how = f"{self.config.to_json_string()} {self.dtype} {self.attention} below {self.lowest}"
+        how = f"{self.config.to_json_string()} {self.dtype} {self.computed_in} {self.attention} below {self.lowest}"
         return hash_state(state_below(self.part, self.lowest), how)
 
     def try_out(self) -> None:
@@ -478,7 +484,10 @@ def read_language(cfg: LlmConfig, dtype: torch.dtype) -> Any:
     check_finite(model, cfg.name_or_path)
     if "gguf_file" in where:
         forget_quantizer(model)
-    return model.to(dtype=dtype)
+        for weight in model.parameters():
+            weight.data = weight.data.to(dtype)
+    # Not model.to(dtype): that rounds what transformers keeps in fp32, rotary frequencies above all.
+    return model
 
 
 def load_language(
@@ -528,6 +537,7 @@ def read_config(cfg: LlmConfig) -> Any:
     with loading(_sizes_of(cfg), _WANTED, cfg.name_or_path):
         name, where = source_of(cfg)
         config = AutoConfig.from_pretrained(name, **where)
+        check_stated(name, config)
         if "gguf_file" not in where and Path(name).is_dir():  # else a plan would download the weights
             check_depth(name, cfg.revision, config)
     return config

@@ -31,6 +31,7 @@ from beholder.model.weights import (
     check_finite,
     check_loading_info,
     check_size,
+    check_stated,
     freeze,
     from_pretrained,
     loading,
@@ -41,8 +42,8 @@ from beholder.types import Batch, Encoded, ImageInput, UserError
 
 FIELD = "model.native.name_or_path"
 WANTED = (
-    "Its config.json, or a file of weights, is damaged or of something else: get its files again. Give a whole Hugging "
-    "Face vision-language model (hub name or folder)."
+    "Offline, give a folder that holds its files. If they are there, its config.json or a file of weights is damaged "
+    "or of something else: get them again. Give a whole Hugging Face vision-language model (hub name or folder)."
 )
 
 
@@ -417,48 +418,73 @@ class _WithoutPrompt:
         self._streamer.end()
 
 
+class UnknownClass(UserError):
+    """A native model that is of no class of `FAMILIES`."""
+
+
 def known_family(config: Any, name: str) -> Family:
-    """The row of the model's class. Raises `UserError` with those that are known."""
+    """The row of the model's class. Raises `UnknownClass` with those that are known."""
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
         why = f" ({UNKNOWN[kind]})" if kind in UNKNOWN else ""
-        raise UserError(
+        raise UnknownClass(
             f"{FIELD} {name!r} is of the class {kind!r}, which is not known{why}; known are {', '.join(FAMILIES)}. A "
             "language model and a tower of their own go into model.llm and model.vision"
         )
     return FAMILIES[kind]
 
 
-def _config_of(cfg: LlmConfig) -> tuple[Any, Family]:
-    """The configuration of a native model, and what is known of its class."""
+def _config_of(cfg: LlmConfig, file: Path | None = None) -> tuple[Any, Family]:
+    """The configuration of a native model, from ``file`` where one is given, and what is known of its class."""
     from transformers import AutoConfig
 
     check_no_adapter(cfg.name_or_path, FIELD)
-    with loading(f"{FIELD} {cfg.name_or_path!r}", WANTED, cfg.name_or_path):
-        config = AutoConfig.from_pretrained(cfg.name_or_path, revision=cfg.revision, trust_remote_code=False)
+    with loading(f"{FIELD} {cfg.name_or_path!r}", WANTED, None if file else cfg.name_or_path):
+        config = AutoConfig.from_pretrained(
+            file or cfg.name_or_path, revision=None if file else cfg.revision, trust_remote_code=False
+        )
+        check_stated(cfg.name_or_path, config)
     return config, known_family(config, cfg.name_or_path)
 
 
-def processor_of(cfg: LlmConfig) -> NativeProcessor:
-    """The processor of a native model alone. Raises `UserError` as `load_native` does."""
-    config, family = _config_of(cfg)
+def processor_of(cfg: LlmConfig, file: Path | None = None) -> NativeProcessor:
+    """The processor of a native model alone, or that beside the config.json in ``file``. Raises `UserError` as
+    `load_native` does."""
+    config, family = _config_of(cfg, file)
+    if file is not None:
+        cfg = cfg.model_copy(update={"name_or_path": str(file.parent), "revision": None})
     return load_processor(cfg, config, DTYPES[cfg.precision], family.most_images)
 
 
-def empty_native(cfg: LlmConfig) -> dict[str, Part]:
-    """The parts of a native model without weights, by name. Raises `UserError` as `load_native` does."""
+@dataclass(frozen=True)
+class Empty:
+    """A native model without weights."""
+
+    whole: Any
+    parts: dict[str, Part]
+    eyes: tuple[nn.Module, ...]
+    """All that images go through: the tower, and the connector where that is a module of its own."""
+    most_images: int | None
+    """Of a sample."""
+
+
+def empty_native(cfg: LlmConfig, file: Path | None = None) -> Empty:
+    """A native model without weights, from the config.json in ``file`` where one is given. Raises `UserError` as
+    `load_native` does."""
     from transformers import AutoModelForImageTextToText
 
-    config, family = _config_of(cfg)
+    config, family = _config_of(cfg, file)
     with loading(f"{FIELD} {cfg.name_or_path!r}", WANTED):
-        if Path(cfg.name_or_path).is_dir():  # else a plan would download the weights
+        if file is None and Path(cfg.name_or_path).is_dir():  # else a plan would download the weights
             check_depth(cfg.name_or_path, cfg.revision, config)
         with torch.device("meta"):
             whole: Any = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-    return {
+    parts = {
         "vision": _tower_of(whole.model, family, cfg.name_or_path),
         "language": language_part(whole, cfg.name_or_path, whole=True),
     }
+    eyes = tuple(whole.model.get_submodule(eye) for eye in family.eyes)
+    return Empty(whole, parts, eyes, family.most_images)
 
 
 def load_native(cfg: LlmConfig, device: torch.device) -> tuple[NativeModel, Any]:
@@ -484,7 +510,7 @@ def load_native(cfg: LlmConfig, device: torch.device) -> tuple[NativeModel, Any]
     check_soft_cap(whole.config, cfg, "model.native")
     check_loading_info(info, whole, name)
     check_finite(whole, name)
-    whole = whole.to(device=device, dtype=dtype)
+    whole = whole.to(device=device)  # not dtype, which would round rotary frequencies
     whole.generation_config = GenerationConfig()  # the checkpoint's own would fill what a caller leaves unset
     freeze(whole)
     processor = load_processor(cfg, whole.config, dtype, family.most_images)

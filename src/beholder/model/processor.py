@@ -66,6 +66,12 @@ class NativeProcessor:
         """What stands in the text for an image of this (height, width), instead of the placeholder."""
         return self._like(size)[0]
 
+    def takes(self, size: tuple[int, int], /) -> tuple[int, tuple[int, ...]]:
+        """Of an image of this (height, width): the positions it takes, and the shape of its pixels."""
+        text, shapes, _ = self._like(size)
+        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(ids).count(self.token_id), shapes["pixel_values"]
+
     def blank(self, size: tuple[int, int], fill: float | int) -> dict[str, Tensor]:
         """The inputs of an image of this size whose normalised pixels are all ``fill``, or, for a whole number, drawn
         from N(0, 1) with that seed."""

@@ -13,7 +13,7 @@ def empty_parts(cfg: ModelConfig) -> dict[str, Part]:
     """Language model and tower without weights, from their configuration files. Raises `UserError` where one is not
     found."""
     if cfg.native is not None:
-        return empty_native(cfg.llm)
+        return empty_native(cfg.llm).parts
     language = language_part(empty_of(cfg), cfg.llm.name_or_path)
     return {"vision": tower_part(empty_tower(cfg.vision), cfg.vision.name_or_path), "language": language}
 

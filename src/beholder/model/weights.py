@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -226,6 +227,18 @@ def check_depth(name: str, revision: str | None, config: Any) -> None:
                 )
 
 
+def check_stated(name: str, config: Any) -> None:
+    """Refuse a configuration with more layers than any model has, wherever it came from and whether or not its weights
+    are here: a plan builds it without them."""
+    for part in _configs(config):
+        for field in _DEPTHS:
+            if isinstance(value := getattr(part, field, None), int) and value > _MOST[field]:
+                raise UserError(
+                    f"{name}: config.json says {field} {value} ({type(part).__name__}); no model has more than "
+                    f"{_MOST[field]}. Give the matching config."
+                )
+
+
 def check_size(name: str, shapes: Mapping[str, tuple[int, ...]], model: nn.Module, spare: int = 0) -> None:
     """Refuse files that hold much less than ``model``, which is on the meta device, needs: its weights would be made up
     first, however large they are, and then found missing. ``spare``: as many more may be missing."""
@@ -264,8 +277,15 @@ def weight_shapes(name: str, revision: str | None, config: Any) -> dict[str, tup
 
 
 def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """Raises ValueError with its name for a file that is damaged."""
+    """Raises ValueError with its name for a file that is damaged, OSError for one that is not there."""
     check_no_pointer(path)
+    stat = path.stat()
+    return _shapes_at(path, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+
+
+@lru_cache(maxsize=256)
+def _shapes_at(path: Path, _stamp: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Asked for several times while a model loads. Not to be changed."""
     try:
         with safe_open(path, framework="pt") as opened:
             return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
@@ -432,6 +452,13 @@ def check_finite(model: nn.Module, source: str) -> None:
             f"{source} has NaN or infinite weights in {listed(bad)}. The file is damaged, or was written by a run that "
             "diverged; get it again."
         )
+
+
+def computed_in(module: nn.Module) -> str:
+    """Types of the buffers that a model computes itself and no file holds (rotary frequencies); empty: it has none."""
+    kept = module.state_dict().keys()
+    found = {str(b.dtype) for name, b in module.named_buffers() if name not in kept and b.is_floating_point()}
+    return " ".join(sorted(name.removeprefix("torch.") for name in found))
 
 
 def freeze(module: nn.Module) -> None:

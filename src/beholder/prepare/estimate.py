@@ -19,6 +19,8 @@ width h, q query heads, k key/value heads of size d, MLP width m, vocabulary V, 
 - connector: counted by running it forward and backward on the meta device.
 - tower: counted the same way, forward; once per image with the feature store, at every step without. Where it learns,
   twice that again for the share of its weights that lies at or above the lowest block that learns, at every step.
+- eyes of a native model, whose images differ, at every step, per image of P patches in tiles of Q, with C weights of
+  convolutions, B of linear layers in its blocks and M of others: 2·(C + B)·P + 2·M·(its positions) + 4·L·w·P·Q.
 - bytes kept for the backward pass, per position and layer, with s bytes a number: two fp32 inputs of norms (8·h),
   three MLP tensors (3·s·m), and of attention either queries, keys, values and the softmax over R positions in fp32 and
   in s bytes (s·(q+2k)·d + q·R·(4+s), CPU) or what a fused kernel keeps with repeated heads (4·s·q·d). Families that
@@ -58,8 +60,9 @@ from beholder.config import (
 )
 from beholder.config.file import load_config
 from beholder.data import build_encoder, open_records
-from beholder.data.chat import EncodeError
+from beholder.data.chat import ChatEncoder, EncodeError
 from beholder.data.collate import WINDOW
+from beholder.data.images import ImageError, NativePipeline
 from beholder.data.mixture import BLOCK, Mixture
 from beholder.data.sources import missing_files
 from beholder.evidence.gates import unmeasurable
@@ -69,6 +72,7 @@ from beholder.model.families import NO_LIMITS, Limits, check_limits, check_no_ad
 from beholder.model.language import empty_language, load_tokenizer, source_of
 from beholder.model.learned import learning_modules
 from beholder.model.losses import MAX_LOGITS
+from beholder.model.native import Empty, UnknownClass, empty_native, processor_of
 from beholder.model.patch_layout import Declared, UnknownLayout, expected_layout
 from beholder.model.placement import (
     Part,
@@ -84,7 +88,7 @@ from beholder.model.placement import (
 from beholder.model.plan import TrainableRow, TrainableTable
 from beholder.model.standard import export_class
 from beholder.model.student import check_budget, empty_student
-from beholder.model.weights import DTYPES, check_settings, loading
+from beholder.model.weights import DTYPES, check_settings, check_stated, loading
 from beholder.prepare.doctor import matmul_rate
 from beholder.store.teachers import TOKENS, bytes_of
 from beholder.train import checkpoint
@@ -95,6 +99,10 @@ RUNTIME_BYTES = 800 * 10**6
 """Interpreter, torch, transformers and their buffers: resident size of a process that has not loaded a model yet."""
 EFFICIENCY = {"cpu": 0.4, "cuda": 0.4, "mps": 0.4}
 """Share of the measured matrix rate that a whole step reaches; see benchmarks/README.md."""
+NATIVE_RECORDS = 256
+"""Whose images are looked at for their sizes."""
+USUAL_SIZE = (480, 640)
+"""(height, width) of most of COCO's images."""
 TYPICAL_TARGET_TOKENS = 13.0
 """LLaVA-Pretrain's mean, used only where the records or the tokenizer cannot be read, and named as a gap then."""
 
@@ -277,19 +285,21 @@ def estimate(
 
     ``llm_config``, ``vision_config``: a model's ``config.json``, for names that are neither local nor cached while
     offline; a tokenizer and a ``preprocessor_config.json`` beside them are used too, and nothing is asked of the hub
-    about a model whose file is given. ``measure`` False leaves the times out. Raises `UserError` only for settings that
-    can never work; what cannot be found out is a gap.
+    about a model whose file is given. A native model's is given as ``llm_config``. ``measure`` False leaves the times
+    out. Raises `UserError` only for settings that can never work; what cannot be found out is a gap.
     """
+    if vision_config is not None and cfg.model.native is not None:
+        raise UserError(
+            "--vision-config is about a tower of its own, and model.native names a whole model; give its config.json "
+            "as --llm-config"
+        )
     for option, path in (("--llm-config", llm_config), ("--vision-config", vision_config)):
         if path is not None:
             _check_named_file(option, path)
-    if cfg.model.native is not None:
-        raise UserError(
-            "a native model (model.native) is not planned yet: its images differ in their number of tokens; beholder "
-            "run --scale smoke measures a short run"
-        )
     if wrong := unmeasurable(cfg.gates):
         raise UserError("; ".join(wrong))
+    if cfg.model.native is not None:
+        return _estimate_native(cfg, llm_config, measure)
     for part, model in (("llm", cfg.model.llm), ("vision", cfg.model.vision)):
         check_no_adapter(model.name_or_path, f"model.{part}.name_or_path")
     gaps: list[str] = []
@@ -316,11 +326,84 @@ def estimate(
     result.exports_as = exports_as
     examples = _sample_records(cfg, result)
     if language and vision and connector:
-        targets = _estimate_sequence(cfg, connector.num_tokens, examples, result, llm_config)
+        tokenizer = _try(gaps, lambda: load_tokenizer(cfg.model.llm, beside=llm_config))
+        targets = _estimate_sequence(cfg, Written(tokenizer, connector.num_tokens), examples, result)
         _plan_memory(cfg, result, language, vision, connector)
         teachers = _plan_teachers(cfg, result, language, targets)
         _plan_time(cfg, result, language, vision, connector, teachers, device if measure else None)
     return result
+
+
+def _estimate_native(cfg: RunConfig, config_file: Path | None, measure: bool) -> Estimate:
+    """The plan of a run on a whole vision-language model: how many positions an image takes, its processor says of the
+    images of a sample of the records."""
+    gaps: list[str] = []
+    device = torch.device(pick_device("auto").type if cfg.device == "auto" else cfg.device)
+    empty = _try(gaps, lambda: empty_native(cfg.model.llm, config_file))
+    language, vision = None, None
+    if empty is not None:
+        shape = _shape_of(empty.whole, empty.parts["language"], 0)
+        check_limits(shape.limits, cfg)
+        eyes = replace(VisionShape(_weights(*empty.eyes), 0, 0, 0.0), part=empty.parts["vision"])
+        language, vision = learning(shape, eyes, cfg.model.lora if cfg.has_adapters else None)
+    table = _table(cfg, language, vision, None)
+    result = Estimate(cfg.run_name, cfg.stage_name, str(device), table, language, vision, gaps=gaps)
+    result.exports_as = "its own class" if empty is None else f"{type(empty.whole).__name__}, its own class"
+    examples = _sample_records(cfg, result, NATIVE_RECORDS)
+    if empty is None or language is None or vision is None:
+        return result
+    processor = _try(gaps, lambda: processor_of(cfg.model.llm, config_file))
+    if processor is None:
+        return result
+    pipeline = NativePipeline(processor, cfg.data.max_megapixels)
+    sizes = _sizes(examples, pipeline, gaps)
+    taken = [processor.takes(size) for size in sizes]
+    flops = [eyes_flops(empty, pixels, positions) for positions, pixels in taken]
+    vision = result.vision = replace(vision, flops_per_image=sum(flops) / len(flops))
+    mean = sum(positions for positions, _ in taken) / len(taken)
+    written = Written(processor.processor.tokenizer, mean, pipeline, sizes[len(sizes) // 2])
+    _estimate_sequence(cfg, written, examples, result)
+    _plan_memory(cfg, result, language, vision, None)
+    _plan_time(cfg, result, language, vision, None, None, device if measure else None)
+    return result
+
+
+def _sizes(examples: Sequence[Example], pipeline: NativePipeline, gaps: list[str]) -> list[tuple[int, int]]:
+    """(height, width) of the images of these records, smallest first."""
+    sizes: list[tuple[int, int]] = []
+    lost: list[str] = []
+    for ref in dict.fromkeys(ref for e in examples for ref in e.images):
+        try:
+            sizes.append(pipeline.size(ref))
+        except ImageError as e:
+            lost.append(str(e))
+    if lost:
+        gaps.append(f"size of {len(lost)} of {len(lost) + len(sizes)} sampled images: {lost[0]}")
+    if not sizes:
+        gaps.append(f"size of an image: {USUAL_SIZE[1]} x {USUAL_SIZE[0]} pixels assumed (COCO's)")
+    return sorted(sizes, key=lambda size: size[0] * size[1]) or [USUAL_SIZE]
+
+
+def eyes_flops(empty: Empty, pixels: tuple[int, ...], positions: int) -> float:
+    """Forward, of one image whose processor gives ``pixels`` of that shape and ``positions`` in the text."""
+    tower = empty.parts["vision"]
+    own: Any = empty.whole.config.vision_config
+    side = own.patch_size[0] if isinstance(own.patch_size, list | tuple) else own.patch_size
+    if len(pixels) == 2:  # patches of one image, one after another
+        tile = patches = pixels[0]
+    else:
+        tile = (pixels[-2] // side) * (pixels[-1] // side)
+        patches = tile * math.prod(pixels[:-3])
+    dense = others = 0
+    for eye in empty.eyes:
+        for name, module in eye.named_modules():
+            if isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
+                dense += module.weight.numel()
+            elif isinstance(module, torch.nn.Linear):
+                inner = eye is tower.module and inside(name, tower.blocks)
+                dense, others = dense + inner * module.weight.numel(), others + (not inner) * module.weight.numel()
+    attention = 4.0 * len(tower.blocks) * own.hidden_size * patches * tile
+    return 2.0 * dense * patches + 2.0 * others * positions + attention
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -337,32 +420,37 @@ def language_shape(
     else:
         whole = None if student.cut is None else _config("llm", cfg, config_file)
         model = empty_student(student, cfg, config=whole, beside=config_file)
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    if heads is None:
+    if getattr(model.config.get_text_config(), "num_attention_heads", None) is None:
         raise UserError(
             f"sizes of model.llm {cfg.name_or_path!r}: {type(model).__name__} has no attention heads, and the formulae "
             "are those of attention, so memory and time cannot be estimated"
         )
-    part = language_part(model, cfg.name_or_path)
-    blocks = choose(part, "all", "model.lora.llm_layers")
-    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
     learns = sum(
         p.numel() for name, p in model.named_parameters() if inside(name, learning_modules(model, student.learns))
     ) if student else 0  # fmt: skip
+    return _shape_of(model, language_part(model, cfg.name_or_path), learns)
+
+
+def _shape_of(model: Any, part: Part, learns: int) -> LanguageShape:
+    """Sizes of a language model, or of that in a whole vision-language model; ``learns``: its weights that do."""
+    text = model.config.get_text_config()
+    heads = text.num_attention_heads
+    blocks = choose(part, "all", "model.lora.llm_layers")
+    table = model.get_input_embeddings().weight
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
     return LanguageShape(
         part=part,
         layers=text.num_hidden_layers,
-        hidden=model.get_input_embeddings().weight.shape[1],
+        hidden=table.shape[1],
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         intermediate=inner,
-        vocab=model.get_input_embeddings().weight.shape[0],
-        params=_weights(model),
-        layer_params=sum(p.numel() for name, p in model.named_parameters() if inside(name, blocks)),
-        qk_norm=any("q_norm" in name for name, _ in model.named_parameters()),
-        limits=limits_of(model),
+        vocab=table.shape[0],
+        params=_weights(part.module, model.get_output_embeddings()),
+        layer_params=sum(p.numel() for name, p in part.module.named_parameters() if inside(name, blocks)),
+        qk_norm=any("q_norm" in name for name, _ in part.module.named_parameters()),
+        limits=limits_of(part.module),
         learning_params=learns,
         adapter_inputs=text.num_hidden_layers * (3 * text.hidden_size + inner) if learns else 0,
     )
@@ -469,8 +557,8 @@ def _count(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
     return out, float(counter.get_total_flops())
 
 
-def _weights(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def _weights(*models: torch.nn.Module) -> int:
+    return sum(p.numel() for p in {id(p): p for model in models for p in model.parameters()}.values())
 
 
 def connector_shape(cfg: ConnectorConfig, vision: VisionShape, d_text: int) -> ConnectorShape:
@@ -508,7 +596,9 @@ def _config(what: str, cfg: LlmConfig | VisionConfig, file: Path | None) -> Any:
     name, where = source_of(cfg)
     wanted = f"Offline, give its config.json: --{what}-config FILE"
     with loading(f"sizes of model.{what} {cfg.name_or_path!r}", wanted, None if "gguf_file" in where else name):
-        return AutoConfig.from_pretrained(name, **where)
+        config = AutoConfig.from_pretrained(name, **where)
+        check_stated(name, config)
+        return config
 
 
 def _table(
@@ -546,25 +636,40 @@ def _torch_name(precision: str) -> str:
 # Data and tokens
 
 
-def _estimate_sequence(
-    cfg: RunConfig, num_visual: int, examples: Sequence[Example], result: Estimate, llm_config: Path | None
-) -> np.ndarray:
+@dataclass(frozen=True)
+class Written:
+    """What samples are written as tokens with."""
+
+    tokenizer: Any
+    """None: it cannot be had."""
+    visual: float
+    """Positions of an image, on average."""
+    pipeline: NativePipeline | None = None
+    """A native model's."""
+    usual: tuple[int, int] | None = None
+    """(height, width) of an image, where that decides its positions."""
+
+    def encoder(self, cfg: RunConfig) -> ChatEncoder:
+        return build_encoder(cfg, self.tokenizer, None if self.pipeline else int(self.visual), self.pipeline)
+
+
+def _estimate_sequence(cfg: RunConfig, written: Written, examples: Sequence[Example], result: Estimate) -> np.ndarray:
     """Token budget of a sample, and how samples become rows. Gives the target lengths of samples."""
-    gaps = result.gaps
-    tokenizer = _try(gaps, lambda: load_tokenizer(cfg.model.llm, beside=llm_config))
-    targets, kept = _target_lengths(cfg, examples, tokenizer, gaps)
+    gaps, num_visual = result.gaps, written.visual
+    targets, kept = _target_lengths(cfg, examples, written.tokenizer, gaps)
     assert result.language is not None
     table_rows = result.language.vocab
-    prompt = _try(gaps, lambda: _prompt_tokens(cfg, tokenizer, num_visual, table_rows)) if tokenizer else None
+    known = written.tokenizer is not None
+    prompt = _try(gaps, lambda: _prompt_tokens(cfg, written, table_rows)) if known else None
     whole: np.ndarray = np.array([])
     more = num_visual
     if prompt is None:
-        prompt = num_visual + 3 + round(len(cfg.prompting.instruction) / 4)
+        prompt = round(num_visual) + 3 + round(len(cfg.prompting.instruction) / 4)
         gaps.append(f"prompt length: {prompt} tokens assumed (4 characters a token)")
     else:
-        whole = _sample_lengths(cfg, kept, tokenizer, num_visual, gaps)
+        whole = _sample_lengths(cfg, kept, written, gaps)
         if cfg.max_images > 1:  # the words around an image, too
-            more = _prompt_tokens(cfg, tokenizer, num_visual, table_rows, images=2) - prompt
+            more = _prompt_tokens(cfg, written, table_rows, images=2) - prompt
     limit = cfg.prompting.max_seq_len
     most = int(targets.max()) if cfg.hygiene.max_tokens is None else cfg.hygiene.max_tokens
     images = cfg.max_images if result.images_per_sample > 1 else 1
@@ -655,32 +760,33 @@ def _target_lengths(
 
 
 def _sample_lengths(
-    cfg: RunConfig, examples: Sequence[Example], tokenizer: Any, num_visual: int, gaps: list[str]
-) -> np.ndarray:
+    cfg: RunConfig, examples: Sequence[Example], written: Written, gaps: list[str]
+) -> np.ndarray:  # fmt: skip
     """Tokens of each of these records, by the run's own encoder, as if every length fitted."""
     unlimited = cfg.prompting.model_copy(update={"max_seq_len": 2**31})
-    encoder = build_encoder(cfg.model_copy(update={"prompting": unlimited}), tokenizer, num_visual)
+    encoder = written.encoder(cfg.model_copy(update={"prompting": unlimited}))
     lengths: list[int] = []
     refused: list[str] = []
     for e in examples:
         try:
             lengths.append(len(encoder.encode(e).ids))
-        except EncodeError as wrong:
+        except (EncodeError, ImageError) as wrong:
             refused.append(str(wrong))
     if refused:
         gaps.append(f"{len(refused)} of {len(examples)} sampled records cannot be laid out as tokens: {refused[0]}")
     return np.array(lengths)
 
 
-def _prompt_tokens(cfg: RunConfig, tokenizer: Any, num_visual: int, rows: int, images: int = 1) -> int:
+def _prompt_tokens(cfg: RunConfig, written: Written, rows: int, images: int = 1) -> int:
     """Positions before the target of a sample, by the run's own encoder."""
-    encoder = build_encoder(cfg, tokenizer, num_visual)
+    encoder = written.encoder(cfg)
     encoder.check_table(rows)
     shown = [part for k in range(images) for part in (ImageSlot(k), "\n")]
     question = Turn("user", (*shown, cfg.prompting.instruction))
     example = Example("plan", (ImageRef(".", "-"),) * images, (question, Turn("assistant", ("-",))))
     try:
-        return len(encoder.encode_prompt(encoder.apply_template(example)).ids)
+        sizes = None if written.usual is None else [written.usual] * images
+        return len(encoder.encode_prompt(encoder.apply_template(example), sizes).ids)
     except EncodeError as e:
         raise UserError(f"prompt length: {e}") from e
 
@@ -690,7 +796,7 @@ def _prompt_tokens(cfg: RunConfig, tokenizer: Any, num_visual: int, rows: int, i
 
 
 def _plan_memory(
-    cfg: RunConfig, result: Estimate, language: LanguageShape, vision: VisionShape, connector: ConnectorShape
+    cfg: RunConfig, result: Estimate, language: LanguageShape, vision: VisionShape, connector: ConnectorShape | None
 ) -> None:
     stored, s = (DTYPES[precision].itemsize for precision in _precisions(cfg))
     seq = result.sequence
@@ -703,20 +809,30 @@ def _plan_memory(
         "language_model_weights": language.params * (stored if s == stored else stored + s),
         **({"language_model_gradients_and_AdamW": 12 * n} if (n := language.learning_params) else {}),
         "vision_tower_weights": vision.params * DTYPES[cfg.model.vision.precision].itemsize,
-        "connector_gradients_and_AdamW": connector.params * ((16 if cfg.model.connector.trainable else 4) + autocast),
+        **(
+            {
+                "connector_gradients_and_AdamW": connector.params
+                * ((16 if cfg.model.connector.trainable else 4) + autocast),
+            }
+            if connector
+            else {}
+        ),
         **({"adapters_gradients_and_AdamW": 16 * language.adapter_params} if language.adapter_params else {}),
         **({"tower_gradients_and_AdamW": 16 * vision.learning_params} if vision.learning_params else {}),
         "language_model_activations": language.activation_bytes(
-            positions, s, seq["tokens_mean"] if result.device == "cpu" else None, cfg.model.llm.gradient_checkpointing
+            positions,
+            s,
+            _attended(cfg, result) if result.device == "cpu" else None,
+            cfg.model.llm.gradient_checkpointing,
         ),
-        "connector_activations": images * connector.activation_bytes_per_image,
+        **({"connector_activations": images * connector.activation_bytes_per_image} if connector else {}),
         "logits": logits * (s + 4 + 4),
         "runtime": RUNTIME_BYTES,
     }
     result.memory["total"] = sum(result.memory.values())
     if vision.learning_params:
         result.gaps.append("what a tower that learns keeps for its backward pass is not among the activations")
-    elif "images" in result.data:
+    elif connector and "images" in result.data:  # a native model's images are not kept
         stored = result.data["images"] * vision.num_patches * vision.d_vision * 2
         if cfg.features.enabled and cfg.data.augment == "none":
             result.store_bytes = min(stored, cfg.features.max_gb * 1e9)
@@ -787,8 +903,14 @@ def _asked_for(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {e}") from e
 
 
+def _attended(cfg: RunConfig, result: Estimate) -> float:
+    """R of the module's formulae."""
+    own = result.device == "cpu" and cfg.model.native is None
+    return result.sequence["tokens_mean" if own else "row_length"]
+
+
 def _plan_time(
-    cfg: RunConfig, result: Estimate, language: LanguageShape, vision: VisionShape, connector: ConnectorShape,
+    cfg: RunConfig, result: Estimate, language: LanguageShape, vision: VisionShape, connector: ConnectorShape | None,
     teachers: float | None, device: torch.device | None,
 ) -> None:  # fmt: skip
     seq, samples = result.sequence, cfg.effective_batch
@@ -799,14 +921,10 @@ def _plan_time(
     positions = seq["rows_of_a_micro_batch"] * seq["row_length"] * samples / seq["samples_of_a_micro_batch"]
     tokens = samples * seq["tokens_mean"]
     result.flops_per_step = {
-        "language_model": language.flops(
-            positions,
-            seq["tokens_mean" if result.device == "cpu" else "row_length"],
-            cfg.model.llm.gradient_checkpointing,
-        ),
+        "language_model": language.flops(positions, _attended(cfg, result), cfg.model.llm.gradient_checkpointing),
         **({"adapters": 6.0 * language.adapter_params * tokens} if language.adapter_params else {}),
         "head": language.head_flops(samples * (seq["target_tokens_mean"] + 1)),
-        "connector": images * connector.flops_per_image,
+        **({"connector": images * connector.flops_per_image} if connector else {}),
         "vision_tower": images * vision.flops_per_image * (1 - stored + 2 * vision.share_above),
         **({"teachers": samples * teachers} if teachers and cfg.learnt_from.online else {}),
     }
@@ -827,9 +945,11 @@ def _plan_time(
 
 
 def _try(gaps: list[str], find: Any) -> Any:
-    """What ``find`` gives, or None with the reason among the gaps."""
+    """What ``find`` gives, or None with the reason among the gaps. A class that can never be used is no gap."""
     try:
         return find()
+    except UnknownClass:
+        raise
     except UserError as e:
         gaps.append(str(e))
         return None

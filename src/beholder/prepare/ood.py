@@ -35,6 +35,10 @@ NUM_DRAWINGS: Final = 8
 PAGE: Final = (256, 256)
 SCREEN: Final = (224, 320)
 
+NO_FONT: Final = (
+    "no font at hand covers it; give one that does with --font FILE (Noto Sans CJK for Chinese, Japanese and Korean)"
+)
+
 NOTICE: Final = """\
 The pages, chat screenshots and textures in images/ were drawn by Beholder; they and their texts may be used freely
 (CC0 1.0). Texts are drawn with DejaVu fonts (https://dejavu-fonts.github.io, Bitstream Vera licence and public domain)
@@ -197,7 +201,7 @@ def make_ood(
 
     for script in SCRIPTS:
         font = covering(script, faces)
-        why = "its letters are joined or run from right to left" if script.joined else "no font at hand covers it"
+        why = "its letters are joined or run from right to left" if script.joined else NO_FONT
         if script.joined or font is None:
             rows["left_out"].append({"script": script.name, "reason": why})
             continue

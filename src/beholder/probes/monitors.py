@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from beholder.config import folded, in_script
+from beholder.config import NEGATION, folded, in_script
 from beholder.evidence import Measurement
 from beholder.probes import bootstrap, measurement, ratio_of_sums, share, strata
 from beholder.probes.caption_metrics import WITHOUT_SPACES, normalize, tokenize, units
@@ -64,12 +64,18 @@ class Phrase:
 
     phrase: str
     pattern: str | None = None
+    negation: str | None = NEGATION
+    """What takes the phrase back, with {phrase} in its place; a pattern says that itself."""
 
     def said_in(self, text: str) -> bool:
-        """Whether the text says so; width of characters (NFKC), case and spacing do not count for a phrase."""
+        """Whether the text says so; width of characters (NFKC), case and spacing do not count for a phrase, and what
+        takes it back does."""
         if self.pattern is not None:
             return re.search(self.pattern, text) is not None
-        return folded(self.phrase) in folded(text)
+        phrase, whole = folded(self.phrase), folded(text)
+        if phrase in whole and self.negation is not None:
+            whole = re.sub(self.negation.replace("{phrase}", re.escape(phrase)), "", whole, flags=re.IGNORECASE)
+        return phrase in whole
 
     @property
     def words(self) -> str:

@@ -9,6 +9,7 @@ words.
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from collections import Counter, defaultdict
@@ -104,17 +105,32 @@ def asked_of(examples: Sequence[Example], owners: Sequence[str]) -> tuple[list[A
 
 def owners_of(examples: Sequence[Example], content_key: ContentKey = content_hash) -> tuple[list[str], int]:
     """What each shares with other questions: its images, told apart by their content; itself without any. And how many
-    images could not be read: where they lie tells them apart."""
+    images could not be read: where they lie tells them apart. Files of a size that no other has are not read."""
     keys: dict[ImageRef, str] = {}
     lost = 0
-    for ref in (ref for example in examples for ref in example.images):
-        if ref not in keys:
-            try:
-                keys[ref] = content_key(ref)
-            except ImageError:
-                keys[ref] = f"{ref} {ref.offset} {ref.item}"
-                lost += 1
+    refs = dict.fromkeys(ref for example in examples for ref in example.images)
+    sizes = {ref: _size(ref) for ref in refs}
+    files = Counter(sizes[ref] for ref in {(ref.root, ref.path): ref for ref in refs}.values())
+    for ref in refs:
+        if sizes[ref] is not None and files[sizes[ref]] == 1:
+            keys[ref] = f"{sizes[ref]} bytes"
+            continue
+        try:
+            keys[ref] = content_key(ref)
+        except ImageError:
+            keys[ref] = f"{ref} {ref.offset} {ref.item}"
+            lost += 1
     return ["/".join(sorted(keys[ref] for ref in e.images)) or e.id for e in examples], lost
+
+
+def _size(ref: ImageRef) -> int | None:
+    """Bytes of an image that is a file of its own."""
+    if ref.kind != "file":
+        return None
+    try:
+        return os.stat(os.path.join(ref.root, ref.path)).st_size
+    except (OSError, ValueError):
+        return None
 
 
 def numbered(owners: Sequence[str]) -> np.ndarray:

@@ -96,7 +96,13 @@ def start_from(session: Session, source: Path | None, optimizer: torch.optim.Opt
     """Steps already done and the loop's state, weights put in place: the written order of `train.checkpoint`."""
     if source is not None:
         done = restore.load_for_resume(source, session.model, optimizer)
-        same_run.check_same_fingerprints(restore.entry(done.trainer, "fingerprints"), session.fingerprints)
+        saved = restore.entry(done.trainer, "fingerprints")
+        same_run.check_same_fingerprints(saved, session.fingerprints)
+        if (why := session.rounded_then(saved)) is not None:
+            raise UserError(
+                f"{source}: {why}; going on would mix the two. Start a new run in another folder, which may go on from "
+                "this one (model.connector.load_checkpoint)"
+            )
         if session.dist.is_main:
             session.run.trim_metrics(done.step)
             for step, path in golden_history.steps_of(session.run.qual):

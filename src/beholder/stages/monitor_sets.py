@@ -67,7 +67,7 @@ class MonitorSets:
     def phrase(self) -> probe.Phrase | None:
         """What says that an image is irrelevant, where that is measured."""
         own = self._cfg.eval.irrelevant
-        return probe.Phrase(own.phrase, own.pattern) if own.path else None
+        return probe.Phrase(own.phrase, own.pattern, own.negation) if own.path else None
 
     @cached_property
     def jitter_sample(self) -> list[int]:

@@ -75,7 +75,10 @@ def reopen(folder: str, overrides: Sequence[str], *, aside: bool = False, step: 
         table = apply_train_plan(session.model, plan_of(cfg.model, cfg.stage_record))
         restore.load_trained(where, session.model)
         trainer = restore.read_trainer(where)
-        same_run.check_same_fingerprints(restore.entry(trainer, "fingerprints"), session.fingerprints)
+        fingerprints = restore.entry(trainer, "fingerprints")
+        same_run.check_same_fingerprints(fingerprints, session.fingerprints)
+        if (why := session.rounded_then(fingerprints)) is not None:
+            session.gap(f"The run: {why}; its numbers are those of positions as they are now.")
         told = run.read_json("run.json").get("promoted") if run.run_path.exists() else None
         if told:
             session.gap(told)

@@ -33,6 +33,7 @@ from beholder.stages.together import Together
 from beholder.store.features import FeatureStore, FillReport, store_dir
 from beholder.store.layers import LayerStore
 from beholder.terminal import Terminal
+from beholder.train import same_run
 from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
 from beholder.train.tracking import Trackers
@@ -95,8 +96,20 @@ class Session:
             else hashlib.sha256(to_json(asdict(g)).encode()).hexdigest(),
             "data": self.data.train.fingerprint,
             "encoder": self.data.encoder.fingerprint,
+            **({same_run.COMPUTED: found} if (found := self.model.language.computed_in) else {}),
             **self._teachers,
         }
+
+    def rounded_then(self, saved: Mapping[str, Any]) -> str | None:
+        """What a checkpoint's ``fingerprints`` say of rotary frequencies that were rounded when it was trained, as they
+        are no longer; None where they were not, or it cannot matter."""
+        now, weights = self.model.language.computed_in, str(self.model.language.dtype).removeprefix("torch.")
+        if not now or same_run.COMPUTED in saved or now == weights:
+            return None
+        return (
+            "it was trained by an earlier version of Beholder, which rounded the language model's rotary frequencies "
+            f"to {weights} and so took positions for others"
+        )
 
     @cached_property
     def _teachers(self) -> dict[str, str]:

@@ -38,7 +38,7 @@ KEPT_FOR = "teachers.json"
 """In a run's folder: what is kept for it, as it was looked over last."""
 _COSTS = "costs.jsonl"
 """In a teacher's: what rows have cost, a line for every call that made some."""
-_VERSION = 1
+_VERSION = 2  # 1: rotary frequencies were rounded to the teacher's precision
 _NAMED = 5
 """Samples spelled out in a message."""
 _SAID = {

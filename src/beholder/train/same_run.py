@@ -16,6 +16,8 @@ from beholder.train.checkpoint import TRAINER
 from beholder.types import UserError
 
 ANOTHER = "Use another step of the same run."
+COMPUTED = "type of the language model's rotary frequencies and other computed buffers"
+"""Among the fingerprints. Checkpoints from before it was there computed them in the type of the weights."""
 
 
 def may_change(path: str, *, same_data: bool) -> bool:
