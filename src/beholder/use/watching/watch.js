@@ -23,7 +23,7 @@ function draw(name, attributes, text) {
   return made;
 }
 
-const num = (v) => (v === 0 ? "0" : Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3 ? v.toExponential(1).replace("e+", "e") : String(+v.toPrecision(4)));
+const num = (v) => (v === 0 ? "0" : Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3 ? v.toExponential(1).replace(".0e", "e").replace("e+", "e") : String(+v.toPrecision(4)));
 
 // ------------------------------------------------------------------------------------------------------- asking
 
@@ -95,9 +95,8 @@ function show(s) {
   $("progress").value = total ? Math.min(step, total) : 0;
   $("steps").textContent = [total ? `step ${step.toLocaleString("en")} of ${total.toLocaleString("en")}` : `step ${step.toLocaleString("en")}`, total ? `${Math.floor(100 * Math.min(1, step / total))} %` : "", eta].filter(Boolean).join(" · ");
   same("warnings", s.warnings, () => $("warnings").replaceChildren(...s.warnings.map((w) => el("li", {}, w))));
-  const facts = [...s.facts.map(([l, v]) => [l, v, ""]), ...s.measured];
-  same("facts", facts, () => $("facts").replaceChildren(...facts.map(([label, value, more]) => el("div", {}, el("dt", {}, more ? `${label} · ${more}` : label), el("dd", {}, value)))));
-  same("verdicts", s.verdicts, () => showVerdicts(s.verdicts));
+  same("facts", s.facts, () => $("facts").replaceChildren(...s.facts.map(fact)));
+  same("verdicts", [s.verdicts, s.measured], () => showVerdicts(s.verdicts, s.measured));
   same("plots", s.plots, () => $("plots").replaceChildren(...s.plots.map(plot)));
   same("gates", [s.gates, s.ended], () => showGates(s.gates, s.ended));
   same("guards", s.guardrails, () => showGuards(s.guardrails));
@@ -114,8 +113,12 @@ function say(text) {
   if (text !== said) { said = text; $("said").textContent = text; }
 }
 
-function showVerdicts(rows) {
-  $("verdicts").hidden = !rows.length;
+const fact = ([label, value, more]) => el("div", {}, el("dt", {}, label, ...(more ? [el("small", {}, more)] : [])), el("dd", {}, value));
+
+function showVerdicts(rows, measured) {
+  $("verdicts").hidden = !rows.length && !measured.length;
+  $("h-verdicts").textContent = rows.length ? "What the evidence says" : "Measured so far";
+  $("numbers").replaceChildren(...measured.map(fact));
   $("verdicts").querySelector(".cards").replaceChildren(...rows.map((v) => el("div", { class: `card verdict ${v.tone}` }, el("h3", {}, v.question), el("b", {}, v.answer), el("p", {}, v.why))));
 }
 
@@ -171,7 +174,7 @@ function plot(p) {
   });
   const legend = el("ul", { class: "legend" }, ...p.lines.map((l, k) => el("li", {}, el("i", { class: `s${k + 1}`, "aria-hidden": "true" }), p.lines.length > 1 ? `${l.label} ` : "last ", el("b", {}, tick_(l.y[l.y.length - 1], p.unit)))));
   const unit = p.unit === "share" ? "" : p.unit;
-  return el("figure", { class: `card ${p.size}` }, el("h3", {}, [p.title, unit, p.log ? "logarithmic" : ""].filter(Boolean).join(", ")), legend, svg);
+  return el("figure", { class: `card ${p.size}` }, el("h3", {}, [p.title, p.title.toLowerCase().startsWith(unit) ? "" : unit, p.log ? "logarithmic" : ""].filter(Boolean).join(", ")), legend, svg);
 }
 
 const tick_ = (v, unit) => (unit === "share" ? `${+(100 * v).toPrecision(3)} %` : num(v));
