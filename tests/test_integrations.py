@@ -186,8 +186,10 @@ def test_rounds_go_on_until_the_task_ends_them(models: tuple[Any, Any], docs: li
 
 @pytest.mark.parametrize(
     ("given", "says"),
-    [({"num_beams": 4}, "num_beams is 4"), ({"until": [1]}, "until is"),
-     ({"repetition_penalty": 1.2}, "repetition_penalty"), ({"temperature": -1}, "temperature"), ({"max_new_tokens": 0}, "max_new_tokens")],
+    [
+        ({"num_beams": 4}, "num_beams is 4"), ({"until": [1]}, "until is"), ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty"), ({"temperature": -1}, "temperature"),
+    ],
 )  # fmt: skip
 def test_what_is_not_there_is_said(models: tuple[Any, Any], docs: list[dict[str, Any]], given: Any, says: str) -> None:
     with pytest.raises(UserError, match=says):

@@ -361,9 +361,10 @@ class SoFar:
         kinds = sorted(key for key in m.series if key.startswith(LOGGED_KINDS))
         rows = [*LOGGED, *((f"quick_eval.exact/{key.partition('/')[2]}", "share", key) for key in kinds)]
         before = next((x.value for x in self.baseline if x.name == "eval.loss" and x.stratum is None), None)
+        start = {} if before is None else {"eval_loss": [(0.0, before)]}
         found = [
-            m.series[key].curve(name, unit, [(0, before)] if key == "eval_loss" and before is not None else ())
-            for name, unit, key in rows if key in m.series
+            m.series.get(key, Series()).curve(name, unit, start.get(key, ()))
+            for name, unit, key in rows if key in m.series or key in start
         ]  # fmt: skip
         return found + [series.curve(name, quantity(name)[0].unit) for name, series in m.monitors.items()]
 

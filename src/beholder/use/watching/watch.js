@@ -77,6 +77,11 @@ $("ask").addEventListener("submit", (event) => {
   $("key").value = "";
   tick();
 });
+let resized = null;
+addEventListener("resize", () => {
+  clearTimeout(resized);
+  resized = setTimeout(() => { if (last.state && last.state.there) $("plots").replaceChildren(...last.state.plots.map(plot)); }, 200);
+});
 document.addEventListener("visibilitychange", () => { if (!document.hidden) tick(); });
 
 // ------------------------------------------------------------------------------------------------------- showing
@@ -130,7 +135,12 @@ function showGates(rows, ended) {
   $("gates-told").textContent = !rows.length ? "No gate is declared." : ended
     ? `${n("passed")} of ${rows.length} passed, ${n("failed")} failed, ${n("unknown")} could not be judged.`
     : `${n("passed")} met by the last evaluation, ${n("failed")} not; ${n("waits")} are judged at the end, when everything is measured with its interval.`;
-  $("gates").querySelector("ul").replaceChildren(...rows.map((r) => el("li", { class: r.state, title: r.why || false }, el("b", {}, MARKS[r.state]), r.name, el("small", {}, [`${r.what}: ${r.number}`, `must be ${r.bound}`, r.interval, r.where && `in ${r.where}`].filter(Boolean).join(" · ")))));
+  const row = (r) => el("li", { class: r.state, title: r.why || false }, el("b", {}, MARKS[r.state]), r.name, el("small", {}, [`${r.what}: ${r.number}`, `must be ${r.bound}`, r.interval, r.where && `in ${r.where}`].filter(Boolean).join(" · ")));
+  const waits = rows.filter((r) => r.state === "waits");
+  $("gates").querySelector("ul").replaceChildren(...rows.filter((r) => r.state !== "waits").map(row));
+  $("waiting").hidden = !waits.length;
+  $("waiting").querySelector("summary").textContent = `${waits.length} that wait`;
+  $("waiting").querySelector("ul").replaceChildren(...waits.map(row));
 }
 
 function showGuards(g) {
@@ -142,7 +152,8 @@ function showGuards(g) {
 // ------------------------------------------------------------------------------------------------------- curves
 
 function plot(p) {
-  const large = p.size === "large", W = large ? 1040 : 420, H = large ? 300 : 190, L = 58, R = p.bands.length ? 210 : 14, T = 10, B = 30;
+  const large = p.size === "large", W = large ? Math.max(360, Math.min(1040, $("plots").clientWidth - 40)) : 420;
+  const beside = p.bands.length && W > 700, H = large ? 300 : 190, L = 58, R = beside ? 210 : 14, T = p.bands.length && !beside ? 22 : 10, B = 30;
   const all = p.lines.flatMap((l) => l.y), xs = p.lines.flatMap((l) => l.x);
   const scale = p.log ? Math.log10 : (v) => v;
   let low = Math.min(...all), high = Math.max(...all);
@@ -161,8 +172,8 @@ function plot(p) {
   let floor = -Infinity;
   for (const [label, v] of [...p.bands].sort((m, n) => n[1] - m[1])) {
     svg.append(draw("line", { class: "band", x1: L, x2: W - R, y1: py(v), y2: py(v) }));
-    floor = Math.max(py(v) + 4, floor + 15);
-    svg.append(draw("text", { x: W - R + 8, y: floor }, `${label} ${num(v)}`));
+    floor = Math.max(py(v) + (beside ? 4 : -4), floor + 15);
+    svg.append(draw("text", beside ? { x: W - R + 8, y: floor } : { x: W - R, y: floor, "text-anchor": "end" }, `${label} ${num(v)}`));
   }
   p.lines.forEach((l, k) => {
     const group = draw("g", { class: `s${k + 1}` });
