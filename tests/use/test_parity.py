@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +23,7 @@ import pytest
 pytest.importorskip("fastapi")
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tests.conftest import TinyParts
 from tests.use.serving import KEY, serving
@@ -163,7 +168,7 @@ Reply = Callable[[BaseHTTPRequestHandler, str], None]
 
 
 @contextmanager
-def foreign(reply: Reply) -> Iterator[tuple[str, list[dict[str, str]]]]:
+def foreign(reply: Reply, tls: ssl.SSLContext | None = None) -> Iterator[tuple[str, list[dict[str, str]]]]:
     """A server that does what ``reply`` says, and the headers that it was sent."""
     seen: list[dict[str, str]] = []
 
@@ -180,10 +185,12 @@ def foreign(reply: Reply) -> Iterator[tuple[str, list[dict[str, str]]]]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.handle_error = lambda request, client_address: None  # who hangs up on it is meant to
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", seen
+        yield f"http{'s' if tls else ''}://127.0.0.1:{server.server_port}/v1", seen
     finally:
         server.shutdown()
         thread.join()
@@ -279,3 +286,41 @@ def test_a_server_that_is_not_there_and_one_with_several_models_are_named() -> N
     with foreign(lambda h, path: send(h, {"data": [{"id": "a"}, {"id": "b"}]})) as (url, _):
         with pytest.raises(UserError, match="has 2 models: a, b; name the one to compare with --model"):
             Remote(url).model()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
+def test_over_tls_a_certificate_is_checked_and_a_server_that_trickles_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = [str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=localhost", "-keyout", pair[0], "-out", pair[1]], check=True, capture_output=True,
+    )  # fmt: skip
+    own = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    own.load_cert_chain(pair[1], pair[0])
+    with foreign(trickle, own) as (url, _):
+        with pytest.raises(UserError, match=r"cannot be asked: .*certificate verify failed"):
+            Remote(url, timeout_s=5).answer("m", [], 4)
+        monkeypatch.setattr(ssl, "create_default_context", ssl._create_unverified_context)
+        begun = time.monotonic()
+        with pytest.raises(UserError, match=r"did not answer within 0\.7 s"):
+            Remote(url, timeout_s=0.7).answer("m", [], 4)
+
+    assert time.monotonic() - begun < 3
+
+
+def test_what_vlmevalkit_sends_is_taken(parts: TinyParts, vlm: Vlm) -> None:
+    image = next(iter(sorted(parts.images.glob("*.png"))))
+    held = io.BytesIO()
+    Image.open(image).convert("RGB").save(held, "JPEG")
+    url = f"data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}"
+    content = [
+        {"type": "image_url", "image_url": {"url": url, "detail": "high"}},
+        {"type": "text", "text": "What colour?"},
+    ]
+
+    with serving(vlm) as running:
+        told = Remote(running.url, "none").answer("tiny", [{"role": "user", "content": content}], 8)
+
+    assert told.text == vlm.chat("What colour?", Image.open(io.BytesIO(held.getvalue())), max_new_tokens=8)

@@ -58,7 +58,7 @@ class Difference:
     run: str
     other: str
     at: int | None
-    """The first token (of an export) or word (of a server) that differs, from 0; None where there is no answer."""
+    """The first token (of an export) or word (of a server) that differs, from 0; None where there is none."""
     unit: Literal["token", "word"]
     why: str = ""
     """What the server said, or the lengths of the prompts."""
@@ -324,8 +324,10 @@ def _with_server(
             others = (others or 0) + (not same)
         text = got.text.strip()
         if text != own:
+            words, theirs = own.split(), text.split()
             why = "" if same else f"{got.prompt_tokens} tokens, the run {len(encoded.ids)}"
-            at = _first(own.split(), text.split())
+            why = why or ("only blanks differ" if words == theirs else "")
+            at = None if words == theirs else _first(words, theirs)
             cause: Cause = "answer" if same else "prompt"
             differences.append(Difference(sample.example.id, cause, question, own, text, at, "word", why))
     return Parity(

@@ -12,7 +12,7 @@ import ssl
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -115,28 +115,30 @@ class Remote:
         head = {"Accept": "application/json", "Connection": "close"}
         head |= {} if body is None else {"Content-Type": "application/json"}
         head |= {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
-        try:
-            with socket.create_connection((host, port), timeout=min(10.0, self._timeout_s)) as plain:
-                plain.settimeout(self._timeout_s)
+        with ExitStack() as stack:
+            try:
+                here = stack.enter_context(socket.create_connection((host, port), timeout=min(10.0, self._timeout_s)))
+                here.settimeout(self._timeout_s)
+                if parts.scheme == "https":
+                    wrap = ssl.create_default_context().wrap_socket  # a new object, to which the connection goes over
+                    here = stack.enter_context(wrap(here, server_hostname=host, do_handshake_on_connect=False))
                 # A timeout of a socket is for one read; a server that trickles would never meet it.
-                watch = threading.Timer(max(0.0, until - time.monotonic()), _hang_up, (plain,))
+                watch = threading.Timer(max(0.0, until - time.monotonic()), _hang_up, (here,))
                 watch.start()
-                try:
-                    connection = http.client.HTTPConnection(host, port)
-                    connection.sock = plain
-                    if parts.scheme == "https":
-                        connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
-                    connection.request(method, path, body, head)
-                    with connection.getresponse() as response:
-                        data = response.read(MAX_BYTES + 1)
-                        status, pause = response.status, _pause(response.getheader("Retry-After"))
-                finally:
-                    watch.cancel()
-        except (OSError, http.client.HTTPException, UnicodeError) as error:
-            if time.monotonic() >= until or isinstance(error, TimeoutError):
-                raise UserError(f"{self.url} did not answer within {self._timeout_s:g} s") from None
-            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise UserError(f"{self.url} cannot be asked: {printable(why)}") from None
+                stack.callback(watch.cancel)
+                if isinstance(here, ssl.SSLSocket):
+                    here.do_handshake()
+                connection = http.client.HTTPConnection(host, port)
+                connection.sock = here
+                connection.request(method, path, body, head)
+                with connection.getresponse() as response:
+                    data = response.read(MAX_BYTES + 1)
+                    status, pause = response.status, _pause(response.getheader("Retry-After"))
+            except (OSError, http.client.HTTPException, UnicodeError) as error:
+                if time.monotonic() >= until or isinstance(error, TimeoutError):
+                    raise UserError(f"{self.url} did not answer within {self._timeout_s:g} s") from None
+                why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                raise UserError(f"{self.url} cannot be asked: {printable(why)}") from None
         if time.monotonic() >= until:
             raise UserError(f"{self.url} did not answer within {self._timeout_s:g} s")
         if len(data) > MAX_BYTES:

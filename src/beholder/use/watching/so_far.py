@@ -213,9 +213,9 @@ class SoFar:
         there = self.run.path.is_dir()
         new = there != self._there
         if not there and self._there:  # removed: what comes next is another run
-            run, count = self.run.path, self.changed
-            self.__init__(run)
-            self.changed = count
+            fresh = SoFar(self.run.path)
+            fresh.changed = self.changed
+            self.__dict__.update(fresh.__dict__)
         self._there = there
         if there:
             new |= self.metrics.read(self.run.metrics_path) if self._inside(self.run.metrics_path) else False
@@ -317,8 +317,8 @@ class SoFar:
 
     def samples(self) -> list[Sample]:
         """The golden set with what was written of it at every step; of an ended run, what its evidence has."""
-        if self.evidence is not None and self.evidence.samples:
-            return list(self.evidence.samples)
+        if self.ended_with is not None and self.ended_with.samples:
+            return list(self.ended_with.samples)
         found: dict[tuple[str, str, str], Sample] = {}
         for step in sorted(self.golden.rows):
             for row in self.golden.rows[step]:
@@ -342,6 +342,11 @@ class SoFar:
         with suppress(ValueError):
             return Status(self.facts.get("status"))
         return None
+
+    @property
+    def ended_with(self) -> Evidence | None:
+        """The evidence of a run that has ended; that of one which goes on again is of before."""
+        return None if self.status in (None, Status.RUNNING) else self.evidence
 
     @property
     def total_steps(self) -> int | None:
@@ -396,8 +401,8 @@ class SoFar:
 
     def as_evidence(self) -> Evidence:
         """The run's evidence, or what there is of it yet, for the functions of `report`."""
-        if self.evidence is not None and self.status is not Status.RUNNING:
-            return self.evidence
+        if self.ended_with is not None:
+            return self.ended_with
         measured = self.measured()
         gates = judge(self.cfg.gates, measured) if self.cfg is not None else []
         return Evidence(

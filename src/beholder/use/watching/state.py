@@ -37,8 +37,8 @@ def state(look: SoFar) -> dict[str, Any]:
         {
             "run": e.run_name, "there": True, "stage": e.stage, "status": status.value if status else "starting",
             "told": _told(look, status), "ended": ended, "facts": _facts(look), "progress": _progress(look, ended),
-            "warnings": _warnings(look, e, ended), "judged": look.evidence is not None and ended,
-            "verdicts": _verdicts(e) if look.evidence is not None and ended else [],
+            "warnings": _warnings(look, e, ended), "judged": look.ended_with is not None,
+            "verdicts": _verdicts(e) if look.ended_with is not None else [],
             "gates": [_gate(row, ended) for row in rows], "guardrails": _guardrails(look),
             "plots": _plots(look, e), "measured": _measured(e), "report": (look.run.path / "report.html").is_file(),
         }
@@ -119,11 +119,11 @@ def _facts(look: SoFar) -> list[list[str]]:
 
 
 def _warnings(look: SoFar, e: Evidence, ended: bool) -> list[str]:
-    out = content.warnings(e) if ended and look.evidence is not None else []
+    out = content.warnings(e) if look.ended_with is not None else []
     error = look.facts.get("error")
     if isinstance(error, str) and ended:
         out.append(error)
-    if look.evidence is None and isinstance(stopped := look.facts.get("stopped"), str):
+    if look.ended_with is None and isinstance(stopped := look.facts.get("stopped"), str):
         out.append(f"Stopped by its guardrail {stopped}.")
     if look.metrics.damaged:
         out.append(f"metrics.jsonl has {count(look.metrics.damaged)} damaged lines, which are left out here.")
