@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tomllib
 import warnings
-from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -42,10 +41,10 @@ def test_the_entry_point_is_declared_and_naming_it_imports_nothing_heavy() -> No
 
 
 @pytest.fixture(scope="module")
-def lmms_eval() -> Iterator[Any]:
+def lmms_eval() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are its own
-        yield pytest.importorskip("lmms_eval.models", reason="lmms-eval is not installed")
+        return pytest.importorskip("lmms_eval.models", reason="lmms-eval is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -126,19 +125,21 @@ def test_answers_are_the_runs_own_whatever_the_batch(models: tuple[Any, Any], do
 
 def test_stops_length_and_drawing_are_followed(models: tuple[Any, Any], docs: list[dict[str, Any]]) -> None:
     simple, _ = models
-    long, short, drawn, again = (
-        simple.generate_until(generating(docs[:1], **given))[0]
-        for given in ({"max_new_tokens": 12}, {"max_new_tokens": 2}, *(2 * [{"max_new_tokens": 12, "temperature": 2}]))
-    )  # fmt: skip
 
-    assert long.startswith(short) and len(short) < len(long)
-    assert drawn == again and drawn != long, "drawn, with a seed"
-    middle = long[len(long) // 2]
-    assert (
-        simple.generate_until(generating(docs[:1], max_new_tokens=12, until=middle))[0]
-        == long[: long.index(middle)].strip()
-    )
-    assert simple.generate_until(generating(docs[:1], max_new_tokens=12, temperature=1.5, do_sample=False))[0] == long
+    def told(**given: Any) -> str:
+        return simple.generate_until(generating(docs[:1], **given))[0]
+
+    def own(tokens: int) -> str:
+        return simple.vlm.chat(docs[0]["text"], docs[0]["images"], max_new_tokens=tokens)
+
+    long = told(max_new_tokens=12)
+    assert long == own(12) and told(max_new_tokens=2) == own(2) != long
+    drawn = told(max_new_tokens=12, temperature=2)
+    assert drawn == told(max_new_tokens=12, temperature=2, do_sample=True) != long, "drawn, with a seed"
+    assert told(max_new_tokens=12, temperature=2, do_sample=False) == long
+    stop = long[len(long) // 2]
+    assert told(max_new_tokens=12, until=stop) == told(max_new_tokens=12, until=["", stop]) != long
+    assert told(max_new_tokens=12, until=[stop]) == long[: long.index(stop)].strip()
 
 
 def test_a_likelihood_is_that_of_the_continuation_alone(models: tuple[Any, Any], docs: list[dict[str, Any]]) -> None:
@@ -155,7 +156,7 @@ def test_a_likelihood_is_that_of_the_continuation_alone(models: tuple[Any, Any],
         with torch.no_grad():
             logits = exporting._logits(vlm, encoded, [vlm.see(docs[0]["images"][0])]).log_softmax(-1)
         ids, at = torch.from_numpy(encoded.ids), torch.from_numpy(encoded.supervise).nonzero()[:-1, 0]  # less the end
-        assert nats == pytest.approx(-float(logits[at - 1, ids[at]].sum()), rel=1e-5)
+        assert nats == pytest.approx(-float(logits[at - 1, ids[at]].sum()), rel=1e-4)
         assert greedy == bool((logits[at - 1].argmax(-1) == ids[at]).all())
 
 
@@ -188,7 +189,7 @@ def test_rounds_go_on_until_the_task_ends_them(models: tuple[Any, Any], docs: li
     ("given", "says"),
     [
         ({"num_beams": 4}, "num_beams is 4"), ({"until": [1]}, "until is"), ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"repetition_penalty": 1.2}, "repetition_penalty"), ({"temperature": -1}, "temperature"),
+        ({"repetition_penalty": -1}, "repetition_penalty"), ({"temperature": -1}, "temperature"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_said(models: tuple[Any, Any], docs: list[dict[str, Any]], given: Any, says: str) -> None:

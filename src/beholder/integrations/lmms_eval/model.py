@@ -26,11 +26,13 @@ MAX_NEW_TOKENS = 1024
 """Of an answer whose task does not say; as lmms-eval's own models have it."""
 MAX_ROUNDS = 100
 PLAIN: Mapping[str, tuple[Any, ...]] = {
-    "num_beams": (1, None), "repetition_penalty": (1, None), "length_penalty": (1, 0, None),
+    "num_beams": (1, None), "length_penalty": (1, 0, None),
     "num_return_sequences": (1,), "top_k": (0, None), "no_repeat_ngram_size": (0, None), "min_new_tokens": (0, None),
 }  # fmt: skip
 """Settings that are taken at the values that change nothing."""
-KNOWN = ("until", "max_new_tokens", "max_gen_toks", "max_tokens", "temperature", "top_p", "do_sample")
+KNOWN = (
+    "until", "max_new_tokens", "max_gen_toks", "max_tokens", "temperature", "top_p", "do_sample", "repetition_penalty",
+)  # fmt: skip
 _PADDED = Layout(packing=False, pack_len=0, pad_to_multiple_of=1)
 log = logging.getLogger("beholder.lmms_eval")
 
@@ -60,9 +62,11 @@ class How:
         if temperature is None:
             temperature = 1.0 if drawn else 0.0
         temperature = 0.0 if drawn is False else float(temperature)
-        return cls(
-            decoding(temperature, float(given.get("top_p") or 1.0), int(tokens)), tuple(stop for stop in stops if stop)
-        )
+        penalty = float(given.get("repetition_penalty") or 1.0)
+        if not 0 < penalty <= 100:
+            raise UserError(f"generation_kwargs: repetition_penalty is {penalty:g}, expected a number above 0")
+        how = decoding(temperature, float(given.get("top_p") or 1.0), int(tokens))
+        return cls(how.model_copy(update={"repetition_penalty": penalty}), tuple(stop for stop in stops if stop))
 
     def cut(self, text: str) -> str:
         """``text`` up to the first of the stops."""

@@ -123,7 +123,8 @@ def _warnings(look: SoFar, e: Evidence, ended: bool) -> list[str]:
     error = look.facts.get("error")
     if isinstance(error, str) and ended:
         out.append(error)
-    if look.ended_with is None and isinstance(stopped := look.facts.get("stopped"), str):
+    stopped = look.facts.get("stopped")
+    if look.ended_with is None and look.status is Status.STOPPED_BY_GUARDRAIL and isinstance(stopped, str):
         out.append(f"Stopped by its guardrail {stopped}.")
     if look.metrics.damaged:
         out.append(f"metrics.jsonl has {count(look.metrics.damaged)} damaged lines, which are left out here.")
