@@ -147,7 +147,7 @@ def test_a_strange_line_harms_nothing(tmp_path: Path, row: bytes) -> None:
 def trained(tiny_parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """A run that was trained, and what a page that was open from before its start was told, look after look."""
     folder = tmp_path_factory.mktemp("watched")
-    cfg = make_config(tiny_parts, folder, **{"train.train_steps": 6, "eval.golden_size": 4})
+    cfg = make_config(tiny_parts, folder, **{"train.train_steps": 24, "train.save_every": 8, "eval.golden_size": 4})
     run, seen, done = Path(cfg.run_dir), [], threading.Event()
 
     def poll(url: str) -> None:
@@ -179,7 +179,7 @@ def test_a_page_that_was_open_before_follows_a_run_from_start_to_evidence(
     assert seen[0]["there"] is False and "no folder" in seen[0]["told"]
     live = [s for s in seen if s["there"] and s["told"] == "training"]
     assert live and all(g["state"] in ("waits", "passed", "failed") for s in live for g in s["gates"])
-    assert any(0 < s["progress"]["step"] < 6 for s in live) and live[-1]["progress"]["total"] == 6
+    assert any(0 < s["progress"]["step"] < 24 for s in live) and live[-1]["progress"]["total"] == 24
     assert not any(s["verdicts"] for s in live), "verdicts are the evidence's"
     last = seen[-1]
     assert last["ended"] and last["told"] == "finished" and len(last["verdicts"]) == 5
@@ -200,7 +200,7 @@ def test_golden_pictures_and_answers_are_there_before_the_evidence_is(
     look.look()
     told = album(look)
 
-    assert told["steps"] == [2, 4, 6] and len(told["cards"]) == 4
+    assert told["steps"] == [8, 16, 24] and len(told["cards"]) == 4
     for card in told["cards"]:
         assert card["images"] and card["images"][0].startswith("data:image/png;base64,")
         assert all(shown is not None for shown in card["shown"])

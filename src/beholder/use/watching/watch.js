@@ -135,7 +135,7 @@ function showGates(rows, ended) {
   $("gates-told").textContent = !rows.length ? "No gate is declared." : ended
     ? `${n("passed")} of ${rows.length} passed, ${n("failed")} failed, ${n("unknown")} could not be judged.`
     : `${n("passed")} met by the last evaluation, ${n("failed")} not; ${n("waits")} are judged at the end, when everything is measured with its interval.`;
-  const row = (r) => el("li", { class: r.state, title: r.why || false }, el("b", {}, MARKS[r.state]), r.name, el("small", {}, [`${r.what}: ${r.number}`, `must be ${r.bound}`, r.interval, r.where && `in ${r.where}`].filter(Boolean).join(" · ")));
+  const row = (r) => el("li", { class: r.state, title: r.why || false }, el("b", {}, MARKS[r.state]), r.name, el("small", {}, [`${r.what}: ${r.number}`, `must be ${r.bound}`, r.interval, r.where && `in ${r.where}`, r.state === "failed" && r.why].filter(Boolean).join(" · ")));
   const waits = rows.filter((r) => r.state === "waits");
   $("gates").querySelector("ul").replaceChildren(...rows.filter((r) => r.state !== "waits").map(row));
   $("waiting").hidden = !waits.length;
