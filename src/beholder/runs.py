@@ -391,6 +391,15 @@ def is_held(folder: Path) -> bool:
     return False
 
 
+def writer_is_alive(folder: Path) -> bool | None:
+    """Whether the process that holds ``folder`` runs, by what it has written there; None where that cannot be told (it
+    is on another machine, or has let go). Looks without locking."""
+    holder = _holder(folder / ".lock.json")
+    if not holder or holder.get("host") != platform.node():
+        return None
+    return _is_alive(holder)
+
+
 _ELSEWHERE = "Set output_dir to a folder on a local disk"
 
 

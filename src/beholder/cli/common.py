@@ -12,7 +12,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from beholder.terminal import Terminal
-from beholder.types import printable
+from beholder.types import UserError, printable
 
 if TYPE_CHECKING:
     from beholder.stages import Outcome
@@ -22,7 +22,8 @@ EXIT_CRASH = 1
 EXIT_USER = 2
 """The input was wrong; the message says what to do."""
 EXIT_GATES = 3
-"""The run finished, and its evidence does not meet its gates; or a check of ``beholder doctor`` does not hold."""
+"""The run finished, and its evidence does not meet its gates; or a check of ``beholder doctor`` does not hold, or
+answers that ``beholder parity`` compares differ."""
 EXIT_GUARDRAIL = 4
 """The run stopped itself: a guardrail, or a loss or gradient that was not finite."""
 EXIT_SIGINT = 130
@@ -30,9 +31,9 @@ EXIT_SIGTERM = 143
 """Ctrl-C or SIGTERM during training: the step was finished and a checkpoint written."""
 
 ORDER = (
-    "quickstart", "run", "prepare", "check", "preview", "plan", "generate", "chat", "serve", "score", "evaluate",
-    "ablate", "export", "audit", "layers", "sweep", "footprint", "teacher-cache", "distill", "compare", "report",
-    "doctor", "schema", "golden",
+    "quickstart", "run", "watch", "prepare", "check", "preview", "plan", "generate", "chat", "serve", "score",
+    "evaluate", "ablate", "export", "parity", "audit", "layers", "sweep", "footprint", "teacher-cache", "distill",
+    "compare", "report", "doctor", "schema", "golden",
 )  # fmt: skip
 """The commands as a person meets them, whatever file they stand in; one that is missing here comes last."""
 
@@ -50,8 +51,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 done, 1 crash, 2 wrong input, 3 finished but gates (doctor: checks) failed, 4 stopped by a "
-    "guardrail, 130/143 interrupted (in training: after the step was saved).",
+    epilog="Exit codes: 0 done, 1 crash, 2 wrong input, 3 finished but gates (doctor: checks; parity: answers) failed, "
+    "4 stopped by a guardrail, 130/143 interrupted (in training: after the step was saved).",
 )
 
 
@@ -106,6 +107,13 @@ def terminal(stderr: bool = False) -> Terminal:
 def say(line: str, err: bool = False) -> None:
     """A line as it is: not wrapped, never markup."""
     typer.echo(printable(line), err=err)
+
+
+def without_extra(error: ModuleNotFoundError) -> Exception:
+    """What to raise where an import that the extra ``serve`` is for failed."""
+    if error.name not in ("fastapi", "starlette", "uvicorn", "h11", "prometheus_client"):
+        return error
+    return UserError(f'{error.name} is not installed; install what serving needs: pip install "beholder[serve]"')
 
 
 class Record(Protocol):

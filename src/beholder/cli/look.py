@@ -7,11 +7,36 @@ from typing import Annotated
 
 import typer
 
-from beholder.cli.common import Json, RunArg, Sets, app, example, exit_for, say, tell
+from beholder.cli.common import Json, RunArg, Sets, app, example, exit_for, say, tell, without_extra
 from beholder.types import UserError
 
 golden_app = typer.Typer(help="Look at the captions of the fixed golden set, step by step.", no_args_is_help=True)
 app.add_typer(golden_app, name="golden")
+
+
+@app.command(epilog=example("beholder watch outputs/quickstart/instruct"))
+def watch(
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, also one that is not there yet.")],
+    host: Annotated[
+        str, typer.Option(help="Where to listen; other than this machine alone needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8001,
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The environment variable that holds the key of the page.")
+    ] = None,
+) -> None:
+    """Show a run in a browser while it trains: curves, golden set by step, gates so far. Nothing is written.
+
+    Needs the extra "serve" (fastapi, uvicorn, prometheus-client). Python: beholder.use.watching.app.watch.
+    """
+    try:
+        from beholder.use.watching.app import watch as show
+    except ModuleNotFoundError as error:
+        raise without_extra(error) from None
+
+    show(
+        run_folder, host=host, port=port, key_env=api_key_env, ready=lambda url: say(f"{run_folder} is shown at {url}")
+    )
 
 
 @app.command(epilog=example("beholder evaluate outputs/quickstart/instruct"))

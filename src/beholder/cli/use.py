@@ -8,7 +8,21 @@ from typing import Annotated, Literal
 
 import typer
 
-from beholder.cli.common import Device, ImageRoots, Json, PartSets, RunArg, app, example, say, tell, terminal
+from beholder.cli.common import (
+    EXIT_GATES,
+    EXIT_OK,
+    Device,
+    ImageRoots,
+    Json,
+    PartSets,
+    RunArg,
+    app,
+    example,
+    say,
+    tell,
+    terminal,
+    without_extra,
+)
 
 
 @app.command(
@@ -123,6 +137,47 @@ def export(
     tell(told, json)
 
 
+@app.command(epilog=example("beholder parity outputs/quickstart/instruct http://127.0.0.1:8000/v1"))
+def parity(
+    run_folder: RunArg,
+    other: Annotated[
+        str, typer.Argument(metavar="EXPORT|URL", help="A folder of `beholder export`, or a server with OpenAI's API.")
+    ],
+    samples: Annotated[int, typer.Option(min=1, help="Held-out samples, the golden set first.")] = 24,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of a server: its model; default the only one it has.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The environment variable that holds the server's key.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=3600, help="Seconds that a server may take over one answer.")
+    ] = 120,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code in the folder that is not Beholder's own.")
+    ] = False,
+    device: Device = "auto",
+    json: Json = False,
+    sets: PartSets = None,
+) -> None:
+    """Ask a run and what was made of it, an export or a server, the same samples: equal answers, or where not.
+
+    Exit code 3 where answers differ. Python: beholder.use.parity.parity.
+    """
+    from beholder.train.reporter import ticking
+    from beholder.use.parity import parity as compare
+    from beholder.use.remote import key_in
+
+    with ticking(terminal(stderr=True)) as tick:
+        told = compare(
+            run_folder, other, samples=samples, max_new_tokens=max_new_tokens, model=model, key=key_in(api_key_env),
+            timeout_s=timeout, trust_remote_code=trust_remote_code, device=device, overrides=sets or [], progress=tick,
+        )  # fmt: skip
+    tell(told, json)
+    raise typer.Exit(EXIT_GATES if told.differences else EXIT_OK)
+
+
 @app.command(epilog=example("beholder serve outputs/quickstart/instruct"))
 def serve(
     run_folder: RunArg,
@@ -155,17 +210,11 @@ def serve(
 
     Needs the extra "serve" (fastapi, uvicorn, prometheus-client). Python: beholder.use.serving.server.serve.
     """
-    from beholder.types import UserError
-
     try:
         from beholder.use.serving.conversation import Limits
         from beholder.use.serving.server import serve_named
     except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "starlette", "uvicorn", "h11", "prometheus_client"):
-            raise
-        raise UserError(
-            f'{error.name} is not installed; install what serving needs: pip install "beholder[serve]"'
-        ) from None
+        raise without_extra(error) from None
 
     limits = Limits(
         max_batch=max_batch, max_waiting=max_waiting, max_tokens=max_tokens, max_images=max_images,

@@ -311,6 +311,22 @@ CATALOGUE = _MEASURED + tuple(
 _ROWS = {row.stem: row for row in CATALOGUE}
 
 
+LOGGED = (
+    ("train.loss", "nats/token", "loss"),
+    ("eval.loss", "nats/token", "eval_loss"),
+    ("quick_eval.loss", "nats/token", "quick_eval_loss"),
+    ("eval.exact", "share", "eval_exact"),
+    ("quick_eval.exact", "share", "quick_eval_exact"),
+    ("lr.connector", "learning rate", "lr.connector"),
+    ("lr.lora", "learning rate", "lr.lora"),
+    ("lr.vision", "learning rate", "lr.vision"),
+    ("grad_norm", "L2 norm", "grad_norm"),
+)
+"""Curves over the steps: (name, unit, key in ``metrics.jsonl``)."""
+LOGGED_KINDS = "quick_eval_exact/"
+"""How the keys of further curves begin, one a kind of question: shares of exactly right answers."""
+
+
 @cache
 def quantity(name: str) -> tuple[Quantity, str]:
     """The row of a measurement, and its condition (empty: none).

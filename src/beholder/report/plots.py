@@ -66,7 +66,7 @@ def curves(
                 axes.plot(curve.x, curve.y, color=color, linewidth=1.8)
             elif len(curve.x) > 40:
                 axes.plot(curve.x, curve.y, color=color, linewidth=0.7, alpha=0.28)
-                axes.plot(curve.x, _smooth(curve.y, log), color=color, linewidth=1.8)
+                axes.plot(curve.x, smooth(curve.y, log), color=color, linewidth=1.8)
             else:
                 axes.plot(curve.x, curve.y, color=color, linewidth=1.8, marker="o", markersize=4.2)
         if log:
@@ -225,7 +225,7 @@ def histogram(
     return Plot(svg, [(f"s{s + 1}", labels.get(n, n)) for s, n in zip(slots, names, strict=True)])
 
 
-def _smooth(values: Sequence[float], log: bool) -> list[float]:
+def smooth(values: Sequence[float], log: bool) -> list[float]:
     """The running mean of what is drawn: of the logarithms on a logarithmic axis, where a mean of values would lag."""
     time_constant = len(values) / 30
     if not log:

@@ -22,6 +22,14 @@ from beholder.runs import atomic_write
 __all__ = ["render", "render_html", "render_markdown"]
 
 
+LOSSES = (("train.loss", "training"), ("eval.loss", "held-out"), ("quick_eval.loss", "held-out, quick subset"))
+"""The curves of the large drawing, and what they are called there."""
+SMALL = {
+    "lr.connector": "Learning rate of the connector", "lr.lora": "Learning rate of the adapters",
+    "lr.vision": "Learning rate of what learns in the tower", "grad_norm": "Gradient norm before clipping",
+}  # fmt: skip
+
+
 class Pages(NamedTuple):
     """The files that `render` wrote."""
 
@@ -83,8 +91,7 @@ def render_html(e: Evidence) -> str:
 
 def loss_plot(e: Evidence) -> plots.Plot | None:
     """Training and held-out loss over steps, beside the bands; the baseline is the held-out curve at step 0."""
-    names = (("train.loss", "training"), ("eval.loss", "held-out"), ("quick_eval.loss", "held-out, quick subset"))
-    lines = [(label, c) for name, label in names if (c := _curve(e, name)) is not None]
+    lines = [(label, c) for name, label in LOSSES if (c := _curve(e, name)) is not None]
     levels = [(words.metric_name(e, m.name), m.value) for m in content.bands(e)]
     return plots.curves(lines, title="Loss over optimizer steps", bands=levels) if lines else None
 
@@ -110,12 +117,7 @@ def small_plots(e: Evidence) -> list[tuple[str, plots.Plot]]:
     """Every other curve, small: learning rate, gradient norm, speed, …"""
     large = {"train.loss", "eval.loss", "quick_eval.loss", *(c.name for _, c in exact_curves(e))}
     rest = [c for c in e.curves if c.x and c.name not in large]
-    names = {
-        "lr.connector": "Learning rate of the connector", "lr.lora": "Learning rate of the adapters",
-        "lr.vision": "Learning rate of what learns in the tower",
-        "grad_norm": "Gradient norm before clipping",
-    }  # fmt: skip
-    named = [(names.get(c.name, catalogue.called(c.name)), c) for c in rest]
+    named = [(SMALL.get(c.name, catalogue.called(c.name)), c) for c in rest]
     return [(n, plots.curves([(n, c)], title=f"{n} over steps", width=6.6, height=2.4)) for n, c in named]
 
 

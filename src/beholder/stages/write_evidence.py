@@ -29,7 +29,7 @@ from beholder.evidence import (
     thumbnail,
 )
 from beholder.evidence.best import choose
-from beholder.evidence.catalogue import flat_names, quantity, said
+from beholder.evidence.catalogue import LOGGED, LOGGED_KINDS, flat_names, quantity, said
 from beholder.evidence.gates import judge, told, verdict
 from beholder.model.plan import TrainableTable
 from beholder.probes import captions, golden, golden_history, strata
@@ -208,19 +208,8 @@ def _say_figures(session: Session, e: Evidence) -> None:
 
 def _curves(steps: list[Record], before: Before) -> list[Curve]:
     """What was logged over the steps, where it was; the share of exactly right answers by kind of question, too."""
-    kinds = sorted({key for r in steps for key in r if key.startswith("quick_eval_exact/")})
-    logged = (
-        ("train.loss", "nats/token", "loss"),
-        ("eval.loss", "nats/token", "eval_loss"),
-        ("quick_eval.loss", "nats/token", "quick_eval_loss"),
-        ("eval.exact", "share", "eval_exact"),
-        ("quick_eval.exact", "share", "quick_eval_exact"),
-        *((f"quick_eval.exact/{key.partition('/')[2]}", "share", key) for key in kinds),
-        ("lr.connector", "learning rate", "lr.connector"),
-        ("lr.lora", "learning rate", "lr.lora"),
-        ("lr.vision", "learning rate", "lr.vision"),
-        ("grad_norm", "L2 norm", "grad_norm"),
-    )
+    kinds = sorted({key for r in steps for key in r if key.startswith(LOGGED_KINDS)})
+    logged = [*LOGGED, *((f"quick_eval.exact/{key.partition('/')[2]}", "share", key) for key in kinds)]
     return [curve for name, unit, key in logged if (curve := _curve(name, unit, key, steps, before)).x]
 
 

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ from beholder.model.vlm import VisionLanguageModel
 from beholder.model.weights import check_finite, quiet_transformers
 from beholder.runs import writing
 from beholder.train.trained import TrainedRun, open_trained
-from beholder.types import Example, ImageInput, ImageSlot, Turn, UserError
+from beholder.types import Encoded, Example, ImageInput, ImageSlot, Turn, UserError
 
 Format = Literal["hf"]
 ADAPTER = "adapter"
@@ -95,7 +95,7 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class _Sample:
+class AskedSample:
     """A held-out sample, as both sides take it."""
 
     example: Example
@@ -131,7 +131,7 @@ def export(
     opened = open_trained(run, torch.device("cpu"), overrides)
     if adapter and not opened.model.adapters:
         raise UserError(f"{run} has no adapters, so there is nothing to put beside its base; leave --adapter out")
-    chosen = _samples(opened, samples)
+    chosen = askable(opened, samples, held_out(opened))
     with writing(out):
         place = Path(os.path.abspath(out))
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -167,10 +167,10 @@ def _umask() -> int:
 # Which samples
 
 
-def _samples(run: TrainedRun, count: int) -> list[_Sample]:
-    """Held-out samples with an image that can be asked, spread over all of them. Raises `UserError` for none."""
-    found: list[_Sample] = []
-    for example in _held_out(run):
+def askable(run: TrainedRun, count: int, among: Iterable[Example]) -> list[AskedSample]:
+    """The first samples of ``among`` with an image that can be asked. Raises `UserError` for none."""
+    found: list[AskedSample] = []
+    for example in among:
         if not example.images:
             continue
         example = run.encoder.apply_template(example)
@@ -188,7 +188,7 @@ def _samples(run: TrainedRun, count: int) -> list[_Sample]:
         except EncodeError:
             continue
         native = isinstance(run.model, NativeModel)
-        found.append(_Sample(example, [_message(t, native, len(images), run) for t in turns], images))
+        found.append(AskedSample(example, [_message(t, native, len(images), run) for t in turns], images))
         if len(found) == count:
             return found
     if not found:
@@ -198,8 +198,8 @@ def _samples(run: TrainedRun, count: int) -> list[_Sample]:
     return found
 
 
-def _held_out(run: TrainedRun) -> Iterator[Example]:
-    """The run's held-out samples; of a run without a split file, its records."""
+def held_out(run: TrainedRun) -> Iterator[Example]:
+    """The run's held-out samples in a fixed random order; of a run without a split file, its records."""
     data = run.cfg.data
     records = open_records(run.cfg, data.eval_sources or data.train_sources)
     splits = sorted((run.checkpoint.resolve().parent.parent / "splits").glob("split_*.json"))
@@ -636,29 +636,40 @@ def _write_adapters(
 
 
 def _prove(
-    run: TrainedRun, folder: Path, written: ExportClass, samples: Sequence[_Sample], *, beside: bool
+    run: TrainedRun, folder: Path, written: ExportClass, samples: Sequence[AskedSample], *, beside: bool
 ) -> tuple[float, list[str]]:
     """(largest difference of logits, answers) of what a process of its own makes of the folder. Raises `UserError`
     where anything differs."""
     native = isinstance(run.model, NativeModel)
+    theirs, told = ask_fresh(
+        folder, written.name, samples, processor_code=not native, model_code=bool(written.prevents), beside=beside,
+        special=run.tokenizer.bos_token is None, max_new_tokens=NEW_TOKENS,
+    )  # fmt: skip
+    return _compare(run, samples, theirs, told)
+
+
+def ask_fresh(
+    folder: Path, name: str, samples: Sequence[AskedSample], *, processor_code: bool, model_code: bool, beside: bool,
+    special: bool, max_new_tokens: int, logits: bool = True,
+) -> tuple[dict[str, Tensor], list[list[int]]]:  # fmt: skip
+    """(``ids.K`` and, if asked for, ``logits.K`` of every prompt; ids of every answer): what a process without Beholder
+    makes of an exported ``folder`` of class ``name``. Raises `UserError` where it cannot."""
     with tempfile.TemporaryDirectory(prefix="beholder-export-") as scratch:
         job = Path(scratch)
         asked: dict[str, Any] = {
-            "folder": str(folder.resolve()), "class": written.name, "threads": torch.get_num_threads(),
-            "processor_code": not native, "model_code": bool(written.prevents), "adapter": ADAPTER if beside else None,
-            "max_new_tokens": NEW_TOKENS, "samples": [],
+            "folder": str(folder.resolve()), "class": name, "threads": torch.get_num_threads(),
+            "processor_code": processor_code, "model_code": model_code, "adapter": ADAPTER if beside else None,
+            "max_new_tokens": max_new_tokens, "logits": logits, "samples": [],
         }  # fmt: skip
         for k, sample in enumerate(samples):
             names = [f"{k}.{i}" for i in range(len(sample.images))]
-            for name, image in zip(names, sample.images, strict=True):
-                (job / name).write_bytes(image)
-            bos = run.tokenizer.bos_token
-            asked["samples"].append({"messages": sample.messages, "images": names, "special": bos is None})
+            for image_name, image in zip(names, sample.images, strict=True):
+                (job / image_name).write_bytes(image)
+            asked["samples"].append({"messages": sample.messages, "images": names, "special": special})
         (job / "job.json").write_text(json.dumps(asked), "utf-8")
         _load_fresh(job)
-        theirs = load_file(str(job / "logits.safetensors"))
         told = json.loads((job / "answers.json").read_text("utf-8"))
-    return _compare(run, samples, theirs, told["ids"])
+        return load_file(str(job / "logits.safetensors")), told["ids"]
 
 
 def _load_fresh(job: Path) -> None:
@@ -670,31 +681,41 @@ def _load_fresh(job: Path) -> None:
     )  # fmt: skip
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-6:])
-        raise UserError(f"the export cannot be loaded in a process of its own, so nothing was kept:\n{last}")
+        raise UserError(f"the export cannot be loaded in a process of its own:\n{last}")
+
+
+def prompt_of(run: TrainedRun, sample: AskedSample) -> tuple[Encoded, list[ImageInput]]:
+    """A sample as the run's own model takes it, without its answer."""
+    inputs = [as_input(run.pipeline(ref)) for ref in sample.example.images]
+    sizes = None if run.encoder.images is None else [i.size or (0, 0) for i in inputs]
+    return run.encoder.encode_prompt(sample.example, sizes), inputs
+
+
+def same_prompt(run: TrainedRun, encoded: Encoded, ids: Tensor) -> bool:
+    """Whether an exported processor gives the run's ids; what stands where an image goes is each one's own."""
+    ours = torch.from_numpy(encoded.ids).clone()
+    reserved = torch.zeros(len(ours), dtype=torch.bool)
+    if run.encoder.images is None:
+        for start, stop in encoded.image_spans:
+            reserved[start:stop] = True
+    return len(ours) == len(ids) and torch.equal(ours[~reserved], ids[~reserved])
 
 
 @torch.no_grad()
 def _compare(
-    run: TrainedRun, samples: Sequence[_Sample], theirs: dict[str, Tensor], answers: list[list[int]]
+    run: TrainedRun, samples: Sequence[AskedSample], theirs: dict[str, Tensor], answers: list[list[int]]
 ) -> tuple[float, list[str]]:
-    _in_fp32(run.model)
+    in_fp32(run.model)
     worst, texts = 0.0, []
     for k, sample in enumerate(samples):
         where = f"sample {sample.example.id!r}"
-        inputs = [as_input(run.pipeline(ref)) for ref in sample.example.images]
-        sizes = None if run.encoder.images is None else [i.size or (0, 0) for i in inputs]
-        encoded = run.encoder.encode_prompt(sample.example, sizes)
-        ids = torch.from_numpy(encoded.ids).clone()
-        reserved = torch.zeros(len(ids), dtype=torch.bool)
-        if run.encoder.images is None:
-            for start, stop in encoded.image_spans:
-                reserved[start:stop] = True
-        if len(ids) != len(theirs[f"ids.{k}"]) or not torch.equal(ids[~reserved], theirs[f"ids.{k}"][~reserved]):
+        encoded, inputs = prompt_of(run, sample)
+        if not same_prompt(run, encoded, theirs[f"ids.{k}"]):
             raise UserError(
                 f"{where}: the exported processor lays the prompt out as other ids ({len(theirs[f'ids.{k}'])}, the "
-                f"run {len(ids)}), so nothing was kept. The run's chat template starts an answer otherwise than it "
-                "was trained, or the tokenizer reads text before and after an image as one; such runs cannot be "
-                "exported"
+                f"run {len(encoded.ids)}), so nothing was kept. The run's chat template starts an answer otherwise "
+                "than it was trained, or the tokenizer reads text before and after an image as one; such runs cannot "
+                "be exported"
             )
         ours = _logits(run, encoded, inputs)
         shown = theirs[f"logits.{k}"][:, : ours.shape[1]]
@@ -730,7 +751,7 @@ def _logits(run: TrainedRun, encoded: Any, inputs: list[ImageInput]) -> Tensor:
     return language.head(hidden[0]).float()
 
 
-def _in_fp32(model: VisionLanguageModel | NativeModel) -> None:
+def in_fp32(model: VisionLanguageModel | NativeModel) -> None:
     """All of it in fp32, for good. What is no weight and was rounded with them (rotary frequencies) is computed anew,
     as it is wherever the folder is loaded."""
     model.float()

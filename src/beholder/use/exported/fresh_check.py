@@ -1,4 +1,5 @@
-"""Run in a process of its own by `use.export`: what an exported folder computes, with transformers alone.
+"""Run in a process of its own by `use.export` and `use.parity`: what an exported folder computes, with transformers
+alone.
 
 ``python fresh_check.py JOB``: reads JOB/job.json and the pictures beside it, writes JOB/answers.json and
 JOB/logits.safetensors.
@@ -53,7 +54,8 @@ def main(job: Path) -> None:
             images = [Image.open(io.BytesIO(image)) for image in images]
         inputs = processor(text=[text], images=images or None, return_tensors="pt", **own)
         with torch.inference_mode():
-            logits[f"logits.{k}"] = model(**inputs).logits[0].float().contiguous()
+            if asked["logits"]:
+                logits[f"logits.{k}"] = model(**inputs).logits[0].float().contiguous()
             out = model.generate(**inputs, do_sample=False, max_new_tokens=asked["max_new_tokens"])
         logits[f"ids.{k}"] = inputs["input_ids"][0].clone()
         answers.append(out[0, inputs["input_ids"].shape[1] :].tolist())
