@@ -55,9 +55,7 @@ class Word:
     def explained_alone(self) -> list[float]:
         """The same with one image hidden and the others shown, image after image."""
         each = zip(*(token.hidden_alone for token in self.tokens), strict=True)
-        return [
-            math.fsum(token.shown - hidden for token, hidden in zip(self.tokens, own, strict=True)) for own in each
-        ]
+        return [math.fsum(token.shown - hidden for token, hidden in zip(self.tokens, own, strict=True)) for own in each]
 
     @property
     def counts(self) -> bool:
@@ -108,9 +106,7 @@ def looks(
         batch = collate(samples[start : start + rows], _PADDED)
         found += [tuple(-nll for nll in loss.token_nll) for loss in sample_losses(vlm.model, [batch])]
     ids = prompt.encoded.ids[prompt.encoded.supervise].tolist()
-    texts = [
-        str(vlm.tokenizer.decode([i], skip_special_tokens=False, clean_up_tokenization_spaces=False)) for i in ids
-    ]
+    texts = [str(vlm.tokenizer.decode([i], skip_special_tokens=False, clean_up_tokenization_spaces=False)) for i in ids]
     each = list(zip(*found[2:], strict=True)) if alone else [(nats,) for nats in found[1]]
     tokens = [
         Token(i, text, shown, none, tuple(one))

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from beholder.types import ImageInput, UserError
 from beholder.use.looks import Looks, hidden, looks, spans_of
 from beholder.use.serving import schema
-from beholder.use.serving.batching import Batcher, Done, Event, Job, Task
+from beholder.use.serving.batching import Batcher, Done, Job, Task
 from beholder.use.serving.conversation import (
     Limits,
     Picture,
@@ -94,9 +94,7 @@ class Service:
         pictures = pictures_of(self.vlm, asked, self.limits)
         if asked.hide_images:
             nothing_to_hide(pictures, "hide_images")
-        prompt = await self._seen(
-            pictures, lambda images: self.vlm.prepare(request_of(self.vlm, asked, images))
-        )
+        prompt = await self._seen(pictures, lambda images: self.vlm.prepare(request_of(self.vlm, asked, images)))
         return replace(prompt, images=[self.hidden] * len(pictures)) if asked.hide_images else prompt
 
     async def prepare_looks(self, asked: LooksRequest) -> tuple[Prompt, list[tuple[str, int]]]:
@@ -424,13 +422,13 @@ def build_app(service: Service, key: str | None) -> FastAPI:
             num_images = len(prompt.images)
 
             def look(wanted: Callable[[], bool]) -> Looks:
-                return looks(
-                    service.vlm, prompt, spans, service.hidden, rows=service.limits.max_batch, wanted=wanted
-                )
+                return looks(service.vlm, prompt, spans, service.hidden, rows=service.limits.max_batch, wanted=wanted)
 
             found = await asking.result(look)
             if found is None:
                 return Response(status_code=499)
+            variants = 2 + (num_images if num_images > 1 else 0)
+            service.metrics.tokens.labels("prompt").inc(variants * len(prompt.encoded.ids))
             return JSONResponse(schema.looked(service.name, found, num_images))
         finally:
             if asking is None:
