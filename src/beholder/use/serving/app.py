@@ -104,11 +104,7 @@ class Service:
 
         def made(images: list[ImageInput]) -> tuple[Prompt, list[tuple[str, int]]]:
             prompt = self.vlm.prepare_answered(request_of(self.vlm, asked.question, images), answer)
-            spans = spans_of(self.vlm, prompt)
-            if (count := prompt.encoded.num_targets) > (most := self.limits.max_tokens):
-                raise ApiError(400, f"The answer has {count:,} tokens, but this server looks at no more than {most:,}.",
-                               param=f"messages[{len(asked.messages) - 1}].content", code="invalid_value")  # fmt: skip
-            return prompt, spans
+            return prompt, spans_of(self.vlm, prompt)
 
         return await self._seen(pictures, made)
 
