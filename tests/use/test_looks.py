@@ -283,15 +283,24 @@ def test_a_client_that_leaves_stops_it(vlm: Vlm, tiny: Running) -> None:
     body = json.dumps(answered(IMAGE, IMAGE, IMAGE, TEXT)).encode()
     head = f"POST {LOOKS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     until = time.monotonic() + 20
-    with slowly(vlm, 0.5) as rows:
+    rows: list[int] = []
+
+    def wait(model: Any, given: Any) -> None:
+        rows.append(len(given[0].ids))
+        time.sleep(0.5)
+
+    hook = vlm.model.register_forward_pre_hook(wait)
+    try:
         with socket.create_connection(("127.0.0.1", tiny.port)) as client:
             client.sendall(f"{head}\r\n\r\n".encode() + body)
             while not rows and time.monotonic() < until:
                 time.sleep(0.01)
         while tiny.service.batcher.num_running and time.monotonic() < until:
             time.sleep(0.01)
+    finally:
+        hook.remove()
 
-        assert rows == [2]
+    assert rows == [2]
     while tiny.service.places < SMALL.max_batch + SMALL.max_waiting and time.monotonic() < until:
         time.sleep(0.01)
     assert tiny.service.places == SMALL.max_batch + SMALL.max_waiting
