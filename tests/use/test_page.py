@@ -227,6 +227,13 @@ def test_pictures_are_picked_pasted_dropped_numbered_and_removed(
         before = turn.locator("tbody td:nth-child(4)").all_text_contents()
         radios.nth(1).check()
         assert turn.locator("tbody td:nth-child(4)").all_text_contents() != before
+        # More than the run looks at begin a new conversation, and it says so before.
+        page.set_input_files("#pick", images[:2])
+        assert "new conversation" in page.inner_text("#tray-note")
+        with page.expect_request("**/v1/chat/completions") as caught:
+            ask(page)
+        assert len(json.loads(caught.value.post_data)["messages"]) == 1
+        assert page.locator(".divider").count() == 1 and page.locator(".turn").count() == 2
 
 
 def test_an_answer_streams_is_stopped_and_the_conversation_goes_on(

@@ -9,6 +9,7 @@ let key = null; // in memory only
 let model = null;
 let messages = []; // the conversation as the server takes it
 let sent = []; // pictures of the conversation, in the order of their numbers
+let past = []; // pictures of conversations before it that are still on the page
 let pending = []; // pictures to be sent with the next question
 let running = null; // AbortController of what is being answered
 let talk = 0; // which conversation this is: what belongs to an earlier one is dropped
@@ -177,7 +178,7 @@ async function ask() {
   if (!question && model.chats) return refuse("Type a question first.");
   if (!model.chats && !pending.length) return refuse("Add a picture first.");
   showError("");
-  if (!model.chats || startsOver()) forgetConversation();
+  if (!model.chats || startsOver()) startOver();
 
   const mine = talk;
   const pictures = pending;
@@ -281,18 +282,24 @@ function showError(text) {
   $("error").textContent = text;
 }
 
-function forgetConversation() {
-  sent.splice(0).forEach(forget);
+function startOver() {
+  if (!messages.length) return;
+  past = [...past, ...sent];
+  sent = [];
   messages = [];
-  $("turns").replaceChildren();
-  $("live").replaceChildren();
+  $("turns").append(make("li", "divider", "New conversation"));
 }
 
 function clear() {
   running?.abort();
   talk += 1;
-  forgetConversation();
-  pending.splice(0).forEach(forget);
+  [...past, ...sent, ...pending].forEach(forget);
+  past = [];
+  sent = [];
+  pending = [];
+  messages = [];
+  $("turns").replaceChildren();
+  $("live").replaceChildren();
   $("question").value = "";
   $("empty").hidden = false;
   showError("");
