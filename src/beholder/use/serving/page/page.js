@@ -241,6 +241,7 @@ async function write(place, body, controller, onPiece) {
   let text = "";
   let failed = null;
   let stopped = false;
+  place.text.setAttribute("aria-busy", "true");
   try {
     const reason = await stream(body, (piece) => {
       text += piece;
