@@ -119,10 +119,10 @@ def test_hidden_is_the_probes_empty_image(vlm: Vlm) -> None:
     """Normalised pixels 0, which SigLIP's mean of 0.5 makes a middle grey."""
     grey = vlm.see(Image.new("RGB", (64, 64), (128, 128, 128)))
 
-    features = hidden(vlm).features
+    found, expected = hidden(vlm).features, vlm.model.keep(grey).features
 
-    assert features is not None
-    assert torch.equal(features, vlm.model.keep(grey).features)
+    assert found is not None and expected is not None
+    assert torch.equal(found, expected)
 
 
 def test_fewer_rows_at_once_give_the_same(vlm: Vlm, images: list[Path]) -> None:
