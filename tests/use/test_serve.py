@@ -40,11 +40,12 @@ from tests.use.talking import untrained_run
 from beholder.config import GenerateConfig
 from beholder.types import ImageInput, ImageSlot, Turn, UserError
 from beholder.use.serving.conversation import Limits, request_of
+from beholder.use.serving.guard import PAGE
 from beholder.use.serving.schema import read_request
 from beholder.use.serving.server import key_from, listen
 from beholder.use.vlm import Request, Vlm, load
 
-CHAT = "/v1/chat/completions"
+CHAT, LOOKS = "/v1/chat/completions", "/v1/looks"
 HEAD = {"Authorization": f"Bearer {KEY}"}
 SMALL = Limits(
     max_batch=2, max_waiting=8, max_tokens=64, max_images=4, max_image_bytes=200_000, max_megapixels=1.0,
@@ -247,21 +248,23 @@ def test_metrics_count_what_was_asked_and_written(vlm: Vlm, images: list[Path]) 
 # V1, V8: who may ask
 
 
-def test_every_route_but_health_needs_the_key(vlm: Vlm) -> None:
+def test_every_route_but_health_and_the_page_needs_the_key(vlm: Vlm) -> None:
     """V1, also of routes that do not exist."""
     with serving(vlm, key=KEY) as running, httpx.Client(base_url=running.url, trust_env=False) as client:
         paths = list(client.get("/openapi.json", headers=HEAD).json()["paths"])
-        assert {"/health", "/metrics", "/v1/models", CHAT} <= set(paths)
+        assert {"/health", "/metrics", "/v1/models", CHAT, LOOKS} <= set(paths)
         wrong = [{}, {"Authorization": "Bearer x"}, {"Authorization": KEY}, {"Authorization": f"Basic {KEY}"},
                  {"Authorization": f"Bearer {KEY}x"}, {"Authorization": "Bearer"}, {"X-API-Key": KEY},
                  {"Authorization": b"Bearer \xff\xfe"}]  # fmt: skip
         both = [("Authorization", f"Bearer {KEY}"), ("Authorization", "Bearer x")]
-        for path in [*paths, "/openapi.json", "/docs", "/", "/nothing", "//health", "/health/", "/HEALTH"]:
+        for path in [*paths, "/openapi.json", "/docs", "/", "/page.js", "/nothing", "//health", "/health/", "/HEALTH"]:
             for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD"):
                 for headers in (*wrong, both):
                     answer = client.request(method, path, headers=headers)
                     if path == "/health":
                         assert answer.status_code in (200, 405)
+                    elif answer.request.url.path in PAGE and method in ("GET", "HEAD"):  # it says nothing of the model
+                        assert answer.status_code == 200 and b"tiny" not in answer.content
                     elif method == "HEAD":
                         assert answer.status_code == 401
                     else:

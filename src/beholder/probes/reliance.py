@@ -38,8 +38,7 @@ def words(encoder: ChatEncoder, example: Example, correct: SampleLoss, without: 
     for length in correct.turns:
         turn = ids[start : start + length]
         ends = bool(turn) and turn[-1] == encoder.eos_ids[0]
-        pieces = _pieces(encoder.tokenizer, turn[:-1] if ends else turn)
-        spans = [*_words(pieces), *([(END, 1)] if ends else [])]
+        spans = [*word_spans(encoder.tokenizer, turn[:-1] if ends else turn), *([(END, 1)] if ends else [])]
         at = start
         for text, count in spans:
             stop = at + count
@@ -84,6 +83,11 @@ def word_stats(
         value, ci = ratio_of_sums(delta, count, seed)
         out.append(WordStat(word=key, n=int(count.sum()), delta=value, ci95=ci))
     return out
+
+
+def word_spans(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, int]]:
+    """A text's tokens as words: (text with the space before it, tokens). The texts join to the decoded whole."""
+    return _words(_pieces(tokenizer, ids))
 
 
 def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, int]]:

@@ -7,11 +7,12 @@ was measured. Nothing is measured or written. The terminal is `chat`, question f
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from pydantic import ValidationError
 
@@ -201,6 +202,24 @@ class Vlm(TrainedRun):
                 raise
             raise UserError(f"{request.where}: {error}") from error
 
+    def prepare_answered(self, request: Request, answer: str) -> Prompt:
+        """What `prepare` gives, and after it an answer as training has one: supervised are its tokens, but for the end
+        token. Raises `UserError` for what cannot be asked or answered so."""
+        prompt = self.prepare(request)
+        example, _ = self._example(replace(request, images=prompt.images))
+        example = replace(example, turns=(*example.turns, Turn("assistant", (answer,))))
+        said = _last_answer(self.encoder.encode(example, self._sizes(prompt.images)), self.encoder.eos_ids)
+        if len(said) > prompt.room:
+            raise ContextFullError(
+                f"the conversation takes {len(prompt.encoded.ids):,} tokens and its answer {len(said):,}, but the "
+                f"language model has {self.context:,} positions"
+            )
+        ids = np.concatenate([prompt.encoded.ids, said])
+        return Prompt(
+            replace(prompt.encoded, ids=ids, supervise=np.arange(len(ids)) >= len(prompt.encoded.ids)), prompt.images,
+            prompt.room - len(said),
+        )  # fmt: skip
+
     def _input(self, image: ImageLike) -> ImageInput:
         match image:
             case ImageInput():
@@ -294,6 +313,14 @@ def _marked(turns: Sequence[Turn], token: str) -> tuple[Turn, ...]:
         used += sum(isinstance(part, ImageSlot) for part in parts)
         placed.append(Turn(turn.role, tuple(parts)))
     return tuple(placed)
+
+
+def _last_answer(encoded: Encoded, ends: Sequence[int]) -> np.ndarray:
+    """int64: the tokens of the last stretch that is supervised, without an end token."""
+    where = np.flatnonzero(encoded.supervise)
+    own = np.split(where, np.flatnonzero(np.diff(where) > 1) + 1)[-1]
+    ids = encoded.ids[own]
+    return ids[:-1] if int(ids[-1]) in ends else ids
 
 
 def _positions(model: Model) -> int:

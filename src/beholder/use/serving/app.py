@@ -7,10 +7,12 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import orjson
 from fastapi import FastAPI, Request
@@ -18,18 +20,28 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
-from beholder.types import UserError
+from beholder.types import ImageInput, UserError
+from beholder.use.looks import Looks, hidden, looks, spans_of
 from beholder.use.serving import schema
-from beholder.use.serving.batching import Batcher, Done, Event, Job
-from beholder.use.serving.conversation import Limits, decoding_of, pictures_of, request_of
-from beholder.use.serving.guard import Guard, Metrics, error_response
+from beholder.use.serving.batching import Batcher, Done, Job, Task
+from beholder.use.serving.conversation import (
+    Limits,
+    Picture,
+    answer_of,
+    decoding_of,
+    nothing_to_hide,
+    pictures_of,
+    request_of,
+)
+from beholder.use.serving.guard import PAGE, Guard, Metrics, error_response
 from beholder.use.serving.pictures import PictureError, Pictures
-from beholder.use.serving.schema import ApiError, ChatRequest
+from beholder.use.serving.schema import ApiError, ChatRequest, LooksRequest
 from beholder.use.vlm import ContextFullError, Prompt, Vlm
 
 RETRY_AFTER_S = 1
-CHAT = "/v1/chat/completions"
+CHAT, LOOKS = "/v1/chat/completions", "/v1/looks"
 log = logging.getLogger("beholder.serve")
+T = TypeVar("T")
 
 
 class Service:
@@ -38,6 +50,7 @@ class Service:
     def __init__(self, vlm: Vlm, name: str, limits: Limits, pictures: Pictures) -> None:
         self.vlm, self.name, self.limits, self.pictures = vlm, name, limits, pictures
         self.metrics = Metrics(lambda: self.batcher.num_waiting, lambda: self.batcher.num_running)
+        self.hidden = hidden(vlm)  # the model is this thread's until another has it
         self.batcher = Batcher(vlm, max_batch=limits.max_batch, watch=self.metrics.rows.observe)
         self.created = int(time.time())
         self.places = limits.max_batch + limits.max_waiting
@@ -68,9 +81,35 @@ class Service:
         """Whoever sends a picture along does not wait for those that are fetched."""
         return self._fetch if url[:4].lower() == "http" else self._ready
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """The model, with what a page that talks to it has to know."""
+        return schema.model(
+            self.name, self.created, max_images=min(self.limits.max_images, self.vlm.cfg.max_images),
+            max_tokens=self.limits.max_tokens, chats=self.vlm.cfg.template != "caption",
+        )  # fmt: skip
+
     async def prepare(self, asked: ChatRequest) -> Prompt:
         """Raises `ApiError` for what cannot be asked."""
         pictures = pictures_of(self.vlm, asked, self.limits)
+        if asked.hide_images:
+            nothing_to_hide(pictures, "hide_images")
+        prompt = await self._seen(pictures, lambda images: self.vlm.prepare(request_of(self.vlm, asked, images)))
+        return replace(prompt, images=[self.hidden] * len(pictures)) if asked.hide_images else prompt
+
+    async def prepare_looks(self, asked: LooksRequest) -> tuple[Prompt, list[tuple[str, int]]]:
+        """A question with its answer, and the words of that. Raises `ApiError` for what cannot be asked."""
+        pictures = pictures_of(self.vlm, asked, self.limits)
+        answer = answer_of(asked, pictures)
+
+        def made(images: list[ImageInput]) -> tuple[Prompt, list[tuple[str, int]]]:
+            prompt = self.vlm.prepare_answered(request_of(self.vlm, asked.question, images), answer)
+            return prompt, spans_of(self.vlm, prompt)
+
+        return await self._seen(pictures, made)
+
+    async def _seen(self, pictures: Sequence[Picture], make: Callable[[list[ImageInput]], T]) -> T:
+        """What ``make`` makes of the pictures, in the thread that has the tokenizer."""
         loop = asyncio.get_running_loop()
         read = self.pictures.read
         data = await asyncio.gather(
@@ -80,12 +119,12 @@ class Service:
             )
         )
 
-        def ready() -> Prompt:
+        def ready() -> T:
             images = [
                 _naming(picture.param, lambda raw: self.vlm.see(self.pictures.decode(raw)), raw)
                 for picture, raw in zip(pictures, data, strict=True)
             ]
-            return self.vlm.prepare(request_of(self.vlm, asked, images))
+            return make(images)
 
         try:
             return await loop.run_in_executor(self._ready, ready)
@@ -111,17 +150,29 @@ class Asking:
     def __init__(self, service: Service, request: Request) -> None:
         self.service, self.begun = service, time.monotonic()
         self.gone = False
-        self.job: Job | None = None
-        self._events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self.job: Job | Task | None = None
+        self._events: asyncio.Queue[Any] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._watch = asyncio.create_task(self._until_gone(request))
 
     def submit(self, prompt: Prompt, asked: ChatRequest) -> None:
         seed = None if asked.seed is None else asked.seed % 2**63
         how = decoding_of(asked, self.service.limits)
-        self.job = Job(prompt, how, self._tell, seed=seed, stop=asked.stops)
-        self.job.cancelled = self.gone
-        self.service.batcher.submit(self.job)
+        self._submit(Job(prompt, how, self._tell, seed=seed, stop=asked.stops))
+
+    async def result(self, work: Callable[[Callable[[], bool]], Any]) -> Any:
+        """What ``work`` gives in the model's thread, as `Task` has it; None once nobody listens. Raises `ApiError` when
+        it fails."""
+        self._submit(Task(work, self._tell))
+        told = await self._events.get()
+        if isinstance(told, BaseException) and not self.gone:
+            raise _failed(told)
+        return None if self.gone else told
+
+    def _submit(self, job: Job | Task) -> None:
+        self.job = job
+        job.cancelled = self.gone
+        self.service.batcher.submit(job)
 
     async def events(self) -> AsyncIterator[str | Done]:
         """Pieces and the end; nothing more once nobody listens. Raises `ApiError` when writing fails."""
@@ -137,7 +188,7 @@ class Asking:
                         self.service.metrics.first.observe(time.monotonic() - self.begun)
                         first = False
                     if isinstance(event, Done):
-                        assert self.job is not None
+                        assert isinstance(self.job, Job)
                         self.service.metrics.tokens.labels("prompt").inc(len(self.job.prompt.encoded.ids))
                         self.service.metrics.tokens.labels("completion").inc(event.num_tokens)
                     yield event
@@ -145,7 +196,7 @@ class Asking:
                         return
 
     def usage(self, done: Done) -> dict[str, int]:
-        assert self.job is not None
+        assert isinstance(self.job, Job)
         return schema.usage(len(self.job.prompt.encoded.ids), done.num_tokens)
 
     def leave(self) -> None:
@@ -163,7 +214,7 @@ class Asking:
             self.job.cancelled = True
         self._events.put_nowait(None)
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, event: object) -> None:
         with suppress(RuntimeError):  # the loop is closed: the server is gone
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
@@ -172,7 +223,7 @@ def _failed(error: BaseException) -> ApiError:
     if isinstance(error, UserError):
         return ApiError(400, str(error), param="messages", code="invalid_value")
     log.error("an answer failed", exc_info=error)
-    return ApiError(500, "The model failed to write this answer; the server's log has the reason.", code="failed")
+    return ApiError(500, "The model failed at this answer; the server's log has the reason.", code="failed")
 
 
 class EventStream(Response):
@@ -263,10 +314,29 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 
 
 _REF = "#/components/schemas/{model}"
-_CHAT_SCHEMA = ChatRequest.model_json_schema(ref_template=_REF)
-_CHAT_SCHEMAS = {**_CHAT_SCHEMA.pop("$defs"), "ChatRequest": _CHAT_SCHEMA}
-# The body is read by hand, within limits, so that FastAPI does not see its type.
-_CHAT_BODY = {"content": {"application/json": {"schema": {"$ref": _REF.format(model="ChatRequest")}}}, "required": True}
+_SCHEMAS: dict[str, Any] = {}
+for _asked in (ChatRequest, LooksRequest):
+    _schema = _asked.model_json_schema(ref_template=_REF)
+    _SCHEMAS |= {**_schema.pop("$defs"), _asked.__name__: _schema}
+
+
+def _body(kind: type) -> dict[str, Any]:
+    """A body is read by hand, within limits, so that FastAPI does not see its type."""
+    content = {"application/json": {"schema": {"$ref": _REF.format(model=kind.__name__)}}}
+    return {"requestBody": {"content": content, "required": True}}
+
+
+_PAGE = Path(__file__).parent / "page"
+_PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src blob: data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+        "trusted-types 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
+    "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
+}  # fmt: skip
+"""Nothing but the server itself is asked, no other page may show this one, and no text can become a program."""
 
 
 def build_app(service: Service, key: str | None) -> FastAPI:
@@ -282,7 +352,11 @@ def build_app(service: Service, key: str | None) -> FastAPI:
     @app.get("/health")
     async def health() -> Response:
         alive = service.batcher.alive
-        return JSONResponse({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
+        status = {"status": "ok" if alive else "stopping", "needs_key": key is not None}
+        return JSONResponse(status, 200 if alive else 503)
+
+    for path, (file, kind) in PAGE.items():
+        app.add_api_route(path, _sends(_PAGE / file, kind), methods=["GET", "HEAD"], include_in_schema=False)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -290,14 +364,14 @@ def build_app(service: Service, key: str | None) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return JSONResponse(schema.models(service.name, service.created))
+        return JSONResponse(schema.models(service.described))
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> Response:
         _check_model(service, name)
-        return JSONResponse(schema.model(service.name, service.created))
+        return JSONResponse(service.described)
 
-    @app.post(CHAT, openapi_extra={"requestBody": _CHAT_BODY})
+    @app.post(CHAT, openapi_extra=_body(ChatRequest))
     async def chat(request: Request) -> Response:
         service.take_place()
         asking: Asking | None = None
@@ -331,6 +405,33 @@ def build_app(service: Service, key: str | None) -> FastAPI:
                 else:
                     asking.leave()
 
+    @app.post(LOOKS, openapi_extra=_body(LooksRequest))
+    async def looked_at(request: Request) -> Response:
+        service.take_place()
+        asking: Asking | None = None
+        try:
+            asked = schema.read_request(await read_body(request, service.limits), LooksRequest)
+            _check_model(service, asked.model)
+            asking = Asking(service, request)
+            prompt, spans = await service.prepare_looks(asked)
+            del asked
+            num_images = len(prompt.images)
+
+            def look(wanted: Callable[[], bool]) -> Looks:
+                return looks(service.vlm, prompt, spans, service.hidden, rows=service.limits.max_batch, wanted=wanted)
+
+            found = await asking.result(look)
+            if found is None:
+                return Response(status_code=499)
+            variants = 2 + (num_images if num_images > 1 else 0)
+            service.metrics.tokens.labels("prompt").inc(variants * len(prompt.encoded.ids))
+            return JSONResponse(schema.looked(service.name, found, num_images))
+        finally:
+            if asking is None:
+                service.leave_place()
+            else:
+                asking.leave()
+
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
         return error_response(error)
@@ -351,13 +452,18 @@ def build_app(service: Service, key: str | None) -> FastAPI:
 
     def openapi() -> dict[str, Any]:
         told = describe()
-        told.setdefault("components", {}).setdefault("schemas", {}).update(_CHAT_SCHEMAS)
+        told.setdefault("components", {}).setdefault("schemas", {}).update(_SCHEMAS)
         return told
 
     app.openapi = openapi
     routes = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))
     app.add_middleware(Guard, key=key, metrics=service.metrics, routes=routes)
     return app
+
+
+def _sends(file: Path, kind: str) -> Callable[[], Response]:
+    content = file.read_bytes()
+    return lambda: Response(content, media_type=kind, headers=_PAGE_HEADERS)
 
 
 def _check_model(service: Service, name: str) -> None:

@@ -121,6 +121,22 @@ class Job:
         self.tell(error)
 
 
+@dataclass(eq=False)
+class Task:
+    """Something else that the model is needed for, between two batches. The model's thread calls ``work`` with what
+    says whether it still is, and ``tell`` once, with what came of it or went wrong."""
+
+    work: Callable[[Callable[[], bool]], object]
+    tell: Callable[[object], None]
+    cancelled: bool = False
+
+    def run(self) -> None:
+        try:
+            self.tell(self.work(lambda: not self.cancelled))
+        except Exception as error:
+            self.tell(error)
+
+
 def _begun(text: str, stops: Sequence[str]) -> int:
     """How many characters at the end of ``text`` may be the beginning of a stop."""
     return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
@@ -167,8 +183,8 @@ class Batcher:
         # Another tokenizer than the one that prompts are made with: it is not promised that two threads may share one.
         self._decode = copy.deepcopy(vlm.encoder).decode
         self._ends = frozenset(vlm.encoder.eos_ids)
-        self._waiting: deque[Job] = deque()
-        self._running: list[Job] = []
+        self._waiting: deque[Job | Task] = deque()
+        self._running: Sequence[Job | Task] = []
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -186,7 +202,7 @@ class Batcher:
     def num_running(self) -> int:
         return len(self._running)
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Job | Task) -> None:
         with self._changed:
             if not self.alive:
                 raise RuntimeError("the model is no longer there")
@@ -206,6 +222,10 @@ class Batcher:
 
     def _run(self) -> None:
         while jobs := self._next():
+            if isinstance(jobs, Task):
+                jobs.run()
+                self._running = []
+                continue
             self._watch(len(jobs))
             try:
                 self._write(jobs)
@@ -217,7 +237,7 @@ class Batcher:
                 self._waiting.extend(job for job in jobs if job.live)  # behind those who waited meanwhile
                 self._running = []
 
-    def _next(self) -> list[Job]:
+    def _next(self) -> list[Job] | Task:
         """Those who have waited longest and can be written together; nothing when it is over."""
         with self._changed:
             while True:
@@ -227,9 +247,15 @@ class Batcher:
                 if self._waiting:
                     break
                 self._changed.wait()
+            first = self._waiting[0]
+            if isinstance(first, Task):
+                self._running = [self._waiting.popleft()]
+                return first
             jobs: list[Job] = []
             for job in list(self._waiting):
-                if len(jobs) < self._max_batch and (not jobs or (job.goes_with(jobs[0]) and self._fit([*jobs, job]))):
+                if len(jobs) == self._max_batch or isinstance(job, Task):
+                    continue
+                if not jobs or (job.goes_with(jobs[0]) and self._fit([*jobs, job])):
                     jobs.append(job)
                     self._waiting.remove(job)
             self._running = jobs

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from beholder.config import GenerateConfig
 from beholder.types import ImageInput, ImageSlot, Part, Turn
-from beholder.use.serving.schema import ApiError, ChatRequest, Message, TextPart
+from beholder.use.serving.schema import ApiError, ChatRequest, Conversation, LooksRequest, Message, TextPart
 from beholder.use.vlm import Request, Vlm
 
 CHARACTERS_PER_TOKEN = 16
@@ -43,7 +43,7 @@ class Picture:
     param: str
 
 
-def pictures_of(vlm: Vlm, asked: ChatRequest, limits: Limits) -> list[Picture]:
+def pictures_of(vlm: Vlm, asked: Conversation, limits: Limits) -> list[Picture]:
     """The images in the order in which they stand. Raises `ApiError` for a conversation that cannot be asked."""
     pictures: list[Picture] = []
     num_characters = 0
@@ -79,7 +79,7 @@ def pictures_of(vlm: Vlm, asked: ChatRequest, limits: Limits) -> list[Picture]:
     return pictures
 
 
-def request_of(vlm: Vlm, asked: ChatRequest, images: Sequence[ImageInput]) -> Request:
+def request_of(vlm: Vlm, asked: Conversation, images: Sequence[ImageInput]) -> Request:
     """``images`` as `pictures_of` has them."""
     if vlm.cfg.template == "caption":
         if len(asked.messages) != 1 or asked.messages[0].role != "user" or not images:
@@ -95,6 +95,24 @@ def request_of(vlm: Vlm, asked: ChatRequest, images: Sequence[ImageInput]) -> Re
         role = "system" if message.role == "developer" else message.role
         turns.append(Turn(role, parts))
     return Request(turns, list(images))
+
+
+def answer_of(asked: LooksRequest, pictures: Sequence[Picture]) -> str:
+    """The answer that is asked about. Raises `ApiError` where there is none, or nothing to hide."""
+    last = len(asked.messages) - 1
+    if asked.messages[last].role != "assistant" or not last:
+        raise ApiError(
+            400, "The last message must be the assistant's, the answer to what is said before it.",
+            param=f"messages[{last}].role", code="invalid_value",
+        )  # fmt: skip
+    nothing_to_hide(pictures, "messages")
+    return "".join(part.text for part in asked.messages[last].parts if isinstance(part, TextPart))
+
+
+def nothing_to_hide(pictures: Sequence[Picture], param: str) -> None:
+    """Raises `ApiError` when there are no images."""
+    if not pictures:
+        raise ApiError(400, "There is no image that could be hidden.", param=param, code="missing_image")
 
 
 def _parts(message: Message, used: int, *, first: bool) -> tuple[tuple[Part, ...], int]:

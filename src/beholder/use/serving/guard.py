@@ -15,6 +15,10 @@ from beholder.use.serving.schema import ApiError
 
 OPEN = ("/health",)
 """Routes that need no key."""
+PAGE = {
+    "/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript"),
+}  # fmt: skip
+"""The page to talk to the model, which says nothing of it: a browser asks for it before anybody can type a key."""
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 Scope = MutableMapping[str, Any]
@@ -88,6 +92,8 @@ class Guard:
                 403, f"Without a key the server answers to {', '.join(LOOPBACK)} alone; start it with --api-key-env "
                 "to call it by another name.", code="host_not_allowed",
             )  # fmt: skip
+        if scope["path"] in PAGE and scope["method"] in ("GET", "HEAD"):
+            return None
         scheme, _, token = _header(scope, b"authorization").partition(b" ")
         given = hashlib.sha256(token.strip()).digest()
         if scheme.lower() == b"bearer" and hmac.compare_digest(given, self._digest):

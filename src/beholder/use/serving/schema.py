@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+
+from beholder.use.looks import CLEAR, Looks, Word
 
 MAX_STOPS = 4
 _Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
@@ -106,11 +108,16 @@ class ResponseFormat(_Asked):
     type: Literal["text"]
 
 
-class ChatRequest(_Asked):
-    """The body of ``POST /v1/chat/completions``."""
+class Conversation(_Asked):
+    """What every request is about."""
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+
+
+class ChatRequest(Conversation):
+    """The body of ``POST /v1/chat/completions``."""
+
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -126,6 +133,9 @@ class ChatRequest(_Asked):
     ) = None  # fmt: skip
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    hide_images: bool | None = None
+    """Ours, not OpenAI's: an empty image stands in the place of each (`use.looks`)."""
 
     # Only as they change nothing.
     n: Literal[1] | None = None
@@ -160,7 +170,18 @@ class ChatRequest(_Asked):
         return "max_tokens", self.max_tokens
 
 
-def read_request(body: bytes) -> ChatRequest:
+class LooksRequest(Conversation):
+    """The body of ``POST /v1/looks``: the last message is the assistant's, the answer that is asked about."""
+
+    @property
+    def question(self) -> LooksRequest:
+        return self.model_copy(update={"messages": self.messages[:-1]})
+
+
+Asked = TypeVar("Asked", bound=Conversation)
+
+
+def read_request(body: bytes, kind: type[Asked] = ChatRequest) -> Asked:
     """Raises `ApiError` with the field that is wrong."""
     try:
         given = orjson.loads(body)  # neither NaN nor nesting without end
@@ -169,7 +190,7 @@ def read_request(body: bytes) -> ChatRequest:
     if not isinstance(given, dict):
         raise ApiError(400, "The body is not a JSON object", code="invalid_json")
     try:
-        return ChatRequest.model_validate(given)
+        return kind.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         raise _refused(first["type"], first["loc"], first["msg"]) from None
@@ -216,9 +237,38 @@ def chunk(name: str, created: int, model: str, delta: Mapping[str, Any], reason:
     }  # fmt: skip
 
 
-def models(name: str, created: int) -> dict[str, Any]:
-    return {"object": "list", "data": [model(name, created)]}
+def models(*those: Mapping[str, Any]) -> dict[str, Any]:
+    return {"object": "list", "data": list(those)}
 
 
-def model(name: str, created: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": created, "owned_by": "beholder"}
+def model(name: str, created: int, **more: Any) -> dict[str, Any]:
+    """``more``: what OpenAI's has not."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "beholder"} | more
+
+
+def looked(model: str, looks: Looks, num_images: int) -> dict[str, Any]:
+    return {
+        "object": "looks", "created": int(time.time()), "model": model, "unit": "nats",
+        "words": [_word(word) for word in looks.words], "images": num_images,
+        "summary": _summary(looks) | {"nats": looks.nats, "threshold": CLEAR},
+        "summary_by_image": [_summary(looks, k) for k in range(num_images)],
+    }  # fmt: skip
+
+
+def _word(word: Word) -> dict[str, Any]:
+    tokens = [
+        {
+            "id": token.id, "text": token.text, "logprob": token.shown, "logprob_hidden": token.hidden,
+            "logprob_hidden_by_image": list(token.hidden_alone),
+        }
+        for token in word.tokens
+    ]  # fmt: skip
+    return {
+        "text": word.text, "counts": word.counts, "explained": word.explained,
+        "explained_by_image": word.explained_alone, "tokens": tokens,
+    }  # fmt: skip
+
+
+def _summary(looks: Looks, image: int | None = None) -> dict[str, int]:
+    words, explained, against = looks.counted(image)
+    return {"words": words, "explained": explained, "against": against}
