@@ -38,7 +38,7 @@ test: $(VENV)/.dev ## The tests that need neither a GPU nor much time, on up to 
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --dist worksteal $(ARGS)
 
 .PHONY: test-slow
-test-slow: $(VENV)/.dev ## The long tests (crash and resume at random instants, real downloads, …)
+test-slow: $(VENV)/.dev .venv-docs/.docs ## The long tests (crash and resume at random instants, real downloads, …)
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
 .PHONY: test-gpu

@@ -6,6 +6,7 @@ what reads it in training. So a page cannot say what is not so. By hand there is
 
 from __future__ import annotations
 
+import base64
 import csv
 import gzip
 import json
@@ -25,6 +26,7 @@ import yaml
 
 from beholder.config import STAGES, SourceConfig
 from beholder.data.check import CheckReport, check_data
+from beholder.data.images import read_bytes
 from beholder.data.sources import instructs, open_sources
 from beholder.types import Example, ImageRef, ImageSlot
 
@@ -53,67 +55,110 @@ class Layout:
 
 GROUPS: dict[str, tuple[Layout, ...]] = {
     "Captions": (
-        Layout("json", "JSON and JSON lines", "A record is a picture and a caption. The simplest layout there is; take it "
-               "when you write a file yourself.", (
-            File("captions.jsonl", note="A record a line. Of a large file any record is read without reading the others."),
-            File("captions.jsonl.gz", note="What is gzip'd is unpacked once, into the cache."),
-            File("captions.json", note="An array."),
-            File("data.json", note="An object that has one array, whatever its name."),
-            File("several.jsonl", note="Several captions of a picture are a record each."),
-        )),
+        Layout(
+            "json", "JSON and JSON lines",
+            "A record is a picture and a caption. The simplest layout; take it when you write a file yourself.",
+            (
+                File("captions.jsonl", note="A record a line. Any record is read without reading the others."),
+                File("captions.jsonl.gz", note="What is gzip'd is unpacked once, into the cache."),
+                File("captions.json", note="An array."),
+                File("data.json", note="An object that has one array, whatever its name."),
+                File("several.jsonl", note="Several captions of a picture are a record each."),
+            ),
+        ),
         Layout("csv", "CSV", "What spreadsheets export.", (File("captions.csv"),)),
-        Layout("renamed", "Columns called otherwise", "Your columns have names of their own. `check` names those that it "
-               "found; `columns` says which is which, in any layout.", (
-            File("renamed.csv", {"columns": {"image": "img_path", "caption": "alt_text"}}),
-        )),
-        Layout("open_clip", "open_clip", "What open_clip trains on: tab-separated, `filepath` and `title`.",
-               (File("open_clip.tsv"),)),
-        Layout("imagefolder", "Hugging Face imagefolder", "A folder of pictures with a `metadata` file in it.", (
-            File("imagefolder"), File("imagefolder_csv", note="The same with a table."),
-        )),
-        Layout("coco", "COCO captions", "`captions_train2017.json` and its like: pictures and annotations apart, a record "
-               "for each annotation.", (File("coco_captions.json"),)),
-        Layout("parquet", "Parquet", "What the Hugging Face hub serves: the pictures lie in the file.", (
-            File("captions.parquet", note="A picture is `{bytes, path}`, as `datasets` writes it."),
-            File("bytes.parquet", note="Or bytes alone."),
-        )),
+        Layout(
+            "renamed", "Columns called otherwise",
+            "Your columns have names of their own. `check` names those that it found; `columns` says which is which, "
+            "in any layout.",
+            (File("renamed.csv", {"columns": {"image": "img_path", "caption": "alt_text"}}),),
+        ),
+        Layout(
+            "open_clip", "open_clip", "What open_clip trains on: tab-separated, `filepath` and `title`.",
+            (File("open_clip.tsv"),),
+        ),
+        Layout(
+            "imagefolder", "Hugging Face imagefolder", "A folder of pictures with a `metadata` file in it.",
+            (File("imagefolder"), File("imagefolder_csv", note="The same with a table.")),
+        ),
+        Layout(
+            "coco", "COCO captions",
+            "`captions_train2017.json` and its like: pictures and annotations apart, a record for each annotation.",
+            (File("coco_captions.json"),),
+        ),
+        Layout(
+            "parquet", "Parquet", "What the Hugging Face hub serves: the pictures lie in the file.",
+            (
+                File("captions.parquet", note="A picture is `{bytes, path}`, as `datasets` writes it."),
+                File("bytes.parquet", note="Or bytes alone."),
+            ),
+        ),
         Layout("arrow", "Arrow", "A folder that `datasets.save_to_disk` wrote.", (File("arrow_folder"),)),
-        Layout("webdataset", "WebDataset tar shards", "Members of a tar file that share a name are a record: `.txt` and / or "
-               "`.json`, and pictures.", (File("shards.tar"),)),
+        Layout(
+            "webdataset", "WebDataset tar shards",
+            "Members of a tar file that share a name are a record: `.txt` and / or `.json`, and pictures.",
+            (File("shards.tar"),),
+        ),
     ),
     "Conversations": (
-        Layout("llava", "LLaVA", "LLaVA-Pretrain, LLaVA-Instruct and what imitates them: `conversations` of `from` and "
-               "`value`, `<image>` where the picture stands.", (File("llava.json"),)),
-        Layout("sharegpt", "ShareGPT, LLaMA-Factory", "`messages` of `role` and `content`, pictures under `images`.",
-               (File("sharegpt.jsonl"),)),
-        Layout("onevision", "LLaVA-OneVision", "LLaVA's turns in parquet, the pictures in the file.",
-               (File("onevision.parquet"),)),
+        Layout(
+            "llava", "LLaVA",
+            "LLaVA-Pretrain, LLaVA-Instruct and what imitates them: `conversations` of `from` and `value`, `<image>` "
+            "where the picture stands.",
+            (File("llava.json"),),
+        ),
+        Layout(
+            "sharegpt", "ShareGPT, LLaMA-Factory", "`messages` of `role` and `content`, pictures under `images`.",
+            (File("sharegpt.jsonl"),),
+        ),
+        Layout(
+            "onevision", "LLaVA-OneVision", "LLaVA's turns in parquet, the pictures in the file.",
+            (File("onevision.parquet"),),
+        ),
         Layout("m4", "M4-Instruct", "Several pictures a record, in LLaVA's turns.", (File("m4.json"),)),
         Layout("mantis", "Mantis-Instruct", "Several pictures a record, in parquet.", (File("mantis.parquet"),)),
-        Layout("openai", "OpenAI messages", "What OpenAI's API takes and its fine-tuning files hold: contents of parts. "
-               "Pictures are `data:` URIs; an address is a reject, for nothing is fetched.", (File("openai.jsonl"),)),
-        Layout("trl", "TRL", "What TRL's trainers take: image parts stand for `images` in order.", (
-            File("trl.jsonl"), File("trl.parquet", note="In parquet, where every part has all fields, null or not."),
-        )),
-        Layout("cauldron", "The Cauldron", "`texts` of user and assistant, about `images`.", (File("cauldron.parquet"),)),
-        Layout("finevision", "FineVision", "As The Cauldron, with ratings; `min_rating` rejects what is rated lower.",
-               (File("finevision.parquet", {"min_rating": {"relevance": 3}}),)),
+        Layout(
+            "openai", "OpenAI messages",
+            "What OpenAI's API takes and its fine-tuning files hold: contents of parts. Pictures are `data:` URIs; an "
+            "address is a reject, for nothing is fetched.",
+            (File("openai.jsonl"),),
+        ),
+        Layout(
+            "trl", "TRL", "What TRL's trainers take: image parts stand for `images` in order.",
+            (File("trl.jsonl"), File("trl.parquet", note="In parquet, where every part has all fields, null or not.")),
+        ),
+        Layout(
+            "cauldron", "The Cauldron", "`texts` of user and assistant, about `images`.", (File("cauldron.parquet"),)
+        ),
+        Layout(
+            "finevision", "FineVision", "As The Cauldron, with ratings; `min_rating` rejects what is rated lower.",
+            (File("finevision.parquet", {"min_rating": {"relevance": 3}}),),
+        ),
         Layout("ms_swift", "ms-swift", "`query`, `response`, `history`, `system`.", (File("ms_swift.jsonl"),)),
         Layout("alpaca", "Alpaca", "`instruction`, `input`, `output`.", (File("alpaca.json"),)),
-        Layout("unified", "Unified", "What `beholder prepare unified` writes of any of these, and what reads as well when "
-               "you write it.", (File("unified.jsonl"),)),
+        Layout(
+            "unified", "Unified",
+            "What `beholder prepare unified` writes of any of these, and what reads as well when you write it.",
+            (File("unified.jsonl"),),
+        ),
     ),
     "Questions": (
-        Layout("questions", "Questions with answers", "A question a record, with one answer or those of several people.",
-               (File("questions.jsonl"),)),
-        Layout("vqa", "VQA-v2, OK-VQA", "Questions in one file, answers in another, pictures by number.", (
-            File("vqa_questions.json", {"image_root": "images", "annotations_path": "vqa_annotations.json"}),
-        )),
-        Layout("gqa", "GQA", "Questions by id; pictures by name.", (
-            File("gqa.json", {"image_root": "images", "image_pattern": "{image_id}.png"}),
-        )),
-        Layout("nlvr2", "NLVR2", "A statement about two pictures, true or false.",
-               (File("nlvr2.jsonl", {"image_root": "images"}),)),
+        Layout(
+            "questions", "Questions with answers",
+            "A question a record, with one answer or those of several people.", (File("questions.jsonl"),),
+        ),
+        Layout(
+            "vqa", "VQA-v2, OK-VQA", "Questions in one file, answers in another, pictures by number.",
+            (File("vqa_questions.json", {"image_root": "images", "annotations_path": "vqa_annotations.json"}),),
+        ),
+        Layout(
+            "gqa", "GQA", "Questions by id; pictures by name.",
+            (File("gqa.json", {"image_root": "images", "image_pattern": "{image_id}.png"}),),
+        ),
+        Layout(
+            "nlvr2", "NLVR2", "A statement about two pictures, true or false.",
+            (File("nlvr2.jsonl", {"image_root": "images"}),),
+        ),
     ),
 }  # fmt: skip
 """Every page, by the group it stands in."""
@@ -135,13 +180,18 @@ def page(layout: Layout) -> str:
 
 def overview() -> str:
     """The table of all pages."""
-    rows = ["# Data layouts", "Point at a file and it is recognised by looking; `beholder check FILE` says as what. A page "
-            "for each layout shows a file of it, the lines of a config, and what is read.", ""]  # fmt: skip
+    rows = [
+        "# Data layouts",
+        "Point at a file and it is recognised by looking; `beholder check FILE` says as what. A page for each layout "
+        "shows a file of it, the lines of a config, and what is read.\n",
+    ]
     for group, layouts in GROUPS.items():
         rows += [f"## {group}", "", "| layout | read as | |", "|---|---|---|"]
         for layout in layouts:
             read_as = ", ".join(dict.fromkeys(f"`{name}`" for f in layout.files for name in checked(f)[1].layouts))
-            rows.append(f"| [{layout.title}]({layout.name}.md) | {read_as} | {re.split('[.;] ', layout.words)[0].rstrip('.')} |")
+            rows.append(
+                f"| [{layout.title}]({layout.name}.md) | {read_as} | {re.split('[.;] ', layout.words)[0].rstrip('.')} |"
+            )
         rows.append("")
     return "\n".join(rows)
 
@@ -176,7 +226,8 @@ def _about(file: File) -> Iterator[str]:
     yield "## What is read"
     yield f"`beholder check` says: read as {_read_as(report)}; {report.accepted} of {report.records} records accepted."
     yield "The first becomes"
-    yield _told(examples[0])
+    with chdir(FORMATS):
+        yield _told(examples[0])
     yield from _rejected(report)
 
 
@@ -218,8 +269,10 @@ def _told(example: Example) -> str:
 
 
 def _name(ref: ImageRef) -> str:
-    where = str(ref.path).replace(f"{FORMATS}{os.sep}", "")
-    return f"🖼 *{where if ref.kind == 'file' else f'{where}, in the file itself'}*"
+    """The picture itself, and where it lies."""
+    data = base64.b64encode(read_bytes(ref)).decode()
+    where = str(ref.path).replace(f"{FORMATS}{os.sep}", "") + ("" if ref.kind == "file" else ", in the file itself")
+    return f'<img class="tile" alt="" src="data:image/png;base64,{data}"> *{where}*'
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -278,15 +331,15 @@ def _first(whole: Any) -> Any:
     return {k: v[:2] if isinstance(v, list) else v for k, v in whole.items()}
 
 
-def _json(value: Any, indent: int = 0) -> str:
+def _json(value: Any, indent: int = 0, room: int = 84) -> str:
     """What is short stands on one line; bytes and long strings in few words."""
     value = _short(value)
     line = json.dumps(value, ensure_ascii=False)
-    if len(line) + indent <= 96 or not isinstance(value, dict | list):
+    if len(line) + indent <= room or not isinstance(value, dict | list):
         return line
     inner = " " * (indent + 2)
     if isinstance(value, dict):
-        entries = [f"{json.dumps(k)}: {_json(v, indent + 2)}" for k, v in value.items()]
+        entries = [f"{json.dumps(k)}: {_json(v, indent + 2, room - len(k) - 4)}" for k, v in value.items()]
     else:
         entries = [_json(v, indent + 2) for v in value]
     left, right = "{}" if isinstance(value, dict) else "[]"

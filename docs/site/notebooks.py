@@ -72,7 +72,9 @@ def execute(path: Path, folder: Path, **parameters: Any) -> Any:
         assert re.search(rf"^{name} = ", told, re.M), f"{path.name} has no parameter {name}"
         own.source += f"\n{name} = {value!r}"
     folder.mkdir(parents=True, exist_ok=True)
-    NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(
+        notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
     own.source = told
     return notebook
 

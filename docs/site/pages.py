@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
-
 from docs.site import layouts, notebooks, reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,6 +193,7 @@ def filled(text: str) -> str:
 
 def linked(text: str, source: str, place: str, places: Mapping[str, str]) -> str:
     """Links between files of the repository as links between pages. A file that has no page is named, not linked."""
+
     def fit(match: re.Match[str]) -> str:
         return match[0] if match["code"] else _link(match, source, place, places)
 

@@ -98,7 +98,9 @@ def _about(path: SettingPath) -> str:
 
 
 def _dotted(path: SettingPath) -> str:
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".").replace("[0]", "[]")
+    return (
+        "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".").replace("[0]", "[]")
+    )
 
 
 def _table(model: type[BaseModel], path: SettingPath) -> Iterator[str]:
@@ -111,7 +113,9 @@ def _table(model: type[BaseModel], path: SettingPath) -> Iterator[str]:
             continue  # it has a page
         takes = "a section, below" if inner == own else _ENDLESS.sub("", expected(annotation_at(own)))
         if inner is not None and inner != own:
-            takes = "a list of sections, below" if isinstance(inner[-1], int) else "sections with names of your own, below"
+            takes = (
+                "a list of sections, below" if isinstance(inner[-1], int) else "sections with names of your own, below"
+            )
         yield f"| `{name}` | {cell(takes)} | {_default(info, inner)} | {cell(info.description or '')} |"
 
 
@@ -157,8 +161,11 @@ def _context(command: Any, words: Sequence[str]) -> Any:
 
 def commands_page() -> str:
     """What ``--help`` says of every command."""
-    parts = ["# Commands", "What `beholder COMMAND --help` says. Every command has a Python function behind it, which it "
-             "names.", _plain(typer.main.get_command(app).epilog or "")]  # fmt: skip
+    parts = [
+        "# Commands",
+        "What `beholder COMMAND --help` says. Every command names the Python function behind it.",
+        _plain(typer.main.get_command(app).epilog or ""),
+    ]
     for words, command in commands().items():
         context = _context(command, words.split())
         usage = " ".join(command.get_usage(context).split()).removeprefix("Usage: ")
@@ -192,7 +199,10 @@ def stages_table() -> str:
     """The stages side by side."""
     rows: list[tuple[str, typing.Callable[[Stage], str]]] = [
         ("goes on from", lambda s: f"`{s.builds_on}`" if s.builds_on else ""),
-        ("learns", lambda s: "connector and adapters, or a student's language model" if s.adapters else "the connector"),
+        (
+            "learns",
+            lambda s: "connector and adapters, or a student's language model" if s.adapters else "the connector",
+        ),
         ("minimises", lambda s: f"`{s.objective}`"),
         ("layout of a sample", lambda s: f"`{s.template}`"),
         ("images a sample, unless told otherwise", lambda s: f"at most {s.max_images}"),
@@ -223,12 +233,15 @@ def gate_facts(name: str) -> str:
         gate.why if not others else f"{gate.why} ({', '.join(s for s, g in by_stage.items() if g == gate)})"
         for gate in (first, *others)
     )
-    end = {"value": "", "low": " at the lower end of its interval", "high": " at the upper end of its interval"}[first.end]
+    end = {"value": "", "low": " at the lower end of its interval", "high": " at the upper end of its interval"}[
+        first.end
+    ]
     everywhere = ", in every group of samples as well" if first.strata else ""
     stages = ", ".join(f"`{stage}`" for stage in by_stage)
     return (
         f"*{why[0].upper()}{why[1:]}.*\n\n"
-        f"`{first.measure}` ({called(first.measure or '')}) must be **{first.bound}**{end}{everywhere}. Stages: {stages}."
+        f"`{first.measure}` ({called(first.measure or '')}) must be **{first.bound}**{end}{everywhere}. "
+        f"Stages: {stages}."
     )
 
 
