@@ -79,7 +79,7 @@ format: $(VENV)/.dev ## Sort imports and format
 .PHONY: docs
 docs: $(VENV)/.run .venv-docs/.docs ## The documentation as a site, in site/index.html; a broken link is an error
 	$(BIN)/python -m docs.site.pages build/docs
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --config-file build/docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --config-file build/docs/mkdocs.yml
 	@echo "site/index.html"
 
 .PHONY: docs-serve
