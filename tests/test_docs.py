@@ -278,3 +278,17 @@ def test_a_notebook_as_it_stands_ends_with_a_model_that_looks(path: Path, kernel
     failed = [gate["name"] for gate in evidence["gates"] if not gate["passed"]]
     assert failed == [], failed
     assert all(not cell.get("outputs") or cell.outputs[0].output_type != "error" for cell in done.cells)
+
+
+def test_what_a_cell_said_is_kept_as_one_text_without_colours() -> None:
+    v4 = importlib.import_module("nbformat").v4
+    line = {"output_type": "display_data", "data": {"text/plain": "\x1b[1ma\x1b[0m\n", "text/html": "<pre>a</pre>"}}
+    warned = v4.new_output("stream", name="stderr", text="careful\n")
+    table = v4.new_output("execute_result", data={"text/html": "<b>b</b>\n\n<i>c</i>"}, execution_count=3)
+    outputs = [v4.new_output(**line), v4.new_output(**line), warned, table]
+    cell = v4.new_code_cell("1", execution_count=3, outputs=outputs, metadata={"execution": {"at": "now"}})
+
+    (kept,) = notebooks.clean(v4.new_notebook(cells=[cell])).cells
+
+    assert [o.get("text") or o.data["text/html"] for o in kept.outputs] == ["a\na\n", "<b>b</b>\n\n<i>c</i>"]
+    assert kept.execution_count is None and kept.outputs[1].execution_count is None and not kept.metadata

@@ -80,7 +80,7 @@ def execute(path: Path, folder: Path, **parameters: Any) -> Any:
 
 
 def clean(notebook: Any) -> Any:
-    """As it is kept: what was said line by line is one text, and nothing says when or how often it was run."""
+    """As it is kept: what was said line by line is one text without colours, and nothing says when it was run."""
     from nbformat.v4 import new_output
 
     for cell in notebook.cells:
@@ -88,14 +88,16 @@ def clean(notebook: Any) -> Any:
         if cell.cell_type != "code":
             continue
         cell.execution_count = None
-        said = [o for o in cell.outputs if o.output_type == "display_data" and "text/plain" in o.data]
-        lines = "".join(o.data["text/plain"] for o in said)
-        others = [o for o in cell.outputs if o not in said and o.get("name") != "stderr"]
-        for output in others:
-            if output.output_type == "execute_result":
-                output.execution_count = None
-        streams = [new_output("stream", name="stdout", text=lines)] if lines else []
-        cell.outputs = streams + others
+        said, others = "", []
+        for output in cell.outputs:
+            if output.output_type == "display_data" and "text/plain" in output.data:
+                said += output.data["text/plain"]
+            elif output.output_type == "stream":
+                said += output.text if output.name == "stdout" else ""
+            else:
+                others.append(output | {"execution_count": None} if "execution_count" in output else output)
+        said = re.sub(r"\x1b\[[0-9;]*m", "", said)
+        cell.outputs = [new_output("stream", name="stdout", text=said)] * bool(said) + others
     return notebook
 
 
