@@ -95,7 +95,9 @@ def clean(notebook: Any) -> Any:
             elif output.output_type == "stream":
                 said += output.text if output.name == "stdout" else ""
             else:
-                others.append(output | {"execution_count": None} if "execution_count" in output else output)
+                if "execution_count" in output:
+                    output.execution_count = None
+                others.append(output)
         said = re.sub(r"\x1b\[[0-9;]*m", "", said)
         cell.outputs = [new_output("stream", name="stdout", text=said)] * bool(said) + others
     return notebook
