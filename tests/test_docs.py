@@ -22,6 +22,7 @@ from docs.site import layouts, notebooks, pages, reference
 import beholder
 from beholder.config import GUARDRAILS, STAGES, RunConfig
 from beholder.config.section import settings
+from beholder.config.wording import annotation_at
 from beholder.data.containers import CONTAINERS
 from beholder.data.formats import SHAPES
 
@@ -123,7 +124,7 @@ def test_what_the_python_reference_names_is_there(made: dict[str, str]) -> None:
 def test_the_readme_is_on_the_site_whole_and_once(made: dict[str, str]) -> None:
     headings = list(pages.sections((ROOT / "README.md").read_text(encoding="utf-8")))
     named = [heading for _, own in pages.README.values() for heading in own]
-    everything = "\n".join(made[place] for place in pages.README)
+    everything = "\n".join(made[place] for place in ("index.md", *pages.README))
 
     assert set(named) <= set(headings), "pages.README names a section that the README has not"
     for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
@@ -138,6 +139,22 @@ def test_errors_that_troubleshooting_quotes_are_said_by_the_program() -> None:
 
     assert len(quoted) > 5
     assert [words for words in quoted if words not in source] == []
+
+
+WRITTEN = ("report.md", "stages.md", "studies.md", "own-parts.md", "troubleshooting.md")
+
+
+def test_settings_and_commands_that_the_pages_name_are_there() -> None:
+    text = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in WRITTEN)
+    sections = "|".join(reference.section_names())
+    named = set(re.findall(rf"`((?:{sections})(?:\.[a-z_]+)+)(?::[^`]*)?`", text)) - set(
+        re.findall(r"`data\.md`", text)
+    )
+    asked = set(re.findall(r"`beholder ([a-z-]+)", text))
+
+    assert len(named) > 20 and len(asked) > 10
+    assert [name for name in sorted(named) if annotation_at(tuple(name.split("."))) is None] == []
+    assert asked <= {words.partition(" ")[0] for words in reference.commands()} | {"doctor"}
 
 
 # ---------------------------------------------------------------------------------------------------------------

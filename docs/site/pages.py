@@ -27,8 +27,8 @@ README = {
     "start/evidence.md": ("Evidence", ("Evidence that cannot be fooled", "What you can rely on")),
     "start/install.md": ("Installing, offline, what lies where", ("Install", "Where things are", "Licence")),
 }
-"""Pages made of the README: title, and the sections in it; the first has what stands before any. A section that is not
-named follows the one before it."""
+"""Pages made of the README: title, and the sections in it; the first has what stands before any, less the paragraphs
+that the home page has. A section that is not named follows the one before it."""
 ELSEWHERE = {
     "CONTRIBUTING.md": "project/contributing.md",
     "CHANGELOG.md": "project/changelog.md",
@@ -157,13 +157,13 @@ def readme() -> dict[str, str]:
     for heading, text in sections((ROOT / "README.md").read_text(encoding="utf-8")).items():
         place = page_of.get(heading, place)
         title, own = README[place]
-        body = re.sub(r"\A# .*\n", "", text)
+        body = text if heading else text.partition(_intro())[2]
         found[place] += f"\n{body.strip()}\n" if heading in (own[0], title) else f"\n## {heading}\n\n{body.strip()}\n"
     return found
 
 
 def _intro() -> str:
-    """What the README says first."""
+    """What the README says first; it stands on the home page."""
     return "\n\n".join(sections((ROOT / "README.md").read_text(encoding="utf-8"))[""].split("\n\n")[1:3])
 
 
