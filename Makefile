@@ -75,7 +75,7 @@ format: $(VENV)/.dev ## Sort imports and format
 	$(BIN)/ruff format .
 
 # The pages are made with what they are about (.venv) and built in an environment of their own, so that neither needs
-# the other's packages.
+# the other's packages. (Not with --quiet: MkDocs then does not count its warnings, and strict means nothing.)
 .PHONY: docs
 docs: $(VENV)/.run .venv-docs/.docs ## The documentation as a site, in site/index.html; a broken link is an error
 	$(BIN)/python -m docs.site.pages build/docs

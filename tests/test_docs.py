@@ -230,7 +230,7 @@ def test_the_site_builds_strictly_and_a_broken_link_stops_it(tmp_path: Path) -> 
 
     def build() -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(builder), "build", "-q", "-f", str(config), "-d", str(tmp_path / "site")],
+            [str(builder), "build", "-f", str(config), "-d", str(tmp_path / "site")],
             capture_output=True, text=True, check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         )  # fmt: skip
 
