@@ -265,7 +265,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_is_kept_of_a_notebook_has_no_path_of_a_machine_and_no_error(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
 
-    assert not re.search(r'(?<![\w./:])/(?:home|tmp|root|work|Users|usr|opt|var)/', text)
+    assert not re.search(r"(?<![\w./:])/(?:home|tmp|root|work|Users|usr|opt|var)/", text)
     for cell in json.loads(text)["cells"]:
         assert cell.get("execution_count") is None
         assert all(output["output_type"] != "error" for output in cell.get("outputs", ()))

@@ -89,7 +89,7 @@ def _places() -> dict[str, str]:
 
 def nav() -> list[dict[str, Any]]:
     """What stands where; a page of `docs/` that is not named here is under "Out in the world"."""
-    named = [
+    named: list[dict[str, Any]] = [
         {"Home": "index.md"},
         {"Start": [
             *({title: place} for place, (title, _) in README.items()),
@@ -121,9 +121,9 @@ def nav() -> list[dict[str, Any]]:
             {"Benchmarks": "project/benchmarks.md"}, {"Log": "LOG.md"}, {"Changelog": "project/changelog.md"},
         ]},
     ]  # fmt: skip
-    world: list[Any] = next(entry for entry in named if "Out in the world" in entry)["Out in the world"]  # type: ignore[assignment]
-    others = sorted(p.name for p in (ROOT / "docs").glob("*.md") if p.name not in set(listed(named)))
-    world += others
+    world = next(entry for entry in named if "Out in the world" in entry)["Out in the world"]
+    placed = set(listed(named))
+    world += sorted(p.name for p in (ROOT / "docs").glob("*.md") if p.name not in placed)
     return named
 
 
