@@ -38,7 +38,7 @@ test: $(VENV)/.dev ## The tests that need neither a GPU nor much time, on up to 
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --dist worksteal $(ARGS)
 
 .PHONY: test-slow
-test-slow: $(VENV)/.dev ## The long tests (crash and resume at random instants, real downloads, …)
+test-slow: $(VENV)/.dev .venv-docs/.docs ## The long tests (crash and resume at random instants, real downloads, …)
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
 .PHONY: test-gpu
@@ -74,17 +74,30 @@ format: $(VENV)/.dev ## Sort imports and format
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
+# The pages are made with what they are about (.venv) and built in an environment of their own, so that neither needs
+# the other's packages. (Not with --quiet: MkDocs then does not count its warnings, and strict means nothing.)
+.PHONY: docs
+docs: $(VENV)/.run .venv-docs/.docs ## The documentation as a site, in site/index.html; a broken link is an error
+	$(BIN)/python -m docs.site.pages build/docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --config-file build/docs/mkdocs.yml
+	@echo "site/index.html"
+
+.PHONY: docs-serve
+docs-serve: docs ## The same at http://127.0.0.1:8001
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory site 8001
+
 .PHONY: lock
 lock: $(VENV)/.build ## Write the requirements*.lock files from pyproject.toml (make lock UPGRADE=--upgrade for newer versions)
 	$(COMPILE) --group dev pyproject.toml -o requirements-dev.lock
 	$(COMPILE) pyproject.toml -c requirements-dev.lock -o requirements.lock
 	$(COMPILE) --group build -c requirements-dev.lock -o requirements-build.lock
+	$(COMPILE) --group docs -o requirements-docs.lock
 	$(COMPILE) --resolution lowest-direct --group dev --group build pyproject.toml -o requirements-floor.lock
 	@! grep -nE '://|--(index|extra|find)' requirements*.lock || { echo "a lock file names a registry" >&2; exit 1; }
 
 .PHONY: clean
 clean: ## Remove the environment and build leftovers (runs in outputs/ and the cache stay)
-	rm -rf $(VENV) .venv-* build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-* build dist site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # ---------------------------------------------------------------------------------------------------------------
 # The environment. Each stamp is younger than what it was made from, so a second call does nothing.
@@ -122,3 +135,9 @@ $(VENV)/.run: $(VENV)/.build requirements.lock pyproject.toml
 $(VENV)/.dev: $(VENV)/.build $(DEV_LOCK) pyproject.toml
 	$(call install,$(DEV_LOCK))
 	@touch $(VENV)/.run $@
+
+.venv-docs/.docs: $(VENV)/.build requirements-docs.lock
+	@echo "[install] requirements-docs.lock -> .venv-docs"
+	@$(BIN)/python -m venv --clear --without-pip .venv-docs
+	@VIRTUAL_ENV="$(CURDIR)/.venv-docs" UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip install --quiet --require-hashes -r requirements-docs.lock
+	@touch $@
