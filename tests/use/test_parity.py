@@ -78,6 +78,7 @@ def test_an_export_answers_as_its_run_and_the_golden_set_is_asked_first(run: Pat
     assert told.model == "BeholderForConditionalGeneration" and told.share == 1.0
 
 
+@pytest.mark.slow
 def test_changed_weights_are_found_with_the_first_token_that_differs(run: Path, exported: Path, tmp_path: Path) -> None:
     shutil.copytree(exported, tmp_path / "other")
     file = tmp_path / "other" / "model.safetensors"
@@ -121,7 +122,8 @@ def test_code_that_is_not_ours_is_not_run(run: Path, exported: Path, tmp_path: P
     [
         ("nowhere", "no such folder"), ("ftp://here/v1", "expected a folder, or a URL"),
         ("http://example.org/v1", "unencrypted; expected https"), ("http://localhost.example.org/v1", "unencrypted"),
-        ("https://user:word@example.org/v1", "no address of a server"), ("http://127.0.0.1:x/v1", "server.s address"),
+        ("https://user:word@example.org/v1", "no address of a server"),
+        ("http://127.0.0.1:x/v1", "no address of a server"),
         ("https://exa mple.org", "no address of a server"),
     ],
 )  # fmt: skip

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import http.client
 import os
-import socket
-import ssl
-import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -20,6 +16,7 @@ from urllib.parse import SplitResult, urlsplit
 import orjson
 
 from beholder.types import UserError, printable
+from beholder.use.exchange import exchange
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BYTES = 4_000_000
@@ -112,38 +109,22 @@ class Remote:
         """(status, seconds to wait before trying again, body)"""
         parts, until = self._parts, time.monotonic() + self._timeout_s
         host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-        head = {"Accept": "application/json", "Connection": "close"}
+        head = {"Accept": "application/json"}
         head |= {} if body is None else {"Content-Type": "application/json"}
         head |= {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
-        with ExitStack() as stack:
-            try:
-                here = stack.enter_context(socket.create_connection((host, port), timeout=min(10.0, self._timeout_s)))
-                here.settimeout(self._timeout_s)
-                if parts.scheme == "https":
-                    wrap = ssl.create_default_context().wrap_socket  # a new object, to which the connection goes over
-                    here = stack.enter_context(wrap(here, server_hostname=host, do_handshake_on_connect=False))
-                # A timeout of a socket is for one read; a server that trickles would never meet it.
-                watch = threading.Timer(max(0.0, until - time.monotonic()), _hang_up, (here,))
-                watch.start()
-                stack.callback(watch.cancel)
-                if isinstance(here, ssl.SSLSocket):
-                    here.do_handshake()
-                connection = http.client.HTTPConnection(host, port)
-                connection.sock = here
-                connection.request(method, path, body, head)
-                with connection.getresponse() as response:
-                    data = response.read(MAX_BYTES + 1)
-                    status, pause = response.status, _pause(response.getheader("Retry-After"))
-            except (OSError, http.client.HTTPException, UnicodeError) as error:
-                if time.monotonic() >= until or isinstance(error, TimeoutError):
-                    raise UserError(f"{self.url} did not answer within {self._timeout_s:g} s") from None
-                why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-                raise UserError(f"{self.url} cannot be asked: {printable(why)}") from None
-        if time.monotonic() >= until:
-            raise UserError(f"{self.url} did not answer within {self._timeout_s:g} s")
+        try:
+            status, told, data = exchange(
+                host, port, method, path, until=until, max_bytes=MAX_BYTES, tls=parts.scheme == "https", headers=head,
+                body=body,
+            )  # fmt: skip
+        except TimeoutError:
+            raise UserError(f"{self.url} did not answer within {self._timeout_s:g} s") from None
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise UserError(f"{self.url} cannot be asked: {printable(why)}") from None
         if len(data) > MAX_BYTES:
             raise UserError(f"{self.url} answers with more than {MAX_BYTES:,} bytes")
-        return status, pause, data
+        return status, _pause(told.get("Retry-After")), data
 
 
 def key_in(name: str | None) -> str | None:
@@ -190,8 +171,3 @@ def _message(told: Any) -> str:
 
 def _pause(given: str | None) -> float:
     return min(float(given), MAX_PAUSE_S) if given is not None and given.isdecimal() else 1.0
-
-
-def _hang_up(connection: socket.socket) -> None:
-    with suppress(OSError):
-        socket.socket.shutdown(connection, socket.SHUT_RDWR)

@@ -10,17 +10,15 @@ import base64
 import http.client
 import ipaddress
 import socket
-import ssl
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from PIL import Image
 
 from beholder.data.images import ImageError, decode
+from beholder.use.exchange import exchange
 
 MAX_HOPS = 3
 FETCH_TIMEOUT_S = 5.0
@@ -109,42 +107,14 @@ class Fetcher:
         found = list(self.resolve(host, port))
         if not found or not all(self.reachable(address) for address in found):
             raise PictureError(f"{host} is at an address that this server does not connect to")
-        plain = socket.create_connection((found[0], port), timeout=_left(until))
-        # A timeout of a socket is for one read; a server that trickles would never meet it.
-        watch = threading.Timer(_left(until), _hang_up, (plain,))
-        watch.start()
-        try:
-            here = plain
-            if parts.scheme == "https":
-                here = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
-            connection = http.client.HTTPConnection(host, port)
-            connection.sock = here
-            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-            connection.request("GET", target, headers={"Accept": "image/*", "Connection": "close"})
-            with connection.getresponse() as response:
-                data = response.read(self.max_bytes + 1) if response.status == 200 else b""
-            _left(until)
-            if len(data) > self.max_bytes:
-                raise PictureError(f"the image has more than {self.max_bytes:,} bytes")
-            return response.status, response.getheader("Location"), data
-        except (OSError, http.client.HTTPException):
-            _left(until)  # whatever it looks like when the watch has hung up
-            raise
-        finally:
-            watch.cancel()
-            plain.close()
-
-
-def _hang_up(connection: socket.socket) -> None:
-    with suppress(OSError):
-        socket.socket.shutdown(connection, socket.SHUT_RDWR)
-
-
-def _left(until: float) -> float:
-    left = until - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        status, headers, data = exchange(
+            host, port, "GET", target, address=found[0], until=until, max_bytes=self.max_bytes,
+            tls=parts.scheme == "https", headers={"Accept": "image/*"}, reads=lambda status: status == 200,
+        )  # fmt: skip
+        if len(data) > self.max_bytes:
+            raise PictureError(f"the image has more than {self.max_bytes:,} bytes")
+        return status, headers.get("Location"), data
 
 
 @dataclass(frozen=True)
