@@ -622,7 +622,7 @@ def _conversation(pairs: list[tuple[str, str]], rng: random.Random) -> dict[str,
 PARTS: Final = (
     _Part("llm", (LLM,), 2, _make_llm, "SmolLM2-135M-Instruct"),
     _Part("vision", (VISION,), 1, _make_vision, "EfficientNet-Lite0 (ImageNet)"),
-    _Part("data", (DATA,), 6, _make_data, "easy-VQA captions, questions and images"),
+    _Part("data", (DATA,), 7, _make_data, "easy-VQA captions, questions and images"),
 )
 """The quickstart's, in the order they are prepared."""
 

@@ -1,7 +1,7 @@
 """Questions about several of easy-VQA's pictures at once, whose answer lies in one of them or in a comparison.
 
 Made so that nothing but the pictures helps: the place of the picture that decides, the number of pictures and every
-answer that a question can have are equally frequent, so whoever guesses from the words, from the last picture or from
+answer that a question can have are equally frequent where they are measured, so whoever guesses from the words, from the last picture or from
 the first is right no more often than chance.
 """
 
@@ -24,6 +24,8 @@ _TAUGHT: dict[Feature, dict[Kind, float]] = {
 }
 """How often `conversations` ask what: what compares pictures is learned last, so it comes more often."""
 NUM_IMAGES = (2, 3, 4)
+_TAUGHT_IMAGES = (2, 3, 4, 4)
+"""Numbers of pictures of `conversations`, in turn: four are learned last, so they come twice as often (docs/LOG.md)."""
 _TRIES = 1000
 EVEN = len(KINDS) * len(NUM_IMAGES) * math.lcm(*NUM_IMAGES)
 """As many questions ask every kind for every number of images equally often, and of every place."""
@@ -88,7 +90,7 @@ def conversations(captions: Mapping[int, str], count: int, seed: int) -> Iterato
     """
     make = _Maker(captions, random.Random(seed))
     for number in range(count):
-        yield make.converse(NUM_IMAGES[number % len(NUM_IMAGES)])
+        yield make.converse(_TAUGHT_IMAGES[number % len(_TAUGHT_IMAGES)])
 
 
 def record(*asked: Asked) -> dict[str, Any]:
