@@ -38,11 +38,10 @@ from tests.use.slow import slowly
 from tests.use.talking import untrained_run
 
 from beholder.config import GenerateConfig
-from beholder.types import ImageInput, ImageSlot, Turn, UserError
+from beholder.types import ImageInput, ImageSlot, Turn
+from beholder.use.serving.app import PAGE
 from beholder.use.serving.conversation import Limits, request_of
-from beholder.use.serving.guard import PAGE
 from beholder.use.serving.schema import read_request
-from beholder.use.serving.server import key_from, listen
 from beholder.use.vlm import Request, Vlm, load
 
 CHAT, LOOKS = "/v1/chat/completions", "/v1/looks"
@@ -286,33 +285,6 @@ def test_without_a_key_only_names_of_this_machine_are_answered(web: Any, tiny: R
     assert (
         "access-control-allow-origin" not in web.get("/v1/models", headers={"Origin": "https://evil.example"}).headers
     )
-
-
-def test_where_others_could_reach_it_a_key_is_needed() -> None:
-    """V8."""
-    for host in ("0.0.0.0", "::", ""):
-        with pytest.raises(UserError, match=r"key is needed|--host"):
-            listen(host, 0, None)
-    for key in (None, KEY):
-        with listen("127.0.0.1", 0, key) as listening:
-            assert listening.getsockname()[0] == "127.0.0.1"
-            with pytest.raises(UserError, match="cannot listen"):
-                listen("127.0.0.1", listening.getsockname()[1], None)
-    with listen("0.0.0.0", 0, KEY) as listening:
-        assert listening.getsockname()[0] == "0.0.0.0"
-    with pytest.raises(UserError, match="--host"):
-        listen("no such host", 0, KEY)
-
-
-def test_a_key_comes_from_the_environment_and_is_worth_something() -> None:
-    assert key_from(None, {}) is None
-    assert key_from("K", {"K": KEY}) == KEY
-    for value in ("", "short", "with a blank in it somewhere", "ключ-ключ-ключ-ключ", "line\nbreak-line-break"):
-        with pytest.raises(UserError, match="--api-key-env K") as caught:
-            key_from("K", {"K": value})
-        assert not value or value not in str(caught.value)
-    with pytest.raises(UserError, match="no such environment variable"):
-        key_from("K", {})
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ No redirect is followed and no proxy of the environment is used, so that nothing
 from __future__ import annotations
 
 import http.client
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from urllib.parse import SplitResult, urlsplit
 import orjson
 
 from beholder.types import UserError, printable
-from beholder.use.exchange import exchange
+from beholder.web.exchange import exchange
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BYTES = 4_000_000
@@ -125,18 +124,6 @@ class Remote:
         if len(data) > MAX_BYTES:
             raise UserError(f"{self.url} answers with more than {MAX_BYTES:,} bytes")
         return status, _pause(told.get("Retry-After")), data
-
-
-def key_in(name: str | None) -> str | None:
-    """The key in the environment variable ``name``. Raises `UserError` where there is none that a header can carry."""
-    if name is None:
-        return None
-    key = os.environ.get(name, "")
-    if not key or not (key.isascii() and key.isprintable()) or " " in key:
-        raise UserError(
-            f"--api-key-env {name}: there is no such environment variable, or it holds no key (ASCII without blanks)"
-        )
-    return key
 
 
 def _checked(url: str) -> SplitResult:
