@@ -139,7 +139,7 @@ def trained(tiny_parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> 
 
     def poll(url: str) -> None:
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as web:
-            while not done.wait(0.05):
+            while not done.wait(0.15):
                 told = web.get("/state").json()
                 if not seen or told != seen[-1]:
                     seen.append(told)
@@ -204,7 +204,8 @@ def test_looking_writes_and_locks_nothing(trained: tuple[Path, list[dict[str, An
         while_held = everything(trained[0])
         for _ in range(3):
             look.look()
-            state(look), album(look)
+            state(look)
+            album(look)
         assert everything(trained[0]) == while_held
 
     assert look.changed == 1 and set(everything(trained[0])) == set(before)

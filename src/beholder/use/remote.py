@@ -9,6 +9,7 @@ import http.client
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -82,11 +83,13 @@ class Remote:
         return Answered(text, str(reason), tokens if isinstance(tokens, int) else None)
 
     def _ask(self, method: str, route: str, body: Mapping[str, Any] | None) -> Any:
-        for attempt in range(RETRIES + 1):
-            status, pause, data = self._once(method, self._path + route, None if body is None else orjson.dumps(body))
-            if status not in (429, 503) or attempt == RETRIES:
+        once = partial(self._once, method, self._path + route, None if body is None else orjson.dumps(body))
+        status, pause, data = once()
+        for _ in range(RETRIES):
+            if status not in (429, 503):
                 break
             time.sleep(pause)
+            status, pause, data = once()
         try:
             told = orjson.loads(data)
         except orjson.JSONDecodeError:
