@@ -40,7 +40,7 @@ from typer.testing import CliRunner
 
 from beholder.cli import app
 from beholder.config import GenerateConfig
-from beholder.types import ImageInput, ImageSlot, Turn
+from beholder.types import ImageInput, ImageSlot, Turn, UserError
 from beholder.use.serving.app import PAGE
 from beholder.use.serving.conversation import Limits, request_of
 from beholder.use.serving.schema import read_request

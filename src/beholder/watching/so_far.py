@@ -93,7 +93,6 @@ class Metrics:
 
     def _reset(self) -> None:
         self._offset = 0
-        self.behind = False
         self.damaged = 0
         """Whole lines that are no JSON object."""
         self.series: dict[str, Series] = {}
@@ -129,7 +128,6 @@ class Metrics:
         if not whole and len(data) > MAX_LINE:
             whole = len(data)
         self._offset += whole
-        self.behind = self._offset < stat.st_size and len(data) == MAX_CHUNK
         for line in data[:whole].split(b"\n"):
             if line.strip():
                 self._take(line)
