@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from tests.web.running import KEY, running
 
 from beholder.use.serving.app import Service, build_app
 from beholder.use.serving.conversation import Limits
 from beholder.use.serving.pictures import Fetcher, Pictures
-from beholder.use.serving.server import listen, server_for
 from beholder.use.vlm import Vlm
 
-KEY = "a-key-of-the-tests-0123456789"
+__all__ = ["KEY", "Running", "asking", "data_uri", "see", "serving"]
 
 
 @dataclass(frozen=True)
@@ -44,21 +42,9 @@ def serving(
     limits = limits or Limits(max_tokens=64, body_timeout_s=5, grace_s=20)
     pictures = Pictures(limits.max_image_bytes, limits.max_megapixels, fetcher or Fetcher())
     service = Service(vlm, "tiny", limits, pictures)
-    listening = listen("127.0.0.1", 0, key)
-    port = int(listening.getsockname()[1])
-    server = server_for(build_app(service, key), limits)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="server")
-    thread.start()
-    try:
-        until = time.monotonic() + 30
-        while not server.started and time.monotonic() < until:
-            time.sleep(0.01)
-        assert server.started
+    app = build_app(service, key)
+    with running(app, key, patience_s=limits.body_timeout_s, grace_s=limits.grace_s) as (port, server):
         yield Running(port, service, server)
-    finally:
-        server.should_exit = True
-        thread.join(60)
-        assert not thread.is_alive()
 
 
 def data_uri(image: Path | Image.Image | bytes, kind: str = "png") -> str:

@@ -122,8 +122,12 @@ def default(make_run: MakeRun) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(default: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Exported]:
+    """By the command."""
     out = tmp_path_factory.mktemp("exported") / "out"
-    return out, export(default, out, max_shard_size="200KB")
+    words = ["export", str(default), "--to", "hf", "--shard", "200KB", "--out", str(out), "--json"]
+    told = CliRunner().invoke(app, words)
+    assert told.exit_code == 0, told.output
+    return out, Exported(**json.loads(told.output))
 
 
 def test_the_default_connector_brings_one_modelling_file(exported: tuple[Path, Exported], parts: Any) -> None:
@@ -140,6 +144,7 @@ def test_the_default_connector_brings_one_modelling_file(exported: tuple[Path, E
         data = path.read_bytes()
         assert str(tiny.llm.parent).encode() not in data and str(Path.home()).encode() + b"/" not in data, path
         assert b"import beholder" not in data and b"from beholder" not in data, path
+    assert sorted(told.files) == sorted(p.name for p in out.iterdir()) and len(told.answers) == 4
 
 
 def test_a_pipeline_without_beholder_answers_as_the_run_chats(
@@ -311,17 +316,6 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(
         export(bare, tmp_path / "out", adapter=True)
 
     assert listing(tmp_path) == ["full"] and listing(full) == ["mine.txt"]
-
-
-def test_the_command_writes_and_tells(default: Path, tmp_path: Path) -> None:
-    told = CliRunner().invoke(
-        app, ["export", str(default), "--to", "hf", "--samples", "1", "--out", str(tmp_path / "out"), "--json"]
-    )
-
-    assert told.exit_code == 0, told.output
-    facts = json.loads(told.output)
-    assert facts["max_logit_difference"] == 0 and facts["samples"] == 1 and len(facts["answers"]) == 1
-    assert sorted(facts["files"]) == sorted(p.name for p in (tmp_path / "out").iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------------

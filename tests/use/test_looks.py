@@ -29,8 +29,8 @@ from tests.use.talking import untrained_run
 from beholder.config import GenerateConfig
 from beholder.types import ImageInput, Turn, UserError
 from beholder.use.looks import CLEAR, Looks, Token, Word, hidden, looks, spans_of
+from beholder.use.serving.app import PAGE
 from beholder.use.serving.conversation import Limits
-from beholder.use.serving.guard import PAGE
 from beholder.use.vlm import ContextFullError, Request, Vlm, load
 
 CHAT, LOOKS = "/v1/chat/completions", "/v1/looks"

@@ -38,8 +38,9 @@ from beholder.types import UserError
 from beholder.use import remote as asking
 from beholder.use.export import export, held_out
 from beholder.use.parity import parity
-from beholder.use.remote import Remote, key_in
+from beholder.use.remote import Remote
 from beholder.use.vlm import Vlm, load
+from beholder.web.keys import key_in
 
 
 @pytest.fixture(scope="module")
@@ -154,13 +155,6 @@ def test_a_captioning_runs_server_answers_as_the_run(tiny_parts: TinyParts, tmp_
         told = parity(captions, running.url, samples=3, max_new_tokens=8, device="cpu")
 
     assert (told.equal, told.prompts_differ) == (3, 0)
-
-
-def test_a_key_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PARITY_KEY", "two words")
-    for name in ("PARITY_KEY", "NO_SUCH_KEY"):
-        with pytest.raises(UserError, match=f"--api-key-env {name}: there is no such"):
-            key_in(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------

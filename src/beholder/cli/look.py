@@ -27,16 +27,18 @@ def watch(
 ) -> None:
     """Show a run in a browser while it trains: curves, golden set by step, gates so far. Nothing is written.
 
-    Needs the extra "serve" (fastapi, uvicorn, prometheus-client). Python: beholder.use.watching.app.watch.
+    Needs the extra "serve" (fastapi, uvicorn, prometheus-client). Python: beholder.watching.app.watch.
     """
     try:
-        from beholder.use.watching.app import watch as show
+        from beholder.watching.app import watch as show
     except ModuleNotFoundError as error:
         raise without_extra(error) from None
+    from beholder.web.keys import MIN_KEY, key_in
 
     show(
-        run_folder, host=host, port=port, key_env=api_key_env, ready=lambda url: say(f"{run_folder} is shown at {url}")
-    )
+        run_folder, host=host, port=port, key=key_in(api_key_env, least=MIN_KEY),
+        ready=lambda url: say(f"{run_folder} is shown at {url}"),
+    )  # fmt: skip
 
 
 @app.command(epilog=example("beholder evaluate outputs/quickstart/instruct"))

@@ -167,7 +167,7 @@ def parity(
     """
     from beholder.train.reporter import ticking
     from beholder.use.parity import parity as compare
-    from beholder.use.remote import key_in
+    from beholder.web.keys import key_in
 
     with ticking(terminal(stderr=True)) as tick:
         told = compare(
@@ -208,22 +208,24 @@ def serve(
 ) -> None:
     """Answer requests as OpenAI's API does (/v1/chat/completions, with images), until SIGTERM or Ctrl-C. docs/serve.md.
 
-    Needs the extra "serve" (fastapi, uvicorn, prometheus-client). Python: beholder.use.serving.server.serve.
+    Needs the extra "serve" (fastapi, uvicorn, prometheus-client). Python: beholder.use.serving.serve.serve.
     """
     try:
         from beholder.use.serving.conversation import Limits
-        from beholder.use.serving.server import serve_named
+        from beholder.use.serving.serve import serve as answer
     except ModuleNotFoundError as error:
         raise without_extra(error) from None
+    from beholder.web.keys import MIN_KEY, key_in
 
     limits = Limits(
         max_batch=max_batch, max_waiting=max_waiting, max_tokens=max_tokens, max_images=max_images,
         max_image_bytes=round(max_image_mb * 1e6), max_megapixels=max_megapixels,
         max_body_bytes=round(max_body_mb * 1e6), grace_s=grace,
     )  # fmt: skip
-    serve_named(
-        run_folder, api_key_env, host=host, port=port, name=name, limits=limits, image_hosts=allow_image_host or [],
-        device=device, overrides=sets or [], ready=lambda url, model: say(f"{model} answers at {url}"),
+    answer(
+        run_folder, host=host, port=port, key=key_in(api_key_env, least=MIN_KEY), name=name, limits=limits,
+        image_hosts=allow_image_host or [], device=device, overrides=sets or [],
+        ready=lambda url, model: say(f"{model} answers at {url}"),
     )  # fmt: skip
 
 

@@ -55,6 +55,10 @@ class Layout:
     """Row lengths are rounded up to this."""
 
 
+PADDED = Layout(packing=False, pack_len=0, pad_to_multiple_of=1)
+"""A sample a row, as long as the longest."""
+
+
 def collate(samples: Sequence[Sample], layout: Layout) -> Batch:
     """Lays samples out in rows; every sample in one piece, positions restarting at each.
 

@@ -8,7 +8,7 @@ A new probe is its own file, its rows here and one in `stages.panel`. What has n
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
@@ -325,6 +325,12 @@ LOGGED = (
 """Curves over the steps: (name, unit, key in ``metrics.jsonl``)."""
 LOGGED_KINDS = "quick_eval_exact/"
 """How the keys of further curves begin, one a kind of question: shares of exactly right answers."""
+
+
+def logged_curves(keys: Iterable[str]) -> list[tuple[str, str, str]]:
+    """`LOGGED`, and the curves by kind of question that these keys of ``metrics.jsonl`` are of."""
+    kinds = sorted({key for key in keys if key.startswith(LOGGED_KINDS)})
+    return [*LOGGED, *((f"quick_eval.exact/{key.removeprefix(LOGGED_KINDS)}", "share", key) for key in kinds)]
 
 
 @cache

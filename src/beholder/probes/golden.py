@@ -199,18 +199,18 @@ def _match(path: Path, items: Sequence[GoldenItem], examples: Sequence[Example])
     by_id: dict[str, list[tuple[str, str]]] = {}
     for index, example in enumerate(examples):
         now = describe(example, "", 0)
-        by_key.setdefault(_key(now), []).append(index)
+        by_key.setdefault(key(now), []).append(index)
         by_id.setdefault(now.id, []).append((now.gt_text, now.image_relpath))
     found: list[tuple[int, GoldenItem]] = []
     seen: Counter[tuple[str, str, str]] = Counter()
     lost: list[str] = []
     for item in items:
-        places = by_key.get(_key(item))
+        places = by_key.get(key(item))
         if places is None:
             lost.append(f"{item.id!r} ({_why(item, by_id.get(item.id, []))})")
             continue
-        found.append((places[min(seen[_key(item)], len(places) - 1)], item))  # equal records in their order
-        seen[_key(item)] += 1
+        found.append((places[min(seen[key(item)], len(places) - 1)], item))  # equal records in their order
+        seen[key(item)] += 1
     if lost:
         more = f" and {len(lost) - MAX_TOLD} more" if len(lost) > MAX_TOLD else ""
         raise UserError(
@@ -221,7 +221,8 @@ def _match(path: Path, items: Sequence[GoldenItem], examples: Sequence[Example])
     return found
 
 
-def _key(item: GoldenItem) -> tuple[str, str, str]:
+def key(item: GoldenItem | GoldenCaption) -> tuple[str, str, str]:
+    """What a sample of the set is found again by, in the held-out samples and in the answers of every step."""
     return item.id, item.gt_text, item.image_relpath
 
 

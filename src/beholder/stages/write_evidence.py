@@ -29,7 +29,7 @@ from beholder.evidence import (
     thumbnail,
 )
 from beholder.evidence.best import choose
-from beholder.evidence.catalogue import LOGGED, LOGGED_KINDS, flat_names, quantity, said
+from beholder.evidence.catalogue import flat_names, logged_curves, quantity, said
 from beholder.evidence.gates import judge, told, verdict
 from beholder.model.plan import TrainableTable
 from beholder.probes import captions, golden, golden_history, strata
@@ -208,9 +208,8 @@ def _say_figures(session: Session, e: Evidence) -> None:
 
 def _curves(steps: list[Record], before: Before) -> list[Curve]:
     """What was logged over the steps, where it was; the share of exactly right answers by kind of question, too."""
-    kinds = sorted({key for r in steps for key in r if key.startswith(LOGGED_KINDS)})
-    logged = [*LOGGED, *((f"quick_eval.exact/{key.partition('/')[2]}", "share", key) for key in kinds)]
-    return [curve for name, unit, key in logged if (curve := _curve(name, unit, key, steps, before)).x]
+    rows = logged_curves(key for r in steps for key in r)
+    return [curve for name, unit, key in rows if (curve := _curve(name, unit, key, steps, before)).x]
 
 
 def _monitor_curves(session: Session) -> list[Curve]:
@@ -268,7 +267,7 @@ def _samples(session: Session, m: Measured) -> list[Sample]:
     asked = session.cfg.stage_record.writes == "answer"
     shown = session.held_out.shown_sample
     predictions: dict[int, list[Prediction]] = {i: [] for i in shown}
-    index_of = {(item.id, item.gt_text, item.image_relpath): i for i, item in items}
+    index_of = {golden.key(item): i for i, item in items}
     for at, path in golden_history.steps_of(session.run.qual):
         if at <= step and path == golden.captions_path(session.run.qual, at, len(items)):
             try:
@@ -277,7 +276,7 @@ def _samples(session: Session, m: Measured) -> list[Sample]:
                 m.gaps.append(f"Golden captions of step {at}: not shown. {e}")
                 continue
             for row in rows:
-                if (i := index_of.get((row.id, row.gt_text, row.image_relpath))) in predictions:
+                if (i := index_of.get(golden.key(row))) in predictions:
                     exact = captions.exact_match(row.pred_text, row.gt_text)
                     predictions[i].append(Prediction(step=at, text=row.pred_text, exact=exact))
     for i in shown:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from beholder.data.collate import Layout, collate
+from beholder.data.collate import PADDED, collate
 from beholder.probes.loss import sample_losses
 from beholder.probes.reliance import word_spans
 from beholder.probes.wrong_images import blank_image
@@ -19,7 +19,6 @@ from beholder.use.vlm import Prompt, Vlm
 
 CLEAR = math.log(2)
 """Nats from which a word counts: it is twice as likely with the images, or half as likely."""
-_PADDED = Layout(packing=False, pack_len=0, pad_to_multiple_of=1)
 
 
 class UnwantedError(Exception):
@@ -103,7 +102,7 @@ def looks(
     for start in range(0, len(samples), rows):
         if not wanted():
             raise UnwantedError
-        batch = collate(samples[start : start + rows], _PADDED)
+        batch = collate(samples[start : start + rows], PADDED)
         found += [tuple(-nll for nll in loss.token_nll) for loss in sample_losses(vlm.model, [batch])]
     ids = prompt.encoded.ids[prompt.encoded.supervise].tolist()
     texts = [str(vlm.tokenizer.decode([i], skip_special_tokens=False, clean_up_tokenization_spaces=False)) for i in ids]

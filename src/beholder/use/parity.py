@@ -151,11 +151,11 @@ def _chosen(run: TrainedRun, samples: int) -> tuple[list[AskedSample], int]:
     """The golden set first, then other held-out samples; and how many are of the golden set."""
     at = run.cfg.eval.golden_set_path
     path = run.checkpoint.resolve().parent.parent / "golden.jsonl" if at is None else Path(at)
-    place = {_key(item): k for k, item in enumerate(golden.load(path))} if path.is_file() else {}
+    place = {golden.key(item): k for k, item in enumerate(golden.load(path))} if path.is_file() else {}
     first: dict[int, Example] = {}
     rest: list[Example] = []
     for example in held_out(run):
-        k = place.get(_key(golden.describe(example, "", 0)))
+        k = place.get(golden.key(golden.describe(example, "", 0)))
         if k is not None and k not in first:
             first[k] = example
         elif len(rest) < 4 * samples:  # some of them cannot be asked
@@ -163,11 +163,7 @@ def _chosen(run: TrainedRun, samples: int) -> tuple[list[AskedSample], int]:
         if len(first) == len(place) and len(rest) >= 4 * samples:
             break
     found = askable(run, samples, [*(first[k] for k in sorted(first)), *rest])
-    return found, sum(_key(golden.describe(s.example, "", 0)) in place for s in found)
-
-
-def _key(item: golden.GoldenItem) -> tuple[str, str, str]:
-    return item.id, item.gt_text, item.image_relpath
+    return found, sum(golden.key(golden.describe(s.example, "", 0)) in place for s in found)
 
 
 @torch.no_grad()

@@ -6,17 +6,17 @@ No redirect is followed and no proxy of the environment is used, so that nothing
 from __future__ import annotations
 
 import http.client
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 import orjson
 
 from beholder.types import UserError, printable
-from beholder.use.exchange import exchange
+from beholder.web.exchange import exchange
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BYTES = 4_000_000
@@ -83,11 +83,13 @@ class Remote:
         return Answered(text, str(reason), tokens if isinstance(tokens, int) else None)
 
     def _ask(self, method: str, route: str, body: Mapping[str, Any] | None) -> Any:
-        for attempt in range(RETRIES + 1):
-            status, pause, data = self._once(method, self._path + route, None if body is None else orjson.dumps(body))
-            if status not in (429, 503) or attempt == RETRIES:
+        once = partial(self._once, method, self._path + route, None if body is None else orjson.dumps(body))
+        status, pause, data = once()
+        for _ in range(RETRIES):
+            if status not in (429, 503):
                 break
             time.sleep(pause)
+            status, pause, data = once()
         try:
             told = orjson.loads(data)
         except orjson.JSONDecodeError:
@@ -125,18 +127,6 @@ class Remote:
         if len(data) > MAX_BYTES:
             raise UserError(f"{self.url} answers with more than {MAX_BYTES:,} bytes")
         return status, _pause(told.get("Retry-After")), data
-
-
-def key_in(name: str | None) -> str | None:
-    """The key in the environment variable ``name``. Raises `UserError` where there is none that a header can carry."""
-    if name is None:
-        return None
-    key = os.environ.get(name, "")
-    if not key or not (key.isascii() and key.isprintable()) or " " in key:
-        raise UserError(
-            f"--api-key-env {name}: there is no such environment variable, or it holds no key (ASCII without blanks)"
-        )
-    return key
 
 
 def _checked(url: str) -> SplitResult:

@@ -14,7 +14,7 @@ from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
 from beholder.config import GenerateConfig
-from beholder.data.collate import Layout, collate
+from beholder.data.collate import PADDED, collate
 from beholder.data.formats import marked
 from beholder.probes import measuring
 from beholder.types import Encoded, Example, ImageInput, ImageRef, ImageSlot, Part, Turn, UserError
@@ -33,7 +33,6 @@ PLAIN: Mapping[str, tuple[Any, ...]] = {
 KNOWN = (
     "until", "max_new_tokens", "max_gen_toks", "max_tokens", "temperature", "top_p", "do_sample", "repetition_penalty",
 )  # fmt: skip
-_PADDED = Layout(packing=False, pack_len=0, pad_to_multiple_of=1)
 log = logging.getLogger("beholder.lmms_eval")
 
 
@@ -216,7 +215,7 @@ class Beholder(lmms):
     def _scored(self, samples: Sequence[tuple[Encoded, list[ImageInput]]]) -> list[tuple[float, bool]]:
         named = [(str(k), encoded, images) for k, (encoded, images) in enumerate(samples)]
         with measuring(self.vlm.model):
-            out = self.vlm.model(collate(named, _PADDED))
+            out = self.vlm.model(collate(named, PADDED))
         assert out.correct is not None, "measured without gradients"
         owner = out.sample.cpu()
         found: list[tuple[float, bool]] = []

@@ -9,8 +9,9 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,6 @@ import orjson
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import generate_latest
-from starlette.exceptions import HTTPException
 
 from beholder.types import ImageInput, UserError
 from beholder.use.looks import Looks, hidden, looks, spans_of
@@ -33,13 +33,20 @@ from beholder.use.serving.conversation import (
     pictures_of,
     request_of,
 )
-from beholder.use.serving.guard import PAGE, Guard, Metrics, error_response
+from beholder.use.serving.metrics import Metrics
 from beholder.use.serving.pictures import PictureError, Pictures
-from beholder.use.serving.schema import ApiError, ChatRequest, LooksRequest
+from beholder.use.serving.schema import ChatRequest, LooksRequest
 from beholder.use.vlm import ContextFullError, Prompt, Vlm
+from beholder.web.errors import ApiError, answer_errors
+from beholder.web.guard import Guard
+from beholder.web.pages import Pages, add_pages
 
 RETRY_AFTER_S = 1
 CHAT, LOOKS = "/v1/chat/completions", "/v1/looks"
+PAGE: Pages = {
+    "/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript"),
+}  # fmt: skip
+"""To talk to the model."""
 log = logging.getLogger("beholder.serve")
 T = TypeVar("T")
 
@@ -204,7 +211,6 @@ class Asking:
         self._watch.cancel()
         if self.job is not None:
             self.job.cancelled = True
-        self.service.leave_place()
 
     async def _until_gone(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -228,13 +234,15 @@ def _failed(error: BaseException) -> ApiError:
 
 class EventStream(Response):
     """An answer in pieces, as server-sent events. ``first`` was taken from ``events`` before: what goes wrong until
-    then has a status."""
+    then has a status. ``held`` is let go at the end."""
 
     def __init__(
-        self, asking: Asking, events: AsyncIterator[str | Done], first: str | Done | None, *, with_usage: bool
-    ) -> None:
+        self, asking: Asking, events: AsyncIterator[str | Done], first: str | Done | None, *, with_usage: bool,
+        held: ExitStack,
+    ) -> None:  # fmt: skip
         super().__init__(media_type="text/event-stream")
         self._asking, self._events, self._first, self._with_usage = asking, events, first, with_usage
+        self._held = held
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -244,7 +252,7 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": line, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            self._asking.leave()
+            self._held.close()
 
     async def _lines(self) -> AsyncIterator[bytes]:
         name, created, model = _answer_id(), int(time.time()), self._asking.service.name
@@ -326,19 +334,6 @@ def _body(kind: type) -> dict[str, Any]:
     return {"requestBody": {"content": content, "required": True}}
 
 
-_PAGE = Path(__file__).parent / "page"
-_PAGE_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src blob: data:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
-        "trusted-types 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
-    "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
-}  # fmt: skip
-"""Nothing but the server itself is asked, no other page may show this one, and no text can become a program."""
-
-
 def build_app(service: Service, key: str | None) -> FastAPI:
     """The application. ``service`` is closed with it."""
 
@@ -355,8 +350,7 @@ def build_app(service: Service, key: str | None) -> FastAPI:
         status = {"status": "ok" if alive else "stopping", "needs_key": key is not None}
         return JSONResponse(status, 200 if alive else 503)
 
-    for path, (file, kind) in PAGE.items():
-        app.add_api_route(path, _sends(_PAGE / file, kind), methods=["GET", "HEAD"], include_in_schema=False)
+    add_pages(app, Path(__file__).parent / "page", PAGE)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -373,81 +367,13 @@ def build_app(service: Service, key: str | None) -> FastAPI:
 
     @app.post(CHAT, openapi_extra=_body(ChatRequest))
     async def chat(request: Request) -> Response:
-        service.take_place()
-        asking: Asking | None = None
-        streams = False
-        try:
-            asked = schema.read_request(await read_body(request, service.limits))
-            _check_model(service, asked.model)
-            decoding_of(asked, service.limits)
-            asking = Asking(service, request)
-            asking.submit(await service.prepare(asked), asked)
-            in_pieces, options = asked.stream, asked.stream_options or schema.StreamOptions()
-            del asked  # and the pictures with it, as the model has what it wants of them
-            events = asking.events()
-            if in_pieces:
-                first = await anext(events, None)
-                streams = True
-                return EventStream(asking, events, first, with_usage=options.include_usage)
-            text, done = "", None
-            async for event in events:
-                if isinstance(event, Done):
-                    done = event
-                else:
-                    text += event
-            if done is None:
-                return Response(status_code=499)
-            return JSONResponse(schema.completion(_answer_id(), service.name, text, done.reason, asking.usage(done)))
-        finally:
-            if not streams:
-                if asking is None:
-                    service.leave_place()
-                else:
-                    asking.leave()
+        return await _chat(service, request)
 
     @app.post(LOOKS, openapi_extra=_body(LooksRequest))
     async def looked_at(request: Request) -> Response:
-        service.take_place()
-        asking: Asking | None = None
-        try:
-            asked = schema.read_request(await read_body(request, service.limits), LooksRequest)
-            _check_model(service, asked.model)
-            asking = Asking(service, request)
-            prompt, spans = await service.prepare_looks(asked)
-            del asked
-            num_images = len(prompt.images)
+        return await _looked_at(service, request)
 
-            def look(wanted: Callable[[], bool]) -> Looks:
-                return looks(service.vlm, prompt, spans, service.hidden, rows=service.limits.max_batch, wanted=wanted)
-
-            found = await asking.result(look)
-            if found is None:
-                return Response(status_code=499)
-            variants = 2 + (num_images if num_images > 1 else 0)
-            service.metrics.tokens.labels("prompt").inc(variants * len(prompt.encoded.ids))
-            return JSONResponse(schema.looked(service.name, found, num_images))
-        finally:
-            if asking is None:
-                service.leave_place()
-            else:
-                asking.leave()
-
-    @app.exception_handler(ApiError)
-    async def refused(request: Request, error: ApiError) -> Response:
-        return error_response(error)
-
-    @app.exception_handler(HTTPException)
-    async def unknown(request: Request, error: HTTPException) -> Response:
-        told = ApiError(
-            error.status_code, f"{request.method} {request.url.path}: {error.detail}.", code="unknown_url",
-            headers=error.headers,
-        )  # fmt: skip
-        return error_response(told)
-
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> Response:
-        return error_response(ApiError(500, "The server failed; its log has the reason.", code="failed"))
-
+    answer_errors(app, "The server failed; its log has the reason.")
     describe = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -457,13 +383,58 @@ def build_app(service: Service, key: str | None) -> FastAPI:
 
     app.openapi = openapi
     routes = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))
-    app.add_middleware(Guard, key=key, metrics=service.metrics, routes=routes)
+    app.add_middleware(Guard, key=key, pages=PAGE, told=partial(service.metrics.answered, routes))
     return app
 
 
-def _sends(file: Path, kind: str) -> Callable[[], Response]:
-    content = file.read_bytes()
-    return lambda: Response(content, media_type=kind, headers=_PAGE_HEADERS)
+async def _chat(service: Service, request: Request) -> Response:
+    service.take_place()
+    with ExitStack() as held:
+        held.callback(service.leave_place)
+        asked = schema.read_request(await read_body(request, service.limits))
+        _check_model(service, asked.model)
+        decoding_of(asked, service.limits)
+        asking = Asking(service, request)
+        held.callback(asking.leave)
+        asking.submit(await service.prepare(asked), asked)
+        in_pieces, options = asked.stream, asked.stream_options or schema.StreamOptions()
+        del asked  # and the pictures with it, as the model has what it wants of them
+        events = asking.events()
+        if in_pieces:
+            first = await anext(events, None)
+            return EventStream(asking, events, first, with_usage=options.include_usage, held=held.pop_all())
+        text, done = "", None
+        async for event in events:
+            if isinstance(event, Done):
+                done = event
+            else:
+                text += event
+        if done is None:
+            return Response(status_code=499)
+        return JSONResponse(schema.completion(_answer_id(), service.name, text, done.reason, asking.usage(done)))
+
+
+async def _looked_at(service: Service, request: Request) -> Response:
+    service.take_place()
+    with ExitStack() as held:
+        held.callback(service.leave_place)
+        asked = schema.read_request(await read_body(request, service.limits), LooksRequest)
+        _check_model(service, asked.model)
+        asking = Asking(service, request)
+        held.callback(asking.leave)
+        prompt, spans = await service.prepare_looks(asked)
+        del asked
+        num_images = len(prompt.images)
+
+        def look(wanted: Callable[[], bool]) -> Looks:
+            return looks(service.vlm, prompt, spans, service.hidden, rows=service.limits.max_batch, wanted=wanted)
+
+        found = await asking.result(look)
+        if found is None:
+            return Response(status_code=499)
+        variants = 2 + (num_images if num_images > 1 else 0)
+        service.metrics.tokens.labels("prompt").inc(variants * len(prompt.encoded.ids))
+        return JSONResponse(schema.looked(service.name, found, num_images))
 
 
 def _check_model(service: Service, name: str) -> None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from beholder.config import GenerateConfig
 from beholder.types import ImageInput, ImageSlot, Part, Turn
-from beholder.use.serving.schema import ApiError, ChatRequest, Conversation, LooksRequest, Message, TextPart
+from beholder.use.serving.schema import ChatRequest, Conversation, LooksRequest, Message, TextPart
 from beholder.use.vlm import Request, Vlm
+from beholder.web.errors import ApiError
 
 CHARACTERS_PER_TOKEN = 16
 """A text with more of them for each of the model's positions is not tokenised: it would not fit."""

@@ -18,7 +18,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 from PIL import Image
 
 from beholder.data.images import ImageError, decode
-from beholder.use.exchange import exchange
+from beholder.web.exchange import exchange
 
 MAX_HOPS = 3
 FETCH_TIMEOUT_S = 5.0

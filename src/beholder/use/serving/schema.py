@@ -14,25 +14,10 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from beholder.use.looks import CLEAR, Looks, Word
+from beholder.web.errors import ApiError
 
 MAX_STOPS = 4
 _Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-
-
-class ApiError(Exception):
-    """A request is refused or failed: its HTTP status, and what OpenAI's error object says."""
-
-    def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(message)
-        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
-
-    def body(self) -> dict[str, Any]:
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        kind = "rate_limit_error" if self.status == 429 else kind
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 # ---------------------------------------------------------------------------------------------------------------

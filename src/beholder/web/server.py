@@ -1,13 +1,12 @@
-"""The listening process: where it may listen, with which key, how it stops, and clients that are too slow."""
+"""The listening process: where it may listen, how it stops, and clients that are too slow."""
 
 from __future__ import annotations
 
 import ipaddress
-import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,20 +15,14 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from beholder.types import UserError
-from beholder.use.serving.app import Service, build_app
-from beholder.use.serving.conversation import Limits
-from beholder.use.serving.pictures import Fetcher, Pictures, allowed_hosts
-from beholder.use.vlm import load
 
-MIN_KEY = 16
-"""Characters of a key; shorter ones are guessed."""
 MAX_CONNECTIONS = 512
 
 
 class PatientProtocol(H11Protocol):
     """uvicorn's HTTP/1.1, with a bound on how long a client may take over its headers, or over reading."""
 
-    patience_s = 10.0
+    patience_s: float
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -106,31 +99,20 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def server_for(app: FastAPI, limits: Limits) -> Server:
-    """A server of ``app`` for sockets of `listen`."""
-    protocol = type("Protocol", (PatientProtocol,), {"patience_s": limits.body_timeout_s})
+PATIENCE_S, GRACE_S = 10.0, 30.0
+
+
+def server_for(app: FastAPI, *, patience_s: float = PATIENCE_S, grace_s: float = GRACE_S) -> Server:
+    """A server of ``app`` for sockets of `listen`. ``patience_s``: for the headers of a request to arrive, and for a
+    reader to take what it is sent. ``grace_s``: for what is being answered when the server is told to stop."""
+    protocol = type("Protocol", (PatientProtocol,), {"patience_s": patience_s})
     return Server(
         uvicorn.Config(
             app, http=protocol, ws="none", lifespan="on", log_level="error", access_log=False, server_header=False,
             proxy_headers=False, limit_concurrency=MAX_CONNECTIONS, timeout_keep_alive=5,
-            timeout_graceful_shutdown=max(1, round(limits.grace_s)),
+            timeout_graceful_shutdown=max(1, round(grace_s)),
         )
     )  # fmt: skip
-
-
-def key_from(name: str | None, environ: Mapping[str, str]) -> str | None:
-    """The key in the environment variable ``name``. Raises `UserError` for one that is no key."""
-    if name is None:
-        return None
-    key = environ.get(name, "")
-    if not key:
-        raise UserError(f"--api-key-env {name}: there is no such environment variable, or it is empty")
-    if len(key) < MIN_KEY or not (key.isascii() and key.isprintable() and " " not in key):
-        raise UserError(
-            f"--api-key-env {name}: the key must have at least {MIN_KEY} characters, ASCII without blanks; make one "
-            "with: openssl rand -hex 32"
-        )
-    return key
 
 
 def listen(host: str, port: int, key: str | None) -> socket.socket:
@@ -156,33 +138,7 @@ def listen(host: str, port: int, key: str | None) -> socket.socket:
     return listening
 
 
-def serve(
-    run: str, *, host: str = "127.0.0.1", port: int = 8000, key: str | None = None, name: str | None = None,
-    limits: Limits | None = None, image_hosts: Sequence[str] = (), device: str = "auto",
-    overrides: Sequence[str] = (), ready: Callable[[str, str], None] = lambda url, name: None,
-) -> None:  # fmt: skip
-    """Serve ``run`` until SIGTERM or Ctrl-C. ``ready`` is told the address and the model's name.
-
-    Raises `UserError` before the model is loaded for what cannot be.
-    """
-    limits = limits or Limits()
-    try:
-        hosts = allowed_hosts(image_hosts)
-    except ValueError as error:
-        raise UserError(f"--allow-image-host {error}: expected a host such as images.example.org") from None
-    with listen(host, port, key) as listening:
-        vlm = load(run, device=device, overrides=overrides)
-        pictures = Pictures(
-            limits.max_image_bytes, min(limits.max_megapixels, vlm.cfg.data.max_megapixels),
-            Fetcher(hosts, limits.max_image_bytes),
-        )  # fmt: skip
-        service = Service(vlm, name or vlm.cfg.run_name, limits, pictures)
-        at = listening.getsockname()
-        shown = f"[{at[0]}]" if ":" in at[0] else at[0]
-        ready(f"http://{shown}:{at[1]}/v1", service.name)
-        server_for(build_app(service, key), limits).run(sockets=[listening])
-
-
-def serve_named(run: str, key_env: str | None, **settings: Any) -> None:
-    """As `serve`, with the key in the environment variable ``key_env``."""
-    serve(run, key=key_from(key_env, os.environ), **settings)
+def url_of(listening: socket.socket) -> str:
+    """Where a listening socket is asked, without a path."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

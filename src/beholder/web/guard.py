@@ -1,67 +1,44 @@
-"""What stands before every route: the key, the name the server is called by, counting; and how errors look."""
+"""What stands before every route: the key, and the name that the server is called by."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Container, MutableMapping
 from typing import Any
 
-from fastapi.responses import JSONResponse
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-
-from beholder.use.serving.schema import ApiError
+from beholder.web.errors import ApiError, error_response
 
 OPEN = ("/health",)
 """Routes that need no key."""
-PAGE = {
-    "/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript"),
-}  # fmt: skip
-"""The page to talk to the model, which says nothing of it: a browser asks for it before anybody can type a key."""
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
-
-class Metrics:
-    """What ``/metrics`` tells, in a registry of its own."""
-
-    def __init__(self, waiting: Callable[[], float], running: Callable[[], float]) -> None:
-        self.registry = CollectorRegistry()
-        made: dict[str, Any] = {"registry": self.registry}
-        self.requests = Counter("beholder_requests_total", "Requests by route and status.", ["route", "code"], **made)
-        self.seconds = Histogram("beholder_request_seconds", "Until the end of the answer.", ["route"], **made)
-        self.first = Histogram("beholder_first_token_seconds", "Until the first piece of an answer.", **made)
-        self.tokens = Counter("beholder_tokens_total", "Tokens read and written.", ["kind"], **made)
-        self.rows = Histogram(
-            "beholder_batch_rows", "Answers written together.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), **made
-        )
-        Gauge("beholder_waiting", "Answers that wait for the model.", **made).set_function(waiting)
-        Gauge("beholder_running", "Answers that are being written.", **made).set_function(running)
-
-
-def error_response(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, dict(error.headers or {}))
+Told = Callable[[str, str, float], None]
+"""Is told of every answer: path, status (499: nobody was there any more), seconds."""
 
 
 class Guard:
     """Around the whole application, so that a route that is added later is guarded too.
 
     ``key`` None: whoever reaches the port may ask, as long as they call it by a name of this machine (a page in a
-    browser that points its own name here does not).
+    browser that points its own name here does not). ``pages``: paths that may be read without the key.
     """
 
-    def __init__(self, app: Any, *, key: str | None, metrics: Metrics, routes: frozenset[str]) -> None:
-        self._app, self._metrics, self._routes = app, metrics, routes
+    def __init__(
+        self, app: Any, *, key: str | None, pages: Container[str] = (),
+        told: Told = lambda path, status, seconds: None,
+    ) -> None:  # fmt: skip
+        self._app, self._pages, self._told = app, pages, told
         self._digest = None if key is None else hashlib.sha256(key.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        begun, status = time.monotonic(), "499"  # nobody was there any more
+        begun, status = time.monotonic(), "499"
 
         async def counted(message: MutableMapping[str, Any]) -> None:
             nonlocal status
@@ -76,9 +53,7 @@ class Guard:
             else:
                 await self._app(scope, receive, counted)
         finally:
-            route = scope["path"] if scope["path"] in self._routes else "other"
-            self._metrics.requests.labels(route, status).inc()
-            self._metrics.seconds.labels(route).observe(time.monotonic() - begun)
+            self._told(scope["path"], status, time.monotonic() - begun)
 
     def _refused(self, scope: Scope) -> ApiError | None:
         if scope["path"] in OPEN:
@@ -92,7 +67,7 @@ class Guard:
                 403, f"Without a key the server answers to {', '.join(LOOPBACK)} alone; start it with --api-key-env "
                 "to call it by another name.", code="host_not_allowed",
             )  # fmt: skip
-        if scope["path"] in PAGE and scope["method"] in ("GET", "HEAD"):
+        if scope["path"] in self._pages and scope["method"] in ("GET", "HEAD"):
             return None
         scheme, _, token = _header(scope, b"authorization").partition(b" ")
         given = hashlib.sha256(token.strip()).digest()

@@ -13,7 +13,7 @@ from beholder.report.render import LOSSES, SMALL, exact_curves
 from beholder.report.words import count, duration, metric_name
 from beholder.runs import writer_is_alive
 from beholder.types import Status, printable
-from beholder.use.watching.so_far import SoFar
+from beholder.watching.so_far import SoFar
 
 TOLD: dict[Status, str] = {
     Status.RUNNING: "training", Status.SUCCEEDED: "finished", Status.FAILED: "failed",

@@ -34,7 +34,7 @@ from beholder.evidence import (
     thin,
     thumbnail,
 )
-from beholder.evidence.catalogue import LOGGED, LOGGED_KINDS, quantity
+from beholder.evidence.catalogue import LOGGED, LOGGED_KINDS, logged_curves, quantity
 from beholder.evidence.gates import judge
 from beholder.probes import golden, golden_history
 from beholder.probes.caption_metrics import exact_match
@@ -93,7 +93,6 @@ class Metrics:
 
     def _reset(self) -> None:
         self._offset = 0
-        self.behind = False
         self.damaged = 0
         """Whole lines that are no JSON object."""
         self.series: dict[str, Series] = {}
@@ -129,7 +128,6 @@ class Metrics:
         if not whole and len(data) > MAX_LINE:
             whole = len(data)
         self._offset += whole
-        self.behind = self._offset < stat.st_size and len(data) == MAX_CHUNK
         for line in data[:whole].split(b"\n"):
             if line.strip():
                 self._take(line)
@@ -322,7 +320,7 @@ class SoFar:
         found: dict[tuple[str, str, str], Sample] = {}
         for step in sorted(self.golden.rows):
             for row in self.golden.rows[step]:
-                key = (row.id, row.gt_text, row.image_relpath)
+                key = golden.key(row)
                 if key not in found:
                     if len(found) == NUM_PICTURES:
                         continue
@@ -363,13 +361,11 @@ class SoFar:
     def curves(self) -> list[Curve]:
         """What was logged over the steps, with the baseline at step 0 where there is one."""
         m = self.metrics
-        kinds = sorted(key for key in m.series if key.startswith(LOGGED_KINDS))
-        rows = [*LOGGED, *((f"quick_eval.exact/{key.partition('/')[2]}", "share", key) for key in kinds)]
         before = next((x.value for x in self.baseline if x.name == "eval.loss" and x.stratum is None), None)
         start = {} if before is None else {"eval_loss": [(0.0, before)]}
         found = [
             m.series.get(key, Series()).curve(name, unit, start.get(key, ()))
-            for name, unit, key in rows if key in m.series or key in start
+            for name, unit, key in logged_curves(m.series) if key in m.series or key in start
         ]  # fmt: skip
         return found + [series.curve(name, quantity(name)[0].unit) for name, series in m.monitors.items()]
 
