@@ -1,8 +1,8 @@
 """Questions about several of easy-VQA's pictures at once, whose answer lies in one of them or in a comparison.
 
 Made so that nothing but the pictures helps: the place of the picture that decides, the number of pictures and every
-answer that a question can have are equally frequent where they are measured, so whoever guesses from the words, from the last picture or from
-the first is right no more often than chance.
+answer that a question can have are equally frequent where they are measured, so whoever guesses from the words, from
+the last picture or from the first is right no more often than chance.
 """
 
 from __future__ import annotations
