@@ -21,6 +21,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tests.conftest import TinyParts, make_config
 from tests.data.test_chat_templates import sentencepiece
@@ -337,6 +338,17 @@ def test_odd_places(default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         export(default, tmp_path / "disk", samples=1)
 
 
+def test_a_full_disk_is_told(default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any, **more: Any) -> None:  # as safetensors says it
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(exporting, "_write", full)
+    with pytest.raises(UserError, match=r"cannot write .*out: No space left on device; .* MB are free"):
+        export(default, tmp_path / "out", samples=1)
+
+    assert listing(tmp_path) == []
+
+
 def test_of_two_at_once_the_second_is_told_and_takes_nothing(
     default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,7 +358,7 @@ def test_of_two_at_once_the_second_is_told_and_takes_nothing(
         return 0.0, ["x"]
 
     monkeypatch.setattr(exporting, "_prove", meanwhile)
-    with pytest.raises(UserError, match="cannot write .*out"):
+    with pytest.raises(UserError, match=r"cannot write .*out"):
         export(default, tmp_path / "out", samples=1)
 
     assert listing(tmp_path) == ["out"] and (tmp_path / "out" / "config.json").read_text() == "the first's"

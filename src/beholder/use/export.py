@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -147,7 +148,11 @@ def export(
             if not adapter:
                 stack.enter_context(opened.model.adapters_merged())
             with writing(out):
-                written = _write(opened, folder, beside=adapter, max_shard_size=max_shard_size)
+                try:
+                    written = _write(opened, folder, beside=adapter, max_shard_size=max_shard_size)
+                except SafetensorError as error:  # what the disk says, wrapped
+                    number = re.search(r"os error (\d+)", str(error))
+                    raise OSError(int(number[1]) if number else 0, str(error)) from error
             difference, answers = _prove(opened, folder, written, chosen, beside=adapter)
         files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         with writing(out):
