@@ -6,8 +6,12 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tests.conftest import TinyParts, make_config
 from tests.data.test_chat_templates import sentencepiece
@@ -295,6 +300,73 @@ def test_a_folder_that_needs_beholder_leaves_nothing_behind(
 
     assert "beholder" in str(e.value)
     assert listing(tmp_path) == ["code"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_one_that_is_stopped_leaves_nothing_behind(
+    default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Neither its folders nor the process that asks it."""
+    code = tmp_path / "code"
+    shutil.copytree(exporting.CODE, code)
+    stop = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); "
+    stop += f"os.kill({os.getpid()}, {int(number)}); time.sleep(60)\n"
+    (code / "fresh_check.py").write_text(stop)
+    monkeypatch.setattr(exporting, "CODE", code)
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+
+    with pytest.raises(SystemExit):
+        export(default, tmp_path / "new" / "below" / "out", samples=1)
+
+    assert listing(tmp_path) == ["code", "pid", "scratch"] and listing(tmp_path / "scratch") == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_odd_places(default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link to an empty folder is followed; what cannot be written is told before the work is done."""
+    monkeypatch.setattr(exporting, "_prove", lambda *given, **more: (0.0, ["x"]))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    export(default, tmp_path / "link", samples=1)
+    export(default, tmp_path / "with blänks\nand a line", samples=1)
+    export(default, tmp_path / ("ü" * 120), samples=1)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty" / "config.json").is_file()
+    assert (tmp_path / "with blänks\nand a line" / "config.json").is_file()
+
+    for place, says in (("n" * 300, "cannot write"), ("link/config.json/out", "cannot write"), ("empty", "not empty")):
+        with pytest.raises(UserError, match=says):
+            export(default, tmp_path / place, samples=1)
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "disk"))
+    with pytest.raises(UserError, match="where a disk is mounted"):
+        export(default, tmp_path / "disk", samples=1)
+
+
+def test_a_full_disk_is_told(default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any, **more: Any) -> None:  # as safetensors says it
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(exporting, "_write", full)
+    with pytest.raises(UserError, match=r"cannot write .*out: No space left on device; .* MB are free"):
+        export(default, tmp_path / "out", samples=1)
+
+    assert listing(tmp_path) == []
+
+
+def test_of_two_at_once_the_second_is_told_and_takes_nothing(
+    default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meanwhile(*given: Any, **more: Any) -> tuple[float, list[str]]:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "config.json").write_text("the first's")
+        return 0.0, ["x"]
+
+    monkeypatch.setattr(exporting, "_prove", meanwhile)
+    with pytest.raises(UserError, match=r"cannot write .*out"):
+        export(default, tmp_path / "out", samples=1)
+
+    assert listing(tmp_path) == ["out"] and (tmp_path / "out" / "config.json").read_text() == "the first's"
 
 
 def test_what_cannot_be_exported_is_said_before_anything_is_written(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import shutil
 import socket
 import ssl
@@ -116,6 +117,53 @@ def test_code_that_is_not_ours_is_not_run(run: Path, exported: Path, tmp_path: P
         parity(run, tmp_path / "other", samples=1)
 
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("way", ["generate", "below", "list", "base"])
+def test_code_is_not_run_by_a_way_around_the_files_that_were_looked_at(
+    run: Path, exported: Path, tmp_path: Path, way: str
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(exported, folder)
+    evil = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    match way:
+        case "generate":  # transformers runs it where it may run a modelling file
+            (folder / "custom_generate").mkdir()
+            (folder / "custom_generate" / "generate.py").write_text(f"{evil}def generate(model, **k): ...\n")
+        case "base":
+            (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
+        case _:
+            (folder / "sub").mkdir()
+            (folder / "sub" / "code.py").write_text(evil + (exported / "modeling_beholder.py").read_text())
+            name = "config.json" if way == "below" else "tokenizer_config.json"
+            settings = json.loads((folder / name).read_text())
+            settings["auto_map"] = {"AutoConfig": "sub/code.BeholderConfig"} if way == "below" else ["sub/code.T", None]
+            (folder / name).write_text(json.dumps(settings))
+
+    with pytest.raises(UserError, match="--trust-remote-code"):
+        parity(run, folder, samples=1, max_new_tokens=2)
+
+    assert not (tmp_path / "ran").exists()
+
+
+def test_settings_without_end_and_pickled_weights_are_refused(run: Path, exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "config.json")
+    with pytest.raises(UserError, match=r"config\.json is no file"):
+        parity(run, tmp_path / "pipe")
+
+    (tmp_path / "huge").mkdir()
+    with (tmp_path / "huge" / "config.json").open("wb") as file:
+        file.truncate(10**10)
+    with pytest.raises(UserError, match="more than 16,000,000 bytes"):
+        parity(run, tmp_path / "huge")
+
+    shutil.copytree(exported, tmp_path / "pickled")
+    (tmp_path / "pickled" / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.bin"):
+        (tmp_path / "pickled" / "adapter" / name).write_text("{}")
+    with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
+        parity(run, tmp_path / "pickled")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ httpx: Any = pytest.importorskip("httpx")
 from tests.conftest import TinyParts, make_config
 from tests.web.running import KEY, running
 
+from beholder.config.file import dump_config
 from beholder.runs import RunDir
 from beholder.stages import run_stage
 from beholder.types import UserError
@@ -123,6 +124,66 @@ def test_a_strange_line_harms_nothing(tmp_path: Path, row: bytes) -> None:
     look.look()
 
     assert state(look)["progress"]["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["run.json", "baseline.json", "evidence.json", "config.yaml"])
+@pytest.mark.parametrize(
+    "content", [b"[]", b"5", b'{"measurements": 5}', b"[" * 20_000, b'{"a":' * 20_000, b"\xff\xfe\0"]
+)
+def test_a_poisoned_file_is_told_and_harms_nothing(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "metrics.jsonl").write_bytes(line(2))
+    look = SoFar(tmp_path)
+
+    for _ in range(2):
+        look.look()
+        told = state(look)
+
+    assert told["progress"]["step"] == 2
+    if content != b'{"measurements": 5}' or name != "run.json":  # which is an object
+        assert any(w.startswith(f"{name}: ") for w in told["warnings"])
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "qual").mkdir()
+    for name in (
+        "run.json",
+        "baseline.json",
+        "evidence.json",
+        "config.yaml",
+        "metrics.jsonl",
+        "qual/step_1_golden4.jsonl",
+    ):
+        os.mkfifo(tmp_path / name)
+    look = SoFar(tmp_path)
+    looking = threading.Thread(target=look.look, daemon=True)
+
+    looking.start()
+    looking.join(10)
+
+    assert not looking.is_alive(), "somebody waits for who writes into the pipe"
+    assert any("baseline.json: it is no file" in w for w in state(look)["warnings"])
+
+
+def test_a_golden_set_without_end_is_shown_in_bounds(tmp_path: Path, tiny_parts: TinyParts) -> None:
+    picture = next(tiny_parts.images.glob("*.png")).name
+    cfg = make_config(tiny_parts, tmp_path / "else")
+    (tmp_path / "config.yaml").write_text(dump_config(cfg))
+    row = {
+        "id": "a", "bucket": "b", "gt_text": "x", "pred_text": "word " * 50_000, "label_len": 1, "pred_tokens_len": 1,
+        "image_relpath": ", ".join([picture] * 5_000), "hash": "0",
+    }  # fmt: skip
+    rows = "".join(json.dumps(row | {"id": str(k)}) + "\n" for k in range(30))
+    (tmp_path / "qual").mkdir()
+    (tmp_path / "qual" / "step_1_golden30.jsonl").write_text(rows)
+    look = SoFar(tmp_path)
+
+    look.look()
+    told = album(look)
+
+    assert len(told["cards"]) == so_far.NUM_PICTURES
+    assert all(len(card["images"]) == so_far.MAX_IMAGES for card in told["cards"])
+    assert len(json.dumps(told)) < 5_000_000
 
 
 # ---------------------------------------------------------------------------------------------------------------

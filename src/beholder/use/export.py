@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,7 +42,7 @@ from beholder.model.placement import Part, without_adapters
 from beholder.model.standard import ExportClass, export_class
 from beholder.model.vlm import VisionLanguageModel
 from beholder.model.weights import check_finite, quiet_transformers
-from beholder.runs import writing
+from beholder.runs import stop_signals, writing
 from beholder.train.trained import TrainedRun, open_trained
 from beholder.types import Encoded, Example, ImageInput, ImageSlot, Turn, UserError
 
@@ -103,6 +104,7 @@ class AskedSample:
     images: list[bytes]
 
 
+@stop_signals()
 def export(
     run: str | Path,
     out: str | Path,
@@ -121,8 +123,11 @@ def export(
     is left behind then.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty; name a new folder for the export")
+    with writing(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} is not empty; name a new folder for the export")
+    if os.path.ismount(out):
+        raise UserError(f"{out} is where a disk is mounted, which nothing can take the place of; name a folder in it")
     if samples < 1:
         raise UserError(f"samples is {samples}, expected 1 or more: an export that nothing was compared on is no proof")
     if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]B", max_shard_size):
@@ -133,24 +138,32 @@ def export(
         raise UserError(f"{run} has no adapters, so there is nothing to put beside its base; leave --adapter out")
     chosen = askable(opened, samples, held_out(opened))
     with writing(out):
-        place = Path(os.path.abspath(out))
+        place = Path(os.path.realpath(out))
+        missing = [parent for parent in place.parents if not parent.exists()]
         place.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{place.name[:40]}.", suffix=".tmp", dir=place.parent))
     try:
         folder.chmod(0o777 & ~_umask())
         with ExitStack() as stack, quiet_transformers():
             if not adapter:
                 stack.enter_context(opened.model.adapters_merged())
             with writing(out):
-                written = _write(opened, folder, beside=adapter, max_shard_size=max_shard_size)
+                try:
+                    written = _write(opened, folder, beside=adapter, max_shard_size=max_shard_size)
+                except SafetensorError as error:  # what the disk says, wrapped
+                    number = re.search(r"os error (\d+)", str(error))
+                    raise OSError(int(number[1]) if number else 0, str(error)) from error
             difference, answers = _prove(opened, folder, written, chosen, beside=adapter)
         files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         with writing(out):
-            if out.is_dir():
-                out.rmdir()
+            if place.is_dir():
+                place.rmdir()
             os.replace(folder, place)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # something else lies there by now
+            for parent in missing:
+                parent.rmdir()
         raise
     return Exported(
         str(out), written.name, written.prevents, ADAPTER if adapter else None, files, len(chosen), difference, answers
@@ -648,6 +661,7 @@ def _prove(
     return _compare(run, samples, theirs, told)
 
 
+@stop_signals()
 def ask_fresh(
     folder: Path, name: str, samples: Sequence[AskedSample], *, processor_code: bool, model_code: bool, beside: bool,
     special: bool, max_new_tokens: int, logits: bool = True,
@@ -661,12 +675,13 @@ def ask_fresh(
             "processor_code": processor_code, "model_code": model_code, "adapter": ADAPTER if beside else None,
             "max_new_tokens": max_new_tokens, "logits": logits, "samples": [],
         }  # fmt: skip
-        for k, sample in enumerate(samples):
-            names = [f"{k}.{i}" for i in range(len(sample.images))]
-            for image_name, image in zip(names, sample.images, strict=True):
-                (job / image_name).write_bytes(image)
-            asked["samples"].append({"messages": sample.messages, "images": names, "special": special})
-        (job / "job.json").write_text(json.dumps(asked), "utf-8")
+        with writing(job):
+            for k, sample in enumerate(samples):
+                names = [f"{k}.{i}" for i in range(len(sample.images))]
+                for image_name, image in zip(names, sample.images, strict=True):
+                    (job / image_name).write_bytes(image)
+                asked["samples"].append({"messages": sample.messages, "images": names, "special": special})
+            (job / "job.json").write_text(json.dumps(asked), "utf-8")
         _load_fresh(job)
         told = json.loads((job / "answers.json").read_text("utf-8"))
         return load_file(str(job / "logits.safetensors")), told["ids"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -39,6 +40,8 @@ from beholder.use.remote import Refused, Remote
 
 NUM_SAMPLES = 24
 NEW_TOKENS = 32
+MAX_SETTINGS = 16_000_000
+"""Bytes of a settings file of an export."""
 Cause = Literal["prompt", "answer", "refused"]
 CAUSES: dict[Cause, str] = {
     "prompt": "another prompt", "answer": "the same prompt, another answer", "refused": "not answered",
@@ -199,6 +202,8 @@ class _Folder:
         if not trust:
             _check_code(path)
         beside = (path / ADAPTER / "adapter_config.json").is_file()
+        if beside and not (path / ADAPTER / "adapter_model.safetensors").is_file():
+            raise UserError(f"{path}/{ADAPTER} has no adapter_model.safetensors; weights are read in no other form")
         return cls(path, names[0], bool(config.get("auto_map")), bool(processor.get("auto_map")), beside)
 
 
@@ -206,30 +211,48 @@ def _check_code(folder: Path) -> None:
     """Raises `UserError` unless all code that the folder could have run is what `export` puts there."""
     for code in sorted(folder.glob("*.py")):
         ours = CODE / code.name
-        if not ours.is_file() or ours.read_bytes() != code.read_bytes():
+        if not (ours.is_file() and code.is_file()) or ours.read_bytes() != code.read_bytes():
             raise UserError(
                 f"{code} is not the code that this version of Beholder exports, and comparing would run it; look at "
                 "it, then give --trust-remote-code"
             )
+    for name in ("custom_generate", "adapter_config.json"):  # a program, and a base that lies somewhere else
+        if os.path.lexists(folder / name):
+            raise UserError(
+                f"{folder / name} is nothing that `beholder export` writes, and code could be run because of it; look "
+                "at it, then give --trust-remote-code"
+            )
+    ours = {code.stem for code in CODE.glob("*_beholder.py")}
     for path in sorted(folder.glob("*config*.json")):
         for name in _code_names(_settings(path)):
-            if not (folder / f"{name.partition('.')[0]}.py").is_file():
+            if name.partition(".")[0] not in ours:
                 raise UserError(f"{path} asks for the code {name[:80]!r}; look at it, then give --trust-remote-code")
 
 
-def _code_names(value: Any) -> Iterator[str]:
-    """What any ``auto_map`` in a settings file names."""
-    if isinstance(value, dict):
-        found = value.get("auto_map")
-        for name in found.values() if isinstance(found, dict) else ():
-            yield from (str(n) for n in (name if isinstance(name, list) else [name]) if n is not None)
-        for inner in value.values():
-            yield from _code_names(inner)
+def _code_names(value: Any, *, named: bool = False) -> Iterator[str]:
+    """What any ``auto_map`` in a settings file names, a mapping or a list."""
+    match value:
+        case dict():
+            for key, inner in value.items():
+                yield from _code_names(inner, named=named or key == "auto_map")
+        case list():
+            for inner in value:
+                yield from _code_names(inner, named=named)
+        case str() if named:
+            yield value
+        case _:
+            pass
 
 
 def _settings(path: Path) -> dict[str, Any]:
     try:
-        told = json.loads(path.read_text("utf-8"))
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no file")
+        with path.open("rb") as file:
+            data = file.read(MAX_SETTINGS + 1)
+        if len(data) > MAX_SETTINGS:
+            raise UserError(f"{path} has more than {MAX_SETTINGS:,} bytes; give a folder that `beholder export` wrote")
+        told = json.loads(data.decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give a folder that `beholder export` wrote") from None
     except (OSError, ValueError, RecursionError) as error:

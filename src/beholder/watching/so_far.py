@@ -6,13 +6,13 @@ file outside the folder is opened but the golden pictures, through the data's ow
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import orjson
@@ -51,6 +51,11 @@ MAX_CURVES = 40
 MAX_FILE = 64_000_000
 """Of any other file of the run; a larger one is not read."""
 NUM_PICTURES = 24
+"""Golden samples that are shown."""
+MAX_IMAGES = 16
+"""Of a golden sample."""
+MAX_TEXT = 10_000
+"""Characters of a text; the rest is left out."""
 MAX_READINGS = 5000
 """Of the monitors; guardrails judge them."""
 
@@ -109,6 +114,8 @@ class Metrics:
     def read(self, path: Path) -> bool:
         """Take in what is new; whether anything was. A file that is gone or was written anew starts over."""
         try:
+            if not path.is_file():  # a pipe would wait for who writes into it
+                raise FileNotFoundError
             with open(path, "rb") as file:
                 stat = os.fstat(file.fileno())
                 now = (stat.st_dev, stat.st_ino)
@@ -167,6 +174,10 @@ class Metrics:
     def _add(self, among: dict[str, Series], key: str, step: int, value: float) -> None:
         if key in among or len(among) < MAX_CURVES:
             among.setdefault(key, Series()).add(step, value)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} …"
 
 
 _KEYS = frozenset(key for _, _, key in LOGGED)
@@ -241,6 +252,8 @@ class SoFar:
             if self._seen.get(name) == stamp:
                 return False
             self._seen[name] = stamp
+            if not S_ISREG(stat.st_mode):  # to open a pipe is to wait for who writes into it
+                raise UserError("it is no file, so it is not read")
             if stat.st_size > MAX_FILE:
                 raise UserError(f"it has {stat.st_size:,} bytes, so it is not read")
             take(path)
@@ -252,7 +265,7 @@ class SoFar:
             take(None)
             self.notes.pop(name, None)
             return True
-        except (OSError, UserError, ValueError) as error:
+        except (OSError, UserError, ValueError, RecursionError) as error:
             note = f"{name}: {error}"
             new = self.notes.get(name) != note
             self.notes[name] = note
@@ -265,7 +278,9 @@ class SoFar:
         self.cfg = None if path is None else load_config(path)
 
     def _take_baseline(self, path: Path | None) -> None:
-        rows = [] if path is None else json.loads(path.read_bytes()).get("measurements", [])
+        rows = [] if path is None else self.run.read_json(path.name).get("measurements", [])
+        if not isinstance(rows, list):
+            raise UserError(f"measurements holds {type(rows).__name__}, not a list")
         self.baseline = [Measurement.model_validate(row) for row in rows]
 
     def _take_evidence(self, path: Path | None) -> None:
@@ -286,10 +301,11 @@ class SoFar:
             try:
                 stat = path.stat()
                 stamp = (stat.st_ino, stat.st_mtime_ns)
-                if self.golden.files.get(path) == stamp or not self._inside(path) or stat.st_size > MAX_FILE:
+                fit = S_ISREG(stat.st_mode) and stat.st_size <= MAX_FILE
+                if self.golden.files.get(path) == stamp or not fit or not self._inside(path):
                     continue
                 self.golden.files[path] = stamp
-                self.golden.rows[step] = golden.load_captions(path)
+                self.golden.rows[step] = golden.load_captions(path)[:NUM_PICTURES]
                 self.notes.pop(path.name, None)
             except (UserError, OSError) as error:
                 self.notes[path.name] = f"{path.name}: {error}"
@@ -304,7 +320,7 @@ class SoFar:
             data = self.cfg.data
             roots = dict.fromkeys(s.image_root for s in (*data.eval_sources, *data.train_sources) if s.image_root)
             found: list[str] = []
-            for part in name.split(", "):
+            for part in name.split(", ", MAX_IMAGES)[:MAX_IMAGES]:
                 for root in roots:
                     with suppress(ImageError, OSError):
                         raw = read_bytes(ImageRef(root, part, more_roots=tuple(data.more_image_roots)))
@@ -325,11 +341,11 @@ class SoFar:
                     if len(found) == NUM_PICTURES:
                         continue
                     found[key] = Sample(
-                        id=row.id, images=self._pictures(row.image_relpath), reference=row.gt_text, predictions=[],
-                        question=row.prompt_text, bucket=row.bucket,
+                        id=_cut(row.id), images=self._pictures(row.image_relpath), reference=_cut(row.gt_text),
+                        predictions=[], question=_cut(row.prompt_text), bucket=_cut(row.bucket),
                     )  # fmt: skip
                 exact = exact_match(row.pred_text, row.gt_text)
-                found[key].predictions.append(Prediction(step=step, text=row.pred_text, exact=exact))
+                found[key].predictions.append(Prediction(step=step, text=_cut(row.pred_text), exact=exact))
         return list(found.values())
 
     # -- all of it

@@ -30,7 +30,7 @@ def main(job: Path) -> None:
     folder = asked["folder"]
     processor: Any = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=asked["processor_code"])
     model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, trust_remote_code=asked["model_code"], dtype=torch.float32
+        folder, trust_remote_code=asked["model_code"], dtype=torch.float32, use_safetensors=True
     ).eval()
     if type(model).__name__ != asked["class"]:
         raise SystemExit(f"loaded as {type(model).__name__}, expected {asked['class']}")

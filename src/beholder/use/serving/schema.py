@@ -6,6 +6,7 @@ one that would change the answer and is not done is refused by name.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -17,6 +18,10 @@ from beholder.use.looks import CLEAR, Looks, Word
 from beholder.web.errors import ApiError
 
 MAX_STOPS = 4
+MAX_MESSAGES = 100
+"""A chat template is taken apart turn by turn for every order of roles, which costs the square of them."""
+MAX_PARTS = 1000
+"""Of a message."""
 _Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
 
@@ -65,7 +70,8 @@ ContentPart = Annotated[
     ),
 ]  # fmt: skip
 Content = Annotated[
-    Annotated[str, Tag("~string")] | Annotated[list[ContentPart], Tag("~parts")], Discriminator(_content_kind)
+    Annotated[str, Tag("~string")] | Annotated[list[ContentPart], Tag("~parts"), Field(max_length=MAX_PARTS)],
+    Discriminator(_content_kind),
 ]
 
 
@@ -97,7 +103,7 @@ class Conversation(_Asked):
     """What every request is about."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class ChatRequest(Conversation):
@@ -164,6 +170,8 @@ class LooksRequest(Conversation):
 
 
 Asked = TypeVar("Asked", bound=Conversation)
+_NO_NUMBER = re.compile(r'"(\w{1,60})"\s*:\s*(-?(?:NaN|Infinity|inf|nan))')
+"""What Python and JavaScript write for a number that is none, with its field."""
 
 
 def read_request(body: bytes, kind: type[Asked] = ChatRequest) -> Asked:
@@ -171,6 +179,10 @@ def read_request(body: bytes, kind: type[Asked] = ChatRequest) -> Asked:
     try:
         given = orjson.loads(body)  # neither NaN nor nesting without end
     except orjson.JSONDecodeError as error:
+        if odd := _NO_NUMBER.search(error.doc[max(0, error.pos - 100) : error.pos + 9]):
+            name, value = odd.groups()
+            raise ApiError(400, f"Invalid value for '{name}': {value} is no number of JSON.", param=name,
+                           code="invalid_value") from None  # fmt: skip
         raise ApiError(400, f"The body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(given, dict):
         raise ApiError(400, "The body is not a JSON object", code="invalid_json")
