@@ -343,7 +343,7 @@ def test_every_class_is_trained_watched_measured_resumed_and_talked_to(tmp_path:
     assert not strangers(e.measurements)
     assert {
         "irrelevant.pass", "ood.hallucination", "ood.blind", "sane.captions", "gap.generalisation",
-        "jitter.consistency", "retention.kl", "ablation.delta.shuffled", "answer.accuracy.correct", "strength.loss",
+        "jitter.consistency", "retention.kl", "ablation.delta.shuffled", "strength.loss",
         "cross.ood.plain", "cells.delta.question",
     } <= {m.name for m in e.measurements}  # fmt: skip
     assert all(row.intact for row in e.trainable if row.part in ("vision", "language"))
