@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -178,6 +179,20 @@ def test_the_checkpoints_own_sampling_defaults_are_forgotten(parts: Parts, tmp_p
         how = GenerateConfig(temperature=temperature, top_p=top_p, max_new_tokens=12)
         a, b = (m.generate([prompt], how, eos_ids=[0], seed=3) for m in (with_defaults, without))
         assert a == b
+
+
+def test_what_a_seed_gives_does_not_depend_on_who_writes_at_once(parts: Parts) -> None:
+    model = load(parts.llm("qwen3"))
+    prompt = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    how = GenerateConfig(temperature=1.3, top_p=1.0, max_new_tokens=30)
+
+    def write(seed: int) -> list[list[int]]:
+        return model.generate([prompt], how, eos_ids=[0], seed=seed)
+
+    alone = [write(seed) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(write, range(8))) == alone
+    assert len({tuple(answer[0]) for answer in alone}) > 1
 
 
 # ---------------------------------------------------------------------------------------------------------------

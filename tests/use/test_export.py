@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +305,7 @@ def test_a_folder_that_needs_beholder_leaves_nothing_behind(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_one_that_is_stopped_leaves_nothing_behind(
-    default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, number: int
 ) -> None:
     """Neither its folders nor the process that asks it."""
     code = tmp_path / "code"
@@ -315,6 +316,7 @@ def test_one_that_is_stopped_leaves_nothing_behind(
     monkeypatch.setattr(exporting, "CODE", code)
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    request.addfinalizer(partial(signal.signal, number, signal.signal(number, signal.SIG_DFL)))  # nohup ignores SIGHUP
 
     with pytest.raises(SystemExit):
         export(default, tmp_path / "new" / "below" / "out", samples=1)

@@ -4,8 +4,9 @@ Splits a causal LM into embed, decoder and head, so that the head runs on superv
 time that the split computes what the model itself computes. Templates and token ids are `data.chat`'s business.
 """
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,18 @@ from beholder.types import UserError
 
 def _pass_by(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_states
+
+
+_DRAWS = threading.Lock()
+
+
+@contextmanager
+def _drawing(seed: int, device: torch.device) -> Iterator[None]:
+    """What is drawn depends on ``seed`` alone. transformers draws from the one state that the process has, so two
+    threads that write answers at once wait for each other."""
+    with _DRAWS, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 class LanguageModel(nn.Module):
@@ -293,12 +306,10 @@ class LanguageModel(nn.Module):
             max_new_tokens=how.max_new_tokens, repetition_penalty=how.repetition_penalty, eos_token_id=eos_ids,
             pad_token_id=eos_ids[0], use_cache=True, num_beams=1, **sampling,
         )  # fmt: skip
-        devices = [self.device] if self.device.type == "cuda" else []
         learning = self.part.learning
         self.train(False)  # no dropout; and a checkpointing layer in training mode drops the key/value cache
         try:
-            with torch.random.fork_rng(devices=devices), self._computing():
-                torch.manual_seed(seed)
+            with nullcontext() if greedy else _drawing(seed, self.device), self._computing():
                 new = self.model.generate(**given, generation_config=settings, streamer=streamer)[:, prompt:]
         finally:
             self.train(learning)
