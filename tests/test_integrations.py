@@ -239,8 +239,6 @@ def test_its_evaluator_scores_a_run(
     models: tuple[Any, Any], run: Path, tiny_parts: TinyParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import orjson
-    from lmms_eval import evaluator
-    from lmms_eval.tasks import TaskManager
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     pictures = sorted(tiny_parts.images.glob("*.png"))[:4]
@@ -253,6 +251,9 @@ def test_its_evaluator_scores_a_run(
         "def question(doc, lmms_eval_specific_kwargs=None):\n    return 'What colour?'\n"
     )
     (tmp_path / "task.yaml").write_text(TASK.format(records=tmp_path / "rows.jsonl"))
+
+    from lmms_eval import evaluator  # from here on PIL loads images that are cut off
+    from lmms_eval.tasks import TaskManager
 
     told = evaluator.simple_evaluate(
         model="beholder", model_args=f"pretrained={run}", tasks=["beholder_colours"], batch_size=2, device="cpu",

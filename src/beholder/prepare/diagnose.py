@@ -340,7 +340,7 @@ def examine_teacher(subject: str, overrides: Sequence[str] = ()) -> Examined:
             which, cfg = TeacherConfig(native=subject), _native_config(subject, Path(folder), overrides)
         else:
             where = checkpoint.resolve_checkpoint(path)
-            which, (cfg, _) = TeacherConfig(run=subject), config_of(str(where.resolve().parent.parent), overrides)
+            which, (cfg, _) = TeacherConfig(run=subject), config_of(str(checkpoint.run_of(where.resolve())), overrides)
         device = pick_device(cfg.device)
         teacher = open_teacher(which, cfg, device)
         geometry, places = teacher.model.geometry, teacher.model.num_visual_tokens
@@ -388,8 +388,7 @@ def examine_inference(
     teacher = Teacher(str(run), opened.model, opened.tokenizer, opened.encoder, opened.pipeline)
     with tempfile.TemporaryDirectory() as folder:
         if image is None:
-            where = opened.checkpoint.resolve().parent.parent
-            file = next(iter(sorted((where / "splits").glob("split_*.json"))), None)
+            file = next(iter(sorted((opened.folder / "splits").glob("split_*.json"))), None)
             data = build_data(
                 opened.cfg, opened.tokenizer, opened.model.geometry, opened.model.num_visual_tokens, split_file=file,
                 write_split=False,

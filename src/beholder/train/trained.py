@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from beholder.model.build import Vlm, build_vlm
 from beholder.model.weights import loading
 from beholder.runs import sha256_file
 from beholder.train import checkpoint, restore
-from beholder.types import UserError
+from beholder.types import ImageInput, UserError
 
 
 def identity(teacher: TeacherConfig) -> str:
@@ -79,6 +79,15 @@ class TrainedRun:
     step: int
     checkpoint: Path
 
+    @property
+    def folder(self) -> Path:
+        """The run's own."""
+        return checkpoint.run_of(self.checkpoint.resolve())
+
+    def sizes(self, inputs: Iterable[ImageInput]) -> list[tuple[int, int]] | None:
+        """What `encoder` lays the places of these images out by, where that is not one number."""
+        return None if self.encoder.images is None else [size for image in inputs if (size := image.size) is not None]
+
 
 def open_trained(run: str | Path, device: torch.device, overrides: Sequence[str] = ()) -> TrainedRun:
     """The model of a run folder (its best checkpoint, else its latest verified one) or of one of its
@@ -88,7 +97,7 @@ def open_trained(run: str | Path, device: torch.device, overrides: Sequence[str]
     adapters still refuse parts that they were not trained on.
     """
     where = checkpoint.resolve_checkpoint(run)
-    folder = where.resolve().parent.parent
+    folder = checkpoint.run_of(where.resolve())
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} has no config.yaml beside its checkpoints; give a folder that `beholder run` wrote")
     cfg = load_config(folder / "config.yaml", overrides)

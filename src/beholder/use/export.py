@@ -187,20 +187,16 @@ def askable(run: TrainedRun, count: int, among: Iterable[Example]) -> list[Asked
         if not example.images:
             continue
         example = run.encoder.apply_template(example)
-        turns = example.turns[:-1] if example.answer_text else example.turns
+        turns = asked_turns(example)
         if not turns or any(IMAGE_TOKEN in p for t in turns for p in t.parts if isinstance(p, str)):
             continue
         try:
             images = [read_bytes(ref) for ref in example.images]
-            sizes = (
-                None
-                if run.encoder.images is None
-                else [as_input(run.pipeline(r)).size or (0, 0) for r in example.images]
-            )
-            run.encoder.encode_prompt(example, sizes)
+            native = isinstance(run.model, NativeModel)
+            inputs = [as_input(run.pipeline(ref)) for ref in example.images] if native else []
+            run.encoder.encode_prompt(example, run.sizes(inputs))
         except EncodeError:
             continue
-        native = isinstance(run.model, NativeModel)
         found.append(AskedSample(example, [_message(t, native, len(images), run) for t in turns], images))
         if len(found) == count:
             return found
@@ -211,11 +207,16 @@ def askable(run: TrainedRun, count: int, among: Iterable[Example]) -> list[Asked
     return found
 
 
+def asked_turns(example: Example) -> tuple[Turn, ...]:
+    """What is said before the answer."""
+    return example.turns[:-1] if example.answer_text else example.turns
+
+
 def held_out(run: TrainedRun) -> Iterator[Example]:
     """The run's held-out samples in a fixed random order; of a run without a split file, its records."""
     data = run.cfg.data
     records = open_records(run.cfg, data.eval_sources or data.train_sources)
-    splits = sorted((run.checkpoint.resolve().parent.parent / "splits").glob("split_*.json"))
+    splits = sorted((run.folder / "splits").glob("split_*.json"))
     if data.eval_sources or not splits:
         indices = np.arange(len(records))
     else:
@@ -702,8 +703,7 @@ def _load_fresh(job: Path) -> None:
 def prompt_of(run: TrainedRun, sample: AskedSample) -> tuple[Encoded, list[ImageInput]]:
     """A sample as the run's own model takes it, without its answer."""
     inputs = [as_input(run.pipeline(ref)) for ref in sample.example.images]
-    sizes = None if run.encoder.images is None else [i.size or (0, 0) for i in inputs]
-    return run.encoder.encode_prompt(sample.example, sizes), inputs
+    return run.encoder.encode_prompt(sample.example, run.sizes(inputs)), inputs
 
 
 def same_prompt(run: TrainedRun, encoded: Encoded, ids: Tensor) -> bool:

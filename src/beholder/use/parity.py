@@ -31,6 +31,7 @@ from beholder.use.export import (
     AskedSample,
     ask_fresh,
     askable,
+    asked_turns,
     held_out,
     in_fp32,
     prompt_of,
@@ -153,7 +154,7 @@ def parity(
 def _chosen(run: TrainedRun, samples: int) -> tuple[list[AskedSample], int]:
     """The golden set first, then other held-out samples; and how many are of the golden set."""
     at = run.cfg.eval.golden_set_path
-    path = run.checkpoint.resolve().parent.parent / "golden.jsonl" if at is None else Path(at)
+    path = run.folder / "golden.jsonl" if at is None else Path(at)
     place = {golden.key(item): k for k, item in enumerate(golden.load(path))} if path.is_file() else {}
     first: dict[int, Example] = {}
     rest: list[Example] = []
@@ -357,8 +358,7 @@ def _with_server(
 
 def messages(sample: AskedSample) -> list[dict[str, Any]]:
     """A sample as OpenAI's API takes it: pictures are parts, and the line break behind one is the server's to write."""
-    turns = sample.example.turns[:-1] if sample.example.answer_text else sample.example.turns
-    return [{"role": turn.role, "content": _content(turn, sample.images)} for turn in turns]
+    return [{"role": turn.role, "content": _content(turn, sample.images)} for turn in asked_turns(sample.example)]
 
 
 def _content(turn: Turn, images: Sequence[bytes]) -> str | list[dict[str, Any]]:

@@ -169,7 +169,7 @@ class Vlm(TrainedRun):
     def num_tokens(self, messages: Messages, images: Images = None) -> int:
         """Positions that a conversation takes before its answer, those of its images included."""
         example, shown = self._example(Request(messages, images))
-        return len(self.encoder.encode_prompt(example, self._sizes(map(self._input, shown))).ids)
+        return len(self.encoder.encode_prompt(example, self.sizes(map(self._input, shown))).ids)
 
     def check_chats(self) -> None:
         """Raises `UserError` for a run that knows one prompt only."""
@@ -189,7 +189,7 @@ class Vlm(TrainedRun):
         try:
             example, images = self._example(request)
             inputs = [self._input(image) for image in images]
-            encoded = self.encoder.encode_prompt(example, self._sizes(inputs))
+            encoded = self.encoder.encode_prompt(example, self.sizes(inputs))
             room = self.context - len(encoded.ids)
             if room < 1:
                 raise ContextFullError(
@@ -208,7 +208,7 @@ class Vlm(TrainedRun):
         prompt = self.prepare(request)
         example, _ = self._example(replace(request, images=prompt.images))
         example = replace(example, turns=(*example.turns, Turn("assistant", (answer,))))
-        said = _last_answer(self.encoder.encode(example, self._sizes(prompt.images)), self.encoder.eos_ids)
+        said = _last_answer(self.encoder.encode(example, self.sizes(prompt.images)), self.encoder.eos_ids)
         if len(said) > prompt.room:
             raise ContextFullError(
                 f"the conversation takes {len(prompt.encoded.ids):,} tokens and its answer {len(said):,}, but the "
@@ -231,10 +231,6 @@ class Vlm(TrainedRun):
             case _:
                 return as_input(self.pipeline.from_file(str(image)))
 
-    def _sizes(self, inputs: Iterable[ImageInput]) -> list[tuple[int, int]] | None:
-        """What the images' places are laid out by, where that is not one number."""
-        return None if self.encoder.images is None else [size for image in inputs if (size := image.size) is not None]
-
     def _example(self, request: Request) -> tuple[Example, list[ImageLike]]:
         images = _listed(request.images)
         limit = self.cfg.max_images
@@ -254,7 +250,7 @@ class Vlm(TrainedRun):
                 )
             return ()  # without a text the encoder's template writes the instruction
         if isinstance(request.messages, str):
-            return (Turn("user", (*_front(num_images), request.messages)),)
+            return (Turn("user", (*front(num_images), request.messages)),)
         turns = [m if isinstance(m, Turn) else _turn(m, k) for k, m in enumerate(request.messages)]
         if not turns or turns[-1].role != "user":
             last = "it is empty" if not turns else f"its last turn is the {turns[-1].role}'s"
@@ -271,7 +267,7 @@ class Vlm(TrainedRun):
                 )
             return _marked(turns, token)
         first = next(k for k, turn in enumerate(turns) if turn.role == "user")
-        turns[first] = Turn("user", (*_front(num_images), *turns[first].parts))
+        turns[first] = Turn("user", (*front(num_images), *turns[first].parts))
         return tuple(turns)
 
 
@@ -290,7 +286,7 @@ def _listed(images: Images) -> list[ImageLike]:
     return [images] if isinstance(images, ImageLike) else list(images)
 
 
-def _front(num_images: int) -> tuple[Part, ...]:
+def front(num_images: int) -> tuple[Part, ...]:
     """The places of images that come before a text, as training data has them."""
     return tuple(part for k in range(num_images) for part in (ImageSlot(k), "\n"))
 

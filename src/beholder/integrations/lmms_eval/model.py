@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
-from PIL import Image
+from PIL import Image, ImageFile
 
 from beholder.config import GenerateConfig
 from beholder.data.collate import PADDED, collate
 from beholder.data.formats import marked
 from beholder.probes import measuring
-from beholder.types import Encoded, Example, ImageInput, ImageRef, ImageSlot, Part, Turn, UserError
-from beholder.use.vlm import Request, Vlm, decoding, load
+from beholder.types import ImageSlot, Part, Turn, UserError
+from beholder.use.vlm import Prompt, Request, Vlm, decoding, front, load
 
 IMAGE = "<image>"
 """As lmms-eval's tasks mark an image in a text."""
@@ -103,6 +103,8 @@ class Beholder(lmms):
             raise UserError(f"batch_size is {batch_size!r}, expected a number; it is not found out") from None
         if self.batch_size < 1:
             raise UserError(f"batch_size is {batch_size}, expected 1 or more")
+        # lmms-eval has PIL fill what is missing of an image with grey. No image is read so here: it would not be told.
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
         self.vlm: Vlm = load(pretrained, device=(device or "auto").partition(":")[0])
         self.seed = seed
 
@@ -184,19 +186,14 @@ class Beholder(lmms):
             return Request(text.replace(IMAGE, "").strip() or None, images, where)
         return Request([Turn("user", _placed(text, len(images)))], images, where)
 
-    def _answered(self, request: Any) -> tuple[Encoded, list[ImageInput]]:
+    def _answered(self, request: Any) -> Prompt:
         """A question with its continuation as the answer."""
         context, target, to_visual, doc_id, task, split = request.args
         where, doc = f"{task} {split}[{doc_id}]", self._doc(doc_id, task, split)
         text = target(doc) if callable(target) else target
         images = _images(to_visual(doc) if callable(to_visual) else None, where)
-        inputs = [self.vlm.see(image) for image in images]
-        if len(inputs) > self.vlm.cfg.max_images:
-            raise UserError(f"{where}: {len(inputs)} images, but the run was trained with {self.vlm.cfg.max_images}")
-        refs = tuple(ImageRef(root="", path=f"image {k + 1}") for k in range(len(inputs)))
-        turns = (Turn("user", _placed(context, len(inputs))), Turn("assistant", (str(text).strip(),)))
-        sizes = None if self.vlm.encoder.images is None else [size for i in inputs if (size := i.size) is not None]
-        return self.vlm.encoder.encode(Example(where, refs, turns, file="lmms-eval"), sizes), inputs
+        asked = Request([Turn("user", _placed(context, len(images)))], images, where)
+        return self.vlm.prepare_answered(asked, str(text).strip())
 
     # -- what the model says
 
@@ -212,21 +209,13 @@ class Beholder(lmms):
     def _answers(self, requests: Sequence[Request], how: How) -> list[str]:
         return [how.cut(text) for text in self.vlm.answers(requests, how.decoding, self.seed)]
 
-    def _scored(self, samples: Sequence[tuple[Encoded, list[ImageInput]]]) -> list[tuple[float, bool]]:
-        named = [(str(k), encoded, images) for k, (encoded, images) in enumerate(samples)]
+    def _scored(self, samples: Sequence[Prompt]) -> list[tuple[float, bool]]:
+        named = [(str(k), sample.encoded, sample.images) for k, sample in enumerate(samples)]
         with measuring(self.vlm.model):
             out = self.vlm.model(collate(named, PADDED))
         assert out.correct is not None, "measured without gradients"
-        owner = out.sample.cpu()
-        found: list[tuple[float, bool]] = []
-        for k, (encoded, _) in enumerate(samples):
-            own = owner == k
-            nll, right = out.nll.detach().cpu().double()[own], out.correct.cpu()[own]
-            targets = torch.from_numpy(encoded.ids)[torch.from_numpy(encoded.supervise)]
-            # The end of the turn belongs to the template, not to the continuation.
-            keep = len(targets) - int(int(targets[-1]) in self.vlm.encoder.eos_ids)
-            found.append((float(nll[:keep].sum()), bool(right[:keep].all())))
-        return found
+        owner, nll, right = out.sample.cpu(), out.nll.cpu().double(), out.correct.cpu()
+        return [(float(nll[owner == k].sum()), bool(right[owner == k].all())) for k in range(len(samples))]
 
 
 class BeholderChat(Beholder):
@@ -301,8 +290,8 @@ def _placed(text: str, num_images: int) -> tuple[Part, ...]:
     """A text with its images where it marks them all, else before it, as training has them."""
     if num_images and text.count(IMAGE) == num_images:
         return tuple(marked(text, IMAGE, 0))
-    front = tuple(part for k in range(num_images) for part in (ImageSlot(k), "\n"))
-    return (*front, text) if text else front[:-1]
+    places = front(num_images)
+    return (*places, text) if text else places[:-1]
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
