@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +13,7 @@ import pytest
 from tests.conftest import TinyParts, make_config
 from tests.stages.conftest import settings
 from tests.stages.test_instruct import losses_of
+from tests.stages.torchrun import on_two_processes
 
 from beholder.config import DistillConfig, RunConfig
 from beholder.config.file import dump_config, load_config
@@ -279,12 +277,7 @@ def test_two_processes_learn_from_a_teacher_as_one_does(student, online: bool, t
     config.write_text(dump_config(two), encoding="utf-8")
     run_stage(one, promote_anyway=True)
 
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "beholder", "run",
-         str(config), "--promote-anyway"],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=800, check=False,
-    )  # fmt: skip
+    done = on_two_processes("run", config, "--promote-anyway")
 
     assert "exitcode  : 3" in done.stderr, done.stdout + done.stderr  # three steps on random parts pass no gates
     for a, b in zip(parts_of(Path(one.run_dir)), parts_of(Path(two.run_dir)), strict=True):

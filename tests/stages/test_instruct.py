@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from tests.conftest import MakeConfig, TinyParts
 from tests.evidence.test_catalogue import strangers
 from tests.stages.conftest import settings
 from tests.stages.dying import dying_at
+from tests.stages.torchrun import on_two_processes
 
 from beholder.config import RunConfig
 from beholder.config.file import dump_config
@@ -283,12 +281,7 @@ def test_two_processes_run_the_stage_of_one(instruct: MakeConfig, tmp_path: Path
     config.write_text(dump_config(two), encoding="utf-8")
     run_stage(one, promote_anyway=True)
 
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "beholder", "run",
-         str(config), "--promote-anyway"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=800, check=False,
-    )  # fmt: skip
+    done = on_two_processes("run", config, "--promote-anyway")
 
     assert "exitcode  : 3" in done.stderr, done.stdout + done.stderr  # four steps on random parts pass no gates
     a, b = (load_evidence(tmp_path / name / "run") for name in ("one", "two"))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 from tests.conftest import TinyParts, make_config
 from tests.stages.dying import dying_at
+from tests.stages.torchrun import on_two_processes
 
 from beholder.config import RunConfig
 from beholder.config.file import dump_config, parse_config
@@ -192,11 +191,7 @@ def test_two_processes_learn_what_one_does(stage: MakeStage, tmp_path: Path) -> 
     run_stage(stage(tmp_path / "one"))
     config = tmp_path / "two.yaml"
     config.write_text(dump_config(stage(tmp_path / "two")), encoding="utf-8")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "beholder", "run",
-        str(config),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = on_two_processes("run", config)
 
     # torchrun makes 1 of every exit code, also of that for gates, which four steps do not pass
     assert (tmp_path / "two/run/evidence.json").is_file(), done.stderr[-4000:]

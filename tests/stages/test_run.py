@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tests.conftest import MakeConfig, TinyParts
 from tests.evidence.test_catalogue import strangers
 from tests.stages.dying import dying_at
+from tests.stages.torchrun import on_two_processes
 
 from beholder.evidence import load_evidence
 from beholder.model import language
@@ -373,21 +374,13 @@ def test_a_held_out_image_that_is_gone_is_counted_under_skip_and_the_run_ends_we
 
 
 def test_two_processes_run_the_stage_of_one(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    import os
-    import subprocess
-    import sys
-
     from beholder.config.file import dump_config
 
     run_stage(tiny_config(tmp_path / "one"))
     config = tmp_path / "two.yaml"
     config.write_text(dump_config(tiny_config(tmp_path / "two")))
 
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "beholder", "run",
-         str(config)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = on_two_processes("run", config)
 
     # Four steps of random parts fail their gates: code 3 on the main process, which torchrun reports as its own 1.
     assert done.returncode == 1 and re.search(r"exitcode\s*: 3\b", done.stderr), done.stderr[-3000:]

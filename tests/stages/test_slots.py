@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +15,7 @@ import yaml
 from PIL import Image
 from rich.console import Console
 from tests.evidence.test_catalogue import strangers
+from tests.stages.torchrun import on_two_processes
 from typer.testing import CliRunner
 
 from beholder.cli import app as cli
@@ -235,12 +233,7 @@ def test_slots_and_words_are_two_questions(untrained: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_processes_measure_places_as_one_does(untrained: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "beholder",
-         "ablate", str(untrained), "--slots", "--json"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=800, check=False,
-    )  # fmt: skip
+    done = on_two_processes("ablate", untrained, "--slots", "--json")
 
     assert done.returncode == 0, done.stderr[-3000:]
     shared = json.loads(done.stdout)

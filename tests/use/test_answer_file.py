@@ -24,11 +24,6 @@ def run(tiny_parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def vlm(run: Path) -> Vlm:
-    return load(run, device="cpu")
-
-
-@pytest.fixture(scope="module")
 def names(tiny_parts: TinyParts) -> list[str]:
     return sorted(p.name for p in tiny_parts.images.glob("*.png"))[:5]
 

@@ -64,11 +64,6 @@ def vlm(run: Path) -> Vlm:
 
 
 @pytest.fixture(scope="module")
-def images(tiny_parts: TinyParts) -> list[Path]:
-    return sorted(tiny_parts.images.glob("*.png"))[:6]
-
-
-@pytest.fixture(scope="module")
 def tiny(vlm: Vlm) -> Iterator[Running]:
     with serving(vlm, limits=LIMITS) as running:
         yield running

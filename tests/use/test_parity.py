@@ -62,11 +62,6 @@ def run(parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def vlm(run: Path) -> Vlm:
-    return load(run, device="cpu")
-
-
-@pytest.fixture(scope="module")
 def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "folder"
     export(run, out, samples=1)

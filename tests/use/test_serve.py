@@ -61,26 +61,10 @@ def run(tiny_parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def vlm(run: Path) -> Vlm:
-    return load(run, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def images(tiny_parts: TinyParts) -> list[Path]:
-    return sorted(tiny_parts.images.glob("*.png"))[:6]
-
-
-@pytest.fixture(scope="module")
 def tiny(vlm: Vlm) -> Iterator[Running]:
     """A server without a key, with small limits."""
     with serving(vlm, limits=SMALL) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def web(tiny: Running) -> Iterator[Any]:
-    with httpx.Client(base_url=tiny.url, timeout=60, trust_env=False) as client:
-        yield client
 
 
 def said(answer: Any) -> str:

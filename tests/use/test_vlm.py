@@ -29,16 +29,6 @@ def run(tiny_parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> Path
     return untrained_run(tiny_parts, tmp_path_factory.mktemp("chatty"))
 
 
-@pytest.fixture(scope="module")
-def vlm(run: Path) -> Vlm:
-    return load(run, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def images(tiny_parts: TinyParts) -> list[Path]:
-    return sorted(tiny_parts.images.glob("*.png"))[:6]
-
-
 TALK = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What colour?"},
