@@ -536,8 +536,18 @@ class RunConfig(Section):
         return self.train.micro_batch_size * self.train.gradient_accum
 
     def impossible(self) -> list[str]:
-        wrong = given_twice("tracking", self.tracking)
         stage = self.stage_record
+        return [
+            *given_twice("tracking", self.tracking),
+            *self._impossible_learning(stage),
+            *self._impossible_samples(stage),
+            *self._impossible_gates(stage),
+            *self._impossible_guards(),
+        ]
+
+    def _impossible_learning(self, stage: Stage) -> list[str]:
+        """What learns, and from whom."""
+        wrong: list[str] = []
         if self.model.native is not None:
             wrong += self._impossible_natively(stage)
         elif not self.model.connector.trainable and stage.connector_learns:
@@ -563,6 +573,11 @@ class RunConfig(Section):
                 f"data.augment is {self.data.augment}, but what is kept of a teacher is about the images as they are; "
                 "set it to none, or distill.online: true"
             )
+        return wrong
+
+    def _impossible_samples(self, stage: Stage) -> list[str]:
+        """What a sample is."""
+        wrong: list[str] = []
         if self.template not in stage.templates:
             wrong.append(
                 f"stage {stage.name} answers questions, and prompting.template {self.template} has none; use "
@@ -593,6 +608,10 @@ class RunConfig(Section):
                 f"data.hygiene.min_tokens is {limits.min_tokens}, larger than data.hygiene.max_tokens "
                 f"{limits.max_tokens}"
             )
+        return wrong
+
+    def _impossible_gates(self, stage: Stage) -> list[str]:
+        wrong: list[str] = []
         for name, gate in self.gates.items():
             if gate.strata and gate.stratum is not None:
                 wrong.append(f"gates.{name}: strata judges every group and stratum one of them; give one of the two")
@@ -603,6 +622,10 @@ class RunConfig(Section):
                 wrong.append(f"gates.{name} has no bound; give above, at_least or at_most")
             elif gate.enable and (setting := self.eval.off(gate.measure)) is not None:
                 wrong.append(f"gates.{name}: {gate.measure} is a monitor without data; give {setting}")
+        return wrong
+
+    def _impossible_guards(self) -> list[str]:
+        wrong: list[str] = []
         for name, rule in self.guards.items():
             if rule.measure is None:
                 wrong.append(
