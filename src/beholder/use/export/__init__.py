@@ -1,7 +1,9 @@
-"""A trained run as a Hugging Face folder that needs nothing of this package: ``beholder export RUN --to hf``.
+"""A trained run as a folder that needs nothing of this package: ``beholder export RUN --to hf|gguf``.
 
-1 `hf`: write what the run has learned, merged or beside its base, into a folder next to the one that was asked for
-2 `proof`: load that folder in a process of its own, with transformers alone, and ask it held-out `samples`
+1 `hf`, `gguf`: write what the run has learned, merged or beside its base, into a folder next to the one that was asked
+  for
+2 `proof`, `gguf_proof`: load that folder in a process of its own, with transformers or llama.cpp alone, and ask it
+  held-out `samples`
 3 compare ids, logits and answers with the run's own; only if they are equal, the folder gets its name
 
 Which class it becomes is `model.standard`'s to say. What lies in ``exported/`` is copied into the folder as it stands.
@@ -15,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,16 +25,22 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
+from beholder.model.standard import GGUF_LANGUAGE
+from beholder.model.vlm import VisionLanguageModel
 from beholder.model.weights import quiet_transformers
 from beholder.runs import stop_signals, writing
-from beholder.train.trained import open_trained
+from beholder.train.trained import TrainedRun, open_trained
 from beholder.types import UserError
 from beholder.use.export.adapters import ADAPTER
+from beholder.use.export.gguf import PROJECTOR, Stored, check_gguf, default_stored, write_gguf
+from beholder.use.export.gguf_proof import binding, check_files, prompts_of, prove_gguf
 from beholder.use.export.hf import write
 from beholder.use.export.proof import prove
-from beholder.use.export.samples import askable, held_out
+from beholder.use.export.samples import AskedSample, askable, held_out
+from beholder.use.export.vocabulary import pre_tokenizer
 
-Format = Literal["hf"]
+Format = Literal["hf", "gguf"]
+SHARD = "5GB"
 NUM_SAMPLES = 4
 
 
@@ -53,7 +61,17 @@ class Exported:
     max_logit_difference: float
     """Between the run and what was loaded, both in fp32, over all positions of the samples."""
     answers: list[str]
-    """To these samples, the same from both."""
+    """To these samples, the same from both; of 16-bit GGUF, llama.cpp's."""
+    stored: str | None = None
+    """How the matrices of GGUF are kept."""
+    read_again: tuple[int, int] | None = None
+    """Of GGUF: tensors and keys that were read from the disk as they were meant."""
+    compared_by: str = "a fresh process"
+    """What loaded it; empty where nothing could (GGUF without llama.cpp's binding)."""
+    allowed_difference: float = 0.0
+    """Of GGUF, in nats, as ``max_logit_difference`` is then: of log-probabilities."""
+    same_answers: int | None = None
+    """Of GGUF: answers of llama.cpp's that are the run's own."""
 
     def print(self, console: Console) -> None:
         console.print(
@@ -63,9 +81,29 @@ class Exported:
             console.print(f"  no class of transformers' own: {self.prevents}", highlight=False)
         if self.adapter:
             console.print(f"  adapters beside their base, in {self.adapter}/", highlight=False)
+        if self.stored is not None:
+            self._print_gguf(console)
+            return
         console.print(
             f"  loaded in a fresh process: {self.samples} held-out samples, largest difference of logits "
             f"{self.max_logit_difference:g}, same answers",
+            highlight=False,
+        )
+
+    def _print_gguf(self, console: Console) -> None:
+        assert self.read_again is not None
+        tensors, keys = self.read_again
+        console.print(f"  {self.stored}; {tensors} tensors and {keys} keys read again as written", highlight=False)
+        if not self.compared_by:
+            console.print(
+                "  llama.cpp itself was not asked: its binding is not installed (pip install 'beholder[gguf]')",
+                highlight=False,
+            )
+            return
+        console.print(
+            f"  read by {self.compared_by} in a fresh process: {self.samples} held-out samples, largest difference of "
+            f"log-probabilities {self.max_logit_difference:.2g} nats (allowed {self.allowed_difference:.2g}), "
+            f"{self.same_answers} of {self.samples} answers the same",
             highlight=False,
         )
 
@@ -81,15 +119,17 @@ def export(
     to: Format = "hf",
     adapter: bool = False,
     samples: int = NUM_SAMPLES,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = SHARD,
+    stored: Stored | None = None,
     overrides: Sequence[str] = (),
 ) -> Exported:
-    """Write ``run`` (its best checkpoint, else its latest) to ``out`` as a Hugging Face folder, and prove it.
+    """Write ``run`` (its best checkpoint, else its latest) to ``out`` as a folder that others open, and prove it.
 
-    ``to``: the one format there is. ``adapter``: leave the adapters beside their base as a PEFT folder instead of
-    merging them. Raises `UserError` for an ``out`` that holds something, a run without adapters where they are asked
-    for, parts that bring code of their own, and where what was loaded does not compute what the run computes; nothing
-    is left behind then.
+    ``to``: ``hf``, a Hugging Face folder, or ``gguf``, the two files that llama.cpp opens. ``adapter``: leave the
+    adapters beside their base as a PEFT folder instead of merging them. ``stored``: how GGUF keeps matrices; default as
+    the run's language model does. Raises `UserError` for an ``out`` that holds something, a run without adapters where
+    they are asked for, parts that bring code of their own or that llama.cpp has nothing for, and where what was loaded
+    does not compute what the run computes; nothing is left behind then.
     """
     out = Path(out)
     with writing(out):
@@ -101,10 +141,18 @@ def export(
         raise UserError(f"samples is {samples}, expected 1 or more: an export that nothing was compared on is no proof")
     if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]B", max_shard_size):
         raise UserError(f"the largest file of weights is {max_shard_size!r:.40}, expected a size such as 500MB or 5GB")
-    assert to == "hf", to
+    if to == "gguf" and adapter:
+        raise UserError("--to gguf merges adapters into the weights; leave --adapter out, or export --to hf")
+    if to == "gguf" and max_shard_size != SHARD:
+        raise UserError("--to gguf writes one file of each part; leave --shard out (llama-gguf-split cuts files)")
+    if to == "hf" and stored is not None:
+        raise UserError("--dtype says how --to gguf keeps matrices; a Hugging Face folder keeps them as the run does")
     opened = open_trained(run, torch.device("cpu"), overrides)
     if adapter and not opened.model.adapters:
         raise UserError(f"{run} has no adapters, so there is nothing to put beside its base; leave --adapter out")
+    readable = check_gguf(opened) if to == "gguf" else None
+    if readable is not None:
+        pre_tokenizer(opened.tokenizer)
     chosen = askable(opened, samples, held_out(opened))
     with writing(out):
         place = Path(os.path.realpath(out))
@@ -116,13 +164,10 @@ def export(
         with ExitStack() as stack, quiet_transformers():
             if not adapter:
                 stack.enter_context(opened.model.adapters_merged())
-            with writing(out):
-                try:
-                    written = write(opened, folder, beside=adapter, max_shard_size=max_shard_size)
-                except SafetensorError as error:  # what the disk says, wrapped
-                    number = re.search(r"os error (\d+)", str(error))
-                    raise OSError(int(number[1]) if number else 0, str(error)) from error
-            difference, answers = prove(opened, folder, written, chosen, beside=adapter)
+            if readable is not None:
+                told = _gguf(opened, readable, out, folder, chosen, stored or default_stored(readable))
+            else:
+                told = _hf(opened, out, folder, chosen, adapter, max_shard_size)
         files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         with writing(out):
             if place.is_dir():
@@ -134,9 +179,40 @@ def export(
             for parent in missing:
                 parent.rmdir()
         raise
-    return Exported(
-        str(out), written.name, written.prevents, ADAPTER if adapter else None, files, len(chosen), difference, answers
-    )
+    return replace(told, files=files)
+
+
+def _hf(
+    run: TrainedRun, out: Path, folder: Path, samples: Sequence[AskedSample], adapter: bool, max_shard_size: str
+) -> Exported:
+    with writing(out):
+        try:
+            written = write(run, folder, beside=adapter, max_shard_size=max_shard_size)
+        except SafetensorError as error:  # what the disk says, wrapped
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else 0, str(error)) from error
+    difference, answers = prove(run, folder, written, samples, beside=adapter)
+    beside = ADAPTER if adapter else None
+    return Exported(str(out), written.name, written.prevents, beside, {}, len(samples), difference, answers)
+
+
+def _gguf(
+    run: TrainedRun, model: VisionLanguageModel, out: Path, folder: Path, samples: Sequence[AskedSample], stored: Stored
+) -> Exported:
+    prompts = prompts_of(run, samples)
+    with writing(out):
+        write_gguf(run, model, folder, stored)
+    read_again = check_files(run, model, folder, stored)
+    name = f"{GGUF_LANGUAGE[type(model.language.model).__name__]} and {PROJECTOR}"
+    told = Exported(str(out), name, "", None, {}, 0, 0.0, [], stored, read_again, "")
+    where = binding()
+    if where is None:
+        return told
+    proof = prove_gguf(run, model, folder, where, samples, prompts, stored)
+    return replace(
+        told, samples=len(samples), max_logit_difference=proof.difference, answers=proof.answers, compared_by=proof.by,
+        allowed_difference=proof.allowed, same_answers=proof.same,
+    )  # fmt: skip
 
 
 def _umask() -> int:

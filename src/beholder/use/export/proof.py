@@ -67,16 +67,18 @@ def ask_fresh(
                     (job / image_name).write_bytes(image)
                 asked["samples"].append({"messages": sample.messages, "images": names, "special": special})
             (job / "job.json").write_text(json.dumps(asked), "utf-8")
-        _load_fresh(job)
+        run_fresh("fresh_check.py", job)
         told = json.loads((job / "answers.json").read_text("utf-8"))
         return load_file(str(job / "logits.safetensors")), told["ids"]
 
 
-def _load_fresh(job: Path) -> None:
+def run_fresh(script: str, job: Path) -> None:
+    """A file of ``exported/`` in a process of its own, which sees nothing of this one's. Raises `UserError` where it
+    fails."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP")}
     env |= {"HF_MODULES_CACHE": str(job / "modules"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
-        [sys.executable, "-I", str(CODE / "fresh_check.py"), str(job)], env=env, cwd=job, text=True,
+        [sys.executable, "-I", str(CODE / script), str(job)], env=env, cwd=job, text=True,
         capture_output=True, check=False,
     )  # fmt: skip
     if done.returncode:
@@ -110,7 +112,7 @@ def _compare(
                 "than it was trained, or the tokenizer reads text before and after an image as one; such runs cannot "
                 "be exported"
             )
-        ours = _logits(run, encoded, inputs)
+        ours = logits_of(run, encoded, inputs)
         shown = theirs[f"logits.{k}"][:, : ours.shape[1]]
         difference = float((ours - shown).abs().max())
         worst = max(worst, difference)
@@ -129,7 +131,7 @@ def _compare(
     return worst, texts
 
 
-def _logits(run: TrainedRun, encoded: Any, inputs: list[ImageInput]) -> Tensor:
+def logits_of(run: TrainedRun, encoded: Any, inputs: list[ImageInput]) -> Tensor:
     """Of every position of a prompt, ``[t, v]``, through the same forward as in training, with torch's own attention:
     ours for CPUs sums in another order."""
     language = run.model.language

@@ -42,6 +42,33 @@ _FLATTEN = """\
 """Messages in parts become texts, with a marker where each image goes: on a line of its own before the first word, as
 in training, else where it stands."""
 
+_MARKED = """\
+{%- set found = namespace(image='<__media__>', messages=[]) -%}
+{%- for m in messages -%}
+{%- if m.content is string -%}
+{%- set texts = [m.content] -%}
+{%- else -%}
+{%- set texts = (m.content or []) | map(attribute='text') | list -%}
+{%- endif -%}
+{%- for text in texts if text and '<__media_' in text -%}
+{%- set found.image = '<__media_' + text.split('<__media_')[1].split('>')[0] + '>' -%}
+{%- endfor -%}
+{%- endfor -%}
+{%- set IMAGE = found.image -%}
+{%- for m in messages -%}
+{%- set own = namespace(parts=[]) -%}
+{%- for p in ([{'type': 'text', 'text': m.content}] if m.content is string else m.content or []) -%}
+{%- for text in (p.text or '').split(IMAGE) -%}
+{%- if not loop.first -%}{%- set own.parts = own.parts + [{'type': 'image'}] -%}{%- endif -%}
+{%- set own.parts = own.parts + [{'type': 'text', 'text': text}] -%}
+{%- endfor -%}
+{%- endfor -%}
+{%- set found.messages = found.messages + [{'role': m.role, 'content': own.parts}] -%}
+{%- endfor -%}
+{%- set messages = found.messages -%}
+"""
+"""llama.cpp's marks of images, which a server draws anew each time it starts, become image parts."""
+
 _PLAIN = """\
 {{- BOS -}}
 {%- for m in messages -%}
@@ -61,28 +88,42 @@ _PLAIN = """\
 
 def chat_template(run: TrainedRun, token: str) -> str:
     """The run's layout of a conversation as a Jinja template, with ``token`` where an image goes."""
-    encoder = run.encoder
-
-    def say(text: str) -> str:
-        return json.dumps(text, ensure_ascii=False)
-
-    label = f"LABEL = {say(encoder.image_label)}"
-    head = f"{{%- set {label} -%}}\n{{%- set IMAGE = {say(token)} -%}}\n{_FLATTEN}"
+    head = f"{_set('LABEL', _say(run.encoder.image_label))}{_set('IMAGE', _say(token))}{_FLATTEN}"
     if token != IMAGE_TOKEN:
         head += (
             "{%- set seen.messages = [] -%}\n{%- for m in messages -%}\n"
-            f"{{%- set text = m.content.replace({say(IMAGE_TOKEN)}, IMAGE) -%}}"
+            f"{{%- set text = m.content.replace({_say(IMAGE_TOKEN)}, IMAGE) -%}}"
             "{%- set seen.messages = seen.messages + [dict(m, content=text)] -%}\n"
             "{%- endfor -%}\n{%- set messages = seen.messages -%}\n"
         )
+    return _from_texts(run, head)
+
+
+def marked_template(run: TrainedRun) -> str:
+    """The run's layout as a Jinja template for llama.cpp, which puts a mark where an image goes and, unlike a
+    processor, nothing around it."""
+    ids = (run.encoder.im_start_ids, run.encoder.im_end_ids)
+    before, after = (_say(str(run.tokenizer.decode(i, clean_up_tokenization_spaces=False))) for i in ids)
+    image = _set("IMAGE", f"{before} + IMAGE + {after}")
+    return _from_texts(run, f"{_set('LABEL', _say(run.encoder.image_label))}{_MARKED}{image}{_FLATTEN}")
+
+
+def _say(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _set(name: str, expression: str) -> str:
+    return f"{{%- set {name} = {expression} -%}}\n"
+
+
+def _from_texts(run: TrainedRun, head: str) -> str:
+    """``head``, which makes texts of the messages, and what the run makes of these."""
+    encoder = run.encoder
     if encoder.template != "chat":
-        tokens = [run.tokenizer.convert_ids_to_tokens(i) for i in encoder.bos_ids]
-        values = {
-            "BOS": "".join(tokens), "EOS": run.tokenizer.convert_ids_to_tokens(encoder.eos_ids[0]),
-        }  # fmt: skip
-        sets = "".join(f"{{%- set {k} = {say(v)} -%}}\n" for k, v in values.items())
-        instructions = f"[{say(encoder.instruction)}, {say(encoder.instruction_multi)}]"
-        return f"{head}{sets}{{%- set INSTRUCTIONS = {instructions} -%}}\n{_PLAIN}"
+        bos = "".join(run.tokenizer.convert_ids_to_tokens(i) for i in encoder.bos_ids)
+        eos = run.tokenizer.convert_ids_to_tokens(encoder.eos_ids[0])
+        instructions = f"[{_say(encoder.instruction)}, {_say(encoder.instruction_multi)}]"
+        return f"{head}{_set('BOS', _say(bos))}{_set('EOS', _say(eos))}{_set('INSTRUCTIONS', instructions)}{_PLAIN}"
     return (head + _settled(run, parts=False)).rstrip("\n") + encoder.chat_text[0]
 
 

@@ -1,0 +1,286 @@
+"""What llama.cpp makes of exported files in a process of its own, against what the run itself computes; and, with or
+without llama.cpp, whether every tensor and key stands in the files as it was meant.
+
+llama.cpp multiplies 16-bit matrices by activations that it rounds to 16 bits too, so files of f16 and bf16 are not
+compared by a number that somebody chose: as far as the run's own logits move when its matrices and what goes into them
+are rounded to 16 bits, twice over, llama.cpp's may be from them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from beholder.config import GREEDY
+from beholder.model.vlm import VisionLanguageModel
+from beholder.runs import stop_signals, writing
+from beholder.train.trained import TrainedRun
+from beholder.types import Encoded, ImageInput, ImageSlot, UserError
+from beholder.use.export.gguf import MARKER, MMPROJ, MODEL, Stored, language_tensors, tower_tensors
+from beholder.use.export.proof import NEW_TOKENS, in_fp32, logits_of, run_fresh
+from beholder.use.export.samples import AskedSample, asked_turns, prompt_of
+from beholder.use.export.template import marked_template
+
+BINDING = "xllamacpp"
+"""The package that brings llama.cpp; the extra ``gguf`` asks for it."""
+NATS = 5e-3
+"""Log-probabilities may differ by this much in f32: llama.cpp takes GELU from a table of 16-bit numbers, and its tanh
+form where the projector has the exact one."""
+SHOWN = 512
+"""Likeliest tokens of each step that are compared."""
+
+
+@dataclass(frozen=True)
+class GgufProof:
+    """What was compared, and how far it was apart."""
+
+    by: str
+    """``llama.cpp (xllamacpp VERSION)``, or that the files were read again and no more."""
+    difference: float
+    """Largest of log-probabilities, in nats; 0 where llama.cpp was not asked."""
+    allowed: float
+    answers: list[str]
+    """Of llama.cpp, one a sample."""
+    same: int
+    """Of these, the run's own."""
+
+
+def binding() -> Path | None:
+    """The folder that the binding is imported from, or None where there is none."""
+    found = importlib.util.find_spec(BINDING)
+    return None if found is None or found.origin is None else Path(found.origin).parent.parent
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Read again
+
+
+def check_files(run: TrainedRun, model: VisionLanguageModel, folder: Path, stored: Stored) -> tuple[int, int]:
+    """(tensors, keys) that were read from the disk again, every tensor as it was meant to the last bit. Raises
+    `UserError` for one that is not."""
+    tensors = keys = 0
+    for name, meant in ((MODEL, language_tensors), (MMPROJ, tower_tensors)):
+        reader = gguf.GGUFReader(folder / name)
+        there = {t.name: t for t in reader.tensors}
+        for t in meant(run, model, stored):
+            read = there.pop(t.name, None)
+            if read is None or read.tensor_type != t.kind or read.data.tobytes() != t.data.tobytes():
+                raise UserError(
+                    f"{name}: the tensor {t.name} was written and cannot be read as it was, so nothing was kept"
+                )
+            if list(read.shape) != list(reversed(t.data.shape)):
+                raise UserError(f"{name}: the tensor {t.name} has another shape on the disk, so nothing was kept")
+            tensors += 1
+        if there:
+            raise UserError(f"{name}: {len(there)} tensors that nobody wrote, among them {next(iter(there))}")
+        keys += len(reader.fields)
+        if name == MODEL:
+            template = reader.fields["tokenizer.chat_template"].contents()
+            if template != marked_template(run):
+                raise UserError(f"{name}: the chat template was written and cannot be read as it was")
+    return tensors, keys
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Asked
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample as llama.cpp takes it."""
+
+    encoded: Encoded
+    inputs: list[ImageInput]
+    text: str
+    """With a mark where an image goes."""
+    messages: list[dict[str, Any]] | None
+    """Where the chat template makes that very text of them."""
+
+
+def prompts_of(run: TrainedRun, samples: Sequence[AskedSample]) -> list[Prompt]:
+    """The prompts of samples as texts. Raises `UserError` where a text, read as one, gives other ids than the run's,
+    or where the chat template makes another text of every sample."""
+    made = [_prompt(run, sample) for sample in samples]
+    if not any(p.messages for p in made):
+        raise UserError(
+            "the chat template lays none of the samples out as the run was trained, so a client of llama.cpp could not "
+            "ask it; such runs cannot be exported to GGUF"
+        )
+    return made
+
+
+def _prompt(run: TrainedRun, sample: AskedSample) -> Prompt:
+    encoded, inputs = prompt_of(run, sample)
+    tokenizer, ids = run.tokenizer, encoded.ids.tolist()
+    cuts = [0, *(edge for span in encoded.image_spans for edge in span), len(ids)]
+    texts = []
+    for start, stop in zip(cuts[::2], cuts[1::2], strict=True):
+        text = str(tokenizer.decode(ids[start:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        if list(tokenizer(text, add_special_tokens=False)["input_ids"]) != ids[start:stop]:
+            raise UserError(
+                f"sample {sample.example.id!r}: read as one text, {text[-60:]!r} gives other ids than in training, "
+                "where what stands around an image was read apart from it. llama.cpp reads it as one, so such runs "
+                "cannot be exported to GGUF; control tokens as prompting.im_start and im_end (<|vision_start|>) keep "
+                "texts apart"
+            )
+        texts.append(text)
+    text = MARKER.join(texts)
+    messages = _messages(run, sample)
+    shown = tokenizer.apply_chat_template(
+        _marked(messages), chat_template=marked_template(run), tokenize=False, add_generation_prompt=True
+    )
+    return Prompt(encoded, inputs, text, messages if shown == text else None)
+
+
+def _messages(run: TrainedRun, sample: AskedSample) -> list[dict[str, Any]]:
+    """Turns in parts. The chat template writes the run's own system prompt and labels."""
+    said = []
+    for turn in asked_turns(sample.example):
+        parts = [{"type": "image"} if isinstance(p, ImageSlot) else {"type": "text", "text": p} for p in turn.parts]
+        said.append({"role": turn.role, "content": parts})
+    return said
+
+
+def _marked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as llama.cpp hands them to a template."""
+    return [
+        {"role": m["role"], "content": "".join(MARKER if p["type"] == "image" else p["text"] for p in m["content"])}
+        for m in messages
+    ]
+
+
+@stop_signals()
+def ask_llama(
+    folder: Path,
+    where: Path,
+    samples: Sequence[AskedSample],
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    vocab: int,
+) -> tuple[str, list[dict[str, Any]]]:
+    """(version of the binding, what it told of each sample): `exported.fresh_llama` says what. Raises `UserError` where
+    llama.cpp cannot load the files."""
+    with tempfile.TemporaryDirectory(prefix="beholder-export-") as scratch:
+        job = Path(scratch)
+        longest = max(len(p.encoded.ids) for p in prompts)
+        asked: dict[str, Any] = {
+            "model": str(folder.resolve() / MODEL), "mmproj": str(folder.resolve() / MMPROJ), "binding": str(where),
+            "marker": MARKER, "threads": torch.get_num_threads(), "context": longest + max_new_tokens + 64,
+            "max_new_tokens": max_new_tokens, "shown": min(vocab, SHOWN), "samples": [],
+        }  # fmt: skip
+        with writing(job):
+            for k, (sample, prompt) in enumerate(zip(samples, prompts, strict=True)):
+                names = [f"{k}.{i}" for i in range(len(sample.images))]
+                for name, made in zip(names, prompt.inputs, strict=True):
+                    (job / name).write_bytes(_as_png(made))
+                asked["samples"].append({"prompt": prompt.text, "messages": prompt.messages, "images": names})
+            (job / "job.json").write_text(json.dumps(asked), "utf-8")
+        run_fresh("fresh_llama.py", job)
+        told = json.loads((job / "answers.json").read_text("utf-8"))
+        return told["version"], told["answers"]
+
+
+def _as_png(made: ImageInput) -> bytes:
+    """The pixels that the tower sees, so that what is compared is the model and not two ways to resize."""
+    assert made.pixels is not None
+    file = io.BytesIO()
+    Image.fromarray(made.pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
+def prove_gguf(
+    run: TrainedRun, model: VisionLanguageModel, folder: Path, where: Path, samples: Sequence[AskedSample],
+    prompts: Sequence[Prompt], stored: Stored,
+) -> GgufProof:  # fmt: skip
+    """What llama.cpp, whose binding lies in ``where``, makes of the files in ``folder``. Raises `UserError` where it
+    cannot load them, or reads something else."""
+    version, told = ask_llama(folder, where, samples, prompts, NEW_TOKENS, model.language.vocab)
+    return compare(run, model, samples, prompts, told, stored, f"llama.cpp ({BINDING} {version})")
+
+
+@torch.no_grad()
+def compare(
+    run: TrainedRun, model: VisionLanguageModel, samples: Sequence[AskedSample], prompts: Sequence[Prompt],
+    told: list[dict[str, Any]], stored: Stored, by: str,
+) -> GgufProof:  # fmt: skip
+    """llama.cpp's answers and log-probabilities against the run's own in fp32. Raises `UserError` where they are
+    further apart than rounding explains."""
+    in_fp32(run.model)
+    answers = [[int(i) for i in heard["ids"]] for heard in told]
+    for sample, prompt, heard in zip(samples, prompts, told, strict=True):
+        for way, read in (("", heard), (" that its chat template makes", heard["chat"])):
+            if read is not None and read["prompt"] != len(prompt.encoded.ids):
+                raise UserError(
+                    f"sample {sample.example.id!r}: llama.cpp reads the prompt{way} as {read['prompt']} tokens, the "
+                    f"run has {len(prompt.encoded.ids)}, so nothing was kept"
+                )
+    ours = [_log_probabilities(run, p, ids) for p, ids in zip(prompts, answers, strict=True)]
+    how = GREEDY.model_copy(update={"max_new_tokens": NEW_TOKENS})
+    own = [[int(i) for i in run.model.generate([p.encoded], [p.inputs], how, eos_ids=run.encoder.eos_ids)[0]]
+           for p in prompts]  # fmt: skip
+    rounded = ours
+    if stored != "f32":
+        _compute_in(model, torch.float16 if stored == "f16" else torch.bfloat16)
+        rounded = [_log_probabilities(run, p, ids) for p, ids in zip(prompts, answers, strict=True)]
+    worst = rounding = 0.0
+    for mine, other, heard in zip(ours, rounded, told, strict=True):
+        chat = (heard["chat"] or {"steps": []})["steps"]
+        for k, shown in [*enumerate(heard["steps"]), *enumerate(chat)]:
+            at = torch.tensor(shown["ids"])
+            worst = max(worst, float((mine[k, at] - torch.tensor(shown["logprobs"])).abs().max()))
+            rounding = max(rounding, float((mine[k, at] - other[k, at]).abs().max()))
+    allowed = NATS + 2 * rounding
+    if not worst <= allowed:
+        raise UserError(
+            f"log-probabilities of what llama.cpp reads differ from the run's by {worst:.3g} nats (allowed "
+            f"{allowed:.3g} for {stored}), so nothing was kept"
+        )
+    texts = [run.encoder.decode(ids) for ids in answers]
+    same = 0
+    for k, sample in enumerate(samples):
+        mine = run.encoder.decode(own[k])
+        if texts[k] == mine:
+            same += 1
+        elif stored == "f32" or not _tie(ours[k], own[k], answers[k], 2 * allowed):
+            raise UserError(
+                f"sample {sample.example.id!r}: the run answers {mine!r}, llama.cpp {texts[k]!r}, so nothing was kept"
+            )
+    return GgufProof(by, worst, allowed, texts, same)
+
+
+def _tie(ours: Tensor, own: list[int], theirs: list[int], nats: float) -> bool:
+    """Whether two answers part where the run itself has the two tokens that close together."""
+    at = next((k for k, (a, b) in enumerate(zip(own, theirs, strict=False)) if a != b), None)
+    return at is not None and float(ours[at, own[at]] - ours[at, theirs[at]]) <= nats
+
+
+def _compute_in(model: VisionLanguageModel, dtype: torch.dtype) -> None:
+    """From now on the model's matrices and what goes into them are numbers of ``dtype``; sums stay fp32."""
+
+    def round_input(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].to(dtype).to(args[0].dtype), *args[1:])
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            module.weight.data = module.weight.data.to(dtype).to(module.weight.dtype)
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(round_input)
+
+
+def _log_probabilities(run: TrainedRun, prompt: Prompt, answer: list[int]) -> Tensor:
+    """Before each token of ``answer``, ``[t, v]``."""
+    ids = np.concatenate([prompt.encoded.ids, np.array(answer[:-1], dtype=np.int64)])
+    whole = replace(prompt.encoded, ids=ids, supervise=np.zeros(len(ids), dtype=bool))
+    return logits_of(run, whole, prompt.inputs)[len(prompt.encoded.ids) - 1 :].float().log_softmax(-1)

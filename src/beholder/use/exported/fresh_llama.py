@@ -1,0 +1,99 @@
+"""Run in a process of its own by `use.export.gguf_proof`: what llama.cpp makes of an exported folder, through
+the binding `xllamacpp` alone.
+
+``fresh_llama.py JOB``: JOB holds job.json and images; answers.json is written beside them.
+"""
+
+import base64
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class NoBeholder:
+    """An exported folder must not need the package that it came from."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] == "beholder":
+            raise ImportError(f"an exported folder imports {name}")
+
+
+def main(job: Path) -> None:
+    sys.meta_path.insert(0, NoBeholder())
+    asked = json.loads((job / "job.json").read_text("utf-8"))
+    os.environ["LLAMA_MEDIA_MARKER"] = asked["marker"]  # else a random one, which prompts could not name
+    sys.path.append(asked["binding"])
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = asked["model"]
+    params.mmproj.path = asked["mmproj"]
+    params.mmproj_use_gpu = False
+    params.n_gpu_layers = 0
+    params.n_ctx = asked["context"]
+    params.n_parallel = 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = asked["threads"]
+    # What is stored between steps stays as it was computed.
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.fit_params = False
+    params.warmup = False
+    params.use_jinja = True
+    params.endpoint_metrics = False
+    server = xllamacpp.Server(params)
+    told = [ask(server, sample, asked, job) for sample in asked["samples"]]
+    (job / "answers.json").write_text(json.dumps({"version": xllamacpp.__version__, "answers": told}), "utf-8")
+
+
+def ask(server: Any, sample: dict[str, Any], asked: dict[str, Any], job: Path) -> dict[str, Any]:
+    """``prompt``: tokens read; ``ids``: of the answer, its end token among them; ``steps``: of each, ids and
+    log-probabilities of the likeliest tokens, up to where a token is only a part of a character, which the server does
+    not list; ``chat``: of the first token the same, with the tokens read, where the chat template laid the prompt out.
+    """
+    data = [base64.b64encode((job / name).read_bytes()).decode() for name in sample["images"]]
+    how = {"temperature": 0.0, "cache_prompt": False, "seed": 0}
+    prompt = {"prompt_string": sample["prompt"], "multimodal_data": data}
+    told = checked(
+        server.handle_completions(
+            how | {"prompt": prompt, "n_predict": asked["max_new_tokens"], "n_probs": asked["shown"],
+                   "return_tokens": True}
+        )
+    )  # fmt: skip
+    listed, ids = told["completion_probabilities"], told["tokens"]
+    steps = [step(s) for s, i in zip(listed, ids, strict=False) if s["id"] == i]
+    whole = next((k for k, (s, i) in enumerate(zip(listed, ids, strict=False)) if s["id"] != i), len(steps))
+    out = {"prompt": told["tokens_evaluated"], "ids": ids, "steps": steps[:whole], "chat": None}
+    if sample["messages"] is not None:
+        images = iter(data)
+        messages = [
+            {"role": m["role"], "content": [
+                {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{next(images)}"}}
+                if p["type"] == "image" else p for p in m["content"]
+            ]} for m in sample["messages"]
+        ]  # fmt: skip
+        told = checked(
+            server.handle_chat_completions(
+                how | {"messages": messages, "max_tokens": 1, "logprobs": True, "top_logprobs": asked["shown"]}
+            )
+        )
+        logprobs = told["choices"][0].get("logprobs") or {"content": []}
+        steps = [step(s) for s in logprobs["content"]]
+        out["chat"] = {"prompt": told["usage"]["prompt_tokens"], "steps": steps}
+    return out
+
+
+def step(told: dict[str, Any]) -> dict[str, Any]:
+    shown = told["top_logprobs"]
+    return {"ids": [t["id"] for t in shown], "logprobs": [t["logprob"] for t in shown]}
+
+
+def checked(told: dict[str, Any]) -> dict[str, Any]:
+    if "error" in told or told.get("code", 200) != 200:
+        raise SystemExit(f"llama.cpp answers {json.dumps(told)[:2000]}")
+    return told
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
