@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from beholder.runs import stop_signals, writing
 from beholder.train.trained import TrainedRun, open_trained
 from beholder.types import UserError
 from beholder.use.export.adapters import ADAPTER
-from beholder.use.export.gguf import PROJECTOR, Stored, check_gguf, default_stored, write_gguf
+from beholder.use.export.gguf import PROJECTOR, Stored, check_gguf, default_stored, pictures_note, write_gguf
 from beholder.use.export.gguf_proof import binding, check_files, prompts_of, prove_gguf
 from beholder.use.export.hf import write
 from beholder.use.export.proof import prove
@@ -71,7 +71,10 @@ class Exported:
     allowed_difference: float = 0.0
     """Of GGUF, in nats, as ``max_logit_difference`` is then: of log-probabilities."""
     same_answers: int | None = None
-    """Of GGUF: answers of llama.cpp's that are the run's own."""
+    """Of GGUF: answers of llama.cpp's that are the run's own; another one parts from it where the run has two tokens as
+    close as rounding can turn."""
+    pictures: list[str] = field(default_factory=list)
+    """Of GGUF: where llama.cpp prepares pictures otherwise than the run does."""
 
     def print(self, console: Console) -> None:
         console.print(
@@ -93,6 +96,8 @@ class Exported:
     def _print_gguf(self, console: Console) -> None:
         assert self.read_again is not None
         tensors, keys = self.read_again
+        for note in self.pictures:
+            console.print(f"  {note}", highlight=False)
         console.print(f"  {self.stored}; {tensors} tensors and {keys} keys read again as written", highlight=False)
         if not self.compared_by:
             console.print(
@@ -120,13 +125,13 @@ def export(
     adapter: bool = False,
     samples: int = NUM_SAMPLES,
     max_shard_size: str = SHARD,
-    stored: Stored | None = None,
+    dtype: Stored | None = None,
     overrides: Sequence[str] = (),
 ) -> Exported:
     """Write ``run`` (its best checkpoint, else its latest) to ``out`` as a folder that others open, and prove it.
 
     ``to``: ``hf``, a Hugging Face folder, or ``gguf``, the two files that llama.cpp opens. ``adapter``: leave the
-    adapters beside their base as a PEFT folder instead of merging them. ``stored``: how GGUF keeps matrices; default as
+    adapters beside their base as a PEFT folder instead of merging them. ``dtype``: how GGUF keeps matrices; default as
     the run's language model does. Raises `UserError` for an ``out`` that holds something, a run without adapters where
     they are asked for, parts that bring code of their own or that llama.cpp has nothing for, and where what was loaded
     does not compute what the run computes; nothing is left behind then.
@@ -145,7 +150,7 @@ def export(
         raise UserError("--to gguf merges adapters into the weights; leave --adapter out, or export --to hf")
     if to == "gguf" and max_shard_size != SHARD:
         raise UserError("--to gguf writes one file of each part; leave --shard out (llama-gguf-split cuts files)")
-    if to == "hf" and stored is not None:
+    if to == "hf" and dtype is not None:
         raise UserError("--dtype says how --to gguf keeps matrices; a Hugging Face folder keeps them as the run does")
     opened = open_trained(run, torch.device("cpu"), overrides)
     if adapter and not opened.model.adapters:
@@ -165,7 +170,7 @@ def export(
             if not adapter:
                 stack.enter_context(opened.model.adapters_merged())
             if readable is not None:
-                told = _gguf(opened, readable, out, folder, chosen, stored or default_stored(readable))
+                told = _gguf(opened, readable, out, folder, chosen, dtype or default_stored(readable))
             else:
                 told = _hf(opened, out, folder, chosen, adapter, max_shard_size)
         files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -204,7 +209,7 @@ def _gguf(
         write_gguf(run, model, folder, stored)
     read_again = check_files(run, model, folder, stored)
     name = f"{GGUF_LANGUAGE[type(model.language.model).__name__]} and {PROJECTOR}"
-    told = Exported(str(out), name, "", None, {}, 0, 0.0, [], stored, read_again, "")
+    told = Exported(str(out), name, "", None, {}, 0, 0.0, [], stored, read_again, "", pictures=pictures_note(model))
     where = binding()
     if where is None:
         return told

@@ -75,6 +75,19 @@ def default_stored(model: VisionLanguageModel) -> Stored:
     return next(stored for stored, (own, *_) in _DTYPES.items() if own == dtype)
 
 
+def pictures_note(model: VisionLanguageModel) -> list[str]:
+    """Where llama.cpp prepares pictures otherwise than the run does: of this projector it resizes bicubically, as
+    Pillow does, and keeps the shape, with a grey margin. A square picture is the same; so is one of the tower's size."""
+    g = model.geometry
+    fits = "stretches" if g.resize == "stretch" else "crops"
+    notes = [f"llama.cpp puts a grey margin around pictures that are not square, where the run {fits} them"]
+    if g.resample != "bicubic":
+        notes.append(f"llama.cpp resizes bicubically, the run {g.resample}")
+    if g.resize == "shortest_edge" and g.resize_to != g.height:
+        notes.append(f"llama.cpp shows all of a picture, the run crops {g.resize_to} pixels to {g.height}")
+    return notes
+
+
 def write_gguf(run: TrainedRun, model: VisionLanguageModel, folder: Path, stored: Stored) -> None:
     """Both files, into ``folder``."""
     for name, fill, tensors in (

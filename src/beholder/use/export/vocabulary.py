@@ -12,6 +12,7 @@ from beholder.types import UserError, printable
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_WRITTEN = "; written for llama.cpp are those of GPT-2, SmolLM2, Qwen2 and 3, and Llama 3"
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False}
 _PRE: dict[str, tuple[list[dict[str, Any]], bool]] = {
     "gpt-2": ([_BYTES | {"use_regex": True}], False),
@@ -32,34 +33,40 @@ tokenizer.json has them. Only those that a test has compared with llama.cpp."""
 def pre_tokenizer(tokenizer: Any) -> str:
     """llama.cpp's name for what cuts a text into words (``tokenizer.ggml.pre``). Raises `UserError` for a tokenizer
     that it has no name for here: read with another one, a text would silently be other ids."""
+    why = tokenizer_prevents(tokenizer)
+    if why:
+        raise UserError(f"the run cannot be exported to GGUF: {why}. beholder export --to hf takes it")
+    told = json.loads(tokenizer.backend_tokenizer.to_str())
+    return _name_of(told) or "gpt-2"  # where every token is a byte, the same whatever words are
+
+
+def tokenizer_prevents(tokenizer: Any) -> str:
+    """Why llama.cpp would not read a text as this tokenizer does; empty where it does."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise _unknown("it is none of the tokenizers library")
+        return f"the tokenizer is a {type(tokenizer).__name__}, not one of the tokenizers library{_WRITTEN}"
     told = json.loads(backend.to_str())
     model = told["model"]
     if model["type"] != "BPE" or model.get("byte_fallback"):
         kind = "SentencePiece's BPE" if model["type"] == "BPE" else model["type"]
-        raise _unknown(f"it is {kind}, and only byte-level BPE is written")
-    if (told.get("normalizer") or {"type": "NFC"})["type"] != "NFC":
-        raise _unknown(f"it normalises text ({told['normalizer']['type']}), which llama.cpp does not")
+        return f"the tokenizer is {kind}, not byte-level BPE{_WRITTEN}"
+    normalizer = told.get("normalizer")
+    if normalizer is not None and normalizer["type"] != "NFC":
+        return f"the tokenizer normalises text ({normalizer['type']}), which llama.cpp does not{_WRITTEN}"
+    if _name_of(told) is None and (model["merges"] or _steps(told) != [_BYTES | {"use_regex": False}]):
+        return f"the tokenizer cuts text into words by {printable(json.dumps(_steps(told)))[:300]}{_WRITTEN}"
+    return ""
+
+
+def _steps(told: dict[str, Any]) -> list[dict[str, Any]]:
     steps = told.get("pre_tokenizer") or {"type": "none"}
     steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
-    steps = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
-    if model.get("ignore_merges") is None:
-        model["ignore_merges"] = False
-    for name, (known, whole) in _PRE.items():
-        if steps == known and model["ignore_merges"] == whole:
-            return name
-    if not model["merges"] and steps == [_BYTES | {"use_regex": False}]:
-        return "gpt-2"  # every token is a byte, wherever words are cut
-    raise _unknown(f"what cuts its text into words is {printable(json.dumps(steps))[:300]}")
+    return [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
 
 
-def _unknown(why: str) -> UserError:
-    return UserError(
-        f"the tokenizer cannot be written for llama.cpp: {why}. Written are those of GPT-2, SmolLM2, Qwen2 and 3, and "
-        "Llama 3"
-    )
+def _name_of(told: dict[str, Any]) -> str | None:
+    whole = bool(told["model"].get("ignore_merges"))
+    return next((name for name, (steps, own) in _PRE.items() if _steps(told) == steps and own == whole), None)
 
 
 def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, rows: int, eos_ids: list[int]) -> None:
