@@ -133,9 +133,9 @@ def export(
     """Write a trained run as a folder that others open without Beholder, and prove it in a process of its own.
 
     hf: where it computes what a class of transformers' own computes (LLaVA, VipLLaVA), it becomes that class; else a
-    class in a file of the folder. gguf: model.gguf and mmproj.gguf for llama.cpp, of a SigLIP tower with an MLP; llama.cpp
-    itself is asked where its binding is installed (the extra gguf). Logits and answers are compared with the run's;
-    where they differ nothing is left behind.
+    class in a file of the folder. gguf: model.gguf and mmproj.gguf for llama.cpp, of a SigLIP tower with an MLP;
+    llama.cpp itself is asked where its binding is installed (the extra gguf). Logits and answers are compared with the
+    run's; where they differ nothing is left behind.
 
     Python: beholder.use.export.export.
     """

@@ -206,8 +206,8 @@ def _gguf(
 ) -> Exported:
     prompts = prompts_of(run, samples)
     with writing(out):
-        write_gguf(run, model, folder, stored)
-    read_again = check_files(run, model, folder, stored)
+        meant = write_gguf(run, model, folder, stored)
+    read_again = check_files(run, model, folder, stored, meant)
     name = f"{GGUF_LANGUAGE[type(model.language.model).__name__]} and {PROJECTOR}"
     told = Exported(str(out), name, "", None, {}, 0, 0.0, [], stored, read_again, "", pictures=pictures_note(model))
     where = binding()

@@ -26,7 +26,8 @@ from beholder.use.export.weights import connector_state, language_state, tower_s
 Stored = Literal["f32", "f16", "bf16"]
 """How matrices are kept; vectors, positions and the first convolution stay f32 (the convolution f16 beside f16)."""
 MODEL, MMPROJ = "model.gguf", "mmproj.gguf"
-PROJECTOR = gguf.VisionProjectorType.JANUS_PRO
+PROJECTOR = "janus_pro"
+"""llama.cpp's name of a SigLIP tower with an MLP (`model.standard.gguf_prevents`)."""
 MARKER = "<__media__>"
 """What stands for an image in a prompt of llama.cpp's."""
 
@@ -77,7 +78,7 @@ def default_stored(model: VisionLanguageModel) -> Stored:
 
 def pictures_note(model: VisionLanguageModel) -> list[str]:
     """Where llama.cpp prepares pictures otherwise than the run does: of this projector it resizes bicubically, as
-    Pillow does, and keeps the shape, with a grey margin. A square picture is the same; so is one of the tower's size."""
+    Pillow does, and keeps the shape, with a grey margin."""
     g = model.geometry
     fits = "stretches" if g.resize == "stretch" else "crops"
     notes = [f"llama.cpp puts a grey margin around pictures that are not square, where the run {fits} them"]
@@ -88,8 +89,9 @@ def pictures_note(model: VisionLanguageModel) -> list[str]:
     return notes
 
 
-def write_gguf(run: TrainedRun, model: VisionLanguageModel, folder: Path, stored: Stored) -> None:
-    """Both files, into ``folder``."""
+def write_gguf(run: TrainedRun, model: VisionLanguageModel, folder: Path, stored: Stored) -> dict[str, dict[str, Any]]:
+    """Both files, into ``folder``; their keys, by file."""
+    keys: dict[str, dict[str, Any]] = {}
     for name, fill, tensors in (
         (MODEL, _language_keys, language_tensors), (MMPROJ, _tower_keys, tower_tensors),
     ):  # fmt: skip
@@ -101,12 +103,14 @@ def write_gguf(run: TrainedRun, model: VisionLanguageModel, folder: Path, stored
         # twice: what a file holds stands before what it is, and all of it at once would be the model once more
         for t in tensors(run, model, stored):
             writer.add_tensor_info(t.name, t.data.shape, t.data.dtype, t.data.nbytes, t.kind)
+        keys[name] = {key: value.value for part in writer.kv_data for key, value in part.items()}
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for t in tensors(run, model, stored):
             writer.write_tensor_data(t.data)
         writer.close()
+    return keys
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -68,30 +68,42 @@ def binding() -> Path | None:
 # Read again
 
 
-def check_files(run: TrainedRun, model: VisionLanguageModel, folder: Path, stored: Stored) -> tuple[int, int]:
-    """(tensors, keys) that were read from the disk again, every tensor as it was meant to the last bit. Raises
-    `UserError` for one that is not."""
+def check_files(
+    run: TrainedRun, model: VisionLanguageModel, folder: Path, stored: Stored, meant: dict[str, dict[str, Any]]
+) -> tuple[int, int]:
+    """(tensors, keys) that were read from the disk again as they were meant, to the last bit; ``meant``: keys by file.
+    Raises `UserError` for one that is another."""
     tensors = keys = 0
-    for name, meant in ((MODEL, language_tensors), (MMPROJ, tower_tensors)):
+    for name, written in ((MODEL, language_tensors), (MMPROJ, tower_tensors)):
         reader = gguf.GGUFReader(folder / name)
         there = {t.name: t for t in reader.tensors}
-        for t in meant(run, model, stored):
+        for t in written(run, model, stored):
             read = there.pop(t.name, None)
-            if read is None or read.tensor_type != t.kind or read.data.tobytes() != t.data.tobytes():
-                raise UserError(
-                    f"{name}: the tensor {t.name} was written and cannot be read as it was, so nothing was kept"
-                )
-            if list(read.shape) != list(reversed(t.data.shape)):
-                raise UserError(f"{name}: the tensor {t.name} has another shape on the disk, so nothing was kept")
+            as_meant = (
+                read is not None
+                and read.tensor_type == t.kind
+                and list(read.shape) == list(reversed(t.data.shape))
+                and read.data.tobytes() == t.data.tobytes()
+            )
+            if not as_meant:
+                raise UserError(f"{name}: the tensor {t.name} is another one on the disk, so nothing was kept")
             tensors += 1
         if there:
             raise UserError(f"{name}: {len(there)} tensors that nobody wrote, among them {next(iter(there))}")
-        keys += len(reader.fields)
-        if name == MODEL:
-            template = reader.fields["tokenizer.chat_template"].contents()
-            if template != marked_template(run):
-                raise UserError(f"{name}: the chat template was written and cannot be read as it was")
+        for key, value in meant[name].items():
+            field = reader.fields.get(key)
+            if field is None or not _same(field.contents(), value):
+                raise UserError(f"{name}: the key {key} is another one on the disk, so nothing was kept")
+            keys += 1
     return tensors, keys
+
+
+def _same(read: Any, meant: Any) -> bool:
+    if isinstance(meant, float):
+        return read == float(np.float32(meant))
+    if isinstance(meant, list | tuple):
+        return len(read) == len(meant) and all(_same(r, m) for r, m in zip(read, meant, strict=True))
+    return read == meant
 
 
 # ---------------------------------------------------------------------------------------------------------------
