@@ -161,7 +161,14 @@ def _messages(run: TrainedRun, sample: AskedSample) -> list[dict[str, Any]]:
     """Turns in parts. The chat template writes the run's own system prompt and labels."""
     said = []
     for turn in asked_turns(sample.example):
-        parts = [{"type": "image"} if isinstance(p, ImageSlot) else {"type": "text", "text": p} for p in turn.parts]
+        parts: list[dict[str, Any]] = []
+        for part in turn.parts:
+            if isinstance(part, ImageSlot):
+                parts.append({"type": "image"})
+            elif parts and parts[-1]["type"] == "text":  # llama.cpp would put a line's end between two texts
+                parts[-1] = {"type": "text", "text": parts[-1]["text"] + part}
+            else:
+                parts.append({"type": "text", "text": part})
         said.append({"role": turn.role, "content": parts})
     return said
 
@@ -182,16 +189,17 @@ def ask_llama(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     vocab: int,
+    partial: list[int],
 ) -> tuple[str, list[dict[str, Any]]]:
-    """(version of the binding, what it told of each sample): `exported.fresh_llama` says what. Raises `UserError` where
-    llama.cpp cannot load the files."""
+    """(version of the binding, what it told of each sample): `exported.fresh_llama` says what. ``partial``: tokens that
+    are no whole character. Raises `UserError` where llama.cpp cannot load the files."""
     with tempfile.TemporaryDirectory(prefix="beholder-export-") as scratch:
         job = Path(scratch)
         longest = max(len(p.encoded.ids) for p in prompts)
         asked: dict[str, Any] = {
             "model": str(folder.resolve() / MODEL), "mmproj": str(folder.resolve() / MMPROJ), "binding": str(where),
             "marker": MARKER, "threads": torch.get_num_threads(), "context": longest + max_new_tokens + 64,
-            "max_new_tokens": max_new_tokens, "shown": min(vocab, SHOWN), "samples": [],
+            "max_new_tokens": max_new_tokens, "shown": min(vocab, SHOWN), "partial": partial, "samples": [],
         }  # fmt: skip
         with writing(job):
             for k, (sample, prompt) in enumerate(zip(samples, prompts, strict=True)):
@@ -219,7 +227,9 @@ def prove_gguf(
 ) -> GgufProof:  # fmt: skip
     """What llama.cpp, whose binding lies in ``where``, makes of the files in ``folder``. Raises `UserError` where it
     cannot load them, or reads something else."""
-    version, told = ask_llama(folder, where, samples, prompts, NEW_TOKENS, model.language.vocab)
+    tokenizer, vocab = run.tokenizer, model.language.vocab
+    partial = [i for i in range(min(vocab, len(tokenizer))) if "\ufffd" in str(tokenizer.decode([i]))]
+    version, told = ask_llama(folder, where, samples, prompts, NEW_TOKENS, vocab, partial)
     return compare(run, model, samples, prompts, told, stored, f"llama.cpp ({BINDING} {version})")
 
 
@@ -232,23 +242,28 @@ def compare(
     further apart than rounding explains."""
     in_fp32(run.model)
     answers = [[int(i) for i in heard["ids"]] for heard in told]
-    for sample, prompt, heard in zip(samples, prompts, told, strict=True):
+    scored = [[int(i) for i in heard["scored"]["ids"]] for heard in told]
+    how = GREEDY.model_copy(update={"max_new_tokens": NEW_TOKENS})
+    own, gaps = [], []
+    for sample, prompt, heard, theirs in zip(samples, prompts, told, answers, strict=True):
         for way, read in (("", heard), (" that its chat template makes", heard["chat"])):
             if read is not None and read["prompt"] != len(prompt.encoded.ids):
                 raise UserError(
                     f"sample {sample.example.id!r}: llama.cpp reads the prompt{way} as {read['prompt']} tokens, the "
                     f"run has {len(prompt.encoded.ids)}, so nothing was kept"
                 )
-    ours = [_log_probabilities(run, p, ids) for p, ids in zip(prompts, answers, strict=True)]
-    how = GREEDY.model_copy(update={"max_new_tokens": NEW_TOKENS})
-    own = [[int(i) for i in run.model.generate([p.encoded], [p.inputs], how, eos_ids=run.encoder.eos_ids)[0]]
-           for p in prompts]  # fmt: skip
+        ids = run.model.generate([prompt.encoded], [prompt.inputs], how, eos_ids=run.encoder.eos_ids)[0]
+        own.append([int(i) for i in ids])
+        gaps.append(_gap(run, prompt, own[-1], theirs))
+    ours = [_log_probabilities(run, p, ids) for p, ids in zip(prompts, scored, strict=True)]
     _as_llama(model, stored)
-    rounded = [_log_probabilities(run, p, ids) for p, ids in zip(prompts, answers, strict=True)]
+    rounded = [_log_probabilities(run, p, ids) for p, ids in zip(prompts, scored, strict=True)]
     worst = rounding = 0.0
-    for mine, other, heard in zip(ours, rounded, told, strict=True):
+    for sample, mine, other, heard in zip(samples, ours, rounded, told, strict=True):
         chat = (heard["chat"] or {"steps": []})["steps"]
-        for k, shown in [*enumerate(heard["steps"]), *enumerate(chat)]:
+        if not heard["scored"]["steps"]:
+            raise UserError(f"sample {sample.example.id!r}: llama.cpp told no log-probability, so nothing was compared")
+        for k, shown in [*enumerate(heard["scored"]["steps"]), *enumerate(chat)]:
             at = torch.tensor(shown["ids"])
             worst = max(worst, float((mine[k, at] - torch.tensor(shown["logprobs"])).abs().max()))
             rounding = max(rounding, float((mine[k, at] - other[k, at]).abs().max()))
@@ -264,17 +279,20 @@ def compare(
         mine = run.encoder.decode(own[k])
         if texts[k] == mine:
             same += 1
-        elif not _tie(ours[k], own[k], answers[k], 2 * allowed):
+        elif not gaps[k] <= 2 * allowed:
             raise UserError(
                 f"sample {sample.example.id!r}: the run answers {mine!r}, llama.cpp {texts[k]!r}, so nothing was kept"
             )
     return GgufProof(by, worst, allowed, texts, same)
 
 
-def _tie(ours: Tensor, own: list[int], theirs: list[int], nats: float) -> bool:
-    """Whether two answers part where the run itself has the two tokens that close together."""
+def _gap(run: TrainedRun, prompt: Prompt, own: list[int], theirs: list[int]) -> float:
+    """By how many nats the run prefers its own token where two answers part; 0 where they do not."""
     at = next((k for k, (a, b) in enumerate(zip(own, theirs, strict=False)) if a != b), None)
-    return at is not None and float(ours[at, own[at]] - ours[at, theirs[at]]) <= nats
+    if at is None:
+        return 0.0 if run.encoder.decode(own) == run.encoder.decode(theirs) else float("inf")
+    last = _log_probabilities(run, prompt, own[: at + 1])[at]
+    return float(last[own[at]] - last[theirs[at]])
 
 
 def _as_llama(model: VisionLanguageModel, stored: Stored) -> None:

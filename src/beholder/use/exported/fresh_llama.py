@@ -72,22 +72,25 @@ class Llama:
 
 
 def ask(llama: Llama, sample: dict[str, Any], asked: dict[str, Any], job: Path) -> dict[str, Any]:
-    """``prompt``: tokens read; ``ids``: of the answer, its end token among them; ``steps``: of each, ids and
-    log-probabilities of the likeliest tokens, up to where a token is only a part of a character, which the server does
-    not list; ``chat``: of the first token the same, with the tokens read, where the chat template laid the prompt out.
+    """``prompt``: tokens read; ``ids``: of the answer, its end token among them; ``scored``: tokens, and of each step
+    ids and log-probabilities of the likeliest; ``chat``: of the first token the same, with the tokens read, where the
+    chat template laid the prompt out.
+
+    The server lists no step whose token is only a part of a character; where there is one, what is scored is another
+    answer, which is not let write such tokens. Log-probabilities are those from before that.
     """
     data = [base64.b64encode((job / name).read_bytes()).decode() for name in sample["images"]]
-    how = {"temperature": 0.0, "cache_prompt": False, "seed": 0}
+    how: dict[str, Any] = {"temperature": 0.0, "cache_prompt": False, "seed": 0}
     prompt = {"prompt_string": sample["prompt"], "multimodal_data": data}
-    told = llama(
-        "completion",
-        how
-        | {"prompt": prompt, "n_predict": asked["max_new_tokens"], "n_probs": asked["shown"], "return_tokens": True},
-    )
-    listed, ids = told["completion_probabilities"], told["tokens"]
-    steps = [step(s) for s, i in zip(listed, ids, strict=False) if s["id"] == i]
-    whole = next((k for k, (s, i) in enumerate(zip(listed, ids, strict=False)) if s["id"] != i), len(steps))
-    out = {"prompt": told["tokens_evaluated"], "ids": ids, "steps": steps[:whole], "chat": None}
+    how |= {"n_probs": asked["shown"]}
+    body = how | {"prompt": prompt, "n_predict": asked["max_new_tokens"], "return_tokens": True}
+    told = llama("completion", body)
+    ids, scored = told["tokens"], told
+    if len(told["completion_probabilities"]) < len(ids):
+        scored = llama("completion", body | {"logit_bias": [[i, False] for i in asked["partial"]]})
+    listed = [step(s) for s in scored["completion_probabilities"]]
+    out = {"prompt": told["tokens_evaluated"], "ids": ids, "chat": None,
+           "scored": {"ids": [s["id"] for s in scored["completion_probabilities"]], "steps": listed}}  # fmt: skip
     if sample["messages"] is not None:
         images = iter(data)
         messages = [
