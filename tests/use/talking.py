@@ -47,8 +47,7 @@ def _disturb(model: VisionLanguageModel, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     for weight in model.connector.parameters():
         weight.add_(0.1 * torch.randn(weight.shape, generator=draw))
-    if model.adapters:
-        noise = {
-            name: 0.1 * torch.randn(t.shape, generator=draw) for name, t in adapter_tensors(model.language.part).items()
-        }
-        load_adapter_tensors(model.language.part, noise)
+    parts = model.parts()
+    for part in (parts[name] for name in ("language", "vision") if parts[name].adapters):
+        noise = {name: 0.1 * torch.randn(t.shape, generator=draw) for name, t in adapter_tensors(part).items()}
+        load_adapter_tensors(part, noise)

@@ -50,7 +50,8 @@ from beholder.prepare.tiny import (
 from beholder.train import checkpoint
 from beholder.types import Example, ImageGeometry, ImageRef, ImageSlot, Turn, UserError
 from beholder.use import export as exporting
-from beholder.use.export import Exported, export
+from beholder.use.export import Exported, export, hf, proof
+from beholder.use.exported import CODE
 from beholder.use.exported.processing_beholder import BeholderImageProcessor, BeholderProcessor
 from beholder.use.vlm import load
 
@@ -272,13 +273,13 @@ def test_a_native_run_stays_of_its_class(parts: Any, tmp_path: Path, family: Any
 def test_a_planted_difference_leaves_nothing_behind(
     default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true = exporting._connector_state
+    true = hf.connector_state
 
     def planted(model: Any) -> dict[str, torch.Tensor]:
         state = true(model)
         return state | {"projector.fc2.bias": state["projector.fc2.bias"] + 1e-3}
 
-    monkeypatch.setattr(exporting, "_connector_state", planted)
+    monkeypatch.setattr(hf, "connector_state", planted)
     with pytest.raises(UserError, match=r"the logits of what was exported differ from the run's by .*nothing was kept"):
         export(default, tmp_path / "out", samples=1)
 
@@ -290,11 +291,11 @@ def test_a_folder_that_needs_beholder_leaves_nothing_behind(
 ) -> None:
     code = tmp_path / "code"
     code.mkdir()
-    for file in exporting.CODE.glob("*.py"):
+    for file in CODE.glob("*.py"):
         (code / file.name).write_text(file.read_text())
     with (code / "modeling_beholder.py").open("a") as file:
         file.write("\nimport beholder.types\n")
-    monkeypatch.setattr(exporting, "CODE", code)
+    monkeypatch.setattr(hf, "CODE", code)
 
     with pytest.raises(UserError, match="cannot be loaded in a process of its own") as e:
         export(default, tmp_path / "out", samples=1)
@@ -309,11 +310,11 @@ def test_one_that_is_stopped_leaves_nothing_behind(
 ) -> None:
     """Neither its folders nor the process that asks it."""
     code = tmp_path / "code"
-    shutil.copytree(exporting.CODE, code)
+    shutil.copytree(CODE, code)
     stop = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); "
     stop += f"os.kill({os.getpid()}, {int(number)}); time.sleep(60)\n"
     (code / "fresh_check.py").write_text(stop)
-    monkeypatch.setattr(exporting, "CODE", code)
+    monkeypatch.setattr(proof, "CODE", code)
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     request.addfinalizer(partial(signal.signal, number, signal.signal(number, signal.SIG_DFL)))  # nohup ignores SIGHUP
@@ -328,7 +329,7 @@ def test_one_that_is_stopped_leaves_nothing_behind(
 
 def test_odd_places(default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A link to an empty folder is followed; what cannot be written is told before the work is done."""
-    monkeypatch.setattr(exporting, "_prove", lambda *given, **more: (0.0, ["x"]))
+    monkeypatch.setattr(exporting, "prove", lambda *given, **more: (0.0, ["x"]))
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")
     export(default, tmp_path / "link", samples=1)
@@ -349,7 +350,7 @@ def test_a_full_disk_is_told(default: Path, tmp_path: Path, monkeypatch: pytest.
     def full(*given: Any, **more: Any) -> None:  # as safetensors says it
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(exporting, "_write", full)
+    monkeypatch.setattr(exporting, "write", full)
     with pytest.raises(UserError, match=r"cannot write .*out: No space left on device; .* MB are free"):
         export(default, tmp_path / "out", samples=1)
 
@@ -364,7 +365,7 @@ def test_of_two_at_once_the_second_is_told_and_takes_nothing(
         (tmp_path / "out" / "config.json").write_text("the first's")
         return 0.0, ["x"]
 
-    monkeypatch.setattr(exporting, "_prove", meanwhile)
+    monkeypatch.setattr(exporting, "prove", meanwhile)
     with pytest.raises(UserError, match=r"cannot write .*out"):
         export(default, tmp_path / "out", samples=1)
 

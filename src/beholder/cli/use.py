@@ -112,7 +112,9 @@ def chat(
 def export(
     run_folder: RunArg,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="New, or empty.")],
-    to: Annotated[Literal["hf"], typer.Option(help="hf: a Hugging Face folder.")] = "hf",
+    to: Annotated[
+        Literal["hf", "gguf"], typer.Option(help="hf: a Hugging Face folder; gguf: files that llama.cpp opens.")
+    ] = "hf",
     adapter: Annotated[
         bool,
         typer.Option(
@@ -120,20 +122,35 @@ def export(
         ),
     ] = False,
     samples: Annotated[int, typer.Option(min=1, help="Held-out samples that it is compared on.")] = 4,
-    shard: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights.")] = "5GB",
+    shard: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights, of hf.")] = "5GB",
+    dtype: Annotated[
+        Literal["f32", "f16", "bf16"] | None,
+        typer.Option(help="How gguf keeps matrices; default as the run's language model does."),
+    ] = None,
     json: Json = False,
     sets: PartSets = None,
 ) -> None:
-    """Write a trained run as a folder that transformers opens without Beholder, and prove it in a process of its own.
+    """Write a trained run as a folder that others open without Beholder, and prove it in a process of its own.
 
-    Where it computes what a class of transformers' own computes (LLaVA, VipLLaVA), it becomes that class; else a class
-    in a file of the folder. Logits and answers are compared with the run's; where they differ nothing is left behind.
+    hf: where it computes what a class of transformers' own computes (LLaVA, VipLLaVA), it becomes that class; else a
+    class in a file of the folder. gguf: model.gguf and mmproj.gguf for llama.cpp, of a SigLIP tower with an MLP;
+    llama.cpp itself is asked where its binding is installed (the extra gguf). Logits and answers are compared with the
+    run's; where they differ nothing is left behind.
 
     Python: beholder.use.export.export.
     """
     from beholder.use.export import export as write
 
-    told = write(run_folder, out, to=to, adapter=adapter, samples=samples, max_shard_size=shard, overrides=sets or [])
+    told = write(
+        run_folder,
+        out,
+        to=to,
+        adapter=adapter,
+        samples=samples,
+        max_shard_size=shard,
+        dtype=dtype,
+        overrides=sets or [],
+    )
     tell(told, json)
 
 

@@ -1,4 +1,5 @@
-"""Which class of transformers' own computes what a joined model computes, and which setting stands in the way of one.
+"""Which class of transformers' own computes what a joined model computes, which setting stands in the way of one, and
+which in the way of llama.cpp.
 
 Only classes whose arithmetic is ours to the last bit are named; `use.export` compares logits all the same.
 """
@@ -80,3 +81,101 @@ def export_class(
     if why:
         return ExportClass(OWN, why)
     return ExportClass(f"{'VipLlava' if connector.vision_ln else 'Llava'}ForConditionalGeneration")
+
+
+GGUF_LANGUAGE = {
+    "LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}  # fmt: skip
+"""llama.cpp's name of the architecture, of the classes that a test has compared with it."""
+
+
+def gguf_prevents(
+    connector: ConnectorConfig, vision: VisionConfig, tower: nn.Module, language: nn.Module, num_patches: int
+) -> str:
+    """Why these parts cannot be files of llama.cpp's: the first setting in the way, what it is and what it would have
+    to be; empty where they can. The parts may be empty ones.
+
+    llama.cpp's projector ``janus_pro`` is a SigLIP tower, a linear layer, the tower's own GELU and a linear layer, with
+    no text of its own around an image (ggml-org/llama.cpp, tools/mtmd/models/siglip.cpp).
+    """
+    kind, text = type(tower).__name__, getattr(language, "config", None)
+    eyes = getattr(tower, "config", None) if kind == "SiglipVisionModel" else None
+    layers = 0 if eyes is None else vision_layers(vision.feature_layer, eyes.num_hidden_layers)
+    where = "model.llm.name_or_path: its configuration has"
+    rope = getattr(text, "rope_parameters", None) or {}
+    arch = GGUF_LANGUAGE.get(type(language).__name__)
+    checks = [
+        (
+            kind != "CLIPVisionModel",
+            "model.vision.name_or_path is a CLIPVisionModel, of which llama.cpp's projector mlp gives the class token "
+            "for the last patch and other positions to the rest (ggml-org/llama.cpp#25814); a SiglipVisionModel is "
+            "read right",
+        ),
+        (
+            eyes is not None,
+            f"model.vision.name_or_path is a {kind}; llama.cpp's projector of this kind reads a SiglipVisionModel",
+        ),
+        (
+            eyes is None or eyes.hidden_act == "gelu_pytorch_tanh",
+            f"model.vision.name_or_path has the activation {getattr(eyes, 'hidden_act', '')}; llama.cpp has "
+            "gelu_pytorch_tanh for a SigLIP",
+        ),
+        (
+            eyes is None or 0 < layers <= eyes.num_hidden_layers,
+            f"model.vision.feature_layer is {vision.feature_layer}; llama.cpp runs at least one layer of the tower",
+        ),
+        (
+            eyes is None or num_patches == (eyes.image_size // eyes.patch_size) ** 2,
+            "model.vision.name_or_path prepares pictures of another size than its positions were trained for",
+        ),
+        (
+            not connector.vision_ln,
+            "model.connector.vision_ln is true; llama.cpp's projector has no norm before it",
+        ),
+        (
+            connector.resampler.kind == "none",
+            f"model.connector.resampler.kind is {connector.resampler.kind}; llama.cpp's projector has none",
+        ),
+        (
+            connector.projector.kind == "mlp",
+            f"model.connector.projector.kind is {connector.projector.kind}; llama.cpp's is mlp",
+        ),
+        (
+            connector.output_norm == "none",
+            f"model.connector.output_norm is {connector.output_norm}; llama.cpp's projector has none",
+        ),
+        (
+            arch is not None,
+            f"model.llm.name_or_path is a {type(language).__name__}; compared with llama.cpp are "
+            f"{', '.join(GGUF_LANGUAGE)}",
+        ),
+        (
+            getattr(text, "hidden_act", "silu") == "silu",
+            f"{where} the activation {getattr(text, 'hidden_act', '')}; llama.cpp has silu for it",
+        ),
+        (
+            rope.get("rope_type", "default") in ("default", *(["llama3"] if arch == "llama" else [])),
+            f"{where} rotary positions of type {rope.get('rope_type')}; written are default and, for Llama, llama3",
+        ),
+        (
+            rope.get("partial_rotary_factor", 1.0) == 1.0,
+            f"{where} rotary positions on a part of each head, which llama.cpp has not for it",
+        ),
+        (
+            not getattr(text, "attention_bias", False) and not getattr(text, "mlp_bias", False),
+            f"{where} attention_bias or mlp_bias, which are not written",
+        ),
+        (
+            all(t == "full_attention" for t in getattr(text, "layer_types", None) or [])
+            and (arch != "llama" or getattr(text, "sliding_window", None) is None),
+            f"{where} sliding-window attention, which is not written",
+        ),
+    ]  # fmt: skip
+    return next((why for holds, why in checks if not holds), "")
+
+
+def vision_layers(layer: int, count: int) -> int:
+    """How many of a Hugging Face tower's ``count`` layers the features of ``model.vision.feature_layer`` have been
+    through."""
+    return count if layer == -1 else layer if layer >= 0 else count + 1 + layer

@@ -86,7 +86,7 @@ from beholder.model.placement import (
     tower_part,
 )
 from beholder.model.plan import TrainableRow, TrainableTable
-from beholder.model.standard import export_class
+from beholder.model.standard import export_class, gguf_prevents
 from beholder.model.student import check_budget, empty_student
 from beholder.model.weights import DTYPES, check_settings, check_stated, loading
 from beholder.prepare.doctor import matmul_rate
@@ -94,6 +94,7 @@ from beholder.store.teachers import TOKENS, bytes_of
 from beholder.train import checkpoint
 from beholder.train.distributed import pick_device
 from beholder.types import Example, ImageRef, ImageSlot, Turn, UserError
+from beholder.use.export.vocabulary import tokenizer_prevents
 
 RUNTIME_BYTES = 800 * 10**6
 """Interpreter, torch, transformers and their buffers: resident size of a process that has not loaded a model yet."""
@@ -225,6 +226,8 @@ class Estimate:
     not included."""
     exports_as: str | None = None
     """Class that `beholder export` makes of it, with the setting that stands in the way of one of transformers' own."""
+    exports_to_gguf: str | None = None
+    """Whether ``beholder export --to gguf`` takes it, with the setting that stands in the way."""
     gaps: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -245,6 +248,8 @@ class Estimate:
                     console.print(f"  {name:<42}{text}", highlight=False)
         if self.exports_as:
             console.print(f"exports as {self.exports_as}", highlight=False, markup=False)
+        if self.exports_to_gguf:
+            console.print(f"exports to GGUF: {self.exports_to_gguf}", highlight=False, markup=False)
         for gap in self.gaps:
             console.print(f"[yellow]not known:[/yellow] {gap}", highlight=False)
 
@@ -311,10 +316,11 @@ def estimate(
         raise UserError(gaps[-1])  # not a file that is elsewhere: a student that cannot be made
     vision = _try(gaps, lambda: vision_shape(cfg.model.vision, vision_config))
     lora = cfg.model.lora if cfg.has_adapters else None
-    exports_as = None
+    exports_as = prevents = None
     if language and vision and language.part and vision.part:
         tower, lm = vision.part.module, language.part.module
         exports_as = str(export_class(cfg.model.connector, cfg.model.vision, tower, lm, vision.num_patches))
+        prevents = gguf_prevents(cfg.model.connector, cfg.model.vision, tower, lm, vision.num_patches)
     language, vision = learning(language, vision, lora, cfg.model.vision)
     connector = None
     if language and vision:
@@ -327,10 +333,14 @@ def estimate(
     examples = _sample_records(cfg, result)
     if language and vision and connector:
         tokenizer = _try(gaps, lambda: load_tokenizer(cfg.model.llm, beside=llm_config))
+        if prevents == "" and tokenizer is not None:
+            prevents = tokenizer_prevents(tokenizer)
         targets = _estimate_sequence(cfg, Written(tokenizer, connector.num_tokens), examples, result)
         _plan_memory(cfg, result, language, vision, connector)
         teachers = _plan_teachers(cfg, result, language, targets)
         _plan_time(cfg, result, language, vision, connector, teachers, device if measure else None)
+    if prevents is not None:
+        result.exports_to_gguf = f"no, because {prevents}" if prevents else "yes"
     return result
 
 
@@ -349,6 +359,7 @@ def _estimate_native(cfg: RunConfig, config_file: Path | None, measure: bool) ->
     table = _table(cfg, language, vision, None)
     result = Estimate(cfg.run_name, cfg.stage_name, str(device), table, language, vision, gaps=gaps)
     result.exports_as = "its own class" if empty is None else f"{type(empty.whole).__name__}, its own class"
+    result.exports_to_gguf = "no, because model.native is set; llama.cpp's own converter takes what --to hf writes"
     examples = _sample_records(cfg, result, NATIVE_RECORDS)
     if empty is None or language is None or vision is None:
         return result

@@ -25,18 +25,10 @@ from beholder.probes import golden
 from beholder.train.distributed import pick_device
 from beholder.train.trained import TrainedRun, open_trained
 from beholder.types import Encoded, Example, ImageInput, ImageSlot, Turn, UserError, printable
-from beholder.use.export import (
-    ADAPTER,
-    CODE,
-    AskedSample,
-    ask_fresh,
-    askable,
-    asked_turns,
-    held_out,
-    in_fp32,
-    prompt_of,
-    same_prompt,
-)
+from beholder.use.export.adapters import ADAPTER
+from beholder.use.export.proof import ask_fresh, in_fp32, same_prompt
+from beholder.use.export.samples import AskedSample, askable, asked_turns, held_out, prompt_of
+from beholder.use.exported import CODE
 from beholder.use.remote import Refused, Remote
 
 NUM_SAMPLES = 24
