@@ -142,7 +142,9 @@ def test_the_default_connector_brings_one_modelling_file(exported: tuple[Path, E
     same(told, "BeholderForConditionalGeneration")
     assert told.prevents.startswith("model.connector.resampler.kind is perceiver")
     assert "modeling_beholder.py" in told.files
-    assert {Path(f).suffix for f in told.files} == {".json", ".jinja", ".py", ".safetensors"}, "nothing is a pickle"
+    assert {Path(f).suffix for f in told.files} == {".json", ".jinja", ".py", ".safetensors", ".md"}, (
+        "nothing is a pickle"
+    )
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     tiny, _ = parts("qwen3", "siglip")

@@ -186,7 +186,7 @@ def _marked(words: Sequence[content.MarkedWord]) -> str:
 
 
 def failing(e: Evidence) -> list[str]:
-    """Findings, and tables of the groups of samples, of what the run was watched with, of symptoms and of plain text."""
+    """Findings, and tables of groups of samples, of what the run was watched with, of symptoms and of plain text."""
     lines = [f"> **{escaped(text)}**\n" for text in e.findings]
     standing = content.standings(e)
     for g in content.groupings(e):

@@ -45,6 +45,7 @@ from beholder.model.weights import check_finite, quiet_transformers
 from beholder.runs import stop_signals, writing
 from beholder.train.trained import TrainedRun, open_trained
 from beholder.types import Encoded, Example, ImageInput, ImageSlot, Turn, UserError
+from beholder.use.card import as_transformers, evidence_of, write_card
 
 Format = Literal["hf"]
 ADAPTER = "adapter"
@@ -136,7 +137,7 @@ def export(
     opened = open_trained(run, torch.device("cpu"), overrides)
     if adapter and not opened.model.adapters:
         raise UserError(f"{run} has no adapters, so there is nothing to put beside its base; leave --adapter out")
-    chosen = askable(opened, samples, held_out(opened))
+    chosen, evidence = askable(opened, samples, held_out(opened)), evidence_of(opened)
     with writing(out):
         place = Path(os.path.realpath(out))
         missing = [parent for parent in place.parents if not parent.exists()]
@@ -154,6 +155,11 @@ def export(
                     number = re.search(r"os error (\d+)", str(error))
                     raise OSError(int(number[1]) if number else 0, str(error)) from error
             difference, answers = _prove(opened, folder, written, chosen, beside=adapter)
+        with writing(out):
+            write_card(folder, opened, evidence, as_transformers(
+                written.name, written.prevents, native=isinstance(opened.model, NativeModel),
+                beside=ADAPTER if adapter else None, samples=len(chosen), difference=difference,
+            ))  # fmt: skip
         files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         with writing(out):
             if place.is_dir():
