@@ -20,6 +20,7 @@ from tests.conftest import TinyParts
 from tests.report.conftest import gate, make_evidence, make_instruct_evidence, measurement
 from tests.use.talking import untrained_run
 
+from beholder.config import DistillConfig, StudentConfig
 from beholder.evidence import DataFacts, Evidence, GuardrailStop
 from beholder.train.trained import TrainedRun, open_trained
 from beholder.types import Status, UserError
@@ -28,8 +29,8 @@ from beholder.use.card import as_transformers, evidence_of, hub_name, model_card
 __all__ = ["make_evidence", "make_instruct_evidence"]
 
 OWN = as_transformers(
-    "BeholderForConditionalGeneration", "model.connector.resampler.kind is perceiver", native=False, beside=None,
-    samples=4, difference=0.0,
+    "BeholderForConditionalGeneration", "model.connector.resampler.kind is perceiver", native=False, adapters=True,
+    beside=None, samples=4, difference=0.0,
 )  # fmt: skip
 Make = Callable[..., Evidence]
 
@@ -197,7 +198,7 @@ def test_a_failed_gate_is_said_before_anything_else(opened: TrainedRun, make_evi
         gate("looks_clearly", 1.002, "> 1.05", passed=False, measure="ablation.ratio.shuffled", unit="ratio"),
         gate("no_collapse", None, "≤ 0.5", passed=False, measure="collapse.never"), gate("learned", 4.0),
     ]  # fmt: skip
-    text = model_card(opened, make_evidence(step=2, gates=failed), OWN).replace("\\", "").replace("\u00a0", " ")
+    text = model_card(opened, make_evidence(step=2, gates=failed), OWN).replace("\\", "")
 
     first = text.split(f"# {opened.cfg.run_name}\n\n")[1].split("\n\n")[0]
     assert first.startswith("> **This model did not pass its checks.** Can I promote it? No: 1 of 3 gates failed")
@@ -224,7 +225,7 @@ def test_it_tells_what_the_report_tells(opened: TrainedRun, make_instruct_eviden
     more = [measurement("blind.gain", 0.417, half=0.02), measurement("blind.leak", 0.3, half=0.02)]
     e = e.model_copy(update={"measurements": [*e.measurements, *more]})
 
-    text = model_card(opened, e, OWN).replace("\\", "").replace("\u00a0", " ")
+    text = model_card(opened, e, OWN).replace("\\", "")
 
     assert [h for h in heads(text) if h.startswith("## ")] == [
         "## What it is made of", "## What it was trained on", "## Does it look at the image? Yes, it looks.",
@@ -235,22 +236,51 @@ def test_it_tells_what_the_report_tells(opened: TrainedRun, make_instruct_eviden
     assert "The whole run: 420 optimizer steps, 3,840 samples seen" in text
     assert "| connector | 21,300,000 | 21,300,000 | float32 |" in text and "bit-identical" in text
     assert "| ✓ passed | retained | why retained |" in text and "≤ 1.02×" in text
-    assert "right image | another’s image | no image" in text or "| no image |" in text
-    assert "Gain: 41.7 % more right" in text or "Gain: +41.7" in text
-    assert "Leak: " in text and "CLIPScore was not measured" in text
+    assert "| all questions | | ✓ looks | 97.4 % (95.9–98.9 %) |" in text.replace("  ", " ")
+    assert "- Gain: +41.7 points" in text
+    assert "Leak: +30.0" in text and "- Gap: CLIPScore was not measured" in text
     assert "the same answers as the run's" in text and "differ by at most 0 " in text
     assert "trust_remote_code=True" in text and "It answers questions about a picture" in text
+
+
+def test_several_images_teachers_and_students_are_told(opened: TrainedRun, make_instruct_evidence: Make) -> None:
+    base = make_instruct_evidence(step=2)
+    slots = [
+        measurement(name, 0.9, unit, 0.02, n=60, stratum=f"image {k} of 2")
+        for k in (1, 2)
+        for name, unit in (("slots.accuracy", "share"), ("slots.delta.shuffled", "nats/token"))
+    ]
+    cfg = opened.cfg
+    multi = cfg.model_copy(update={
+        "stage": "multi", "prompting": cfg.prompting.model_copy(update={"max_images_per_sample": 4}),
+    })  # fmt: skip
+    text = model_card(
+        replace(opened, cfg=multi), base.model_copy(update={"measurements": [*base.measurements, *slots]}), OWN
+    )
+    assert "| 2 images | 90.0 % (88.0–92.0 %), n = 60; +0.90 nats/token" in text
+    assert "It answers questions about up to 4 pictures" in text and metadata(text)["tags"][-1] == "multi"
+
+    taught = cfg.model_copy(update={
+        "stage": "distill", "distill": DistillConfig.model_validate({"teachers": [{"run": "outputs/private/big"}]}),
+    })  # fmt: skip
+    run = with_model(replace(opened, cfg=taught), student=StudentConfig(like="llama", hidden=32, layers=2, heads=4))
+    text = model_card(named(run, "Qwen/Qwen3-8B", "google/siglip-so400m-patch14-384"), base, OWN)
+    assert "- Teachers: big\n" in text and "in the shape of a llama, from random weights" in text
+    assert metadata(text)["base_model"] == ["google/siglip-so400m-patch14-384"], "of the other it has the words alone"
+    assert "It is a student" in text
 
 
 def test_captions_adapters_beside_and_native_classes_are_told_apart(opened: TrainedRun, make_evidence: Make) -> None:
     align = replace(opened, cfg=opened.cfg.model_copy(update={"stage": "align"}))
     assert "It describes a picture" in model_card(align, make_evidence(), OWN)
     beside = as_transformers(
-        "LlavaForConditionalGeneration", "", native=False, beside="adapter", samples=1, difference=0
+        "LlavaForConditionalGeneration", "", native=False, adapters=True, beside="adapter", samples=1, difference=0
     )
     text = model_card(opened, None, beside)
     assert 'PeftModel.from_pretrained(ask.model, "./adapter")' in text and "modeling_beholder" not in text
-    native = as_transformers("Qwen3VLForConditionalGeneration", "", native=True, beside=None, samples=1, difference=0)
+    native = as_transformers(
+        "Qwen3VLForConditionalGeneration", "", native=True, adapters=False, beside=None, samples=1, difference=0
+    )
     assert "trust_remote_code" not in model_card(opened, None, native)
 
 
@@ -324,7 +354,7 @@ def test_places_of_this_machine_are_left_out(opened: TrainedRun, make_evidence: 
     plain = text.replace("\\", "")
     assert "yes/no questions and and/or are no places" in plain and "an earlier run: first" in plain
     assert "| a.json | 3 |" in plain and "| part-1.parquet | 3 |" in plain
-    assert "Golden captions: align/step_1.jsonl is not there." in plain or "Golden captions: step_1.jsonl" in plain
+    assert "- Gap: Golden captions: step_1.jsonl is not there." in plain
 
 
 def test_evidence_that_cannot_be_read_is_an_error(opened: TrainedRun, tmp_path: Path) -> None:
@@ -334,4 +364,3 @@ def test_evidence_that_cannot_be_read_is_an_error(opened: TrainedRun, tmp_path: 
     (folder / "evidence.json").write_text(json.dumps({"schema_version": 1}))
     with pytest.raises(UserError, match="not an evidence record"):
         evidence_of(replace(opened, checkpoint=folder / "checkpoints" / "step_2"))
-

@@ -69,14 +69,17 @@ class ExportedAs:
 
 
 def as_transformers(
-    name: str, prevents: str, *, native: bool, beside: str | None, samples: int, difference: float
+    name: str, prevents: str, *, native: bool, adapters: bool, beside: str | None, samples: int, difference: float
 ) -> ExportedAs:
-    """A Hugging Face folder of class ``name``. ``prevents``: why it is no class of transformers' own; ``beside``: the
-    folder of its adapters below it; ``samples`` and ``difference``: what it was compared on, and the largest of
-    logits."""
+    """A Hugging Face folder of class ``name``.
+
+    ``prevents``: why it is no class of transformers' own. ``beside``: the folder of its ``adapters`` below it; None
+    where they are merged, or there are none. ``samples``, ``difference``: what it was compared on, and the largest of
+    logits.
+    """
     whose = f", whose code lies in `modeling_beholder.py`: {escaped(prevents)}" if prevents else ""
-    where = f"lie beside their base, in `{beside}/`" if beside else "are part of the weights, where there are any"
-    told = (f"It is of class `{name}`{whose}.", f"Adapters {where}.")
+    where = f"lie beside their base, in `{beside}/`" if beside else "are part of the weights"
+    told = (f"It is of class `{name}`{whose}.", *((f"Its adapters {where}.",) if adapters else ()))
     trust = "" if native else ", trust_remote_code=True"
     load = [
         "Python, with transformers alone:", "", "```python", "from transformers import pipeline", "",
@@ -275,7 +278,7 @@ def _results(e: Evidence) -> list[dict[str, Any]]:
         if (m := e.get(name)) is not None
     ]
     sources = listed([printable(s, one_line=True) for s in e.data.sources]) or "the run's data"
-    held_out = {"type": "held-out", "name": f"{plural(e.data.eval, 'held-out sample')}, beside training on {sources}"}
+    held_out = {"type": "held-out", "name": f"{plural(e.data.eval, 'held-out sample')}; trained on {sources}"}
     task = {"type": "image-text-to-text", "name": "Image-Text-to-Text"}
     return [{"task": task, "dataset": held_out, "metrics": metrics}] if metrics else []
 
@@ -320,13 +323,8 @@ def _first(run: TrainedRun, e: Evidence | None) -> list[str]:
                 lines.append(f"> - **{escaped(row.gate.name)}**, {escaped(f'{why}{told}, must be {row.bound}')}")
         lines.append("")
     else:
-        lines += [f"{escaped(promote.answer)} {escaped(_key_numbers(e))}", ""]
-    return lines
-
-
-def _key_numbers(e: Evidence) -> str:
-    told = [f"{label} {value}" + (f" ({small})" if small else "") for label, value, small in content.key_numbers(e)]
-    return f"{'; '.join(told)}." if told else ""
+        lines += [f"{promote.question} **{escaped(promote.answer)}**", ""]
+    return [*lines, *table(["number", "value", ""], [list(row) for row in content.key_numbers(e)])]
 
 
 def _made_of(run: TrainedRun, e: Evidence | None, parts: Sequence[BasePart]) -> list[str]:
@@ -360,21 +358,22 @@ def _made_of(run: TrainedRun, e: Evidence | None, parts: Sequence[BasePart]) -> 
         return [*lines, *markdown.learned(e)]
     state = model.trained_state()
     rows = [[part, count(sum(t.numel() for t in own.tensors.values()))] for part, own in state.items()]
-    return [*lines, *table(["what its checkpoints hold, because it learned", "parameters"], rows)]
+    return [*lines, *table(["what its checkpoints hold", "parameters"], rows)]
 
 
 def _trained_on(run: TrainedRun, e: Evidence | None) -> list[str]:
     cfg = run.cfg
-    lines = ["## What it was trained on", "", f"Stage {cfg.stage_name}, {count(run.step)} steps.", ""]
+    told = f"Stage {cfg.stage_name}; what was exported is its checkpoint after step {count(run.step)}."
+    lines = ["## What it was trained on", "", told, ""]
     if e is None:
         sources = [s.name or _last(s.json_path).partition(".")[0] for s in cfg.data.train_sources]
         return [*lines, f"Sources: {escaped(', '.join(sources))}. How many samples were taken was not recorded.", ""]
     c = e.cost
-    told = [f"The whole run: {plural(c.steps, 'optimizer step')}"]
-    told += [] if c.samples is None else [f"{count(c.samples)} samples seen"]
-    told += [] if c.epochs is None else [f"{c.epochs:.3g} epochs"]
-    told += [] if c.target_tokens is None else [f"{count(c.target_tokens)} supervised tokens"]
-    lines += [f"{', '.join(told)}.", "", *markdown.data(e)]
+    took = [f"The whole run: {plural(c.steps, 'optimizer step')}"]
+    took += [] if c.samples is None else [f"{count(c.samples)} samples seen"]
+    took += [] if c.epochs is None else [f"{c.epochs:.3g} epochs"]
+    took += [] if c.target_tokens is None else [f"{count(c.target_tokens)} supervised tokens"]
+    lines += [f"{', '.join(took)}.", "", *markdown.data(e)]
     if mixed := e.summary.get("Mixture"):
         lines += [f"Mixture: {escaped(mixed)}.", ""]
     v = next(v for v in verdicts(e) if v.key == "learn")
@@ -421,7 +420,7 @@ def _limits(run: TrainedRun, e: Evidence | None) -> list[str]:
     if not isinstance(model, NativeModel):
         g = model.geometry
         how = "stretched to" if g.resize == "stretch" else f"brought to a short side of {g.resize_to} and cropped to"
-        told.append(f"A picture is {how} {g.width} × {g.height} pixels; what is smaller than that shows is not seen.")
+        told.append(f"A picture is {how} {g.width} × {g.height} pixels; details that this loses are not seen.")
     longest = count(cfg.prompting.max_seq_len)
     told.append(f"In training a sample had at most {plural(cfg.max_images, 'image')} and {longest} tokens.")
     told.append(
@@ -429,7 +428,7 @@ def _limits(run: TrainedRun, e: Evidence | None) -> list[str]:
         "training for safety was added."
     )
     told.append("Text that spells a control token of the tokenizer is read as one; take it out of what others write.")
-    told += [f"Not measured or not as usual: {gap}" for gap in ([] if e is None else e.gaps)]
+    told += [f"Gap: {gap}" for gap in ([] if e is None else e.gaps)]
     return ["## Limits", "", *(f"- {escaped(text)}" for text in told), ""]
 
 
@@ -439,7 +438,7 @@ def _licences(parts: Sequence[BasePart]) -> list[str]:
     unknown = [p.name for p in parts if p.licence is None]
     if unknown:
         lines += [
-            f"The licence of {escaped(listed(unknown))} is not known, so that of the whole is as `other`. Find it "
+            f"The licence of {escaped(listed(unknown))} is not known, so the whole’s is given as `other`. Find it "
             "out before you pass this on.", "",
         ]  # fmt: skip
     elif _licence(parts) == "other":

@@ -156,10 +156,12 @@ def export(
                     raise OSError(int(number[1]) if number else 0, str(error)) from error
             difference, answers = _prove(opened, folder, written, chosen, beside=adapter)
         with writing(out):
-            write_card(folder, opened, evidence, as_transformers(
+            exported = as_transformers(
                 written.name, written.prevents, native=isinstance(opened.model, NativeModel),
-                beside=ADAPTER if adapter else None, samples=len(chosen), difference=difference,
-            ))  # fmt: skip
+                adapters=bool(opened.model.adapters), beside=ADAPTER if adapter else None, samples=len(chosen),
+                difference=difference,
+            )  # fmt: skip
+            write_card(folder, opened, evidence, exported)
         files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         with writing(out):
             if place.is_dir():
