@@ -413,9 +413,10 @@ def _limits(run: TrainedRun, e: Evidence | None) -> list[str]:
     cfg, model = run.cfg, run.model
     told: list[str] = []
     if e is not None:
+        where = e.data.eval_origin.rstrip(".")
         told.append(
-            f"Every figure is from {plural(e.data.eval, 'held-out sample')} of its own data, or fewer "
-            f"({e.data.eval_origin.rstrip('.') or 'from the same sources'}). Of other pictures nothing is known."
+            f"Unless a table says otherwise, figures are from {plural(e.data.eval, 'held-out sample')} of its own data at "
+            f"most{f' ({where})' if where else ''}: of other pictures they say nothing."
         )
     if not isinstance(model, NativeModel):
         g = model.geometry
@@ -438,7 +439,7 @@ def _licences(parts: Sequence[BasePart]) -> list[str]:
     unknown = [p.name for p in parts if p.licence is None]
     if unknown:
         lines += [
-            f"The licence of {escaped(listed(unknown))} is not known, so the whole’s is given as `other`. Find it "
+            f"Not known: the licence of {escaped(listed(unknown))}. So the whole’s is given as `other`. Find it "
             "out before you pass this on.", "",
         ]  # fmt: skip
     elif _licence(parts) == "other":
