@@ -415,8 +415,8 @@ def _limits(run: TrainedRun, e: Evidence | None) -> list[str]:
     if e is not None:
         where = e.data.eval_origin.rstrip(".")
         told.append(
-            f"Unless a table says otherwise, figures are from {plural(e.data.eval, 'held-out sample')} of its own data at "
-            f"most{f' ({where})' if where else ''}: of other pictures they say nothing."
+            f"Unless a table says otherwise, figures are from at most {plural(e.data.eval, 'held-out sample')} of its "
+            f"own data{f' ({where})' if where else ''}: of other pictures they say nothing."
         )
     if not isinstance(model, NativeModel):
         g = model.geometry
