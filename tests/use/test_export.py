@@ -3,10 +3,12 @@ behind when it does not."""
 
 from __future__ import annotations
 
+import ast
 import copy
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -100,6 +102,8 @@ def listing(folder: Path) -> list[str]:
 def same(told: Exported, name: str) -> None:
     assert told.exported_class == name and told.samples == 4
     assert told.max_logit_difference == 0, "the same sums in the same order"
+    card = (Path(told.folder) / "README.md").read_text()
+    assert f"class `{name}`" in card and "has not been evaluated" in card
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -143,7 +147,9 @@ def test_the_default_connector_brings_one_modelling_file(exported: tuple[Path, E
     same(told, "BeholderForConditionalGeneration")
     assert told.prevents.startswith("model.connector.resampler.kind is perceiver")
     assert "modeling_beholder.py" in told.files
-    assert {Path(f).suffix for f in told.files} == {".json", ".jinja", ".py", ".safetensors"}, "nothing is a pickle"
+    assert {Path(f).suffix for f in told.files} == {".json", ".jinja", ".py", ".safetensors", ".md"}, (
+        "nothing is a pickle"
+    )
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     tiny, _ = parts("qwen3", "siglip")
@@ -154,26 +160,20 @@ def test_the_default_connector_brings_one_modelling_file(exported: tuple[Path, E
     assert sorted(told.files) == sorted(p.name for p in out.iterdir()) and len(told.answers) == 4
 
 
-def test_a_pipeline_without_beholder_answers_as_the_run_chats(
+def test_what_the_card_says_answers_without_beholder_as_the_run_chats(
     default: Path, exported: tuple[Path, Exported], parts: Any
 ) -> None:
     tiny, _ = parts("qwen3", "siglip")
     image = sorted(tiny.images.glob("*.png"))[3]
-    code = f"""
-import json, sys
-sys.modules["beholder"] = None
-from PIL import Image
-from transformers import pipeline
-pipe = pipeline("image-text-to-text", model={str(exported[0])!r}, trust_remote_code=True)
-parts = [{{"type": "image", "image": Image.open({str(image)!r})}}, {{"type": "text", "text": "What colour?"}}]
-out = pipe(text=[{{"role": "user", "content": parts}}], max_new_tokens=8, return_full_text=False)
-print(json.dumps(out[0]["generated_text"]))
-"""
-    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+    card = (exported[0] / "README.md").read_text()
+    block = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0].replace("picture.png", str(image))
+    code = f'import sys\nsys.modules["beholder"] = None\n{block}'
+    command = [sys.executable, "-I", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=exported[0])
 
     assert done.returncode == 0, done.stderr[-2000:]
-    own = load(default, device="cpu").chat("What colour?", image, max_new_tokens=8)
-    assert json.loads(done.stdout.splitlines()[-1]).strip() == own
+    own = load(default, device="cpu").chat("What colour is it?", image, max_new_tokens=32)
+    assert ast.literal_eval(done.stdout.splitlines()[-1])[0]["generated_text"].strip() == own
 
 
 def test_a_student_in_16_bits_is_exported_with_what_it_is(
@@ -264,6 +264,8 @@ def test_a_native_run_stays_of_its_class(parts: Any, tmp_path: Path, family: Any
 
     assert told.max_logit_difference == 0 and told.exported_class.endswith("ForConditionalGeneration")
     assert told.exported_class != "BeholderForConditionalGeneration"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Vision-language model: **native**" in card and "trust_remote_code" not in card
 
 
 # ---------------------------------------------------------------------------------------------------------------

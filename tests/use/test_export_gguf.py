@@ -67,7 +67,7 @@ def asked(told: Exported) -> None:
     """What every export says that llama.cpp was asked about."""
     assert told.compared_by.startswith("llama.cpp (xllamacpp ") and told.samples == 4
     assert 0 < told.max_logit_difference <= told.allowed_difference
-    assert sorted(told.files) == ["mmproj.gguf", "model.gguf"] and len(told.answers) == 4
+    assert sorted(told.files) == ["README.md", "mmproj.gguf", "model.gguf"] and len(told.answers) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -85,6 +85,8 @@ def test_llama_cpp_computes_what_the_run_computes(run: Path, tmp_path: Path) -> 
     asked(made)
     assert made.stored == "f32" and made.exported_class == "qwen3 and janus_pro"
     assert made.allowed_difference < 0.03, "in f32 only GELU is rounded"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: llama.cpp\n" in card and f"by {made.compared_by}, and asked 4 held-out samples" in card
     for file in made.files:
         assert str(run.parent).encode() not in (tmp_path / "out" / file).read_bytes()
 

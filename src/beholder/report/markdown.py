@@ -30,12 +30,12 @@ def render_markdown(e: Evidence) -> str:
     ]
     lines.append("")
     sign = {"failed": "❌", "unknown": "❔", "passed": "✓"}
-    judged = [
+    told = [
         f"{sign[r.state]} {escaped(r.gate.name)}{f' for {escaped(r.where)}' if r.where else ''} "
         f"{escaped(r.number)}, must be {escaped(r.bound)}"
         for r in gate_rows(e)
     ]
-    lines += [f"Gates: {' · '.join(judged)}", ""] if judged else []
+    lines += [f"Gates: {' · '.join(told)}", ""] if told else []
     lines += [f"- ❌ finding: {escaped(text)}" for text in e.findings]
     lines += [""] if e.findings else []
     lines += table(["number", "value", ""], [list(row) for row in content.key_numbers(e)])
@@ -72,10 +72,11 @@ def _learn(e: Evidence, v: Verdict) -> list[str]:
     return lines
 
 
-def _look(e: Evidence, v: Verdict) -> list[str]:
+def looking(e: Evidence) -> list[str]:
+    """Tables of what other images, and none, change: losses, places of several images, answers, contrast pairs, and
+    what it writes."""
     ablation = [[metric_name(e, m.name), fmt(m), fmt_ci(m), count(m.n)] for m in shown(e, "losses", "ablation")]
-    lines = [*_heading(v), *table(["image ablation", "value", "95 %", "n"], ablation), *_slots(e), *_answers(e)]
-    lines += _contrast(e)
+    lines = [*table(["image ablation", "value", "95 %", "n"], ablation), *_slots(e), *_answers(e), *_contrast(e)]
     conditions, scores = content.answer_table(e)
     rows = [
         [f"{r.name} {r.better}".strip(), *map(with_ci, r.values), "" if r.chance is None else fmt(r.chance)]
@@ -85,6 +86,11 @@ def _look(e: Evidence, v: Verdict) -> list[str]:
     lines += table(["what it writes", *(names[c] for c in conditions), "guessing"], rows)
     if (level := e.get("caption.exact_match.chance")) is not None:
         lines += [f"Always writing the most frequent reference would be exactly right {fmt(level)} of the time.", ""]
+    return lines
+
+
+def _look(e: Evidence, v: Verdict) -> list[str]:
+    lines = [*_heading(v), *looking(e)]
     for title, words in content.word_tables(e):
         found = [[w.word, signed(w.delta), fmt_ci(w), count(w.n)] for w, _ in words]
         lines += table([f"words that {title}", "nats lost without it", "95 %", "n"], found)
@@ -179,9 +185,9 @@ def _marked(words: Sequence[content.MarkedWord]) -> str:
     return "".join(f"{' ' if w.space else ''}{one(w)}" for w in words)
 
 
-def _fail(e: Evidence, v: Verdict) -> list[str]:
-    lines = _heading(v)
-    lines += [f"> **{escaped(text)}**\n" for text in e.findings]
+def failing(e: Evidence) -> list[str]:
+    """Findings, and tables of groups of samples, of what the run was watched with, of symptoms and of plain text."""
+    lines = [f"> **{escaped(text)}**\n" for text in e.findings]
     standing = content.standings(e)
     for g in content.groupings(e):
         rows: list[list[str]] = []
@@ -197,8 +203,11 @@ def _fail(e: Evidence, v: Verdict) -> list[str]:
     ]  # fmt: skip
     lines += table(["watched at every evaluation", "before training", "now", "n", "note"], watched)
     lines += table(["symptom", "value", "n", "note"], _noted(e, shown(e, "symptoms")))
-    lines += table(["on plain text", "value", "n", "note"], _noted(e, shown(e, "kept")))
+    return lines + table(["on plain text", "value", "n", "note"], _noted(e, shown(e, "kept")))
 
+
+def _fail(e: Evidence, v: Verdict) -> list[str]:
+    lines = [*_heading(v), *failing(e)]
     album = content.album(e)
     if not album.cards:
         return lines
@@ -218,7 +227,8 @@ def _fail(e: Evidence, v: Verdict) -> list[str]:
     return lines + table(head, sample_rows)
 
 
-def _promote(e: Evidence, v: Verdict) -> list[str]:
+def judged(e: Evidence) -> list[str]:
+    """Table of the gates, those that failed first."""
     state = {"failed": "❌ FAILED", "unknown": "❔ not judged", "passed": "✓ passed"}
     rows = [
         [
@@ -227,7 +237,11 @@ def _promote(e: Evidence, v: Verdict) -> list[str]:
         ]
         for r in gate_rows(e)
     ]  # fmt: skip
-    lines = [*_heading(v), *table(["", "gate", "protects", "measure", "number", "must be", "note"], rows)]
+    return table(["", "gate", "protects", "measure", "number", "must be", "note"], rows)
+
+
+def _promote(e: Evidence, v: Verdict) -> list[str]:
+    lines = [*_heading(v), *judged(e)]
     for text in content.promotion(e):
         lines += [escaped(text), ""]
     tried = [
@@ -239,26 +253,36 @@ def _promote(e: Evidence, v: Verdict) -> list[str]:
     return [*lines, "### Gaps", "", *gaps, ""]
 
 
-def _record(e: Evidence) -> list[str]:
-    lines = ["## What was trainable", ""]
+def learned(e: Evidence) -> list[str]:
+    """Table of the parts and of what learned in them, and whether the rest stayed what it was."""
     proof = {True: "bit-identical", False: "CHANGED", None: ""}
     rows = [[r.part, count(r.params), count(r.trainable), r.dtype, proof[r.intact]] for r in e.trainable]
-    lines += table(["part", "parameters", "trained", "type", "frozen weights"], rows)
+    lines = table(["part", "parameters", "trained", "type", "frozen weights"], rows)
     if (t := e.text_only) is not None:
         word = "bit-equal before and after" if t.equal else f"NOT equal (largest difference {t.max_abs_difference})"
         off = ", with its adapters off" if e.adapters else ""
         lines += [f"On text alone{off}: {count(t.logits)} logits of {t.prompts} prompts are {word}.", ""]
+    return lines
+
+
+def data(e: Evidence) -> list[str]:
+    """How many samples there were, of which sources, and tables of what was rejected and accepted."""
+    d = e.data
+    counted = f"{count(d.records)} records, {count(d.train)} for training, {count(d.eval)} held out."
+    lines = [f"{counted} {escaped(d.eval_origin)}", ""]
+    lines += [f"⚠️ {escaped(text)}", ""] if (text := content.data_warning(e)) else []
+    lines += table(["rejected because", "records"], [[k, count(v)] for k, v in d.rejects.items()])
+    return lines + table(["source", "samples"], [[k, count(v)] for k, v in d.sources.items()])
+
+
+def _record(e: Evidence) -> list[str]:
+    lines = ["## What was trainable", "", *learned(e)]
     if e.adapters:
         lines += ["## Where the adapters are", "", escaped(content.footprint_told(e)), ""]
         found = content.footprint(e.adapters)
         rows = [[f.name, count(f.count), f.shapes, f.rank, f.params, count(f.total)] for f in found]
         lines += table(["module", "layers", "in → out", "rank", "parameters each", "in all"], rows)
-    d = e.data
-    counted = f"{count(d.records)} records, {count(d.train)} for training, {count(d.eval)} held out."
-    lines += ["## Data", "", f"{counted} {escaped(d.eval_origin)}", ""]
-    lines += [f"⚠️ {escaped(text)}", ""] if (text := content.data_warning(e)) else []
-    lines += table(["rejected because", "records"], [[k, count(v)] for k, v in d.rejects.items()])
-    lines += table(["source", "samples"], [[k, count(v)] for k, v in d.sources.items()])
+    lines += ["## Data", "", *data(e)]
     lines += ["## Provenance", "", *table(["", ""], [list(row) for row in flatten(e.provenance)])]
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`+", e.config_yaml)), 3)
     return [*lines, "## Config", "", f"{fence}yaml", printable(e.config_yaml).rstrip(), fence, ""]
@@ -277,6 +301,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def escaped(text: str) -> str:
-    """Text as text: HTML and Markdown characters escaped, on one line."""
+    """Text as text: HTML and Markdown characters escaped, addresses no links, on one line."""
     one_line = " ".join(printable(text).split())
-    return re.sub(r"([\\`*_\[\]|#!~$])", r"\\\1", html.escape(one_line, quote=False))
+    return re.sub(r"([\\`*_\[\]|#!~$]|:(?=//)|(?<=[wW]{3})\.)", r"\\\1", html.escape(one_line, quote=False))

@@ -4,7 +4,8 @@
   for
 2 `proof`, `gguf_proof`: load that folder in a process of its own, with transformers or llama.cpp alone, and ask it
   held-out `samples`
-3 compare ids, logits and answers with the run's own; only if they are equal, the folder gets its name
+3 compare ids, logits and answers with the run's own; only if they are equal, the folder gets its model `card` and
+  its name
 
 Which class it becomes is `model.standard`'s to say. What lies in ``exported/`` is copied into the folder as it stands.
 """
@@ -25,6 +26,7 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
+from beholder.model.native import NativeModel
 from beholder.model.standard import GGUF_LANGUAGE
 from beholder.model.vlm import VisionLanguageModel
 from beholder.model.weights import quiet_transformers
@@ -32,7 +34,17 @@ from beholder.runs import stop_signals, writing
 from beholder.train.trained import TrainedRun, open_trained
 from beholder.types import UserError
 from beholder.use.export.adapters import ADAPTER
-from beholder.use.export.gguf import PROJECTOR, Stored, check_gguf, default_stored, pictures_note, write_gguf
+from beholder.use.export.card import ExportedAs, as_gguf, as_transformers, evidence_of, write_card
+from beholder.use.export.gguf import (
+    MMPROJ,
+    MODEL,
+    PROJECTOR,
+    Stored,
+    check_gguf,
+    default_stored,
+    pictures_note,
+    write_gguf,
+)
 from beholder.use.export.gguf_proof import binding, check_files, prompts_of, prove_gguf
 from beholder.use.export.hf import write
 from beholder.use.export.proof import prove
@@ -158,7 +170,7 @@ def export(
     readable = check_gguf(opened) if to == "gguf" else None
     if readable is not None:
         pre_tokenizer(opened.tokenizer)
-    chosen = askable(opened, samples, held_out(opened))
+    chosen, evidence = askable(opened, samples, held_out(opened)), evidence_of(opened)
     with writing(out):
         place = Path(os.path.realpath(out))
         missing = [parent for parent in place.parents if not parent.exists()]
@@ -170,9 +182,11 @@ def export(
             if not adapter:
                 stack.enter_context(opened.model.adapters_merged())
             if readable is not None:
-                told = _gguf(opened, readable, out, folder, chosen, dtype or default_stored(readable))
+                told, exported = _gguf(opened, readable, out, folder, chosen, dtype or default_stored(readable))
             else:
-                told = _hf(opened, out, folder, chosen, adapter, max_shard_size)
+                told, exported = _hf(opened, out, folder, chosen, adapter, max_shard_size)
+        with writing(out):
+            write_card(folder, opened, evidence, exported)
         files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         with writing(out):
             if place.is_dir():
@@ -189,7 +203,7 @@ def export(
 
 def _hf(
     run: TrainedRun, out: Path, folder: Path, samples: Sequence[AskedSample], adapter: bool, max_shard_size: str
-) -> Exported:
+) -> tuple[Exported, ExportedAs]:
     with writing(out):
         try:
             written = write(run, folder, beside=adapter, max_shard_size=max_shard_size)
@@ -198,25 +212,32 @@ def _hf(
             raise OSError(int(number[1]) if number else 0, str(error)) from error
     difference, answers = prove(run, folder, written, samples, beside=adapter)
     beside = ADAPTER if adapter else None
-    return Exported(str(out), written.name, written.prevents, beside, {}, len(samples), difference, answers)
+    told = Exported(str(out), written.name, written.prevents, beside, {}, len(samples), difference, answers)
+    return told, as_transformers(
+        written.name, written.prevents, native=isinstance(run.model, NativeModel), adapters=bool(run.model.adapters),
+        beside=beside, samples=len(samples), difference=difference,
+    )  # fmt: skip
 
 
 def _gguf(
     run: TrainedRun, model: VisionLanguageModel, out: Path, folder: Path, samples: Sequence[AskedSample], stored: Stored
-) -> Exported:
+) -> tuple[Exported, ExportedAs]:
     prompts = prompts_of(run, samples)
     with writing(out):
         meant = write_gguf(run, model, folder, stored)
     read_again = check_files(run, model, folder, stored, meant)
     name = f"{GGUF_LANGUAGE[type(model.language.model).__name__]} and {PROJECTOR}"
     told = Exported(str(out), name, "", None, {}, 0, 0.0, [], stored, read_again, "", pictures=pictures_note(model))
-    where = binding()
-    if where is None:
-        return told
-    proof = prove_gguf(run, model, folder, where, samples, prompts, stored)
-    return replace(
-        told, samples=len(samples), max_logit_difference=proof.difference, answers=proof.answers, compared_by=proof.by,
-        allowed_difference=proof.allowed, same_answers=proof.same,
+    if (where := binding()) is not None:
+        proof = prove_gguf(run, model, folder, where, samples, prompts, stored)
+        told = replace(
+            told, samples=len(samples), max_logit_difference=proof.difference, answers=proof.answers,
+            compared_by=proof.by, allowed_difference=proof.allowed, same_answers=proof.same,
+        )  # fmt: skip
+    return told, as_gguf(
+        MODEL, MMPROJ, stored=stored, pictures=told.pictures, adapters=bool(run.model.adapters), read_again=read_again,
+        compared_by=told.compared_by, samples=told.samples, difference=told.max_logit_difference,
+        allowed=told.allowed_difference, same=told.same_answers,
     )  # fmt: skip
 
 
