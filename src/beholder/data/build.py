@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -317,15 +317,7 @@ def build_data(
     if not len(hygiene.accepted):
         raise UserError(f"no training sample is left of {len(records)} records: {_reasons(rejects)}")
 
-    settings: dict[str, Any] = {
-        "mode": d.split,
-        "eval_size": None if d.eval_sources else d.eval_size,
-        "eval_ratio": d.eval_ratio,
-        "len_buckets": list(d.len_buckets),
-        "max_samples": d.max_samples,
-        "seed": cfg.measure_seed,
-        "same_image": "place" if d.verify_images == "none" else "content",
-    }
+    settings = _split_settings(cfg)
     if split_file is not None and split_file.exists():
         split = load_split(split_file, records, settings)
     else:
@@ -333,27 +325,11 @@ def build_data(
         if split_file is not None and write_split:
             save_split(split_file, split, records)
 
-    overlap = split.overlap
-    held, held_split, held_indices = records, split, split.eval
-    train_indices = split.train
+    held, train_indices, overlap = _HeldOut(records, split, split.eval), split.train, split.overlap
     if d.eval_sources:
-        held = open_records(cfg, d.eval_sources)
-        # Held-out records are measured as they are: a caption that training would reject as too short or as a
-        # duplicate is still a question the model must answer. Only what cannot be used at all is left out.
-        lenient = HygieneLimits(min_tokens=1, max_tokens=None, spam=(), duplicates="report")
-        held_hygiene = vet(held, cfg=lenient)
-        rejects += [*held.rejects, *held_hygiene.rejects]
-        if d.eval_size is not None and d.eval_size > len(held_hygiene.accepted):
-            raise UserError(
-                f"data.eval_size is {d.eval_size:,}, but data.eval_sources hold {len(held_hygiene.accepted):,} usable "
-                f"samples ({_reasons([*held.rejects, *held_hygiene.rejects])}); lower it, or leave it out to use all"
-            )
-        held_split = make_split(
-            held, held_hygiene.accepted, held_hygiene.target_tokens,
-            **{**settings, "mode": "none", "eval_ratio": None, "max_samples": d.eval_size},
-        )  # fmt: skip
-        held_indices = held_split.train
-        overlap = shared_images(records, train_indices, held, held_indices, settings["same_image"], progress)
+        held = _held_out_of_its_own(cfg, vet, settings)
+        rejects += held.rejects
+        overlap = shared_images(records, train_indices, held.records, held.indices, settings["same_image"], progress)
         train_indices = np.setdiff1d(train_indices, overlap, assume_unique=True)
         if not len(train_indices):
             raise UserError(
@@ -363,37 +339,11 @@ def build_data(
     for example in (records[int(i)] for i in overlap):
         why = "shows an image of a held-out sample"
         rejects.append(Reject(example.id, example.row, example.file, "held_out_image", why))
-    eval_examples = [encoder.apply_template(held[int(i)]) for i in held_indices]
-    eval_buckets = [held_split.bucket[int(i)] for i in held_indices]
-    if not eval_examples:
+    if not len(held.indices):
         raise UserError(
             "no held-out sample is left, so nothing could be measured: set data.eval_size, data.eval_ratio or "
             f"data.eval_sources ({_reasons(rejects)})"
         )
-
-    notes = list(split.notes)
-    if settings["same_image"] == "place":
-        notes.append(
-            "data.verify_images is none, so no image was opened: a copy of a held-out image under another name would "
-            "not have been noticed among the training samples"
-        )
-    tokens = hygiene.target_tokens[train_indices]
-    counts = DataCounts(
-        records=len(records) + len(records.rejects),
-        eval_records=len(held) + len(held.rejects) if d.eval_sources else 0,
-        accepted=len(hygiene.accepted),
-        train=len(train_indices),
-        eval=len(eval_examples),
-        train_buckets=dict(Counter(split.bucket[int(i)] for i in train_indices)),
-        eval_buckets=dict(Counter(eval_buckets)),
-        split_notes=notes,
-        sources=dict(Counter(records.source_of(int(i)) for i in train_indices)),
-        rejects=dict(Counter(r.reason for r in rejects)),
-        inserted_markers=records.inserted_markers + (held.inserted_markers if d.eval_sources else 0),
-        absent_images=records.absent_images + (held.absent_images if d.eval_sources else 0),
-        duplicates=dict(hygiene.duplicates),
-        target_tokens={"mean": float(tokens.mean()), "min": int(tokens.min()), "max": int(tokens.max())},
-    )
     t = cfg.train
     return Data(
         records=records,
@@ -403,9 +353,9 @@ def build_data(
             records, train_indices, seed=cfg.seed, multi_image_fraction=d.multi_image_fraction,
             weights=[s.weight for s in d.train_sources if s.weight is not None],
         ),
-        eval_examples=eval_examples,
-        eval_buckets=eval_buckets,
-        eval_label_len=[held_split.label_len[int(i)] for i in held_indices],
+        eval_examples=[encoder.apply_template(held.records[int(i)]) for i in held.indices],
+        eval_buckets=held.buckets,
+        eval_label_len=[held.split.label_len[int(i)] for i in held.indices],
         encoder=encoder,
         pipeline=pipeline,
         train_pipeline=(
@@ -413,8 +363,83 @@ def build_data(
         ),
         layout=Layout(t.packing, t.pack_len or cfg.prompting.max_seq_len, cfg.prompting.pad_to_multiple_of),
         rejects=rejects,
-        counts=counts,
+        counts=_count(records, hygiene, split, train_indices, held, rejects),
     )  # fmt: skip
+
+
+def _split_settings(cfg: RunConfig) -> dict[str, Any]:
+    d = cfg.data
+    return {
+        "mode": d.split,
+        "eval_size": None if d.eval_sources else d.eval_size,
+        "eval_ratio": d.eval_ratio,
+        "len_buckets": list(d.len_buckets),
+        "max_samples": d.max_samples,
+        "seed": cfg.measure_seed,
+        "same_image": "place" if d.verify_images == "none" else "content",
+    }
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Held-out samples, of the training records or of sources of their own."""
+
+    records: Records
+    split: Split
+    indices: np.ndarray
+    """int64: which of ``records``."""
+    rejects: list[Reject] = field(default_factory=list)
+
+    @property
+    def buckets(self) -> list[str]:
+        return [self.split.bucket[int(i)] for i in self.indices]
+
+
+def _held_out_of_its_own(cfg: RunConfig, vet: Callable[..., HygieneReport], settings: dict[str, Any]) -> _HeldOut:
+    """The samples of ``data.eval_sources``. Raises `UserError` where they are fewer than ``data.eval_size``."""
+    d = cfg.data
+    records = open_records(cfg, d.eval_sources)
+    # Held-out records are measured as they are: a caption that training would reject as too short or as a
+    # duplicate is still a question the model must answer. Only what cannot be used at all is left out.
+    hygiene = vet(records, cfg=HygieneLimits(min_tokens=1, max_tokens=None, spam=(), duplicates="report"))
+    rejects = [*records.rejects, *hygiene.rejects]
+    if d.eval_size is not None and d.eval_size > len(hygiene.accepted):
+        raise UserError(
+            f"data.eval_size is {d.eval_size:,}, but data.eval_sources hold {len(hygiene.accepted):,} usable "
+            f"samples ({_reasons(rejects)}); lower it, or leave it out to use all"
+        )
+    how = {**settings, "mode": "none", "eval_ratio": None, "max_samples": d.eval_size}
+    split = make_split(records, hygiene.accepted, hygiene.target_tokens, **how)
+    return _HeldOut(records, split, split.train, rejects)
+
+
+def _count(
+    records: Records, hygiene: HygieneReport, split: Split, train: np.ndarray, held: _HeldOut, rejects: Sequence[Reject]
+) -> DataCounts:
+    notes = list(split.notes)
+    if split.settings["same_image"] == "place":
+        notes.append(
+            "data.verify_images is none, so no image was opened: a copy of a held-out image under another name would "
+            "not have been noticed among the training samples"
+        )
+    apart = [] if held.records is records else [held.records]
+    tokens = hygiene.target_tokens[train]
+    return DataCounts(
+        records=len(records) + len(records.rejects),
+        eval_records=sum(len(r) + len(r.rejects) for r in apart),
+        accepted=len(hygiene.accepted),
+        train=len(train),
+        eval=len(held.indices),
+        train_buckets=dict(Counter(split.bucket[int(i)] for i in train)),
+        eval_buckets=dict(Counter(held.buckets)),
+        split_notes=notes,
+        sources=dict(Counter(records.source_of(int(i)) for i in train)),
+        rejects=dict(Counter(r.reason for r in rejects)),
+        inserted_markers=sum(r.inserted_markers for r in (records, *apart)),
+        absent_images=sum(r.absent_images for r in (records, *apart)),
+        duplicates=dict(hygiene.duplicates),
+        target_tokens={"mean": float(tokens.mean()), "min": int(tokens.min()), "max": int(tokens.max())},
+    )
 
 
 def _reasons(rejects: Sequence[Reject]) -> str:
