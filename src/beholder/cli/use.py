@@ -126,8 +126,9 @@ def export(
 ) -> None:
     """Write a trained run as a folder that transformers opens without Beholder, and prove it in a process of its own.
 
-    Where it computes what a class of transformers' own computes (LLaVA, VipLLaVA), it becomes that class; else a class
-    in a file of the folder. Logits and answers are compared with the run's; where they differ nothing is left behind.
+    Where it computes what a class of transformers' own computes (LLaVA, VipLLaVA, Idefics3), it becomes that class;
+    else a class in a file of the folder. Logits and answers are compared with the run's; where they differ nothing is
+    left behind.
 
     Python: beholder.use.export.export.
     """

@@ -179,13 +179,13 @@ class MlpProjector(nn.Module):
 
 
 class LinearProjector(nn.Module):
-    """One matrix: ``[M, N, Dr] -> [M, N, Dh]``."""
+    """One matrix, with an offset or without: ``[M, N, Dr] -> [M, N, Dh]``."""
 
     kind = "linear"
 
-    def __init__(self, d_in: int, d_out: int) -> None:
+    def __init__(self, d_in: int, d_out: int, bias: bool = True) -> None:
         super().__init__()
-        self.fc = nn.Linear(d_in, d_out)
+        self.fc = nn.Linear(d_in, d_out, bias=bias)
 
     def forward(self, x: Float[Tensor, "m n dr"]) -> Float[Tensor, "m n dh"]:
         return self.fc(x)
@@ -363,7 +363,7 @@ def build_connector(
             case "mlp":
                 projector = MlpProjector(resampler.d_out, p.hidden or d_text, d_text, p.dropout)
             case "linear":
-                projector = LinearProjector(resampler.d_out, d_text)
+                projector = LinearProjector(resampler.d_out, d_text, p.bias)
         connector = Connector(
             nn.LayerNorm(d_vision) if cfg.vision_ln else None,
             resampler,
