@@ -121,6 +121,18 @@ def export(
     ] = False,
     samples: Annotated[int, typer.Option(min=1, help="Held-out samples that it is compared on.")] = 4,
     shard: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights.")] = "5GB",
+    fold_norm: Annotated[
+        bool,
+        typer.Option(
+            "--fold-norm",
+            help="Make the connector's output norm constant and fold it into its last layer, so that it becomes a "
+            "class of transformers' own. That changes what it computes: loss and answers are measured and told.",
+        ),
+    ] = False,
+    calibration: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="With --fold-norm: training images it is calibrated on; default 256."),
+    ] = None,
     json: Json = False,
     sets: PartSets = None,
 ) -> None:
@@ -134,7 +146,10 @@ def export(
     """
     from beholder.use.export import export as write
 
-    told = write(run_folder, out, to=to, adapter=adapter, samples=samples, max_shard_size=shard, overrides=sets or [])
+    told = write(
+        run_folder, out, to=to, adapter=adapter, samples=samples, max_shard_size=shard, fold_norm=fold_norm,
+        calibration=calibration, overrides=sets or [],
+    )  # fmt: skip
     tell(told, json)
 
 

@@ -5,6 +5,7 @@ computed under autocast by the caller. Letters: M images, P patches, Dv tower wi
 width, Dh language-model width.
 """
 
+import copy
 import math
 
 import torch
@@ -174,6 +175,11 @@ class MlpProjector(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.fc2 = nn.Linear(hidden, d_out)
 
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that writes the visual tokens."""
+        return self.fc2
+
     def forward(self, x: Float[Tensor, "m n dr"]) -> Float[Tensor, "m n dh"]:
         return self.fc2(self.dropout(F.gelu(self.fc1(x))))
 
@@ -186,6 +192,11 @@ class LinearProjector(nn.Module):
     def __init__(self, d_in: int, d_out: int, bias: bool = True) -> None:
         super().__init__()
         self.fc = nn.Linear(d_in, d_out, bias=bias)
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that writes the visual tokens."""
+        return self.fc
 
     def forward(self, x: Float[Tensor, "m n dr"]) -> Float[Tensor, "m n dh"]:
         return self.fc(x)
@@ -280,6 +291,19 @@ class Connector(nn.Module):
                     module.latents.copy_(latents)
                 case _:
                     pass
+
+
+@torch.no_grad()
+def without_output_norm(connector: Connector, factors: Float[Tensor, "dh"]) -> Connector:
+    """A copy whose last linear layer gives each channel times its factor, in place of the output norm. Equal to the
+    norm where every token has the same RMS, and ``factors`` are the gain over it."""
+    folded = copy.deepcopy(connector)
+    folded.output_norm = None
+    last = folded.projector.last
+    last.weight.copy_(last.weight.double() * factors.to(last.weight.device).unsqueeze(1))
+    if last.bias is not None:
+        last.bias.copy_(last.bias.double() * factors.to(last.bias.device))
+    return folded
 
 
 def _divisors(n: int) -> list[int]:

@@ -41,7 +41,16 @@ def export_class(
     connector: ConnectorConfig, vision: VisionConfig, tower: nn.Module, language: nn.Module, num_patches: int
 ) -> ExportClass:
     """The class for these parts, which may be empty ones: nothing of their weights is looked at. Where there is none,
-    it says what stands in the way of the class that fewest settings keep it from."""
+    it says what stands in the way of the class that fewest settings keep it from; an output norm last, as it can be
+    folded away."""
+    if connector.output_norm != "none":
+        without = connector.model_copy(update={"output_norm": "none"})
+        folded = export_class(without, vision, tower, language, num_patches)
+        norm = (
+            f"model.connector.output_norm is {connector.output_norm}, which scales each token by itself; {folded.name} "
+            "has none. `beholder export --fold-norm` makes that scale constant and measures what it costs"
+        )
+        return folded if folded.prevents else ExportClass(OWN, norm)
     kind = type(tower).__name__
     known = kind in ("CLIPVisionModel", "SiglipVisionModel")
     config = tower.config if known else None
@@ -86,10 +95,6 @@ def _llava(connector: ConnectorConfig, vision: VisionConfig, kind: str, d_text: 
             f"model.connector.projector.kind is {connector.projector.kind}; mlp is LLaVA's",
         ),
         (
-            connector.output_norm == "none",
-            f"model.connector.output_norm is {connector.output_norm}; none is LLaVA's",
-        ),
-        (
             hidden == d_text,
             f"model.connector.projector.hidden is {hidden}; LLaVA's is the language model's width, {d_text}",
         ),
@@ -121,10 +126,6 @@ def _idefics3(connector: ConnectorConfig, vision: VisionConfig, kind: str, side:
         (
             connector.projector.kind != "linear" or not connector.projector.bias,
             "model.connector.projector.bias is true; Idefics3's projection has none",
-        ),
-        (
-            connector.output_norm == "none",
-            f"model.connector.output_norm is {connector.output_norm}; none is Idefics3's",
         ),
         (not connector.vision_ln, "model.connector.vision_ln is true; Idefics3 has none"),
         (

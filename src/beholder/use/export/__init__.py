@@ -4,6 +4,8 @@
 2 `proof`: load that folder in a process of its own, with transformers alone, and ask it held-out `samples`
 3 compare ids, logits and answers with the run's own; only if they are equal, the folder gets its name
 
+Asked for, `fold` makes the connector's output norm constant before, and says what that costs.
+
 Which class it becomes is `model.standard`'s to say. What lies in ``exported/`` is copied into the folder as it stands.
 """
 
@@ -28,6 +30,8 @@ from beholder.runs import stop_signals, writing
 from beholder.train.trained import open_trained
 from beholder.types import UserError
 from beholder.use.export.adapters import ADAPTER
+from beholder.use.export.fold import NUM_CALIBRATION, FoldedNorm
+from beholder.use.export.fold import fold_norm as fold
 from beholder.use.export.hf import write
 from beholder.use.export.proof import prove
 from beholder.use.export.samples import askable, held_out
@@ -54,6 +58,8 @@ class Exported:
     """Between the run and what was loaded, both in fp32, over all positions of the samples."""
     answers: list[str]
     """To these samples, the same from both."""
+    folded: dict[str, Any] | None = None
+    """`fold.FoldedNorm`, where the output norm was folded: the comparison above is with the folded run."""
 
     def print(self, console: Console) -> None:
         console.print(
@@ -68,6 +74,9 @@ class Exported:
             f"{self.max_logit_difference:g}, same answers",
             highlight=False,
         )
+        if self.folded:
+            for line in FoldedNorm(**self.folded).told:
+                console.print(f"  {line}", highlight=False)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,14 +91,19 @@ def export(
     adapter: bool = False,
     samples: int = NUM_SAMPLES,
     max_shard_size: str = "5GB",
+    fold_norm: bool = False,
+    calibration: int | None = None,
     overrides: Sequence[str] = (),
 ) -> Exported:
     """Write ``run`` (its best checkpoint, else its latest) to ``out`` as a Hugging Face folder, and prove it.
 
     ``to``: the one format there is. ``adapter``: leave the adapters beside their base as a PEFT folder instead of
-    merging them. Raises `UserError` for an ``out`` that holds something, a run without adapters where they are asked
-    for, parts that bring code of their own, and where what was loaded does not compute what the run computes; nothing
-    is left behind then.
+    merging them. ``fold_norm``: make the output norm constant, from ``calibration`` images (default
+    `fold.NUM_CALIBRATION`), so that the run becomes a class of transformers' own; that is another model, which is what
+    the folder is compared with, and `Exported.folded` says what it costs. Raises `UserError` for an ``out`` that holds
+    something, a run without adapters where they are asked for, a norm that cannot be folded or would be for nothing,
+    parts that bring code of their own, and where what was loaded does not compute what the run computes; nothing is
+    left behind then.
     """
     out = Path(out)
     with writing(out):
@@ -101,10 +115,16 @@ def export(
         raise UserError(f"samples is {samples}, expected 1 or more: an export that nothing was compared on is no proof")
     if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]B", max_shard_size):
         raise UserError(f"the largest file of weights is {max_shard_size!r:.40}, expected a size such as 500MB or 5GB")
+    if calibration is not None and not fold_norm:
+        raise UserError("calibration is for folding the output norm; give --fold-norm too, or leave --calibration out")
     assert to == "hf", to
     opened = open_trained(run, torch.device("cpu"), overrides)
     if adapter and not opened.model.adapters:
         raise UserError(f"{run} has no adapters, so there is nothing to put beside its base; leave --adapter out")
+    folding = None
+    if fold_norm:
+        folding = fold(opened, NUM_CALIBRATION if calibration is None else calibration)
+        opened = folding.run
     chosen = askable(opened, samples, held_out(opened))
     with writing(out):
         place = Path(os.path.realpath(out))
@@ -123,6 +143,10 @@ def export(
                     number = re.search(r"os error (\d+)", str(error))
                     raise OSError(int(number[1]) if number else 0, str(error)) from error
             difference, answers = prove(opened, folder, written, chosen, beside=adapter)
+            folded = None if folding is None else folding.measure()
+            if folded is not None:
+                with writing(out):
+                    folded.save(folder)
         files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         with writing(out):
             if place.is_dir():
@@ -135,7 +159,15 @@ def export(
                 parent.rmdir()
         raise
     return Exported(
-        str(out), written.name, written.prevents, ADAPTER if adapter else None, files, len(chosen), difference, answers
+        str(out),
+        written.name,
+        written.prevents,
+        ADAPTER if adapter else None,
+        files,
+        len(chosen),
+        difference,
+        answers,
+        None if folded is None else folded.to_json(),
     )
 
 

@@ -51,6 +51,15 @@ def write(run: TrainedRun, folder: Path, *, beside: bool, max_shard_size: str) -
     return written
 
 
+def joined_class(run: TrainedRun, model: VisionLanguageModel) -> ExportClass:
+    """What a run that was joined of parts is exported as."""
+    assert model.vision is not None
+    return export_class(
+        run.cfg.model.connector, run.cfg.model.vision, model.vision.backbone, model.language.model,
+        model.geometry.num_patches,
+    )  # fmt: skip
+
+
 def _write_native(run: TrainedRun, model: NativeModel, folder: Path, generation: Any, max_shard_size: str) -> None:
     whole = model.whole
     state = without_adapters(
@@ -74,10 +83,7 @@ def _write_joined(
     run: TrainedRun, model: VisionLanguageModel, folder: Path, generation: Any, max_shard_size: str
 ) -> ExportClass:
     assert model.vision is not None
-    written = export_class(
-        run.cfg.model.connector, run.cfg.model.vision, model.vision.backbone, model.language.model,
-        model.geometry.num_patches,
-    )  # fmt: skip
+    written = joined_class(run, model)
     tokenizer, token_id, token = _with_image_token(run)
     make = {IDEFICS3_CLASS: _idefics3, OWN_CLASS: _own}.get(written.name, _llava)
     exported = make(run, model, written, token_id)
