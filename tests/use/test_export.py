@@ -248,12 +248,15 @@ def test_idefics3_takes_texts_with_any_number_of_images_at_once(make_run: MakeRu
     images = [str(p) for p in sorted(tiny.images.glob("*.png"))[:3]]
     texts, given = ["<image>\nred?", "<image><image>\nblue?", "no picture"], [images[:1], images[1:], []]
 
-    together = processor(text=texts, images=images)
+    def encoded(text: Any, images: Any) -> Any:
+        return processor(text=text, images=images, return_tensors="pt")
+
+    together = encoded(texts, images)
     assert together["pixel_values"].shape[:2] == (3, 2)
     with torch.inference_mode():
         rows = model(**together).logits[:, -1]
         for row, text, own in zip(rows, texts, given, strict=True):
-            alone = model(**processor(text=text, images=own or None)).logits[0, -1]
+            alone = model(**encoded([text], own or None)).logits[0, -1]
             assert torch.allclose(row, alone, atol=1e-4), "fp32, padded on the left"
 
 
@@ -479,7 +482,12 @@ def test_idefics3_is_named_only_where_its_rounding_keeps_every_patch_in_its_plac
     )
     vision = VisionConfig(name_or_path="tower")
     with torch.device("meta"):
-        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sizes: dict[str, Any] = {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
         language = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
         towers = {
             side: SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=8 * side, patch_size=8)) for side in (25, 26)

@@ -16,9 +16,11 @@ from beholder.cli import app
 from beholder.config import ConnectorConfig
 from beholder.data import build_data
 from beholder.data.build import open_records
+from beholder.data.images import as_input
 from beholder.data.splits import load_split
 from beholder.evidence import Measurement
 from beholder.model.connector import Connector, build_connector, without_output_norm
+from beholder.model.vlm import VisionLanguageModel
 from beholder.prepare.estimate import estimate
 from beholder.stages import run_stage
 from beholder.stages.session import split_name
@@ -87,17 +89,20 @@ def test_where_every_token_has_one_rms_folding_changes_nothing(settings: Any) ->
 
 
 def test_the_factors_are_the_least_squares_fit_to_training_images(opened: TrainedRun) -> None:
-    whole = opened.model.connector
+    model = opened.model
+    assert isinstance(model, VisionLanguageModel) and model.vision is not None
+    whole = model.connector
+    assert whole.output_norm is not None
     gain = whole.output_norm.weight.detach().double()
 
     folding = fold_norm(opened, 16)
 
-    folded = opened.model.connector
+    folded = model.connector
     assert folded is not whole and folded.output_norm is None and folding.unfolded is whole
     assert (folding.images, folding.tokens) == (16, 16 * folded.num_tokens)
     refs = list(dict.fromkeys(ref for e in trained_on(opened) for ref in e.images))[:16]
     with torch.no_grad():
-        patches = opened.model.vision(torch.stack([opened.pipeline(ref) for ref in refs]))
+        patches = model.patches([as_input(opened.pipeline(ref)) for ref in refs])
         normed, scaled = whole(patches).double().flatten(0, 1), folded(patches).double().flatten(0, 1)
         plain = whole.projector(whole.resampler(patches.float())).double().flatten(0, 1)
     rms = plain.square().mean(1).sqrt()

@@ -30,7 +30,7 @@ from beholder.runs import stop_signals, writing
 from beholder.train.trained import open_trained
 from beholder.types import UserError
 from beholder.use.export.adapters import ADAPTER
-from beholder.use.export.fold import NUM_CALIBRATION, FoldedNorm
+from beholder.use.export.fold import NUM_CALIBRATION, FoldedNorm, check_worth_folding
 from beholder.use.export.fold import fold_norm as fold
 from beholder.use.export.hf import write
 from beholder.use.export.proof import prove
@@ -123,6 +123,7 @@ def export(
         raise UserError(f"{run} has no adapters, so there is nothing to put beside its base; leave --adapter out")
     folding = None
     if fold_norm:
+        check_worth_folding(opened)
         folding = fold(opened, NUM_CALIBRATION if calibration is None else calibration)
         opened = folding.run
     chosen = askable(opened, samples, held_out(opened))

@@ -21,7 +21,7 @@ from beholder.config import GREEDY
 from beholder.data.collate import PADDED, SampleBuilder, eval_batches
 from beholder.data.images import ImageError, as_input
 from beholder.evidence import Measurement
-from beholder.model.connector import Connector, without_output_norm
+from beholder.model.connector import Connector, OutputNorm, without_output_norm
 from beholder.model.native import NativeModel
 from beholder.model.vlm import VisionLanguageModel
 from beholder.probes import measuring, share
@@ -139,34 +139,43 @@ def _measured(run: TrainedRun, examples: Sequence[Example]) -> tuple[list[Sample
     return losses, write(run.model, run.encoder, builder, examples, how, batch_size=rows)
 
 
-def fold_norm(run: TrainedRun, count: int) -> Folding:
-    """``run`` with its output norm folded into its projector, calibrated on ``count`` training images (fewer where
-    there are not as many). The model itself is changed: its connector is the folded one from here on.
+def check_worth_folding(run: TrainedRun) -> None:
+    """Raises `UserError` where there is no norm, or where something else stands in the way of a class of transformers'
+    own as well."""
+    run, model, _ = _without_norm(run)
+    prevents = joined_class(run, model).prevents
+    if prevents:
+        raise UserError(
+            "--fold-norm changes what the model computes, to make it a class of transformers' own, and this run would "
+            f"be none all the same: {prevents}. Leave it out"
+        )
 
-    Raises `UserError` where there is no norm, where something else stands in the way of a class of transformers' own as
-    well, and where it is not known which images the run was trained on.
-    """
+
+def _without_norm(run: TrainedRun) -> tuple[TrainedRun, VisionLanguageModel, OutputNorm]:
+    """The run with settings that have no norm; its model and the norm, as they are."""
     model = run.model
     if isinstance(model, NativeModel) or model.connector.output_norm is None:
         raise UserError(
             f"{run.folder} has no output norm (model.connector.output_norm), so there is nothing to fold; leave "
             "--fold-norm out"
         )
-    if count < 1:
-        raise UserError(f"calibration is {count}, expected 1 image or more")
     connector = run.cfg.model.connector.model_copy(update={"output_norm": "none"})
     settings = run.cfg.model_copy(update={"model": run.cfg.model.model_copy(update={"connector": connector})})
-    folded_run = replace(run, cfg=settings)
-    prevents = joined_class(folded_run, model).prevents
-    if prevents:
-        raise UserError(
-            "--fold-norm changes what the model computes, to make it a class of transformers' own, and this run would "
-            f"be none all the same: {prevents}. Leave it out"
-        )
+    return replace(run, cfg=settings), model, model.connector.output_norm
+
+
+def fold_norm(run: TrainedRun, count: int) -> Folding:
+    """``run`` with its output norm folded into its projector, calibrated on ``count`` training images (fewer where
+    there are not as many). The model itself is changed: its connector is the folded one from here on.
+
+    Raises `UserError` where there is no norm, and where it is not known which images the run was trained on.
+    """
+    if count < 1:
+        raise UserError(f"calibration is {count}, expected 1 image or more")
+    folded_run, model, norm = _without_norm(run)
     unfolded = model.connector
     sums = _Sums()
-    assert unfolded.output_norm is not None
-    handle = unfolded.output_norm.register_forward_hook(sums.add)
+    handle = norm.register_forward_hook(sums.add)
     images = 0
     try:
         with measuring(model):
