@@ -6,6 +6,7 @@ Only classes whose arithmetic is ours to the last bit are named; `use.export` co
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,9 +54,9 @@ def export_class(
         return folded if folded.prevents else ExportClass(OWN, norm)
     kind = type(tower).__name__
     known = kind in ("CLIPVisionModel", "SiglipVisionModel")
-    config = tower.config if known else None
+    config: Any = tower.config if known else None
     d_text = language.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-    side = 0 if config is None else config.image_size // config.patch_size  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
+    side = 0 if config is None else config.image_size // config.patch_size
     size_and_language: list[Check] = [
         (
             config is None or num_patches == side**2,
@@ -149,12 +150,14 @@ def keeps_positions(side: int) -> bool:
     from transformers import Idefics3VisionConfig
     from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
 
-    settings = {"hidden_size": 1, "num_channels": 1, "image_size": side, "patch_size": 1}
     numbers = torch.arange(side * side, dtype=torch.float32)
     with torch.device("meta"):
-        table = Idefics3VisionEmbeddings(Idefics3VisionConfig(**settings))
-    table.position_embedding = nn.Embedding(len(numbers), 1, _weight=numbers.unsqueeze(1))
-    table.patch_embedding = nn.Identity()
+        settings = Idefics3VisionConfig(hidden_size=1, num_channels=1, image_size=side, patch_size=1)
+        table = Idefics3VisionEmbeddings(settings)
+    table.to_empty(device="cpu")
     with torch.no_grad():
+        for weight in table.parameters():
+            weight.zero_()
+        table.position_embedding.weight.copy_(numbers.unsqueeze(1))
         found = table(torch.zeros(1, 1, side, side), torch.ones(1, side, side, dtype=torch.bool))
     return torch.equal(found.flatten(), numbers)
