@@ -527,6 +527,7 @@ _NO_EFFECT_MODEL = [
     ("connector: {resampler: {kind: grid, depth: 3}}", "model.connector.resampler.depth"),
     ("connector: {resampler: {kind: none, latent_std: 0.5}}", "model.connector.resampler.latent_std"),
     ("connector: {projector: {kind: linear, hidden: 8}}", "model.connector.projector.hidden"),
+    ("connector: {projector: {bias: false}}", "model.connector.projector.bias"),
 ]
 
 

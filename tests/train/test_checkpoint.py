@@ -20,6 +20,7 @@ from torch import nn
 
 from beholder.config import RunConfig, settings
 from beholder.config.section import section_of
+from beholder.model.connector import LinearProjector
 from beholder.model.placement import Part
 from beholder.train import checkpoint as ck
 from beholder.train import restore
@@ -450,6 +451,19 @@ def test_a_missing_or_extra_layer_norm_is_named_with_its_config_field(tmp_path: 
     with pytest.raises(UserError, match=r"this config builds vision_ln\.\* .* checkpoint does not have") as e:
         load_connector(without, Parts(vision_ln=True), {**INFO, "vision_ln": True})
     assert "model.connector.vision_ln: checkpoint false, config true" in str(e.value)
+
+
+def test_a_projector_with_an_offset_and_one_without_are_told_apart_by_its_setting(tmp_path: Path) -> None:
+    def linear(bias: bool) -> nn.Module:
+        return nn.ModuleDict({"projector": LinearProjector(8, 6, bias)})
+
+    path = write(tmp_path, 1, linear(True), projector="linear")
+    with pytest.raises(UserError) as e:
+        load_connector(path, linear(False), {**INFO, "projector": "linear"})
+    assert "checkpoint has projector.fc.bias, which this config does not build (model.connector.projector.bias)" in str(
+        e.value
+    )
+    load_connector(path, linear(True), {**INFO, "projector": "linear"})
 
 
 def test_another_shape_names_tensor_shapes_and_field(tmp_path: Path) -> None:

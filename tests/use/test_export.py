@@ -29,15 +29,25 @@ from safetensors.torch import load_file
 from tests.conftest import TinyParts, make_config
 from tests.data.test_chat_templates import sentencepiece
 from tests.use.talking import untrained_run
-from transformers import AddedToken
+from transformers import (
+    AddedToken,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 from typer.testing import CliRunner
 
 from beholder.cli import app
+from beholder.config import ConnectorConfig, VisionConfig
 from beholder.config.file import dump_config, parse_config
 from beholder.data.chat import ChatEncoder
 from beholder.data.images import ImagePipeline, decode
 from beholder.model.adapters import adapter_tensors, load_adapter_tensors
 from beholder.model.build import build_vlm
+from beholder.model.standard import export_class, keeps_positions
 from beholder.prepare.estimate import estimate
 from beholder.prepare.tiny import (
     CHATML,
@@ -54,13 +64,18 @@ from beholder.types import Example, ImageGeometry, ImageRef, ImageSlot, Turn, Us
 from beholder.use import export as exporting
 from beholder.use.export import Exported, export, hf, proof
 from beholder.use.exported import CODE
-from beholder.use.exported.processing_beholder import BeholderImageProcessor, BeholderProcessor
+from beholder.use.exported.processing_beholder import BeholderImageProcessor, BeholderProcessor, filled_up
 from beholder.use.vlm import load
 
 MakeRun = Callable[..., Path]
 LLAVA = {
     "model.connector.resampler.kind": "none", "model.connector.output_norm": "none",
     "model.connector.num_visual_tokens": None, "model.vision.feature_layer": -2,
+}  # fmt: skip
+IDEFICS3 = {
+    "model.connector.resampler.kind": "pixel_shuffle", "model.connector.num_visual_tokens": None,
+    "model.connector.projector.kind": "linear", "model.connector.projector.bias": False,
+    "model.connector.output_norm": "none",
 }  # fmt: skip
 BF16 = {"model.llm.precision": "bf16", "model.vision.precision": "bf16", "train.precision": "bf16"}
 STUDENT = {"like": "llama", "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 64}
@@ -200,6 +215,9 @@ def test_a_student_in_16_bits_is_exported_with_what_it_is(
         ("llama", "clip", "Llava", LLAVA | BF16 | {
             "model.vision.feature_layer": -1, "model.vision.unfreeze": ["last-1"], "train.lr.vision": 1e-4,
         }),
+        ("qwen3", "siglip", "Idefics3", IDEFICS3 | {"model.lora.vit_layers": "last-1"}),
+        ("smollm2", "siglip", "Idefics3", IDEFICS3 | BF16 | {"model.connector.resampler.kind": "none"}),
+        ("llama", "siglip", "Beholder", IDEFICS3 | {"model.connector.output_norm": "rms"}),
         ("qwen3", "siglip", "Beholder", BF16),
         ("llama", "siglip", "Beholder", {"prompting.template": "conversation", "model.connector.vision_ln": True}),
         ("smollm2", "repvit", "Beholder", {"model.connector.resampler.kind": "grid"}),
@@ -218,6 +236,28 @@ def test_every_connector_and_tower_computes_the_same(
     told = export(make_run(llm, vision, **sets), tmp_path / "out", adapter=adapter)
 
     same(told, f"{name}ForConditionalGeneration")
+
+
+@pytest.mark.slow
+def test_idefics3_takes_texts_with_any_number_of_images_at_once(make_run: MakeRun, parts: Any, tmp_path: Path) -> None:
+    same(export(make_run("llama", "siglip", **IDEFICS3), tmp_path / "out"), "Idefics3ForConditionalGeneration")
+    out = str(tmp_path / "out")
+    model = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
+    tiny, _ = parts("llama", "siglip")
+    images = [str(p) for p in sorted(tiny.images.glob("*.png"))[:3]]
+    texts, given = ["<image>\nred?", "<image><image>\nblue?", "no picture"], [images[:1], images[1:], []]
+
+    def encoded(text: Any, images: Any) -> Any:
+        return processor(text=text, images=images, return_tensors="pt")
+
+    together = encoded(texts, images)
+    assert together["pixel_values"].shape[:2] == (3, 2)
+    with torch.inference_mode():
+        rows = model(**together).logits[:, -1]
+        for row, text, own in zip(rows, texts, given, strict=True):
+            alone = model(**encoded([text], own or None)).logits[0, -1]
+            assert torch.allclose(row, alone, atol=1e-4), "fp32, padded on the left"
 
 
 @pytest.mark.slow
@@ -412,6 +452,17 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(
         ("siglip", LLAVA | {"model.vision.feature_layer": -1}, "model.vision.feature_layer is -1"),
         ("siglip", LLAVA | {"model.connector.vision_ln": True}, "model.connector.vision_ln is true"),
         ("dinov2", LLAVA, "is a Dinov2Model"),
+        ("siglip", IDEFICS3, "Idefics3ForConditionalGeneration"),
+        ("siglip", IDEFICS3 | {"model.connector.resampler.kind": "none"}, "Idefics3ForConditionalGeneration"),
+        ("siglip", IDEFICS3 | {"model.connector.projector.bias": True}, "model.connector.projector.bias is true"),
+        ("siglip", IDEFICS3 | {"model.connector.output_norm": "rms"}, "model.connector.output_norm is rms"),
+        ("siglip", IDEFICS3 | {"model.connector.vision_ln": True}, "model.connector.vision_ln is true"),
+        ("siglip", IDEFICS3 | {"model.vision.feature_layer": -2}, "model.vision.feature_layer is -2"),
+        ("siglip", IDEFICS3 | {"model.connector.resampler.kind": "grid"}, "model.connector.resampler.kind is grid"),
+        ("siglip", IDEFICS3 | {
+            "model.connector.projector.kind": "mlp", "model.connector.projector.bias": True,
+        }, "model.connector.projector.kind is mlp; linear is Idefics3's"),
+        ("clip", IDEFICS3, "is a CLIPVisionModel; Idefics3's tower is SigLIP's"),
     ],
 )  # fmt: skip
 def test_plan_says_as_what_a_run_exports(
@@ -421,7 +472,30 @@ def test_plan_says_as_what_a_run_exports(
     told = estimate(make_config(tiny, tmp_path, **sets), measure=False).exports_as
 
     assert told is not None and expected in told
-    assert told.startswith("Beholder") == ("model." in expected or "Dino" in expected), told
+    assert told.startswith("Beholder") == (not expected.endswith("ForConditionalGeneration")), told
+
+
+def test_idefics3_is_named_only_where_its_rounding_keeps_every_patch_in_its_place() -> None:
+    assert all(map(keeps_positions, (1, 14, 16, 24, 26, 27, 32)))
+    assert not any(map(keeps_positions, (25, 29, 31)))
+
+    connector = ConnectorConfig.model_validate(
+        {"resampler": {"kind": "pixel_shuffle"}, "projector": {"kind": "linear", "bias": False}, "output_norm": "none"}
+    )
+    vision = VisionConfig(name_or_path="tower")
+    with torch.device("meta"):
+        sizes: dict[str, Any] = {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
+        language = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        towers = {
+            side: SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=8 * side, patch_size=8)) for side in (25, 26)
+        }
+    assert export_class(connector, vision, towers[26], language, 676).prevents == ""
+    assert "has 25 x 25 patches; Idefics3 finds" in export_class(connector, vision, towers[25], language, 625).prevents
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -503,3 +577,16 @@ def test_the_exported_processor_refuses_bombs_and_arrays() -> None:
         small.pixels(odd_pictures()["plain"])
     with pytest.raises(ValueError, match="give encoded bytes, a path or a Pillow image"):
         small.pixels(np.zeros((3, 4, 4)))
+
+
+def test_pictures_by_text_are_filled_up_and_none_is_taken_for_filling() -> None:
+    pixels = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    pixels[1] = 0
+
+    rows = filled_up(pixels.clone(), [1, 0, 2])
+
+    assert rows.shape == (3, 2, 3, 4, 4)
+    assert torch.equal(rows[0, 0], pixels[0]) and torch.equal(rows[2, 1], pixels[2])
+    real = (rows != 0).flatten(2).any(2)
+    assert real.tolist() == [[True, False], [False, False], [True, True]]
+    assert float(rows[2, 0].half().abs().sum()) == 2.0**-24, "also in 16 bits"

@@ -127,13 +127,25 @@ def export(
         Literal["f32", "f16", "bf16"] | None,
         typer.Option(help="How gguf keeps matrices; default as the run's language model does."),
     ] = None,
+    fold_norm: Annotated[
+        bool,
+        typer.Option(
+            "--fold-norm",
+            help="Make the connector's output norm constant and fold it into its last layer, so that it becomes a "
+            "class of transformers' own. That changes what it computes: loss and answers are measured and told.",
+        ),
+    ] = False,
+    calibration: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="With --fold-norm: training images it is calibrated on; default 256."),
+    ] = None,
     json: Json = False,
     sets: PartSets = None,
 ) -> None:
     """Write a trained run as a folder that others open without Beholder, and prove it in a process of its own.
 
-    hf: where it computes what a class of transformers' own computes (LLaVA, VipLLaVA), it becomes that class; else a
-    class in a file of the folder. gguf: model.gguf and mmproj.gguf for llama.cpp, of a SigLIP tower with an MLP;
+    hf: where it computes what a class of transformers' own computes (LLaVA, VipLLaVA, Idefics3), it becomes that class;
+    else a class in a file of the folder. gguf: model.gguf and mmproj.gguf for llama.cpp, of a SigLIP tower with an MLP;
     llama.cpp itself is asked where its binding is installed (the extra gguf). Logits and answers are compared with the
     run's; where they differ nothing is left behind.
 
@@ -142,15 +154,9 @@ def export(
     from beholder.use.export import export as write
 
     told = write(
-        run_folder,
-        out,
-        to=to,
-        adapter=adapter,
-        samples=samples,
-        max_shard_size=shard,
-        dtype=dtype,
-        overrides=sets or [],
-    )
+        run_folder, out, to=to, adapter=adapter, samples=samples, max_shard_size=shard, dtype=dtype,
+        fold_norm=fold_norm, calibration=calibration, overrides=sets or [],
+    )  # fmt: skip
     tell(told, json)
 
 

@@ -30,6 +30,7 @@ FROZEN_TOWER = Inert(
 )  # fmt: skip
 _NOT_PERCEIVER = Inert(lambda _, own: own.kind != "perceiver", "only the perceiver resampler has it", ".kind")
 _LINEAR = Inert(lambda _, own: own.kind == "linear", "a linear projector has none", ".kind")
+_NOT_LINEAR = Inert(lambda _, own: own.kind != "linear", "only the linear projector can go without", ".kind")
 _NATIVE = Inert(
     lambda cfg, _: cfg.model.native is not None,
     "model.native names a whole vision-language model, which has its own language model, tower and connector",
@@ -157,6 +158,8 @@ class ProjectorConfig(Section):
     """mlp: hidden width; default the language model's width."""
     dropout: Annotated[float, Field(ge=0, lt=1), _LINEAR] = 0.0
     """mlp: dropout after the activation; 0 to 0.1 is usual."""
+    bias: Annotated[bool, _NOT_LINEAR] = True
+    """linear: an offset beside the matrix. Idefics3 has none."""
 
 
 class ConnectorConfig(Section):

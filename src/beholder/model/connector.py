@@ -5,6 +5,7 @@ computed under autocast by the caller. Letters: M images, P patches, Dv tower wi
 width, Dh language-model width.
 """
 
+import copy
 import math
 
 import torch
@@ -174,18 +175,28 @@ class MlpProjector(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.fc2 = nn.Linear(hidden, d_out)
 
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that writes the visual tokens."""
+        return self.fc2
+
     def forward(self, x: Float[Tensor, "m n dr"]) -> Float[Tensor, "m n dh"]:
         return self.fc2(self.dropout(F.gelu(self.fc1(x))))
 
 
 class LinearProjector(nn.Module):
-    """One matrix: ``[M, N, Dr] -> [M, N, Dh]``."""
+    """One matrix, with an offset or without: ``[M, N, Dr] -> [M, N, Dh]``."""
 
     kind = "linear"
 
-    def __init__(self, d_in: int, d_out: int) -> None:
+    def __init__(self, d_in: int, d_out: int, bias: bool = True) -> None:
         super().__init__()
-        self.fc = nn.Linear(d_in, d_out)
+        self.fc = nn.Linear(d_in, d_out, bias=bias)
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that writes the visual tokens."""
+        return self.fc
 
     def forward(self, x: Float[Tensor, "m n dr"]) -> Float[Tensor, "m n dh"]:
         return self.fc(x)
@@ -282,6 +293,19 @@ class Connector(nn.Module):
                     pass
 
 
+@torch.no_grad()
+def without_output_norm(connector: Connector, factors: Float[Tensor, "dh"]) -> Connector:
+    """A copy whose last linear layer gives each channel times its factor, in place of the output norm. Equal to the
+    norm where every token has the same RMS, and ``factors`` are the gain over it."""
+    folded = copy.deepcopy(connector)
+    folded.output_norm = None
+    last = folded.projector.last
+    last.weight.copy_(last.weight.double() * factors.to(last.weight.device).unsqueeze(1))
+    if last.bias is not None:
+        last.bias.copy_(last.bias.double() * factors.to(last.bias.device))
+    return folded
+
+
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
@@ -363,7 +387,7 @@ def build_connector(
             case "mlp":
                 projector = MlpProjector(resampler.d_out, p.hidden or d_text, d_text, p.dropout)
             case "linear":
-                projector = LinearProjector(resampler.d_out, d_text)
+                projector = LinearProjector(resampler.d_out, d_text, p.bias)
         connector = Connector(
             nn.LayerNorm(d_vision) if cfg.vision_ln else None,
             resampler,

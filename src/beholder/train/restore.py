@@ -354,9 +354,10 @@ _FIELDS = {
     "vision_ln": "model.connector.vision_ln",
     "resampler": "model.connector.resampler.kind",
     "projector": "model.connector.projector.kind",
+    "projector.fc.bias": "model.connector.projector.bias",
     "output_norm": "model.connector.output_norm",
 }
-"""Config field that decides whether a connector has weights under this first name."""
+"""Config field that decides whether a connector has weights under this first name, or this single one."""
 
 _INFO_FIELDS = {
     **_FIELDS,
@@ -390,8 +391,9 @@ def load_connector(path: str | Path, connector: nn.Module, info: Mapping[str, An
     for first in dict.fromkeys(k.partition(".")[0] for k in [*unexpected, *missing]):
         more = [k for k in unexpected if k.partition(".")[0] == first]
         fewer = [k for k in missing if k.partition(".")[0] == first]
-        field = _FIELDS.get(first, "model.connector")
-        values = _both(saved_info, info, first)
+        named = next((k for k in [*more, *fewer] if k in _FIELDS and len(more) + len(fewer) == 1), first)
+        field = _FIELDS.get(named, "model.connector")
+        values = _both(saved_info, info, named)
         if more:
             complaints.append(f"checkpoint has {_shorten(first, more)}, which this config does not build")
         if fewer:

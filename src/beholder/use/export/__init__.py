@@ -7,6 +7,8 @@
 3 compare ids, logits and answers with the run's own; only if they are equal, the folder gets its model `card` and
   its name
 
+Asked for, `fold` makes the connector's output norm constant before, and says what that costs.
+
 Which class it becomes is `model.standard`'s to say. What lies in ``exported/`` is copied into the folder as it stands.
 """
 
@@ -34,7 +36,9 @@ from beholder.runs import stop_signals, writing
 from beholder.train.trained import TrainedRun, open_trained
 from beholder.types import UserError
 from beholder.use.export.adapters import ADAPTER
-from beholder.use.export.card import ExportedAs, as_gguf, as_transformers, evidence_of, write_card
+from beholder.use.export.card import ExportedAs, as_gguf, as_transformers, evidence_of, sentence, write_card
+from beholder.use.export.fold import NUM_CALIBRATION, FoldedNorm, check_worth_folding, without_norm
+from beholder.use.export.fold import fold_norm as fold
 from beholder.use.export.gguf import (
     MMPROJ,
     MODEL,
@@ -87,6 +91,8 @@ class Exported:
     close as rounding can turn."""
     pictures: list[str] = field(default_factory=list)
     """Of GGUF: where llama.cpp prepares pictures otherwise than the run does."""
+    folded: dict[str, Any] | None = None
+    """`fold.FoldedNorm`, where the output norm was folded: the comparison above is with the folded run."""
 
     def print(self, console: Console) -> None:
         console.print(
@@ -96,6 +102,8 @@ class Exported:
             console.print(f"  no class of transformers' own: {self.prevents}", highlight=False)
         if self.adapter:
             console.print(f"  adapters beside their base, in {self.adapter}/", highlight=False)
+        for line in FoldedNorm(**self.folded).told if self.folded else ():
+            console.print(f"  {line}", highlight=False)
         if self.stored is not None:
             self._print_gguf(console)
             return
@@ -138,15 +146,20 @@ def export(
     samples: int = NUM_SAMPLES,
     max_shard_size: str = SHARD,
     dtype: Stored | None = None,
+    fold_norm: bool = False,
+    calibration: int | None = None,
     overrides: Sequence[str] = (),
 ) -> Exported:
     """Write ``run`` (its best checkpoint, else its latest) to ``out`` as a folder that others open, and prove it.
 
     ``to``: ``hf``, a Hugging Face folder, or ``gguf``, the two files that llama.cpp opens. ``adapter``: leave the
     adapters beside their base as a PEFT folder instead of merging them. ``dtype``: how GGUF keeps matrices; default as
-    the run's language model does. Raises `UserError` for an ``out`` that holds something, a run without adapters where
-    they are asked for, parts that bring code of their own or that llama.cpp has nothing for, and where what was loaded
-    does not compute what the run computes; nothing is left behind then.
+    the run's language model does. ``fold_norm``: make the output norm constant, from ``calibration`` images (default
+    `fold.NUM_CALIBRATION`), so that the run becomes a class of transformers' own or llama.cpp's; that is another model,
+    which is what the folder is compared with, and `Exported.folded` says what it costs. Raises `UserError` for an
+    ``out`` that holds something, a run without adapters where they are asked for, a norm that cannot be folded or would
+    be for nothing, parts that bring code of their own or that llama.cpp has nothing for, and where what was loaded does
+    not compute what the run computes; nothing is left behind then.
     """
     out = Path(out)
     with writing(out):
@@ -164,9 +177,16 @@ def export(
         raise UserError("--to gguf writes one file of each part; leave --shard out (llama-gguf-split cuts files)")
     if to == "hf" and dtype is not None:
         raise UserError("--dtype says how --to gguf keeps matrices; a Hugging Face folder keeps them as the run does")
+    if calibration is not None and not fold_norm:
+        raise UserError("calibration is for folding the output norm; give --fold-norm too, or leave --calibration out")
     opened = open_trained(run, torch.device("cpu"), overrides)
     if adapter and not opened.model.adapters:
         raise UserError(f"{run} has no adapters, so there is nothing to put beside its base; leave --adapter out")
+    folding = None
+    if fold_norm:
+        check_worth_folding(opened) if to == "hf" else check_gguf(without_norm(opened))
+        folding = fold(opened, NUM_CALIBRATION if calibration is None else calibration)
+        opened = folding.run
     readable = check_gguf(opened) if to == "gguf" else None
     if readable is not None:
         pre_tokenizer(opened.tokenizer)
@@ -185,7 +205,14 @@ def export(
                 told, exported = _gguf(opened, readable, out, folder, chosen, dtype or default_stored(readable))
             else:
                 told, exported = _hf(opened, out, folder, chosen, adapter, max_shard_size)
+            folded = None if folding is None else folding.measure()
         with writing(out):
+            if folded is not None:
+                folded.save(folder)
+                exported = replace(
+                    exported, told=(*exported.told, *map(sentence, folded.told)),
+                    unlike="The figures are of the run as it is; what was exported has its output norm folded.",
+                )  # fmt: skip
             write_card(folder, opened, evidence, exported)
         files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         with writing(out):
@@ -198,7 +225,7 @@ def export(
             for parent in missing:
                 parent.rmdir()
         raise
-    return replace(told, files=files)
+    return replace(told, files=files, folded=None if folded is None else folded.to_json())
 
 
 def _hf(

@@ -11,33 +11,23 @@ from torch import Tensor
 from beholder.model.native import NativeModel
 from beholder.model.placement import Part
 from beholder.model.vlm import VisionLanguageModel
+from beholder.use.export.weights import Places
 
 ADAPTER = "adapter"
 """Folder of the adapters, below that of the base."""
 
 
-def write_adapters(
-    model: VisionLanguageModel | NativeModel, folder: Path, names: dict[str, str], *, standard: bool
-) -> None:
+def write_adapters(model: VisionLanguageModel | NativeModel, folder: Path, places: Places) -> None:
     """The adapters of all parts as one PEFT folder for the exported class."""
     from beholder.model.adapters import KEY_PREFIX, adapter_config, adapter_tensors
 
     parts: list[tuple[str, Part]] = [(n, p) for n, p in model.parts().items() if p.adapters]
     tensors: dict[str, Tensor] = {}
     targets: list[str] = []
-    native = isinstance(model, NativeModel)
-
-    def place(part: str, name: str) -> str:
-        if native:
-            return name
-        if part == "language" and standard:
-            return f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name
-        return names[part] + name
-
     for name, part in parts:
         for key, tensor in adapter_tensors(part).items():
-            tensors[KEY_PREFIX + place(name, key.removeprefix(KEY_PREFIX))] = tensor.contiguous()
-        targets += [place(name, part.prefix + site.name) for site in part.adapters]
+            tensors[KEY_PREFIX + places.name(name, key.removeprefix(KEY_PREFIX))] = tensor.contiguous()
+        targets += [places.name(name, part.prefix + site.name) for site in part.adapters]
     config = adapter_config(parts[0][1]) | {"target_modules": sorted(targets), "task_type": None}
     config["base_model_name_or_path"] = None
     folder.mkdir()

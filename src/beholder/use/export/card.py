@@ -66,6 +66,8 @@ class ExportedAs:
     """How it is opened, Markdown."""
     compared: str
     """What comparing it with the run gave, a Markdown sentence."""
+    unlike: str = ""
+    """Why the run's figures are not its own; empty where they are."""
 
 
 def as_transformers(
@@ -116,7 +118,7 @@ def as_gguf(
     told = (
         f"`{model}` is the language model, `{mmproj}` tower and projector; matrices are {stored}.",
         *(("Its adapters are part of the weights.",) if adapters else ()),
-        *(f"{escaped(note[:1].upper() + note[1:])}." for note in pictures),
+        *map(sentence, pictures),
     )
     load = "\n".join((
         "With llama.cpp, in this folder:", "", "```sh",
@@ -133,6 +135,11 @@ def as_gguf(
         else "llama.cpp itself was not asked."
     )
     return ExportedAs("llama.cpp", told, load, compared)
+
+
+def sentence(told: str) -> str:
+    """What a terminal is told in a line, as a sentence of Markdown."""
+    return f"{escaped(told[:1].upper() + told[1:])}."
 
 
 def evidence_of(run: TrainedRun) -> Evidence | None:
@@ -154,10 +161,10 @@ def write_card(folder: Path, run: TrainedRun, evidence: Evidence | None, exporte
 def model_card(run: TrainedRun, evidence: Evidence | None, exported: ExportedAs) -> str:
     """The text of the card: the hub's metadata as YAML, then Markdown."""
     parts = list(parts_of(run.cfg))
-    same = evidence is not None and not _not_these(run, evidence)
+    same = evidence is not None and not _not_these(run, evidence, exported)
     metadata = _metadata(run.cfg, parts, evidence if same else None, exported)
     block = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=10_000)
-    lines = ["---", block.rstrip(), "---", "", f"# {escaped(run.cfg.run_name)}", "", *_first(run, evidence)]
+    lines = ["---", block.rstrip(), "---", "", f"# {escaped(run.cfg.run_name)}", "", *_first(run, evidence, exported)]
     lines += _made_of(run, evidence, parts)
     lines += _trained_on(run, evidence)
     if evidence is not None:
@@ -319,9 +326,9 @@ def _results(e: Evidence) -> list[dict[str, Any]]:
 # The body
 
 
-def _not_these(run: TrainedRun, e: Evidence) -> list[str]:
+def _not_these(run: TrainedRun, e: Evidence, exported: ExportedAs) -> list[str]:
     """Why the figures are not about what is exported; empty where they are."""
-    out: list[str] = []
+    out = [exported.unlike] if exported.unlike else []
     if e.step is not None and e.step != run.step:
         out.append(f"The figures are of step {count(e.step)}, what was exported is step {count(run.step)}.")
     strength = run.cfg.model.lora.strength
@@ -333,7 +340,7 @@ def _not_these(run: TrainedRun, e: Evidence) -> list[str]:
     return out
 
 
-def _first(run: TrainedRun, e: Evidence | None) -> list[str]:
+def _first(run: TrainedRun, e: Evidence | None, exported: ExportedAs) -> list[str]:
     """What must be known before anything else: what failed, or that nothing was measured."""
     if e is None:
         return [
@@ -341,7 +348,7 @@ def _first(run: TrainedRun, e: Evidence | None) -> list[str]:
             "looks at the image, or of where it fails. `beholder evaluate` measures it.", "",
         ]  # fmt: skip
     promote = next(v for v in verdicts(e) if v.key == "promote")
-    lines = [f"> **{escaped(text)}**\n" for text in _not_these(run, e)]
+    lines = [f"> **{escaped(text)}**\n" for text in _not_these(run, e, exported)]
     lines += [f"> **{escaped(text)}**\n" for text in content.warnings(e)]
     if e.failed_gates or not e.gates:
         failed = "did not pass its checks" if e.failed_gates else "was not judged"

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beholder.model.connector import PixelShuffle
 from beholder.model.native import NativeModel
 from beholder.model.placement import without_adapters
+from beholder.model.standard import IDEFICS3 as IDEFICS3_CLASS
+from beholder.model.standard import OWN as OWN_CLASS
 from beholder.model.standard import ExportClass, export_class
 from beholder.model.vlm import VisionLanguageModel
 from beholder.model.weights import check_finite
@@ -20,8 +23,11 @@ from beholder.train.trained import TrainedRun
 from beholder.types import UserError
 from beholder.use.export.adapters import ADAPTER, write_adapters
 from beholder.use.export.template import IMAGE_TOKEN, chat_template, native_template
-from beholder.use.export.weights import connector_state, language_state, tower_state
+from beholder.use.export.weights import IDEFICS3, LLAVA, NATIVE, OWN, connector_state
 from beholder.use.exported import CODE
+
+PLACES = {OWN_CLASS: OWN, IDEFICS3_CLASS: IDEFICS3}
+"""By exported class; the others are LLaVA's."""
 
 
 def write(run: TrainedRun, folder: Path, *, beside: bool, max_shard_size: str) -> ExportClass:
@@ -36,17 +42,22 @@ def write(run: TrainedRun, folder: Path, *, beside: bool, max_shard_size: str) -
     if isinstance(model, NativeModel):
         _write_native(run, model, folder, generation, max_shard_size)
         written = ExportClass(type(model.whole).__name__)
-        names = {"language": "", "vision": ""}
+        places = NATIVE
     else:
         written = _write_joined(run, model, folder, generation, max_shard_size)
-        own = written.prevents
-        names = {
-            "language": "language_model." if own else "",
-            "vision": "vision_tower.backbone." if own else "model.vision_tower.",
-        }
+        places = PLACES.get(written.name, LLAVA)
     if beside:
-        write_adapters(model, folder / ADAPTER, names, standard=not written.prevents)
+        write_adapters(model, folder / ADAPTER, places)
     return written
+
+
+def joined_class(run: TrainedRun, model: VisionLanguageModel) -> ExportClass:
+    """What a run that was joined of parts is exported as."""
+    assert model.vision is not None
+    return export_class(
+        run.cfg.model.connector, run.cfg.model.vision, model.vision.backbone, model.language.model,
+        model.geometry.num_patches,
+    )  # fmt: skip
 
 
 def _write_native(run: TrainedRun, model: NativeModel, folder: Path, generation: Any, max_shard_size: str) -> None:
@@ -72,12 +83,10 @@ def _write_joined(
     run: TrainedRun, model: VisionLanguageModel, folder: Path, generation: Any, max_shard_size: str
 ) -> ExportClass:
     assert model.vision is not None
-    written = export_class(
-        run.cfg.model.connector, run.cfg.model.vision, model.vision.backbone, model.language.model,
-        model.geometry.num_patches,
-    )  # fmt: skip
+    written = joined_class(run, model)
     tokenizer, token_id, token = _with_image_token(run)
-    exported = (_own if written.prevents else _llava)(run, model, written, token_id)
+    make = {IDEFICS3_CLASS: _idefics3, OWN_CLASS: _own}.get(written.name, _llava)
+    exported = make(run, model, written, token_id)
     rows = model.language.vocab
     if token_id >= rows:
         exported.resize_token_embeddings(token_id + 1, mean_resizing=False)
@@ -92,7 +101,7 @@ def _write_joined(
     exported.save_pretrained(folder, max_shard_size=max_shard_size)
     if written.prevents:
         shutil.copy(CODE / "modeling_beholder.py", folder)
-    _write_processor(run, model, folder, tokenizer, token)
+    _write_processor(run, model, folder, tokenizer, token, by_text=written.name == IDEFICS3_CLASS)
     own = "modeling_beholder."
     auto = {"AutoConfig": f"{own}BeholderConfig", "AutoModel": own + written.name,
             "AutoModelForImageTextToText": own + written.name}  # fmt: skip
@@ -172,10 +181,7 @@ def _llava(run: TrainedRun, model: VisionLanguageModel, written: ExportClass, to
     state = {
         f"model.multi_modal_projector.{names[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}": v for k, v in ours.items()
     }
-    state |= {f"model.vision_tower.{k}": v for k, v in tower_state(model).items()}
-    for name, tensor in language_state(model).items():
-        inner = name.startswith("model.")
-        state[f"model.language_model.{name.removeprefix('model.')}" if inner else name] = tensor
+    state |= LLAVA.state(model)
     common: dict[str, Any] = {
         "vision_config": vision, "text_config": text, "image_token_index": token_id,
         "vision_feature_layer": cfg.vision.feature_layer, "projector_hidden_act": "gelu",
@@ -189,6 +195,23 @@ def _llava(run: TrainedRun, model: VisionLanguageModel, written: ExportClass, to
         **common, vision_feature_select_strategy="default" if clip else "full", multimodal_projector_bias=True
     )
     return _filled(lambda: transformers.LlavaForConditionalGeneration(config), state)
+
+
+def _idefics3(run: TrainedRun, model: VisionLanguageModel, written: ExportClass, token_id: int) -> Any:
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3VisionConfig
+
+    assert model.vision is not None
+    backbone: Any = model.vision.backbone
+    told, known = _plain(backbone.config.to_dict()), Idefics3VisionConfig().to_dict()
+    vision = Idefics3VisionConfig(**{k: v for k, v in told.items() if k in known and k != "model_type"})
+    text, resampler = _text_config(model), model.connector.resampler
+    config = Idefics3Config(
+        vision_config=vision, text_config=text, image_token_id=token_id, tie_word_embeddings=text.tie_word_embeddings,
+        scale_factor=resampler.factor if isinstance(resampler, PixelShuffle) else 1,
+    )  # fmt: skip
+    projection = connector_state(model)["projector.fc.weight"]
+    state = {"model.connector.modality_projection.proj.weight": projection} | IDEFICS3.state(model)
+    return _filled(lambda: Idefics3ForConditionalGeneration(config), state)
 
 
 def _own(run: TrainedRun, model: VisionLanguageModel, written: ExportClass, token_id: int) -> Any:
@@ -213,7 +236,7 @@ def _own(run: TrainedRun, model: VisionLanguageModel, written: ExportClass, toke
     r, c = cfg.connector.resampler, model.connector
     connector: dict[str, Any] = {k: v for k, v in c.info().items()} | {
         "d_resampler": c.resampler.d_out, "depth": r.depth, "num_heads": r.num_heads,
-        "hidden": cfg.connector.projector.hidden or c.d_out,
+        "hidden": cfg.connector.projector.hidden or c.d_out, "bias": cfg.connector.projector.bias,
     }  # fmt: skip
     text = _text_config(model)
     made = BeholderConfig(
@@ -221,12 +244,13 @@ def _own(run: TrainedRun, model: VisionLanguageModel, written: ExportClass, toke
         image_token_id=token_id,
     )  # fmt: skip
     state = {f"connector.{k}": v for k, v in connector_state(model).items()}
-    state |= {f"vision_tower.backbone.{k}": v for k, v in tower_state(model).items()}
-    state |= {f"language_model.{k}": v for k, v in language_state(model).items()}
+    state |= OWN.state(model)
     return _filled(lambda: BeholderForConditionalGeneration(made), state)
 
 
-def _write_processor(run: TrainedRun, model: VisionLanguageModel, folder: Path, tokenizer: Any, token: str) -> None:
+def _write_processor(
+    run: TrainedRun, model: VisionLanguageModel, folder: Path, tokenizer: Any, token: str, *, by_text: bool
+) -> None:
     from beholder.use.exported.processing_beholder import BeholderImageProcessor, BeholderProcessor
 
     g = model.geometry
@@ -237,6 +261,7 @@ def _write_processor(run: TrainedRun, model: VisionLanguageModel, folder: Path, 
     processor = BeholderProcessor(
         images, tokenizer, chat_template=chat_template(run, token), image_token=token,
         num_visual_tokens=model.num_visual_tokens, before=run.encoder.im_start_ids, after=run.encoder.im_end_ids,
+        by_text=by_text,
     )  # fmt: skip
     processor.save_pretrained(folder)
     shutil.copy(CODE / "processing_beholder.py", folder)

@@ -72,6 +72,20 @@ def held_out(run: TrainedRun) -> Iterator[Example]:
     return (records[int(indices[i])] for i in order)
 
 
+def trained_on(run: TrainedRun) -> Iterator[Example]:
+    """The samples that the run was trained on, in a fixed random order. Raises `UserError` without its split file,
+    which says which they are."""
+    splits = sorted((run.folder / "splits").glob("split_*.json"))
+    if not splits:
+        raise UserError(
+            f"{run.folder}/splits has no split file, so which samples the run was trained on is not known; put the "
+            "run's own back"
+        )
+    records = open_records(run.cfg, run.cfg.data.train_sources)
+    indices = np.random.default_rng(0).permutation(load_split(splits[-1], records).train)
+    return (records[int(i)] for i in indices)
+
+
 def _message(turn: Turn, native: bool, num_images: int, run: TrainedRun) -> dict[str, Any]:
     """A turn as an exported processor takes it: text with a marker where each image goes; a native one wants parts."""
     if not native:

@@ -170,9 +170,9 @@ class Mlp(nn.Module):
 
 
 class Linear(nn.Module):
-    def __init__(self, d_in: int, d_out: int) -> None:
+    def __init__(self, d_in: int, d_out: int, bias: bool) -> None:
         super().__init__()
-        self.fc = nn.Linear(d_in, d_out)
+        self.fc = nn.Linear(d_in, d_out, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(x)
@@ -204,7 +204,7 @@ class Connector(nn.Module):
         if c["projector"] == "mlp":
             self.projector: nn.Module = Mlp(c["d_resampler"], c["hidden"], c["d_text"])
         else:
-            self.projector = Linear(c["d_resampler"], c["d_text"])
+            self.projector = Linear(c["d_resampler"], c["d_text"], c.get("bias", True))
         self.output_norm = OutputNorm(c["d_text"]) if c["output_norm"] == "rms" else None
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:

@@ -119,6 +119,19 @@ def flat(images: Any) -> list[Any]:
     return [i for one in images for i in flat(one)] if isinstance(images, list | tuple) else [images]
 
 
+def filled_up(pixels: torch.Tensor, counts: Any) -> torch.Tensor:
+    """``[m, 3, h, w]`` → ``[texts, most images of one, 3, h, w]``. Idefics3 leaves out what is all zero, so a picture
+    that is (all of it the grey that is taken off) gets the smallest number that 16 bits hold in one place."""
+    tiny = 2.0**-24
+    empty = pixels.abs().flatten(1).amax(1) < tiny
+    pixels[empty, 0, 0, 0] = tiny
+    rows = pixels.split(list(counts))
+    made = pixels.new_zeros(len(rows), max(counts), *pixels.shape[1:])
+    for row, own in zip(made, rows, strict=True):
+        row[: len(own)] = own
+    return made
+
+
 def without_word_mark(tokenizer: Any) -> Any:
     """The tokenizer's inside without the mark (``▁`` or a space) that it puts before a text of its own accord, for
     text that goes on after an image; None where it puts none."""
@@ -152,7 +165,8 @@ def without_word_mark(tokenizer: Any) -> Any:
 class BeholderProcessor(ProcessorMixin):
     """Text with ``image_token`` where each image goes, as the chat template writes it. ``before`` and ``after``: ids
     around the ``num_visual_tokens`` places of an image. The text between images is tokenised on its own; ``goes_on``:
-    without a mark for a text's first word."""
+    without a mark for a text's first word. ``by_text``: pixels are ``[texts, most images of one, 3, h, w]``, filled up
+    with zeros, as Idefics3 takes them; else ``[images, 3, h, w]``."""
 
     def __init__(
         self,
@@ -164,8 +178,10 @@ class BeholderProcessor(ProcessorMixin):
         before: Any = (),
         after: Any = (),
         goes_on: bool = False,
+        by_text: bool = False,
         **kwargs: Any,
     ) -> None:
+        self.by_text = by_text
         self.image_token, self.num_visual_tokens = image_token, num_visual_tokens
         self.before, self.after = list(before), list(after)
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -185,9 +201,9 @@ class BeholderProcessor(ProcessorMixin):
         if text is None:
             raise ValueError("give the text as well")
         texts, given = [text] if isinstance(text, str) else list(text), flat(images)
-        places = sum(t.count(self.image_token) for t in texts)
-        if places != len(given):
-            raise ValueError(f"the text has {places} places ({self.image_token}) for {len(given)} images")
+        places = [t.count(self.image_token) for t in texts]
+        if sum(places) != len(given):
+            raise ValueError(f"the text has {sum(places)} places ({self.image_token}) for {len(given)} images")
         rows = [self.encode(t) for t in texts]
         longest = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
@@ -198,6 +214,8 @@ class BeholderProcessor(ProcessorMixin):
         }
         if given:
             data |= self.image_processor(given)
+        if given and self.by_text:
+            data["pixel_values"] = filled_up(data["pixel_values"], places)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def encode(self, text: str) -> list[int]:
