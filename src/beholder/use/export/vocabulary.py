@@ -59,8 +59,8 @@ def tokenizer_prevents(tokenizer: Any) -> str:
 
 
 def _steps(told: dict[str, Any]) -> list[dict[str, Any]]:
-    steps = told.get("pre_tokenizer") or {"type": "none"}
-    steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
+    told = told.get("pre_tokenizer") or {"type": "none"}
+    steps: list[dict[str, Any]] = told["pretokenizers"] if told["type"] == "Sequence" else [told]
     return [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
 
 

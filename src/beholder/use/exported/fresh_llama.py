@@ -5,6 +5,7 @@ the binding `xllamacpp` alone.
 """
 
 import base64
+import importlib
 import json
 import os
 import secrets
@@ -28,7 +29,7 @@ def main(job: Path) -> None:
     asked = json.loads((job / "job.json").read_text("utf-8"))
     os.environ["LLAMA_MEDIA_MARKER"] = asked["marker"]  # else a random one, which prompts could not name
     sys.path.append(asked["binding"])
-    import xllamacpp
+    xllamacpp: Any = importlib.import_module("xllamacpp")  # where it lies has just been said
 
     params = xllamacpp.CommonParams()
     params.model.path = asked["model"]
@@ -86,11 +87,11 @@ def ask(llama: Llama, sample: dict[str, Any], asked: dict[str, Any], job: Path) 
     body = how | {"prompt": prompt, "n_predict": asked["max_new_tokens"], "return_tokens": True}
     told = llama("completion", body)
     ids, scored = told["tokens"], told
-    if len(told["completion_probabilities"]) < len(ids):
+    if len(told.get("completion_probabilities", [])) < len(ids):
         scored = llama("completion", body | {"logit_bias": [[i, False] for i in asked["partial"]]})
-    listed = [step(s) for s in scored["completion_probabilities"]]
+    steps = scored.get("completion_probabilities", [])
     out = {"prompt": told["tokens_evaluated"], "ids": ids, "chat": None,
-           "scored": {"ids": [s["id"] for s in scored["completion_probabilities"]], "steps": listed}}  # fmt: skip
+           "scored": {"ids": [s["id"] for s in steps], "steps": [step(s) for s in steps]}}  # fmt: skip
     if sample["messages"] is not None:
         images = iter(data)
         messages = [
