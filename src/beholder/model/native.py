@@ -7,9 +7,12 @@ proven at load time: the same logits as the model's own forward, whether packed 
 is a row of `FAMILIES`; what is not there is refused by name.
 """
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from beholder.model.weights import (
     check_stated,
     freeze,
     from_pretrained,
+    hash_state,
     loading,
     sketch_module,
     weight_shapes,
@@ -63,10 +67,12 @@ class Family:
     """Of a sample; None: no bound. A class that lays several images out in another way than one by one takes one."""
     both_ways: bool = False
     """Positions of one image attend to each other forwards as well, by the class's own masks."""
+    deep: str | None = None
+    """Below the core, the list of modules that make what the decoder's first layers add (deepstack)."""
 
 
 FAMILIES: dict[str, Family] = {
-    "qwen3_vl": Family(("visual",), grids=True),
+    "qwen3_vl": Family(("visual",), grids=True, deep="visual.deepstack_merger_list"),
     "qwen2_5_vl": Family(("visual",), grids=True),
     "llava": Family(("vision_tower", "multi_modal_projector")),
     # Of several images in a sample it sees one tile each, of one alone as many as its grid has.
@@ -85,6 +91,10 @@ UNKNOWN = {
     "prompt is attended to both ways",
 }
 """Why a class is not among them."""
+
+
+EYES_LEARN = "its tower has adapters, so what its eyes say of an image changes while they learn"
+"""Why nothing is kept of images then."""
 
 
 class Eyes(nn.Module):
@@ -132,6 +142,9 @@ class NativeModel(Seeing):
         self.language = language
         self.geometry = processor
         self.num_visual_tokens = None
+        self._form: tuple[Any, bool, list[bool]] = (None, False, [])
+        """What its own code gives of images: the class of it, and whether visual tokens, and what each layer adds, are
+        one tensor or a list of one for each image."""
         self._info = {
             "native": {
                 "name": language.name, "class": type(whole).__name__, "fingerprint": sketch_module(whole),
@@ -146,9 +159,46 @@ class NativeModel(Seeing):
         """Tower and decoder; what lies between them and after them (projector, mergers, head) stays as it is."""
         return {"vision": self.vision.part, "language": self.language.part}
 
+    # -- what can be computed once an image
+
+    @torch.no_grad()
+    def check_kept(self) -> str | None:
+        """Why nothing can be kept of an image, or None where what the eyes say of it is always the same."""
+        if self.vision.part.adapters:
+            return EYES_LEARN
+        if self.family.apart:
+            return None
+        images = [self._sample(size, 1, seed=4)[1] for size in PROBES]
+        together, alone = self._said(images), torch.cat([self._said([image]) for image in images])
+        exact = together.dtype == torch.float32
+        if _distance(together.float(), alone.float()) <= (1e-4 if exact else 3e-2):
+            return None
+        return "what its eyes say of an image depends on which others are shown with it"
+
+    @property
+    def kept_like(self) -> tuple[tuple[int, int], torch.dtype]:
+        """Shape and type of what is kept of each position of an image: ``(1 + L, Dh)``."""
+        said = self._see()
+        return (said.shape[1], said.shape[2]), said.dtype
+
     def keep(self, image: ImageInput) -> ImageInput:
-        """As it is: what the eyes say of an image is more than one output, and differs in its number of tokens."""
-        return image
+        """An image as the feature store keeps it: with what the eyes say of it, ``[S, 1 + L, Dh]``."""
+        assert image.inputs is not None, "an image of a native model comes as its processor's inputs"
+        return ImageInput(features=self._said([image]).detach().cpu())
+
+    def kept_fingerprint(self) -> str:
+        """sha256 over what decides what `keep` gives, besides the image and its inputs: all weights but the language
+        model's, settings, precision and attention kernel."""
+        core, language = self.whole.model, self.language.part.prefix.removeprefix("model.")
+        state = {n: t for n, t in core.state_dict().items() if not n.startswith(language)}
+        tower = self.vision.part.module
+        settings = self.whole.config.to_dict()
+        facts = {
+            "class": type(self.whole).__name__, "dtype": str(self.language.dtype),
+            "kernel": getattr(getattr(tower, "config", None), "_attn_implementation", None),
+            "settings": {k: v for k, v in settings.items() if k not in ("_name_or_path", "transformers_version")},
+        }  # fmt: skip
+        return hash_state(state, json.dumps(facts, sort_keys=True, default=str))
 
     def check_layers_kept(self) -> str | None:
         """Why what goes into the language model's layers cannot be kept."""
@@ -157,35 +207,35 @@ class NativeModel(Seeing):
     # -------------------------------------------------------------------------------------------------------------
 
     def hidden_states(self, batch: Batch) -> Float[Tensor, "b t dh"]:
-        inputs = self._inputs(batch.images, batch.image_sizes)
-        return self._hidden(batch, inputs, self._positions(batch, inputs))
+        images = self._shown(batch.images, batch.image_sizes)
+        return self._hidden(batch, images, self._positions(batch, images))
 
-    def _inputs(self, images: Sequence[ImageInput], sizes: Sequence[tuple[int, int]]) -> list[Mapping[str, Tensor]]:
-        """The processor's inputs of each image; an empty one's are as large as its place was laid out for."""
+    def _shown(self, images: Sequence[ImageInput], sizes: Sequence[tuple[int, int]]) -> list[ImageInput]:
+        """Each image with its processor's inputs, of one that was kept those that are no pixels; an empty one's are as
+        large as its place was laid out for."""
         if len(images) != len(sizes):
             raise UserError(
                 f"the batch holds {len(images)} images but its prompts reserve room for {len(sizes)}. Truncation or a "
                 "lost image is the usual cause."
             )
-        made: list[Mapping[str, Tensor]] = []
+        made: list[ImageInput] = []
         for image, size in zip(images, sizes, strict=True):
             if image.blank is not None:
                 kind, seed = image.blank
-                made.append(self.geometry.blank(size, self.family.zero if kind == "zero" else seed))
-                continue
+                image = ImageInput(inputs=self.geometry.blank(size, self.family.zero if kind == "zero" else seed))
+            elif image.features is not None:
+                image = replace(image, inputs=self.geometry.beside(size))
             assert image.inputs is not None, "an image of a native model comes as its processor's inputs"
-            made.append(image.inputs)
+            made.append(image)
         return made
 
     def patches(self, images: Sequence[ImageInput]) -> Float[Tensor, "s dh"]:
         """Visual tokens of images that come with their inputs, one image after another."""
-        tokens, _ = self._features([image.inputs for image in images if image.inputs is not None])
-        return tokens
+        return torch.cat([self._said([image])[:, 0] for image in images])
 
     def _see(self) -> Tensor:
         """All that the eyes say of an empty image."""
-        tokens, deep = self._features([self.geometry.blank((64, 64), 0.1)])
-        return torch.cat([tokens, *deep])
+        return self._said([ImageInput(inputs=self.geometry.blank((64, 64), 0.1))])
 
     def _together(self, inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The inputs of several images as the model takes them."""
@@ -200,20 +250,35 @@ class NativeModel(Seeing):
             made[k] = torch.cat(values).to(self.device)
         return made
 
-    def _features(self, inputs: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, list[Tensor]]:
-        """Visual tokens ``[S, Dh]`` of all images, one after another, and what the first layers add (deepstack)."""
+    def _said(self, images: Sequence[ImageInput]) -> Float[Tensor, "s n dh"]:
+        """What the eyes say of images, seen together: for each of their positions, one image after another, the visual
+        token, and what the first layers add (deepstack)."""
         learns = torch.is_grad_enabled() and self.vision.learns
-        groups = [[own] for own in inputs] if self.family.apart else [inputs]
-        tokens: list[Tensor] = []
-        deep: list[list[Tensor]] = []
+        inputs = [image.inputs for image in images if image.inputs is not None]
         with torch.set_grad_enabled(learns), torch.autocast(self.device.type, enabled=False):
-            for group in groups:
-                out = self.whole.model.get_image_features(**self._together(group), return_dict=True)
-                tokens.append(_flat(out.pooler_output))
-                deep.append([_flat(layer) for layer in getattr(out, "deepstack_features", None) or ()])
-        return torch.cat(tokens), [torch.cat(layers) for layers in zip(*deep, strict=True)]
+            out = self.whole.model.get_image_features(**self._together(inputs), return_dict=True)
+        deep = getattr(out, "deepstack_features", None) or ()
+        self._form = type(out), isinstance(out.pooler_output, Tensor), [isinstance(layer, Tensor) for layer in deep]
+        return torch.stack([_flat(out.pooler_output), *map(_flat, deep)], 1)
 
-    def _positions(self, batch: Batch, inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def _features(self, images: Sequence[ImageInput], lengths: Sequence[int]) -> list[Float[Tensor, "s n dh"]]:
+        """What the eyes say of each image, or have said where it was kept. ``lengths``: the positions reserved for
+        each; raises `UserError` for other counts."""
+        made = [image.features for image in images]
+        raw = [i for i, features in enumerate(made) if features is None]
+        # On a CPU nothing is gained by seeing them together, and so its bits are those of what was kept.
+        apart = self.family.apart or self.device.type == "cpu"
+        for group in [[i] for i in raw] if apart else [raw] if raw else []:
+            said = self._said([images[i] for i in group])
+            _check_count(len(said), sum(lengths[i] for i in group))
+            for i, own in zip(group, said.split([lengths[i] for i in group]), strict=True):
+                made[i] = own
+        found = [own.to(self.device, non_blocking=True) for own in made if own is not None]
+        for own, length in zip(found, lengths, strict=True):
+            _check_count(len(own), length)
+        return found
+
+    def _positions(self, batch: Batch, images: Sequence[ImageInput]) -> dict[str, Tensor]:
         """``position_ids`` ``[4, B, T]`` of a family with M-RoPE: the first row restarts at each sample and decides
         what attends to what, the others are the model's own for each sample by itself. Else nothing."""
         if not self.family.grids:
@@ -224,9 +289,8 @@ class NativeModel(Seeing):
         seen[batch.image_positions] = 1
         for i in batch.image_sample.unique().tolist():
             at = (where == i).nonzero().squeeze(1)
-            grids = [
-                own["image_grid_thw"] for own, s in zip(inputs, batch.image_sample.tolist(), strict=True) if s == i
-            ]
+            owners = zip(images, batch.image_sample.tolist(), strict=True)
+            grids = [image.inputs["image_grid_thw"] for image, s in owners if s == i and image.inputs is not None]
             flat[1:, at] = self._rope(batch.input_ids.reshape(-1)[at], seen[at], torch.cat(grids))
         return {"position_ids": rows}
 
@@ -237,14 +301,15 @@ class NativeModel(Seeing):
         return positions[:, 0]
 
     def _hidden(
-        self, batch: Batch, inputs: Sequence[Mapping[str, Tensor]], beside: Mapping[str, Tensor]
+        self, batch: Batch, images: Sequence[ImageInput], beside: Mapping[str, Tensor]
     ) -> Float[Tensor, "b t dh"]:
-        """Final hidden states of a batch, wherever it lies, whose images are ``inputs``."""
+        """Final hidden states of a batch, wherever it lies, whose images are ``images``."""
+        lengths = batch.image_lengths.tolist()
         batch = replace(batch, images=[]).to(self.device)
         embeds = self.language.embed(batch.input_ids)
         extra: dict[str, Any] = {k: v.to(self.device) for k, v in beside.items()}
-        if inputs:
-            tokens, deep = self._features(inputs)
+        if images:
+            tokens, *deep = torch.cat(self._features(images, lengths)).unbind(1)
             embeds = scatter_images(embeds, batch.image_positions, tokens)
             mask = torch.zeros(batch.input_ids.numel(), dtype=torch.bool, device=self.device)
             mask[batch.image_positions] = True
@@ -273,11 +338,12 @@ class NativeModel(Seeing):
         streamer: Any = None,
     ) -> list[list[int]]:
         """New token ids for each prompt with its images, as `VisionLanguageModel.generate`; written by the model's own
-        ``generate``, from ids and the processor's inputs."""
+        ``generate``, from ids and what its eyes say."""
         if not prompts:
             return []
         check_places(prompts, images)
-        inputs = self._inputs([x for own in images for x in own], [s for p in prompts for s in p.image_sizes])
+        shown = self._shown([x for own in images for x in own], [s for p in prompts for s in p.image_sizes])
+        said = self._features(shown, [len(p.reserved(k)) for p in prompts for k in range(len(p.image_spans))])
         longest = max(len(p.ids) for p in prompts)
         ids = torch.full((len(prompts), longest), eos_ids[0], dtype=torch.int64)
         mask, seen = torch.zeros_like(ids), torch.zeros_like(ids)
@@ -287,10 +353,32 @@ class NativeModel(Seeing):
             for k in range(len(prompt.image_spans)):
                 seen[row, left + torch.from_numpy(prompt.reserved(k))] = 1
         given = {"input_ids": ids, "attention_mask": mask} | self._seen(seen)
-        return self.language.write(
-            {k: v.to(self.device) for k, v in given.items()} | self._together(inputs), longest, how,
-            eos_ids=eos_ids, seed=seed, streamer=None if streamer is None else _WithoutPrompt(streamer),
-        )  # fmt: skip
+        inputs = self._together([_without_pixels(image.inputs) for image in shown if image.inputs is not None])
+        with self._having_seen(said):
+            return self.language.write(
+                {k: v.to(self.device) for k, v in given.items()} | inputs, longest, how,
+                eos_ids=eos_ids, seed=seed, streamer=None if streamer is None else _WithoutPrompt(streamer),
+            )  # fmt: skip
+
+    @contextmanager
+    def _having_seen(self, said: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, the model's own code is told this of the images it is shown, in the form that it gives itself."""
+        core, own = self.whole.model, self.whole.model.get_image_features
+        kind, together, layers = self._form
+
+        @wraps(own)
+        def told(*_: object, **__: object) -> Any:
+            tokens = [one[:, 0] for one in said]
+            deep = [[one[:, 1 + k] for one in said] for k in range(len(layers))]
+            added = [torch.cat(parts) if one else parts for parts, one in zip(deep, layers, strict=True)]
+            more = {"deepstack_features": added} if added else {}
+            return kind(pooler_output=torch.cat(tokens)[None] if together else tokens, **more)
+
+        core.get_image_features = told
+        try:
+            yield
+        finally:
+            del core.get_image_features
 
     def _seen(self, seen: Tensor) -> dict[str, Tensor]:
         """What tells the model's own forward which positions are an image's, where it asks."""
@@ -393,6 +481,19 @@ class NativeModel(Seeing):
         return out.logits[0].float()
 
 
+def _check_count(made: int, reserved: int) -> None:
+    if made != reserved:
+        raise UserError(
+            f"images produced {made} visual tokens but their prompts reserve {reserved} positions. Truncation inside "
+            "an image, a lost image, or features that were kept of another model is the usual cause."
+        )
+
+
+def _without_pixels(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A processor's inputs with something in place of pixels that nobody looks at."""
+    return {k: v for k, v in inputs.items() if not v.is_floating_point()} | {"pixel_values": torch.zeros(1)}
+
+
 def _flat(features: Any) -> Tensor:
     """``[S, Dh]`` of a tensor of equal images, or of a tensor each."""
     parts = [features] if isinstance(features, Tensor) else list(features)
@@ -466,6 +567,8 @@ class Empty:
     """All that images go through: the tower, and the connector where that is a module of its own."""
     most_images: int | None
     """Of a sample."""
+    said: tuple[int, int]
+    """Shape of what the eyes say of an image at each of its positions (`NativeModel.keep`)."""
 
 
 def empty_native(cfg: LlmConfig, file: Path | None = None) -> Empty:
@@ -484,7 +587,9 @@ def empty_native(cfg: LlmConfig, file: Path | None = None) -> Empty:
         "language": language_part(whole, cfg.name_or_path, whole=True),
     }
     eyes = tuple(whole.model.get_submodule(eye) for eye in family.eyes)
-    return Empty(whole, parts, eyes, family.most_images)
+    layers = len(whole.model.get_submodule(family.deep)) if family.deep else 0
+    said = 1 + layers, whole.get_input_embeddings().weight.shape[1]
+    return Empty(whole, parts, eyes, family.most_images, said)
 
 
 def load_native(cfg: LlmConfig, device: torch.device) -> tuple[NativeModel, Any]:
