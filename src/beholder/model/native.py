@@ -25,6 +25,7 @@ from beholder.config import GenerateConfig, LlmConfig
 from beholder.model.families import check_no_adapter, check_soft_cap, kernel_at_hand, running
 from beholder.model.fusion import scatter_images
 from beholder.model.language import LanguageModel
+from beholder.model.learned import unfreeze
 from beholder.model.placement import Part, language_part, tower_part
 from beholder.model.processor import PROBES, NativeProcessor, load_processor
 from beholder.model.vlm import Seeing, check_places
@@ -69,20 +70,34 @@ class Family:
     """Positions of one image attend to each other forwards as well, by the class's own masks."""
     deep: str | None = None
     """Below the core, the list of modules that make what the decoder's first layers add (deepstack)."""
+    connector: tuple[str, ...] = ("multi_modal_projector",)
+    """Below the core, modules between tower and decoder, or lists of such."""
+
+    def between(self, core: nn.Module) -> tuple[str, ...]:
+        """Names below the core of the modules that are its connector."""
+        found: list[str] = []
+        for name in self.connector:
+            module = core.get_submodule(name)
+            many = isinstance(module, nn.ModuleList)  # which is never called itself
+            found += [f"{name}.{k}" for k in range(len(module))] if many else [name]
+        return tuple(found)
 
 
 FAMILIES: dict[str, Family] = {
-    "qwen3_vl": Family(("visual",), grids=True, deep="visual.deepstack_merger_list"),
-    "qwen2_5_vl": Family(("visual",), grids=True),
+    "qwen3_vl": Family(
+        ("visual",), grids=True, deep="visual.deepstack_merger_list",
+        connector=("visual.merger", "visual.deepstack_merger_list"),
+    ),
+    "qwen2_5_vl": Family(("visual",), grids=True, connector=("visual.merger",)),
     "llava": Family(("vision_tower", "multi_modal_projector")),
     # Of several images in a sample it sees one tile each, of one alone as many as its grid has.
     "llava_onevision": Family(("vision_tower", "multi_modal_projector"), apart=True, most_images=1),
     "gemma3": Family(("vision_tower", "multi_modal_projector"), both_ways=True),
     "internvl": Family(("vision_tower", "multi_modal_projector")),
     # Tiles that are all zero are taken for padding and left out, so an empty one is a little more.
-    "idefics3": Family(("vision_model", "connector"), apart=True, zero=1e-4),
-    "smolvlm": Family(("vision_model", "connector"), apart=True, zero=1e-4),
-}
+    "idefics3": Family(("vision_model", "connector"), apart=True, zero=1e-4, connector=("connector",)),
+    "smolvlm": Family(("vision_model", "connector"), apart=True, zero=1e-4, connector=("connector",)),
+}  # fmt: skip
 """Known classes by the ``model_type`` of their config.json."""
 
 
@@ -93,6 +108,7 @@ UNKNOWN = {
 """Why a class is not among them."""
 
 
+CONNECTOR_LEARNS = "its connector learns (model.connector.trainable), so what its eyes say of an image changes"
 EYES_LEARN = "its tower has adapters, so what its eyes say of an image changes while they learn"
 """Why nothing is kept of images then."""
 
@@ -120,6 +136,30 @@ class Eyes(nn.Module):
         return any(p.requires_grad for p in self.parameters())
 
 
+class Aligner(nn.ModuleDict):
+    """The connector of a native model, where it learns or has learned: modules that are among its eyes as well. Empty
+    where it is as it came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.within: tuple[str, ...] = ()
+        """Their names below the core, and so below the eyes."""
+        self.part: Part | None = None
+
+    def take(self, part: Part, names: Sequence[str]) -> None:
+        """Be these modules of ``part``, their weights in fp32."""
+        unfreeze(part, names, "model.connector.trainable")
+        self.part, self.within = part, tuple(names)
+        for name in names:
+            self[name.replace(".", "_")] = part.module.get_submodule(name)
+        freeze(self)
+
+    def train(self, mode: bool = True) -> "Aligner":
+        """Stays in eval mode, as the eyes."""
+        super().train(False)
+        return self
+
+
 def _tower_of(core: nn.Module, family: Family, name: str) -> Part:
     tower = family.eyes[0]
     return tower_part(core.get_submodule(tower), name, f"model.{tower}.")
@@ -128,8 +168,8 @@ def _tower_of(core: nn.Module, family: Family, name: str) -> Part:
 class NativeModel(Seeing):
     """A whole vision-language model with frozen weights, with or without adapters on its decoder and its tower.
 
-    Its connector is part of its eyes and stays frozen with them, so ``connector`` holds nothing. ``geometry`` is its
-    processor, and ``num_visual_tokens`` None: that says image by image how many there are.
+    Its connector is part of its eyes and stays frozen with them, so ``connector`` holds nothing, until `free_connector`
+    lets it learn. ``geometry`` is its processor, and ``num_visual_tokens`` None: that says image by image how many there are.
     """
 
     def __init__(self, whole: Any, family: Family, language: LanguageModel, processor: NativeProcessor) -> None:
@@ -138,7 +178,7 @@ class NativeModel(Seeing):
         self.__dict__["whole"] = whole  # its parts are children of this module; itself it would count twice
         self.vision = Eyes(whole.model, family, language.name)
         self.vision.part.try_out = self._see
-        self.connector = nn.ModuleDict()
+        self.connector = Aligner()
         self.language = language
         self.geometry = processor
         self.num_visual_tokens = None
@@ -156,8 +196,15 @@ class NativeModel(Seeing):
     whole: Any
 
     def parts(self) -> dict[str, Part]:
-        """Tower and decoder; what lies between them and after them (projector, mergers, head) stays as it is."""
+        """Tower and decoder. What lies between them (projector, mergers) is ``connector``; the head stays as it is."""
         return {"vision": self.vision.part, "language": self.language.part}
+
+    def free_connector(self) -> None:
+        """Make what lies between tower and decoder a part of its own, whose weights are fp32, may learn, and are in
+        checkpoints."""
+        core = self.whole.model
+        part = Part("connector", self.language.name, core, (), "model.")
+        self.connector.take(part, self.family.between(core))
 
     # -- what can be computed once an image
 
@@ -166,6 +213,8 @@ class NativeModel(Seeing):
         """Why nothing can be kept of an image, or None where what the eyes say of it is always the same."""
         if self.vision.part.adapters:
             return EYES_LEARN
+        if any(p.requires_grad for p in self.connector.parameters()):
+            return CONNECTOR_LEARNS
         if self.family.apart:
             return None
         images = [self._sample(size, 1, seed=4)[1] for size in PROBES]
@@ -567,6 +616,8 @@ class Empty:
     """All that images go through: the tower, and the connector where that is a module of its own."""
     most_images: int | None
     """Of a sample."""
+    between: tuple[nn.Module, ...]
+    """Its connector."""
     said: tuple[int, int]
     """Shape of what the eyes say of an image at each of its positions (`NativeModel.keep`)."""
 
@@ -589,7 +640,8 @@ def empty_native(cfg: LlmConfig, file: Path | None = None) -> Empty:
     eyes = tuple(whole.model.get_submodule(eye) for eye in family.eyes)
     layers = len(whole.model.get_submodule(family.deep)) if family.deep else 0
     said = 1 + layers, whole.get_input_embeddings().weight.shape[1]
-    return Empty(whole, parts, eyes, family.most_images, said)
+    between = tuple(whole.model.get_submodule(name) for name in family.between(whole.model))
+    return Empty(whole, parts, eyes, family.most_images, between, said)
 
 
 def load_native(cfg: LlmConfig, device: torch.device) -> tuple[NativeModel, Any]:

@@ -72,7 +72,14 @@ from beholder.model.families import NO_LIMITS, Limits, check_limits, check_no_ad
 from beholder.model.language import empty_language, load_tokenizer, source_of
 from beholder.model.learned import learning_modules
 from beholder.model.losses import MAX_LOGITS
-from beholder.model.native import EYES_LEARN, Empty, UnknownClass, empty_native, processor_of
+from beholder.model.native import (
+    CONNECTOR_LEARNS,
+    EYES_LEARN,
+    Empty,
+    UnknownClass,
+    empty_native,
+    processor_of,
+)
 from beholder.model.patch_layout import Declared, UnknownLayout, expected_layout
 from beholder.model.placement import (
     Part,
@@ -347,10 +354,14 @@ def _estimate_native(cfg: RunConfig, config_file: Path | None, measure: bool) ->
     if empty is not None:
         shape = _shape_of(empty.whole, empty.parts["language"], 0)
         check_limits(shape.limits, cfg)
-        eyes = replace(VisionShape(_weights(*empty.eyes), 0, 0, 0.0), part=empty.parts["vision"])
+        between = _weights(*empty.between) if cfg.model.connector.trainable else 0  # counted by itself then
+        eyes = replace(VisionShape(_weights(*empty.eyes) - between, 0, 0, 0.0), part=empty.parts["vision"])
         language, vision = learning(shape, eyes, cfg.model.lora if cfg.has_adapters else None)
-    table = _table(cfg, language, vision, None)
-    result = Estimate(cfg.run_name, cfg.stage_name, str(device), table, language, vision, gaps=gaps)
+    connector = None
+    if empty is not None and cfg.model.connector.trainable:
+        connector = ConnectorShape(_weights(*empty.between), 0, 0.0, 0)
+    table = _table(cfg, language, vision, connector)
+    result = Estimate(cfg.run_name, cfg.stage_name, str(device), table, language, vision, connector, gaps=gaps)
     result.exports_as = "its own class" if empty is None else f"{type(empty.whole).__name__}, its own class"
     examples = _sample_records(cfg, result, NATIVE_RECORDS)
     if empty is None or language is None or vision is None:
@@ -364,13 +375,23 @@ def _estimate_native(cfg: RunConfig, config_file: Path | None, measure: bool) ->
     flops = [eyes_flops(empty, pixels, positions) for positions, pixels in taken]
     kept = [bytes_of_tokens(positions, empty.said, DTYPES[cfg.model.llm.precision]) for positions, _ in taken]
     vision = result.vision = replace(vision, flops_per_image=sum(flops) / len(flops), kept_bytes=sum(kept) / len(kept))
-    if cfg.features.enabled and vision.learning_params:
-        gaps.append(f"the feature store will be off: {EYES_LEARN}")
+    if connector:
+        vision = result.vision = replace(vision, kept_bytes=0.0)
+    if cfg.features.enabled and (vision.learning_params or connector):
+        gaps.append(f"the feature store will be off: {EYES_LEARN if vision.learning_params else CONNECTOR_LEARNS}")
     mean = sum(positions for positions, _ in taken) / len(taken)
+    if connector:
+        # Forward it is among the eyes' work; of its linear layers what goes in and out is kept in fp32.
+        maps = [m for own in empty.between for m in own.modules() if isinstance(m, torch.nn.Linear)]
+        widths = sum(m.in_features + m.out_features for m in maps)
+        connector = result.connector = replace(
+            connector, num_tokens=round(mean), flops_per_image=4.0 * connector.params * mean,
+            activation_bytes_per_image=round(4 * widths * mean),
+        )  # fmt: skip
     written = Written(processor.processor.tokenizer, mean, pipeline, sizes[len(sizes) // 2])
     _estimate_sequence(cfg, written, examples, result)
-    _plan_memory(cfg, result, language, vision, None)
-    _plan_time(cfg, result, language, vision, None, None, device if measure else None)
+    _plan_memory(cfg, result, language, vision, connector)
+    _plan_time(cfg, result, language, vision, connector, None, device if measure else None)
     return result
 
 
@@ -839,7 +860,7 @@ def _plan_memory(
     result.memory["total"] = sum(result.memory.values())
     if vision.learning_params:
         result.gaps.append("what a tower that learns keeps for its backward pass is not among the activations")
-    elif "images" in result.data:
+    elif vision.kept_bytes and "images" in result.data:
         stored = result.data["images"] * vision.kept_bytes
         if cfg.features.enabled and cfg.data.augment == "none":
             result.store_bytes = min(stored, cfg.features.max_gb * 1e9)

@@ -37,6 +37,7 @@ from beholder.data.chat_template import TEMPLATE_DATE
 from beholder.data.collate import Layout, collate
 from beholder.data.images import as_input, read_bytes
 from beholder.data.splits import load_split
+from beholder.model.learned import narrowed
 from beholder.model.native import NativeModel
 from beholder.model.placement import Part, without_adapters
 from beholder.model.standard import ExportClass, export_class
@@ -277,6 +278,7 @@ def _write_native(run: TrainedRun, model: NativeModel, folder: Path, generation:
     state = without_adapters(
         whole, [part.prefix + site.name for part in model.parts().values() for site in part.adapters]
     )
+    state = narrowed(state, [part] if (part := model.connector.part) is not None else [])
     check_finite(whole, "the model to export")
     blank, whole.generation_config = whole.generation_config, generation
     implementation = whole.config._attn_implementation
