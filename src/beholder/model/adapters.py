@@ -403,7 +403,8 @@ def save_merged(language: LanguageModel, tokenizer: Any, folder: Path, eyes: Seq
     model, parts = language.model, [language.part, *eyes]
     with ExitStack() as stack, quiet_transformers():
         for part in parts:
-            stack.enter_context(merged(part))
+            if part.adapters:
+                stack.enter_context(merged(part))
         state = without_adapters(model, [part.prefix + site.name for part in parts for site in part.adapters])
         state = narrowed(state, eyes)
         check_finite(model, f"{language.name} with its adapters merged")

@@ -168,8 +168,9 @@ def _tower_of(core: nn.Module, family: Family, name: str) -> Part:
 class NativeModel(Seeing):
     """A whole vision-language model with frozen weights, with or without adapters on its decoder and its tower.
 
-    Its connector is part of its eyes and stays frozen with them, so ``connector`` holds nothing, until `free_connector`
-    lets it learn. ``geometry`` is its processor, and ``num_visual_tokens`` None: that says image by image how many there are.
+    Its connector is part of its eyes and stays frozen with them, so ``connector`` holds nothing, until
+    `free_connector` lets it learn. ``geometry`` is its processor, and ``num_visual_tokens`` None: that says image by
+    image how many there are.
     """
 
     def __init__(self, whole: Any, family: Family, language: LanguageModel, processor: NativeProcessor) -> None:

@@ -377,9 +377,7 @@ _INFO_FIELDS = {
 """Names in ``connector.json`` that are spelled differently in the config."""
 
 
-def load_connector(
-    path: str | Path, connector: nn.Module, info: Mapping[str, Any], *, start: bool = False
-) -> None:
+def load_connector(path: str | Path, connector: nn.Module, info: Mapping[str, Any], *, start: bool = False) -> None:
     """Load a checkpoint's connector strictly into ``connector``, which was built from a config as ``info`` says.
 
     ``path`` is anything `resolve_checkpoint` takes. ``info`` (``VisionLanguageModel.connector_info()``) is compared
