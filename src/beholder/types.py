@@ -241,7 +241,8 @@ class ImageInput:
 
     features: torch.Tensor | None = None
     """From the feature store, or None: bf16 [P, Dv], of a tower that learns what goes into its lowest block that
-    does."""
+    does; of a native model, in its own precision, [tokens, 1 + layers, Dh]: what its language model is given for the
+    image, and what its first layers add to it (deepstack)."""
     pixels: torch.Tensor | None = None
     """uint8 [3, H, W], resized and cropped but not yet normalised, or None."""
     inputs: Mapping[str, torch.Tensor] | None = None

@@ -32,6 +32,7 @@ from beholder.config.inert import inert_settings
 from beholder.config.parts import StudentConfig
 from beholder.config.section import Inert, Section, items_of, section_of
 from beholder.config.wording import annotation_at, expected
+from beholder.model.plan import plan_of
 from beholder.types import ConfigNote, DatasetKind, UserError
 
 SEED_STAGE2 = Path(__file__).parents[2] / "configs" / "stage2_sft_single.yaml"
@@ -380,6 +381,16 @@ def test_the_stage_4_plans_own_settings_say_what_ours_say(theirs: list[str], our
 
     assert cfg == parse_config(MINIMAL, overrides=[*on, *ours])
     assert "freeze_" not in dump_config(cfg) and parse_config(dump_config(cfg)) == cfg
+
+
+@pytest.mark.parametrize(("more", "learns"), [([], False), (["model.lora.modules_to_save=[aligner]"], True)])
+def test_a_native_models_connector_learns_where_it_is_said(more: list[str], learns: bool) -> None:
+    text = "model: {native: {name_or_path: x}, lora: {enable: true}}\ndata: {json_path: a}\nstage: instruct\n"
+    cfg = parse_config(text, overrides=[*more, *(["train.aligner_lr=2e-4"] if learns else [])])
+
+    assert cfg.model.connector.trainable is learns and parse_config(dump_config(cfg)) == cfg
+    assert cfg.train.lr.connector == (2e-4 if learns else 1e-4)
+    assert plan_of(cfg.model, cfg.stage_record).connector == ("full" if learns else "frozen")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from beholder.data.collate import Layout, SampleBuilder, collate
 from beholder.data.images import NativePipeline
 from beholder.data.same_ids import check_same_ids, messages
 from beholder.model.families import running
-from beholder.model.native import FAMILIES, NativeModel, known_family, load_native, processor_of
+from beholder.model.native import EYES_LEARN, FAMILIES, NativeModel, known_family, load_native, processor_of
 from beholder.model.placement import Selector, inside, resolve_targets
 from beholder.model.plan import TrainPlan, apply_train_plan, frozen_fingerprint
 from beholder.model.processor import NativeProcessor, load_processor
@@ -176,6 +177,92 @@ def test_the_loss_is_the_models_own_on_the_same_conversation(native: Native) -> 
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def kept(native: Native, batch: Batch) -> Batch:
+    """The batch as it is read from the feature store, but for images without anything in them."""
+    images = [image if image.blank else native.model.keep(image) for image in batch.images]
+    assert not any(image.inputs is not None for image in images)
+    return replace(batch, images=images)
+
+
+def test_what_is_kept_of_an_image_gives_the_same_bits(native: Native) -> None:
+    """Losses and what is written, of samples of one and of two images of different sizes, an empty one among them."""
+    samples = [native.sample(1), native.sample(2)]
+    if native.processor.most_images != 1:
+        samples.append(native.two(0, 1))
+        samples[1][2][0] = ImageInput(blank=("noise", 3))
+    batch = collate(samples, Layout(False, 4096, 8))
+    prompts, how = [sample[1] for sample in samples], GenerateConfig(temperature=0.0, max_new_tokens=4)
+
+    assert native.model.check_kept() is None
+    shape, dtype = native.model.kept_like
+    said = native.model.keep(native.processor.process(picture(0))).features
+    assert said is not None and (said.shape[1:], said.dtype) == (shape, dtype)
+    assert (shape[0] > 1) == bool(native.model.family.deep)
+    with torch.no_grad():
+        assert torch.equal(native.model(kept(native, batch)).nll, native.model(batch).nll)
+    seen, stored = ([i.images for i in split(b)] for b in (batch, kept(native, batch)))
+    assert native.model.generate(prompts, stored, how, eos_ids=[7]) == (
+        native.model.generate(prompts, seen, how, eos_ids=[7])
+    )
+
+
+def split(batch: Batch) -> list[Batch]:
+    return [only(batch, i) for i in range(len(batch.ids))]
+
+
+def test_what_is_kept_in_16_bits_is_what_the_eyes_compute_in(qwen: Native) -> None:
+    model, _ = load_native(LlmConfig(name_or_path=str(qwen.folder), precision="bf16"), CPU)
+    one = model.geometry.process(picture(1))
+    batch = replace(qwen.batch([1], packing=False), images=[one])
+
+    stored = model.keep(one)
+    assert stored.features is not None and stored.features.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(model(replace(batch, images=[stored])).nll, model(batch).nll)
+
+
+def test_features_of_another_layout_are_refused(qwen: Native) -> None:
+    batch = qwen.batch([0, 1], packing=False)
+    swapped = replace(kept(qwen, batch), images=kept(qwen, batch).images[::-1])
+
+    with pytest.raises(UserError, match=r"images produced \d+ visual tokens but their prompts reserve \d+ positions"):
+        qwen.model(swapped)
+
+
+def test_eyes_are_known_by_their_weights_and_the_language_model_s_do_not_matter(native: Native) -> None:
+    from beholder.model import adapters
+
+    model, whole = native.model, native.model.whole
+    before = model.kept_fingerprint()
+    try:
+        adapters.attach(model.language.part, LoraConfig(enable=True, r=2, target_modules=("q_proj",)), 0)
+        with torch.no_grad():
+            model.language.part.module.get_input_embeddings().weight.add_(1)
+        assert model.kept_fingerprint() == before
+        for eye in model.family.eyes:  # tower, and connector where that is a module of its own
+            with torch.no_grad():
+                list(whole.model.get_submodule(eye).parameters())[-1].add_(1e-3)
+            assert model.kept_fingerprint() != before
+            before = model.kept_fingerprint()
+    finally:
+        undo(native)
+
+
+def test_what_depends_on_other_images_is_not_kept(qwen: Native, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = qwen.model.whole.model
+    own = core.get_image_features
+
+    def mixed(*args: Any, **kwargs: Any) -> Any:
+        out = own(*args, **kwargs)
+        mean = torch.cat(list(out.pooler_output)).mean(0)
+        out.pooler_output = [tokens + mean for tokens in out.pooler_output]
+        return out
+
+    monkeypatch.setattr(core, "get_image_features", mixed)
+
+    assert qwen.model.check_kept() == "what its eyes say of an image depends on which others are shown with it"
+
+
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (2, 0)])
 def test_two_images_of_different_size_in_one_sample_are_seen_as_the_model_sees_them(
     native: Native, first: int, second: int
@@ -198,7 +285,7 @@ def test_two_images_of_different_size_in_one_sample_are_seen_as_the_model_sees_t
     with torch.no_grad():
         theirs = whole(**inputs, labels=labels)
         out = native.model(batch)
-        plan = native.model._inputs(batch.images, batch.image_sizes)
+        plan = native.model._shown(batch.images, batch.image_sizes)
         hidden = native.model._hidden(batch, plan, native.model._positions(batch, plan))[1, : len(encoded.ids)]
     new = whole.generate(**given, max_new_tokens=5, do_sample=False, eos_token_id=7, pad_token_id=7)
 
@@ -327,6 +414,7 @@ def test_adapters_on_its_tower_learn_and_the_rest_of_the_model_is_untouched(nati
     part = model.parts()["vision"]
     try:
         adapters.attach(part, LoraConfig(enable=True, r=2, vit_layers="first-1", vit_target_modules=("all-linear",)), 0)
+        assert model.check_kept() == EYES_LEARN
         check_reached(part)
         table = apply_train_plan(model, TrainPlan(vision="pieces", connector="frozen", language="frozen"))
         model(batch).nll.sum().backward()

@@ -45,6 +45,7 @@ from beholder.prepare.estimate import (
 from beholder.prepare.tiny import colour_set, colour_source, tiny_llm, tiny_native, tiny_tokenizer, tiny_vision
 from beholder.runs import to_json
 from beholder.stages import run_stage
+from beholder.store.features import FeatureStore
 from beholder.types import Status, UserError
 
 CPU = torch.device("cpu")
@@ -659,7 +660,11 @@ def test_a_native_model_is_planned_as_it_is_when_it_is_loaded(tmp_path: Path, fa
 
     found = estimate(cfg, measure=False)
 
-    assert found.gaps == ["what a tower that learns keeps for its backward pass is not among the activations"]
+    assert found.gaps == [
+        "the feature store will be off: its tower has adapters, so what its eyes say of an image changes while they "
+        "learn",
+        "what a tower that learns keeps for its backward pass is not among the activations",
+    ]
     again = estimate(native_config(tmp_path, str(lighter)), measure=False).to_json()
     assert again == found.to_json(), "no weights are needed"
     model, tokenizer = build_vlm(cfg.model, compute_precision="fp32", device=CPU, seed=0)
@@ -677,6 +682,16 @@ def test_a_native_model_is_planned_as_it_is_when_it_is_loaded(tmp_path: Path, fa
     assert found.exports_as is not None and type(model.whole).__name__ in found.exports_as
     console = Console(file=io.StringIO(), width=80)
     found.print(console)
+
+    frozen = parse_config(dump_config(cfg), "native", ["model.lora.vit_layers=none"])
+    kept = estimate(frozen, measure=False).store_bytes
+    store = FeatureStore(
+        tmp_path / "store", tower_fingerprint="", pipeline_fingerprint="", shape=model.kept_like[0],
+        dtype=model.kept_like[1], max_bytes=10**9, ragged=True,
+    )  # fmt: skip
+    refs = list(dict.fromkeys([*data.train_refs(0, len(data.train)), *data.eval_refs()]))
+    store.fill(refs, lambda images: [model.keep(i).features for i in images], data.pipeline, batch_size=8)
+    assert kept == pytest.approx(store.bytes_used, rel=0.15)
 
 
 @pytest.mark.parametrize(

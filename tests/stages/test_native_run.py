@@ -111,13 +111,34 @@ def test_everything_a_stage_measures_is_measured(evidence: Evidence) -> None:
         "merge.tokens_changed_pct", "audit.trained.answerable.alone", "collapse.worst", "cells.delta.question",
         "jitter.consistency",
     } <= names  # fmt: skip
-    assert any("Feature store: switched off, because a native model's images differ" in gap for gap in evidence.gaps)
+    assert not any("Feature store" in gap for gap in evidence.gaps)
 
 
 def test_the_report_says_what_it_is(finished: Path, evidence: Evidence) -> None:
     assert "native" in (finished / "report.html").read_text(encoding="utf-8")
     assert evidence.summary["Vision"].startswith("its own tower and connector")
     assert parse_config(dump_config(parse_config(evidence.config_yaml))) == parse_config(evidence.config_yaml)
+
+
+@pytest.mark.slow
+def test_with_what_is_kept_of_images_it_is_the_run_without_bit_for_bit(
+    setting: Setting, finished: Path, evidence: Evidence, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training, losses and what is written; with two loader processes as without."""
+    assert run_stage(setting.config(tmp_path / "not", "features.enabled=false")).status == Status.SUCCEEDED
+    capsys.readouterr()
+    assert run_stage(setting.config(tmp_path / "two", "data.num_workers=2")).status == Status.SUCCEEDED
+
+    assert "[features] 0 computed, 26 reused" in capsys.readouterr().out  # the finished run computed them
+    for folder in ("not", "two"):
+        run = tmp_path / folder / "run"
+        assert losses_of(run) == losses_of(finished)
+        other = load_evidence(run)
+        assert {m.name: m.value for m in other.measurements} == {m.name: m.value for m in evidence.measurements}
+        for name in FILES:
+            assert sha256_file(run / "checkpoints" / "step_4" / name) == (
+                sha256_file(finished / "checkpoints" / "step_4" / name)
+            ), name
 
 
 def test_resumed_it_is_the_straight_run_bit_for_bit(setting: Setting, finished: Path, tmp_path: Path) -> None:
@@ -296,7 +317,7 @@ def test_preview_needs_the_processor_alone(setting: Setting, tmp_path: Path) -> 
         ("stage=align", "model.native has a connector already, which stage align would train"),
         ("prompting.template=conversation", "model.native reads conversations in its own chat template"),
         ("data.augment=random_crop", "model.native lays a sample out by its image's own size"),
-        ("model.lora.enable=false", "nothing would be trained: model.lora.enable is false"),
+        ("model.lora.enable=false", "nothing would be trained: model.lora.enable and model.connector.trainable"),
         ("model.native.trust_remote_code=true", "no such setting in model.native"),
     ],
 )
@@ -347,6 +368,7 @@ def test_every_class_is_trained_watched_measured_resumed_and_talked_to(tmp_path:
         "cross.ood.plain", "cells.delta.question",
     } <= {m.name for m in e.measurements}  # fmt: skip
     assert all(row.intact for row in e.trainable if row.part in ("vision", "language"))
+    assert any(gap.startswith("Feature store: switched off, because its tower has adapters") for gap in e.gaps)
     readings = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in readings if "monitors" in r] == [0, 2, 4]
     assert (one / "report.html").stat().st_size > 10_000

@@ -82,9 +82,6 @@ def _save(tree: Tree, names: Any) -> None:
             SAVED, f"{odd[0]!r} cannot be trained whole here; what can is the aligner ({', '.join(ALIGNER)}), and "
             "modules of the tower under model.vision.unfreeze",
         )  # fmt: skip
-    elif isinstance(get_at(tree.data, ("model", "native")), dict):
-        if names:
-            tree.complain(SAVED, "model.native's aligner stays as it is; leave it out of the list")
     else:
         _move(tree, SAVED, ("model", "connector", "trainable"), bool(names))
 

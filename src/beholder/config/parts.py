@@ -166,7 +166,9 @@ class ConnectorConfig(Section):
     load_checkpoint: Annotated[Filled | None, decides("start"), Tiny()] = None
     """A run or checkpoint folder that this run starts from: its connector, and its adapters as ``model.lora.adapters``
     says."""
-    trainable: Annotated[bool, _NATIVE] = True
+    trainable: bool = True
+    """Whether it learns. Of a native model it is what lies between its tower and its language model (projector,
+    mergers), and stays as it came unless you say true."""
     num_visual_tokens: Annotated[Positive | None, Field(le=65_536), _NATIVE] = None
     """N, the language-model positions one image takes. Default 64 for the perceiver; fixed by the other kinds."""
     vision_ln: Annotated[bool, _NATIVE] = False
@@ -390,7 +392,7 @@ def with_native_parts(given: Any) -> Any:
     return given | {
         "llm": given.get("llm") or own | more,
         "vision": given.get("vision") or own,
-        "connector": {**connector, "trainable": False} if isinstance(connector, dict) else connector,
+        "connector": {"trainable": False, **connector} if isinstance(connector, dict) else connector,
     }
 
 

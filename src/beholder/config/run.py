@@ -559,8 +559,7 @@ class RunConfig(Section):
             )
         learns = self.model.connector.trainable or self.has_adapters or self.tower_may_learn or self.language_learns
         if not (learns or stage.connector_learns):
-            two = "model.lora.enable and model.connector.trainable are"
-            wrong.append(f"nothing would be trained: {'model.lora.enable is' if self.model.native else two} false")
+            wrong.append("nothing would be trained: model.lora.enable and model.connector.trainable are false")
         if (stage.objective == "distill") != (self.distill is not None):
             wrong.append(
                 f"stage {stage.name} learns from no teacher, but distill names some; use stage distill, or leave "
@@ -659,7 +658,7 @@ class RunConfig(Section):
         if stage.connector_learns:
             wrong.append(
                 f"model.native has a connector already, which stage {stage.name} would train; use stage instruct or "
-                "multi, with model.lora.enable: true"
+                "multi, with model.lora.enable: true or model.connector.trainable: true"
             )
         if self.template != "chat":
             wrong.append(

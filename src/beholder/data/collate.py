@@ -510,7 +510,7 @@ class _Parcel:
     pixels: torch.Tensor | None
     is_stored: list[bool]
     native: list[ImageInput]
-    """Images of a native model, which differ in shape, as they are."""
+    """Images of a native model, which differ in shape (stored ones too), as they are."""
     beside: list[Any]
     """What teachers say of it, or the same samples as they take them."""
 
@@ -518,7 +518,7 @@ class _Parcel:
     def of(cls, batch: Batch) -> _Parcel:
         beside = [cls.of(own) if isinstance(own, Batch) else own for own in batch.taught]
         batch = replace(batch, taught=[])
-        if any(i.inputs is not None for i in batch.images):
+        if batch.image_sizes:
             return cls(replace(batch, images=[]), None, None, [], batch.images, beside)
         features = [i.features for i in batch.images if i.features is not None]
         pixels = [i.pixels for i in batch.images if i.pixels is not None]

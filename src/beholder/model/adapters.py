@@ -25,6 +25,7 @@ from beholder.config import LoraConfig
 from beholder.model.adapted_conv import AdaptedConv
 from beholder.model.adapted_linear import ADAPTER, AdaptedLinear, adapter_weights
 from beholder.model.language import LanguageModel
+from beholder.model.learned import narrowed
 from beholder.model.placement import (
     AdapterSite,
     Part,
@@ -389,9 +390,9 @@ def _facts(part: Part, config: PeftLoraConfig) -> dict[str, Any]:
     return {k: sorted(v) if isinstance(v, set) else v for k, v in sorted(written.items())}
 
 
-def save_merged(language: LanguageModel, tokenizer: Any, folder: Path, tower: Part | None = None) -> None:
-    """A plain Hugging Face folder of the language model with its adapters merged in; loads without peft. ``tower``: of
-    a native model, which is written whole.
+def save_merged(language: LanguageModel, tokenizer: Any, folder: Path, eyes: Sequence[Part] = ()) -> None:
+    """A plain Hugging Face folder of the language model with its adapters merged in; loads without peft. ``eyes``:
+    parts of a native model besides, which is written whole.
 
     ``folder`` must not hold anything yet. Raises `UserError` for that and for merged weights that are not finite.
     """
@@ -399,11 +400,13 @@ def save_merged(language: LanguageModel, tokenizer: Any, folder: Path, tower: Pa
 
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; name a new folder for the merged language model")
-    model, parts = language.model, [language.part] if tower is None else [language.part, tower]
+    model, parts = language.model, [language.part, *eyes]
     with ExitStack() as stack, quiet_transformers():
         for part in parts:
-            stack.enter_context(merged(part))
+            if part.adapters:
+                stack.enter_context(merged(part))
         state = without_adapters(model, [part.prefix + site.name for part in parts for site in part.adapters])
+        state = narrowed(state, eyes)
         check_finite(model, f"{language.name} with its adapters merged")
         blank = model.generation_config
         model.generation_config = GenerationConfig.from_model_config(model.config)

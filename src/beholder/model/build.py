@@ -32,11 +32,13 @@ def build_vlm(
 
     The connector's and the adapters' weights come from ``seed`` alone, so every rank starts from the same ones. Raises
     `UserError` for whatever does not fit together. ``base``: what earlier runs have learned and is part of the base now
-    (`train.restore.read_base`), in this order. A checkpoint named in ``connector.load_checkpoint`` is loaded by the
-    caller.
+    (`train.restore.read_base`), in this order; ``connector`` there says that a native model's has learned. A checkpoint
+    named in ``connector.load_checkpoint`` is loaded by the caller.
     """
     if cfg.native is not None:
         model, tokenizer = load_native(cfg.llm, device)
+        if cfg.connector.trainable or "connector" in base:
+            model.free_connector()
     else:
         model, tokenizer = _joined(cfg, compute_precision, device, seed, held="language" in base)
     parts = model.parts()

@@ -118,8 +118,11 @@ def _changed(part: Part) -> dict[str, Tensor]:
 
 
 def apply_base(parts: Mapping[str, Part], base: Mapping[str, TrainedPart]) -> None:
-    """Make what earlier runs have learned part of the base, in the order of ``base``, before anything new learns."""
+    """Make what earlier runs have learned part of the base, in the order of ``base``, before anything new learns. A
+    native model's connector is loaded as every connector is."""
     for name, learned in base.items():
+        if name == "connector":
+            continue
         part = parts["vision" if name.startswith("vision") else "language"]
         if "merged" in name:
             from beholder.model import adapters
@@ -137,6 +140,14 @@ def apply_base(parts: Mapping[str, Part], base: Mapping[str, TrainedPart]) -> No
             load_changed(part, learned)
             if isinstance(initial := learned.facts.get("initial"), str):
                 part.initial = initial
+
+
+def narrowed(state: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[str, Tensor]:
+    """The state of the model that ``parts`` are parts of, what `unfreeze` made fp32 rounded to what is around it: one
+    precision, as others load it."""
+    wide = {part.prefix + name: w.around for part in parts for name, w in part.widened.items()}
+    types = {key: next((wide[name] for name in wide if inside(key, [name])), None) for key in state}
+    return {k: t if (to := types[k]) is None else _cast(t, to) for k, t in state.items()}
 
 
 @torch.no_grad()

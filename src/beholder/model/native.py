@@ -7,9 +7,12 @@ proven at load time: the same logits as the model's own forward, whether packed 
 is a row of `FAMILIES`; what is not there is refused by name.
 """
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from beholder.config import GenerateConfig, LlmConfig
 from beholder.model.families import check_no_adapter, check_soft_cap, kernel_at_hand, running
 from beholder.model.fusion import scatter_images
 from beholder.model.language import LanguageModel
+from beholder.model.learned import unfreeze
 from beholder.model.placement import Part, language_part, tower_part
 from beholder.model.processor import PROBES, NativeProcessor, load_processor
 from beholder.model.vlm import Seeing, check_places
@@ -34,6 +38,7 @@ from beholder.model.weights import (
     check_stated,
     freeze,
     from_pretrained,
+    hash_state,
     loading,
     sketch_module,
     weight_shapes,
@@ -63,20 +68,36 @@ class Family:
     """Of a sample; None: no bound. A class that lays several images out in another way than one by one takes one."""
     both_ways: bool = False
     """Positions of one image attend to each other forwards as well, by the class's own masks."""
+    deep: str | None = None
+    """Below the core, the list of modules that make what the decoder's first layers add (deepstack)."""
+    connector: tuple[str, ...] = ("multi_modal_projector",)
+    """Below the core, modules between tower and decoder, or lists of such."""
+
+    def between(self, core: nn.Module) -> tuple[str, ...]:
+        """Names below the core of the modules that are its connector."""
+        found: list[str] = []
+        for name in self.connector:
+            module = core.get_submodule(name)
+            many = isinstance(module, nn.ModuleList)  # which is never called itself
+            found += [f"{name}.{k}" for k in range(len(module))] if many else [name]
+        return tuple(found)
 
 
 FAMILIES: dict[str, Family] = {
-    "qwen3_vl": Family(("visual",), grids=True),
-    "qwen2_5_vl": Family(("visual",), grids=True),
+    "qwen3_vl": Family(
+        ("visual",), grids=True, deep="visual.deepstack_merger_list",
+        connector=("visual.merger", "visual.deepstack_merger_list"),
+    ),
+    "qwen2_5_vl": Family(("visual",), grids=True, connector=("visual.merger",)),
     "llava": Family(("vision_tower", "multi_modal_projector")),
     # Of several images in a sample it sees one tile each, of one alone as many as its grid has.
     "llava_onevision": Family(("vision_tower", "multi_modal_projector"), apart=True, most_images=1),
     "gemma3": Family(("vision_tower", "multi_modal_projector"), both_ways=True),
     "internvl": Family(("vision_tower", "multi_modal_projector")),
     # Tiles that are all zero are taken for padding and left out, so an empty one is a little more.
-    "idefics3": Family(("vision_model", "connector"), apart=True, zero=1e-4),
-    "smolvlm": Family(("vision_model", "connector"), apart=True, zero=1e-4),
-}
+    "idefics3": Family(("vision_model", "connector"), apart=True, zero=1e-4, connector=("connector",)),
+    "smolvlm": Family(("vision_model", "connector"), apart=True, zero=1e-4, connector=("connector",)),
+}  # fmt: skip
 """Known classes by the ``model_type`` of their config.json."""
 
 
@@ -85,6 +106,11 @@ UNKNOWN = {
     "prompt is attended to both ways",
 }
 """Why a class is not among them."""
+
+
+CONNECTOR_LEARNS = "its connector learns (model.connector.trainable), so what its eyes say of an image changes"
+EYES_LEARN = "its tower has adapters, so what its eyes say of an image changes while they learn"
+"""Why nothing is kept of images then."""
 
 
 class Eyes(nn.Module):
@@ -110,6 +136,30 @@ class Eyes(nn.Module):
         return any(p.requires_grad for p in self.parameters())
 
 
+class Aligner(nn.ModuleDict):
+    """The connector of a native model, where it learns or has learned: modules that are among its eyes as well. Empty
+    where it is as it came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.within: tuple[str, ...] = ()
+        """Their names below the core, and so below the eyes."""
+        self.part: Part | None = None
+
+    def take(self, part: Part, names: Sequence[str]) -> None:
+        """Be these modules of ``part``, their weights in fp32."""
+        unfreeze(part, names, "model.connector.trainable")
+        self.part, self.within = part, tuple(names)
+        for name in names:
+            self[name.replace(".", "_")] = part.module.get_submodule(name)
+        freeze(self)
+
+    def train(self, mode: bool = True) -> "Aligner":
+        """Stays in eval mode, as the eyes."""
+        super().train(False)
+        return self
+
+
 def _tower_of(core: nn.Module, family: Family, name: str) -> Part:
     tower = family.eyes[0]
     return tower_part(core.get_submodule(tower), name, f"model.{tower}.")
@@ -118,8 +168,9 @@ def _tower_of(core: nn.Module, family: Family, name: str) -> Part:
 class NativeModel(Seeing):
     """A whole vision-language model with frozen weights, with or without adapters on its decoder and its tower.
 
-    Its connector is part of its eyes and stays frozen with them, so ``connector`` holds nothing. ``geometry`` is its
-    processor, and ``num_visual_tokens`` None: that says image by image how many there are.
+    Its connector is part of its eyes and stays frozen with them, so ``connector`` holds nothing, until
+    `free_connector` lets it learn. ``geometry`` is its processor, and ``num_visual_tokens`` None: that says image by
+    image how many there are.
     """
 
     def __init__(self, whole: Any, family: Family, language: LanguageModel, processor: NativeProcessor) -> None:
@@ -128,10 +179,13 @@ class NativeModel(Seeing):
         self.__dict__["whole"] = whole  # its parts are children of this module; itself it would count twice
         self.vision = Eyes(whole.model, family, language.name)
         self.vision.part.try_out = self._see
-        self.connector = nn.ModuleDict()
+        self.connector = Aligner()
         self.language = language
         self.geometry = processor
         self.num_visual_tokens = None
+        self._form: tuple[Any, bool, list[bool]] = (None, False, [])
+        """What its own code gives of images: the class of it, and whether visual tokens, and what each layer adds, are
+        one tensor or a list of one for each image."""
         self._info = {
             "native": {
                 "name": language.name, "class": type(whole).__name__, "fingerprint": sketch_module(whole),
@@ -143,12 +197,58 @@ class NativeModel(Seeing):
     whole: Any
 
     def parts(self) -> dict[str, Part]:
-        """Tower and decoder; what lies between them and after them (projector, mergers, head) stays as it is."""
+        """Tower and decoder. What lies between them (projector, mergers) is ``connector``; the head stays as it is."""
         return {"vision": self.vision.part, "language": self.language.part}
 
+    def free_connector(self) -> None:
+        """Make what lies between tower and decoder a part of its own, whose weights are fp32, may learn, and are in
+        checkpoints."""
+        core = self.whole.model
+        part = Part("connector", self.language.name, core, (), "model.")
+        self.connector.take(part, self.family.between(core))
+
+    # -- what can be computed once an image
+
+    @torch.no_grad()
+    def check_kept(self) -> str | None:
+        """Why nothing can be kept of an image, or None where what the eyes say of it is always the same."""
+        if self.vision.part.adapters:
+            return EYES_LEARN
+        if any(p.requires_grad for p in self.connector.parameters()):
+            return CONNECTOR_LEARNS
+        if self.family.apart:
+            return None
+        images = [self._sample(size, 1, seed=4)[1] for size in PROBES]
+        together, alone = self._said(images), torch.cat([self._said([image]) for image in images])
+        exact = together.dtype == torch.float32
+        if _distance(together.float(), alone.float()) <= (1e-4 if exact else 3e-2):
+            return None
+        return "what its eyes say of an image depends on which others are shown with it"
+
+    @property
+    def kept_like(self) -> tuple[tuple[int, int], torch.dtype]:
+        """Shape and type of what is kept of each position of an image: ``(1 + L, Dh)``."""
+        said = self._see()
+        return (said.shape[1], said.shape[2]), said.dtype
+
     def keep(self, image: ImageInput) -> ImageInput:
-        """As it is: what the eyes say of an image is more than one output, and differs in its number of tokens."""
-        return image
+        """An image as the feature store keeps it: with what the eyes say of it, ``[S, 1 + L, Dh]``."""
+        assert image.inputs is not None, "an image of a native model comes as its processor's inputs"
+        return ImageInput(features=self._said([image]).detach().cpu())
+
+    def kept_fingerprint(self) -> str:
+        """sha256 over what decides what `keep` gives, besides the image and its inputs: all weights but the language
+        model's, settings, precision and attention kernel."""
+        core, language = self.whole.model, self.language.part.prefix.removeprefix("model.")
+        state = {n: t for n, t in core.state_dict().items() if not n.startswith(language)}
+        tower = self.vision.part.module
+        settings = self.whole.config.to_dict()
+        facts = {
+            "class": type(self.whole).__name__, "dtype": str(self.language.dtype),
+            "kernel": getattr(getattr(tower, "config", None), "_attn_implementation", None),
+            "settings": {k: v for k, v in settings.items() if k not in ("_name_or_path", "transformers_version")},
+        }  # fmt: skip
+        return hash_state(state, json.dumps(facts, sort_keys=True, default=str))
 
     def check_layers_kept(self) -> str | None:
         """Why what goes into the language model's layers cannot be kept."""
@@ -157,35 +257,35 @@ class NativeModel(Seeing):
     # -------------------------------------------------------------------------------------------------------------
 
     def hidden_states(self, batch: Batch) -> Float[Tensor, "b t dh"]:
-        inputs = self._inputs(batch.images, batch.image_sizes)
-        return self._hidden(batch, inputs, self._positions(batch, inputs))
+        images = self._shown(batch.images, batch.image_sizes)
+        return self._hidden(batch, images, self._positions(batch, images))
 
-    def _inputs(self, images: Sequence[ImageInput], sizes: Sequence[tuple[int, int]]) -> list[Mapping[str, Tensor]]:
-        """The processor's inputs of each image; an empty one's are as large as its place was laid out for."""
+    def _shown(self, images: Sequence[ImageInput], sizes: Sequence[tuple[int, int]]) -> list[ImageInput]:
+        """Each image with its processor's inputs, of one that was kept those that are no pixels; an empty one's are as
+        large as its place was laid out for."""
         if len(images) != len(sizes):
             raise UserError(
                 f"the batch holds {len(images)} images but its prompts reserve room for {len(sizes)}. Truncation or a "
                 "lost image is the usual cause."
             )
-        made: list[Mapping[str, Tensor]] = []
+        made: list[ImageInput] = []
         for image, size in zip(images, sizes, strict=True):
             if image.blank is not None:
                 kind, seed = image.blank
-                made.append(self.geometry.blank(size, self.family.zero if kind == "zero" else seed))
-                continue
+                image = ImageInput(inputs=self.geometry.blank(size, self.family.zero if kind == "zero" else seed))
+            elif image.features is not None:
+                image = replace(image, inputs=self.geometry.beside(size))
             assert image.inputs is not None, "an image of a native model comes as its processor's inputs"
-            made.append(image.inputs)
+            made.append(image)
         return made
 
     def patches(self, images: Sequence[ImageInput]) -> Float[Tensor, "s dh"]:
         """Visual tokens of images that come with their inputs, one image after another."""
-        tokens, _ = self._features([image.inputs for image in images if image.inputs is not None])
-        return tokens
+        return torch.cat([self._said([image])[:, 0] for image in images])
 
     def _see(self) -> Tensor:
         """All that the eyes say of an empty image."""
-        tokens, deep = self._features([self.geometry.blank((64, 64), 0.1)])
-        return torch.cat([tokens, *deep])
+        return self._said([ImageInput(inputs=self.geometry.blank((64, 64), 0.1))])
 
     def _together(self, inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The inputs of several images as the model takes them."""
@@ -200,20 +300,35 @@ class NativeModel(Seeing):
             made[k] = torch.cat(values).to(self.device)
         return made
 
-    def _features(self, inputs: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, list[Tensor]]:
-        """Visual tokens ``[S, Dh]`` of all images, one after another, and what the first layers add (deepstack)."""
+    def _said(self, images: Sequence[ImageInput]) -> Float[Tensor, "s n dh"]:
+        """What the eyes say of images, seen together: for each of their positions, one image after another, the visual
+        token, and what the first layers add (deepstack)."""
         learns = torch.is_grad_enabled() and self.vision.learns
-        groups = [[own] for own in inputs] if self.family.apart else [inputs]
-        tokens: list[Tensor] = []
-        deep: list[list[Tensor]] = []
+        inputs = [image.inputs for image in images if image.inputs is not None]
         with torch.set_grad_enabled(learns), torch.autocast(self.device.type, enabled=False):
-            for group in groups:
-                out = self.whole.model.get_image_features(**self._together(group), return_dict=True)
-                tokens.append(_flat(out.pooler_output))
-                deep.append([_flat(layer) for layer in getattr(out, "deepstack_features", None) or ()])
-        return torch.cat(tokens), [torch.cat(layers) for layers in zip(*deep, strict=True)]
+            out = self.whole.model.get_image_features(**self._together(inputs), return_dict=True)
+        deep = getattr(out, "deepstack_features", None) or ()
+        self._form = type(out), isinstance(out.pooler_output, Tensor), [isinstance(layer, Tensor) for layer in deep]
+        return torch.stack([_flat(out.pooler_output), *map(_flat, deep)], 1)
 
-    def _positions(self, batch: Batch, inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def _features(self, images: Sequence[ImageInput], lengths: Sequence[int]) -> list[Float[Tensor, "s n dh"]]:
+        """What the eyes say of each image, or have said where it was kept. ``lengths``: the positions reserved for
+        each; raises `UserError` for other counts."""
+        made = [image.features for image in images]
+        raw = [i for i, features in enumerate(made) if features is None]
+        # On a CPU nothing is gained by seeing them together, and so its bits are those of what was kept.
+        apart = self.family.apart or self.device.type == "cpu"
+        for group in [[i] for i in raw] if apart else [raw] if raw else []:
+            said = self._said([images[i] for i in group])
+            _check_count(len(said), sum(lengths[i] for i in group))
+            for i, own in zip(group, said.split([lengths[i] for i in group]), strict=True):
+                made[i] = own
+        found = [own.to(self.device, non_blocking=True) for own in made if own is not None]
+        for own, length in zip(found, lengths, strict=True):
+            _check_count(len(own), length)
+        return found
+
+    def _positions(self, batch: Batch, images: Sequence[ImageInput]) -> dict[str, Tensor]:
         """``position_ids`` ``[4, B, T]`` of a family with M-RoPE: the first row restarts at each sample and decides
         what attends to what, the others are the model's own for each sample by itself. Else nothing."""
         if not self.family.grids:
@@ -224,9 +339,8 @@ class NativeModel(Seeing):
         seen[batch.image_positions] = 1
         for i in batch.image_sample.unique().tolist():
             at = (where == i).nonzero().squeeze(1)
-            grids = [
-                own["image_grid_thw"] for own, s in zip(inputs, batch.image_sample.tolist(), strict=True) if s == i
-            ]
+            owners = zip(images, batch.image_sample.tolist(), strict=True)
+            grids = [image.inputs["image_grid_thw"] for image, s in owners if s == i and image.inputs is not None]
             flat[1:, at] = self._rope(batch.input_ids.reshape(-1)[at], seen[at], torch.cat(grids))
         return {"position_ids": rows}
 
@@ -237,14 +351,15 @@ class NativeModel(Seeing):
         return positions[:, 0]
 
     def _hidden(
-        self, batch: Batch, inputs: Sequence[Mapping[str, Tensor]], beside: Mapping[str, Tensor]
+        self, batch: Batch, images: Sequence[ImageInput], beside: Mapping[str, Tensor]
     ) -> Float[Tensor, "b t dh"]:
-        """Final hidden states of a batch, wherever it lies, whose images are ``inputs``."""
+        """Final hidden states of a batch, wherever it lies, whose images are ``images``."""
+        lengths = batch.image_lengths.tolist()
         batch = replace(batch, images=[]).to(self.device)
         embeds = self.language.embed(batch.input_ids)
         extra: dict[str, Any] = {k: v.to(self.device) for k, v in beside.items()}
-        if inputs:
-            tokens, deep = self._features(inputs)
+        if images:
+            tokens, *deep = torch.cat(self._features(images, lengths)).unbind(1)
             embeds = scatter_images(embeds, batch.image_positions, tokens)
             mask = torch.zeros(batch.input_ids.numel(), dtype=torch.bool, device=self.device)
             mask[batch.image_positions] = True
@@ -273,11 +388,12 @@ class NativeModel(Seeing):
         streamer: Any = None,
     ) -> list[list[int]]:
         """New token ids for each prompt with its images, as `VisionLanguageModel.generate`; written by the model's own
-        ``generate``, from ids and the processor's inputs."""
+        ``generate``, from ids and what its eyes say."""
         if not prompts:
             return []
         check_places(prompts, images)
-        inputs = self._inputs([x for own in images for x in own], [s for p in prompts for s in p.image_sizes])
+        shown = self._shown([x for own in images for x in own], [s for p in prompts for s in p.image_sizes])
+        said = self._features(shown, [len(p.reserved(k)) for p in prompts for k in range(len(p.image_spans))])
         longest = max(len(p.ids) for p in prompts)
         ids = torch.full((len(prompts), longest), eos_ids[0], dtype=torch.int64)
         mask, seen = torch.zeros_like(ids), torch.zeros_like(ids)
@@ -287,10 +403,32 @@ class NativeModel(Seeing):
             for k in range(len(prompt.image_spans)):
                 seen[row, left + torch.from_numpy(prompt.reserved(k))] = 1
         given = {"input_ids": ids, "attention_mask": mask} | self._seen(seen)
-        return self.language.write(
-            {k: v.to(self.device) for k, v in given.items()} | self._together(inputs), longest, how,
-            eos_ids=eos_ids, seed=seed, streamer=None if streamer is None else _WithoutPrompt(streamer),
-        )  # fmt: skip
+        inputs = self._together([_without_pixels(image.inputs) for image in shown if image.inputs is not None])
+        with self._having_seen(said):
+            return self.language.write(
+                {k: v.to(self.device) for k, v in given.items()} | inputs, longest, how,
+                eos_ids=eos_ids, seed=seed, streamer=None if streamer is None else _WithoutPrompt(streamer),
+            )  # fmt: skip
+
+    @contextmanager
+    def _having_seen(self, said: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, the model's own code is told this of the images it is shown, in the form that it gives itself."""
+        core, own = self.whole.model, self.whole.model.get_image_features
+        kind, together, layers = self._form
+
+        @wraps(own)
+        def told(*_: object, **__: object) -> Any:
+            tokens = [one[:, 0] for one in said]
+            deep = [[one[:, 1 + k] for one in said] for k in range(len(layers))]
+            added = [torch.cat(parts) if one else parts for parts, one in zip(deep, layers, strict=True)]
+            more = {"deepstack_features": added} if added else {}
+            return kind(pooler_output=torch.cat(tokens)[None] if together else tokens, **more)
+
+        core.get_image_features = told
+        try:
+            yield
+        finally:
+            del core.get_image_features
 
     def _seen(self, seen: Tensor) -> dict[str, Tensor]:
         """What tells the model's own forward which positions are an image's, where it asks."""
@@ -393,6 +531,19 @@ class NativeModel(Seeing):
         return out.logits[0].float()
 
 
+def _check_count(made: int, reserved: int) -> None:
+    if made != reserved:
+        raise UserError(
+            f"images produced {made} visual tokens but their prompts reserve {reserved} positions. Truncation inside "
+            "an image, a lost image, or features that were kept of another model is the usual cause."
+        )
+
+
+def _without_pixels(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A processor's inputs with something in place of pixels that nobody looks at."""
+    return {k: v for k, v in inputs.items() if not v.is_floating_point()} | {"pixel_values": torch.zeros(1)}
+
+
 def _flat(features: Any) -> Tensor:
     """``[S, Dh]`` of a tensor of equal images, or of a tensor each."""
     parts = [features] if isinstance(features, Tensor) else list(features)
@@ -466,6 +617,10 @@ class Empty:
     """All that images go through: the tower, and the connector where that is a module of its own."""
     most_images: int | None
     """Of a sample."""
+    between: tuple[nn.Module, ...]
+    """Its connector."""
+    said: tuple[int, int]
+    """Shape of what the eyes say of an image at each of its positions (`NativeModel.keep`)."""
 
 
 def empty_native(cfg: LlmConfig, file: Path | None = None) -> Empty:
@@ -484,7 +639,10 @@ def empty_native(cfg: LlmConfig, file: Path | None = None) -> Empty:
         "language": language_part(whole, cfg.name_or_path, whole=True),
     }
     eyes = tuple(whole.model.get_submodule(eye) for eye in family.eyes)
-    return Empty(whole, parts, eyes, family.most_images)
+    layers = len(whole.model.get_submodule(family.deep)) if family.deep else 0
+    said = 1 + layers, whole.get_input_embeddings().weight.shape[1]
+    between = tuple(whole.model.get_submodule(name) for name in family.between(whole.model))
+    return Empty(whole, parts, eyes, family.most_images, between, said)
 
 
 def load_native(cfg: LlmConfig, device: torch.device) -> tuple[NativeModel, Any]:

@@ -115,6 +115,9 @@ def _parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
         module = getattr(model, child)
         if module is not None:
             found[child] = {f"{child}.{name}": p for name, p in module.named_parameters()}
+    between = {id(p) for p in found["connector"].values()}  # a native model's lies within its eyes
+    if "vision" in found:
+        found["vision"] = {name: p for name, p in found["vision"].items() if id(p) not in between}
     for child in ("language", "vision"):
         part = _part(model, child)
         if part is not None and part.adapters:
@@ -200,7 +203,9 @@ def _frozen_state(model: nn.Module, part: str, named: Mapping[str, nn.Parameter]
         child = getattr(model, part)  # with what is in it besides the part itself: a native model's head, or projector
         before = next(name for name, m in child.named_modules() if m is own.module) + "."
         state = without_adapters(child, [before + site.name for site in own.adapters])
-        return {n: t for n, t in state.items() if not inside(n, [before + name for name in own.unfrozen])}
+        elsewhere = [before + name for name in own.unfrozen]
+        elsewhere += getattr(model.connector, "within", ()) if part == "vision" else ()
+        return {n: t for n, t in state.items() if not inside(n, elsewhere)}
     if any(p.requires_grad for p in named.values()):
         return {}
     return (

@@ -72,6 +72,10 @@ class NativeProcessor:
         ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         return list(ids).count(self.token_id), shapes["pixel_values"]
 
+    def beside(self, size: tuple[int, int]) -> dict[str, Tensor]:
+        """What is not pixels among the inputs of an image of this (height, width), such as its grid."""
+        return dict(self._like(size)[2])
+
     def blank(self, size: tuple[int, int], fill: float | int) -> dict[str, Tensor]:
         """The inputs of an image of this size whose normalised pixels are all ``fill``, or, for a whole number, drawn
         from N(0, 1) with that seed."""

@@ -19,8 +19,8 @@ width h, q query heads, k key/value heads of size d, MLP width m, vocabulary V, 
 - connector: counted by running it forward and backward on the meta device.
 - tower: counted the same way, forward; once per image with the feature store, at every step without. Where it learns,
   twice that again for the share of its weights that lies at or above the lowest block that learns, at every step.
-- eyes of a native model, whose images differ, at every step, per image of P patches in tiles of Q, with C weights of
-  convolutions, B of linear layers in its blocks and M of others: 2·(C + B)·P + 2·M·(its positions) + 4·L·w·P·Q.
+- eyes of a native model, whose images differ, as often as a tower, per image of P patches in tiles of Q, with C weights
+  of convolutions, B of linear layers in its blocks and M of others: 2·(C + B)·P + 2·M·(its positions) + 4·L·w·P·Q.
 - bytes kept for the backward pass, per position and layer, with s bytes a number: two fp32 inputs of norms (8·h),
   three MLP tensors (3·s·m), and of attention either queries, keys, values and the softmax over R positions in fp32 and
   in s bytes (s·(q+2k)·d + q·R·(4+s), CPU) or what a fused kernel keeps with repeated heads (4·s·q·d). Families that
@@ -72,7 +72,14 @@ from beholder.model.families import NO_LIMITS, Limits, check_limits, check_no_ad
 from beholder.model.language import empty_language, load_tokenizer, source_of
 from beholder.model.learned import learning_modules
 from beholder.model.losses import MAX_LOGITS
-from beholder.model.native import Empty, UnknownClass, empty_native, processor_of
+from beholder.model.native import (
+    CONNECTOR_LEARNS,
+    EYES_LEARN,
+    Empty,
+    UnknownClass,
+    empty_native,
+    processor_of,
+)
 from beholder.model.patch_layout import Declared, UnknownLayout, expected_layout
 from beholder.model.placement import (
     Part,
@@ -90,6 +97,7 @@ from beholder.model.standard import export_class, gguf_prevents
 from beholder.model.student import check_budget, empty_student
 from beholder.model.weights import DTYPES, check_settings, check_stated, loading
 from beholder.prepare.doctor import matmul_rate
+from beholder.store.features import bytes_of as bytes_of_tokens
 from beholder.store.teachers import TOKENS, bytes_of
 from beholder.train import checkpoint
 from beholder.train.distributed import pick_device
@@ -177,6 +185,8 @@ class VisionShape:
     """The tower itself, without weights."""
     adapter_params: int = 0
     unfrozen_params: int = 0
+    kept_bytes: float = 0.0
+    """Of an image in the feature store."""
     share_above: float = 0.0
     """Of the weights of its blocks, those of the lowest block that learns and of all above it: what a backward pass
     goes through."""
@@ -354,10 +364,14 @@ def _estimate_native(cfg: RunConfig, config_file: Path | None, measure: bool) ->
     if empty is not None:
         shape = _shape_of(empty.whole, empty.parts["language"], 0)
         check_limits(shape.limits, cfg)
-        eyes = replace(VisionShape(_weights(*empty.eyes), 0, 0, 0.0), part=empty.parts["vision"])
+        between = _weights(*empty.between) if cfg.model.connector.trainable else 0  # counted by itself then
+        eyes = replace(VisionShape(_weights(*empty.eyes) - between, 0, 0, 0.0), part=empty.parts["vision"])
         language, vision = learning(shape, eyes, cfg.model.lora if cfg.has_adapters else None)
-    table = _table(cfg, language, vision, None)
-    result = Estimate(cfg.run_name, cfg.stage_name, str(device), table, language, vision, gaps=gaps)
+    connector = None
+    if empty is not None and cfg.model.connector.trainable:
+        connector = ConnectorShape(_weights(*empty.between), 0, 0.0, 0)
+    table = _table(cfg, language, vision, connector)
+    result = Estimate(cfg.run_name, cfg.stage_name, str(device), table, language, vision, connector, gaps=gaps)
     result.exports_as = "its own class" if empty is None else f"{type(empty.whole).__name__}, its own class"
     result.exports_to_gguf = "no, because model.native is set; llama.cpp's own converter takes what --to hf writes"
     examples = _sample_records(cfg, result, NATIVE_RECORDS)
@@ -370,12 +384,25 @@ def _estimate_native(cfg: RunConfig, config_file: Path | None, measure: bool) ->
     sizes = _sizes(examples, pipeline, gaps)
     taken = [processor.takes(size) for size in sizes]
     flops = [eyes_flops(empty, pixels, positions) for positions, pixels in taken]
-    vision = result.vision = replace(vision, flops_per_image=sum(flops) / len(flops))
+    kept = [bytes_of_tokens(positions, empty.said, DTYPES[cfg.model.llm.precision]) for positions, _ in taken]
+    vision = result.vision = replace(vision, flops_per_image=sum(flops) / len(flops), kept_bytes=sum(kept) / len(kept))
+    if connector:
+        vision = result.vision = replace(vision, kept_bytes=0.0)
+    if cfg.features.enabled and (vision.learning_params or connector):
+        gaps.append(f"the feature store will be off: {EYES_LEARN if vision.learning_params else CONNECTOR_LEARNS}")
     mean = sum(positions for positions, _ in taken) / len(taken)
+    if connector:
+        # Forward it is among the eyes' work; of its linear layers what goes in and out is kept in fp32.
+        maps = [m for own in empty.between for m in own.modules() if isinstance(m, torch.nn.Linear)]
+        widths = sum(m.in_features + m.out_features for m in maps)
+        connector = result.connector = replace(
+            connector, num_tokens=round(mean), flops_per_image=4.0 * connector.params * mean,
+            activation_bytes_per_image=round(4 * widths * mean),
+        )  # fmt: skip
     written = Written(processor.processor.tokenizer, mean, pipeline, sizes[len(sizes) // 2])
     _estimate_sequence(cfg, written, examples, result)
-    _plan_memory(cfg, result, language, vision, None)
-    _plan_time(cfg, result, language, vision, None, None, device if measure else None)
+    _plan_memory(cfg, result, language, vision, connector)
+    _plan_time(cfg, result, language, vision, connector, None, device if measure else None)
     return result
 
 
@@ -545,8 +572,9 @@ def _vision_shape(
         layout, _ = expected_layout(out, height, width, declared)
     except UnknownLayout as e:
         raise UserError(f"{name} ({type(model).__name__}): {e}") from e
+    patches, width = layout.num_patches, layout.take(out, 1).shape[2]
     return VisionShape(
-        _weights(model), layout.num_patches, layout.take(out, 1).shape[2], flops, tower_part(model, name)
+        _weights(model), patches, width, flops, tower_part(model, name), kept_bytes=2.0 * patches * width
     )
 
 
@@ -843,8 +871,8 @@ def _plan_memory(
     result.memory["total"] = sum(result.memory.values())
     if vision.learning_params:
         result.gaps.append("what a tower that learns keeps for its backward pass is not among the activations")
-    elif connector and "images" in result.data:  # a native model's images are not kept
-        stored = result.data["images"] * vision.num_patches * vision.d_vision * 2
+    elif vision.kept_bytes and "images" in result.data:
+        stored = result.data["images"] * vision.kept_bytes
         if cfg.features.enabled and cfg.data.augment == "none":
             result.store_bytes = min(stored, cfg.features.max_gb * 1e9)
             if stored > cfg.features.max_gb * 1e9:
@@ -928,7 +956,7 @@ def _plan_time(
     images = samples * result.images_per_sample
     stored = 0.0
     if result.store_bytes is not None:
-        stored = result.store_bytes / (result.data["images"] * vision.num_patches * vision.d_vision * 2)
+        stored = result.store_bytes / (result.data["images"] * vision.kept_bytes)
     positions = seq["rows_of_a_micro_batch"] * seq["row_length"] * samples / seq["samples_of_a_micro_batch"]
     tokens = samples * seq["tokens_mean"]
     result.flops_per_step = {

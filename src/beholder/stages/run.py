@@ -18,6 +18,7 @@ from beholder.config.file import diff_configs, load_config
 from beholder.data.sources import missing_files
 from beholder.evidence import Evidence, GateResult, load_evidence
 from beholder.evidence.gates import unmeasurable
+from beholder.model.native import NativeModel
 from beholder.model.placement import render_sites
 from beholder.model.plan import apply_train_plan, param_groups, plan_of
 from beholder.model.weights import listed
@@ -165,6 +166,8 @@ def train_and_measure(session: Session, source: Path | None) -> Outcome:
             line("adapters", f"on {name}", render_sites(part.adapters))
         if part.unfrozen:
             line("unfrozen", f"of {name}: {listed(part.unfrozen)}")
+    if isinstance(model, NativeModel) and cfg.model.connector.trainable:
+        line("unfrozen", f"of its connector: {listed(model.connector.within)}")
     if model.adapters and (strength := cfg.model.lora.strength) < 1:
         line("adapters", f"outside training at {strength:g} of their strength: model.lora.strength")
     rates, decays = cfg.train.lr.model_dump(), cfg.train.weight_decay.model_dump()

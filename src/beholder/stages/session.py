@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -19,7 +19,6 @@ import torch
 from beholder.config import RunConfig
 from beholder.data import Data, build_data, build_encoder
 from beholder.data.build import build_pipeline
-from beholder.data.images import ImagePipeline
 from beholder.model.build import Vlm, build_vlm
 from beholder.model.families import check_limits
 from beholder.model.native import NativeModel
@@ -38,12 +37,16 @@ from beholder.train.distributed import Dist
 from beholder.train.reporter import Reporter
 from beholder.train.tracking import Trackers
 from beholder.train.trained import identity
-from beholder.types import ImageGeometry, Status, TrainedPart, UserError
+from beholder.types import ImageGeometry, ImageInput, Status, TrainedPart, UserError
 
 BASE = (
     "the adapters of {} earlier run(s) are part of the base's weights (model.lora.adapters: merge); what is compared "
     "with the base, such as the text loss, is compared with these and not with the language model's own weights"
 )
+
+
+Opened = tuple[FeatureStore, Callable[[Any], Sequence[torch.Tensor] | torch.Tensor], int]
+"""A feature store, what computes its rows, and of how many images at a time."""
 
 
 class Session:
@@ -165,29 +168,10 @@ class Session:
             self.reporter.line("features", f"off: data.augment is {cfg.data.augment}, every pass needs fresh features")
             self.gap("Feature store: switched off, because data.augment changes every image at every pass.")
             return
-        if isinstance(self.model, NativeModel):
-            why = "a native model's images differ in their number of tokens, and its tower gives more than one output"
-            self.reporter.line("features", f"off: {why}")
-            self.gap(f"Feature store: switched off, because {why}; the tower sees every image at every pass.")
+        opened = self._native_store() if isinstance(self.model, NativeModel) else self._tower_store(self.model)
+        if opened is None:
             return
-        vision, g, pipeline = self.model.vision, self.model.geometry, self.data.pipeline
-        assert vision is not None and isinstance(pipeline, ImagePipeline)
-        shape, dtype = (g.num_patches, g.d_vision), torch.bfloat16
-        if vision.learns:
-            if (why := vision.check_kept()) is not None:
-                self.reporter.line("features", f"off: the vision tower learns, and {why}")
-                self.gap(f"Feature store: switched off, because the vision tower learns and {why}.")
-                return
-            empty = torch.zeros(1, 3, g.height, g.width, dtype=torch.uint8, device=self.model.device)
-            shape, dtype = tuple(vision.keep(empty).shape[1:]), vision.dtype
-            self.reporter.line(
-                "features", f"kept: what goes into {vision.lowest}, the tower's lowest block that learns"
-            )
-        store = FeatureStore(
-            store_dir(cfg.features), tower_fingerprint=vision.kept_fingerprint(),
-            pipeline_fingerprint=pipeline.fingerprint, shape=shape, dtype=dtype,
-            max_bytes=int(cfg.features.max_gb * 1e9),
-        )  # fmt: skip
+        store, encode, batch_size = opened
         stop = min(stop, start + len(self.data.train))  # later epochs show the same images again
         refs = dict.fromkeys([*self.data.train_refs(start, stop), *self.data.eval_refs()])
         with self.phase("features"), self.reporter.progress("features") as tick:
@@ -197,9 +181,8 @@ class Session:
                 self.dist.alive()
 
             report = store.fill(
-                refs, lambda pixels: vision.keep(pixels.to(self.model.device)), pipeline, batch_size=32,
-                progress=progress, on_bad_image=cfg.data.on_bad_image, rank=self.dist.rank,
-                world_size=self.dist.world_size,
+                refs, encode, self.data.pipeline, batch_size=batch_size, progress=progress,
+                on_bad_image=cfg.data.on_bad_image, rank=self.dist.rank, world_size=self.dist.world_size,
             )  # fmt: skip
             self.dist.barrier()
         self.reporter.line("features", report.summary)
@@ -209,6 +192,46 @@ class Session:
                 f"Feature store: {over} images did not fit into features.max_gb = {cfg.features.max_gb:g} GB; the "
                 "tower saw them at every pass."
             )
+
+    def _tower_store(self, model: VisionLanguageModel) -> Opened | None:
+        """Of the tower's features, or of what goes into its lowest block that learns."""
+        vision, g = model.vision, model.geometry
+        assert vision is not None
+        shape, dtype = (g.num_patches, g.d_vision), torch.bfloat16
+        if vision.learns:
+            if (why := vision.check_kept()) is not None:
+                self.reporter.line("features", f"off: the vision tower learns, and {why}")
+                self.gap(f"Feature store: switched off, because the vision tower learns and {why}.")
+                return None
+            empty = torch.zeros(1, 3, g.height, g.width, dtype=torch.uint8, device=model.device)
+            shape, dtype = tuple(vision.keep(empty).shape[1:]), vision.dtype
+            self.reporter.line(
+                "features", f"kept: what goes into {vision.lowest}, the tower's lowest block that learns"
+            )
+        store = self._open_store(vision.kept_fingerprint(), shape=shape, dtype=dtype)
+        return store, lambda pixels: vision.keep(pixels.to(model.device)), 32
+
+    def _native_store(self) -> Opened | None:
+        """Of what a native model's eyes say, for each position that an image takes."""
+        model = self.model
+        assert isinstance(model, NativeModel)
+        if (why := model.check_kept()) is not None:
+            self.reporter.line("features", f"off: {why}")
+            self.gap(f"Feature store: switched off, because {why}; the tower sees every image at every pass.")
+            return None
+        shape, dtype = model.kept_like
+        store = self._open_store(model.kept_fingerprint(), shape=shape, dtype=dtype, ragged=True)
+
+        def encode(images: Sequence[ImageInput]) -> list[torch.Tensor]:
+            return [kept for image in images if (kept := model.keep(image).features) is not None]
+
+        return store, encode, 8  # whose inputs take several MB each
+
+    def _open_store(self, fingerprint: str, **of: Any) -> FeatureStore:
+        return FeatureStore(
+            store_dir(self.cfg.features), tower_fingerprint=fingerprint, max_bytes=int(self.cfg.features.max_gb * 1e9),
+            pipeline_fingerprint=self.data.pipeline.fingerprint, **of,
+        )  # fmt: skip
 
     def keep_layers(self) -> None:
         """Lets the model keep what goes into the language model's lowest layer that learns, where the config asks."""

@@ -1,5 +1,8 @@
 """What a frozen vision tower, or the frozen part of one below the lowest block that learns, says about an image,
-computed once and kept on disk: keys, fingerprints and the filling.
+computed once and kept on disk: keys, fingerprints and the filling. So what the eyes of a native model say.
+
+One image is one row; where images differ in their number of tokens, several of `TOKENS` tokens each, each with that
+number before them. The first of them, under the image's own key, is written last: where it is, the image is whole.
 
 The rows themselves are `rows`' business. Not here: the tower (`model.vision` hands over a function), decoding
 (`data.images`), and the decision whether a run uses the store (`stages`). Which image it is, `hashes` knows.
@@ -16,18 +19,32 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 
 from beholder.config import FeaturesConfig
 from beholder.data.images import ImageError
 from beholder.runs import cache_dir
 from beholder.store.hashes import ImageHashes, stamp_of
-from beholder.store.rows import RowStore, RowWriter
+from beholder.store.rows import RowStore, RowWriter, row_key
 from beholder.types import ImageRef, UserError
 
 _VERSION = 1
+TOKENS = 16
+"""Of a row, where images differ in their number of tokens: the last one of an image is half empty on average."""
+_COUNT = 8
+"""Bytes before them: how many tokens the image has, little-endian."""
+
+
+def bytes_of(num_tokens: int, shape: Sequence[int], dtype: torch.dtype) -> int:
+    """That an image of so many tokens of this shape takes on the disk."""
+    return -(-num_tokens // TOKENS) * _ragged_row(shape, dtype)
+
+
+def _ragged_row(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return _COUNT + TOKENS * math.prod(shape) * dtype.itemsize
 
 
 def store_dir(cfg: FeaturesConfig) -> Path:
@@ -72,7 +89,8 @@ class _Loaded:
 
     ref: ImageRef
     key: bytes
-    pixels: torch.Tensor | None = None
+    pixels: Any = None
+    """What the pipeline makes of it."""
     stored: bool = False
     error: ImageError | None = None
 
@@ -90,17 +108,20 @@ class FeatureStore:
 
     def __init__(
         self, folder: Path, *, tower_fingerprint: str, pipeline_fingerprint: str, shape: Sequence[int], max_bytes: int,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype = torch.bfloat16, ragged: bool = False,
     ) -> None:  # fmt: skip
-        self.shape, self.dtype = tuple(shape), dtype
-        meta = {
+        self.shape, self.dtype, self.ragged = tuple(shape), dtype, ragged
+        meta: dict[str, Any] = {
             "version": _VERSION, "tower": tower_fingerprint, "pipeline": pipeline_fingerprint,
-            # in words that older stores know
-            "num_patches": self.shape[0], "d_vision": self.shape[1] if len(shape) == 2 else list(self.shape[1:]),
             "dtype": str(dtype).removeprefix("torch."),
         }  # fmt: skip
+        if ragged:
+            meta |= {"token": list(self.shape), "tokens_a_row": TOKENS}
+        else:  # in words that older stores know
+            meta |= {"num_patches": shape[0], "d_vision": shape[1] if len(shape) == 2 else list(self.shape[1:])}
         self.rows = RowStore(
-            Path(folder), meta, row_bytes=math.prod(shape) * dtype.itemsize, max_bytes=max_bytes,
+            Path(folder), meta, max_bytes=max_bytes,
+            row_bytes=_ragged_row(shape, dtype) if ragged else math.prod(shape) * dtype.itemsize,
             name="feature store",
             remedy="Give a writable folder with room in features.dir (or BEHOLDER_CACHE), lower features.max_gb, or "
             "set features.enabled: false",
@@ -114,7 +135,7 @@ class FeatureStore:
         self.close()
 
     def __len__(self) -> int:
-        """Images stored for this tower and preprocessing."""
+        """Rows stored for this tower and preprocessing: images, unless they are ``ragged``."""
         return len(self.rows)
 
     @property
@@ -130,7 +151,8 @@ class FeatureStore:
     # -- reading
 
     def read(self, ref: ImageRef) -> torch.Tensor | None:
-        """Features of an image, of the store's shape and type, or None when they are not stored.
+        """Features of an image, of the store's shape (of images that are ``ragged``, ``[tokens, *shape]``) and type, or
+        None when they are not stored.
 
         The tensor is the caller's own copy. A row whose checksum fails is answered with None. So is an image that
         cannot be read: its error belongs to whoever then decodes it.
@@ -139,16 +161,31 @@ class FeatureStore:
             key = self._hashes.of(ref)
         except ImageError:
             return None
+        if self.ragged:
+            return self._read_tokens(key)
         features = torch.empty(self.shape, dtype=self.dtype)
         return features if self.rows.read_into(key, features.view(torch.uint8).numpy().data.cast("B")) else None
+
+    def _read_tokens(self, key: bytes) -> torch.Tensor | None:
+        first = bytearray(self.rows.row_bytes)
+        if not self.rows.read_into(key, memoryview(first)):
+            return None
+        count = int.from_bytes(first[:_COUNT], "little")
+        whole = np.empty((-(-count // TOKENS), self.rows.row_bytes), np.uint8)
+        whole[0] = np.frombuffer(first, np.uint8)
+        if not all(self.rows.read_into(row_key(key, k), whole[k].data) for k in range(1, len(whole))):
+            self.rows.forget(key)  # whose first row says that it is whole
+            return None
+        tokens = torch.from_numpy(whole[:, _COUNT:].copy()).view(self.dtype)
+        return tokens.view(-1, *self.shape)[:count]
 
     # -- filling
 
     def fill(
         self,
         refs: Iterable[ImageRef],
-        encode: Callable[[torch.Tensor], torch.Tensor],
-        pipeline: Callable[[ImageRef], torch.Tensor],
+        encode: Callable[[Any], torch.Tensor | Sequence[torch.Tensor]],
+        pipeline: Callable[[ImageRef], Any],
         *,
         batch_size: int,
         progress: Callable[[int, int], None] | None = None,
@@ -160,7 +197,9 @@ class FeatureStore:
         """Compute and store what is missing of ``refs``; killed at any instant, the next call goes on from there.
 
         ``encode``: uint8 ``[m, 3, h, w]`` -> ``[m, *shape]``, any float type, stored as the store's.
-        ``pipeline``: image -> uint8 ``[3, h, w]``, called on ``num_threads`` threads (default: cores, at most 8).
+        ``pipeline``: image -> uint8 ``[3, h, w]``, called on ``num_threads`` threads (default: cores, at most 8). Of
+        images that are ``ragged``, ``encode`` is given a list of what ``pipeline`` makes of each, and gives
+        ``[tokens, *shape]`` of each.
         ``progress(done, total)`` is called after every batch. With ``world_size`` processes each takes every
         ``world_size``-th image; the caller waits for all of them before it relies on the whole.
 
@@ -198,7 +237,7 @@ class FeatureStore:
         return report
 
     def _load(
-        self, refs: Sequence[ImageRef], pipeline: Callable[[ImageRef], torch.Tensor], full: threading.Event,
+        self, refs: Sequence[ImageRef], pipeline: Callable[[ImageRef], Any], full: threading.Event,
         lookahead: int, num_threads: int | None,
     ) -> Iterator[_Loaded]:  # fmt: skip
         """Each reference in order with its key, and with its pixels where they are needed; decodes ahead on threads."""
@@ -235,30 +274,49 @@ class FeatureStore:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _encode_and_store(
-        self, images: Sequence[_Loaded], encode: Callable[[torch.Tensor], torch.Tensor], writer: RowWriter,
-        report: FillReport, full: threading.Event,
+        self, images: Sequence[_Loaded], encode: Callable[[Any], torch.Tensor | Sequence[torch.Tensor]],
+        writer: RowWriter, report: FillReport, full: threading.Event,
     ) -> None:  # fmt: skip
         if not writer.has_room(len(images)):
             full.set()
             report.over_cap += len(images)
             return
+        shown = [image.pixels for image in images]
         with torch.no_grad():  # not inference_mode: what a tower caches must stay usable outside
-            features = encode(torch.stack([image.pixels for image in images if image.pixels is not None]))
-        expected = (len(images), *self.shape)
-        assert features.shape == expected, f"encode gave {tuple(features.shape)}, the store is made for {expected}"
-        features = features.detach().to(device="cpu", dtype=self.dtype).contiguous()
-        finite = features.isfinite().flatten(1).all(1)
-        if not bool(finite.all()):
-            bad = images[int((~finite).nonzero()[0])].ref
-            raise UserError(
-                f"image {bad}: the vision tower gave values that are not finite in "
-                f"{str(self.dtype).removeprefix('torch.')}. Its weights may be damaged, "
-                "or model.vision.precision is too narrow for it (try fp32)"
-            )
-        rows = features.view(torch.uint8).flatten(1).numpy()
-        num_stored = writer.put([(image.key, memoryview(row)) for image, row in zip(images, rows, strict=True)])
-        report.computed += num_stored
-        report.over_cap += len(images) - num_stored
+            features = encode(shown if self.ragged else torch.stack(shown))
+        assert len(features) == len(images), f"encode gave {len(features)} of {len(images)} images"
+        items: list[tuple[bytes, memoryview]] = []
+        ends: list[int] = []
+        for image, own in zip(images, features, strict=True):
+            expected = (len(own), *self.shape) if self.ragged else self.shape
+            assert own.shape == expected, f"encode gave {tuple(own.shape)}, the store is made for {expected}"
+            own = own.detach().to(device="cpu", dtype=self.dtype).contiguous()
+            if not bool(own.isfinite().all()):
+                raise UserError(
+                    f"image {image.ref}: the vision tower gave values that are not finite in "
+                    f"{str(self.dtype).removeprefix('torch.')}. Its weights may be damaged, "
+                    f"or model.{'native' if self.ragged else 'vision'}.precision is too narrow for it (try fp32)"
+                )
+            items += self._rows_of(image.key, own)
+            ends.append(len(items))
+        num_stored = writer.put(items)
+        done = sum(end <= num_stored for end in ends)
+        report.computed += done
+        report.over_cap += len(images) - done
+
+    def _rows_of(self, key: bytes, features: torch.Tensor) -> list[tuple[bytes, memoryview]]:
+        """An image's rows with their keys, the one under its own key last."""
+        flat = features.view(torch.uint8).numpy()
+        if not self.ragged:
+            return [(key, flat.data.cast("B"))]
+        count = len(features)
+        assert count, "an image without tokens"
+        number = -(-count // TOKENS)
+        padded = np.zeros((number, self.rows.row_bytes - _COUNT), np.uint8)
+        padded.reshape(-1)[: flat.size] = flat.reshape(-1)
+        head = np.frombuffer(count.to_bytes(_COUNT, "little"), np.uint8)
+        rows = np.concatenate([np.broadcast_to(head, (number, _COUNT)), padded], 1)
+        return [(row_key(key, k) if k else key, rows[k].data) for k in reversed(range(number))]
 
 
 def _result(image: _Loaded | Future[_Loaded]) -> _Loaded:

@@ -7,14 +7,13 @@ and what its images say (`LanguageModel` and `VisionLanguageModel` know when tha
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from beholder.store.rows import RowStore, RowWriter
+from beholder.store.rows import RowStore, RowWriter, row_key
 from beholder.types import UserError
 
 POSITIONS = 32
@@ -58,7 +57,7 @@ class LayerStore:
         """``[length, width]`` of the sample, or None where a row of it is not there or not right."""
         out = torch.empty(-(-length // POSITIONS), POSITIONS, self.width, dtype=self.dtype)
         view = out.view(torch.uint8).flatten(1).numpy()
-        if not all(self.rows.read_into(_row_key(key, k), memoryview(row)) for k, row in enumerate(view)):
+        if not all(self.rows.read_into(row_key(key, k), memoryview(row)) for k, row in enumerate(view)):
             return None
         self.reused += 1
         return out.flatten(0, 1)[:length]
@@ -78,10 +77,6 @@ class LayerStore:
         if not self._writer.has_room(len(view)):
             self.over_cap += 1
             return
-        stored = self._writer.put([(_row_key(key, k), memoryview(row)) for k, row in enumerate(view)])
+        stored = self._writer.put([(row_key(key, k), memoryview(row)) for k, row in enumerate(view)])
         self.over_cap += stored < len(view)
         self.computed += stored == len(view)
-
-
-def _row_key(key: bytes, number: int) -> bytes:
-    return hashlib.sha256(key + number.to_bytes(4, "little")).digest()

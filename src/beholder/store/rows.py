@@ -165,6 +165,11 @@ class _Location(NamedTuple):
     crc: int
 
 
+def row_key(key: bytes, number: int) -> bytes:
+    """Of row ``number`` of what has several."""
+    return hashlib.sha256(key + number.to_bytes(4, "little")).digest()
+
+
 class RowStore:
     """Rows of ``row_bytes`` bytes by key, at most ``max_bytes`` of them.
 
@@ -247,6 +252,11 @@ class RowStore:
         with self.index.transaction() as db:
             db.execute("DELETE FROM rows WHERE key = ? AND shard = ? AND row = ? AND crc = ?", (key, *location))
         return False
+
+    def forget(self, key: bytes) -> None:
+        """No longer know a row, so that it is made again."""
+        with self.index.transaction() as db:
+            db.execute("DELETE FROM rows WHERE key = ?", (key,))
 
     def _read_row(self, key: bytes, at: _Location, out: memoryview) -> bool:
         start, stop = at.row * self.row_bytes, (at.row + 1) * self.row_bytes

@@ -27,7 +27,7 @@ import torch
 from beholder.config import DistillConfig
 from beholder.runs import atomic_write, cache_dir, to_json, writing
 from beholder.store.hashes import ImageHashes
-from beholder.store.rows import RowStore, RowWriter
+from beholder.store.rows import RowStore, RowWriter, row_key
 from beholder.types import Example, ImageSlot, UserError
 
 TOKENS = 4
@@ -152,7 +152,7 @@ class TeacherCache:
 
     @staticmethod
     def _row_keys(sample: bytes, num_tokens: int) -> list[bytes]:
-        return [hashlib.sha256(sample + k.to_bytes(4, "little")).digest() for k in range(-(-num_tokens // TOKENS))]
+        return [row_key(sample, k) for k in range(-(-num_tokens // TOKENS))]
 
     def has(self, example: Example, targets: np.ndarray) -> bool:
         """Whether all rows of the sample are there, as they were written: a row that is damaged is forgotten, so that

@@ -77,7 +77,7 @@ def load_start(path: Path, model: Learner, mode: Literal["continue", "merge", "f
     ``model`` was built on `start_base` of the same. Raises `UserError` as `load_trained` does, with the ways out when
     the adapters cannot go on.
     """
-    load_connector(path, model.connector, model.connector_info())
+    load_connector(path, model.connector, model.connector_info(), start=True)
     parts = model.parts()
     here = any(part.adapters for part in parts.values())
     new = "new ones start" if here else "this run has none"
@@ -154,10 +154,14 @@ def read_part(path: Path, part: str) -> TrainedPart:
 def read_base(path: Path) -> dict[str, TrainedPart]:
     """What of the base that a verified checkpoint was trained on is not as in its files, in the order in which it
     became so: adapters of earlier runs (``merged_1``, ``vision_merged_1``, …), then weights that learned themselves
-    (``vision``, ``language``), which are kept as they are after all that."""
+    (``vision``, ``language``), which are kept as they are after all that, and the connector of a native model that has
+    learned."""
     there = parts_in(_read_object(path / MANIFEST)["files"])
     names = [name for before in ("", "vision_") for name in _merged_in(path, there, f"{before}merged")]
-    return {part: read_part(path, part) for part in [*names, *(p for p in there if p in ("language", "vision"))]}
+    base = {part: read_part(path, part) for part in [*names, *(p for p in there if p in ("language", "vision"))]}
+    if "native" in read_connector_info(path) and (own := _read_tensors(path / CONNECTOR)):
+        base["connector"] = TrainedPart(own, read_connector_info(path))
+    return base
 
 
 def _merged_in(path: Path, parts: Iterable[str], kind: str) -> list[str]:
@@ -314,7 +318,7 @@ def _trained_alpha(path: Path, name: str, config: Mapping[str, Any]) -> Any:
 def _check_base(path: Path, parts: Mapping[str, Part]) -> None:
     """Refuse a model whose base is not the checkpoint's: other adapters, or none, were merged into it, or other weights
     of its tower have learned themselves."""
-    there = read_base(path)
+    there = {name: learned for name, learned in read_base(path).items() if name != "connector"}  # `load_connector`
     here = {name: learned for part in parts.values() for name, learned in learned_base(part).items()}
     same = there.keys() == here.keys() and all(
         a.tensors.keys() == here[name].tensors.keys()
@@ -374,18 +378,22 @@ _INFO_FIELDS = {
 """Names in ``connector.json`` that are spelled differently in the config."""
 
 
-def load_connector(path: str | Path, connector: nn.Module, info: Mapping[str, Any]) -> None:
+def load_connector(path: str | Path, connector: nn.Module, info: Mapping[str, Any], *, start: bool = False) -> None:
     """Load a checkpoint's connector strictly into ``connector``, which was built from a config as ``info`` says.
 
     ``path`` is anything `resolve_checkpoint` takes. ``info`` (``VisionLanguageModel.connector_info()``) is compared
     with the checkpoint's ``connector.json``. Names of parts may differ where the ``fingerprint`` beside them is equal;
     without one, in the folder before the last name (a moved model). Raises `UserError` naming the keys *and* the config
     field at fault: missing or unexpected weights, shapes, a connector trained for another tower or language model,
-    weights that are not finite. Nothing is loaded then.
+    weights that are not finite. Nothing is loaded then. ``start``: for a run that starts from the checkpoint's; a
+    native model's connector that has not learned there begins as it came.
     """
     path = resolve_checkpoint(path)
     saved, saved_info = _read_tensors(path / CONNECTOR), read_connector_info(path)
     own = connector.state_dict()
+    as_it_came = start and "native" in info and not saved
+    if as_it_came:
+        own = {}
     complaints: list[str] = []
     unexpected, missing = sorted(set(saved) - set(own)), sorted(set(own) - set(saved))
     for first in dict.fromkeys(k.partition(".")[0] for k in [*unexpected, *missing]):
@@ -416,7 +424,8 @@ def load_connector(path: str | Path, connector: nn.Module, info: Mapping[str, An
             f"the connector in {path} has weights that are NaN or infinite: {', '.join(bad)}. "
             "The run it comes from had diverged; use an earlier checkpoint."
         )
-    connector.load_state_dict(saved, strict=True)
+    if not as_it_came:
+        connector.load_state_dict(saved, strict=True)
 
 
 def _shorten(first: str, keys: Sequence[str]) -> str:

@@ -77,7 +77,9 @@ class Vlm(TrainedRun):
         """
         native = self.model if isinstance(self.model, NativeModel) else None
         written = [self.model.language.part] if native is None else native.parts().values()
-        if not any(part.adapters or part.merged or (part.name == "language" and part.changed) for part in written):
+        connector = None if native is None else native.connector.part
+        learned = any(part.adapters or part.merged or (part.name == "language" and part.changed) for part in written)
+        if not learned and connector is None:
             raise UserError(
                 "this run has no adapters to merge; "
                 f"its {'language model' if native is None else 'model'} is the base, unchanged"
@@ -86,7 +88,7 @@ class Vlm(TrainedRun):
 
         save_merged(
             self.model.language, self.tokenizer if native is None else native.geometry.processor, Path(folder),
-            None if native is None else native.vision.part,
+            [] if native is None else [part for part in (native.vision.part, connector) if part is not None],
         )  # fmt: skip
 
     def generate(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from beholder.model.connector import PixelShuffle
+from beholder.model.learned import narrowed
 from beholder.model.native import NativeModel
 from beholder.model.placement import without_adapters
 from beholder.model.standard import IDEFICS3 as IDEFICS3_CLASS
@@ -65,6 +66,7 @@ def _write_native(run: TrainedRun, model: NativeModel, folder: Path, generation:
     state = without_adapters(
         whole, [part.prefix + site.name for part in model.parts().values() for site in part.adapters]
     )
+    state = narrowed(state, [part] if (part := model.connector.part) is not None else [])
     check_finite(whole, "the model to export")
     blank, whole.generation_config = whole.generation_config, generation
     implementation = whole.config._attn_implementation
