@@ -53,7 +53,7 @@ def prepared(folder: Path, dtype: str) -> tuple[NativeModel, Any]:
     sizes["size"] = {"shortest_edge": 256, "longest_edge": 256 * 256}
     (folder / "preprocessor_config.json").write_text(json.dumps(sizes), encoding="utf-8")
     (folder / "processor_config.json").unlink(missing_ok=True)
-    precision = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
+    precision: Any = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
     model, tokenizer = load_native(LlmConfig(name_or_path=str(folder), precision=precision), torch.device("cpu"))
     adapters.attach(model.language.part, LoraConfig(enable=True, r=16, dropout=0.0), 0)
     apply_train_plan(model, TrainPlan(connector="frozen", language="lora"))
