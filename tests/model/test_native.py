@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,18 @@ def test_what_is_kept_in_16_bits_is_what_the_eyes_compute_in(qwen: Native) -> No
     assert stored.features is not None and stored.features.dtype == torch.bfloat16
     with torch.no_grad():
         assert torch.equal(model(replace(batch, images=[stored])).nll, model(batch).nll)
+
+
+def test_what_one_thread_writes_from_another_does_not_see(qwen: Native) -> None:
+    """A stream may be read while something else is asked."""
+    model, one = qwen.model, qwen.processor.process(picture(0))
+    said = model.keep(one).features
+    assert said is not None and one.inputs is not None
+    with model._having_seen([torch.zeros_like(said)]), ThreadPoolExecutor(1) as other:
+        here = model.whole.model.get_image_features(**one.inputs).pooler_output
+        there = other.submit(lambda: model.keep(one).features).result()
+
+    assert not torch.cat(list(here)).any() and there is not None and torch.equal(there, said)
 
 
 def test_features_of_another_layout_are_refused(qwen: Native) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -186,6 +187,9 @@ class NativeModel(Seeing):
         self._form: tuple[Any, bool, list[bool]] = (None, False, [])
         """What its own code gives of images: the class of it, and whether visual tokens, and what each layer adds, are
         one tensor or a list of one for each image."""
+        self._told: dict[int, Sequence[Tensor]] = {}
+        """By thread, what its own code is told."""
+        self._hand_over()
         self._info = {
             "native": {
                 "name": language.name, "class": type(whole).__name__, "fingerprint": sketch_module(whole),
@@ -412,23 +416,32 @@ class NativeModel(Seeing):
 
     @contextmanager
     def _having_seen(self, said: Sequence[Tensor]) -> Iterator[None]:
-        """Inside, the model's own code is told this of the images it is shown, in the form that it gives itself."""
-        core, own = self.whole.model, self.whole.model.get_image_features
-        kind, together, layers = self._form
-
-        @wraps(own)
-        def told(*_: object, **__: object) -> Any:
-            tokens = [one[:, 0] for one in said]
-            deep = [[one[:, 1 + k] for one in said] for k in range(len(layers))]
-            added = [torch.cat(parts) if one else parts for parts, one in zip(deep, layers, strict=True)]
-            more = {"deepstack_features": added} if added else {}
-            return kind(pooler_output=torch.cat(tokens)[None] if together else tokens, **more)
-
-        core.get_image_features = told
+        """Inside, and in this thread, the model's own code is told this of the images it is shown."""
+        self._told[get_ident()] = said
         try:
             yield
         finally:
-            del core.get_image_features
+            del self._told[get_ident()]
+
+    def _hand_over(self) -> None:
+        """Let the model's own code ask for image features where `_having_seen` can answer."""
+        core, own = self.whole.model, self.whole.model.get_image_features
+
+        @wraps(own)
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            said = self._told.get(get_ident())
+            return own(*args, **kwargs) if said is None else self._as_theirs(said)
+
+        core.get_image_features = asked
+
+    def _as_theirs(self, said: Sequence[Tensor]) -> Any:
+        """What the eyes say of images in the form that the model's own code gives it."""
+        kind, together, layers = self._form
+        tokens = [one[:, 0] for one in said]
+        deep = [[one[:, 1 + k] for one in said] for k in range(len(layers))]
+        added = [torch.cat(parts) if one else parts for parts, one in zip(deep, layers, strict=True)]
+        more = {"deepstack_features": added} if added else {}
+        return kind(pooler_output=torch.cat(tokens)[None] if together else tokens, **more)
 
     def _seen(self, seen: Tensor) -> dict[str, Tensor]:
         """What tells the model's own forward which positions are an image's, where it asks."""
