@@ -29,12 +29,13 @@ from beholder.data.images import NativePipeline
 from beholder.model import adapters
 from beholder.model.native import NativeModel, load_native
 from beholder.model.plan import TrainPlan, apply_train_plan
+from beholder.model.weights import DTYPES
 from beholder.prepare.tiny import tiny_native
 from beholder.store.features import FeatureStore
 from beholder.types import Example, FeatureReader, ImageRef, ImageSlot, Turn
 
 
-def prepared(folder: Path, dtype: str) -> tuple[NativeModel, Any]:
+def prepared(folder: Path, precision: str) -> tuple[NativeModel, Any]:
     tiny_native(folder)
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     raw["text_config"] |= {
@@ -48,13 +49,13 @@ def prepared(folder: Path, dtype: str) -> tuple[NativeModel, Any]:
     }  # fmt: skip
     torch.manual_seed(0)
     config = transformers.Qwen3VLConfig(**raw)
-    transformers.Qwen3VLForConditionalGeneration(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    transformers.Qwen3VLForConditionalGeneration(config).to(DTYPES[precision]).save_pretrained(folder)
     sizes = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     sizes["size"] = {"shortest_edge": 256, "longest_edge": 256 * 256}
     (folder / "preprocessor_config.json").write_text(json.dumps(sizes), encoding="utf-8")
     (folder / "processor_config.json").unlink(missing_ok=True)
-    precision: Any = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
-    model, tokenizer = load_native(LlmConfig(name_or_path=str(folder), precision=precision), torch.device("cpu"))
+    cfg = LlmConfig.model_validate({"name_or_path": str(folder), "precision": precision})
+    model, tokenizer = load_native(cfg, torch.device("cpu"))
     adapters.attach(model.language.part, LoraConfig(enable=True, r=16, dropout=0.0), 0)
     apply_train_plan(model, TrainPlan(connector="frozen", language="lora"))
     return model, tokenizer
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as name:
@@ -73,7 +74,7 @@ def main() -> None:
 
 
 def measure(folder: Path, args: argparse.Namespace) -> None:
-    model, tokenizer = prepared(folder / "native", args.dtype)
+    model, tokenizer = prepared(folder / "native", args.precision)
     pipeline = NativePipeline(model.geometry, 50)
     encoder = ChatEncoder(
         tokenizer, num_visual_tokens=None, max_seq_len=4096, template="chat", instruction="", instruction_multi="",
@@ -117,7 +118,7 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
             model(SampleBuilder(encoder, pipeline, s, on_bad_image="error").batch(examples, PADDED)).nll
             for s in (None, store)
         )
-    print(f"{eyes / 1e6:.0f} of {whole / 1e6:.0f} M weights are the eyes'; {args.samples} samples a step, {args.dtype}")
+    print(f"{eyes / 1e6:.0f} of {whole / 1e6:.0f} M weights are the eyes'; {args.samples} samples, {args.precision}")
     for called, (loader, model_s) in (("pixels", seen), ("kept", kept)):
         print(f"{called:8}loader {loader:.3f} s, model {model_s:.3f} s, together {loader + model_s:.3f} s")
     print(f"a step is {sum(seen) / sum(kept):.2f} times faster; filling took {filled:.3f} s for these images once")

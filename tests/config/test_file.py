@@ -385,7 +385,9 @@ def test_the_stage_4_plans_own_settings_say_what_ours_say(theirs: list[str], our
 
 @pytest.mark.parametrize(("more", "learns"), [([], False), (["model.lora.modules_to_save=[aligner]"], True)])
 def test_a_native_models_connector_learns_where_it_is_said(more: list[str], learns: bool) -> None:
-    text = "model: {native: {name_or_path: x}, lora: {enable: true}}\ndata: {json_path: a}\nstage: instruct\n"
+    text = (
+        "run_name: r\nstage: instruct\nmodel: {native: {name_or_path: x}, lora: {enable: true}}\ndata: {json_path: a}\n"
+    )
     cfg = parse_config(text, overrides=[*more, *(["train.aligner_lr=2e-4"] if learns else [])])
 
     assert cfg.model.connector.trainable is learns and parse_config(dump_config(cfg)) == cfg

@@ -10,6 +10,7 @@ from tests.model.test_native import Native, per_sample
 
 from beholder.config import LlmConfig, ModelConfig
 from beholder.model.build import build_vlm
+from beholder.model.learned import narrowed
 from beholder.model.native import CONNECTOR_LEARNS, FAMILIES, NativeModel, load_native
 from beholder.model.plan import TrainPlan, apply_train_plan, frozen_fingerprint, param_groups
 from beholder.prepare.tiny import tiny_native
@@ -23,7 +24,13 @@ BETWEEN = {
 }
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+FIRST = ("qwen3_vl", "llava", "gemma3")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(FAMILIES.keys() - set(FIRST)))],
+)
 def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Native:
     return Native(tiny_native(tmp_path_factory.mktemp(request.param), request.param))
 
@@ -94,3 +101,8 @@ def test_in_a_model_of_16_bits_its_weights_are_fp32(tmp_path: Path) -> None:
     assert {p.dtype for p in model.connector.parameters()} == {torch.float32}
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.connector.parameters())
     assert {p.dtype for p in model.language.parameters()} == {torch.bfloat16}
+    assert model.connector.part is not None
+    written = narrowed(model.whole.state_dict(), [model.connector.part])  # as others load it
+    assert {t.dtype for t in written.values()} == {torch.bfloat16}
+    name = "model.multi_modal_projector.mm_input_projection_weight"
+    assert torch.equal(written[name], model.whole.state_dict()[name].bfloat16())

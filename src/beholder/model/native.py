@@ -79,8 +79,10 @@ class Family:
         found: list[str] = []
         for name in self.connector:
             module = core.get_submodule(name)
-            many = isinstance(module, nn.ModuleList)  # which is never called itself
-            found += [f"{name}.{k}" for k in range(len(module))] if many else [name]
+            if isinstance(module, nn.ModuleList):  # which is never called itself
+                found += [f"{name}.{k}" for k in range(len(module))]
+            else:
+                found.append(name)
         return tuple(found)
 
 
