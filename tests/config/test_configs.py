@@ -105,8 +105,11 @@ def test_the_full_run_has_the_seeds_effective_batch_and_length() -> None:
     assert 150_000 <= cfg.train.num_epochs * 546_965 / 4 <= 250_000
 
 
-LONG = {"configs/quickstart/footprint.yaml", "configs/native/qwen3_vl_footprint.yaml"}
-"""Smoke runs that take half a minute and go through what another one goes through."""
+LONG = {
+    "configs/quickstart/footprint.yaml", "configs/native/qwen3_vl_footprint.yaml", "configs/stage4_footprint.yaml",
+    "configs/distill.yaml", "configs/stage3_sft_multi.yaml",
+}  # fmt: skip
+"""Smoke runs that take long and go through what another one, or a study's own test, goes through."""
 
 
 @pytest.mark.parametrize(

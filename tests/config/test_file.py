@@ -326,6 +326,14 @@ def test_whatever_stands_anywhere_the_answer_is_a_config_or_a_complaint(
         assert parse_config(dump_config(cfg)) == cfg
 
 
+def test_what_is_wrong_beside_a_wrong_item_is_told_too() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(MINIMAL, overrides=["data.eval_sources=[null, {'': null}]"])
+
+    told = str(caught.value)
+    assert "data.eval_sources.0: got null" in told and "data.eval_sources.1.: no such setting" in told
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=60))
 def test_any_text_is_answered_with_a_complaint(text: str) -> None:

@@ -23,12 +23,16 @@ PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 def stopped() -> bool:
     try:
         with at_most(0.2):
-            until = time.monotonic() + 30
-            while time.monotonic() < until:
-                pass
+            spin(30)
     except TookTooLong:
         return True
     return False
+
+
+def spin(seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        pass
 
 
 def test_it_is_stopped_in_any_thread_and_nobody_else_is() -> None:
@@ -44,9 +48,7 @@ def test_it_is_stopped_in_any_thread_and_nobody_else_is() -> None:
 def quick(seconds: float) -> None:
     with at_most(seconds):
         pass
-    until = time.monotonic() + 2 * seconds
-    while time.monotonic() < until:
-        pass
+    spin(2 * seconds)
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="there is no fork")

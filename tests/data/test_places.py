@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -165,6 +166,13 @@ def test_letters_that_only_look_alike_name_no_place(text: str) -> None:
 BLANKS, MUCH = " " * 20_000, 100_000
 
 
+def seconds(read: Callable[[Example], object], given: Example) -> float:
+    """Of the process's own work."""
+    start = time.process_time()
+    read(given)
+    return time.process_time() - start
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -180,9 +188,8 @@ def test_long_texts_take_no_longer_than_their_length(text: str) -> None:
 
     for given in (asked, answered):
         for read in (lambda e: absent(e.turns, 2), lambda e: renamed(e, {1: 2, 2: 1}), stand_together):
-            start = time.process_time()
-            read(given)
-            assert time.process_time() - start < 1  # up to hours where it grows faster than they do
+            # up to hours where it grows faster than they do; on a machine that is busy a second may be too little once
+            assert any(seconds(read, given) < 1 for _ in range(3))
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,7 @@ def test_a_teacher_is_asked_in_its_own_way_about_training_and_held_out_samples_a
     assert own.tolist() == other.tolist()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_of_a_teachers_losses_is_made_anew_and_breaks_no_run(student, tmp_path: Path) -> None:
     cfg = student()
     (file,) = Path(cache_teachers(cfg).teachers[0].folder).glob("held_out_*.json")

@@ -191,7 +191,9 @@ def test_layers_are_not_kept_of_images_that_augmentation_changes(instruct: MakeC
     assert any(g.startswith("Layers: what goes into them was not kept, because data.augment changes") for g in gaps)
 
 
-@pytest.mark.parametrize("steps", [6, 40], ids=["one pass", "several passes"])
+@pytest.mark.parametrize(
+    "steps", [pytest.param(6, id="one pass"), pytest.param(40, id="several passes", marks=pytest.mark.slow)]
+)
 def test_a_run_that_keeps_what_goes_into_its_layers_is_the_plain_one(
     instruct: MakeConfig, tmp_path: Path, steps: int
 ) -> None:
@@ -318,6 +320,7 @@ def test_a_run_without_adapters_has_the_learner_and_its_blind_answers_all_the_sa
     assert any(gap.startswith("What the base answers blind: not measured, there are no ad") for gap in evidence.gaps)
 
 
+@pytest.mark.slow
 def test_what_the_run_it_started_from_could_do_is_compared_on_the_same_questions(
     instruct: MakeConfig, finished: Path, evidence: Evidence, tmp_path: Path
 ) -> None:

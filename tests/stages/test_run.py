@@ -373,6 +373,7 @@ def test_a_held_out_image_that_is_gone_is_counted_under_skip_and_the_run_ends_we
     assert "gone.png" in (tmp_path / "run" / "rejects.jsonl").read_text()
 
 
+@pytest.mark.slow  # test_multi has two processes on more than this
 def test_two_processes_run_the_stage_of_one(tiny_config: MakeConfig, tmp_path: Path) -> None:
     from beholder.config.file import dump_config
 

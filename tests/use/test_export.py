@@ -125,7 +125,10 @@ def same(told: Exported, name: str) -> None:
 # Each class
 
 
-@pytest.mark.parametrize(("llm", "vision", "adapter"), [("llama", "clip", False), ("qwen3", "siglip", True)])
+@pytest.mark.parametrize(
+    ("llm", "vision", "adapter"),
+    [("llama", "clip", False), pytest.param("qwen3", "siglip", True, marks=pytest.mark.slow)],
+)
 def test_a_plain_mlp_on_clip_or_siglip_is_llava_without_code_of_ours(
     make_run: MakeRun, tmp_path: Path, llm: LlmFamily, vision: VisionFamily, adapter: bool
 ) -> None:
@@ -191,6 +194,7 @@ def test_what_the_card_says_answers_without_beholder_as_the_run_chats(
     assert ast.literal_eval(done.stdout.splitlines()[-1])[0]["generated_text"].strip() == own
 
 
+@pytest.mark.slow
 def test_a_student_in_16_bits_is_exported_with_what_it_is(
     make_run: MakeRun, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

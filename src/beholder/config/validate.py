@@ -43,10 +43,9 @@ def validate(tree: Tree) -> RunConfig | None:
                 _complain_combinations(tree, made, set())
             _complain_inert(tree, made)
             return None
-        for error in errors:
-            if error["type"] == "value_error":
-                continue
-            path = _written(error["loc"], data)
+        wrong = [error for error in errors if error["type"] != "value_error"]
+        # All of them looked up before any is taken out: with a wrong item goes its whole list.
+        for error, path in [(error, _written(error["loc"], data)) for error in wrong]:
             if path not in said:  # a union gives one error for each of its options
                 said.add(path)
                 _complain_value(tree, error, path)

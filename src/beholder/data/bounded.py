@@ -23,7 +23,8 @@ class TookTooLong(Exception):
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
     """Raises `TookTooLong` inside after so many seconds (in the main thread: of the process's own work). Not within
-    itself."""
+    itself, and around a call: a loop right inside jumps back by an instruction that Python 3.13 has in no ``with`` or
+    ``try``, and an error that comes there would pass both."""
     timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     with _timer(seconds) if timed else _watched(seconds):
         yield
