@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
 from threading import get_ident
@@ -186,9 +186,9 @@ class NativeModel(Seeing):
         self.language = language
         self.geometry = processor
         self.num_visual_tokens = None
-        self._form: tuple[Any, bool, list[bool]] = (None, False, [])
-        """What its own code gives of images: the class of it, and whether visual tokens, and what each layer adds, are
-        one tensor or a list of one for each image."""
+        self._form: tuple[Any, tuple[int, ...], list[bool]] = (None, (), [])
+        """What its own code gives of images: the class of it, of visual tokens the shape of one image or tile, where
+        they are one tensor and no list, and whether what each layer adds is one tensor or a list of one each."""
         self._told: dict[int, Sequence[Tensor]] = {}
         """By thread, what its own code is told."""
         self._hand_over()
@@ -314,8 +314,10 @@ class NativeModel(Seeing):
         with torch.set_grad_enabled(learns), torch.autocast(self.device.type, enabled=False):
             out = self.whole.model.get_image_features(**self._together(inputs), return_dict=True)
         deep = getattr(out, "deepstack_features", None) or ()
-        self._form = type(out), isinstance(out.pooler_output, Tensor), [isinstance(layer, Tensor) for layer in deep]
-        return torch.stack([_flat(out.pooler_output), *map(_flat, deep)], 1)
+        tokens = out.pooler_output
+        each = tuple(tokens.shape[1:]) if isinstance(tokens, Tensor) else ()
+        self._form = type(out), each, [isinstance(layer, Tensor) for layer in deep]
+        return torch.stack([_flat(tokens), *map(_flat, deep)], 1)
 
     def _features(self, images: Sequence[ImageInput], lengths: Sequence[int]) -> list[Float[Tensor, "s n dh"]]:
         """What the eyes say of each image, or have said where it was kept. ``lengths``: the positions reserved for
@@ -438,12 +440,17 @@ class NativeModel(Seeing):
 
     def _as_theirs(self, said: Sequence[Tensor]) -> Any:
         """What the eyes say of images in the form that the model's own code gives it."""
-        kind, together, layers = self._form
+        kind, each, layers = self._form
         tokens = [one[:, 0] for one in said]
         deep = [[one[:, 1 + k] for one in said] for k in range(len(layers))]
         added = [torch.cat(parts) if one else parts for parts, one in zip(deep, layers, strict=True)]
-        more = {"deepstack_features": added} if added else {}
-        return kind(pooler_output=torch.cat(tokens)[None] if together else tokens, **more)
+        found: dict[str, Any] = {"pooler_output": torch.cat(tokens).view(-1, *each) if each else tokens}
+        found |= {"deepstack_features": added} if added else {}
+        known = {f.name for f in fields(kind)}
+        made = kind(**{k: v for k, v in found.items() if k in known})
+        for name in found.keys() - known:  # transformers 5.15 sets Idefics3's on an output that has no such field
+            setattr(made, name, found[name])
+        return made
 
     def _seen(self, seen: Tensor) -> dict[str, Tensor]:
         """What tells the model's own forward which positions are an image's, where it asks."""
