@@ -49,7 +49,8 @@ def prepared(folder: Path, precision: str) -> tuple[NativeModel, Any]:
     }  # fmt: skip
     torch.manual_seed(0)
     config = transformers.Qwen3VLConfig(**raw)
-    transformers.Qwen3VLForConditionalGeneration(config).to(DTYPES[precision]).save_pretrained(folder)
+    whole: Any = transformers.Qwen3VLForConditionalGeneration(config)
+    whole.to(DTYPES[precision]).save_pretrained(folder)
     sizes = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     sizes["size"] = {"shortest_edge": 256, "longest_edge": 256 * 256}
     (folder / "preprocessor_config.json").write_text(json.dumps(sizes), encoding="utf-8")
