@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.report.conftest import gate, group, measurement, text_of
 
@@ -499,6 +499,7 @@ finite = st.floats(-1e6, 1e6, allow_nan=False)
     st.sampled_from([0.0, 1.0]),
     st.sampled_from(["ratio", "nats/token", "share"]),
 )
+@example([(2.225073858507e-311, 0.0, 0.0)], 1.0, "ratio")
 def test_intervals_lie_on_their_axis_around_their_value(
     rows: list[tuple[float, float, float]], reference: float, unit: str
 ):

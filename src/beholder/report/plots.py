@@ -164,7 +164,8 @@ def _decades(low: float, high: float) -> list[float]:
     """1, 2 and 5 times the powers of ten between two logarithms; fewer of them over many decades."""
     for factors in ((1, 2, 5), (1, 3), (1,)):
         powers = range(math.floor(low), math.ceil(high) + 1)
-        found = [f * 10.0**p for p in powers for f in factors if low <= math.log10(f * 10.0**p) <= high]
+        values = [v for p in powers for f in factors if (v := f * 10.0**p)]  # 0: a power too small for a float
+        found = [v for v in values if low <= math.log10(v) <= high]
         if len(found) <= 7:
             return found
     return found[:: math.ceil(len(found) / 7)]
