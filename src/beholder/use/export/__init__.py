@@ -201,11 +201,12 @@ def export(
         with ExitStack() as stack, quiet_transformers():
             if not adapter:
                 stack.enter_context(opened.model.adapters_merged())
+            # Before the proof, which leaves the model computing as whoever was asked does.
+            folded = None if folding is None else folding.measure()
             if readable is not None:
                 told, exported = _gguf(opened, readable, out, folder, chosen, dtype or default_stored(readable))
             else:
                 told, exported = _hf(opened, out, folder, chosen, adapter, max_shard_size)
-            folded = None if folding is None else folding.measure()
         with writing(out):
             if folded is not None:
                 folded.save(folder)
